@@ -1,0 +1,51 @@
+"""`python -m avocado_jax COMMAND`, installed as `avocado` too."""
+
+import argparse
+import importlib
+import os
+import sys
+from typing import NoReturn
+
+from avocado_jax.errors import InputError
+
+COMMANDS = {
+    "caption": "describe video clips in words",
+    "convert": "take a checkpoint from Hugging Face format to Orbax, or back",
+    "bench": "measure the hot paths against the ceilings of this machine",
+}
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose complaint is one line on stderr and exit status 2."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command. Returns its exit status: 0 finished, 1 failed, 2 bad input, 75 stopped and resumable."""
+    argv = sys.argv[1:] if argv is None else argv
+    parser = Parser(prog="avocado", description="Audiovisual captioners in JAX.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
+    for name, summary in COMMANDS.items():
+        command = commands.add_parser(
+            name, help=summary, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+        )
+        if argv[:1] == [name]:  # only the command that runs is imported: `bench` works where `av` is absent
+            module = importlib.import_module(f"avocado_jax.cli.{name}")
+            command.description = module.__doc__
+            module.add_arguments(command)
+            command.set_defaults(run=module.run)
+    args = parser.parse_args(argv)
+    try:
+        return args.run(args)
+    except InputError as error:
+        print(f"avocado {args.command}: {error}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:  # the reader of our output has left
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,25 @@
+"""Progress on long work: a bar on a terminal, a plain line now and then elsewhere. Always on stderr."""
+
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from typing import TypeVar
+
+from tqdm import tqdm
+
+T = TypeVar("T")
+
+
+def progress(items: Iterable[T], what: str, total: int | None = None, every: float = 10.0) -> Iterator[T]:
+    """Pass `items` through, saying how far it is: a bar on a terminal, else a line every `every` seconds."""
+    if total is None and hasattr(items, "__len__"):
+        total = len(items)
+    if sys.stderr.isatty():
+        yield from tqdm(items, desc=what, total=total)
+        return
+    said = time.monotonic()
+    for done, item in enumerate(items, start=1):
+        yield item
+        if time.monotonic() - said >= every:
+            said = time.monotonic()
+            print(f"{what}: {done}" + (f" of {total}" if total else ""), file=sys.stderr, flush=True)
