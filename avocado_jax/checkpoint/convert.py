@@ -1,0 +1,180 @@
+"""Hugging Face folder to run folder and back, streaming: one tensor, one layer of a stack, in memory at a time."""
+
+import json
+import math
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+
+from avocado_jax.checkpoint.hf import SAME, Entry, HfCheckpoint, open_hf, read_json, refuse_code, side_files
+from avocado_jax.checkpoint.orbax import CHUNK_BYTES, Pieces, RunCheckpoint, open_run, save_pieces
+from avocado_jax.checkpoint.safetensors import Spec, Tensor, read_header, write_shards
+from avocado_jax.errors import InputError
+from avocado_jax.progress import progress
+
+DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
+
+
+def from_hf(source: Path, target: Path) -> None:
+    """Make the run folder `target`, at step 0, of a checkpoint in Hugging Face format; dtypes are kept.
+
+    Raises:
+        InputError: `source` is not a sound checkpoint, or `target` exists.
+    """
+    checkpoint = open_hf(source)
+    with _appearing(
+        target, sum(map(_nbytes, [*checkpoint.tensors.values(), *checkpoint.carried.values()]))
+    ) as folder:
+        (folder / "hf").mkdir()
+        for path in side_files(source):
+            shutil.copyfile(path, folder / "hf" / path.name)
+        (folder / "source.json").write_text(json.dumps({"prefix": checkpoint.prefix}) + "\n")
+        if checkpoint.carried:
+            (folder / "carried").mkdir()
+            specs = [Spec(name, tensor.dtype, tensor.shape) for name, tensor in checkpoint.carried.items()]
+            write_shards(folder / "carried", specs, _pieces_of(checkpoint.carried.values()))
+        done = progress(range(len(checkpoint.entries) + 1), "tensors", len(checkpoint.entries))
+        save_pieces(folder / "checkpoints" / "0" / "params", _stacks(checkpoint, lambda: next(done)))
+
+
+def to_hf(source: Path, target: Path, step: int | None = None, dtype: str | None = None) -> int:
+    """Write step `step` of a run (the newest finished one) as a checkpoint that transformers loads.
+
+    Tensors keep the dtype they are stored in, or take `dtype`; what was carried through is not touched.
+
+    Returns:
+        The step that was written.
+
+    Raises:
+        InputError: no such run or step, or `target` exists.
+    """
+    run = open_run(source, step)
+    prefix = read_json(source / "source.json")["prefix"]
+    carried: dict[str, Tensor] = {}
+    for path in sorted((source / "carried").glob("*.safetensors")):
+        carried |= read_header(path)
+    specs = [
+        Spec(f"{prefix}{name}", DTYPES[dtype] if dtype else run.open(entry).dtype.numpy_dtype, entry.shape)
+        for name, entry in run.entries.items()
+    ]
+    specs += [Spec(name, tensor.dtype, tensor.shape) for name, tensor in carried.items()]
+
+    def values() -> Iterator[np.ndarray]:
+        for entry, spec in progress(list(zip(run.entries.values(), specs)), "tensors"):
+            for piece in _their_pieces(run, entry):
+                yield piece.astype(spec.dtype)
+        yield from _pieces_of(carried.values())
+
+    with _appearing(target, sum(spec.nbytes for spec in specs)) as folder:
+        for path in side_files(source / "hf"):
+            shutil.copyfile(path, folder / path.name)
+        if dtype:
+            _declare_dtype(folder / "config.json", dtype)
+        write_shards(folder, specs, values())
+        refuse_code(folder)
+    return run.step
+
+
+@contextmanager
+def _appearing(target: Path, nbytes: int) -> Iterator[Path]:
+    """A folder to fill that takes the name `target` only when the block ends well."""
+    if target.exists():
+        raise InputError(f"{target}: already exists")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(target.parent).free
+    if nbytes > free:
+        raise InputError(f"{target}: needs {nbytes / 1e9:.1f} GB, the disk has {free / 1e9:.1f} GB free")
+    partial = target.with_name(target.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)  # what a killed conversion left
+    partial.mkdir()
+    try:
+        yield partial
+        partial.rename(target)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _nbytes(tensor: Tensor) -> int:
+    return math.prod(tensor.shape) * tensor.dtype.itemsize
+
+
+def _row_slices(tensor: Tensor) -> Iterator[slice]:
+    """The rows of a tensor in runs of about CHUNK_BYTES."""
+    rows = tensor.shape[0] if tensor.shape else 1
+    run = max(1, CHUNK_BYTES * rows // max(1, _nbytes(tensor)))
+    return (slice(first, min(first + run, rows)) for first in range(0, rows, run))
+
+
+def _pieces_of(tensors: "Iterator[Tensor] | object") -> Iterator[np.ndarray]:
+    return (tensor.read(rows) for tensor in tensors for rows in _row_slices(tensor))
+
+
+def _stacks(checkpoint: HfCheckpoint, on_tensor: Callable[[], object]) -> dict:
+    """The tree of our parameters as `Pieces` that read theirs."""
+    stacks: dict[tuple[str, ...], list[Entry]] = {}
+    for entry in checkpoint.entries.values():
+        stacks.setdefault(entry.path, []).append(entry)
+    tree: dict = {}
+    for path, entries in stacks.items():
+        node = tree
+        for key in path[:-1]:
+            node = node.setdefault(key, {})
+        node[path[-1]] = _stack(checkpoint, entries, on_tensor)
+    return tree
+
+
+def _stack(checkpoint: HfCheckpoint, entries: list[Entry], on_tensor: Callable[[], object]) -> Pieces:
+    """One of our parameters: a stack with a layer a piece, or a single tensor."""
+    first = entries[0]
+    tensors = [checkpoint.tensors[entry.name] for entry in entries]
+    for entry, tensor in zip(entries, tensors):
+        if tensor.dtype != tensors[0].dtype:
+            raise InputError(
+                f"{tensor.file}: '{entry.name}' is {tensor.dtype.name} but '{first.name}' is "
+                f"{tensors[0].dtype.name}: the layers of a stack share one dtype"
+            )
+    one = first.change.ours(np.broadcast_to(np.int8(0), first.shape)).shape
+
+    def layers() -> Iterator[tuple[int, np.ndarray]]:
+        for entry in entries:
+            yield entry.layer, checkpoint.read(entry)
+            on_tensor()
+
+    def rows() -> Iterator[tuple[slice, np.ndarray]]:
+        for where in _row_slices(tensors[0]):
+            yield where, tensors[0].read(where)
+        on_tensor()
+
+    def whole() -> Iterator[tuple[slice, np.ndarray]]:
+        yield slice(None), checkpoint.read(first)
+        on_tensor()
+
+    if first.layer is not None:
+        return Pieces((len(entries), *one), tensors[0].dtype, layers)
+    return Pieces(one, tensors[0].dtype, rows if first.change is SAME else whole)
+
+
+def _their_pieces(run: RunCheckpoint, entry: Entry) -> Iterator[np.ndarray]:
+    """One tensor in their layout; the big tables that keep their layout come in runs of rows."""
+    if entry.layer is None and entry.change is SAME:
+        array = run.open(entry)
+        spec = Tensor(run.params, array.dtype.numpy_dtype, tuple(array.shape), 0)
+        for where in _row_slices(spec):
+            yield array[where].read().result()
+    else:
+        yield entry.change.theirs(run.read(entry), entry.shape)
+
+
+def _declare_dtype(config: Path, dtype: str) -> None:
+    """Let config.json say the dtype that was written, in the spelling it uses."""
+    fields = read_json(config)
+    sections = [fields, fields.get("thinker_config") or {}]
+    for section in sections:
+        for name in ("dtype", "torch_dtype"):
+            if name in section:
+                section[name] = dtype
+    config.write_text(json.dumps(fields, indent=2) + "\n")

@@ -1,0 +1,245 @@
+"""Qwen2.5-Omni checkpoints in Hugging Face format: one bijective table of names, read tensor by tensor."""
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from avocado_jax.checkpoint.hf_config import thinker_config
+from avocado_jax.checkpoint.safetensors import Tensor, read_header
+from avocado_jax.errors import InputError
+from avocado_jax.models.config import ThinkerConfig
+from avocado_jax.models.thinker import init
+
+
+class Change(NamedTuple):
+    """A layout change and its inverse; each is a view of numpy's where it can be."""
+
+    ours: Callable[[np.ndarray], np.ndarray]
+    theirs: Callable[[np.ndarray, tuple[int, ...]], np.ndarray]  # also given the shape on their side
+    shape: Callable[[tuple[int, ...], ThinkerConfig], tuple[int, ...]]  # their shape from ours
+
+
+SAME = Change(lambda x: x, lambda x, _: x, lambda shape, _: shape)
+LINEAR = Change(lambda x: x.T, lambda x, _: x.T, lambda shape, _: shape[::-1])  # [out, in] -> [in, out]
+CONV1D = Change(  # [out, in, taps] -> [taps, in, out]
+    lambda x: x.transpose(2, 1, 0), lambda x, _: x.transpose(2, 1, 0), lambda shape, _: shape[::-1]
+)
+CONV3D = Change(  # [out, channels, frames, rows, columns] -> [patch, out]: stride = kernel, a matrix product
+    lambda x: x.reshape(x.shape[0], -1).T,
+    lambda x, shape: x.T.reshape(shape),
+    lambda shape, config: (
+        shape[1],
+        config.vision.channels,
+        config.vision.temporal_patch,
+        config.vision.patch,
+        config.vision.patch,
+    ),
+)
+
+WEIGHT, BIAS = ("kernel", "weight", LINEAR), ("bias", "bias", SAME)
+SCALE = ("scale", "weight", SAME)
+
+# (our module, their module, parameters); '*' stands for the layer's number.
+MODULES = (
+    ("audio/conv1", "audio_tower.conv1", (("kernel", "weight", CONV1D), BIAS)),
+    ("audio/conv2", "audio_tower.conv2", (("kernel", "weight", CONV1D), BIAS)),
+    ("audio/layers/*/attention_norm", "audio_tower.layers.*.self_attn_layer_norm", (SCALE, BIAS)),
+    ("audio/layers/*/q", "audio_tower.layers.*.self_attn.q_proj", (WEIGHT, BIAS)),
+    ("audio/layers/*/k", "audio_tower.layers.*.self_attn.k_proj", (WEIGHT,)),
+    ("audio/layers/*/v", "audio_tower.layers.*.self_attn.v_proj", (WEIGHT, BIAS)),
+    ("audio/layers/*/out", "audio_tower.layers.*.self_attn.out_proj", (WEIGHT, BIAS)),
+    ("audio/layers/*/mlp_norm", "audio_tower.layers.*.final_layer_norm", (SCALE, BIAS)),
+    ("audio/layers/*/up", "audio_tower.layers.*.fc1", (WEIGHT, BIAS)),
+    ("audio/layers/*/down", "audio_tower.layers.*.fc2", (WEIGHT, BIAS)),
+    ("audio/norm", "audio_tower.ln_post", (SCALE, BIAS)),
+    ("audio/proj", "audio_tower.proj", (WEIGHT, BIAS)),
+    ("vision/patch", "visual.patch_embed.proj", (("kernel", "weight", CONV3D),)),
+    ("vision/layers/*/attention_norm", "visual.blocks.*.norm1", (SCALE,)),
+    ("vision/layers/*/q", "visual.blocks.*.attn.q", (WEIGHT, BIAS)),
+    ("vision/layers/*/k", "visual.blocks.*.attn.k", (WEIGHT, BIAS)),
+    ("vision/layers/*/v", "visual.blocks.*.attn.v", (WEIGHT, BIAS)),
+    ("vision/layers/*/out", "visual.blocks.*.attn.proj", (WEIGHT, BIAS)),
+    ("vision/layers/*/mlp_norm", "visual.blocks.*.norm2", (SCALE,)),
+    ("vision/layers/*/mlp/gate", "visual.blocks.*.mlp.gate_proj", (WEIGHT, BIAS)),
+    ("vision/layers/*/mlp/up", "visual.blocks.*.mlp.up_proj", (WEIGHT, BIAS)),
+    ("vision/layers/*/mlp/down", "visual.blocks.*.mlp.down_proj", (WEIGHT, BIAS)),
+    ("vision/merger/norm", "visual.merger.ln_q", (SCALE,)),
+    ("vision/merger/up", "visual.merger.mlp.0", (WEIGHT, BIAS)),
+    ("vision/merger/out", "visual.merger.mlp.2", (WEIGHT, BIAS)),
+    ("", "model.embed_tokens", (("embedding", "weight", SAME),)),
+    ("text/layers/*/attention_norm", "model.layers.*.input_layernorm", (SCALE,)),
+    ("text/layers/*/q", "model.layers.*.self_attn.q_proj", (WEIGHT, BIAS)),
+    ("text/layers/*/k", "model.layers.*.self_attn.k_proj", (WEIGHT, BIAS)),
+    ("text/layers/*/v", "model.layers.*.self_attn.v_proj", (WEIGHT, BIAS)),
+    ("text/layers/*/out", "model.layers.*.self_attn.o_proj", (WEIGHT,)),
+    ("text/layers/*/mlp_norm", "model.layers.*.post_attention_layernorm", (SCALE,)),
+    ("text/layers/*/mlp/gate", "model.layers.*.mlp.gate_proj", (WEIGHT,)),
+    ("text/layers/*/mlp/up", "model.layers.*.mlp.up_proj", (WEIGHT,)),
+    ("text/layers/*/mlp/down", "model.layers.*.mlp.down_proj", (WEIGHT,)),
+    ("text/norm", "model.norm", (SCALE,)),
+    ("", "lm_head", (("head", "weight", SAME),)),
+)
+UNUSED = "audio_tower.audio_bos_eos_token.weight"  # in every checkpoint, read by no model
+NOT_MODELLED = ("talker.", "token2wav.")  # the speaking half of Omni
+
+
+class Entry(NamedTuple):
+    """One tensor of theirs and where it lives with us."""
+
+    name: str  # theirs, without the "thinker." of full checkpoints
+    path: tuple[str, ...]  # ours, in the tree of stacked layers
+    layer: int | None  # index into the stack
+    change: Change
+    shape: tuple[int, ...]  # theirs
+
+
+def table(config: ThinkerConfig) -> dict[str, Entry]:
+    """Every modelled tensor by its name. Its entries cover each parameter, each layer of a stack, once."""
+    tree = jax.eval_shape(lambda key: init(replace(config, scan=True), key), jax.random.key(0))
+    leaves = {
+        tuple(str(key.key) for key in path): leaf.shape
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
+    entries = {}
+    for ours, theirs, parameters in MODULES:
+        for parameter, their_parameter, change in parameters:
+            path = tuple(part for part in ours.split("/") if part and part != "*") + (parameter,)
+            if path not in leaves:  # a tied model has no output matrix
+                continue
+            shape = leaves.pop(path)
+            layers = range(shape[0]) if "*" in ours else (None,)
+            for layer in layers:
+                name = f"{theirs}.{their_parameter}".replace("*", str(layer))
+                one = shape if layer is None else shape[1:]
+                entries[name] = Entry(name, path, layer, change, change.shape(one, config))
+    assert not leaves, f"parameters without a name in Hugging Face format: {sorted(leaves)}"
+    return entries
+
+
+class HfCheckpoint(NamedTuple):
+    """An opened folder: nothing is read but headers."""
+
+    folder: Path
+    config: ThinkerConfig
+    entries: dict[str, Entry]
+    tensors: dict[str, Tensor]  # modelled, by entry name
+    carried: dict[str, Tensor]  # everything else, by its full name in the file
+    prefix: str  # "thinker." in a full checkpoint
+
+    def read(self, entry: Entry) -> np.ndarray:
+        """One parameter, or one layer of a stacked one, in our layout."""
+        return entry.change.ours(self.tensors[entry.name].read())
+
+
+def is_hf(folder: Path) -> bool:
+    """Whether `folder` looks like a checkpoint in Hugging Face format."""
+    return (folder / "config.json").is_file() and any(folder.glob("*.safetensors*"))
+
+
+def read_json(path: Path) -> Any:
+    """The object in a JSON file.
+
+    Raises:
+        InputError: missing, or not JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file") from None
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path}: not JSON: {error}") from error
+
+
+def open_hf(folder: Path) -> HfCheckpoint:
+    """Open a checkpoint of the thinker alone or of full Omni, with or without an index.
+
+    Raises:
+        InputError: a missing, unknown, doubled or misshapen tensor, by name; a config that does not fit;
+            remote code, pickles or paths that leave the folder.
+    """
+    refuse_code(folder)
+    found = _tensors(folder)
+    prefix = "thinker." if any(name.startswith("thinker.") for name in found) else ""
+    tied = f"{prefix}lm_head.weight" not in found
+    config = thinker_config(read_json(folder / "config.json"), tied)
+    entries = table(config)
+    tensors, carried = {}, {}
+    for name, tensor in found.items():
+        inner = name.removeprefix(prefix)
+        if (prefix and name.startswith(NOT_MODELLED)) or inner == UNUSED:
+            carried[name] = tensor
+        elif not name.startswith(prefix) or inner not in entries:
+            raise InputError(f"{tensor.file}: unknown tensor '{name}'")
+        elif tensor.shape != entries[inner].shape:
+            raise InputError(
+                f"{tensor.file}: tensor '{name}' has shape {list(tensor.shape)}, "
+                f"the config asks for {list(entries[inner].shape)}"
+            )
+        elif tensor.dtype.kind != "f" and tensor.dtype.name != "bfloat16":
+            raise InputError(f"{tensor.file}: tensor '{name}' is {tensor.dtype.name}, not floating point")
+        else:
+            tensors[inner] = tensor
+    for name in entries:
+        if name not in tensors:
+            raise InputError(f"{folder}: tensor '{prefix}{name}' is missing")
+    return HfCheckpoint(folder, config, entries, tensors, carried, prefix)
+
+
+def refuse_code(folder: Path) -> None:
+    """Refuse a folder that brings code: modules to import or pickles to run (`spk_dict.pt` is only copied)."""
+    if not folder.is_dir():
+        raise InputError(f"{folder}: no such folder")
+    for path in sorted(folder.iterdir()):
+        if path.suffix == ".py":
+            raise InputError(f"{path}: a checkpoint with code is not loaded")
+        if path.suffix in (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt") and path.name != "spk_dict.pt":
+            raise InputError(f"{path}: pickles are not loaded")
+        if path.suffix == ".json" and path.name.endswith("config.json"):
+            fields = read_json(path)
+            if isinstance(fields, dict) and "auto_map" in fields:
+                raise InputError(f"{path}: a checkpoint with remote code ('auto_map') is not loaded")
+
+
+def _tensors(folder: Path) -> dict[str, Tensor]:
+    """All tensors of a folder's shards by name."""
+    index = folder / "model.safetensors.index.json"
+    where: Mapping[str, str] | None = None
+    if index.is_file():
+        fields = read_json(index)
+        where = fields.get("weight_map") if isinstance(fields, dict) else None
+        if not isinstance(where, dict) or not all(isinstance(name, str) for name in where.values()):
+            raise InputError(f"{index}: no 'weight_map' from tensors to files")
+        files = sorted(set(where.values()))
+        for name in files:
+            if name != Path(name).name or not name.endswith(".safetensors"):
+                raise InputError(f"{index}: '{name}' is not a safetensors file of this folder")
+    else:
+        files = sorted(path.name for path in folder.glob("*.safetensors"))
+    if not files:
+        raise InputError(f"{folder}: no *.safetensors files")
+    tensors: dict[str, Tensor] = {}
+    for name in files:
+        if not (folder / name).is_file():
+            raise InputError(f"{folder / name}: missing, though the index names it")
+        for tensor, place in read_header(folder / name).items():
+            if tensor in tensors:
+                raise InputError(f"{folder / name}: tensor '{tensor}' is in {tensors[tensor].file.name} too")
+            if where is not None and where.get(tensor) != name:
+                raise InputError(f"{folder / name}: tensor '{tensor}' is not placed here by the index")
+            tensors[tensor] = place
+    for tensor in where or {}:
+        if tensor not in tensors:
+            raise InputError(f"{folder / where[tensor]}: tensor '{tensor}' of the index is missing")
+    return tensors
+
+
+def side_files(folder: Path) -> Iterator[Path]:
+    """The files beside the weights (configs, tokenizer, speakers): copied through a conversion as they are."""
+    for path in sorted(folder.iterdir()):
+        if path.is_file() and ".safetensors" not in path.name and not path.name.startswith("."):
+            yield path

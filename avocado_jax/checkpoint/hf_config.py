@@ -1,0 +1,145 @@
+"""config.json of a Qwen2.5-Omni checkpoint, in the spellings of transformers 4 and 5, to `ThinkerConfig`."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from avocado_jax.errors import InputError
+from avocado_jax.models.config import AudioConfig, TextConfig, ThinkerConfig, TokenIds, VisionConfig
+
+MODEL_TYPES = ("qwen2_5_omni", "qwen2_5_omni_thinker")
+
+
+class _Section:
+    """One object of config.json; a field that is missing or of the wrong kind is named with its path."""
+
+    def __init__(self, fields: Any, path: str):
+        if not isinstance(fields, Mapping):
+            raise InputError(f"config.json: '{path}' is missing or not an object")
+        self.fields, self.path = fields, path
+
+    def get(self, *names: str, kind: type | tuple[type, ...] = int, default: Any = None) -> Any:
+        """The field under the first of its spellings that is there."""
+        for name in names:
+            value = self.fields.get(name)
+            if value is not None:
+                if not isinstance(value, kind) or isinstance(value, bool) != (kind is bool):
+                    raise InputError(f"config.json: {self.path}.{name} is {value!r}")
+                return value
+        if default is None:
+            raise InputError(f"config.json: {self.path} lacks '{names[0]}'")
+        return default
+
+    def within(self, name: str) -> "_Section":
+        """The object under `name`."""
+        return _Section(self.fields.get(name), f"{self.path}.{name}")
+
+
+def thinker_config(config: Mapping[str, Any], tied: bool) -> ThinkerConfig:
+    """Read a config.json, of a full Omni checkpoint or of a thinker alone.
+
+    Fields that older files leave out take the values that all published checkpoints share; sizes are
+    always read. `tied` comes from the tensors: whether the checkpoint has no output matrix of its own.
+
+    Raises:
+        InputError: a field is missing, of the wrong kind, or asks for something that is not implemented.
+    """
+    if not isinstance(config, Mapping):
+        raise InputError("config.json: not an object")
+    if config.get("model_type") not in MODEL_TYPES:
+        raise InputError(
+            f"config.json: model_type is {config.get('model_type')!r}, not a Qwen2.5-Omni checkpoint"
+        )
+    top = _Section(config, "config")
+    thinker = top.within("thinker_config") if "thinker_config" in config else top
+    text, vision, audio = (thinker.within(f"{part}_config") for part in ("text", "vision", "audio"))
+    if text.get("use_sliding_window", kind=bool, default=False):
+        raise InputError("config.json: sliding window attention is not implemented")
+    for section, names, known in (
+        (text, ("hidden_act",), "silu"),
+        (vision, ("hidden_act",), "silu"),
+        (audio, ("activation_function",), "gelu"),
+    ):
+        if section.get(*names, kind=str, default=known) != known:
+            raise InputError(f"config.json: {section.path}.{names[0]} is not '{known}'")
+    try:
+        return ThinkerConfig(
+            audio=_audio(audio),
+            vision=_vision(vision),
+            text=_text(text, tied),
+            tokens=_tokens(thinker),
+            positions_per_second=thinker.get("position_id_per_seconds"),
+            seconds_per_chunk=float(thinker.get("seconds_per_chunk", kind=(int, float))),
+        )
+    except ValueError as error:
+        raise InputError(f"config.json: {error}") from error
+
+
+def _audio(audio: _Section) -> AudioConfig:
+    return AudioConfig(
+        width=audio.get("d_model"),
+        layers=audio.get("encoder_layers", "num_hidden_layers"),
+        heads=audio.get("encoder_attention_heads"),
+        ffn=audio.get("encoder_ffn_dim"),
+        mel_bins=audio.get("num_mel_bins"),
+        window=audio.get("n_window"),
+        out=audio.get("output_dim"),
+    )
+
+
+def _vision(vision: _Section) -> VisionConfig:
+    return VisionConfig(
+        width=vision.get("hidden_size", "embed_dim"),
+        layers=vision.get("depth"),
+        heads=vision.get("num_heads"),
+        ffn=vision.get("intermediate_size"),
+        channels=vision.get("in_channels", "in_chans"),
+        patch=vision.get("patch_size", "spatial_patch_size"),
+        temporal_patch=vision.get("temporal_patch_size"),
+        merge=vision.get("spatial_merge_size"),
+        window=vision.get("window_size"),
+        full_layers=tuple(vision.get("fullatt_block_indexes", kind=(list, tuple))),
+        rope_theta=float(_rope(vision).get("rope_theta", 10000.0)),
+        out=vision.get("out_hidden_size"),
+    )
+
+
+def _text(text: _Section, tied: bool) -> TextConfig:
+    rope = _rope(text)
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind not in ("default", "mrope"):
+        raise InputError(f"config.json: rope type '{kind}' is not implemented")
+    width, heads = text.get("hidden_size"), text.get("num_attention_heads")
+    theta = rope.get("rope_theta", text.fields.get("rope_theta"))
+    sections = rope.get("mrope_section")
+    if not isinstance(theta, int | float) or not isinstance(sections, list):
+        raise InputError(f"config.json: {text.path} lacks 'rope_theta' or 'mrope_section'")
+    return TextConfig(
+        vocab=text.get("vocab_size"),
+        width=width,
+        ffn=text.get("intermediate_size"),
+        layers=text.get("num_hidden_layers"),
+        heads=heads,
+        kv_heads=text.get("num_key_value_heads"),
+        head=text.get("head_dim", default=width // heads),
+        rms_eps=text.get("rms_norm_eps", kind=float),
+        rope_theta=float(theta),
+        mrope_sections=tuple(sections),
+        tied=tied,
+    )
+
+
+def _rope(section: _Section) -> Mapping[str, Any]:
+    """transformers 5 writes `rope_parameters`; 4, and every published checkpoint, `rope_scaling`."""
+    return section.fields.get("rope_parameters") or section.fields.get("rope_scaling") or {}
+
+
+def _tokens(thinker: _Section) -> TokenIds:
+    return TokenIds(
+        audio=thinker.get("audio_token_index", "audio_token_id"),
+        image=thinker.get("image_token_index", "image_token_id"),
+        video=thinker.get("video_token_index", "video_token_id"),
+        vision_start=thinker.get("vision_start_token_id"),
+        vision_end=thinker.get("vision_end_token_id"),
+        audio_start=thinker.get("audio_start_token_id"),
+        audio_end=thinker.get("audio_end_token_id"),
+    )

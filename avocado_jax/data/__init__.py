@@ -1,0 +1,1 @@
+"""From clips to rows: numpy only, no device code, so that input workers stay small."""

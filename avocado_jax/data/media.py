@@ -1,0 +1,173 @@
+"""Clips as they come: what a file holds, the frames that are read of it, its sound at 16 kHz."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import av
+import librosa
+import numpy as np
+
+from avocado_jax.data.features import choose_frames, frame_pixels, frame_size, resize
+from avocado_jax.errors import InputError
+from avocado_jax.typing import Array, Float, Shaped
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How a clip is sampled; the defaults are AVoCaDO's (facts: 2 fps, 20,070,400 pixels a clip)."""
+
+    fps: float = 2.0
+    fewest_frames: int = 4
+    most_frames: int = 768
+    fewest_pixels: int = 128 * 28 * 28  # a frame
+    most_pixels: int = 768 * 28 * 28  # a frame, before the request's cap
+    asked_pixels: int = 401_408  # the request's cap, a frame
+    clip_pixels: int = 20_070_400  # all frames together
+    size_factor: int = 28  # sides of a frame are multiples of it
+    sound_rate: int = 16_000  # samples a second
+    sound_seconds: int = 300  # of sound at most
+
+
+class Media(NamedTuple):
+    """A clip in memory."""
+
+    frames: Shaped[Array, "N h w 3"]  # uint8, resized
+    samples: Float[Array, "n"] | None  # mono; None where there is no sound to use
+    seconds: float  # length of the file
+
+
+class _Packets(NamedTuple):
+    """What demuxing tells, before anything is decoded."""
+
+    frames: int
+    seconds: float
+
+
+def read_media(path: str | Path, reading: Reading = Reading(), sound: bool = True) -> Media:
+    """Read a clip: chosen frames, upright and resized, and its sound if there is any and it is wanted.
+
+    Raises:
+        InputError: one line with the path and the reason: missing, empty, not a video, no picture, cut
+            short, damaged.
+    """
+    path = Path(path)
+    with _one_line(path):
+        packets = _demux(path)
+        frames = _picture(path, packets.frames, reading)
+        samples = _sound(path, reading) if sound else None
+    return Media(frames, samples, packets.seconds)
+
+
+@contextmanager
+def _one_line(path: Path) -> Iterator[None]:
+    """Every way in which a file can be bad, as one line that names it."""
+    try:
+        if path.is_dir():
+            raise InputError("is a folder")
+        if path.is_file() and path.stat().st_size == 0:
+            raise InputError("is empty (zero bytes)")
+        yield
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
+    except FileNotFoundError as error:
+        raise InputError(f"{path}: no such file") from error
+    except PermissionError as error:
+        raise InputError(f"{path}: may not be read") from error
+    except av.error.InvalidDataError as error:
+        raise InputError(f"{path}: not a video, or damaged ({error.strerror})") from error
+    except (av.error.FFmpegError, ValueError, OSError) as error:
+        raise InputError(f"{path}: cannot be decoded ({error})") from error
+
+
+def _demux(path: Path) -> _Packets:
+    """Count the picture's packets, and notice a file that ends before it says it does."""
+    with av.open(str(path)) as container:
+        if not container.streams.video:
+            raise InputError("has no picture" + (" (sound only)" if container.streams.audio else ""))
+        stream = container.streams.video[0]
+        stated = float(container.duration / av.time_base) if container.duration else None
+        frames, end = 0, 0.0
+        for packet in container.demux():
+            if packet.size and packet.pts is not None:
+                begun = float(packet.pts * packet.time_base)
+                end = max(end, begun + float((packet.duration or 0) * packet.time_base))
+            if packet.size and packet.stream.index == stream.index and not packet.is_discard:
+                frames += 1
+        start = max(0.0, float((container.start_time or 0) / av.time_base))
+        if not frames:
+            raise InputError("its picture has no frames")
+        # A second, or a tenth, of slack: containers round, and the last packet may state no duration.
+        if stream.frames > frames + 1 or (stated and end - start < min(0.9 * stated, stated - 1.0)):
+            raise InputError(
+                f"cut short: {frames} of {stream.frames or 'its'} frames, {end:.1f} s of {stated or 0:.1f} s"
+            )
+        return _Packets(frames, stated or end - start)
+
+
+def _picture(path: Path, total: int, reading: Reading) -> Shaped[Array, "N h w 3"]:
+    """Decode once, converting and resizing only the chosen frames."""
+    with av.open(str(path)) as container:
+        stream = container.streams.video[0]
+        stream.thread_type = "AUTO"
+        rate = float(stream.average_rate or stream.base_rate or 25)
+        chosen = choose_frames(total, rate, reading.fps, reading.fewest_frames, reading.most_frames)
+        wanted = iter(chosen.tolist())
+        index, out, size, frame = next(wanted), [], None, None
+        for number, frame in enumerate(container.decode(stream)):
+            while index == number:
+                out.append(picture := _upright(frame, reading, size, len(chosen)))
+                size = picture.shape[:2]
+                index = next(wanted, None)
+            if index is None:
+                break
+        if frame is None:
+            raise InputError("its picture has no frames")
+        if len(out) < len(chosen):
+            # Streams may end in a packet or two that yield no picture; more is damage.
+            if number + 1 < 0.9 * total and number + 2 < total:
+                raise InputError(f"damaged: {number + 1} of {total} frames can be decoded")
+            last = _upright(frame, reading, size, len(chosen))
+            out += [last] * (len(chosen) - len(out))
+    return np.stack(out)
+
+
+def _upright(frame: av.VideoFrame, reading: Reading, size: tuple[int, int] | None, count: int) -> np.ndarray:
+    """One frame in RGB, turned as its display matrix says, at the clip's size (chosen by its first frame)."""
+    picture = np.rot90(frame.to_ndarray(format="rgb24"), k=frame.rotation // 90)
+    if size is None:
+        most = frame_pixels(
+            count, reading.fewest_pixels, reading.most_pixels, reading.clip_pixels, reading.asked_pixels
+        )
+        size = frame_size(*picture.shape[:2], reading.fewest_pixels, most, reading.size_factor)
+    return resize(np.ascontiguousarray(picture), *size)
+
+
+def _sound(path: Path, reading: Reading) -> Float[Array, "n"] | None:
+    """The first audio stream as mono at `sound_rate`; None where there is none, or nothing in it."""
+    with av.open(str(path)) as container:
+        if not container.streams.audio:
+            return None
+        stream = container.streams.audio[0]
+        parts, rate, length = [], stream.rate, 0
+        for frame in container.decode(stream):
+            block = frame.to_ndarray()
+            if not frame.format.is_planar:
+                block = block.reshape(-1, frame.layout.nb_channels).T
+            if block.dtype.kind != "f":  # integers to -1..1; unsigned bytes are centred on 128
+                scale = np.iinfo(block.dtype)
+                block = (block.astype(np.float32) - (scale.max + scale.min + 1) / 2) / (
+                    scale.max / 2 - scale.min / 2
+                )
+            parts.append(block.astype(np.float32).mean(axis=0))
+            length += frame.samples
+            if length > (reading.sound_seconds + 1) * rate:
+                break
+    if not length:
+        return None
+    mono = np.concatenate(parts)
+    if rate != reading.sound_rate:
+        mono = librosa.resample(mono, orig_sr=rate, target_sr=reading.sound_rate, res_type="soxr_hq")
+    return mono[: reading.sound_seconds * reading.sound_rate]

@@ -1,0 +1,160 @@
+"""Rows: a clip and its prompt as the arrays the model reads, and padding of rows to one shape."""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from avocado_jax.data.features import audio_tokens, log_mel, mel_chunks, windows
+from avocado_jax.data.media import Media, Reading
+from avocado_jax.data.positions import interleave
+from avocado_jax.data.prompt import Prompt
+from avocado_jax.errors import InputError
+from avocado_jax.models.config import ThinkerConfig
+from avocado_jax.typing import Array, Clip, Float, Int
+
+
+class Row(NamedTuple):
+    """One clip, unpadded."""
+
+    clip: Clip  # without the axis of rows
+    prompt_ids: Int[Array, "P+1"]  # the whole prompt, media expanded
+
+
+class Shape(NamedTuple):
+    """Sizes that rows are padded to."""
+
+    tokens: int  # of the clip: prompt tokens but the last
+    patches: int  # temporal patches
+    windows: int  # of one temporal patch
+    chunks: int  # of sound
+
+
+def make_row(media: Media, prompt: Prompt, config: ThinkerConfig, reading: Reading = Reading()) -> Row:  # noqa: B008
+    """Features, prompt ids, the order of the media and TMRoPE ids of one clip.
+
+    Raises:
+        InputError: the media do not fit the context, or the config is of another family.
+    """
+    vision, ids = config.vision, config.tokens
+    seen = windows(media.frames, vision)
+    mel, heard = _sound(media, config)
+    patches = len(seen.patches)
+    grid = (patches, *(side // vision.patch // vision.merge for side in media.frames.shape[1:3]))
+    order = interleave(grid, heard, vision.temporal_patch / reading.fps, config)
+
+    # Visual tokens come in raster order; the tower gives them in slot order, sound after all its slots.
+    per_patch = seen.valid.size // vision.merge**2
+    slots = (np.arange(patches)[:, None] * per_patch + seen.order).reshape(-1)
+    slots = np.concatenate([slots, patches * per_patch + np.arange(heard)])
+
+    opening = [ids.vision_start] + [ids.audio_start] * bool(heard)
+    closing = [ids.audio_end] * bool(heard) + [ids.vision_end]
+    media_ids = np.where(order.source < len(slots) - heard, ids.video, ids.audio)
+    tokens = np.concatenate([prompt.before, opening, media_ids, closing, prompt.after]).astype(np.int32)
+
+    # The pair that opens the media shares one position, as does the pair that closes them.
+    opens = len(prompt.before)
+    closes = opens + 1 + order.last_chunk + 1
+    positions = np.concatenate(
+        [
+            _line(0, opens),
+            np.full((len(opening), 3), opens),
+            order.positions + opens + 1,
+            np.full((len(closing), 3), closes),
+            _line(closes + 1, len(prompt.after)),
+        ]
+    ).astype(np.int32)
+    where = np.full(len(tokens), -1)
+    first = opens + len(opening)
+    where[first : first + len(order.source)] = slots[order.source]
+
+    clip = Clip(
+        tokens=tokens[:-1],
+        positions=positions[:-1],
+        length=np.int32(len(tokens) - 1),
+        media=where[:-1].astype(np.int32),
+        first=tokens[-1],
+        start=positions[-1, 0],
+        follow=positions.max() + 1,
+        patches=seen.patches,
+        patch_grid=seen.grid,
+        patch_valid=seen.valid,
+        mel=(chunked := mel_chunks(mel, 2 * config.audio.window))[0],
+        mel_length=chunked[1],
+    )
+    return Row(clip, tokens)
+
+
+def _line(first: int, count: int) -> Int[Array, "N 3"]:
+    return np.repeat(np.arange(first, first + count)[:, None], 3, axis=1)
+
+
+def _sound(media: Media, config: ThinkerConfig) -> tuple[Float[Array, "frames M"], int]:
+    """The log-mel spectrogram and its number of tokens; sound too short for one token is none."""
+    bins = config.audio.mel_bins
+    mel = np.zeros((0, bins), np.float32) if media.samples is None else log_mel(media.samples, bins)
+    heard = audio_tokens(len(mel))
+    return mel[: len(mel) if heard else 0], heard
+
+
+def shape_of(clip: Clip) -> Shape:
+    """The sizes of one clip."""
+    return Shape(len(clip.tokens), len(clip.patches), len(clip.patch_valid), len(clip.mel))
+
+
+def fit(shapes: list[Shape]) -> Shape:
+    """The smallest shape that holds all of `shapes`."""
+    return Shape(*(max(sizes) for sizes in zip(*shapes)))
+
+
+def rounded(shape: Shape) -> Shape:
+    """`shape` enlarged so that few distinct ones occur: each size to at most three leading bits, at most 1/4 more."""
+
+    def up(size: int) -> int:
+        unit = 1 << max(0, size.bit_length() - 3)
+        return -(-size // unit) * unit
+
+    return Shape(*map(up, shape))
+
+
+def stack(clips: list[Clip], shape: Shape) -> Clip:
+    """Pad clips to one shape and stack them.
+
+    Padding tokens sit at position 1, as in the reference; empty slots hold zeros. The media index is moved
+    to where the padded towers put each token.
+
+    Raises:
+        InputError: a clip is larger than `shape`.
+    """
+    return Clip(*(np.stack(leaves) for leaves in zip(*(_padded(clip, shape) for clip in clips))))
+
+
+def _padded(clip: Clip, shape: Shape) -> Clip:
+    have = shape_of(clip)
+    if any(size > room for size, room in zip(have, shape)):
+        raise InputError(f"a clip of {have} does not fit {shape}")
+    cells = clip.patches.shape[2] // 4  # merged cells of a window
+    slots = cells * have.windows  # visual tokens of a temporal patch, and with padding
+    room = cells * shape.windows
+    sound = clip.media >= have.patches * slots
+    media = np.where(
+        sound,
+        clip.media - have.patches * slots + shape.patches * room,
+        clip.media // slots * room + clip.media % slots,
+    )
+    media = np.where(clip.media < 0, -1, media)
+
+    def pad(array: np.ndarray, *sizes: int, value: int = 0) -> np.ndarray:
+        after = [size - n for size, n in zip(sizes, array.shape)] + [0] * (array.ndim - len(sizes))
+        return np.pad(array, [(0, extra) for extra in after], constant_values=value)
+
+    return clip._replace(
+        tokens=pad(clip.tokens, shape.tokens),
+        positions=pad(clip.positions, shape.tokens, value=1),
+        media=pad(media, shape.tokens, value=-1).astype(np.int32),
+        patches=pad(clip.patches, shape.patches, shape.windows),
+        patch_grid=pad(clip.patch_grid, shape.windows),
+        patch_valid=pad(clip.patch_valid, shape.windows),
+        mel=pad(clip.mel, shape.chunks),
+        mel_length=pad(clip.mel_length, shape.chunks),
+    )

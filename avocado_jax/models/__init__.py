@@ -1,0 +1,1 @@
+"""The Omni thinker in Flax Linen: pure functions of (params, batch)."""

@@ -1,0 +1,76 @@
+"""Attention as parts that merge: every part returns its log-sum-exp beside its output.
+
+A caption attends to its clip and to itself. Computing the two softmaxes apart and merging them means that
+the clip's keys are read once for all G captions and never broadcast.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+
+from avocado_jax.typing import Array, Bool, Float
+
+SCORE_BYTES = 256 * 2**20  # fp32 scores alive at once; more queries than fit are taken in chunks
+MASKED = -1e30  # finite: a query with no valid key must not make NaN
+
+
+def attend(
+    q: Float[Array, "B Q H E"],
+    k: Float[Array, "B S K E"],
+    v: Float[Array, "B S K E"],
+    valid: Bool[Array, "B S"] | None = None,
+    causal: bool = False,
+) -> tuple[Float[Array, "B Q H E"], Float[Array, "B Q H"]]:
+    """softmax(q k' / sqrt(E)) v over the valid keys, and the fp32 log-sum-exp of the scores.
+
+    Args:
+        q, k, v: queries of H heads, keys and values of K heads; H is a multiple of K, and query head h
+            reads key head h // (H / K).
+        valid: keys that may be seen; all if None. A query that sees none gives a finite, meaningless
+            output with a log-sum-exp of about -1e30, which `merge` gives no weight.
+        causal: query i sees keys up to i.
+
+    Softmax runs in fp32; its weights are cast to the dtype of `v`, as in the reference.
+    """
+    batch, queries, heads, width = q.shape
+    keys, kv_heads = k.shape[1:3]
+    q = q.reshape(batch, queries, kv_heads, heads // kv_heads, width)
+
+    def block(q: Array, first: Array | int) -> tuple[Array, Array]:
+        scores = jnp.einsum("BQKRE,BSKE->BQKRS", q, k, preferred_element_type=jnp.float32) / math.sqrt(width)
+        if valid is not None:
+            scores = jnp.where(valid[:, None, None, None], scores, MASKED)
+        if causal:
+            seen = jnp.arange(keys) <= (first + jnp.arange(q.shape[1]))[:, None]
+            scores = jnp.where(seen[:, None, None], scores, MASKED)
+        lse = jax.nn.logsumexp(scores, axis=-1)
+        weights = jnp.exp(scores - lse[..., None]).astype(v.dtype)
+        return jnp.einsum("BQKRS,BSKE->BQKRE", weights, v), lse
+
+    chunk = max(16, SCORE_BYTES // (4 * max(1, batch * heads * keys)))
+    if queries <= chunk:
+        out, lse = block(q, 0)
+    else:
+        chunks = -(-queries // chunk)
+        padded = jnp.pad(q, ((0, 0), (0, chunks * chunk - queries), (0, 0), (0, 0), (0, 0)))
+        blocks = jnp.moveaxis(padded.reshape(batch, chunks, chunk, *q.shape[2:]), 1, 0)
+        out, lse = jax.lax.map(
+            lambda item: jax.checkpoint(block)(*item), (blocks, jnp.arange(chunks) * chunk)
+        )  # each chunk's scores are recomputed in the backward pass, never kept
+        out, lse = (
+            jnp.moveaxis(part, 0, 1).reshape(batch, chunks * chunk, *part.shape[3:])[:, :queries]
+            for part in (out, lse)
+        )
+    return out.reshape(batch, queries, heads, width), lse.reshape(batch, queries, heads)
+
+
+def merge(
+    parts: list[tuple[Float[Array, "... H E"], Float[Array, "... H"]]],
+) -> Float[Array, "... H E"]:
+    """One softmax from its parts: sum_i exp(lse_i - lse) out_i with lse = log sum_i exp(lse_i)."""
+    if len(parts) == 1:
+        return parts[0][0]
+    total = jax.nn.logsumexp(jnp.stack([lse for _, lse in parts]), axis=0)
+    mixed = sum(out.astype(jnp.float32) * jnp.exp(lse - total)[..., None] for out, lse in parts)
+    return mixed.astype(parts[0][0].dtype)

@@ -1,0 +1,67 @@
+"""The sound encoder: chunks of 200 mel frames that never see each other, two tokens a pooled pair."""
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+from avocado_jax.models.attention import attend
+from avocado_jax.models.config import ThinkerConfig
+from avocado_jax.models.layers import dense, gelu, stack_of
+from avocado_jax.models.rope import sinusoids
+from avocado_jax.typing import Array, Bool, Float, Int
+
+
+class AudioLayer(nn.Module):
+    """Pre-norm transformer layer; the key projection has no bias."""
+
+    width: int
+    heads: int
+    ffn: int
+    dtype: str
+    param_dtype: str
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "N U D"], own: None, valid: Bool[Array, "N U"]
+    ) -> tuple[Float[Array, "N U D"], None]:
+        y = layer_norm(self, "attention_norm")(x)
+        q, k, v = (
+            dense(self, self.width, name, bias=name != "k")(y).reshape(*y.shape[:2], self.heads, -1)
+            for name in ("q", "k", "v")
+        )
+        mixed, _ = attend(q, k, v, valid)
+        x = x + dense(self, self.width, "out")(mixed.reshape(y.shape))
+        y = gelu(dense(self, self.ffn, "up")(layer_norm(self, "mlp_norm")(x)))
+        return x + dense(self, self.width, "down")(y), None
+
+
+class AudioTower(nn.Module):
+    """Log-mel chunks to tokens of the language model's width, 25 a second (Qwen2.5-Omni, 2.2)."""
+
+    config: ThinkerConfig
+
+    @nn.compact
+    def __call__(self, mel: Float[Array, "N 200 M"], length: Int[Array, "N"]) -> Float[Array, "N U D"]:
+        """Encode N chunks. `length` counts the valid frames of each; frames past it must be zero.
+
+        Returns 50 tokens a chunk, of which ((length - 1) // 2 + 1) // 2 mean something.
+        """
+        audio, dtypes = self.config.audio, self.config.dtypes
+        dtype = dtypes["dtype"]
+        conv = dict(kernel_size=(3,), padding=1, **dtypes)
+        x = gelu(nn.Conv(audio.width, name="conv1", **conv)(mel.astype(dtype)))
+        x = jnp.where((jnp.arange(mel.shape[1]) < length[:, None])[..., None], x, 0)
+        x = gelu(nn.Conv(audio.width, strides=2, name="conv2", **conv)(x))
+        x = x + sinusoids(audio.window, audio.width).astype(dtype)
+        valid = jnp.arange(audio.window) < ((length - 1) // 2 + 1)[:, None]
+
+        sizes = dict(width=audio.width, heads=audio.heads, ffn=audio.ffn, **dtypes)
+        run = stack_of(AudioLayer, sizes, audio.layers, self.config)
+        x, _ = run(x, None if self.config.scan else [None] * audio.layers, valid)
+        x = (x[:, 0::2] + x[:, 1::2]) / 2
+        x = nn.LayerNorm(1e-5, **dtypes, name="norm")(x)
+        return nn.Dense(audio.out, **dtypes, name="proj")(x)
+
+
+def layer_norm(module: AudioLayer, name: str) -> nn.LayerNorm:
+    """LayerNorm in the dtypes of the module that holds it."""
+    return nn.LayerNorm(1e-5, dtype=module.dtype, param_dtype=module.param_dtype, name=name)

@@ -1,0 +1,143 @@
+"""Sizes of the thinker. Plain data: no jax here, so that input workers and the converter may import it."""
+
+from dataclasses import dataclass, field, replace
+
+
+@dataclass(frozen=True)
+class AudioConfig:
+    """The sound encoder: a Whisper-like tower over chunks of `2 * window` mel frames."""
+
+    width: int = 1280
+    layers: int = 32
+    heads: int = 20
+    ffn: int = 5120
+    mel_bins: int = 128
+    window: int = 100  # positions of a chunk after the strided convolution
+    out: int = 3584  # width of the language model
+
+
+@dataclass(frozen=True)
+class VisionConfig:
+    """The picture encoder: window attention inside one temporal patch, full attention in a few layers."""
+
+    width: int = 1280
+    layers: int = 32
+    heads: int = 16
+    ffn: int = 3420
+    channels: int = 3
+    patch: int = 14  # pixels
+    temporal_patch: int = 2  # frames
+    merge: int = 2  # patches a side that become one token
+    window: int = 112  # pixels a side of an attention window
+    full_layers: tuple[int, ...] = (7, 15, 23, 31)
+    rope_theta: float = 10000.0
+    out: int = 3584
+    pixel_mean: tuple[float, ...] = (
+        0.48145466,
+        0.4578275,
+        0.40821073,
+    )  # of CLIP, in units of full brightness
+    pixel_std: tuple[float, ...] = (0.26862954, 0.26130258, 0.27577711)
+
+    @property
+    def patch_size(self) -> int:
+        """Numbers in one flattened patch."""
+        return self.channels * self.temporal_patch * self.patch**2
+
+    @property
+    def window_cells(self) -> int:
+        """Merged cells a side of a window."""
+        return self.window // self.patch // self.merge
+
+
+@dataclass(frozen=True)
+class TextConfig:
+    """The language model: Qwen2.5 with TMRoPE."""
+
+    vocab: int = 152064
+    width: int = 3584
+    ffn: int = 18944
+    layers: int = 28
+    heads: int = 28
+    kv_heads: int = 4
+    head: int = 128
+    rms_eps: float = 1e-6
+    rope_theta: float = 1e6
+    mrope_sections: tuple[int, ...] = (16, 24, 24)  # frequencies that turn with time, height, width
+    tied: bool = False  # the embedding is the output matrix too
+
+
+@dataclass(frozen=True)
+class TokenIds:
+    """Media placeholder ids; a checkpoint's config.json carries them."""
+
+    audio: int = 151646
+    image: int = 151655
+    video: int = 151656
+    vision_start: int = 151652
+    vision_end: int = 151653
+    audio_start: int = 151647
+    audio_end: int = 151648
+
+
+@dataclass(frozen=True)
+class ThinkerConfig:
+    """One thinker: three towers, how they are computed, and what their checkpoint says about prompts."""
+
+    audio: AudioConfig = field(default_factory=AudioConfig)
+    vision: VisionConfig = field(default_factory=VisionConfig)
+    text: TextConfig = field(default_factory=TextConfig)
+    tokens: TokenIds = field(default_factory=TokenIds)
+    positions_per_second: int = 25
+    seconds_per_chunk: float = 2.0
+    dtype: str = "float32"  # of activations; reductions are fp32 whatever it is
+    param_dtype: str = "float32"
+    scan: bool = True  # one stacked layer under a scan (training), or separate layers (decoding: platform.md)
+    remat: bool = True  # recompute each layer in the backward pass
+
+    @property
+    def dtypes(self) -> dict[str, str]:
+        """The two dtypes, as the keywords that every module takes."""
+        return {"dtype": self.dtype, "param_dtype": self.param_dtype}
+
+    def __post_init__(self) -> None:
+        if not self.text.width == self.audio.out == self.vision.out:
+            raise ValueError(
+                f"the towers end in widths {self.audio.out} (audio) and {self.vision.out} (vision), "
+                f"the language model has {self.text.width}"
+            )
+        if sum(self.text.mrope_sections) * 2 != self.text.head:
+            raise ValueError(
+                f"mrope sections {self.text.mrope_sections} do not fill a head of {self.text.head}"
+            )
+
+
+def sized(name: str) -> ThinkerConfig:
+    """The config called `name`: "7b", "3b", "tiny" (tests, the bench on a laptop)."""
+    if name not in SIZES:
+        raise ValueError(f"no size '{name}': one of {', '.join(SIZES)}")
+    return SIZES[name]
+
+
+SEVEN_B = ThinkerConfig()
+THREE_B = ThinkerConfig(
+    audio=AudioConfig(out=2048),
+    vision=VisionConfig(out=2048),
+    text=TextConfig(vocab=151936, width=2048, ffn=11008, layers=36, heads=16, kv_heads=2),
+)
+TINY = ThinkerConfig(
+    audio=AudioConfig(width=64, layers=2, heads=4, ffn=128, out=64),
+    vision=VisionConfig(width=64, layers=3, heads=4, ffn=96, full_layers=(1,), out=64),
+    text=TextConfig(
+        vocab=512, width=64, ffn=160, layers=2, heads=4, kv_heads=2, head=32, mrope_sections=(4, 6, 6)
+    ),
+    tokens=TokenIds(
+        audio=500, image=501, video=502, vision_start=503, vision_end=504, audio_start=505, audio_end=506
+    ),
+)
+SIZES = {"7b": SEVEN_B, "3b": THREE_B, "tiny": TINY}
+
+
+def computed(config: ThinkerConfig, dtype: str, scan: bool, remat: bool = False) -> ThinkerConfig:
+    """The same model computed and kept in `dtype`, with stacked (`scan`) or separate layers."""
+    return replace(config, dtype=dtype, param_dtype=dtype, scan=scan, remat=remat)

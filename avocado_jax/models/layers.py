@@ -1,0 +1,99 @@
+"""Building blocks shared by the towers, and the two layouts of a stack of layers."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from avocado_jax.models.config import ThinkerConfig
+from avocado_jax.typing import Array, Float
+
+Params = Mapping[str, Any]
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) in fp32, cast back, then times the weight."""
+
+    dtype: str
+    param_dtype: str
+    eps: float = 1e-6
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
+        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), jnp.dtype(self.param_dtype))
+        y = x.astype(jnp.float32)
+        y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + self.eps)
+        return scale.astype(self.dtype) * y.astype(self.dtype)
+
+
+class GatedMLP(nn.Module):
+    """SwiGLU: down(silu(gate(x)) * up(x))."""
+
+    ffn: int
+    bias: bool
+    dtype: str
+    param_dtype: str
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
+        hidden = nn.silu(dense(self, self.ffn, "gate", self.bias)(x)) * dense(
+            self, self.ffn, "up", self.bias
+        )(x)
+        return dense(self, x.shape[-1], "down", self.bias)(hidden)
+
+
+def dense(module: Any, features: int, name: str, bias: bool = True) -> nn.Dense:
+    """A linear layer in the dtypes of the module that holds it."""
+    return nn.Dense(features, use_bias=bias, dtype=module.dtype, param_dtype=module.param_dtype, name=name)
+
+
+def gelu(x: Array) -> Array:
+    """The exact (erf) GELU: the checkpoints were trained with it."""
+    return nn.gelu(x, approximate=False)
+
+
+def stack_of(
+    layer: type[nn.Module], sizes: Mapping[str, Any], count: int, config: ThinkerConfig, name: str = "layers"
+) -> Callable:
+    """`count` layers, applied in turn: `run(x, per_layer, *shared) -> (x, outputs of each layer)`.
+
+    `layer(**sizes)` is called as `(x, own, *shared) -> (x, output)`. With `config.scan` the parameters are
+    stacked under `name`, `per_layer` is a pytree whose leaves have a leading axis of `count`, and outputs
+    come stacked; without, layer i is `{name}_{i}`, `per_layer` is a sequence of `count` entries and
+    outputs come as a tuple: no weight is copied out of a stack in decoding.
+    """
+    if config.remat:
+        layer = nn.remat(layer, prevent_cse=not config.scan)
+
+    def scanned(x: Array, per_layer: Any, *shared: Any) -> tuple[Array, Any]:
+        stack = nn.scan(
+            layer,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=(0, *(nn.broadcast for _ in shared)),
+            length=count,
+        )
+        return stack(**sizes, name=name)(x, per_layer, *shared)
+
+    def unrolled(x: Array, per_layer: Any, *shared: Any) -> tuple[Array, tuple]:
+        outputs = []
+        for i in range(count):
+            x, output = layer(**sizes, name=f"{name}_{i}")(x, per_layer[i], *shared)
+            outputs.append(output)
+        return x, tuple(outputs)
+
+    return scanned if config.scan else unrolled
+
+
+def unstack(params: Params, name: str = "layers") -> dict[str, Any]:
+    """The tree of `scan=True` as that of `scan=False`: each stack `layers` becomes `layers_0`, `layers_1`, ..."""
+    out: dict[str, Any] = {}
+    for key, value in params.items():
+        if key == name:
+            count = jax.tree.leaves(value)[0].shape[0]
+            out |= {f"{name}_{i}": jax.tree.map(lambda leaf, i=i: leaf[i], value) for i in range(count)}
+        else:
+            out[key] = unstack(value, name) if isinstance(value, Mapping) else value
+    return out

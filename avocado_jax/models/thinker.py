@@ -1,0 +1,125 @@
+"""The thinker: towers, the clip's tokens, its captions. Logits exist at caption positions only."""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from avocado_jax.models.audio import AudioTower
+from avocado_jax.models.cache import KV, ClipCache
+from avocado_jax.models.config import ThinkerConfig
+from avocado_jax.models.text import TextModel
+from avocado_jax.models.vision import VisionTower
+from avocado_jax.typing import Array, Captions, Clip, Float, Int
+
+
+class Thinker(nn.Module):
+    """Qwen2.5-Omni's thinker for rows of one clip and its G captions (README, "A row").
+
+    Methods are called as `model.apply({"params": params}, ..., method="prefill")`.
+    """
+
+    config: ThinkerConfig
+
+    def setup(self) -> None:
+        config, text = self.config, self.config.text
+        self.audio = AudioTower(config)
+        self.vision = VisionTower(config)
+        self.text = TextModel(config)
+        table = (nn.initializers.normal(0.02), (text.vocab, text.width), jnp.dtype(config.param_dtype))
+        self.embedding = self.param("embedding", *table)
+        self.head = self.embedding if text.tied else self.param("head", *table)
+
+    def __call__(self, clip: Clip, captions: Captions) -> Float[Array, "B G C D"]:
+        """Normed hidden states at the captions' inputs, [B G C D]: `logits` of them predict the targets."""
+        return self.continue_captions(self.prefill(clip), clip, captions.inputs)
+
+    def embed(self, clip: Clip) -> Float[Array, "B P D"]:
+        """The clip's tokens with picture and sound in their places, [B P D]."""
+        rows, patches = clip.tokens.shape[0], clip.patches.shape[1]
+        per_frame = (
+            jnp.repeat(part[:, None], patches, axis=1).reshape(rows * patches, *part.shape[1:])
+            for part in (clip.patch_grid, clip.patch_valid)
+        )
+        seen = self.vision(clip.patches.reshape(rows * patches, *clip.patches.shape[2:]), *per_frame)
+        media = seen.reshape(rows, -1, seen.shape[-1])
+        if clip.mel.shape[1]:  # a batch without any sound has no chunk to encode
+            chunks = clip.mel.reshape(-1, *clip.mel.shape[2:])
+            heard = self.audio(chunks, clip.mel_length.reshape(-1))
+            media = jnp.concatenate([media, heard.reshape(rows, -1, heard.shape[-1])], axis=1)
+        placed = jnp.take_along_axis(media, jnp.maximum(clip.media, 0)[..., None], axis=1)
+        return jnp.where((clip.media >= 0)[..., None], placed, self._words(clip.tokens))
+
+    def prefill(self, clip: Clip) -> ClipCache:
+        """Read the clip once: every layer's keys and values, for any number of captions."""
+        x, positions = self.embed(clip)[:, None], clip.positions[:, None]
+        _, kv = self.text(x, positions)
+        kv = jax.tree.map(lambda part: part.squeeze(-4), kv)  # the clip is a group of one
+        return ClipCache(kv, jnp.arange(clip.tokens.shape[1]) < clip.length[:, None])
+
+    def continue_captions(
+        self, cache: ClipCache, clip: Clip, inputs: Int[Array, "B G C"]
+    ) -> Float[Array, "B G C D"]:
+        """Normed hidden states of captions in parallel, behind their clip; the first input is `clip.first`."""
+        positions = caption_positions(clip, jnp.broadcast_to(jnp.arange(inputs.shape[2]), inputs.shape))
+        x, _ = self.text(self._words(inputs), positions, cache)
+        return x
+
+    def decode(
+        self, cache: ClipCache, clip: Clip, so_far: Any, step: Int[Array, ""], inputs: Int[Array, "B G"]
+    ) -> tuple[Float[Array, "B G V"], Any]:
+        """One token of every caption: its logits in fp32, and the caption cache with it written at `step`."""
+        positions = caption_positions(clip, jnp.broadcast_to(step, (*inputs.shape, 1)))
+        x, so_far = self.text(self._words(inputs[..., None]), positions, cache, so_far, step)
+        return self.logits(x[:, :, 0]), so_far
+
+    def logits(self, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
+        """Scores of the next token, fp32."""
+        return jnp.einsum(
+            "...D,VD->...V", hidden, self.head.astype(self.config.dtype), preferred_element_type=jnp.float32
+        )
+
+    def _words(self, tokens: Int[Array, "..."]) -> Float[Array, "... D"]:
+        return jnp.take(self.embedding, tokens, axis=0).astype(self.config.dtype)
+
+
+def caption_positions(clip: Clip, index: Int[Array, "B G Q"]) -> Int[Array, "B G Q 3"]:
+    """TMRoPE ids of caption inputs by their index: the last prompt token's own, then one past the clip's largest."""
+    start, follow = clip.start[:, None, None], clip.follow[:, None, None]
+    return jnp.repeat(jnp.where(index == 0, start, follow + index - 1)[..., None], 3, axis=-1)
+
+
+def example(config: ThinkerConfig, rows: int = 1, group: int = 1) -> tuple[Clip, Captions]:
+    """The smallest batch, as shapes and dtypes: what `init` and `eval_shape` need to know the parameters."""
+    vision, audio = config.vision, config.audio
+    slots = (vision.window_cells * vision.merge) ** 2
+
+    def array(dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((rows, *shape), dtype)
+
+    clip = Clip(
+        tokens=array(jnp.int32, 2),
+        positions=array(jnp.int32, 2, 3),
+        length=array(jnp.int32),
+        media=array(jnp.int32, 2),
+        first=array(jnp.int32),
+        start=array(jnp.int32),
+        follow=array(jnp.int32),
+        patches=array(jnp.uint8, 1, 1, slots, vision.patch_size),
+        patch_grid=array(jnp.int32, 1, slots, 2),
+        patch_valid=array(jnp.bool_, 1, slots),
+        mel=array(jnp.float32, 1, 2 * audio.window, audio.mel_bins),
+        mel_length=array(jnp.int32, 1),
+    )
+    captions = (array(jnp.int32, group, 1), array(jnp.int32, group, 1), array(jnp.bool_, group, 1))
+    return clip, Captions(*captions)
+
+
+def init(config: ThinkerConfig, key: jax.Array) -> Any:
+    """Random parameters of `config`. Under `jax.eval_shape` this costs nothing at any size."""
+    clip, captions = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), example(config))
+    return Thinker(config).init(key, clip, captions)["params"]
+
+
+__all__ = ["KV", "ClipCache", "Thinker", "example", "init"]

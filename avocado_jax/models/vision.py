@@ -1,0 +1,107 @@
+"""The picture encoder: dense blocks of one window or one temporal patch; nothing attends across time."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from avocado_jax.models.attention import attend
+from avocado_jax.models.config import ThinkerConfig
+from avocado_jax.models.layers import GatedMLP, RMSNorm, dense, gelu, stack_of
+from avocado_jax.models.rope import Rope, patch_rope, rotate
+from avocado_jax.typing import Array, Bool, Float, Int, Shaped
+
+
+class VisionLayer(nn.Module):
+    """Pre-norm layer over windows of slots; where `full`, all windows of a temporal patch are one block."""
+
+    width: int
+    heads: int
+    ffn: int
+    dtype: str
+    param_dtype: str
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "N W U D"],
+        full: Bool[Array, ""] | bool,
+        rope: Rope,
+        valid: Bool[Array, "N W U"],
+    ) -> tuple[Float[Array, "N W U D"], None]:
+        norms = dict(dtype=self.dtype, param_dtype=self.param_dtype)
+        y = RMSNorm(name="attention_norm", **norms)(x)
+        q, k, v = (
+            dense(self, self.width, name)(y).reshape(*y.shape[:3], self.heads, -1) for name in ("q", "k", "v")
+        )
+        q, k = (rotate(part.astype(jnp.float32), rope).astype(self.dtype) for part in (q, k))
+
+        def over_windows(q: Array, k: Array, v: Array) -> Array:
+            n, w, u, *rest = q.shape
+            blocks = (part.reshape(n * w, u, *rest) for part in (q, k, v))
+            return attend(*blocks, valid.reshape(n * w, u))[0].reshape(q.shape)
+
+        def over_frames(q: Array, k: Array, v: Array) -> Array:
+            n, w, u, *rest = q.shape
+            blocks = (part.reshape(n, w * u, *rest) for part in (q, k, v))
+            return attend(*blocks, valid.reshape(n, w * u))[0].reshape(q.shape)
+
+        if isinstance(full, jax.Array):  # under a scan the layer's number is traced
+            mixed = jax.lax.cond(full, over_frames, over_windows, q, k, v)
+        else:
+            mixed = (over_frames if full else over_windows)(q, k, v)
+        x = x + dense(self, self.width, "out")(mixed.reshape(x.shape))
+        y = RMSNorm(name="mlp_norm", **norms)(x)
+        return x + GatedMLP(self.ffn, True, self.dtype, self.param_dtype, name="mlp")(y), None
+
+
+class VisionTower(nn.Module):
+    """Temporal patches (two frames each) in window order to tokens, one for four slots."""
+
+    config: ThinkerConfig
+
+    @nn.compact
+    def __call__(
+        self,
+        patches: Shaped[Array, "N W U X"],
+        grid: Int[Array, "N W U 2"],
+        valid: Bool[Array, "N W U"],
+    ) -> Float[Array, "N Z D"]:
+        """Encode N temporal patches of uint8 pixels. `grid` holds each slot's row and column, `valid` which slots are real.
+
+        Returns W * U / 4 tokens a temporal patch, in slot order; those of padding slots mean nothing.
+        """
+        vision, dtypes = self.config.vision, self.config.dtypes
+        # Pixels travel as bytes and are normalised here: a quarter of the traffic to the device.
+        mean, std = (
+            np.repeat(np.float32(part) * 255, vision.patch_size // vision.channels)
+            for part in (vision.pixel_mean, vision.pixel_std)
+        )
+        pixels = (patches.astype(jnp.float32) - mean) / std
+        # The reference's Conv3d has stride = kernel, so it is a matrix product over flattened patches.
+        x = nn.Dense(vision.width, use_bias=False, name="patch", **dtypes)(pixels.astype(self.config.dtype))
+        rope = patch_rope(grid, vision.width // vision.heads, vision.rope_theta)
+
+        sizes = dict(width=vision.width, heads=vision.heads, ffn=vision.ffn, **dtypes)
+        full = np.isin(np.arange(vision.layers), vision.full_layers)
+        run = stack_of(VisionLayer, sizes, vision.layers, self.config)
+        x, _ = run(x, full if self.config.scan else full.tolist(), rope, valid)
+
+        return Merger(vision.merge**2, vision.out, **dtypes, name="merger")(
+            x.reshape(x.shape[0], -1, x.shape[-1])
+        )
+
+
+class Merger(nn.Module):
+    """The adapter: each run of `cells` slots becomes one token of the language model's width."""
+
+    cells: int
+    out: int
+    dtype: str
+    param_dtype: str
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "N S D"]) -> Float[Array, "N Z O"]:
+        x = RMSNorm(self.dtype, self.param_dtype, name="norm")(x)
+        x = x.reshape(x.shape[0], -1, x.shape[-1] * self.cells)
+        return dense(self, self.out, "out")(gelu(dense(self, x.shape[-1], "up")(x)))

@@ -1,0 +1,97 @@
+"""The decoding loop: G captions of each of B clips in step, ending when the last of them has stopped."""
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from avocado_jax.models.cache import caption_cache
+from avocado_jax.models.config import ThinkerConfig
+from avocado_jax.models.thinker import Thinker
+from avocado_jax.sampling.logits import Sampling, draw
+from avocado_jax.typing import Array, Bool, Clip, Float, Int
+
+
+class Samples(NamedTuple):
+    """Sampled captions. Tokens past a caption's length are the first stop id, their log-probabilities 0."""
+
+    tokens: Int[Array, "B G C"]
+    logprobs: Float[Array, "B G C"]  # of each token when it was drawn (see `logits.draw`)
+    lengths: Int[Array, "B G"]  # tokens of each caption, the stop id included if it was reached
+
+
+class _Loop(NamedTuple):
+    step: Int[Array, ""]
+    last: Int[Array, "B G"]
+    stopped: Bool[Array, "B G"]
+    samples: Samples
+    so_far: Any
+
+
+def caption_keys(seed: int, clips: Int[Array, "B"], captions: int) -> jax.Array:
+    """A random key for each caption, [B G], from the seed, its clip's number and its own.
+
+    What a caption draws does not depend on which clips share its batch.
+    """
+    key = jax.random.key(seed)
+    of_clip = jax.vmap(lambda clip: jax.random.fold_in(key, clip))(jnp.asarray(clips))
+    return jax.vmap(lambda key: jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(captions)))(of_clip)
+
+
+@partial(jax.jit, static_argnames=("config", "sampling", "stops", "length"))
+def generate(
+    params: Any,
+    clip: Clip,
+    keys: jax.Array,
+    banned: Bool[Array, "V"],
+    *,
+    config: ThinkerConfig,
+    sampling: Sampling,
+    stops: tuple[int, ...],
+    length: int,
+) -> Samples:
+    """Sample captions of clips.
+
+    Args:
+        params: of `Thinker(config)`; layers apart (`config.scan` false) decode fastest.
+        clip: B clips.
+        keys: one key a caption, [B G] (`caption_keys`).
+        banned: ids that are never drawn: media placeholders, special tokens, rows without a token.
+        stops: ids that end a caption.
+        length: most tokens of a caption.
+    """
+    apply = partial(Thinker(config).apply, {"params": params})
+    cache = apply(clip, method="prefill")
+    rows, group = keys.shape
+    stop_ids = jnp.asarray(stops, jnp.int32)
+
+    def step(loop: _Loop) -> _Loop:
+        logits, so_far = apply(cache, clip, loop.so_far, loop.step, loop.last, method="decode")
+        step_keys = jax.vmap(jax.vmap(lambda key: jax.random.fold_in(key, loop.step)))(keys)
+        token, logprob = jax.vmap(jax.vmap(lambda logits, key: draw(logits, banned, key, sampling)))(
+            logits, step_keys
+        )
+        token = jnp.where(loop.stopped, stops[0], token)
+        logprob = jnp.where(loop.stopped, 0.0, logprob)
+        old = loop.samples
+        samples = Samples(
+            jax.lax.dynamic_update_slice_in_dim(old.tokens, token[..., None], loop.step, axis=2),
+            jax.lax.dynamic_update_slice_in_dim(old.logprobs, logprob[..., None], loop.step, axis=2),
+            old.lengths + ~loop.stopped,
+        )
+        stopped = loop.stopped | jnp.any(token[..., None] == stop_ids, axis=-1)
+        return _Loop(loop.step + 1, token, stopped, samples, so_far)
+
+    start = _Loop(
+        jnp.int32(0),
+        jnp.repeat(clip.first[:, None], group, axis=1),
+        jnp.zeros((rows, group), bool),
+        Samples(
+            jnp.full((rows, group, length), stops[0], jnp.int32),
+            jnp.zeros((rows, group, length), jnp.float32),
+            jnp.zeros((rows, group), jnp.int32),
+        ),
+        caption_cache(config, rows, group, length),
+    )
+    return jax.lax.while_loop(lambda loop: (loop.step < length) & ~jnp.all(loop.stopped), step, start).samples

@@ -1,0 +1,62 @@
+"""Axis letters, array aliases and the batch containers that data produces and models consume.
+
+    B  rows: one clip each                 V  vocabulary
+    G  captions of a clip                  D  width of the language model
+    P  clip tokens (the prompt)            H  query heads, K  key/value heads
+    C  caption tokens                      E  width of one head
+    T  temporal patches of a clip          R  query heads per key/value head
+    W  windows of one temporal patch       A  audio chunks of 200 mel frames
+    U  slots of a window (64 patches)      L  layers
+    X  numbers in one patch (1176)         M  mel bins
+    Q, S  queries and keys of an attention
+
+Only names live here: no device code, so that input workers may import it.
+"""
+
+from typing import Any, NamedTuple
+
+Array = Any  # a jax.Array on devices, a numpy.ndarray on hosts
+
+try:  # shapes are checked at run time in tests only; where jaxtyping is absent the annotations are inert
+    from jaxtyping import Bool, Float, Int, Shaped
+except ImportError:
+
+    class _Inert:
+        def __class_getitem__(cls, _: object) -> Any:
+            return Any
+
+    Bool = Float = Int = Shaped = _Inert
+
+__all__ = ["Array", "Bool", "Captions", "Clip", "Float", "Int", "Shaped"]
+
+
+class Clip(NamedTuple):
+    """Everything the model reads of B clips: prompt ids, picture, sound and how they interleave.
+
+    Pictures lie in window order: each temporal patch is W windows of U slots, and slots of edge windows
+    that hold no patch are masked. The last prompt token is not part of the clip: it is the first caption
+    input (`first`), so that logits exist at caption positions only.
+    """
+
+    tokens: Int[Array, "B P"]  # prompt ids with media placeholders, right-padded
+    positions: Int[Array, "B P 3"]  # TMRoPE ids: time, height, width
+    length: Int[Array, "B"]  # valid prompt tokens
+    media: Int[
+        Array, "B P"
+    ]  # which media embedding replaces the token: [T*W*U/4 visual | A*50 audio], -1 none
+    first: Int[Array, "B"]  # the first input of every caption: the last prompt token
+    start: Int[Array, "B"]  # its position, on all three axes
+    follow: Int[Array, "B"]  # the position of the token after it: one past the clip's largest
+    patches: Shaped[Array, "B T W U X"]  # uint8 pixels in window order
+    patch_grid: Int[Array, "B W U 2"]  # row and column of each patch in its frame
+    patch_valid: Bool[Array, "B W U"]  # slots that hold a patch
+    mel: Float[Array, "B A 200 M"]  # log-mel frames in chunks, zero-padded
+    mel_length: Int[Array, "B A"]  # valid frames of each chunk
+
+
+class Captions(NamedTuple):
+    """G captions for each of B clips, teacher-forced: `targets[c]` follows `inputs[c]`."""
+
+    inputs: Int[Array, "B G C"]
+    targets: Int[Array, "B G C"]
+    valid: Bool[Array, "B G C"]  # targets that count
