@@ -41,9 +41,7 @@ class Clip(NamedTuple):
     tokens: Int[Array, "B P"]  # prompt ids with media placeholders, right-padded
     positions: Int[Array, "B P 3"]  # TMRoPE ids: time, height, width
     length: Int[Array, "B"]  # valid prompt tokens
-    media: Int[
-        Array, "B P"
-    ]  # which media embedding replaces the token: [T*W*U/4 visual | A*50 audio], -1 none
+    media: Int[Array, "B P"]  # which media embedding replaces the token: [T*W*U/4 visual | A*50 audio], -1 none
     first: Int[Array, "B"]  # the first input of every caption: the last prompt token
     start: Int[Array, "B"]  # its position, on all three axes
     follow: Int[Array, "B"]  # the position of the token after it: one past the clip's largest

@@ -26,9 +26,7 @@ def from_hf(source: Path, target: Path) -> None:
         InputError: `source` is not a sound checkpoint, or `target` exists.
     """
     checkpoint = open_hf(source)
-    with _appearing(
-        target, sum(map(_nbytes, [*checkpoint.tensors.values(), *checkpoint.carried.values()]))
-    ) as folder:
+    with _appearing(target, sum(map(_nbytes, [*checkpoint.tensors.values(), *checkpoint.carried.values()]))) as folder:
         (folder / "hf").mkdir()
         for path in side_files(source):
             shutil.copyfile(path, folder / "hf" / path.name)

@@ -102,8 +102,7 @@ def table(config: ThinkerConfig) -> dict[str, Entry]:
     """Every modelled tensor by its name. Its entries cover each parameter, each layer of a stack, once."""
     tree = jax.eval_shape(lambda key: init(replace(config, scan=True), key), jax.random.key(0))
     leaves = {
-        tuple(str(key.key) for key in path): leaf.shape
-        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+        tuple(str(key.key) for key in path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
     }
     entries = {}
     for ours, theirs, parameters in MODULES:

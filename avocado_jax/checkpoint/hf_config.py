@@ -46,9 +46,7 @@ def thinker_config(config: Mapping[str, Any], tied: bool) -> ThinkerConfig:
     if not isinstance(config, Mapping):
         raise InputError("config.json: not an object")
     if config.get("model_type") not in MODEL_TYPES:
-        raise InputError(
-            f"config.json: model_type is {config.get('model_type')!r}, not a Qwen2.5-Omni checkpoint"
-        )
+        raise InputError(f"config.json: model_type is {config.get('model_type')!r}, not a Qwen2.5-Omni checkpoint")
     top = _Section(config, "config")
     thinker = top.within("thinker_config") if "thinker_config" in config else top
     text, vision, audio = (thinker.within(f"{part}_config") for part in ("text", "vision", "audio"))

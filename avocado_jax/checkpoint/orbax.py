@@ -62,9 +62,7 @@ def save_pieces(folder: Path, tree: Mapping[str, Any]) -> None:
     """Write a tree of `Pieces` as an Orbax checkpoint. `folder` appears only when it is complete."""
     registry = ocp.type_handlers.create_type_handler_registry((Pieces, _PiecesHandler()))
     handler = ocp.PyTreeCheckpointHandler(type_handler_registry=registry)
-    args = jax.tree_util.tree_map_with_path(
-        lambda path, _: save_args("layers" in jax.tree_util.keystr(path)), tree
-    )
+    args = jax.tree_util.tree_map_with_path(lambda path, _: save_args("layers" in jax.tree_util.keystr(path)), tree)
     with ocp.Checkpointer(handler) as checkpointer:
         checkpointer.save(folder.absolute(), args=ocp.args.PyTreeSave(tree, save_args=args))
 
@@ -92,9 +90,7 @@ class RunCheckpoint(NamedTuple):
         try:
             array = ts.open({"driver": "zarr", "kvstore": kvstore}, read=True).result()
         except ValueError as error:
-            raise InputError(
-                f"{self.params}: parameter {'/'.join(entry.path)} cannot be read: {error}"
-            ) from error
+            raise InputError(f"{self.params}: parameter {'/'.join(entry.path)} cannot be read: {error}") from error
         one = array.shape if entry.layer is None else array.shape[1:]
         if entry.change.shape(one, self.config) != entry.shape or (entry.layer or 0) >= array.shape[0]:
             raise InputError(f"{self.params}: {'/'.join(entry.path)} has shape {list(array.shape)}")
@@ -113,9 +109,7 @@ def is_run(folder: Path) -> bool:
 
 def finished_steps(folder: Path) -> list[int]:
     """Steps whose parameters are complete, oldest first. Orbax writes under another name until they are."""
-    names = (
-        path.name for path in (folder / "checkpoints").glob("*") if (path / "params" / "_METADATA").is_file()
-    )
+    names = (path.name for path in (folder / "checkpoints").glob("*") if (path / "params" / "_METADATA").is_file())
     return sorted(int(name) for name in names if re.fullmatch(r"\d+", name))
 
 

@@ -152,11 +152,7 @@ def write_shards(
         used += spec.nbytes
     where = {}
     for number, shard in enumerate(shards, start=1):
-        name = (
-            "model.safetensors"
-            if len(shards) == 1
-            else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        )
+        name = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         _write_shard(folder / name, shard, values)
         where |= {spec.name: name for spec in shard}
     if len(shards) > 1:

@@ -115,9 +115,7 @@ def windows(frames: Shaped[Array, "N h w 3"], vision: VisionConfig) -> Windows:
     """
     patch, merge, side = vision.patch, vision.merge, vision.window_cells
     if len(frames) % vision.temporal_patch:
-        frames = np.concatenate(
-            [frames, np.repeat(frames[-1:], -len(frames) % vision.temporal_patch, axis=0)]
-        )
+        frames = np.concatenate([frames, np.repeat(frames[-1:], -len(frames) % vision.temporal_patch, axis=0)])
     count, height, width, channels = frames.shape
     rows, columns = height // patch // merge, width // patch // merge  # of merged cells
     high, wide = -(-rows // side), -(-columns // side)  # of windows

@@ -158,9 +158,7 @@ def _sound(path: Path, reading: Reading) -> Float[Array, "n"] | None:
                 block = block.reshape(-1, frame.layout.nb_channels).T
             if block.dtype.kind != "f":  # integers to -1..1; unsigned bytes are centred on 128
                 scale = np.iinfo(block.dtype)
-                block = (block.astype(np.float32) - (scale.max + scale.min + 1) / 2) / (
-                    scale.max / 2 - scale.min / 2
-                )
+                block = (block.astype(np.float32) - (scale.max + scale.min + 1) / 2) / (scale.max / 2 - scale.min / 2)
             parts.append(block.astype(np.float32).mean(axis=0))
             length += frame.samples
             if length > (reading.sound_seconds + 1) * rate:

@@ -30,9 +30,7 @@ def chunks(times: Int[Array, "N"], length: int) -> list[tuple[int, int]]:
     return list(zip(bounds, [*bounds[1:], len(times)]))
 
 
-def interleave(
-    grid: tuple[int, int, int], sounds: int, seconds_per_patch: float, config: ThinkerConfig
-) -> Interleaved:
+def interleave(grid: tuple[int, int, int], sounds: int, seconds_per_patch: float, config: ThinkerConfig) -> Interleaved:
     """Order picture and sound by time, chunk by chunk: the pictures of a chunk, then its sound.
 
     Args:
@@ -42,9 +40,7 @@ def interleave(
     """
     patches, rows, columns = grid
     per_second = config.positions_per_second
-    times = np.trunc(
-        np.arange(patches, dtype=np.float32) * np.float32(seconds_per_patch) * per_second
-    ).astype(int)
+    times = np.trunc(np.arange(patches, dtype=np.float32) * np.float32(seconds_per_patch) * per_second).astype(int)
     at = np.indices(grid).reshape(3, -1).T
     at[:, 0] = np.repeat(times, rows * columns)
     heard = np.repeat(np.arange(sounds)[:, None], 3, axis=1)

@@ -59,8 +59,7 @@ def attend(
             lambda item: jax.checkpoint(block)(*item), (blocks, jnp.arange(chunks) * chunk)
         )  # each chunk's scores are recomputed in the backward pass, never kept
         out, lse = (
-            jnp.moveaxis(part, 0, 1).reshape(batch, chunks * chunk, *part.shape[3:])[:, :queries]
-            for part in (out, lse)
+            jnp.moveaxis(part, 0, 1).reshape(batch, chunks * chunk, *part.shape[3:])[:, :queries] for part in (out, lse)
         )
     return out.reshape(batch, queries, heads, width), lse.reshape(batch, queries, heads)
 

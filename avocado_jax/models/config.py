@@ -107,9 +107,7 @@ class ThinkerConfig:
                 f"the language model has {self.text.width}"
             )
         if sum(self.text.mrope_sections) * 2 != self.text.head:
-            raise ValueError(
-                f"mrope sections {self.text.mrope_sections} do not fill a head of {self.text.head}"
-            )
+            raise ValueError(f"mrope sections {self.text.mrope_sections} do not fill a head of {self.text.head}")
 
 
 def sized(name: str) -> ThinkerConfig:
@@ -128,12 +126,8 @@ THREE_B = ThinkerConfig(
 TINY = ThinkerConfig(
     audio=AudioConfig(width=64, layers=2, heads=4, ffn=128, out=64),
     vision=VisionConfig(width=64, layers=3, heads=4, ffn=96, full_layers=(1,), out=64),
-    text=TextConfig(
-        vocab=512, width=64, ffn=160, layers=2, heads=4, kv_heads=2, head=32, mrope_sections=(4, 6, 6)
-    ),
-    tokens=TokenIds(
-        audio=500, image=501, video=502, vision_start=503, vision_end=504, audio_start=505, audio_end=506
-    ),
+    text=TextConfig(vocab=512, width=64, ffn=160, layers=2, heads=4, kv_heads=2, head=32, mrope_sections=(4, 6, 6)),
+    tokens=TokenIds(audio=500, image=501, video=502, vision_start=503, vision_end=504, audio_start=505, audio_end=506),
 )
 SIZES = {"7b": SEVEN_B, "3b": THREE_B, "tiny": TINY}
 

@@ -38,9 +38,7 @@ class GatedMLP(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
-        hidden = nn.silu(dense(self, self.ffn, "gate", self.bias)(x)) * dense(
-            self, self.ffn, "up", self.bias
-        )(x)
+        hidden = nn.silu(dense(self, self.ffn, "gate", self.bias)(x)) * dense(self, self.ffn, "up", self.bias)(x)
         return dense(self, x.shape[-1], "down", self.bias)(hidden)
 
 

@@ -58,9 +58,7 @@ class Thinker(nn.Module):
         kv = jax.tree.map(lambda part: part.squeeze(-4), kv)  # the clip is a group of one
         return ClipCache(kv, jnp.arange(clip.tokens.shape[1]) < clip.length[:, None])
 
-    def continue_captions(
-        self, cache: ClipCache, clip: Clip, inputs: Int[Array, "B G C"]
-    ) -> Float[Array, "B G C D"]:
+    def continue_captions(self, cache: ClipCache, clip: Clip, inputs: Int[Array, "B G C"]) -> Float[Array, "B G C D"]:
         """Normed hidden states of captions in parallel, behind their clip; the first input is `clip.first`."""
         positions = caption_positions(clip, jnp.broadcast_to(jnp.arange(inputs.shape[2]), inputs.shape))
         x, _ = self.text(self._words(inputs), positions, cache)

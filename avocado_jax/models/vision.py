@@ -31,9 +31,7 @@ class VisionLayer(nn.Module):
     ) -> tuple[Float[Array, "N W U D"], None]:
         norms = dict(dtype=self.dtype, param_dtype=self.param_dtype)
         y = RMSNorm(name="attention_norm", **norms)(x)
-        q, k, v = (
-            dense(self, self.width, name)(y).reshape(*y.shape[:3], self.heads, -1) for name in ("q", "k", "v")
-        )
+        q, k, v = (dense(self, self.width, name)(y).reshape(*y.shape[:3], self.heads, -1) for name in ("q", "k", "v"))
         q, k = (rotate(part.astype(jnp.float32), rope).astype(self.dtype) for part in (q, k))
 
         def over_windows(q: Array, k: Array, v: Array) -> Array:
@@ -87,9 +85,7 @@ class VisionTower(nn.Module):
         run = stack_of(VisionLayer, sizes, vision.layers, self.config)
         x, _ = run(x, full if self.config.scan else full.tolist(), rope, valid)
 
-        return Merger(vision.merge**2, vision.out, **dtypes, name="merger")(
-            x.reshape(x.shape[0], -1, x.shape[-1])
-        )
+        return Merger(vision.merge**2, vision.out, **dtypes, name="merger")(x.reshape(x.shape[0], -1, x.shape[-1]))
 
 
 class Merger(nn.Module):

@@ -69,9 +69,7 @@ def generate(
     def step(loop: _Loop) -> _Loop:
         logits, so_far = apply(cache, clip, loop.so_far, loop.step, loop.last, method="decode")
         step_keys = jax.vmap(jax.vmap(lambda key: jax.random.fold_in(key, loop.step)))(keys)
-        token, logprob = jax.vmap(jax.vmap(lambda logits, key: draw(logits, banned, key, sampling)))(
-            logits, step_keys
-        )
+        token, logprob = jax.vmap(jax.vmap(lambda logits, key: draw(logits, banned, key, sampling)))(logits, step_keys)
         token = jnp.where(loop.stopped, stops[0], token)
         logprob = jnp.where(loop.stopped, 0.0, logprob)
         old = loop.samples
