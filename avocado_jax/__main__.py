@@ -10,6 +10,7 @@ from avocado_jax.errors import InputError
 
 COMMANDS = {
     "caption": "describe video clips in words",
+    "prepare": "turn a manifest of videos into shards to train from",
     "convert": "take a checkpoint from Hugging Face format to Orbax, or back",
     "bench": "measure the hot paths against the ceilings of this machine",
 }

@@ -1,0 +1,82 @@
+"""Turn a manifest of videos into shards to train from.
+
+    avocado prepare clips.jsonl gs://bucket/clips
+    avocado prepare clips.jsonl prepared --features --tokenizer checkpoint
+
+MANIFEST has a JSON object a line: {"id", "video", "caption", ...} or ms-swift's {"messages", "videos"}; video paths
+are relative to it, or gs://. OUT gets shard-*.array_record, index.jsonl, rejects.jsonl (what was left out, and why)
+and, when all is done, manifest.json. A run that was stopped goes on where it was, and ends with the same bytes.
+"""
+
+import argparse
+import json
+import os
+import signal
+import sys
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+from types import FrameType
+from typing import NoReturn
+
+from avocado_jax.data.prepare import Job, prepare
+from avocado_jax.data.storage import StorageError
+from avocado_jax.data.words import load_words
+
+STOPPED = 75
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options."""
+    cores = len(os.sched_getaffinity(0))
+    parser.add_argument("manifest", metavar="MANIFEST", help="JSONL file, local or gs://")
+    parser.add_argument("out", metavar="OUT", help="folder, local or gs://")
+    parser.add_argument("--features", action="store_true", help="store resized frames and sound, not the video files")
+    parser.add_argument("--tokenizer", metavar="DIR", type=Path, help="count captions in tokens (else in bytes)")
+    parser.add_argument("--workers", metavar="N", type=_count, default=cores, help=f"processes ({cores})")
+    parser.add_argument("--shard-records", metavar="N", type=_count, default=64, help="lines to a shard (64)")
+    parser.add_argument("--clip-seconds", metavar="S", type=float, default=300.0, help="to read one clip (300)")
+    parser.add_argument(
+        "--max-reject-share", metavar="X", type=float, default=0.05, help="of lines, past which it fails (0.05)"
+    )
+    parser.add_argument("--json", action="store_true", help="print the result as a JSON object")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Prepare. Returns 0, 1 where too much was rejected or storage failed, or 75 where it was stopped."""
+    signal.signal(signal.SIGTERM, _stop)
+    words = load_words(args.tokenizer) if args.tokenizer else None
+    job = Job(args.manifest, args.out, args.features, words, args.shard_records, args.clip_seconds)
+    try:
+        done = prepare(job, args.workers, args.max_reject_share)
+    except (StorageError, BrokenProcessPool) as error:
+        print(f"avocado prepare: {error}; what is done is kept, run it again to go on", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("avocado prepare: stopped; run it again to go on", file=sys.stderr)
+        return STOPPED
+    for reject in done.rejects[:5]:
+        print(f"rejected line {reject.line} ({reject.id}): {reject.reason}", file=sys.stderr)
+    if len(done.rejects) > 5:
+        print(f"... and {len(done.rejects) - 5} more: see rejects.jsonl", file=sys.stderr)
+    counts = {"records": done.records, "rejected": len(done.rejects), "shards": done.shards, "bytes": done.bytes}
+    if not done.complete:
+        lines = done.records + len(done.rejects)
+        print(
+            f"avocado prepare: {len(done.rejects)} of {lines} lines rejected, more than {args.max_reject_share:g}",
+            file=sys.stderr,
+        )
+    if args.json:
+        print(json.dumps(counts | {"complete": done.complete}))
+    elif done.complete:
+        print(f"{done.records} clips in {done.shards} shards ({done.bytes / 1e6:.1f} MB), {len(done.rejects)} rejected")
+    return 0 if done.complete else 1
+
+
+def _stop(signum: int, frame: FrameType | None) -> NoReturn:
+    raise KeyboardInterrupt
+
+
+def _count(text: str) -> int:
+    if (value := int(text)) < 1:
+        raise ValueError
+    return value

@@ -1,0 +1,233 @@
+"""The stream of batches: plan entries to rows in Grain's worker processes, rows to host batches in the main one.
+
+The position is the step: `batches(..., first=step)` goes on exactly there, with any number of hosts and workers.
+"""
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import grain
+import numpy as np
+from absl import flags
+
+from avocado_jax.data.media import Media, Reading
+from avocado_jax.data.plan import Bucket, Plan
+from avocado_jax.data.prompt import PROMPTS, SYSTEM, Prompt, chat_prompt, special_id
+from avocado_jax.data.records import Record, decoded
+from avocado_jax.data.rows import make_row, stack
+from avocado_jax.data.storage import StorageError, within
+from avocado_jax.data.words import Words
+from avocado_jax.errors import InputError
+from avocado_jax.models.config import ThinkerConfig
+from avocado_jax.typing import Array, Captions, Clip, Float, Int
+
+PROMPT, REFERENCES = 3, 4  # purposes of random numbers
+THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
+TRIAL = 50  # rows that are always read before the share of lost ones is judged
+
+
+class Source(Protocol):
+    """Random access to records by their number in the index."""
+
+    def __getitem__(self, number: int) -> Record: ...
+
+
+class Lost(NamedTuple):
+    """A record that became a row of zero weight."""
+
+    step: int
+    id: str
+    reason: str
+
+
+class Batch(NamedTuple):
+    """The rows of this host at one step."""
+
+    step: int
+    epoch: int
+    bucket: Bucket
+    ids: tuple[str, ...]  # "" in rows that only fill up
+    records: tuple[dict[str, Any], ...]  # the manifest fields of each row: what rewards compare with
+    clip: Clip
+    captions: Captions
+    weight: Float[Array, "B"]  # 1, or 0 for a row that is not to count
+    cut: Int[Array, "B"]  # captions of each row that were longer than the bucket
+    lost: tuple[Lost, ...]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How records become rows: equal on all hosts."""
+
+    config: ThinkerConfig
+    words: Words
+    reading: Reading = Reading()
+    group: int = 1  # captions a row; a record with fewer references leaves the rest without targets
+    prompts: tuple[str, ...] = PROMPTS  # one is drawn for a record that asks nothing itself
+    record_seconds: float = 120.0  # to read and decode one record, before it is given up
+    max_lost_share: float = 0.01  # of this host's rows, past which the stream stops
+
+
+class _Row(NamedTuple):
+    """One row on its way from a worker; the clip is padded to the bucket and has an axis of one row."""
+
+    clip: Clip
+    captions: Captions
+    weight: float
+    cut: int
+    id: str
+    record: dict[str, Any]
+    reason: str
+
+
+def longest_prompt(recipe: Recipe) -> int:
+    """Tokens of the longest of the recipe's own prompts, media aside: what `index.sizes` asks for."""
+    prompts = [chat_prompt(recipe.words, text) for text in recipe.prompts]
+    return max(len(prompt.before) + len(prompt.after) for prompt in prompts)
+
+
+def batches(
+    source: Source,
+    ids: Sequence[str],
+    plan: Plan,
+    recipe: Recipe,
+    first: int,
+    stop: int,
+    rows: range,
+    workers: int = 0,
+    threads: int = 2,
+) -> Iterator[Batch]:
+    """This host's part of steps `first` to `stop` (not included), in order.
+
+    Args:
+        ids: of the records, in the order of the index.
+        rows: this host's rows of the global batch: `place.local_rows`, or `host_rows`.
+        workers: processes that read and decode; 0 for none but this one.
+        threads: rows being made at once in each process.
+
+    Raises:
+        InputError: more than the recipe's share of this host's rows could not be read.
+    """
+    work = _MakeRow(source, ids, plan, recipe, rows)
+    dataset = grain.MapDataset.range(first * len(rows), stop * len(rows)).map(work)
+    stream = dataset.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads))
+    if workers:
+        if not flags.FLAGS.is_parsed():  # Grain reads its flags, which only absl's app.run parses
+            flags.FLAGS.mark_as_parsed()
+        for variable in THREAD_VARIABLES:  # workers take them from here: one process, one core
+            os.environ.setdefault(variable, "1")
+        stream = stream.mp_prefetch(grain.MultiprocessingOptions(workers, per_worker_buffer_size=2))
+    iterator = iter(stream)
+    lost: list[Lost] = []
+    try:
+        for step in range(first, stop):
+            batch = _batch([next(iterator) for _ in rows], plan, step)
+            lost += batch.lost
+            seen = (step + 1 - first) * len(rows)
+            if len(lost) > recipe.max_lost_share * max(seen, TRIAL):
+                some = "; ".join(f"{one.id}: {one.reason}" for one in lost[:5])
+                raise InputError(f"{len(lost)} of {seen} records cannot be read: {some}" + "; ..." * (len(lost) > 5))
+            yield batch
+    finally:
+        if workers:
+            iterator.close()
+
+
+def host_rows(host: int, hosts: int, batch: int) -> range:
+    """The rows of a host where hosts share a global batch in order.
+
+    Raises:
+        InputError: they cannot share it evenly.
+    """
+    if batch % hosts:
+        raise InputError(f"a batch of {batch} rows cannot be shared by {hosts} hosts")
+    return range(host * batch // hosts, (host + 1) * batch // hosts)
+
+
+def _batch(rows: list[_Row], plan: Plan, step: int) -> Batch:
+    at = plan.step(step)
+    return Batch(
+        step=step,
+        epoch=at.epoch,
+        bucket=at.bucket,
+        ids=tuple(row.id for row in rows),
+        records=tuple(row.record for row in rows),
+        clip=_joined([row.clip for row in rows]),
+        captions=_joined([row.captions for row in rows]),
+        weight=np.array([row.weight for row in rows], np.float32),
+        cut=np.array([row.cut for row in rows], np.int32),
+        lost=tuple(Lost(step, row.id, row.reason) for row in rows if row.reason),
+    )
+
+
+def _joined(parts: list[Any]) -> Any:
+    """NamedTuples of arrays, joined along their first axis."""
+    if len(parts) == 1:
+        return parts[0]
+    return type(parts[0])(*(np.concatenate(leaves) for leaves in zip(*parts)))
+
+
+class _MakeRow:
+    """The row at a place of this host's stream: place // rows is the step. Runs in the workers."""
+
+    def __init__(self, source: Source, ids: Sequence[str], plan: Plan, recipe: Recipe, rows: range) -> None:
+        self.source, self.ids, self.plan, self.recipe, self.rows = source, ids, plan, recipe, rows
+
+    def __call__(self, place: int) -> _Row:
+        step = self.plan.step(place // len(self.rows))
+        number = int(step.records[self.rows[place % len(self.rows)]])
+        if number < 0:
+            return self._empty(step.bucket, "", "")
+        try:
+            return within(
+                self.recipe.record_seconds,
+                lambda: record_row(self.source[number], number, step.epoch, step.bucket, self.recipe, self.plan.seed),
+            )
+        except (InputError, StorageError, TimeoutError) as error:
+            return self._empty(step.bucket, self.ids[number], str(error))
+
+    def _empty(self, bucket: Bucket, name: str, reason: str) -> _Row:
+        """A row of the same shape that counts for nothing: the smallest picture, no sound, no caption."""
+        recipe = self.recipe
+        side = recipe.config.vision.patch * recipe.config.vision.merge
+        media = Media(np.zeros((recipe.config.vision.temporal_patch, side, side, 3), np.uint8), None, 0.0)
+        row = make_row(media, Prompt([0], [0]), recipe.config, recipe.reading)
+        captions, _ = make_captions([], int(row.clip.first), bucket.caption, recipe.group)
+        return _Row(stack([row.clip], bucket.shape), captions, 0.0, 0, name, {}, reason)
+
+
+def record_row(record: Record, number: int, epoch: int, bucket: Bucket, recipe: Recipe, seed: int) -> _Row:
+    """Decode a record, ask its question, and take G of its captions, in an order drawn from (seed, epoch, number).
+
+    Raises:
+        InputError: it cannot be decoded, or does not fit the bucket.
+    """
+    fields = record.fields
+    text = fields.get("prompt") or draw(recipe.prompts, 1, seed, PROMPT, epoch, number)[0]
+    prompt = chat_prompt(recipe.words, text, fields.get("system", SYSTEM))
+    clip = make_row(decoded(record, recipe.reading), prompt, recipe.config, recipe.reading).clip
+    known = list(dict.fromkeys([fields["caption"], *fields.get("references", [])]))
+    chosen = draw(known, recipe.group, seed, REFERENCES, epoch, number)
+    stop = special_id(recipe.words, "<|im_end|>")
+    ids = [[*recipe.words.encode(caption), stop] for caption in chosen]
+    captions, cut = make_captions(ids, int(clip.first), bucket.caption, recipe.group)
+    return _Row(stack([clip], bucket.shape), captions, 1.0, cut, fields["id"], fields, "")
+
+
+def draw(items: Sequence[str], count: int, seed: int, purpose: int, epoch: int, number: int) -> list[str]:
+    """At most `count` of `items`, none twice, in an order that depends on the other arguments only."""
+    order = np.random.default_rng([seed, purpose, epoch, number]).permutation(len(items))
+    return [items[place] for place in order[:count]]
+
+
+def make_captions(ids: list[list[int]], first: int, length: int, group: int) -> tuple[Captions, int]:
+    """Captions as one row of `group` x `length`, and how many were cut (a caption that is cut does not stop)."""
+    targets = np.zeros((1, group, length), np.int32)
+    valid = np.zeros((1, group, length), bool)
+    for place, caption in enumerate(ids):
+        kept = caption[:length]
+        targets[0, place, : len(kept)], valid[0, place, : len(kept)] = kept, True
+    inputs = np.concatenate([np.full((1, group, 1), first, np.int32), targets[..., :-1]], axis=-1)
+    return Captions(inputs, targets, valid), sum(len(caption) > length for caption in ids)

@@ -1,0 +1,221 @@
+"""The global batch plan: which records make up each step, known to every host without a word exchanged.
+
+The plan is a pure function of (index, seed, step, batch size, buckets). In every epoch each record comes once:
+
+1. The epoch's records are shuffled and dealt, in that order, to the bucket each fits best; a full batch is a step.
+2. What is left of each bucket when the records run out is filled up from the leftovers of buckets that fit
+   inside it, so that few batches stay short; empty places of those are rows of zero weight (record -1).
+3. The epoch's steps are shuffled.
+
+Nothing is carried from one epoch to the next: the number of steps of an epoch is the same in all of them, and any
+step can be computed on its own.
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+
+from avocado_jax.data.index import Sizes
+from avocado_jax.data.rows import Shape
+from avocado_jax.errors import InputError
+from avocado_jax.models.config import ThinkerConfig
+from avocado_jax.typing import Array, Float, Int
+
+EPOCH, STEPS = 1, 2  # purposes of random numbers
+
+
+class Bucket(NamedTuple):
+    """One compiled shape."""
+
+    shape: Shape
+    caption: int  # tokens of a caption
+
+
+class Step(NamedTuple):
+    """What the whole job computes at one step."""
+
+    step: int
+    epoch: int
+    bucket: Bucket
+    records: Int[Array, "B"]  # by their number in the index; -1 is a row of zero weight
+
+
+def row_flops(sizes: Array, group: int, config: ThinkerConfig) -> Float[Array, "N"]:
+    """Forward FLOPs of rows whose sizes are the columns of `sizes` [N 5]: Shape's four, then caption tokens.
+
+    Matrix products of the towers, the language model over the clip and its `group` captions, and attention;
+    logits at caption positions only.
+    """
+    tokens, patches, windows, chunks, caption = np.asarray(sizes, np.float64).T
+    vision, audio, text = config.vision, config.audio, config.text
+    slots = (vision.window_cells * vision.merge) ** 2
+    full = len(vision.full_layers) / vision.layers
+    layer = 2 * (4 * vision.width**2 + 3 * vision.width * vision.ffn)
+    keys = slots * (full * windows + 1 - full)
+    patch = vision.layers * (layer + 4 * vision.width * keys) + 2 * vision.patch_size * vision.width
+    merged = vision.width * vision.merge**2
+    patch = patch + 2 * merged * (merged + vision.out) / vision.merge**2
+    layer = 2 * (4 * audio.width**2 + 2 * audio.width * audio.ffn) + 4 * audio.width * audio.window
+    chunk = audio.window * (audio.layers * layer + 6 * audio.width * (2 * audio.mel_bins + audio.width))
+    heads = text.heads * text.head
+    layer = 2 * text.width * (2 * heads + 2 * text.kv_heads * text.head + 3 * text.ffn)
+    said = group * caption
+    body = text.layers * ((tokens + said) * layer + 4 * heads * (tokens * tokens / 2 + said * (tokens + caption / 2)))
+    return patches * windows * slots * patch + chunks * chunk + body + 2 * said * text.width * text.vocab
+
+
+def choose_buckets(
+    sizes: Sizes, count: int, group: int, config: ThinkerConfig, aligned: tuple[int, int] = (128, 64)
+) -> list[Bucket]:
+    """At most `count` shapes that hold every record and waste few FLOPs on padding, the dearest first.
+
+    Neighbours are merged, cheapest loss first, until `count` are left; then records move to the cheapest bucket
+    that holds them and buckets shrink to their records, as long as that gains.
+
+    Args:
+        aligned: clip tokens and caption tokens are multiples of these, as attention kernels like them.
+    """
+    table = _table(sizes)
+    for column, unit in ((0, aligned[0]), (4, aligned[1])):
+        table[:, column] = -(-table[:, column] // unit) * unit
+    kinds, members = np.unique(_coarse(table, 1500), axis=0, return_counts=True)
+    boxes = _merged(kinds, members, count, group, config)
+    cost = np.inf
+    while True:
+        chosen = _cheapest(table, boxes, group, config)
+        boxes = np.array([table[chosen == number].max(axis=0) for number in np.unique(chosen)])
+        if (now := row_flops(boxes, group, config)[_cheapest(table, boxes, group, config)].sum()) >= cost:
+            break
+        cost = now
+    boxes = boxes[np.argsort(-row_flops(boxes, group, config), kind="stable")]
+    return [Bucket(Shape(*box[:4]), box[4]) for box in boxes.tolist()]
+
+
+def _table(sizes: Sizes) -> Int[Array, "N 5"]:
+    return np.column_stack([*sizes.shape, sizes.caption]).astype(np.int64)
+
+
+def _coarse(table: Array, most: int) -> Array:
+    """Round sizes up until at most `most` distinct ones are left: merging is quadratic in their number."""
+    bits = 8
+    while len(np.unique(rounded := _up(table, bits), axis=0)) > most:
+        bits -= 1
+    return rounded
+
+
+def _up(table: Array, bits: int) -> Array:
+    """Each size rounded up to `bits` leading bits."""
+    unit = 1 << np.maximum(np.floor(np.log2(np.maximum(table, 1))).astype(int) + 1 - bits, 0)
+    return -(-table // unit) * unit
+
+
+def _merged(boxes: Array, members: Array, count: int, group: int, config: ThinkerConfig) -> Array:
+    """Merge the pair of boxes whose common box costs their members least, until `count` are left."""
+    cost = row_flops(boxes, group, config)
+
+    def losses(one: int, others: Array) -> Array:
+        both = row_flops(np.maximum(boxes[one], boxes[others]), group, config)
+        own = members[one] * cost[one] + members[others] * cost[others]
+        return (members[one] + members[others]) * both - own
+
+    boxes, members, everyone = boxes.copy(), members.copy(), np.arange(len(boxes))
+    loss = np.stack([losses(one, everyone) for one in everyone])
+    np.fill_diagonal(loss, np.inf)
+    alive = np.ones(len(boxes), bool)
+    for _ in range(len(boxes) - count):
+        one, other = np.unravel_index(np.argmin(loss), loss.shape)
+        boxes[one] = np.maximum(boxes[one], boxes[other])
+        members[one] += members[other]
+        cost[one] = row_flops(boxes[one : one + 1], group, config)[0]
+        alive[other] = False
+        loss[other, :] = loss[:, other] = np.inf
+        fresh = np.where(alive & (everyone != one), losses(one, everyone), np.inf)
+        loss[one, :] = loss[:, one] = fresh
+    return boxes[alive]
+
+
+def _cheapest(table: Array, boxes: Array, group: int, config: ThinkerConfig) -> Int[Array, "N"]:
+    """The number of the cheapest box that holds each row of sizes.
+
+    Raises:
+        InputError: none does.
+    """
+    chosen = np.full(len(table), -1)
+    for number in np.argsort(-row_flops(boxes, group, config), kind="stable"):
+        chosen[(table <= boxes[number]).all(axis=1)] = number
+    if (chosen < 0).any():
+        worst = int(np.argmax(chosen < 0))
+        raise InputError(f"record {worst} of sizes {table[worst].tolist()} fits none of the buckets")
+    return chosen
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """The steps of a run. Equal arguments give equal plans on every host."""
+
+    buckets: tuple[Bucket, ...]  # the dearest first
+    assigned: Int[Array, "N"]  # the bucket of each record
+    batch: int  # rows of the whole job
+    seed: int
+
+    @property
+    def epoch_steps(self) -> int:
+        """Steps of an epoch: the same for all."""
+        return len(_epoch(self, 0))
+
+    def step(self, step: int) -> Step:
+        """What is computed at a step."""
+        epoch, within = divmod(step, self.epoch_steps)
+        bucket, records = _epoch(self, epoch)[within]
+        return Step(step, epoch, self.buckets[bucket], records)
+
+
+def make_plan(sizes: Sizes, buckets: list[Bucket], batch: int, seed: int, group: int, config: ThinkerConfig) -> Plan:
+    """Assign each record to the cheapest bucket that holds it.
+
+    Raises:
+        InputError: there is no record, or one that no bucket holds.
+    """
+    if not len(sizes.caption):
+        raise InputError("the data set has no records")
+    boxes = np.array([(*bucket.shape, bucket.caption) for bucket in buckets])
+    order = np.argsort(-row_flops(boxes, group, config), kind="stable")
+    assigned = _cheapest(_table(sizes), boxes[order], group, config)
+    return Plan(tuple(buckets[number] for number in order), assigned, batch, seed)
+
+
+def padded_share(sizes: Sizes, plan: Plan, group: int, config: ThinkerConfig) -> float:
+    """The part of an epoch's FLOPs that is spent on padding, rows of zero weight included.
+
+    The empty slots of a clip's own edge windows are not in it: they come with the clip's size.
+    """
+    boxes = np.array([(*bucket.shape, bucket.caption) for bucket in plan.buckets])
+    counts = np.zeros(len(boxes))
+    for bucket, _ in _epoch(plan, 0):
+        counts[bucket] += plan.batch
+    return float(1 - row_flops(_table(sizes), group, config).sum() / (counts @ row_flops(boxes, group, config)))
+
+
+@lru_cache(maxsize=4)
+def _epoch(plan: Plan, epoch: int) -> list[tuple[int, Int[Array, "B"]]]:
+    """All steps of an epoch, as (bucket, records)."""
+    order = np.random.default_rng([plan.seed, EPOCH, epoch]).permutation(len(plan.assigned))
+    steps, left = [], []
+    for bucket in range(len(plan.buckets)):
+        own = order[plan.assigned[order] == bucket]
+        full = len(own) // plan.batch * plan.batch
+        steps += [(bucket, rows) for rows in own[:full].reshape(-1, plan.batch)]
+        left.append(own[full:].tolist())
+    sizes = [(*bucket.shape, bucket.caption) for bucket in plan.buckets]
+    for bucket, size in enumerate(sizes):
+        for smaller in range(bucket + 1, len(sizes)):
+            if left[bucket] and all(part <= room for part, room in zip(sizes[smaller], size)):
+                room = plan.batch - len(left[bucket])
+                left[bucket] += left[smaller][:room]
+                left[smaller] = left[smaller][room:]
+        if left[bucket]:
+            steps.append((bucket, np.array(left[bucket] + [-1] * (plan.batch - len(left[bucket])))))
+    shuffle = np.random.default_rng([plan.seed, STEPS, epoch]).permutation(len(steps))
+    return [steps[place] for place in shuffle]

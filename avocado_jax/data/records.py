@@ -1,0 +1,92 @@
+"""One record: a clip, its caption and what else is known of it, as self-describing bytes (msgpack) and back."""
+
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import msgpack
+import numpy as np
+
+from avocado_jax.data.media import Media, Reading, read_media
+from avocado_jax.errors import InputError
+
+VERSION = 1
+LISTS = ("references", "events", "dialogues", "keypoints")
+MEMORY = "/dev/shm" if os.path.isdir("/dev/shm") else None  # where decoders find a clip that is in memory
+
+
+class Record(NamedTuple):
+    """A clip as it is stored."""
+
+    fields: dict[str, Any]  # the manifest line without its video: id, caption, ...
+    clip: bytes | Media  # an encoded file, or features that are already decoded
+    name: str  # of the file, for messages and as a hint at its format
+
+
+def pack(record: Record) -> bytes:
+    """Encode a record."""
+    if isinstance(record.clip, bytes):
+        clip: dict[str, Any] = {"video": record.clip}
+    else:
+        frames, samples, seconds = record.clip
+        clip = {"frames": frames.tobytes(), "size": frames.shape, "seconds": seconds}
+        clip["samples"] = None if samples is None else samples.astype("<f4").tobytes()
+    return msgpack.packb({"version": VERSION, "fields": record.fields, "name": record.name, **clip})
+
+
+def unpack(data: bytes) -> Record:
+    """Decode a record.
+
+    Raises:
+        InputError: it is damaged, or of another version.
+    """
+    try:
+        held = msgpack.unpackb(data)
+        if held["version"] != VERSION:
+            raise InputError(f"a record of version {held['version']}; this code reads {VERSION}: run prepare again")
+        if "video" in held:
+            return Record(held["fields"], held["video"], held["name"])
+        frames = np.frombuffer(held["frames"], np.uint8).reshape(held["size"])
+        samples = None if held["samples"] is None else np.frombuffer(held["samples"], "<f4")
+        return Record(held["fields"], Media(frames, samples, held["seconds"]), held["name"])
+    except (msgpack.UnpackException, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"a damaged record ({error})") from error
+
+
+def from_example(example: dict[str, Any]) -> Record:
+    """A record from an example of a tfds dataset: texts are bytes, lists are JSON texts, `video` is the file.
+
+    Raises:
+        InputError: it lacks an id, a caption or a video.
+    """
+    fields = {
+        key: value.decode() if isinstance(value, bytes) else value for key, value in example.items() if key != "video"
+    }
+    for name in LISTS:
+        if isinstance(fields.get(name), str):
+            fields[name] = json.loads(fields[name])
+    missing = [name for name in ("id", "caption") if not fields.get(name)] + ["video"] * ("video" not in example)
+    if missing:
+        raise InputError(f"an example without {', '.join(missing)}")
+    plain = {key: value.item() if isinstance(value, np.generic) else value for key, value in fields.items()}
+    return Record(plain, bytes(example["video"]), plain["id"])
+
+
+def decoded(record: Record, reading: Reading) -> Media:
+    """The clip of a record in memory.
+
+    Raises:
+        InputError: one line with the reason.
+    """
+    if isinstance(record.clip, Media):
+        return record.clip
+    # The reader opens a clip several times and by path, as decoders like it best.
+    with tempfile.NamedTemporaryFile(dir=MEMORY, suffix=Path(record.name).suffix[-16:]) as file:
+        file.write(record.clip)
+        file.flush()
+        try:
+            return read_media(file.name, reading)
+        except InputError as error:
+            raise InputError(str(error).removeprefix(f"{file.name}: ").replace(file.name, record.name)) from error

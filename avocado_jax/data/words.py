@@ -1,0 +1,44 @@
+"""A tokenizer as plain data: worker processes build it with the `tokenizers` library alone, in milliseconds."""
+
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+from tokenizers import Tokenizer
+
+from avocado_jax.data.prompt import load_tokenizer
+
+
+@dataclass(frozen=True)
+class Words:
+    """Texts to ids. Special tokens that are spelled out in a text stay text.
+
+    It answers as a Hugging Face tokenizer does to `encode` and `get_added_vocab`, so `chat_prompt` takes it.
+    """
+
+    json: str  # tokenizer.json
+
+    def encode(self, text: str, add_special_tokens: bool = False, split_special_tokens: bool = True) -> list[int]:
+        """The ids of a text."""
+        assert split_special_tokens and not add_special_tokens
+        return _built(self.json).encode(text, add_special_tokens=False).ids
+
+    def get_added_vocab(self) -> dict[str, int]:
+        """Special and other added tokens with their ids."""
+        return {token.content: number for number, token in _built(self.json).get_added_tokens_decoder().items()}
+
+
+def load_words(folder: Path) -> Words:
+    """The tokenizer of a checkpoint's folder.
+
+    Raises:
+        InputError: the folder has none.
+    """
+    return Words(load_tokenizer(folder).backend_tokenizer.to_str())
+
+
+@lru_cache(maxsize=2)
+def _built(json: str) -> Tokenizer:
+    tokenizer = Tokenizer.from_str(json)
+    tokenizer.encode_special_tokens = True
+    return tokenizer

@@ -1,0 +1,1 @@
+"""The mesh, where parameters live on it, and host batches onto it."""
