@@ -4,8 +4,9 @@ The position is the step: `batches(..., first=step)` goes on exactly there, with
 """
 
 import os
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+import pickle
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
 import grain
@@ -21,7 +22,7 @@ from avocado_jax.data.storage import StorageError, within
 from avocado_jax.data.words import Words
 from avocado_jax.errors import InputError
 from avocado_jax.models.config import ThinkerConfig
-from avocado_jax.typing import Array, Captions, Clip, Float, Int
+from avocado_jax.typing import Array, Captions, Clip, Float, Int, Shaped
 
 PROMPT, REFERENCES = 3, 4  # purposes of random numbers
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
@@ -63,7 +64,7 @@ class Recipe:
 
     config: ThinkerConfig
     words: Words
-    reading: Reading = Reading()
+    reading: Reading = field(default_factory=Reading)
     group: int = 1  # captions a row; a record with fewer references leaves the rest without targets
     prompts: tuple[str, ...] = PROMPTS  # one is drawn for a record that asks nothing itself
     record_seconds: float = 120.0  # to read and decode one record, before it is given up
@@ -111,7 +112,9 @@ def batches(
         InputError: more than the recipe's share of this host's rows could not be read.
     """
     work = _MakeRow(source, ids, plan, recipe, rows)
-    dataset = grain.MapDataset.range(first * len(rows), stop * len(rows)).map(work)
+    # A row leaves its worker as one block of shared memory: Grain makes one of each array that it sees, and a pipe
+    # that holds more than names keeps workers from ending.
+    dataset = grain.MapDataset.range(first * len(rows), stop * len(rows)).map(lambda place: _block(work(place)))
     stream = dataset.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads))
     if workers:
         if not flags.FLAGS.is_parsed():  # Grain reads its flags, which only absl's app.run parses
@@ -123,7 +126,7 @@ def batches(
     lost: list[Lost] = []
     try:
         for step in range(first, stop):
-            batch = _batch([next(iterator) for _ in rows], plan, step)
+            batch = _batch([pickle.loads(next(iterator)) for _ in rows], plan, step)
             lost += batch.lost
             seen = (step + 1 - first) * len(rows)
             if len(lost) > recipe.max_lost_share * max(seen, TRIAL):
@@ -162,10 +165,12 @@ def _batch(rows: list[_Row], plan: Plan, step: int) -> Batch:
     )
 
 
+def _block(row: _Row) -> Shaped[Array, "N"]:
+    return np.frombuffer(pickle.dumps(row, pickle.HIGHEST_PROTOCOL), np.uint8)
+
+
 def _joined(parts: list[Any]) -> Any:
     """NamedTuples of arrays, joined along their first axis."""
-    if len(parts) == 1:
-        return parts[0]
     return type(parts[0])(*(np.concatenate(leaves) for leaves in zip(*parts)))
 
 

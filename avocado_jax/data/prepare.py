@@ -14,7 +14,7 @@ import tempfile
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from multiprocessing import active_children, get_context, parent_process
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -41,7 +41,7 @@ class Job:
     words: Words | None = None  # counts the texts in tokens; without it the index counts bytes
     shard_records: int = 64  # manifest lines to a shard
     clip_seconds: float = 300.0  # to read one clip, before it is given up
-    reading: Reading = Reading()
+    reading: Reading = field(default_factory=Reading)
 
 
 class Prepared(NamedTuple):

@@ -108,7 +108,7 @@ FAULTS = (OSError, RuntimeError, ValueError)
 
 
 def open_shards(
-    folder: str, reading: Reading = Reading(), cache_dir: Path | None = None, patience: float = storage.PATIENCE
+    folder: str, reading: Reading, cache_dir: Path | None = None, patience: float = storage.PATIENCE
 ) -> Shards:
     """A folder that `prepare` made, local or gs://.
 

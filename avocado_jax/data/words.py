@@ -20,7 +20,8 @@ class Words:
 
     def encode(self, text: str, add_special_tokens: bool = False, split_special_tokens: bool = True) -> list[int]:
         """The ids of a text."""
-        assert split_special_tokens and not add_special_tokens
+        if add_special_tokens or not split_special_tokens:
+            raise ValueError("only plain text is encoded here")
         return _built(self.json).encode(text, add_special_tokens=False).ids
 
     def get_added_vocab(self) -> dict[str, int]:

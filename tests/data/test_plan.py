@@ -1,0 +1,131 @@
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from avocado_jax.data.features import choose_frames, frame_pixels, frame_size
+from avocado_jax.data.index import Index, Sizes, sizes
+from avocado_jax.data.pipeline import host_rows
+from avocado_jax.data.plan import Bucket, Plan, choose_buckets, make_plan, padded_share, row_flops
+from avocado_jax.data.rows import Shape
+from avocado_jax.errors import InputError
+from avocado_jax.models.config import SEVEN_B, TINY
+
+PICTURES = [(360, 640), (480, 854), (720, 1280), (1080, 1920), (640, 360), (1280, 720), (480, 640), (720, 720)]
+
+
+def realistic(clips: int, seed: int = 0) -> Index:
+    """Clips of 4-100 s in several sizes under AVoCaDO's budget, one in twenty silent."""
+    rng = np.random.default_rng(seed)
+    seconds = rng.uniform(4, 100, clips)
+    rows = []
+    for length in seconds:
+        frames = len(choose_frames(int(length * 25), 25.0))
+        height, width = frame_size(*PICTURES[rng.integers(len(PICTURES))], 128 * 28 * 28, frame_pixels(frames))
+        mel = 0 if rng.random() < 0.05 else int(length * 100)
+        rows.append((frames, height, width, mel, int(np.clip(rng.lognormal(6.2, 0.35), 100, 1023))))
+    frames, height, width, mel, caption = np.array(rows).T
+    none = np.zeros(clips, np.int64)
+    ids = [f"{number}" for number in range(clips)]
+    return Index(ids, seconds, none, none, frames, height, width, mel, caption, none, "token")
+
+
+def random_sizes(clips: int, seed: int) -> Sizes:
+    rng = np.random.default_rng(seed)
+    shape = Shape(*(rng.integers(1, most, clips) for most in (900, 40, 6, 12)))
+    return Sizes(shape, rng.integers(2, 100, clips))
+
+
+def planned(clips: int, buckets: int, batch: int, seed: int) -> tuple[Sizes, Plan]:
+    asked = random_sizes(clips, seed)
+    return asked, make_plan(asked, choose_buckets(asked, buckets, 1, TINY), batch, seed, 1, TINY)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(1, 150), st.integers(1, 6), st.integers(1, 16), st.integers(0, 5))
+def test_every_record_once_an_epoch_and_within_its_bucket(clips, buckets, batch, seed):
+    asked, plan = planned(clips, buckets, batch, seed)
+    table = np.column_stack([*asked.shape, asked.caption])
+    assert len(plan.buckets) <= buckets
+    for epoch in (0, 3):
+        seen = []
+        for step in range(epoch * plan.epoch_steps, (epoch + 1) * plan.epoch_steps):
+            at = plan.step(step)
+            assert (at.step, at.epoch, len(at.records)) == (step, epoch, batch)
+            real = at.records[at.records >= 0]
+            assert len(real)
+            assert (table[real] <= (*at.bucket.shape, at.bucket.caption)).all()
+            seen += real.tolist()
+        assert sorted(seen) == list(range(clips))
+
+
+def test_leftovers_fill_up_what_larger_buckets_lack():
+    big, small = Bucket(Shape(8, 8, 8, 8), 8), Bucket(Shape(4, 4, 4, 4), 4)
+    plan = Plan((big, small), np.array([0] * 5 + [1] * 6), batch=4, seed=0)
+    steps = [plan.step(number) for number in range(plan.epoch_steps)]
+    assert plan.epoch_steps == 3  # 11 records in batches of 4: only the last place of all is empty
+    assert sum((step.records < 0).sum() for step in steps) == 1
+
+
+def test_seed_and_epoch_change_the_order_and_nothing_else_does():
+    asked, plan = planned(60, 3, 4, 1)
+    again = planned(60, 3, 4, 1)[1]
+    one, two = ([at.step(number).records.tolist() for number in range(plan.epoch_steps)] for at in (plan, again))
+    assert one == two
+    other = make_plan(asked, list(plan.buckets), 4, 2, 1, TINY)
+    assert one != [other.step(number).records.tolist() for number in range(plan.epoch_steps)]
+    assert one != [plan.step(plan.epoch_steps + number).records.tolist() for number in range(plan.epoch_steps)]
+
+
+def test_a_step_needs_no_other_step():
+    plan, fresh = (planned(60, 3, 4, 1)[1] for _ in range(2))
+    far = 7 * plan.epoch_steps + 3
+    for number in range(20):
+        plan.step(number)
+    np.testing.assert_array_equal(plan.step(far).records, fresh.step(far).records)
+
+
+def test_hosts_share_the_rows_in_order():
+    assert [row for host in range(4) for row in host_rows(host, 4, 8)] == list(range(8))
+    with pytest.raises(InputError, match="cannot be shared by 3 hosts"):
+        host_rows(0, 3, 8)
+
+
+def test_padded_share_with_sixteen_shapes():
+    """The bar is a quarter; it is the share of FLOPs of whole epochs, empty rows of tails included."""
+    asked = sizes(realistic(1500), 150, 1024, SEVEN_B)
+    shares = {}
+    for count in (4, 16, 32):
+        plan = make_plan(asked, choose_buckets(asked, count, 1, SEVEN_B), 8, 0, 1, SEVEN_B)
+        assert len(plan.buckets) <= count
+        shares[count] = padded_share(asked, plan, 1, SEVEN_B)
+    assert shares[16] < 0.20
+    assert shares[4] > shares[16] > shares[32]
+
+
+def test_buckets_are_aligned_and_sorted():
+    asked = sizes(realistic(200), 150, 1024, SEVEN_B)
+    buckets = choose_buckets(asked, 8, 1, SEVEN_B)
+    assert all(bucket.shape.tokens % 128 == 0 and bucket.caption % 64 == 0 for bucket in buckets)
+    costs = row_flops(np.array([(*bucket.shape, bucket.caption) for bucket in buckets]), 1, SEVEN_B)
+    assert (np.diff(costs) <= 0).all()
+
+
+def test_flops_agree_with_the_figures_of_the_7b():
+    """13.05 GFLOP a token and 401,408 a token of context; vision 1.3 G a patch; sound 2.5 G a token."""
+    tokens = row_flops(np.array([[1000, 0, 0, 0, 0]]), 1, SEVEN_B)[0]
+    np.testing.assert_allclose(tokens, 1000 * (13.05e9 + 401_408 * 500), rtol=0.01)
+    patches = row_flops(np.array([[0, 1, 30, 0, 0]]), 1, SEVEN_B)[0]
+    np.testing.assert_allclose(patches / (30 * 64), 1.3e9, rtol=0.1)
+    sound = row_flops(np.array([[0, 0, 0, 10, 0]]), 1, SEVEN_B)[0]
+    np.testing.assert_allclose(sound / 500, 2.5e9, rtol=0.1)
+    one, eight = (row_flops(np.array([[16_000, 0, 0, 0, 600]]), group, SEVEN_B)[0] for group in (1, 8))
+    assert eight > one
+
+
+def test_records_that_no_bucket_holds():
+    asked = random_sizes(3, 0)
+    with pytest.raises(InputError, match="fits none of the buckets"):
+        make_plan(asked, [Bucket(Shape(1, 1, 1, 1), 1)], 2, 0, 1, TINY)
+    with pytest.raises(InputError, match="no records"):
+        make_plan(random_sizes(0, 0), [Bucket(Shape(1, 1, 1, 1), 1)], 2, 0, 1, TINY)
