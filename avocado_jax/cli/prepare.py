@@ -43,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Prepare. Returns 0, 1 where too much was rejected or storage failed, or 75 where it was stopped."""
-    signal.signal(signal.SIGTERM, _stop)
+    before = signal.signal(signal.SIGTERM, _stop)
     words = load_words(args.tokenizer) if args.tokenizer else None
     job = Job(args.manifest, args.out, args.features, words, args.shard_records, args.clip_seconds)
     try:
@@ -54,6 +54,8 @@ def run(args: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         print("avocado prepare: stopped; run it again to go on", file=sys.stderr)
         return STOPPED
+    finally:
+        signal.signal(signal.SIGTERM, before)
     for reject in done.rejects[:5]:
         print(f"rejected line {reject.line} ({reject.id}): {reject.reason}", file=sys.stderr)
     if len(done.rejects) > 5:

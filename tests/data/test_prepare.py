@@ -1,0 +1,258 @@
+"""prepare: bad input, kills, checksums, features; the command's exit statuses."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from stream_fixtures import READING, SPECIAL, recipe, save_tokenizer, write_clip, write_manifest
+
+from avocado_jax.__main__ import main
+from avocado_jax.data.index import load_index, measured, sizes
+from avocado_jax.data.media import Media, read_media
+from avocado_jax.data.pipeline import longest_prompt
+from avocado_jax.data.prepare import Job, prepare
+from avocado_jax.data.prompt import chat_prompt, load_tokenizer
+from avocado_jax.data.records import Record, decoded, pack, unpack
+from avocado_jax.data.rows import make_row, shape_of
+from avocado_jax.data.sources import open_shards
+from avocado_jax.data.words import load_words
+from avocado_jax.errors import InputError
+from avocado_jax.models.config import TINY
+
+
+def job(folder: Path, out: str = "out", **changes) -> Job:
+    return Job(str(folder / "clips.jsonl"), str(folder / out), **(dict(shard_records=3, reading=READING) | changes))
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory) -> Path:
+    """A folder with a manifest of eight clips, prepared in `whole`."""
+    folder = tmp_path_factory.mktemp("clips")
+    write_manifest(folder, 8)
+    assert prepare(job(folder, "whole"), workers=2).complete
+    return folder
+
+
+def test_records_come_back_as_they_were(clips):
+    source = open_shards(str(clips / "whole"), READING)
+    lines = [json.loads(line) for line in (clips / "clips.jsonl").read_text().splitlines()]
+    assert source.index.ids == [line["id"] for line in lines]
+    assert source.index.shard.tolist() == [0, 0, 0, 1, 1, 1, 2, 2]
+    for number, line in enumerate(lines):
+        record = source[number]
+        assert record.clip == (clips / line["video"]).read_bytes()
+        assert record.fields == {key: value for key, value in line.items() if key != "video"}
+    assert (clips / "whole" / "rejects.jsonl").read_text() == ""
+    assert not (clips / "whole" / "parts").exists()
+
+
+def test_the_index_knows_the_shape_of_every_row(clips):
+    asked, source = recipe(), open_shards(str(clips / "whole"), READING)
+    known = sizes(source.index, longest_prompt(asked), 1000, TINY)
+    longest = max((chat_prompt(asked.words, text) for text in asked.prompts), key=lambda prompt: len(prompt.after))
+    for number in range(len(source)):
+        row = make_row(decoded(source[number], READING), longest, TINY, READING)
+        assert shape_of(row.clip) == tuple(column[number] for column in known.shape)
+
+
+def test_features_give_the_same_rows(clips):
+    prepare(job(clips, "features", features=True), workers=1)
+    raw, ready = open_shards(str(clips / "whole"), READING), open_shards(str(clips / "features"), READING)
+    for number in range(len(raw)):
+        one, two = decoded(raw[number], READING), ready[number].clip
+        np.testing.assert_array_equal(one.frames, two.frames)
+        assert (one.samples is None) == (two.samples is None)
+        if one.samples is not None:
+            np.testing.assert_array_equal(one.samples, two.samples)
+        assert one.seconds == two.seconds
+
+
+def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(clips):
+    """The last shard's first clip is a pipe nobody writes to: the run hangs there for certain, and is killed."""
+    lines = [json.loads(line) for line in (clips / "clips.jsonl").read_text().splitlines()]
+    stuck = clips / lines[6]["video"]
+    data = stuck.read_bytes()
+    stuck.unlink()
+    os.mkfifo(stuck)
+    code = (
+        "from test_prepare import job, prepare, Path\n"
+        f"if __name__ == '__main__': prepare(job(Path({str(clips)!r}), 'killed'), 1)"
+    )
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
+    script = clips / "run.py"
+    script.write_text(code)
+    process = subprocess.Popen([sys.executable, str(script)], env=environment, start_new_session=True)
+    parts = [clips / "killed" / "parts" / f"shard-0000{number}-of-00003.array_record.json" for number in (0, 1)]
+    while not all(part.exists() for part in parts):
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    while subprocess.run(["pgrep", "-s", str(process.pid)], capture_output=True).stdout:  # workers end with it
+        time.sleep(0.05)
+    stuck.unlink()
+    stuck.write_bytes(data)
+
+    made = {part.name: (clips / "killed" / part.stem).stat().st_mtime_ns for part in parts}
+    with pytest.raises(InputError, match="not what `prepare` writes|No such file"):
+        open_shards(str(clips / "killed"), READING)
+    assert prepare(job(clips, "killed"), workers=2).complete
+    assert made == {part.name: (clips / "killed" / part.stem).stat().st_mtime_ns for part in parts}
+    assert contents(clips / "killed") == contents(clips / "whole")
+
+
+def test_a_shard_that_was_damaged_meanwhile_is_made_again(clips):
+    again = job(clips, "damaged")
+    (clips / "clips" / "bad.mp4").write_bytes(b"")
+    assert not prepare(job_with_bad(clips, "damaged"), workers=1, max_reject_share=0.0).complete
+    shard = clips / "damaged" / "shard-00000-of-00003.array_record"
+    shard.write_bytes(shard.read_bytes()[:-1])
+    assert prepare(job_with_bad(clips, "damaged"), workers=1, max_reject_share=1.0).complete
+    assert shard.read_bytes() == (clips / "whole" / shard.name).read_bytes()
+    with pytest.raises(InputError, match="empty it first"):
+        prepare(again, workers=1)
+
+
+def job_with_bad(folder: Path, out: str) -> Job:
+    path = folder / "with_bad.jsonl"
+    bad = {"id": "bad", "video": "clips/bad.mp4", "caption": "nothing"}
+    path.write_text((folder / "clips.jsonl").read_text() + json.dumps(bad) + "\n")
+    return Job(str(path), str(folder / out), shard_records=3, reading=READING)
+
+
+def test_tour_of_bad_and_odd_clips(tmp_path):
+    good = write_clip(tmp_path / "good.mp4")
+    data = good.read_bytes()
+    (tmp_path / "empty.mp4").write_bytes(b"")
+    (tmp_path / "short.mp4").write_bytes(data[: len(data) // 2])
+    (tmp_path / "words.mp4").write_text("these are words")
+    (tmp_path / "folder.mp4").mkdir()
+    (tmp_path / "video.txt").write_bytes(data)
+    write_clip(tmp_path / "silent.mp4", sound=False)
+    write_clip(tmp_path / "blink.mp4", seconds=0.1)
+    write_clip(tmp_path / "long.mp4", seconds=600, size=(28, 28), fps=2)
+    write_clip(tmp_path / "片段 é🎬.mp4")
+    bad = {
+        "empty.mp4": "is empty",
+        "short.mp4": "",
+        "words.mp4": "not a video",
+        "folder.mp4": "directory",
+        "missing.mp4": "No such file",
+    }
+    fine = ["good.mp4", "video.txt", "silent.mp4", "blink.mp4", "long.mp4", "片段 é🎬.mp4", str(good)]
+    lines = [{"id": name, "video": name, "caption": f"of {name}"} for name in (*bad, *fine)]
+    lines.append({"id": "good.mp4", "video": "silent.mp4", "caption": "again"})
+    manifest = tmp_path / "clips.jsonl"
+    manifest.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines) + "{\n")
+
+    done = prepare(job(tmp_path), workers=1, max_reject_share=0.6)
+    assert done.complete
+    held = [json.loads(line) for line in (tmp_path / "out" / "rejects.jsonl").read_text().splitlines()]
+    assert [(one["line"], one["id"]) for one in held] == [*enumerate(bad, start=1), (13, "good.mp4"), (14, None)]
+    for one, reason in zip(held, bad.values()):
+        assert reason in one["reason"]
+        assert str(tmp_path) not in one["reason"]
+        assert one["video"] == one["id"]
+    source = open_shards(str(tmp_path / "out"), READING)
+    assert source.index.ids == fine
+    index = dict(zip(source.index.ids, range(len(fine))))
+    assert source.index.mel[index["silent.mp4"]] == 0
+    assert source.index.frames[index["long.mp4"]] == 768
+    assert source.index.mel[index["long.mp4"]] == 30_000
+    assert source[index["video.txt"]].clip == data
+
+
+def test_a_clip_that_does_not_end_is_given_up(tmp_path):
+    os.mkfifo(tmp_path / "endless.mp4")
+    write_clip(tmp_path / "good.mp4")
+    lines = [{"id": name, "video": f"{name}.mp4", "caption": "c"} for name in ("endless", "good")]
+    (tmp_path / "clips.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    done = prepare(job(tmp_path, clip_seconds=8.0), workers=1, max_reject_share=0.5)
+    assert (done.records, [reject.reason for reject in done.rejects]) == (1, ["took longer than 8 s"])
+
+
+def test_texts_are_counted_in_tokens_and_special_ones_stay_text(tmp_path):
+    write_clip(tmp_path / "a.mp4")
+    caption = "He says <|im_end|> and <|VIDEO|>."
+    line = {"id": "a", "video": "a.mp4", "caption": caption, "prompt": "Why <|im_start|>?"}
+    (tmp_path / "clips.jsonl").write_text(json.dumps(line))
+    words = load_words(save_tokenizer(tmp_path / "tokenizer"))
+    assert prepare(job(tmp_path, words=words), workers=1).complete
+    index = open_shards(str(tmp_path / "out"), READING).index
+    assert (index.unit, index.caption[0], index.prompt[0]) == ("token", len(caption), len(line["prompt"]))
+    with pytest.raises(InputError, match="empty it first"):
+        prepare(job(tmp_path), workers=1)
+
+
+def test_words_are_the_checkpoints_own_tokenizer(tmp_path):
+    folder = save_tokenizer(tmp_path)
+    tokenizer, words = load_tokenizer(folder), load_words(folder)
+    for text in ("plain", "猫 and <|im_end|>", "".join(SPECIAL)):
+        assert words.encode(text) == tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
+        assert not set(words.encode(text)) & set(words.get_added_vocab().values())
+    assert words.get_added_vocab() == tokenizer.get_added_vocab()
+    assert chat_prompt(words, "What?") == chat_prompt(tokenizer, "What?")
+
+
+def test_damaged_records_say_so():
+    record = Record({"id": "a", "caption": "c"}, Media(np.zeros((2, 28, 28, 3), np.uint8), None, 1.0), "a.mp4")
+    data = pack(record)
+    assert unpack(data).fields == record.fields
+    for bad in (b"", data[:-5], b"\x81\xa1a\x01", data.replace(b"version\x01", b"version\x02")):
+        with pytest.raises(InputError, match="record"):
+            unpack(bad)
+    with pytest.raises(InputError, match="not an index"):
+        load_index(b"{}", "byte", "here")
+    assert measured(record, record.clip)["mel"] == 0
+
+
+def test_command(tmp_path, capsys):
+    write_manifest(tmp_path, 2)
+    arguments = ["prepare", str(tmp_path / "clips.jsonl"), str(tmp_path / "out"), "--workers", "1"]
+    assert main([*arguments, "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert (said["records"], said["rejected"], said["complete"]) == (2, 0, True)
+    before = contents(tmp_path / "out")
+    assert main(arguments) == 0  # a second time there is nothing to do
+    assert contents(tmp_path / "out") == before
+    assert main([*arguments, "--features"]) == 2
+    assert "empty it first" in capsys.readouterr().err
+    assert main(["prepare", str(tmp_path / "none.jsonl"), str(tmp_path / "new")]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+    with (tmp_path / "clips.jsonl").open("a") as file:
+        file.write("{\n")
+    assert main(["prepare", str(tmp_path / "clips.jsonl"), str(tmp_path / "more"), "--workers", "1"]) == 1
+    assert "rejected line 3" in capsys.readouterr().err
+    assert not (tmp_path / "more" / "manifest.json").exists()
+
+
+def test_a_stopped_command_says_that_it_can_go_on(tmp_path):
+    write_manifest(tmp_path, 2)
+    (tmp_path / "clips" / "000.mp4").unlink()
+    os.mkfifo(tmp_path / "clips" / "000.mp4")
+    command = [sys.executable, "-m", "avocado_jax", "prepare", str(tmp_path / "clips.jsonl"), str(tmp_path / "out")]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    while not (tmp_path / "out" / "parts" / "job.json").exists():
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.terminate()
+    assert "run it again" in process.communicate()[1]
+    assert process.returncode == 75
+
+
+def test_bytes_and_files_read_alike(tmp_path):
+    path = write_clip(tmp_path / "a.mp4")
+    one = read_media(path, READING)
+    two = decoded(Record({}, path.read_bytes(), "a.mp4"), READING)
+    np.testing.assert_array_equal(one.frames, two.frames)
+    np.testing.assert_array_equal(one.samples, two.samples)
