@@ -7,12 +7,14 @@ import os
 import pickle
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any, NamedTuple, Protocol
 
 import grain
 import numpy as np
 from absl import flags
 
+from avocado_jax.data.features import log_mel
 from avocado_jax.data.media import Media, Reading
 from avocado_jax.data.plan import Bucket, Plan
 from avocado_jax.data.prompt import PROMPTS, SYSTEM, Prompt, chat_prompt, special_id
@@ -181,6 +183,7 @@ class _MakeRow:
         self.source, self.ids, self.plan, self.recipe, self.rows = source, ids, plan, recipe, rows
 
     def __call__(self, place: int) -> _Row:
+        _warm()
         step = self.plan.step(place // len(self.rows))
         number = int(step.records[self.rows[place % len(self.rows)]])
         if number < 0:
@@ -201,6 +204,12 @@ class _MakeRow:
         row = make_row(media, Prompt([0], [0]), recipe.config, recipe.reading)
         captions, _ = make_captions([], int(row.clip.first), bucket.caption, recipe.group)
         return _Row(stack([row.clip], bucket.shape), captions, 0.0, 0, name, {}, reason)
+
+
+@lru_cache
+def _warm() -> None:
+    """librosa compiles at its first call in a process, for seconds that are no record's fault."""
+    log_mel(np.zeros(16_000, np.float32))
 
 
 def record_row(record: Record, number: int, epoch: int, bucket: Bucket, recipe: Recipe, seed: int) -> _Row:

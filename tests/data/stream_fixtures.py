@@ -1,6 +1,9 @@
 """What the tests of the road from clips to rows share: a tokenizer, small clips, records, a folder of shards."""
 
 import json
+import os
+import sys
+import time
 from pathlib import Path
 
 import av
@@ -10,6 +13,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from avocado_jax.data.media import Reading
 from avocado_jax.data.pipeline import Recipe
 from avocado_jax.data.words import Words
+from avocado_jax.errors import InputError
 from avocado_jax.models.config import TINY
 
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|AUDIO|>", "<|VIDEO|>")
@@ -59,7 +63,9 @@ def write_clip(
         if tone:
             wave = 0.3 * np.sin(np.arange(round(seconds * 16_000)) * (0.1 + 0.02 * seed)).astype(np.float32)
             for first in range(0, len(wave), 1024):
-                block = av.AudioFrame.from_ndarray(wave[None, first : first + 1024].copy(), format="fltp", layout="mono")
+                block = av.AudioFrame.from_ndarray(
+                    wave[None, first : first + 1024].copy(), format="fltp", layout="mono"
+                )
                 block.sample_rate, block.pts = 16_000, first
                 container.mux(tone.encode(block))
             container.mux(tone.encode(None))
@@ -74,7 +80,32 @@ def write_manifest(folder: Path, clips: int, name: str = "clips.jsonl") -> Path:
         size = ((56, 84), (84, 56), (56, 56))[number % 3]
         write_clip(folder / video, 0.6 + 0.4 * (number % 4), size, sound=number % 3 != 2, seed=number)
         caption = f"Clip {number}: " + "a tone is heard. " * (1 + number % 3)
-        lines.append({"id": f"clip-{number}", "video": video, "caption": caption, "references": [f"Another of {number}."]})
+        lines.append(
+            {"id": f"clip-{number}", "video": video, "caption": caption, "references": [f"Another of {number}."]}
+        )
     path = folder / name
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     return path
+
+
+class Spy:
+    """A source whose records tell of the process that read them; some are bad, some take their time.
+
+    Attributes:
+        bad: record -> reason.
+        slow: record -> seconds.
+    """
+
+    def __init__(self, source, bad=(), slow=()):
+        self.source, self.index, self.bad, self.slow = source, source.index, dict(bad), dict(slow)
+
+    def __getitem__(self, number):
+        time.sleep(self.slow.get(number, 0))
+        if number in self.bad:
+            raise InputError(self.bad[number])
+        record = self.source[number]
+        bridge = sys.modules.get("jax._src.xla_bridge")
+        told = {"process": os.getpid(), "blas": os.environ.get("OPENBLAS_NUM_THREADS")}
+        return record._replace(
+            fields=record.fields | told | {"device": bool(bridge and bridge.backends_are_initialized())}
+        )

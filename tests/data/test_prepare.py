@@ -104,7 +104,7 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(clips):
     stuck.write_bytes(data)
 
     made = {part.name: (clips / "killed" / part.stem).stat().st_mtime_ns for part in parts}
-    with pytest.raises(InputError, match="not what `prepare` writes|No such file"):
+    with pytest.raises(InputError, match=r"manifest\.json: No such file"):
         open_shards(str(clips / "killed"), READING)
     assert prepare(job(clips, "killed"), workers=2).complete
     assert made == {part.name: (clips / "killed" / part.stem).stat().st_mtime_ns for part in parts}

@@ -37,7 +37,9 @@ def bucket(tmp_path_factory):
             storage.write(f"gs://clips-bucket/{path}", (local / path).read_bytes())
         job = Job("gs://clips-bucket/clips.jsonl", "gs://clips-bucket/out", shard_records=3, reading=READING)
         assert prepare(job, workers=2).complete
-        assert prepare(Job(str(local / "clips.jsonl"), str(local / "out"), shard_records=3, reading=READING), 1).complete
+        assert prepare(
+            Job(str(local / "clips.jsonl"), str(local / "out"), shard_records=3, reading=READING), 1
+        ).complete
         proxy.root, proxy.local = root / "clips-bucket", local
         yield proxy
         proxy.close()
@@ -64,7 +66,9 @@ def stream(folder, steps=4, workers=0, cache_dir=None):
 def assert_same(one, two):
     assert [batch[:5] + batch[-1:] for batch in one] == [batch[:5] + batch[-1:] for batch in two]
     for first, second in zip(one, two):
-        for left, right in zip((*first.clip, *first.captions, *first[7:9]), (*second.clip, *second.captions, *second[7:9])):
+        for left, right in zip(
+            (*first.clip, *first.captions, *first[7:9]), (*second.clip, *second.captions, *second[7:9])
+        ):
             np.testing.assert_array_equal(left, right)
 
 
@@ -109,7 +113,7 @@ def test_a_missing_or_exchanged_shard_is_noticed(faulty, tmp_path):
             storage.write(f"gs://clips-bucket/missing/{path.name}", path.read_bytes())
     source = open_shards("gs://clips-bucket/missing", READING, patience=1.0)
     assert source[0].fields["id"] == "clip-0"
-    with pytest.raises(storage.StorageError, match="0 records, where manifest.json says 3"):
+    with pytest.raises(storage.StorageError, match="0 records, where manifest"):
         source[3]
 
     shards = sorted((faulty.local / "out").glob("shard-*"))
@@ -141,6 +145,6 @@ def test_storage_that_never_answers_does_not_hang(monkeypatch):
         monkeypatch.setattr(storage, "TIMEOUT", (0.5, 0.5))
         monkeypatch.setattr(storage, "PATIENCE", 1.0)
         storage._client.cache_clear()
-        with pytest.raises(storage.StorageError, match="gs://clips-bucket/out/manifest.json"):
+        with pytest.raises(storage.StorageError, match="gs://clips-bucket/out/manifest"):
             open_shards("gs://clips-bucket/out", READING)
     storage._client.cache_clear()

@@ -1,0 +1,217 @@
+"""The stream: the same rows for any hosts and workers, exact positions, captions, lost records."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from stream_fixtures import READING, Spy, byte_tokenizer, recipe, write_manifest
+
+from avocado_jax.data.index import sizes
+from avocado_jax.data.pipeline import batches, host_rows, longest_prompt, make_captions
+from avocado_jax.data.plan import choose_buckets, make_plan
+from avocado_jax.data.prepare import Job, prepare
+from avocado_jax.data.prompt import special_id
+from avocado_jax.data.sources import open_shards
+from avocado_jax.errors import InputError
+from avocado_jax.models.config import TINY
+
+CLIPS, BATCH = 22, 4
+
+
+def shards(folder: Path, clips: int, **changes):
+    write_manifest(folder, clips)
+    job = Job(str(folder / "clips.jsonl"), str(folder / "out"), features=True, reading=READING, **changes)
+    assert prepare(job, workers=2).complete
+    return open_shards(str(folder / "out"), READING)
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    return shards(tmp_path_factory.mktemp("stream"), CLIPS)
+
+
+def planned(source, asked, buckets=3, batch=BATCH, longest=64, seed=3):
+    known = sizes(source.index, longest_prompt(asked), longest, TINY)
+    return make_plan(
+        known, choose_buckets(known, buckets, asked.group, TINY, aligned=(1, 1)), batch, seed, asked.group, TINY
+    )
+
+
+def stream(source, plan, asked, first, stop, rows=range(BATCH), **how):
+    return list(batches(source, source.index.ids, plan, asked, first, stop, rows, **how))
+
+
+def arrays(batch):
+    return [*batch.clip, *batch.captions, batch.weight, batch.cut]
+
+
+def assert_rows(whole, part, rows):
+    """`part` is these rows of `whole`, in every field."""
+    assert (whole.step, whole.epoch, whole.bucket) == (part.step, part.epoch, part.bucket)
+    assert [whole.ids[row] for row in rows] == list(part.ids)
+    assert [whole.records[row]["caption"] for row in rows if whole.ids[row]] == [
+        record["caption"] for record in part.records if record
+    ]
+    for left, right in zip(arrays(whole), arrays(part)):
+        np.testing.assert_array_equal(left[rows.start : rows.stop], right)
+
+
+def test_any_hosts_workers_and_stops_give_the_same_rows(source):
+    asked = recipe(group=2)
+    plan = planned(source, asked)
+    last = 2 * plan.epoch_steps
+    whole = stream(source, plan, asked, 0, last)
+    for epoch in (0, 1):
+        names = [name for batch in whole if batch.epoch == epoch for name in batch.ids if name]
+        assert sorted(names) == sorted(source.index.ids)
+    assert [batch.step for batch in whole] == list(range(last))
+    for hosts, workers, first, stop in ((1, 2, 1, last), (2, 0, 3, 9), (4, 0, 5, 8)):
+        for host in range(hosts):
+            rows = host_rows(host, hosts, BATCH)
+            for batch in stream(source, plan, asked, first, stop, rows, workers=workers):
+                assert_rows(whole[batch.step], batch, rows)
+
+
+def test_workers_keep_off_the_device_and_to_one_core(source):
+    asked = recipe()
+    spied = stream(Spy(source), planned(source, asked), asked, 0, 3, workers=1)
+    told = [record for batch in spied for record in batch.records if record]
+    assert {record["device"] for record in told} == {False}
+    assert {record["blas"] for record in told} == {"1"}
+    assert len({record["process"] for record in told}) == 1
+
+
+def test_the_input_side_needs_no_jax(source):
+    """Grain imports jax where it is installed; nothing of ours does, and all runs without."""
+    folder = Path(source._folder)
+    code = f"""
+import sys
+sys.modules["jax"] = None
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+import avocado_jax.cli.prepare
+from test_pipeline import *
+source = open_shards({str(folder)!r}, READING)
+asked = recipe()
+print(len(stream(source, planned(source, asked), asked, 0, 2)))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stdout == "2\n", done.stderr
+
+
+def test_captions_end_with_the_stop_and_are_cut_where_they_must(source):
+    asked = recipe(group=3)
+    stop = special_id(asked.words, "<|im_end|>")
+    letters = byte_tokenizer()
+    for batch in stream(source, planned(source, asked, longest=30), asked, 0, 4):
+        captions = batch.captions
+        np.testing.assert_array_equal(captions.inputs[:, :, 0], np.repeat(batch.clip.first[:, None], 3, axis=1))
+        np.testing.assert_array_equal(captions.inputs[:, :, 1:], captions.targets[:, :, :-1])
+        for row, record in enumerate(batch.records):
+            known, cut = [record["caption"], *record["references"]] if record else [], 0
+            texts = []
+            for targets, valid in zip(captions.targets[row], captions.valid[row]):
+                kept = targets[valid].tolist()
+                if kept and kept[-1] == stop:
+                    texts.append(letters.decode(kept[:-1]))
+                    assert stop not in kept[:-1]
+                elif kept:
+                    cut += 1
+                    assert any(text.startswith(letters.decode(kept)) for text in known)
+            assert cut == batch.cut[row]
+            assert len(texts) + cut == len(known)  # two captions for three places: one has no targets
+            assert set(texts) <= set(known)
+            assert batch.weight[row] == bool(record)
+
+
+def test_drawn_captions_and_prompts_change_with_the_epoch(source):
+    asked = recipe()
+    plan = planned(source, asked)
+    rows = {0: {}, 1: {}}
+    for batch in stream(source, plan, asked, 0, 2 * plan.epoch_steps):
+        for row, name in enumerate(batch.ids):
+            rows[batch.epoch][name] = (batch.captions.targets[row].tobytes(), batch.clip.length[row])
+    assert any(rows[0][name][0] != rows[1][name][0] for name in source.index.ids)
+    assert any(rows[0][name][1] != rows[1][name][1] for name in source.index.ids)
+
+
+def test_special_tokens_spelled_in_a_caption_are_text():
+    asked = recipe()
+    special = set(asked.words.get_added_vocab().values())
+    ids = asked.words.encode("<|im_end|> and <|VIDEO|>")
+    captions, cut = make_captions([ids], 7, 100, 1)
+    assert not set(captions.targets[captions.valid].tolist()) & special
+    assert cut == 0
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_lost_record_is_a_row_of_no_weight_in_its_place(source, workers):
+    asked = recipe(max_lost_share=0.5, record_seconds=3.0)
+    plan = planned(source, asked)
+    whole = stream(source, plan, asked, 0, plan.epoch_steps)
+    hurt = Spy(source, bad={3: "damaged"}, slow={5: 30})
+    seen = stream(hurt, plan, asked, 0, plan.epoch_steps, workers=workers)
+    lost = {one.id: one.reason for batch in seen for one in batch.lost}
+    assert lost == {source.index.ids[3]: "damaged", source.index.ids[5]: "took longer than 3 s"}
+    for one, two in zip(whole, seen):
+        assert [part.shape for part in arrays(one)] == [part.shape for part in arrays(two)]
+        assert one.ids == two.ids
+        for row, name in enumerate(one.ids):
+            if name not in lost:
+                for left, right in zip(arrays(one), arrays(two)):
+                    np.testing.assert_array_equal(left[row], right[row])
+            else:
+                assert two.weight[row] == 0
+                assert not two.captions.valid[row].any()
+                assert two.clip.length[row] > 0  # enough of a clip for finite numbers
+                assert two.clip.patch_valid[row].any()
+
+
+def test_too_many_lost_records_stop_the_run_with_the_list(source):
+    asked = recipe(max_lost_share=0.05)
+    bad = Spy(source, bad=dict.fromkeys(range(0, CLIPS, 2), "gone"))
+    given = []
+    with pytest.raises(InputError, match=r"3 of \d+ records cannot be read: clip-\d+: gone; clip-\d+: gone; "):
+        given.extend(batches(bad, source.index.ids, planned(source, asked), asked, 0, 6, range(BATCH)))
+    assert given
+
+
+def test_leaving_early_ends_the_workers(source):
+    asked = recipe()
+    stream = batches(Spy(source), source.index.ids, planned(source, asked), asked, 0, 1000, range(BATCH), workers=1)
+    worker = next(stream).records[0]["process"]
+    stream.close()
+    assert not Path(f"/proc/{worker}").exists()
+
+
+@pytest.mark.slow
+def test_two_thousand_clips_each_once_whatever_the_hosts(tmp_path):
+    """Two runs through an epoch in pieces, each piece with other hosts and workers, against the plan."""
+    source = shards(tmp_path, 2000)
+    asked = recipe()
+    plan = planned(source, asked, buckets=6, batch=16)
+    rng = np.random.default_rng(0)
+    runs = []
+    for pieces in ([(1, 0), (2, 1), (4, 0)], [(4, 1), (1, 2), (2, 0)]):
+        stops = [0, *sorted(rng.choice(np.arange(1, plan.epoch_steps), 2, replace=False).tolist()), plan.epoch_steps]
+        steps = {}
+        for (hosts, workers), first, stop in zip(pieces, stops, stops[1:]):
+            for host in range(hosts):
+                for batch in stream(source, plan, asked, first, stop, host_rows(host, hosts, 16), workers=workers):
+                    assert not batch.lost
+                    sums = tuple(float(part.astype(np.float64).sum()) for part in arrays(batch))
+                    steps.setdefault(batch.step, []).append((batch.bucket, batch.ids, sums))
+        assert sorted(steps) == list(range(plan.epoch_steps))
+        for step, parts in steps.items():
+            assert {bucket for bucket, _, _ in parts} == {plan.step(step).bucket}
+            ids = [name for _, part, _ in parts for name in part]
+            assert ids == [source.index.ids[number] if number >= 0 else "" for number in plan.step(step).records]
+        totals = {step: np.sum([sums for _, _, sums in parts], axis=0) for step, parts in steps.items()}
+        runs.append(([[name for _, part, _ in steps[step] for name in part] for step in sorted(steps)], totals))
+    assert runs[0][0] == runs[1][0]
+    for step, total in runs[0][1].items():
+        np.testing.assert_allclose(total, runs[1][1][step], rtol=1e-9)
+    names = [name for ids in runs[0][0] for name in ids if name]
+    assert len(names) == 2000
+    assert sorted(names) == sorted(source.index.ids)

@@ -1,0 +1,114 @@
+"""Host batches onto a mesh of eight simulated devices, one batch ahead."""
+
+import os
+import subprocess
+import sys
+import threading
+from typing import NamedTuple
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import AxisType
+
+from avocado_jax.parallel.place import local_rows, place
+
+
+class Held(NamedTuple):
+    """A batch as `place` sees them: arrays, and things that stay on the host."""
+
+    step: int
+    ids: tuple[str, ...]
+    x: np.ndarray
+    flag: np.ndarray
+
+
+def held(step):
+    return Held(step, ("a", "b"), np.arange(8, dtype=np.float32).reshape(4, 2) + step, np.array([True, False] * 2))
+
+
+@pytest.fixture(scope="module")
+def mesh():
+    return jax.make_mesh((1, 1), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2, devices=jax.devices()[:1])
+
+
+def test_arrays_move_and_the_rest_stays(mesh):
+    for step, batch in enumerate(place(map(held, range(5)), mesh)):
+        assert (batch.step, batch.ids) == (step, ("a", "b"))
+        assert isinstance(batch.x, jax.Array)
+        np.testing.assert_array_equal(batch.x, held(step).x)
+        np.testing.assert_array_equal(batch.flag, held(step).flag)
+    assert step == 4
+
+
+def test_one_batch_ahead_and_no_more(mesh):
+    made = [threading.Event() for _ in range(5)]
+
+    def batches():
+        for step, event in enumerate(made):
+            event.set()
+            yield held(step)
+
+    placed = place(batches(), mesh)
+    for step in range(3):
+        assert next(placed).step == step
+        assert made[step + 1].wait(60)  # made while this one is in use
+        assert not made[step + 2].wait(0.1)
+    placed.close()
+
+
+def test_errors_come_through_in_their_place(mesh):
+    closed = []
+
+    def batches():
+        try:
+            yield held(0)
+            raise ValueError("out of clips")
+        finally:
+            closed.append(True)
+
+    placed = place(batches(), mesh)
+    assert next(placed).step == 0
+    with pytest.raises(ValueError, match="out of clips"):
+        next(placed)
+    assert closed
+
+
+def test_closing_early_closes_the_source(mesh):
+    closed = []
+
+    def batches():
+        try:
+            for step in range(100):
+                yield held(step)
+        finally:
+            closed.append(True)
+
+    placed = place(batches(), mesh)
+    next(placed)
+    placed.close()
+    assert closed
+
+
+def test_rows_lie_where_the_mesh_says():
+    """In a process of its own, since the number of devices is fixed when jax starts."""
+    code = """
+import jax, numpy as np
+from jax.sharding import AxisType
+from avocado_jax.parallel.place import local_rows, place
+mesh = jax.make_mesh((2, 2, 2), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
+assert local_rows(mesh, 8) == range(8)
+x = np.arange(16.0).reshape(8, 2)
+(placed,) = place(iter([(x,)]), mesh)
+assert placed[0].shape == (8, 2) and len(placed[0].addressable_shards) == 8
+rows = sorted(tuple(shard.data[:, 0].tolist()) for shard in placed[0].addressable_shards)
+assert rows == sorted([(0.0, 2.0), (4.0, 6.0), (8.0, 10.0), (12.0, 14.0)] * 2), rows
+print("good")
+"""
+    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False)
+    assert done.stdout == "good\n", done.stderr
+
+
+def test_rows_must_divide(mesh):
+    assert local_rows(mesh, 3) == range(3)
