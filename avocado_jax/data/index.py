@@ -70,7 +70,7 @@ def load_index(text: bytes, unit: str, where: str) -> Index:
     """
     try:
         lines = [json.loads(line) for line in text.splitlines()]
-        columns = {name: np.array([line[name] for line in lines], np.int64) for name in COLUMNS}
+        columns = {name: np.array([line[name] for line in lines], np.int32) for name in COLUMNS}
         seconds = np.array([line["seconds"] for line in lines], np.float64)
         return Index(ids=[line["id"] for line in lines], seconds=seconds, unit=unit, **columns)
     except (ValueError, KeyError, TypeError) as error:

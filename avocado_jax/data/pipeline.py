@@ -15,8 +15,9 @@ import numpy as np
 from absl import flags
 
 from avocado_jax.data.features import log_mel
+from avocado_jax.data.index import Index, Sizes, sizes
 from avocado_jax.data.media import Media, Reading
-from avocado_jax.data.plan import Bucket, Plan
+from avocado_jax.data.plan import Bucket, Plan, choose_buckets, make_plan
 from avocado_jax.data.prompt import PROMPTS, SYSTEM, Prompt, chat_prompt, special_id
 from avocado_jax.data.records import Record, decoded
 from avocado_jax.data.rows import make_row, stack
@@ -28,11 +29,13 @@ from avocado_jax.typing import Array, Captions, Clip, Float, Int, Shaped
 
 PROMPT, REFERENCES = 3, 4  # purposes of random numbers
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
-TRIAL = 50  # rows that are always read before the share of lost ones is judged
+TRIAL = 200  # rows that are always read before the share of lost ones is judged
 
 
 class Source(Protocol):
-    """Random access to records by their number in the index."""
+    """Random access to records by their number in the index. It may travel to other processes."""
+
+    index: Index
 
     def __getitem__(self, number: int) -> Record: ...
 
@@ -57,6 +60,7 @@ class Batch(NamedTuple):
     captions: Captions
     weight: Float[Array, "B"]  # 1, or 0 for a row that is not to count
     cut: Int[Array, "B"]  # captions of each row that were longer than the bucket
+    padded: float  # part of the whole job's FLOPs at this step that is spent on padding
     lost: tuple[Lost, ...]
 
 
@@ -68,9 +72,11 @@ class Recipe:
     words: Words
     reading: Reading = field(default_factory=Reading)
     group: int = 1  # captions a row; a record with fewer references leaves the rest without targets
+    caption_tokens: int = 1024  # with the stop; longer ones are cut
+    aligned: tuple[int, int] = (128, 64)  # clip tokens and caption tokens of a shape are multiples of these
     prompts: tuple[str, ...] = PROMPTS  # one is drawn for a record that asks nothing itself
     record_seconds: float = 120.0  # to read and decode one record, before it is given up
-    max_lost_share: float = 0.01  # of this host's rows, past which the stream stops
+    max_lost_share: float = 0.02  # of this host's rows, past which the stream stops
 
 
 class _Row(NamedTuple):
@@ -85,15 +91,26 @@ class _Row(NamedTuple):
     reason: str
 
 
-def longest_prompt(recipe: Recipe) -> int:
-    """Tokens of the longest of the recipe's own prompts, media aside: what `index.sizes` asks for."""
+def row_sizes(index: Index, recipe: Recipe) -> Sizes:
+    """What each record's row asks of a bucket, whichever of the recipe's prompts and captions is drawn."""
     prompts = [chat_prompt(recipe.words, text) for text in recipe.prompts]
-    return max(len(prompt.before) + len(prompt.after) for prompt in prompts)
+    longest = max(len(prompt.before) + len(prompt.after) for prompt in prompts)
+    return sizes(index, longest, recipe.caption_tokens, recipe.config)
+
+
+def plan_batches(index: Index, recipe: Recipe, batch: int, shapes: int, seed: int) -> Plan:
+    """The plan of a run: `batch` rows a step over the whole job, at most `shapes` compiled shapes.
+
+    Raises:
+        InputError: the index has no records.
+    """
+    known = row_sizes(index, recipe)
+    buckets = choose_buckets(known, shapes, recipe.group, recipe.config, recipe.aligned) if index.ids else []
+    return make_plan(known, buckets, batch, seed, recipe.group, recipe.config)
 
 
 def batches(
     source: Source,
-    ids: Sequence[str],
     plan: Plan,
     recipe: Recipe,
     first: int,
@@ -105,7 +122,6 @@ def batches(
     """This host's part of steps `first` to `stop` (not included), in order.
 
     Args:
-        ids: of the records, in the order of the index.
         rows: this host's rows of the global batch: `place.local_rows`, or `host_rows`.
         workers: processes that read and decode; 0 for none but this one.
         threads: rows being made at once in each process.
@@ -113,7 +129,7 @@ def batches(
     Raises:
         InputError: more than the recipe's share of this host's rows could not be read.
     """
-    work = _MakeRow(source, ids, plan, recipe, rows)
+    work = _MakeRow(source, plan, recipe, rows)
     # A row leaves its worker as one block of shared memory: Grain makes one of each array that it sees, and a pipe
     # that holds more than names keeps workers from ending.
     dataset = grain.MapDataset.range(first * len(rows), stop * len(rows)).map(lambda place: _block(work(place)))
@@ -163,6 +179,7 @@ def _batch(rows: list[_Row], plan: Plan, step: int) -> Batch:
         captions=_joined([row.captions for row in rows]),
         weight=np.array([row.weight for row in rows], np.float32),
         cut=np.array([row.cut for row in rows], np.int32),
+        padded=at.padded,
         lost=tuple(Lost(step, row.id, row.reason) for row in rows if row.reason),
     )
 
@@ -179,8 +196,8 @@ def _joined(parts: list[Any]) -> Any:
 class _MakeRow:
     """The row at a place of this host's stream: place // rows is the step. Runs in the workers."""
 
-    def __init__(self, source: Source, ids: Sequence[str], plan: Plan, recipe: Recipe, rows: range) -> None:
-        self.source, self.ids, self.plan, self.recipe, self.rows = source, ids, plan, recipe, rows
+    def __init__(self, source: Source, plan: Plan, recipe: Recipe, rows: range) -> None:
+        self.source, self.plan, self.recipe, self.rows = source, plan, recipe, rows
 
     def __call__(self, place: int) -> _Row:
         _warm()
@@ -194,7 +211,7 @@ class _MakeRow:
                 lambda: record_row(self.source[number], number, step.epoch, step.bucket, self.recipe, self.plan.seed),
             )
         except (InputError, StorageError, TimeoutError) as error:
-            return self._empty(step.bucket, self.ids[number], str(error))
+            return self._empty(step.bucket, self.source.index.ids[number], str(error))
 
     def _empty(self, bucket: Bucket, name: str, reason: str) -> _Row:
         """A row of the same shape that counts for nothing: the smallest picture, no sound, no caption."""

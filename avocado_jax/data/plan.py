@@ -40,6 +40,7 @@ class Step(NamedTuple):
     epoch: int
     bucket: Bucket
     records: Int[Array, "B"]  # by their number in the index; -1 is a row of zero weight
+    padded: float  # part of the step's FLOPs spent on padding; a clip's own edge windows come with its size
 
 
 def row_flops(sizes: Array, group: int, config: ThinkerConfig) -> Float[Array, "N"]:
@@ -142,7 +143,7 @@ def _cheapest(table: Array, boxes: Array, group: int, config: ThinkerConfig) -> 
     Raises:
         InputError: none does.
     """
-    chosen = np.full(len(table), -1)
+    chosen = np.full(len(table), -1, np.int16)
     for number in np.argsort(-row_flops(boxes, group, config), kind="stable"):
         chosen[(table <= boxes[number]).all(axis=1)] = number
     if (chosen < 0).any():
@@ -156,7 +157,9 @@ class Plan:
     """The steps of a run. Equal arguments give equal plans on every host."""
 
     buckets: tuple[Bucket, ...]  # the dearest first
+    costs: Float[Array, "buckets"]  # FLOPs of a row of each
     assigned: Int[Array, "N"]  # the bucket of each record
+    needs: Float[Array, "N"]  # FLOPs of each record's row without padding
     batch: int  # rows of the whole job
     seed: int
 
@@ -169,7 +172,12 @@ class Plan:
         """What is computed at a step."""
         epoch, within = divmod(step, self.epoch_steps)
         bucket, records = _epoch(self, epoch)[within]
-        return Step(step, epoch, self.buckets[bucket], records)
+        padded = 1 - self.needs[records[records >= 0]].sum() / (self.batch * self.costs[bucket])
+        return Step(step, epoch, self.buckets[bucket], records, float(padded))
+
+    def padded_share(self) -> float:
+        """The part of an epoch's FLOPs that is spent on padding, rows of zero weight included."""
+        return float(1 - self.needs.sum() / (self.batch * self.costs[[bucket for bucket, _ in _epoch(self, 0)]].sum()))
 
 
 def make_plan(sizes: Sizes, buckets: list[Bucket], batch: int, seed: int, group: int, config: ThinkerConfig) -> Plan:
@@ -181,21 +189,11 @@ def make_plan(sizes: Sizes, buckets: list[Bucket], batch: int, seed: int, group:
     if not len(sizes.caption):
         raise InputError("the data set has no records")
     boxes = np.array([(*bucket.shape, bucket.caption) for bucket in buckets])
-    order = np.argsort(-row_flops(boxes, group, config), kind="stable")
+    costs = row_flops(boxes, group, config)
+    order = np.argsort(-costs, kind="stable")
     assigned = _cheapest(_table(sizes), boxes[order], group, config)
-    return Plan(tuple(buckets[number] for number in order), assigned, batch, seed)
-
-
-def padded_share(sizes: Sizes, plan: Plan, group: int, config: ThinkerConfig) -> float:
-    """The part of an epoch's FLOPs that is spent on padding, rows of zero weight included.
-
-    The empty slots of a clip's own edge windows are not in it: they come with the clip's size.
-    """
-    boxes = np.array([(*bucket.shape, bucket.caption) for bucket in plan.buckets])
-    counts = np.zeros(len(boxes))
-    for bucket, _ in _epoch(plan, 0):
-        counts[bucket] += plan.batch
-    return float(1 - row_flops(_table(sizes), group, config).sum() / (counts @ row_flops(boxes, group, config)))
+    needs = row_flops(_table(sizes), group, config)
+    return Plan(tuple(buckets[number] for number in order), costs[order], assigned, needs, batch, seed)
 
 
 @lru_cache(maxsize=4)

@@ -1,7 +1,6 @@
 """One record: a clip, its caption and what else is known of it, as self-describing bytes (msgpack) and back."""
 
 import json
-import os
 import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -9,12 +8,12 @@ from typing import Any, NamedTuple
 import msgpack
 import numpy as np
 
+from avocado_jax.data import storage
 from avocado_jax.data.media import Media, Reading, read_media
 from avocado_jax.errors import InputError
 
 VERSION = 1
 LISTS = ("references", "events", "dialogues", "keypoints")
-MEMORY = "/dev/shm" if os.path.isdir("/dev/shm") else None  # where decoders find a clip that is in memory
 
 
 class Record(NamedTuple):
@@ -79,13 +78,15 @@ def decoded(record: Record, reading: Reading) -> Media:
 
     Raises:
         InputError: one line with the reason.
+        StorageError: there is no room for a temporary file.
     """
     if isinstance(record.clip, Media):
         return record.clip
     # The reader opens a clip several times and by path, as decoders like it best.
-    with tempfile.NamedTemporaryFile(dir=MEMORY, suffix=Path(record.name).suffix[-16:]) as file:
-        file.write(record.clip)
-        file.flush()
+    # Not in /dev/shm, which is small in containers, and the workers' rows need it.
+    with tempfile.NamedTemporaryFile(suffix=Path(record.name).suffix[-16:], buffering=0) as file:
+        with storage.local_errors(file.name):
+            file.write(record.clip)
         try:
             return read_media(file.name, reading)
         except InputError as error:

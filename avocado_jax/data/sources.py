@@ -176,7 +176,19 @@ class TfdsSource:
         return len(self._examples())
 
     def __getitem__(self, number: int) -> Record:
-        return from_example(self._examples()[number])
+        """The record of this number in the index. Raises as `Shards` does."""
+        where = f"{self._folder} ({self._split}) at {number}"
+        record = from_example(storage.retried(lambda: self._read(number), where, FAULTS, storage.PATIENCE))
+        if self.index and record.fields["id"] != self.index.ids[number]:
+            raise InputError(f"{where} holds {record.fields['id']}: not what was measured; empty the cache_dir")
+        return record
+
+    def _read(self, number: int) -> dict[str, Any]:
+        try:
+            return self._examples()[number]
+        except FAULTS:
+            self._source = None  # its readers stay broken once they failed
+            raise
 
     def _examples(self) -> Any:
         if self._source is None:
@@ -190,9 +202,11 @@ def open_tfds(folder: str, split: str, reading: Reading, cache_dir: Path) -> Tfd
     """A tfds data set by the folder of its version, local or gs://. Its clips are measured once, into `cache_dir`.
 
     Raises:
-        InputError: an example lacks fields, or its clip cannot be read.
+        InputError: there is no such data set, an example lacks fields, or its clip cannot be read.
     """
     source = TfdsSource(folder, split, None)
+    if not storage.exists(storage.join(folder, "dataset_info.json")):
+        raise InputError(f"{folder}: not a tfds data set (it has no dataset_info.json)")
     key = json.dumps([folder, split, len(source), asdict(reading)])
     kept = cache_dir / f"index-{hashlib.md5(key.encode(), usedforsecurity=False).hexdigest()}.jsonl"
     if not kept.exists():

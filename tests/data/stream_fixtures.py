@@ -42,6 +42,7 @@ def save_tokenizer(folder: Path) -> Path:
 def recipe(**changes) -> Recipe:
     """A small recipe: one short prompt, tiny frames."""
     given = dict(config=TINY, words=Words(byte_tokenizer().to_str()), reading=READING, prompts=("What?", "Tell all."))
+    given |= dict(caption_tokens=64, aligned=(1, 1))
     return Recipe(**(given | changes))
 
 

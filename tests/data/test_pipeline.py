@@ -8,14 +8,11 @@ import numpy as np
 import pytest
 from stream_fixtures import READING, Spy, byte_tokenizer, recipe, write_manifest
 
-from avocado_jax.data.index import sizes
-from avocado_jax.data.pipeline import batches, host_rows, longest_prompt, make_captions
-from avocado_jax.data.plan import choose_buckets, make_plan
+from avocado_jax.data.pipeline import batches, host_rows, make_captions, plan_batches
 from avocado_jax.data.prepare import Job, prepare
 from avocado_jax.data.prompt import special_id
 from avocado_jax.data.sources import open_shards
 from avocado_jax.errors import InputError
-from avocado_jax.models.config import TINY
 
 CLIPS, BATCH = 22, 4
 
@@ -32,15 +29,12 @@ def source(tmp_path_factory):
     return shards(tmp_path_factory.mktemp("stream"), CLIPS)
 
 
-def planned(source, asked, buckets=3, batch=BATCH, longest=64, seed=3):
-    known = sizes(source.index, longest_prompt(asked), longest, TINY)
-    return make_plan(
-        known, choose_buckets(known, buckets, asked.group, TINY, aligned=(1, 1)), batch, seed, asked.group, TINY
-    )
+def planned(source, asked, shapes=3, batch=BATCH):
+    return plan_batches(source.index, asked, batch, shapes, seed=3)
 
 
 def stream(source, plan, asked, first, stop, rows=range(BATCH), **how):
-    return list(batches(source, source.index.ids, plan, asked, first, stop, rows, **how))
+    return list(batches(source, plan, asked, first, stop, rows, **how))
 
 
 def arrays(batch):
@@ -101,10 +95,10 @@ print(len(stream(source, planned(source, asked), asked, 0, 2)))
 
 
 def test_captions_end_with_the_stop_and_are_cut_where_they_must(source):
-    asked = recipe(group=3)
+    asked = recipe(group=3, caption_tokens=30)
     stop = special_id(asked.words, "<|im_end|>")
     letters = byte_tokenizer()
-    for batch in stream(source, planned(source, asked, longest=30), asked, 0, 4):
+    for batch in stream(source, planned(source, asked), asked, 0, 4):
         captions = batch.captions
         np.testing.assert_array_equal(captions.inputs[:, :, 0], np.repeat(batch.clip.first[:, None], 3, axis=1))
         np.testing.assert_array_equal(captions.inputs[:, :, 1:], captions.targets[:, :, :-1])
@@ -169,17 +163,17 @@ def test_a_lost_record_is_a_row_of_no_weight_in_its_place(source, workers):
 
 
 def test_too_many_lost_records_stop_the_run_with_the_list(source):
-    asked = recipe(max_lost_share=0.05)
+    asked = recipe(max_lost_share=0.01)
     bad = Spy(source, bad=dict.fromkeys(range(0, CLIPS, 2), "gone"))
     given = []
     with pytest.raises(InputError, match=r"3 of \d+ records cannot be read: clip-\d+: gone; clip-\d+: gone; "):
-        given.extend(batches(bad, source.index.ids, planned(source, asked), asked, 0, 6, range(BATCH)))
+        given.extend(batches(bad, planned(source, asked), asked, 0, 6, range(BATCH)))
     assert given
 
 
 def test_leaving_early_ends_the_workers(source):
     asked = recipe()
-    stream = batches(Spy(source), source.index.ids, planned(source, asked), asked, 0, 1000, range(BATCH), workers=1)
+    stream = batches(Spy(source), planned(source, asked), asked, 0, 1000, range(BATCH), workers=1)
     worker = next(stream).records[0]["process"]
     stream.close()
     assert not Path(f"/proc/{worker}").exists()
@@ -190,7 +184,7 @@ def test_two_thousand_clips_each_once_whatever_the_hosts(tmp_path):
     """Two runs through an epoch in pieces, each piece with other hosts and workers, against the plan."""
     source = shards(tmp_path, 2000)
     asked = recipe()
-    plan = planned(source, asked, buckets=6, batch=16)
+    plan = planned(source, asked, 6, 16)
     rng = np.random.default_rng(0)
     runs = []
     for pieces in ([(1, 0), (2, 1), (4, 0)], [(4, 1), (1, 2), (2, 0)]):

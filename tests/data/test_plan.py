@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from avocado_jax.data.features import choose_frames, frame_pixels, frame_size
 from avocado_jax.data.index import Index, Sizes, sizes
 from avocado_jax.data.pipeline import host_rows
-from avocado_jax.data.plan import Bucket, Plan, choose_buckets, make_plan, padded_share, row_flops
+from avocado_jax.data.plan import Bucket, Plan, choose_buckets, make_plan, row_flops
 from avocado_jax.data.rows import Shape
 from avocado_jax.errors import InputError
 from avocado_jax.models.config import SEVEN_B, TINY
@@ -61,10 +61,11 @@ def test_every_record_once_an_epoch_and_within_its_bucket(clips, buckets, batch,
 
 def test_leftovers_fill_up_what_larger_buckets_lack():
     big, small = Bucket(Shape(8, 8, 8, 8), 8), Bucket(Shape(4, 4, 4, 4), 4)
-    plan = Plan((big, small), np.array([0] * 5 + [1] * 6), batch=4, seed=0)
+    plan = Plan((big, small), np.array([2.0, 1.0]), np.array([0] * 5 + [1] * 6), np.ones(11), batch=4, seed=0)
     steps = [plan.step(number) for number in range(plan.epoch_steps)]
-    assert plan.epoch_steps == 3  # 11 records in batches of 4: only the last place of all is empty
+    assert plan.epoch_steps == 3  # 11 records in batches of 4: one place is empty
     assert sum((step.records < 0).sum() for step in steps) == 1
+    assert sorted(step.padded for step in steps) == [0.0, 0.5, 0.625]  # all small, all large, and the mixed one
 
 
 def test_seed_and_epoch_change_the_order_and_nothing_else_does():
@@ -95,12 +96,13 @@ def test_padded_share_with_sixteen_shapes():
     """The bar is a quarter; it is the share of FLOPs of whole epochs, empty rows of tails included."""
     asked = sizes(realistic(1500), 150, 1024, SEVEN_B)
     shares = {}
-    for count in (4, 16, 32):
-        plan = make_plan(asked, choose_buckets(asked, count, 1, SEVEN_B), 8, 0, 1, SEVEN_B)
+    for group, count in ((1, 4), (1, 16), (1, 32), (8, 16)):
+        plan = make_plan(asked, choose_buckets(asked, count, group, SEVEN_B), 8, 0, group, SEVEN_B)
         assert len(plan.buckets) <= count
-        shares[count] = padded_share(asked, plan, 1, SEVEN_B)
-    assert shares[16] < 0.20
-    assert shares[4] > shares[16] > shares[32]
+        shares[group, count] = plan.padded_share()
+    assert shares[1, 16] < 0.20
+    assert shares[8, 16] < 0.25
+    assert shares[1, 4] > shares[1, 16] > shares[1, 32]
 
 
 def test_buckets_are_aligned_and_sorted():

@@ -13,9 +13,9 @@ import pytest
 from stream_fixtures import READING, SPECIAL, recipe, save_tokenizer, write_clip, write_manifest
 
 from avocado_jax.__main__ import main
-from avocado_jax.data.index import load_index, measured, sizes
+from avocado_jax.data.index import load_index, measured
 from avocado_jax.data.media import Media, read_media
-from avocado_jax.data.pipeline import longest_prompt
+from avocado_jax.data.pipeline import row_sizes
 from avocado_jax.data.prepare import Job, prepare
 from avocado_jax.data.prompt import chat_prompt, load_tokenizer
 from avocado_jax.data.records import Record, decoded, pack, unpack
@@ -58,7 +58,7 @@ def test_records_come_back_as_they_were(clips):
 
 def test_the_index_knows_the_shape_of_every_row(clips):
     asked, source = recipe(), open_shards(str(clips / "whole"), READING)
-    known = sizes(source.index, longest_prompt(asked), 1000, TINY)
+    known = row_sizes(source.index, asked)
     longest = max((chat_prompt(asked.words, text) for text in asked.prompts), key=lambda prompt: len(prompt.after))
     for number in range(len(source)):
         row = make_row(decoded(source[number], READING), longest, TINY, READING)
@@ -177,8 +177,8 @@ def test_a_clip_that_does_not_end_is_given_up(tmp_path):
     write_clip(tmp_path / "good.mp4")
     lines = [{"id": name, "video": f"{name}.mp4", "caption": "c"} for name in ("endless", "good")]
     (tmp_path / "clips.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    done = prepare(job(tmp_path, clip_seconds=8.0), workers=1, max_reject_share=0.5)
-    assert (done.records, [reject.reason for reject in done.rejects]) == (1, ["took longer than 8 s"])
+    done = prepare(job(tmp_path, clip_seconds=4.0), workers=1, max_reject_share=0.5)
+    assert (done.records, [reject.reason for reject in done.rejects]) == (1, ["took longer than 4 s"])
 
 
 def test_texts_are_counted_in_tokens_and_special_ones_stay_text(tmp_path):
@@ -248,6 +248,21 @@ def test_a_stopped_command_says_that_it_can_go_on(tmp_path):
     process.terminate()
     assert "run it again" in process.communicate()[1]
     assert process.returncode == 75
+
+
+def test_a_full_disk_is_one_line_and_the_run_goes_on_later(tmp_path):
+    """A limit on the size of files stands for a disk with no room left."""
+    write_manifest(tmp_path, 2)
+    arguments = ["prepare", str(tmp_path / "clips.jsonl"), str(tmp_path / "out"), "--workers", "1"]
+    code = "import resource, sys; from avocado_jax.__main__ import main\nif __name__ == '__main__':\n"
+    code += " resource.setrlimit(resource.RLIMIT_FSIZE, (8192, 8192)); sys.exit(main(sys.argv[1:]))\n"
+    script = tmp_path / "limited.py"
+    script.write_text(code)
+    done = subprocess.run([sys.executable, str(script), *arguments], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "run it again to go on" in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert main(arguments) == 0
 
 
 def test_bytes_and_files_read_alike(tmp_path):

@@ -2,21 +2,20 @@
 
 import json
 import socket
+from pathlib import Path
 
 import gcs
 import numpy as np
 import pytest
+import tfds_clips
 from stream_fixtures import READING, recipe, write_manifest
 
 from avocado_jax.data import storage
-from avocado_jax.data.index import sizes
 from avocado_jax.data.media import Reading
-from avocado_jax.data.pipeline import batches, longest_prompt
-from avocado_jax.data.plan import choose_buckets, make_plan
+from avocado_jax.data.pipeline import batches, plan_batches
 from avocado_jax.data.prepare import Job, prepare
-from avocado_jax.data.sources import open_shards
+from avocado_jax.data.sources import open_shards, open_tfds
 from avocado_jax.errors import InputError
-from avocado_jax.models.config import TINY
 
 CLIPS = 8
 
@@ -58,13 +57,12 @@ def faulty(bucket):
 def stream(folder, steps=4, workers=0, cache_dir=None):
     source = open_shards(str(folder), READING, cache_dir)
     asked = recipe(group=2)
-    known = sizes(source.index, longest_prompt(asked), 64, TINY)
-    plan = make_plan(known, choose_buckets(known, 2, 2, TINY, aligned=(1, 1)), 4, 0, 2, TINY)
-    return list(batches(source, source.index.ids, plan, asked, 0, steps, range(4), workers))
+    plan = plan_batches(source.index, asked, 4, 2, seed=0)
+    return list(batches(source, plan, asked, 0, steps, range(4), workers))
 
 
 def assert_same(one, two):
-    assert [batch[:5] + batch[-1:] for batch in one] == [batch[:5] + batch[-1:] for batch in two]
+    assert [batch[:5] + batch[9:] for batch in one] == [batch[:5] + batch[9:] for batch in two]
     for first, second in zip(one, two):
         for left, right in zip(
             (*first.clip, *first.captions, *first[7:9]), (*second.clip, *second.captions, *second[7:9])
@@ -148,3 +146,29 @@ def test_storage_that_never_answers_does_not_hang(monkeypatch):
         with pytest.raises(storage.StorageError, match="gs://clips-bucket/out/manifest"):
             open_shards("gs://clips-bucket/out", READING)
     storage._client.cache_clear()
+
+
+def test_a_tfds_data_set_local_and_in_a_bucket(bucket, tmp_path, monkeypatch):
+    monkeypatch.setenv("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
+    builder = tfds_clips.TinyClips(str(bucket.local / "clips.jsonl"), data_dir=str(tmp_path))
+    builder.download_and_prepare()
+    folder = Path(builder.data_dir)
+    for path in folder.iterdir():
+        storage.write(f"gs://clips-bucket/tfds/tiny_clips/1.0.0/{path.name}", path.read_bytes())
+    prepared = open_shards(str(bucket.local / "out"), READING)
+    known = {prepared.index.ids[number]: number for number in range(CLIPS)}
+    for where in (str(folder), "gs://clips-bucket/tfds/tiny_clips/1.0.0"):
+        source = open_tfds(where, "train", READING, tmp_path / "cache")
+        assert sorted(source.index.ids) == sorted(known)
+        for number, name in enumerate(source.index.ids):
+            record, same = source[number], prepared[known[name]]
+            assert record.clip == same.clip
+            assert record.fields == same.fields | {"seconds": 1.0}
+            assert source.index.mel[number] == prepared.index.mel[known[name]]
+        asked = recipe()
+        plan = plan_batches(source.index, asked, 4, 2, seed=0)
+        rows = list(batches(source, plan, asked, 0, plan.epoch_steps, range(4)))
+        assert sorted(name for batch in rows for name in batch.ids if name) == sorted(known)
+        assert not any(batch.lost for batch in rows)
+    with pytest.raises(InputError, match="not a tfds data set"):
+        open_tfds(str(tmp_path / "none"), "train", READING, tmp_path / "cache")

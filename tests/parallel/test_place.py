@@ -1,9 +1,11 @@
 """Host batches onto a mesh of eight simulated devices, one batch ahead."""
 
 import os
+import socket
 import subprocess
 import sys
 import threading
+from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -11,7 +13,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType
 
-from avocado_jax.parallel.place import local_rows, place
+from avocado_jax.parallel.place import place
 
 
 class Held(NamedTuple):
@@ -110,5 +112,39 @@ print("good")
     assert done.stdout == "good\n", done.stderr
 
 
-def test_rows_must_divide(mesh):
-    assert local_rows(mesh, 3) == range(3)
+PROCESS = """
+import sys
+sys.path[:0] = sys.argv[3:]
+import jax
+jax.config.update("jax_cpu_collectives_implementation", "gloo")
+jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import AxisType
+from test_place import held
+from avocado_jax.parallel.place import local_rows, place
+mesh = jax.make_mesh((2, 2), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2)
+rows = local_rows(mesh, 4)
+assert rows == range(2 * jax.process_index(), 2 * jax.process_index() + 2), rows
+mine = (held(step)._replace(x=held(step).x[rows.start : rows.stop], flag=held(step).flag[:2]) for step in range(3))
+for step, batch in enumerate(place(mine, mesh)):
+    np.testing.assert_array_equal(multihost_utils.process_allgather(batch.x, tiled=True), held(step).x)
+print("good", flush=True)
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_each_put_their_own_rows():
+    with socket.socket() as held_port:
+        held_port.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{held_port.getsockname()[1]}"
+    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2", "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-c", PROCESS, address]
+    processes = [
+        subprocess.Popen(
+            [*command, str(rank), str(Path(__file__).parent)], env=environment, stdout=subprocess.PIPE, text=True
+        )
+        for rank in range(2)
+    ]
+    said = [process.communicate(timeout=120)[0] for process in processes]
+    assert [text.splitlines()[-1] for text in said] == ["good"] * 2
