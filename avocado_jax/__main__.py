@@ -45,6 +45,9 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of our output has left
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except OSError as error:  # a full disk, a folder that may not be written
+        print(f"avocado {args.command}: {error}", file=sys.stderr)
+        return 1
 
 
 if __name__ == "__main__":

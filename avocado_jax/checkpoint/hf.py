@@ -107,7 +107,7 @@ def table(config: ThinkerConfig) -> dict[str, Entry]:
     entries = {}
     for ours, theirs, parameters in MODULES:
         for parameter, their_parameter, change in parameters:
-            path = tuple(part for part in ours.split("/") if part and part != "*") + (parameter,)
+            path = (*(part for part in ours.split("/") if part not in ("", "*")), parameter)
             if path not in leaves:  # a tied model has no output matrix
                 continue
             shape = leaves.pop(path)

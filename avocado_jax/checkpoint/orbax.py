@@ -60,7 +60,9 @@ def save_args(stacked: bool) -> ocp.SaveArgs:
 
 def save_pieces(folder: Path, tree: Mapping[str, Any]) -> None:
     """Write a tree of `Pieces` as an Orbax checkpoint. `folder` appears only when it is complete."""
-    registry = ocp.type_handlers.create_type_handler_registry((Pieces, _PiecesHandler()))
+    registry = ocp.type_handlers.create_type_handler_registry(
+        (Pieces, _PiecesHandler()), (jax.Array, ocp.type_handlers.ArrayHandler())
+    )
     handler = ocp.PyTreeCheckpointHandler(type_handler_registry=registry)
     args = jax.tree_util.tree_map_with_path(lambda path, _: save_args("layers" in jax.tree_util.keystr(path)), tree)
     with ocp.Checkpointer(handler) as checkpointer:

@@ -1,0 +1,16 @@
+"""Every annotated function of the package has its shapes and types checked while the tests run."""
+
+import os
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["FORCE_QWENVL_VIDEO_READER"] = "decord"  # read by qwen_omni_utils when it is imported
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+
+from jaxtyping import install_import_hook
+
+install_import_hook("avocado_jax", "beartype.beartype")
+
+import torch  # noqa: E402
+
+torch.set_num_threads(2)
