@@ -36,7 +36,7 @@ class _Section:
         return _Section(self.fields.get(name), f"{self.path}.{name}")
 
 
-def thinker_config(config: Mapping[str, Any], tied: bool) -> ThinkerConfig:
+def read_config(config: Mapping[str, Any], tied: bool) -> ThinkerConfig:
     """Read a config.json, of a full Omni checkpoint or of a thinker alone.
 
     Fields that older files leave out take the values that all published checkpoints share; sizes are
@@ -220,3 +220,11 @@ def config_json(config: ThinkerConfig) -> dict[str, Any]:
         "seconds_per_chunk": config.seconds_per_chunk,
         "tie_word_embeddings": text.tied,
     }
+
+
+def declare_dtype(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
+    """A config.json that says its tensors are `dtype`, in the spelling it uses."""
+    out = {name: dtype if name in ("dtype", "torch_dtype") else value for name, value in config.items()}
+    if isinstance(out.get("thinker_config"), dict):
+        out["thinker_config"] = declare_dtype(out["thinker_config"], dtype)
+    return out

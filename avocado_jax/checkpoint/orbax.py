@@ -18,7 +18,7 @@ import orbax.checkpoint as ocp
 import tensorstore as ts
 
 from avocado_jax.checkpoint.hf import Entry, read_json, table
-from avocado_jax.checkpoint.hf_config import thinker_config
+from avocado_jax.checkpoint.hf_config import read_config
 from avocado_jax.errors import InputError
 from avocado_jax.models.config import ThinkerConfig
 
@@ -130,5 +130,5 @@ def open_run(folder: Path, step: int | None = None) -> RunCheckpoint:
         raise InputError(f"{folder}: no finished step {step}; there are {', '.join(map(str, steps))}")
     metadata = folder / "checkpoints" / str(step) / "params" / "_METADATA"
     tied = "'head'" not in metadata.read_text()
-    config = thinker_config(read_json(folder / "hf" / "config.json"), tied)
+    config = read_config(read_json(folder / "hf" / "config.json"), tied)
     return RunCheckpoint(folder, step, config, table(config))
