@@ -185,13 +185,18 @@ def test_logits_positions_and_greedy_tokens(reference, name):
 
     # The same logits again, from all of the caption's tokens at once.
     given = np.concatenate([np.asarray(clip.first)[:, None], produced[:, :-1]], axis=1)[:, None]
-    apply = partial(Thinker(CONFIG).apply, {"params": params})
-    hidden = apply(apply(clip, method="prefill"), clip, jnp.asarray(given), method="continue_captions")
-    close(apply(hidden, method="logits")[:, 0], logits, 1e-4)
+    close(caption_logits(params, clip, jnp.asarray(given))[:, 0], logits, 1e-4)
     logprobs = torch.log_softmax(torch.tensor(logits), -1).numpy()
     drawn = np.take_along_axis(logprobs, produced[..., None], axis=-1)[..., 0]
     for i, count in enumerate(np.asarray(ours.lengths)[:, 0]):
         np.testing.assert_allclose(ours.logprobs[i, 0, :count], drawn[i, :count], atol=2e-4)
+
+
+@jax.jit
+def caption_logits(params, clip, inputs):
+    """Logits at every input of teacher-forced captions."""
+    apply = partial(Thinker(CONFIG).apply, {"params": params})
+    return apply(apply(apply(clip, method="prefill"), clip, inputs, method="continue_captions"), method="logits")
 
 
 def loss_of(config, params, clip, captions):
@@ -250,8 +255,8 @@ def test_captions_of_a_group_are_separate_rows(reference):
     repeated = jax.tree.map(lambda leaf: jnp.repeat(leaf, 3, axis=0), clip)
     apart = jax.tree.map(lambda leaf: leaf.reshape(9, 1, *leaf.shape[2:]), captions)
 
-    apply = jax.jit(lambda clip, captions: Thinker(CONFIG).apply({"params": params}, clip, captions))
-    close(apply(repeated, apart).reshape(3, 3, 12, -1), apply(clip, captions), 1e-5)
+    grouped = caption_logits(params, clip, captions.inputs)
+    close(caption_logits(params, repeated, apart.inputs).reshape(grouped.shape), grouped, 1e-5)
 
     step = jax.jit(jax.value_and_grad(partial(loss_of, CONFIG)))
     grouped, separate = step(params, clip, captions), step(params, repeated, apart)
