@@ -5,7 +5,8 @@ import os
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["FORCE_QWENVL_VIDEO_READER"] = "decord"  # read by qwen_omni_utils when it is imported
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+# Eight devices; less optimised code, since nearly all of a test is compilation.
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=1"
 
 from jaxtyping import install_import_hook
 
