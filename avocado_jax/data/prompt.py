@@ -44,8 +44,9 @@ def load_tokenizer(folder: Path) -> Any:
         raise InputError(f"{folder}: no tokenizer files (tokenizer.json)")
     try:
         return AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
-    except (ValueError, OSError, KeyError, TypeError) as error:
-        raise InputError(f"{folder}: its tokenizer cannot be loaded: {str(error).splitlines()[0]}") from error
+    except (ValueError, OSError, KeyError, TypeError, AttributeError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise InputError(f"{folder}: its tokenizer cannot be loaded: {reason}") from error
 
 
 def chat_prompt(tokenizer: Any, text: str, system: str = SYSTEM) -> Prompt:

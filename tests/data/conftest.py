@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 os.environ["FORCE_QWENVL_VIDEO_READER"] = "decord"  # before qwen_omni_utils is imported: with it AVoCaDO was run
-import torchvision_ops  # noqa: F401, E402  before anything that imports torchvision
-from clips import GOOD  # noqa: E402
+import torchvision_ops  # noqa: F401  before anything that imports torchvision
+from clips import GOOD
 
 
 @pytest.fixture(scope="session")

