@@ -154,5 +154,6 @@ GOOD: dict[str, Callable[[Path], Path]] = {
     "pcm.mov": lambda path: write(path, sound=tone(2), codecs=("libx264", "pcm_s16le")),
     "bytes.mkv": lambda path: write(path, sound=tone(2), codecs=("libx264", "pcm_u8")),
     "mpeg4.avi": lambda path: write(path, sound=tone(2), codecs=("mpeg4", "pcm_s16le")),
+    "bare.h264": lambda path: write(path),
     "slow.webm": lambda path: write(path, frames=5, times=(0, 200, 400, 600, 800), codecs=("libvpx", "libopus")),
 }

@@ -4,7 +4,6 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import reduce
 from pathlib import Path
 from typing import NamedTuple
 
@@ -120,7 +119,7 @@ def _demux(path: Path) -> _Packets:
             raise InputError(
                 f"cut short or damaged: {frames} of {stream.frames or 'its'} frames, {end:.1f} s of {stated or 0:.1f} s"
             )
-        return _Packets(frames, stated or end - start)
+        return _Packets(frames, stated or end - start or frames / _rate(stream))
 
 
 def _picture(path: Path, total: int, reading: Reading) -> Shaped[Array, "N h w 3"]:
@@ -135,7 +134,7 @@ def _picture(path: Path, total: int, reading: Reading) -> Shaped[Array, "N h w 3
             while index == number:
                 picture = _upright(frame)
                 sizes = sizes or _sizes(*picture.shape[:2], len(chosen), reading)
-                out.append(reduce(lambda image, size: resize(image, *size), sizes, picture))
+                out.append(_fit(picture, sizes))
                 index = next(wanted, None)
             if index is None:
                 break
@@ -145,9 +144,7 @@ def _picture(path: Path, total: int, reading: Reading) -> Shaped[Array, "N h w 3
             # Streams may end in a packet or two that yield no picture; more is damage.
             if number + 1 < 0.9 * total and number + 2 < total:
                 raise InputError(f"damaged: {number + 1} of {total} frames can be decoded")
-            sizes = sizes or _sizes(*_upright(frame).shape[:2], len(chosen), reading)
-            last = reduce(lambda image, size: resize(image, *size), sizes, _upright(frame))
-            out += [last] * (len(chosen) - len(out))
+            out += [_fit(_upright(frame), sizes)] * (len(chosen) - len(out))
     return np.stack(out)
 
 
@@ -173,22 +170,29 @@ def _sizes(height: int, width: int, frames: int, reading: Reading) -> list[tuple
     return [shared, frame_size(*shared, least, reading.most_pixels, factor)]
 
 
+def _fit(picture: Shaped[Array, "h w 3"], sizes: list[tuple[int, int]]) -> Shaped[Array, "rows columns 3"]:
+    for size in sizes:
+        picture = resize(picture, *size)
+    return picture
+
+
 def _sound(path: Path, reading: Reading) -> Float[Array, "n"] | None:
-    """The first audio stream as mono at `sound_rate`; None where there is none, or nothing in it."""
+    """The best audio stream as mono at `sound_rate`; None where there is none, or nothing in it."""
     with _open(path) as container:
         stream = container.streams.best("audio")
         if stream is None:
             return None
         if stream.codec_context is None:
             raise InputError("its sound is in a format that cannot be decoded")
-        parts, rate, length = [], stream.rate, 0
+        parts, length = [], 0
         for frame in container.decode(stream):
-            block = frame.to_ndarray()
+            block, rate = frame.to_ndarray(), frame.sample_rate
             if not frame.format.is_planar:
                 block = block.reshape(-1, frame.layout.nb_channels).T
             if block.dtype.kind != "f":  # integers to -1..1; unsigned bytes are centred on 128
-                scale = np.iinfo(block.dtype)
-                block = (block.astype(np.float32) - (scale.max + scale.min + 1) / 2) / (scale.max / 2 - scale.min / 2)
+                bounds = np.iinfo(block.dtype)
+                middle, half = (bounds.max + bounds.min + 1) / 2, (bounds.max - bounds.min + 1) / 2
+                block = (block.astype(np.float32) - middle) / half
             parts.append(block.astype(np.float32).mean(axis=0))
             length += frame.samples
             if length > (reading.sound_seconds + 1) * rate:
@@ -196,6 +200,8 @@ def _sound(path: Path, reading: Reading) -> Float[Array, "n"] | None:
     if not length:
         return None
     mono = np.concatenate(parts)
+    if not np.isfinite(mono).all():
+        raise InputError("damaged: its sound holds values that are no numbers")
     if rate != reading.sound_rate:
         mono = librosa.resample(mono, orig_sr=rate, target_sr=reading.sound_rate, res_type="soxr_hq")
     return mono[: reading.sound_seconds * reading.sound_rate]

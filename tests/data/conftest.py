@@ -5,10 +5,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 os.environ["FORCE_QWENVL_VIDEO_READER"] = "decord"  # before qwen_omni_utils is imported: with it AVoCaDO was run
 import torchvision_ops  # noqa: F401  before anything that imports torchvision
 from clips import GOOD
+
+settings.register_profile("repeatable", derandomize=True, deadline=None, database=None)
+settings.load_profile("repeatable")
 
 
 @pytest.fixture(scope="session")

@@ -38,7 +38,7 @@ def noise(*shape: int, seed: int = 0) -> np.ndarray:
 # Frame choice
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(
     st.integers(2, 30_000),
     st.sampled_from([1.0, 7.5, 12.0, 23.976, 24.0, 25.0, 29.97, 30.0, 59.94, 60.0, 120.0]),
@@ -83,7 +83,7 @@ def test_size_of_720p_under_the_paper_s_budget(frames: int, size: tuple[int, int
     assert frame_size(720, 1280, LEAST, frame_pixels(frames)) == size
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=500)
 @given(st.integers(1, 5000), st.integers(1, 5000), st.integers(2, 768), st.sampled_from([LEAST, 28 * 28, 56 * 56]))
 def test_size_is_that_of_the_reference(height: int, width: int, frames: int, least: int):
     most = frame_pixels(frames, least)

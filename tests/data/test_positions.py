@@ -100,7 +100,7 @@ def test_ids_and_positions_are_those_of_the_reference(grid: tuple[int, int, int]
     same(grid, mel, seconds)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     st.tuples(st.integers(1, 40), st.integers(1, 6), st.integers(1, 6)),
     st.integers(0, 6000),
@@ -137,7 +137,7 @@ def test_a_step_longer_than_a_chunk_cuts_frames_in_pieces():
     assert chunks(times, 50) == Model().get_chunked_index(torch.from_numpy(times), 50, 0)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.lists(st.integers(0, 60), max_size=60), st.integers(1, 60))
 def test_chunks_are_those_of_the_reference(steps: list[int], length: int):
     times = np.cumsum(steps, dtype=int)
