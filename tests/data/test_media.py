@@ -207,6 +207,10 @@ BAD = {
     "half_faststart.mp4": (half("faststart.mp4"), "cut short.* 9 of 20 frames, 0.9 s of 2.0 s"),
     "half_fragmented.mp4": (half("fragmented.mp4"), "damaged"),
     "half.mkv": (half("plain.mkv"), "cut short.* 1.0 s of 2.0 s"),
+    "half_of_a_second.mkv": (
+        lambda path, clip: clips.halved(clips.write(path.with_name("second.mkv"), frames=10), path),
+        "cut short.* of 1.0 s",
+    ),
     "half.webm": (half("vp9.webm"), "cut short.* 1.0 s of 2.0 s"),
     "half.avi": (half("mpeg4.avi"), "cut short.* 10 of 20 frames"),
     "spoiled.mp4": (spoiled("plain.mp4"), "damaged"),
