@@ -10,8 +10,13 @@ os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8 --xla_backen
 
 from jaxtyping import install_import_hook
 
-install_import_hook("avocado_jax", "beartype.beartype")
+install_import_hook("avocado_jax", "typechecked.check")
 
 import torch  # noqa: E402
 
 torch.set_num_threads(2)
+
+from hypothesis import settings  # noqa: E402
+
+settings.register_profile("repeatable", derandomize=True, deadline=None, database=None)
+settings.load_profile("repeatable")

@@ -52,7 +52,7 @@ def test_temperature_zero_is_greedy():
     np.testing.assert_allclose(logprob, jax.nn.log_softmax(LOGITS[3])[best], rtol=1e-5)
 
 
-@pytest.mark.parametrize("wrong", [{"temperature": -1.0}, {"top_k": -1}, {"top_p": 0.0}, {"top_p": 1.1}])
+@pytest.mark.parametrize("wrong", [{"temperature": -1}, {"top_k": -1}, {"top_p": 0.0}, {"top_p": 1.1}])
 def test_nonsense_is_refused(wrong):
     with pytest.raises(ValueError, match="asked for"):
         Sampling(**wrong)
