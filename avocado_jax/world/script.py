@@ -1,0 +1,455 @@
+"""What happens in a clip: a pure function from (seed, index, split, level) to events on a timeline."""
+
+import random
+import re
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+COLORS = ("red", "blue", "green", "yellow", "orange", "purple", "pink", "brown")
+SHAPES = ("circle", "square", "triangle", "star", "diamond", "hexagon", "heart", "ring")
+SIZES = {"small": 0.08, "large": 0.125}  # radius as a share of the frame's height
+PLACES = {  # center of the shape as a share of the frame's width and height
+    "left": (0.18, 0.5),
+    "center": (0.5, 0.5),
+    "right": (0.82, 0.5),
+    "upper left": (0.18, 0.22),
+    "lower right": (0.82, 0.78),
+    "upper right": (0.82, 0.22),
+    "lower left": (0.18, 0.78),
+    "top": (0.5, 0.22),
+    "bottom": (0.5, 0.78),
+}
+SIDES = ("left", "right", "top", "bottom")
+BACKDROPS = ("white", "gray", "black", "cream", "navy")
+PATTERNS = ("plain", "striped", "dotted", "checkered")
+EFFECTS = {  # seconds
+    "bell": 1.2,
+    "drum": 0.9,
+    "whistle": 0.8,
+    "buzzer": 0.7,
+    "siren": 1.2,
+    "bird": 0.9,
+    "clap": 0.8,
+    "horn": 0.9,
+    "knock": 0.8,
+    "harp": 1.0,
+    "wind": 1.2,
+    "laser": 0.6,
+}
+BEDS = ("piano", "synth", "drone", "strings", "beat", "music box")
+VOICES = ("deep", "high", "hoarse", "whispering", "robotic")
+NARRATOR = "narrator"
+CAMERAS = ("pan left", "pan right", "zoom in", "zoom out")
+WORDS = ("HELLO", "STOP", "OPEN", "MOON", "EXIT", "MUSIC", "START", "WINTER", "SECRET", "NUMBER")
+LINES = (
+    "Look at the {}.",
+    "Where is the {}?",
+    "I can see the {}.",
+    "Bring me the {}.",
+    "Did you hear the {}?",
+    "The {} is over there.",
+    "We should follow the {}!",
+    "Nobody knows about the {}.",
+    "Have you lost your {}?",
+    "I left my {} at home.",
+    "This {} is very old.",
+    "What a beautiful {}!",
+)
+NOUNS = (
+    "moon",
+    "boat",
+    "garden",
+    "dog",
+    "river",
+    "apple",
+    "clock",
+    "house",
+    "piano",
+    "window",
+    "letter",
+    "king",
+)
+VISUALS = {  # seconds
+    "enter": 1.0,
+    "leave": 0.8,
+    "move": 0.9,
+    "jump": 0.9,
+    "spin": 1.0,
+    "recolor": 0.6,
+    "resize": 0.8,
+    "collide": 1.2,
+}
+IMPACT = 0.5  # where in a collision the two shapes touch, as a share of its time
+SPLITS = ("train", "test")
+MAX_SECONDS = 60.0
+
+
+class Level(NamedTuple):
+    """How hard a clip is. Numbers are how much of each table above is in use; pairs are (fewest, most)."""
+
+    beats: tuple[int, int]  # things that happen one after another
+    scenes: tuple[int, int]
+    cast: tuple[int, int]  # shapes in a scene
+    colors: int
+    shapes: int
+    places: int
+    effects: int
+    voices: int
+    lines: int
+    nouns: int
+    fine: bool  # loudness, turning direction, patterns, written text, music
+    camera: bool
+    long_lines: bool  # some lines have two sentences, and a narrator speaks too
+    size: tuple[int, int]  # pixels (height, width), multiples of 28
+    fps: int
+
+
+LEVELS = (
+    Level((3, 4), (1, 1), (2, 2), 4, 3, 3, 5, 2, 4, 4, False, False, False, (112, 112), 12),
+    Level((4, 6), (1, 1), (2, 3), 6, 5, 5, 8, 3, 6, 8, True, False, False, (168, 168), 12),
+    Level((8, 14), (1, 2), (2, 3), 7, 7, 9, 10, 4, 9, 10, True, True, False, (224, 224), 16),
+    Level((20, 28), (2, 4), (3, 4), 8, 8, 9, 12, 5, 12, 12, True, True, True, (252, 336), 24),
+)
+
+
+class Claim(NamedTuple):
+    """One thing a caption can say, true or not: its kind and its (name, value) slots, sorted by name."""
+
+    kind: str
+    slots: tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True)
+class Event:
+    """Something that happens from `start` to `end` (seconds).
+
+    Attributes:
+      kind: a key of `lexicon.TEMPLATES`, or "cross" for a picture and a sound at one moment (`parts`).
+      slots: what a caption says about it, sorted (name, value) pairs.
+      actor, other: indices into `Script.actors` of who does it and to whom; -1 is nobody.
+      parts: of a "cross" event, its visual event and its effect.
+    """
+
+    kind: str
+    start: float
+    end: float
+    slots: tuple[tuple[str, str], ...] = ()
+    actor: int = -1
+    other: int = -1
+    parts: tuple["Event", ...] = ()
+
+    def get(self, slot: str) -> str:
+        """The value of a slot; empty where the event has no such slot."""
+        return dict(self.slots).get(slot, "")
+
+
+@dataclass(frozen=True)
+class Actor:
+    """A shape as it first appears; `scene` is the index of the one scene it is in."""
+
+    color: str
+    shape: str
+    size: str
+    voice: str
+    scene: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.color} {self.shape}"
+
+
+@dataclass(frozen=True)
+class Scene:
+    """A stretch between cuts, in seconds."""
+
+    start: float
+    end: float
+    backdrop: str
+    pattern: str
+
+
+@dataclass(frozen=True)
+class Script:
+    """Everything that happens in one clip; `duration` (seconds) is a multiple of one half."""
+
+    seed: int
+    index: int
+    split: str
+    level: int
+    duration: float
+    scenes: tuple[Scene, ...]
+    actors: tuple[Actor, ...]
+    events: tuple[Event, ...]
+
+    @property
+    def id(self) -> str:
+        return f"avworld-{self.split}-level{self.level}-seed{self.seed}-{self.index:06d}"
+
+
+def claims(event: Event) -> tuple[Claim, ...]:
+    """The claims that an event makes true: both parts of a cross event and that they come together."""
+    if event.kind == "cross":
+        visual, sound = event.parts
+        pair = tuple(sorted((*visual.slots, *sound.slots, ("visual", visual.kind))))
+        return (*claims(visual), *claims(sound), Claim("together", pair))
+    if event.kind == "say" and event.get("voice"):
+        said = tuple(pair for pair in event.slots if pair[0] != "voice")
+        voice = tuple(pair for pair in event.slots if pair[0] != "line")
+        return (Claim("say", said), Claim("voice", voice))
+    return (Claim(event.kind, event.slots),)
+
+
+def speech_seconds(line: str) -> float:
+    """The time a line takes; speech is fitted to it, so that the truth needs no synthesiser."""
+    return round(0.3 + 0.045 * len(line) + 0.7 * len(re.findall(r"[.?!] ", line)), 2)
+
+
+def held_out(combination: tuple) -> bool:
+    """Whether a combination is kept for the test split: (color, shape, action) or (line, noun) indices."""
+    if len(combination) == 2:
+        return sum(combination) % 5 == 2
+    color, shape, action = combination
+    return (COLORS.index(color) + 2 * SHAPES.index(shape) + 3 * tuple(VISUALS).index(action)) % 7 == 3
+
+
+def combinations(event: Event) -> list[tuple]:
+    """The combinations of `held_out` that occur in an event."""
+    if event.kind == "cross":
+        return [found for part in event.parts for found in combinations(part)]
+    if event.kind in VISUALS:
+        return [(*event.get("who").split(), event.kind)]
+    if event.kind == "say":
+        return [UTTERANCES[sentence] for sentence in re.split(r"(?<=[.?!]) ", event.get("line"))]
+    return []
+
+
+UTTERANCES = {
+    line.format(noun): (i, j) for i, line in enumerate(LINES) for j, noun in enumerate(NOUNS)
+}  # text -> (line, noun)
+
+
+def make_script(seed: int, index: int, split: str = "train", level: int = 1) -> Script:
+    """The clip number `index` of a world.
+
+    A train clip has no held-out combination (`held_out`) and a test clip has at least one, so no clip and no
+    such combination is in both splits.
+
+    Args:
+      seed: of the world; `index`: of the clip in it, any integer from 0.
+      split: "train" or "test"; `level`: difficulty, an index into `LEVELS`.
+    """
+    attempt = 0
+    while True:
+        rng = random.Random(f"avworld 1/{seed}/{index}/{split}/{level}/{attempt}")
+        script = _Director(rng, split, LEVELS[level]).direct(seed, index, level)
+        found = any(held_out(c) for event in script.events for c in combinations(event))
+        needs = {"say", "cross"} <= {event.kind for event in script.events}
+        if needs and found == (split == "test"):
+            return script
+        attempt += 1
+
+
+def _slots(**values: str) -> tuple[tuple[str, str], ...]:
+    return tuple(sorted((name, value) for name, value in values.items() if value))
+
+
+class _Director:
+    """Draws one script: the state of the stage while the events are being chosen."""
+
+    def __init__(self, rng: random.Random, split: str, level: Level):
+        self.rng, self.split, self.level = rng, split, level
+        self.actors: list[Actor] = []
+        self.now: dict[int, tuple[str, str]] = {}  # actor on stage -> (color now, place now)
+        self.waiting: list[int] = []  # actors of this scene yet to enter
+        self.grown: set[int] = set()
+        self.names: set[str] = set()
+        self.voiced: set[str] = set()
+        self.said: set[Claim] = set()
+        self.events: list[Event] = []
+
+    def direct(self, seed: int, index: int, level: int) -> Script:
+        rng, t, scenes = self.rng, 0.0, []
+        beats = self.plan()
+        cuts = rng.randint(*self.level.scenes) - 1
+        cut_before = {round(len(beats) * (k + 1) / (cuts + 1)) for k in range(cuts)}
+        backdrops = rng.sample(BACKDROPS, cuts + 1)
+        for number, kind in enumerate(beats):
+            if not number or (number in cut_before and t < MAX_SECONDS - 12):
+                scenes.append((t, backdrops[len(scenes)], self.open_scene(t, len(scenes), backdrops)))
+                t = round(t + rng.uniform(0.6, 1.0), 2)
+            for _ in range(20):  # another try where the draw repeats itself, is held out or has no place
+                event = getattr(self, kind)(t)
+                if event and self.accept(event):
+                    t = round(event.end + rng.uniform(0.2, 0.5), 2)
+                    break
+            if t > MAX_SECONDS - 6:
+                break
+        duration = max(4.0, -(-(t + 0.2) // 0.5) * 0.5)
+        ends = [start for start, *_ in scenes[1:]] + [duration]
+        made = tuple(Scene(s, e, b, p) for (s, b, p), e in zip(scenes, ends, strict=True))
+        events = [replace(e, end=self.lasts(e, made)) if e.end == e.start else e for e in self.events]
+        return Script(seed, index, self.split, level, duration, made, tuple(self.actors), tuple(events))
+
+    def lasts(self, state: Event, scenes: tuple[Scene, ...]) -> float:
+        """When a state ends: with its scene, and a shape's being in a place with its first way from there."""
+        until = next(scene.end for scene in scenes if scene.end > state.start)
+        parts = [part for e in self.events for part in e.parts or (e,)]
+        ways = [p.start for p in parts if p.actor == state.actor >= 0 and p.kind in ("move", "leave")]
+        return min([until, *ways])
+
+    def plan(self) -> list[str]:
+        """The kinds of the beats: each clip moves, speaks and has sound and picture meet at least once."""
+        weights = {"visual": 6, "say": 4, "cross": 4, "effect": 3, "text": self.level.fine, "camera": 0}
+        if self.level.camera:
+            weights["camera"] = 1
+        more = self.rng.randint(*self.level.beats) - 3
+        beats = ["visual", "say", "cross", *self.rng.choices(list(weights), weights.values(), k=more)]
+        self.rng.shuffle(beats)
+        return beats
+
+    def accept(self, event: Event) -> bool:
+        """Put an event on the timeline unless it repeats a claim or is not for this split."""
+        made = claims(event)
+        if self.said.intersection(made) or (
+            self.split == "train" and any(held_out(c) for c in combinations(event))
+        ):
+            return False
+        self.said.update(made)
+        self.events.append(event)
+        for part in event.parts or (event,):
+            self.settle(part)
+        return True
+
+    def settle(self, event: Event) -> None:
+        """Bring the stage to how it is after an event."""
+        if event.actor < 0 or event.kind not in (*VISUALS, "present"):
+            if event.kind == "say":
+                self.voiced.add(event.get("who"))
+            return
+        color, place = self.now.get(event.actor, (self.actors[event.actor].color, ""))
+        place = event.get("place") or place
+        if event.kind == "recolor":
+            color = event.get("color")
+            self.names.add(f"{color} {self.actors[event.actor].shape}")
+        if event.kind == "enter":
+            self.waiting.remove(event.actor)
+        if event.kind == "resize":
+            self.grown.add(event.actor)
+        self.now[event.actor] = (color, place)
+        if event.kind == "leave":
+            del self.now[event.actor]
+
+    def open_scene(self, t: float, number: int, backdrops: list[str]) -> str:
+        rng, level = self.rng, self.level
+        pattern = rng.choice(PATTERNS) if level.fine else "plain"
+        slots = _slots(backdrop=backdrops[number], pattern=pattern)
+        self.events.append(Event("cut" if number else "scene", t, t, slots))
+        self.now, self.waiting = {}, []
+        free = [c + " " + s for c in COLORS[: level.colors] for s in SHAPES[: level.shapes]]
+        cast = []
+        for _ in range(rng.randint(*level.cast)):
+            used = {name.split()[1] for name in cast}  # one of each shape in a scene while they last
+            names = [n for n in free if n not in self.names and n.split()[1] not in used]
+            cast.append(rng.choice(names))
+            self.names.add(cast[-1])
+        voices = rng.sample(VOICES[: level.voices], min(len(cast), level.voices))
+        present = max(1, rng.randint(len(cast) - 1, len(cast)))
+        for k, name in enumerate(cast):
+            color, shape = name.split()
+            voice = voices[k % len(voices)]
+            self.actors.append(Actor(color, shape, rng.choice(list(SIZES)), voice, number))
+            who = len(self.actors) - 1
+            if k < present:
+                actor, place = self.actors[who], self.free_place()
+                slots = _slots(size=actor.size, who=name, place=place)
+                self.accept(Event("present", t, t, slots, who))
+            else:
+                self.waiting.append(who)
+        if level.fine and rng.random() < 0.7:
+            bed = _slots(bed=rng.choice(BEDS), loudness=self.loudness())
+            self.accept(Event("bed", t, t, bed))
+        return pattern
+
+    def free_place(self) -> str:
+        taken = {place for _, place in self.now.values()}
+        free = [p for p in list(PLACES)[: self.level.places] if p not in taken]
+        return self.rng.choice(free) if free else ""
+
+    def loudness(self) -> str:
+        return self.rng.choice(("soft", "loud")) if self.level.fine else ""
+
+    def visual(self, t: float) -> Event | None:
+        rng = self.rng
+        kind = rng.choice(list(VISUALS))
+        if kind == "enter":
+            place = self.free_place()
+            if not self.waiting or not place:
+                return None
+            who = self.waiting[0]
+            size, name = self.actors[who].size, self.actors[who].name
+            slots = _slots(size=size, who=name, side=rng.choice(SIDES), place=place)
+            return Event(kind, t, round(t + VISUALS[kind], 2), slots, who)
+        if not self.now:
+            return None
+        who = rng.choice(list(self.now))
+        actor, (color, _) = self.actors[who], self.now[who]
+        name, other, extra = f"{color} {actor.shape}", -1, {}
+        if kind == "leave":
+            if len(self.now) < 2:
+                return None
+            extra["side"] = rng.choice(SIDES)
+        elif kind == "move":
+            extra["place"] = self.free_place()
+            if not extra["place"]:
+                return None
+        elif kind == "spin":
+            if actor.shape in ("circle", "ring"):  # their turning cannot be seen
+                return None
+            extra["turn"] = rng.choice(("clockwise", "counterclockwise")) if self.level.fine else ""
+        elif kind == "recolor":
+            new = [c for c in COLORS[: self.level.colors] if f"{c} {actor.shape}" not in self.names]
+            if not new:
+                return None
+            extra["color"] = rng.choice(new)
+        elif kind == "resize":
+            if who in self.grown:
+                return None
+            extra["resize"] = "grow" if actor.size == "small" else "shrink"
+        elif kind == "collide":
+            if len(self.now) < 2:
+                return None
+            other = rng.choice([k for k in self.now if k != who])
+            extra["other"] = f"{self.now[other][0]} {self.actors[other].shape}"
+        end = round(t + VISUALS[kind], 2)
+        return Event(kind, t, end, _slots(who=name, **extra), who, other)
+
+    def effect(self, t: float) -> Event:
+        effect = self.rng.choice(list(EFFECTS)[: self.level.effects])
+        slots = _slots(effect=effect, loudness=self.loudness())
+        return Event("effect", t, round(t + EFFECTS[effect], 2), slots)
+
+    def cross(self, t: float) -> Event | None:
+        """A visual event and an effect that starts with it (on a collision, as the shapes touch)."""
+        visual = self.visual(t)
+        if visual is None:
+            return None
+        later = IMPACT * VISUALS["collide"] if visual.kind == "collide" else 0.0
+        sound = self.effect(round(t + later, 2))
+        return Event("cross", t, max(visual.end, sound.end), (), visual.actor, visual.other, (visual, sound))
+
+    def say(self, t: float) -> Event | None:
+        rng, level = self.rng, self.level
+        who = rng.choice([*self.now, -1] if level.long_lines else list(self.now))
+        shape = "" if who < 0 else f"{self.now[who][0]} {self.actors[who].shape}"
+        voice = "" if who < 0 or shape in self.voiced else self.actors[who].voice
+        pick = (f"{rng.choice(LINES[: level.lines])}".format(rng.choice(NOUNS[: level.nouns])) for _ in "ab")
+        line = next(pick) + (f" {next(pick)}" if level.long_lines and rng.random() < 0.3 else "")
+        slots = _slots(who=shape or NARRATOR, line=line, voice=voice)
+        return Event("say", t, round(t + speech_seconds(line), 2), slots, who)
+
+    def text(self, t: float) -> Event:
+        slots = _slots(word=self.rng.choice(WORDS), where=self.rng.choice(("top", "bottom")))
+        return Event("text", t, round(t + 1.8, 2), slots)
+
+    def camera(self, t: float) -> Event:
+        return Event("camera", t, round(t + 1.8, 2), _slots(camera=self.rng.choice(CAMERAS)))
