@@ -2,14 +2,14 @@
 
     world OUT --clips 200 --seed 0
 
-writes OUT/clips/*.mp4 (one h264 and one AAC stream each) and OUT/clips.jsonl, a manifest line a clip with events,
-dialogues, keypoints and reference captions. The same seed gives the same clips. Clips that are there already are
-not made again, so a run that was stopped goes on with the same command.
+writes OUT/clips/*.mp4 (one h264 and one AAC stream each) and OUT/clips.jsonl, a manifest line a clip with
+events, dialogues, keypoints and reference captions. The same seed gives the same clips. Clips that are there
+already are not made again, so a run that was stopped goes on with the same command.
 
     world --check FILE --truth OUT/clips.jsonl
 
-reads lines {"id", "caption"} and prints {"id", "recall", "hallucination", "order", "dialogue_f1"} for each, in
-order: exact, with no judge.
+reads lines {"id", "caption"} and prints {"id", "recall", "hallucination", "order", "dialogue_f1"} for each,
+in order: exact, with no judge.
 """
 
 import argparse

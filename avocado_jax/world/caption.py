@@ -4,7 +4,8 @@ import random
 from collections.abc import Iterable
 
 from avocado_jax.world import lexicon
-from avocado_jax.world.script import VISUALS, Event, Script
+from avocado_jax.world.script import Event, Script
+from avocado_jax.world.vocabulary import VISUALS
 
 
 def capitalize(sentence: str) -> str:
@@ -67,7 +68,7 @@ def statement(event: Event) -> str:
 
 
 def write_caption(script: Script, which: int = 0) -> str:
-    """Reference caption number `which` of a script: one paragraph a scene, everything in the order it happens."""
+    """Reference caption number `which` of a script: a paragraph a scene, all in the order it happens."""
     rng = random.Random(f"caption/{script.id}/{which}")
     paragraphs = []
     for scene in script.scenes:

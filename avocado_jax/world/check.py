@@ -1,7 +1,7 @@
 """Captions back to claims, and how true they are: exact, with no judge.
 
-The parser knows the language of `lexicon` and nothing else. Its rule for other text: a sentence that is not in
-the language is one unsupported claim, and a quotation in it is a line of dialogue with no speaker.
+The parser knows the language of `lexicon` and nothing else. Its rule for other text: a sentence that is not
+in the language is one unsupported claim, and a quotation in it is a line of dialogue with no speaker.
 """
 
 import re
@@ -14,7 +14,8 @@ from typing import NamedTuple
 from avocado_jax.errors import InputError
 from avocado_jax.world import lexicon
 from avocado_jax.world.caption import template_tables
-from avocado_jax.world.script import VISUALS, Claim, Event, claims
+from avocado_jax.world.script import Claim, Event, claims
+from avocado_jax.world.vocabulary import VISUALS
 
 LONGEST = 600  # characters; the longest sentence of the language has about 250
 SIMILAR = 0.6  # least similarity of two lines that may be one (paper, R_D)
@@ -24,7 +25,7 @@ _CURLY = str.maketrans("“”„‟«»", '""""""')
 
 
 class Sentence(NamedTuple):
-    """A sentence and the events it tells of, in the order told; `events` is empty if it is not in the language."""
+    """A sentence and the events it tells of, in the order told; no events if it is not in the language."""
 
     text: str
     events: tuple[Event, ...]
@@ -35,9 +36,9 @@ class Scores(NamedTuple):
 
     Attributes:
       recall: share of the truth's claims that the caption makes.
-      hallucination: share of the caption's claims that are not true or were made before; 0 for an empty caption.
-      order: of the pairs of true claims that happen at different times, the share told in that order; where the
-        caption has no such pair, 0 if the truth has one and 1 if not.
+      hallucination: share of the caption's claims that are not true or were made before; 0 if it makes none.
+      order: of the pairs of true claims that happen at different times, the share told in that order; where
+        the caption has no such pair, 0 if the truth has one and 1 if not.
       dialogue_f1: the paper's R_D between the lines of both.
     """
 
@@ -60,7 +61,7 @@ def parse(caption: str) -> list[Sentence]:
 
 
 def split_sentences(caption: str) -> Iterator[str]:
-    """Sentences: they end at . ? ! before a capital or a quotation, and at line ends; never inside a quotation."""
+    """Sentences end at . ? ! before a capital or a quotation, and at line ends; never inside a quotation."""
     for paragraph in caption.translate(_CURLY).splitlines():
         # What is quoted is masked but for its last mark, which may end the sentence around it.
         masked = _QUOTATION.sub(lambda m: '"' + "_" * (len(m[0]) - 3) + m[0][1:-1][-1:] + '"', paragraph)
@@ -206,8 +207,8 @@ def measure(caption: str, record: Mapping) -> Scores:
 
     Args:
       caption: any text.
-      record: a manifest line of AVWorld; its "events" (texts in this language, starts in seconds) and "dialogues"
-        are the truth.
+      record: a manifest line of AVWorld; its "events" (texts in this language, starts in seconds) and
+        "dialogues" are the truth.
     """
     times: dict[Claim, deque[float]] = defaultdict(deque)
     for event in sorted(record["events"], key=lambda event: event["start"]):
@@ -264,10 +265,10 @@ def normalize(line: str) -> str:
 def dialogue_f1(told: list[Line], truth: list[Line]) -> float:
     """The paper's dialogue reward R_D.
 
-    Lines are aligned in order, only where their similarity 1 - distance / longer length is at least 0.6, so that
-    the summed similarity is highest and, among such alignments, the speakers agree most often. The score is half
-    the summed similarity and half the number of agreeing speakers; the result is the F1 of its shares of both
-    lists. Two empty lists give 1, one gives 0.
+    Lines are aligned in order, only where their similarity 1 - distance / longer length is at least 0.6, so
+    that the summed similarity is highest and, among such alignments, the speakers agree most often. The score
+    is half the summed similarity and half the number of agreeing speakers; the result is the F1 of its shares
+    of both lists. Two empty lists give 1, one gives 0.
     """
     told = [line._replace(text=text) for line in told if (text := normalize(line.text))]
     truth = [line._replace(text=text) for line in truth if (text := normalize(line.text))]

@@ -9,8 +9,9 @@ import numpy as np
 from avocado_jax.world.caption import capitalize, clause, end, statement, together, write_caption
 from avocado_jax.world.lexicon import THEN
 from avocado_jax.world.render import frame_times, render
-from avocado_jax.world.script import LEVELS, VISUALS, Event, Script, make_script
+from avocado_jax.world.script import LEVELS, Event, Script, make_script
 from avocado_jax.world.sound import mix
+from avocado_jax.world.vocabulary import VISUALS
 from avocado_jax.world.voice import RATE
 
 PROMPTS = (
@@ -94,7 +95,7 @@ def _happens(event: Event) -> bool:
 def row(
     seed: int, index: int, split: str = "train", level: int = 1, fps: float = 2.0, references: int = 1
 ) -> Row:
-    """A clip as arrays, from the generator with no file: what a reader of its mp4 sees at `fps`, uncompressed."""
+    """A clip as arrays with no file made: what a reader of its mp4 gets at `fps`, before compression."""
     script = make_script(seed, index, split, level)
     frames = np.stack(list(render(script, frame_times(script, fps))))
     return Row(frames, mix(script), record(script, references))
@@ -103,8 +104,8 @@ def row(
 def write_clip(script: Script, path: Path) -> None:
     """Write a clip as an mp4 of one h264 stream and one AAC stream (mono, 16 kHz).
 
-    The file appears under its name only when it is whole. Encoders run on one thread, so that the same clip gives
-    the same file however many cores there are.
+    The file appears under its name only when it is whole. Encoders run on one thread, so that the same clip
+    gives the same file however many cores there are.
     """
     import av
 

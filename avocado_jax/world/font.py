@@ -47,8 +47,8 @@ def bitmap(word: str) -> np.ndarray:
 def draw_text(frame: np.ndarray, word: str, y: float) -> None:
     """Write a word in white on a black plate into the frame [H, W, 3], in place.
 
-    It is centered across and at height `y` (share of the frame), as large as fits in 0.13 of the frame's height
-    and 0.9 of its width.
+    It is centered across and at height `y` (share of the frame), as large as fits in 0.13 of the frame's
+    height and 0.9 of its width.
     """
     height, width = frame.shape[:2]
     dots = bitmap(word)

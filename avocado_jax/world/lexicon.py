@@ -1,14 +1,14 @@
 """The ways to say each thing, declared once: `caption` writes from these tables and `check` reads by them.
 
-A phrase table maps the values of one or more slots to the phrases that mean them. A template is a clause with
-`{tables}` in it; a clause means the kind it is listed under and the slots of its tables. Sentence patterns put
-clauses together. Clauses are written in lower case (quotations apart); a sentence starts with a capital.
+A phrase table maps the values of one or more slots to the phrases that mean them. A template is a clause
+with `{tables}` in it; a clause means the kind it is listed under and the slots of its tables. Sentence
+patterns put clauses together. Clauses are written in lower case (quotations apart); a sentence starts with a capital.
 """
 
 from itertools import product
 from typing import NamedTuple
 
-from avocado_jax.world.script import BACKDROPS, COLORS, NARRATOR, PATTERNS, SHAPES, SIZES, WORDS
+from avocado_jax.world.vocabulary import BACKDROPS, COLORS, NARRATOR, PATTERNS, SHAPES, SIZES, WORDS
 
 
 class Table(NamedTuple):

@@ -7,7 +7,8 @@ from typing import NamedTuple
 import numpy as np
 
 from avocado_jax.world.font import draw_text
-from avocado_jax.world.script import IMPACT, LEVELS, PLACES, SIZES, Event, Script
+from avocado_jax.world.script import LEVELS, Event, Script
+from avocado_jax.world.vocabulary import IMPACT, PLACES, SIZES
 
 INK = {
     "red": (222, 38, 38),
@@ -105,7 +106,7 @@ def _view(script: Script, t: float) -> View:
 
 
 def _pose(script: Script, who: int, acts: list[Event], t: float) -> Pose | None:
-    """The shape number `who` at time t, after what it did so far (`acts`, in order); None while it is away."""
+    """Shape number `who` at time t, after what it did so far (`acts`, in order); None while it is away."""
     actor = script.actors[who]
     x = y = None
     radius, angle, color, mouth = SIZES[actor.size], 0.0, actor.color, -1.0
@@ -144,7 +145,7 @@ def _pose(script: Script, who: int, acts: list[Event], t: float) -> Pose | None:
 
 
 def _collide(script: Script, who: int, event: Event, u: float, at, radius: float) -> tuple[float, float]:
-    """Where one of two colliding shapes is: `actor` runs up to `other` and back, `other` gives way a little."""
+    """Where one of two colliding shapes is: `actor` runs up to `other` and back, who gives way a little."""
     partner = event.other if who == event.actor else event.actor
     acts = [e for e in _parts(script) if partner in (e.actor, e.other) and e is not event]
     met = _pose(script, partner, acts, event.start)
@@ -207,7 +208,7 @@ def _draw(frame: np.ndarray, pose: Pose, distance: Callable, outline: tuple, vie
 
 
 def _star(points: int, inner: float, turn: float = 0.0) -> Callable:
-    """Distance from a star whose outer corners are at 1 and inner corners at `inner`; regular polygons too."""
+    """Distance from a star with outer corners at 1 and inner corners at `inner`; regular polygons too."""
     half = np.pi / points
     tip, dent = np.array([1.0, 0.0]), inner * np.array([np.cos(half), np.sin(half)])
     side = (dent - tip) / np.hypot(*(dent - tip))

@@ -4,7 +4,8 @@ from functools import lru_cache
 
 import numpy as np
 
-from avocado_jax.world.script import EFFECTS, NARRATOR, Event, Script
+from avocado_jax.world.script import Event, Script
+from avocado_jax.world.vocabulary import EFFECTS, NARRATOR
 from avocado_jax.world.voice import RATE, speak
 
 EFFECT_PEAK = {"": 0.4, "soft": 0.12, "loud": 0.6}  # by loudness
@@ -86,7 +87,7 @@ def effect(name: str) -> np.ndarray:
 
 
 def bed(name: str, seconds: float) -> np.ndarray:
-    """Music-like sound without a melody of note, float32 [seconds * RATE], root mean square 1, faded at both ends."""
+    """Music-like sound, float32 [seconds * RATE], root mean square 1, faded at both ends."""
     t = np.arange(round(seconds * RATE)) / RATE
     beat = {"piano": 0.5, "synth": 0.2, "music box": 0.3}.get(name, 1.0)
     onsets = np.arange(0, seconds, beat)
@@ -141,7 +142,7 @@ def band(noise: np.ndarray, low: float, high: float) -> np.ndarray:
 
 
 def _hits(t: np.ndarray, onsets, tone, decay: float) -> np.ndarray:
-    """A tone (a function of the seconds since its onset) struck at each onset, dying away at `decay` per second."""
+    """A tone (a function of the seconds since its onset) struck at each onset and dying away."""
     wave = np.zeros_like(t)
     length = min(len(t), RATE, round(8 / decay * RATE))  # e^-8 is not heard
     u = np.arange(length) / RATE

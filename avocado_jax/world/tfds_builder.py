@@ -4,7 +4,7 @@
     builder.download_and_prepare()          # or tfds.data_source after registering by importing this module
     source = builder.as_data_source("train")
 
-An example has the fields of a manifest line, its lists as JSON texts, and the mp4's bytes. Texts come as bytes.
+An example has the fields of a manifest line, its lists as JSON texts, and the mp4. Texts come as bytes.
 """
 
 import json
@@ -12,6 +12,7 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import tensorflow_datasets as tfds
@@ -38,8 +39,8 @@ class AvWorld(tfds.core.GeneratorBasedBuilder):
     """Synthetic audiovisual clips with known events, speakers, words and times."""
 
     VERSION = tfds.core.Version("1.0.0")
-    RELEASE_NOTES = {"1.0.0": "First release."}
-    BUILDER_CONFIGS = [AvWorldConfig(name=f"level{k}", level=k) for k in range(len(LEVELS))]
+    RELEASE_NOTES: ClassVar = {"1.0.0": "First release."}
+    BUILDER_CONFIGS: ClassVar = [AvWorldConfig(name=f"level{k}", level=k) for k in range(len(LEVELS))]
 
     def __init__(self, **options):
         super().__init__(file_format="array_record", **options)

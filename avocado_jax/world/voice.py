@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from avocado_jax.errors import InputError
-from avocado_jax.world.script import NARRATOR
+from avocado_jax.world.vocabulary import NARRATOR
 
 RATE = 16000  # samples per second of everything that AVWorld makes heard
 WORDS_PER_MINUTE = 160
@@ -105,8 +105,8 @@ def _synthesise(line: str, variant: str, pitch: int, speed: int) -> tuple[np.nda
             k += 1
         return 0
 
-    # espeak keeps the phase of its vibrato and of its noise in static variables that no call resets, so that a
-    # line would depend on those before it: a freshly loaded library for each line (about 10 ms) is the cure.
+    # espeak keeps the phase of its vibrato and of its noise in static variables that no call resets, so that
+    # a line would depend on those before it: a freshly loaded library for each line (about 10 ms) cures that.
     library = ctypes.CDLL(espeakng_loader.get_library_path())
     try:
         if library.espeak_Initialize(_RETRIEVAL, 0, str(espeakng_loader.get_data_path()).encode(), 0) < 0:
