@@ -29,6 +29,9 @@ from avocado_jax.world.clip import record, write_clip
 from avocado_jax.world.script import LEVELS, SPLITS, make_script
 
 STOPPED = 75
+NUMBER = int | float
+NAMES = {str: "a string", list: "a list", NUMBER: "a number"}
+ENTRIES = {"events": {"text": str, "start": NUMBER}, "dialogues": {"speaker": str, "text": str}}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -103,9 +106,12 @@ def check(captions: Path, truth: Path) -> int:
     """Print how true each caption is."""
     records = {}
     for where, line in _lines(truth, {"id": str, "events": list, "dialogues": list}):
-        for name, wants in (("events", ("text", "start")), ("dialogues", ("speaker", "text"))):
-            if not all(isinstance(entry, dict) and entry.keys() >= set(wants) for entry in line[name]):
-                raise InputError(f'{where}: each of "{name}" needs {" and ".join(map(json.dumps, wants))}')
+        for name, wants in ENTRIES.items():
+            for entry in line[name]:
+                good = isinstance(entry, dict) and all(isinstance(entry.get(k), t) for k, t in wants.items())
+                if not good:
+                    fields = " and ".join(f'"{field}" ({NAMES[kind]})' for field, kind in wants.items())
+                    raise InputError(f'{where}: each of "{name}" needs {fields}')
         records[line["id"]] = line
     for where, line in _lines(captions, {"id": str, "caption": str}):
         if line["id"] not in records:
@@ -135,6 +141,5 @@ def _lines(path: Path, fields: dict[str, type]) -> Iterator[tuple[str, dict]]:
             raise InputError(f"{where}: not a JSON object")
         for name, kind in fields.items():
             if not isinstance(line.get(name), kind):
-                wanted = {str: "a string", list: "a list"}[kind]
-                raise InputError(f'{where}: "{name}" must be {wanted}')
+                raise InputError(f'{where}: "{name}" must be {NAMES[kind]}')
         yield where, line

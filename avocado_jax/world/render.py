@@ -52,7 +52,7 @@ class View(NamedTuple):
 
 def frame_times(script: Script, fps: float) -> np.ndarray:
     """The times (seconds) of the frames of a clip at `fps`, float64 [T]; the first is 0."""
-    return np.arange(round(script.duration * fps)) / fps
+    return np.arange(int(script.duration * fps + 1e-6)) / fps
 
 
 def render(script: Script, times: Iterable[float] | None = None) -> Iterator[np.ndarray]:

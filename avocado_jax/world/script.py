@@ -294,7 +294,7 @@ class _Director:
             cast.append(rng.choice(names))
             self.names.add(cast[-1])
         voices = rng.sample(VOICES[: level.voices], min(len(cast), level.voices))
-        present = max(1, rng.randint(len(cast) - 1, len(cast)))
+        present = len(cast) - (rng.random() < 0.4)
         for k, name in enumerate(cast):
             color, shape = name.split()
             voice = voices[k % len(voices)]
@@ -321,7 +321,8 @@ class _Director:
 
     def visual(self, t: float) -> Event | None:
         rng = self.rng
-        kind = rng.choice(list(VISUALS))
+        likely = {"enter": 4, "leave": 0.5}  # a stage with company makes speakers worth telling apart
+        kind = rng.choices(list(VISUALS), [likely.get(kind, 1) for kind in VISUALS])[0]
         if kind == "enter":
             place = self.free_place()
             if not self.waiting or not place:

@@ -8,8 +8,8 @@ from avocado_jax.world.script import Event, Script
 from avocado_jax.world.vocabulary import EFFECTS, NARRATOR
 from avocado_jax.world.voice import RATE, speak
 
-EFFECT_PEAK = {"": 0.4, "soft": 0.12, "loud": 0.6}  # by loudness
-BED_LEVEL = {"": 0.04, "soft": 0.02, "loud": 0.07}  # root mean square
+EFFECT_PEAK = {"": 0.4, "soft": 0.15, "loud": 0.6}  # by loudness
+BED_LEVEL = {"": 0.03, "soft": 0.015, "loud": 0.05}  # root mean square
 SPEECH_LEVEL = 0.12
 
 
