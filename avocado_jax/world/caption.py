@@ -111,7 +111,7 @@ def _tell(events: list[Event], rng: random.Random, last: bool) -> Iterable[str]:
         if last and k == len(events) and len(events) > 2:
             options = lexicon.LAST_CONNECTIVES
         chance = 0.8 if options is lexicon.LAST_CONNECTIVES else 0.4
-        if rng.random() < chance and not first and not text.startswith("after "):
+        if not (first or joined) and rng.random() < chance:
             word = rng.choice([option for option in options if option != before])
             text, before = f"{word} {text}", word
         yield text
@@ -127,6 +127,6 @@ def _join(event: Event, text: str, following: Event, rng: random.Random) -> str 
         if text.startswith(subject):
             return rng.choice(lexicon.THEN_SHARED).format(x=text, y=second.removeprefix(subject))
         return None
-    if following.kind == "say" and not second.endswith('"'):
+    if following.kind == "say" and not (second.startswith("the ") and second.endswith('"')):
         return None
     return rng.choice(lexicon.THEN).format(x=text, y=second)

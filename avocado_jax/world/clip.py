@@ -1,6 +1,7 @@
 """Clips to use: manifest records, mp4 files, and arrays straight from the generator."""
 
 import os
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -80,7 +81,7 @@ def keypoints(script: Script) -> list[dict]:
             points.append({"text": statement(part), "dimension": DIMENSIONS[part.kind]})
         if event.parts:
             points.append({"text": end(capitalize(together(event))), "dimension": "crossmodal"})
-    for first, second in zip(script.events, script.events[1:], strict=False):
+    for first, second in pairwise(script.events):
         if _happens(first) and _happens(second):
             text = end(capitalize(THEN[0].format(x=clause(first), y=clause(second))))
             points.append({"text": text, "dimension": "spatiotemporal"})
@@ -104,8 +105,9 @@ def row(
 def write_clip(script: Script, path: Path) -> None:
     """Write a clip as an mp4 of one h264 stream and one AAC stream (mono, 16 kHz).
 
-    The file appears under its name only when it is whole. Encoders run on one thread, so that the same clip
-    gives the same file however many cores there are.
+    The file appears under its name only when it is whole. The same clip gives the same bytes however many
+    cores there are: encoders run on one thread, and heights and widths are multiples of 16, since of other
+    sizes x264's vector code makes other bits from time to time.
     """
     import av
 

@@ -26,6 +26,7 @@ from avocado_jax.world.vocabulary import (
     WORDS,
 )
 
+WORLD = "avworld1"  # in every id; a change of what a seed gives changes the number
 SPLITS = ("train", "test")
 MAX_SECONDS = 60.0
 
@@ -46,15 +47,15 @@ class Level(NamedTuple):
     fine: bool  # loudness, turning direction, patterns, written text, music
     camera: bool
     long_lines: bool  # some lines have two sentences, and a narrator speaks too
-    size: tuple[int, int]  # pixels (height, width), multiples of 28
+    size: tuple[int, int]  # pixels (height, width), multiples of 28 and of 16
     fps: int
 
 
 LEVELS = (
     Level((3, 4), (1, 1), (2, 2), 4, 3, 3, 5, 2, 4, 4, False, False, False, (112, 112), 12),
-    Level((4, 6), (1, 1), (2, 3), 6, 5, 5, 8, 3, 6, 8, True, False, False, (168, 168), 12),
+    Level((4, 6), (1, 1), (2, 3), 6, 5, 5, 8, 3, 6, 8, True, False, False, (112, 224), 12),
     Level((8, 14), (1, 2), (2, 3), 7, 7, 9, 10, 4, 9, 10, True, True, False, (224, 224), 16),
-    Level((20, 28), (2, 4), (3, 4), 8, 8, 9, 12, 5, 12, 12, True, True, True, (252, 336), 24),
+    Level((20, 28), (2, 4), (3, 4), 8, 8, 9, 12, 5, 12, 12, True, True, True, (224, 336), 24),
 )
 
 
@@ -129,7 +130,7 @@ class Script:
 
     @property
     def id(self) -> str:
-        return f"avworld-{self.split}-level{self.level}-seed{self.seed}-{self.index:06d}"
+        return f"{WORLD}-{self.split}-level{self.level}-seed{self.seed}-{self.index:06d}"
 
 
 def claims(event: Event) -> tuple[Claim, ...]:
@@ -145,9 +146,10 @@ def claims(event: Event) -> tuple[Claim, ...]:
     return (Claim(event.kind, event.slots),)
 
 
-def speech_seconds(line: str) -> float:
+def speech_seconds(line: str, voice: str) -> float:
     """The time a line takes; speech is fitted to it, so that the truth needs no synthesiser."""
-    return round(0.3 + 0.045 * len(line) + 0.7 * len(re.findall(r"[.?!] ", line)), 2)
+    pace, pauses = VOICES.get(voice, 1.0), len(re.findall(r"[.?!] ", line))
+    return round(pace * (0.3 + 0.045 * len(line) + 0.7 * pauses), 2)
 
 
 def held_out(combination: tuple) -> bool:
@@ -179,9 +181,11 @@ def make_script(seed: int, index: int, split: str = "train", level: int = 1) -> 
       seed: of the world; `index`: of the clip in it, any integer from 0.
       split: "train" or "test"; `level`: difficulty, an index into `LEVELS`.
     """
+    if split not in SPLITS:
+        raise ValueError(f"split must be one of {SPLITS}, not {split!r}")
     attempt = 0
     while True:
-        rng = random.Random(f"avworld 1/{seed}/{index}/{split}/{level}/{attempt}")
+        rng = random.Random(f"{WORLD}/{seed}/{index}/{split}/{level}/{attempt}")
         script = _Director(rng, split, LEVELS[level]).direct(seed, index, level)
         found = any(held_out(c) for event in script.events for c in combinations(event))
         needs = {"say", "cross"} <= {event.kind for event in script.events}
@@ -293,7 +297,7 @@ class _Director:
             names = [n for n in free if n not in self.names and n.split()[1] not in used]
             cast.append(rng.choice(names))
             self.names.add(cast[-1])
-        voices = rng.sample(VOICES[: level.voices], min(len(cast), level.voices))
+        voices = rng.sample(list(VOICES)[: level.voices], min(len(cast), level.voices))
         present = len(cast) - (rng.random() < 0.4)
         for k, name in enumerate(cast):
             color, shape = name.split()
@@ -383,11 +387,12 @@ class _Director:
         rng, level = self.rng, self.level
         who = rng.choice([*self.now, -1] if level.long_lines else list(self.now))
         shape = "" if who < 0 else f"{self.now[who][0]} {self.actors[who].shape}"
-        voice = "" if who < 0 or shape in self.voiced else self.actors[who].voice
+        voice = NARRATOR if who < 0 else self.actors[who].voice
         pick = (f"{rng.choice(LINES[: level.lines])}".format(rng.choice(NOUNS[: level.nouns])) for _ in "ab")
         line = next(pick) + (f" {next(pick)}" if level.long_lines and rng.random() < 0.3 else "")
-        slots = _slots(who=shape or NARRATOR, line=line, voice=voice)
-        return Event("say", t, round(t + speech_seconds(line), 2), slots, who)
+        told = "" if who < 0 or shape in self.voiced else voice  # said of a speaker's first line
+        slots = _slots(who=shape or NARRATOR, line=line, voice=told)
+        return Event("say", t, round(t + speech_seconds(line, voice), 2), slots, who)
 
     def text(self, t: float) -> Event:
         slots = _slots(word=self.rng.choice(WORDS), where=self.rng.choice(("top", "bottom")))

@@ -32,7 +32,7 @@ EFFECTS = {  # seconds
     "laser": 0.6,
 }
 BEDS = ("piano", "synth", "drone", "strings", "beat", "music box")
-VOICES = ("deep", "high", "hoarse", "whispering", "robotic")
+VOICES = {"deep": 1.1, "high": 0.9, "hoarse": 1.0, "whispering": 1.05, "robotic": 1.2}  # time for a line
 NARRATOR = "narrator"
 CAMERAS = ("pan left", "pan right", "zoom in", "zoom out")
 WORDS = ("HELLO", "STOP", "OPEN", "MOON", "EXIT", "MUSIC", "START", "WINTER", "SECRET", "NUMBER")

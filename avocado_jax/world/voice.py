@@ -47,7 +47,7 @@ class _Event(ctypes.Structure):
 
 
 _Callback = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_int, ctypes.POINTER(_Event))
-_RETRIEVAL, _UTF8, _POSITION_CHARACTER, _RATE, _PITCH, _WORD = 1, 1, 1, 1, 3, 1  # constants of speak_lib.h
+_RETRIEVAL, _DONT_EXIT, _UTF8, _CHARACTER, _RATE, _PITCH, _WORD = 1, 0x8000, 1, 1, 1, 3, 1  # speak_lib.h
 
 
 @lru_cache(maxsize=1024)
@@ -109,8 +109,9 @@ def _synthesise(line: str, variant: str, pitch: int, speed: int) -> tuple[np.nda
     # a line would depend on those before it: a freshly loaded library for each line (about 10 ms) cures that.
     library = ctypes.CDLL(espeakng_loader.get_library_path())
     try:
-        if library.espeak_Initialize(_RETRIEVAL, 0, str(espeakng_loader.get_data_path()).encode(), 0) < 0:
-            raise InputError(f"espeak-ng cannot read its voices in {espeakng_loader.get_data_path()}")
+        voices = str(espeakng_loader.get_data_path())
+        if library.espeak_Initialize(_RETRIEVAL, 0, voices.encode(), _DONT_EXIT) < 0:
+            raise InputError(f"espeak-ng cannot read its voices in {voices}")
         library.espeak_ng_SetRandSeed(ctypes.c_long(1))
         library.espeak_SetSynthCallback(receive)
         if library.espeak_SetVoiceByName(variant.encode()):
@@ -118,7 +119,7 @@ def _synthesise(line: str, variant: str, pitch: int, speed: int) -> tuple[np.nda
         library.espeak_SetParameter(_RATE, speed, 0)
         library.espeak_SetParameter(_PITCH, pitch, 0)
         text = line.encode() + b"\0"
-        library.espeak_Synth(text, len(text), 0, _POSITION_CHARACTER, 0, _UTF8, None, None)
+        library.espeak_Synth(text, len(text), 0, _CHARACTER, 0, _UTF8, None, None)
         library.espeak_Synchronize()
         library.espeak_Terminate()
     finally:

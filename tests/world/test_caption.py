@@ -158,3 +158,28 @@ def test_unknown_text_counts_one_claim_a_sentence():
     scores = measure("It rains. The sun shines. Nobody cares.", made)
     assert scores == Scores(0.0, 1.0, 0.0, 0.0)
     assert measure("", made) == Scores(0.0, 0.0, 0.0, 0.0)
+
+
+def test_any_slot_told_wrong_is_seen():
+    """One slot of one claim at a time is changed: the claim is missed, and what is told is not true."""
+    changed = 0
+    for index in range(10):
+        made = record(make_script(7, index, "train", 3))
+        for k, event in enumerate(made["events"]):
+            for name, table in lexicon.TABLES.items():
+                if not table.slots or name in ("a", "backdrop"):  # whose parts other tables say
+                    continue
+                options = {values: said[0] for values, said in table.phrases.items()}
+                told = next((said for said in options.values() if f"{said} " in event["text"]), None)
+                other = next(said for said in reversed(options.values()) if said != told)
+                if told is None or not parse_sentence(event["text"].replace(told, other)):
+                    continue
+                texts = [e["text"] for e in made["events"]]
+                texts[k] = event["text"].replace(told, other)
+                if texts[k] in (e["text"] for e in made["events"]):
+                    continue
+                scores = measure(" ".join(texts), made)
+                assert scores.recall < 1, texts[k]
+                assert scores.hallucination > 0, texts[k]
+                changed += 1
+    assert changed > 150

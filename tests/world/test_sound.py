@@ -63,7 +63,7 @@ def test_voices_are_distinct():
 @pytest.mark.parametrize("voice", ESPEAK)
 def test_speech_lasts_as_long_as_the_script_says(voice):
     for line in LINES:
-        seconds = speech_seconds(line)
+        seconds = speech_seconds(line, voice)
         speech = speak(line, voice, seconds)
         assert len(speech.samples) == round(seconds * RATE)
         assert [word for word, *_ in speech.words] == [w.strip(".?") for w in line.split()]
