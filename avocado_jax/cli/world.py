@@ -26,7 +26,8 @@ from avocado_jax.errors import InputError
 from avocado_jax.progress import progress
 from avocado_jax.world.check import measure
 from avocado_jax.world.clip import record, write_clip
-from avocado_jax.world.script import LEVELS, SPLITS, make_script
+from avocado_jax.world.director import make_script
+from avocado_jax.world.script import LEVELS, SPLITS
 
 STOPPED = 75
 NUMBER = int | float

@@ -1,7 +1,8 @@
 """AVWorld: a synthetic world of audiovisual clips whose every event, speaker, word and time is known.
 
 vocabulary  what a clip is made of: shapes, colors, places, effects, lines
-script      what happens: (seed, index, split, level) -> events on a timeline
+script      what happens in a clip: events on a timeline, and the claims they make true
+director    (seed, index, split, level) -> script
 font        written text
 render      script -> pictures
 voice       a line of dialogue -> speech (espeak-ng)

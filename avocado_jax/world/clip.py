@@ -7,10 +7,12 @@ from typing import NamedTuple
 
 import numpy as np
 
+from avocado_jax.errors import InputError
 from avocado_jax.world.caption import capitalize, clause, end, statement, together, write_caption
+from avocado_jax.world.director import make_script
 from avocado_jax.world.lexicon import THEN
 from avocado_jax.world.render import frame_times, render
-from avocado_jax.world.script import LEVELS, Event, Script, make_script
+from avocado_jax.world.script import LEVELS, Event, Script
 from avocado_jax.world.sound import mix
 from avocado_jax.world.vocabulary import VISUALS
 from avocado_jax.world.voice import RATE
@@ -111,9 +113,14 @@ def write_clip(script: Script, path: Path) -> None:
 
     The file appears under its name only when it is whole. The same clip gives the same bytes in every run and
     however many cores there are.
-    """
-    import av
 
+    Raises:
+      InputError: PyAV or `espeakng-loader` is not installed.
+    """
+    try:
+        import av
+    except ImportError:
+        raise InputError("writing mp4 files needs PyAV: pip install av") from None
     fps, (height, width) = LEVELS[script.level].fps, LEVELS[script.level].size
     samples, per_frame = mix(script), RATE / fps
     part = path.with_name(path.name + ".part")

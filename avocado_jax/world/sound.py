@@ -1,5 +1,6 @@
 """A script as sound: effects, music-like beds and speech, mixed to mono."""
 
+from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
 
 import numpy as np
@@ -141,7 +142,7 @@ def band(noise: np.ndarray, low: float, high: float) -> np.ndarray:
     return kept / np.sqrt(np.mean(kept**2))
 
 
-def _hits(t: np.ndarray, onsets, tone, decay: float) -> np.ndarray:
+def _hits(t: np.ndarray, onsets: Iterable[float], tone: Callable, decay: float) -> np.ndarray:
     """A tone (a function of the seconds since its onset) struck at each onset and dying away."""
     wave = np.zeros_like(t)
     length = min(len(t), RATE, round(8 / decay * RATE))  # e^-8 is not heard
@@ -158,7 +159,9 @@ def _pluck(u: np.ndarray, f: float) -> np.ndarray:
     return sum(np.sin(2 * np.pi * f * k * u) * np.exp(-3 * k * u) / k for k in (1, 2, 3, 4))
 
 
-def _tune(t: np.ndarray, onsets: np.ndarray, root: float, steps, tone, decay: float) -> np.ndarray:
+def _tune(
+    t: np.ndarray, onsets: np.ndarray, root: float, steps: Sequence[int], tone: Callable, decay: float
+) -> np.ndarray:
     """Notes `steps` (semitones above `root` Hz) over and over, one at each onset."""
     pitches = [root * 2 ** (step / 12) for step in steps]
     return sum(

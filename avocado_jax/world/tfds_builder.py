@@ -18,7 +18,8 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from avocado_jax.world.clip import record, write_clip
-from avocado_jax.world.script import LEVELS, SPLITS, make_script
+from avocado_jax.world.director import make_script
+from avocado_jax.world.script import LEVELS, SPLITS
 
 TEXTS = ("id", "caption", "prompt")
 LISTS = ("references", "events", "dialogues", "keypoints")

@@ -9,7 +9,8 @@ from avocado_jax.world import lexicon
 from avocado_jax.world.caption import statement, template_tables, write_caption
 from avocado_jax.world.check import Scores, measure, parse, parse_sentence, split_sentences
 from avocado_jax.world.clip import DIMENSIONS, record
-from avocado_jax.world.script import LEVELS, SPLITS, claims, make_script
+from avocado_jax.world.director import make_script
+from avocado_jax.world.script import LEVELS, SPLITS, claims
 from avocado_jax.world.vocabulary import COLORS
 
 PERFECT = Scores(1.0, 0.0, 1.0, 1.0)
@@ -150,6 +151,19 @@ def test_an_invented_sentence_is_a_hallucination_alone():
             scores = measure("\n".join([*sentences, invented]), made)
             assert scores.recall == 1
             assert scores.hallucination > 0
+
+
+def test_sound_and_picture_told_apart_are_not_told_together():
+    made = record(make_script(6, 3, "train", 0))
+    crosses = [event["text"] for event in made["events"] if event["kind"] == "cross"]
+    told = " ".join(event["text"] for event in made["events"])
+    assert measure(told, made) == PERFECT
+    for text in crosses:
+        sound, visual = text.split(" as ", 1)
+        apart = measure(told.replace(text, f"{sound}. {visual.capitalize()}"), made)
+        assert apart.recall < 1
+        assert (apart.hallucination, apart.order) == (0, 1)
+    assert crosses
 
 
 def test_unknown_text_counts_one_claim_a_sentence():

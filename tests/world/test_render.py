@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 
 from avocado_jax.world import render as pictures
+from avocado_jax.world.director import make_script
 from avocado_jax.world.font import bitmap
 from avocado_jax.world.render import GROUND, INK, SHAPE_DISTANCES, frame_times, render
-from avocado_jax.world.script import LEVELS, Actor, Event, Scene, Script, make_script
+from avocado_jax.world.script import LEVELS, Actor, Event, Scene, Script
 from avocado_jax.world.vocabulary import BACKDROPS, COLORS, PLACES, SHAPES, WORDS
 
 

@@ -6,15 +6,8 @@ from itertools import pairwise
 
 import pytest
 
-from avocado_jax.world.script import (
-    LEVELS,
-    MAX_SECONDS,
-    SPLITS,
-    claims,
-    combinations,
-    held_out,
-    make_script,
-)
+from avocado_jax.world.director import make_script
+from avocado_jax.world.script import LEVELS, MAX_SECONDS, SPLITS, claims, combinations, held_out
 
 ALL = [(level, split) for level in range(len(LEVELS)) for split in SPLITS]
 
@@ -75,6 +68,6 @@ def test_seed_index_split_and_level_each_make_another_clip():
 
 
 def test_another_process_writes_the_same_script():
-    code = "from avocado_jax.world.script import make_script; print(make_script(3, 5, 'test', 3))"
+    code = "from avocado_jax.world.director import make_script; print(make_script(3, 5, 'test', 3))"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout.strip() == str(make_script(3, 5, "test", 3))

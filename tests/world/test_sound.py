@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from avocado_jax.errors import InputError
-from avocado_jax.world.script import make_script, speech_seconds
+from avocado_jax.world.director import make_script, speech_seconds
 from avocado_jax.world.sound import BED_LEVEL, bed, effect, mix
 from avocado_jax.world.vocabulary import BEDS, EFFECTS, NARRATOR, VOICES
 from avocado_jax.world.voice import ESPEAK, RATE, speak

@@ -5,7 +5,7 @@ import subprocess
 import sys
 
 from avocado_jax.world.clip import record
-from avocado_jax.world.script import make_script
+from avocado_jax.world.director import make_script
 
 CODE = """
 import json, sys
