@@ -294,8 +294,10 @@ def dialogue_f1(told: list[Line], truth: list[Line]) -> float:
 @lru_cache(maxsize=65536)
 def similarity(a: str, b: str) -> float:
     """1 - edit distance / the longer length; 0 where bounds show that it is below the threshold."""
-    longer = max(len(a), len(b), 1)
-    if min(len(a), len(b)) < SIMILAR * longer:
+    shorter, longer = sorted((len(a), len(b)))
+    if not longer:
+        return 1.0
+    if shorter < SIMILAR * longer:
         return 0.0
     least = max((Counter(a) - Counter(b)).total(), (Counter(b) - Counter(a)).total())
     if 1 - least / longer < SIMILAR:

@@ -111,6 +111,19 @@ def test_dialogue_score_is_that_of_the_best_alignment(told, truth):
     assert dialogue_f1(told, truth) == pytest.approx(best_by_search(told, truth), abs=1e-5)
 
 
+@settings(max_examples=200, deadline=None)
+@given(st.text("abc", max_size=9), st.text("abc", max_size=9))
+def test_similarity_is_exact_from_the_threshold_up(a, b):
+    rows = [list(range(len(b) + 1))]
+    for i, x in enumerate(a, start=1):
+        rows.append([i])
+        for j, y in enumerate(b, start=1):
+            rows[i].append(min(rows[i - 1][j] + 1, rows[i][j - 1] + 1, rows[i - 1][j - 1] + (x != y)))
+    exact = 1 - rows[-1][-1] / max(len(a), len(b), 1)
+    found = similarity(a, b)
+    assert found == exact if exact >= SIMILAR else found < SIMILAR
+
+
 def test_dialogue_score_by_hand():
     moon, boat = Line("red circle", "Look at the moon!"), Line("blue star", "Where is the boat?")
     assert dialogue_f1([], []) == dialogue_f1([moon, boat], [moon, boat]) == 1

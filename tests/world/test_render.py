@@ -91,6 +91,15 @@ def test_entering_and_leaving():
     assert center(frames[3], "red")[1] < 0.45
 
 
+def test_who_has_left_is_not_seen_from_afar():
+    leave, afar = (
+        event("leave", 0.2, 1.0, side="left"),
+        event("camera", 1.5, 3.3, actor=-1, camera="zoom out"),
+    )
+    (frame,) = at(stage(HERE, leave, afar), 2.4)
+    assert (frame == GROUND["white"][0]).all()
+
+
 def test_jumping_spinning_and_growing():
     jump, spin = event("jump", 0.5, 1.5), event("spin", 2.0, 3.0, turn="clockwise")
     grow = event("resize", 3.2, 3.8, resize="shrink")
@@ -144,6 +153,11 @@ def test_the_camera_comes_back():
             assert (x > x0 + 0.2) == (move == "pan left")
         else:
             assert (count > 1.5 * count0) == (move == "zoom in")
+
+
+def test_letters_are_the_right_way_round():
+    assert bitmap("L").tolist() == [[True] + [False] * 4] * 6 + [[True] * 5]
+    assert bitmap("SO").shape == (7, 11)
 
 
 def test_written_text_is_legible():
