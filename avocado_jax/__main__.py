@@ -11,6 +11,7 @@ from avocado_jax.errors import InputError
 COMMANDS = {
     "caption": "describe video clips in words",
     "convert": "take a checkpoint from Hugging Face format to Orbax, or back",
+    "world": "make clips of a synthetic world with known truth, or check captions against it",
     "bench": "measure the hot paths against the ceilings of this machine",
 }
 
