@@ -12,6 +12,7 @@ COMMANDS = {
     "caption": "describe video clips in words",
     "prepare": "turn a manifest of videos into shards to train from",
     "convert": "take a checkpoint from Hugging Face format to Orbax, or back",
+    "world": "make clips of a synthetic world with known truth, or check captions against it",
     "bench": "measure the hot paths against the ceilings of this machine",
 }
 
@@ -45,6 +46,9 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     except BrokenPipeError:  # the reader of our output has left
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except OSError as error:  # a full disk, a folder that may not be written
+        print(f"avocado {args.command}: {error}", file=sys.stderr)
         return 1
 
 

@@ -44,7 +44,6 @@ class Clip(NamedTuple):
     media: Int[Array, "B P"]  # which media embedding replaces the token: [T*W*U/4 visual | A*50 audio], -1 none
     first: Int[Array, "B"]  # the first input of every caption: the last prompt token
     start: Int[Array, "B"]  # its position, on all three axes
-    follow: Int[Array, "B"]  # the position of the token after it: one past the clip's largest
     patches: Shaped[Array, "B T W U X"]  # uint8 pixels in window order
     patch_grid: Int[Array, "B W U 2"]  # row and column of each patch in its frame
     patch_valid: Bool[Array, "B W U"]  # slots that hold a patch

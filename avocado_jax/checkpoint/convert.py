@@ -3,7 +3,7 @@
 import json
 import math
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -11,8 +11,9 @@ import ml_dtypes
 import numpy as np
 
 from avocado_jax.checkpoint.hf import SAME, Entry, HfCheckpoint, open_hf, read_json, refuse_code, side_files
+from avocado_jax.checkpoint.hf_config import declare_dtype
 from avocado_jax.checkpoint.orbax import CHUNK_BYTES, Pieces, RunCheckpoint, open_run, save_pieces
-from avocado_jax.checkpoint.safetensors import Spec, Tensor, read_header, write_shards
+from avocado_jax.checkpoint.safetensors import SHARD_BYTES, Spec, Tensor, read_header, write_shards
 from avocado_jax.errors import InputError
 from avocado_jax.progress import progress
 
@@ -39,7 +40,13 @@ def from_hf(source: Path, target: Path) -> None:
         save_pieces(folder / "checkpoints" / "0" / "params", _stacks(checkpoint, lambda: next(done)))
 
 
-def to_hf(source: Path, target: Path, step: int | None = None, dtype: str | None = None) -> int:
+def to_hf(
+    source: Path,
+    target: Path,
+    step: int | None = None,
+    dtype: str | None = None,
+    shard_bytes: int = SHARD_BYTES,
+) -> int:
     """Write step `step` of a run (the newest finished one) as a checkpoint that transformers loads.
 
     Tensors keep the dtype they are stored in, or take `dtype`; what was carried through is not touched.
@@ -71,8 +78,9 @@ def to_hf(source: Path, target: Path, step: int | None = None, dtype: str | None
         for path in side_files(source / "hf"):
             shutil.copyfile(path, folder / path.name)
         if dtype:
-            _declare_dtype(folder / "config.json", dtype)
-        write_shards(folder, specs, values())
+            config = declare_dtype(read_json(folder / "config.json"), dtype)
+            (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        write_shards(folder, specs, values(), shard_bytes)
         refuse_code(folder)
     return run.step
 
@@ -107,7 +115,7 @@ def _row_slices(tensor: Tensor) -> Iterator[slice]:
     return (slice(first, min(first + run, rows)) for first in range(0, rows, run))
 
 
-def _pieces_of(tensors: "Iterator[Tensor] | object") -> Iterator[np.ndarray]:
+def _pieces_of(tensors: Iterable[Tensor]) -> Iterator[np.ndarray]:
     return (tensor.read(rows) for tensor in tensors for rows in _row_slices(tensor))
 
 
@@ -165,14 +173,3 @@ def _their_pieces(run: RunCheckpoint, entry: Entry) -> Iterator[np.ndarray]:
             yield array[where].read().result()
     else:
         yield entry.change.theirs(run.read(entry), entry.shape)
-
-
-def _declare_dtype(config: Path, dtype: str) -> None:
-    """Let config.json say the dtype that was written, in the spelling it uses."""
-    fields = read_json(config)
-    sections = [fields, fields.get("thinker_config") or {}]
-    for section in sections:
-        for name in ("dtype", "torch_dtype"):
-            if name in section:
-                section[name] = dtype
-    config.write_text(json.dumps(fields, indent=2) + "\n")

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from avocado_jax.checkpoint.hf_config import thinker_config
+from avocado_jax.checkpoint.hf_config import read_config
 from avocado_jax.checkpoint.safetensors import Tensor, read_header
 from avocado_jax.errors import InputError
 from avocado_jax.models.config import ThinkerConfig
@@ -107,7 +107,7 @@ def table(config: ThinkerConfig) -> dict[str, Entry]:
     entries = {}
     for ours, theirs, parameters in MODULES:
         for parameter, their_parameter, change in parameters:
-            path = tuple(part for part in ours.split("/") if part and part != "*") + (parameter,)
+            path = (*(part for part in ours.split("/") if part not in ("", "*")), parameter)
             if path not in leaves:  # a tied model has no output matrix
                 continue
             shape = leaves.pop(path)
@@ -165,7 +165,7 @@ def open_hf(folder: Path) -> HfCheckpoint:
     found = _tensors(folder)
     prefix = "thinker." if any(name.startswith("thinker.") for name in found) else ""
     tied = f"{prefix}lm_head.weight" not in found
-    config = thinker_config(read_json(folder / "config.json"), tied)
+    config = read_config(read_json(folder / "config.json"), tied)
     entries = table(config)
     tensors, carried = {}, {}
     for name, tensor in found.items():

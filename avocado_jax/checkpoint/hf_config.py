@@ -1,6 +1,8 @@
 """config.json of a Qwen2.5-Omni checkpoint, in the spellings of transformers 4 and 5, to `ThinkerConfig`."""
 
+import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from avocado_jax.errors import InputError
@@ -34,7 +36,7 @@ class _Section:
         return _Section(self.fields.get(name), f"{self.path}.{name}")
 
 
-def thinker_config(config: Mapping[str, Any], tied: bool) -> ThinkerConfig:
+def read_config(config: Mapping[str, Any], tied: bool) -> ThinkerConfig:
     """Read a config.json, of a full Omni checkpoint or of a thinker alone.
 
     Fields that older files leave out take the values that all published checkpoints share; sizes are
@@ -66,7 +68,7 @@ def thinker_config(config: Mapping[str, Any], tied: bool) -> ThinkerConfig:
             text=_text(text, tied),
             tokens=_tokens(thinker),
             positions_per_second=thinker.get("position_id_per_seconds"),
-            seconds_per_chunk=float(thinker.get("seconds_per_chunk", kind=(int, float))),
+            seconds_per_chunk=thinker.get("seconds_per_chunk", kind=(int, float)),
         )
     except ValueError as error:
         raise InputError(f"config.json: {error}") from error
@@ -141,3 +143,88 @@ def _tokens(thinker: _Section) -> TokenIds:
         audio_start=thinker.get("audio_start_token_id"),
         audio_end=thinker.get("audio_end_token_id"),
     )
+
+
+def stop_ids(folder: Path, tokenizer: Any) -> tuple[int, ...]:
+    """The ids that end a caption: of generation_config.json, else the tokenizer's end of turn and of text.
+
+    Raises:
+        InputError: neither names any.
+    """
+    try:
+        stated = json.loads((folder / "generation_config.json").read_text()).get("eos_token_id")
+    except (OSError, ValueError, AttributeError):
+        stated = None
+    if isinstance(stated, int):
+        stated = [stated]
+    if not stated:
+        vocabulary = tokenizer.get_added_vocab()
+        stated = [vocabulary[token] for token in ("<|im_end|>", "<|endoftext|>") if token in vocabulary]
+    if not stated or not all(isinstance(token, int) for token in stated):
+        raise InputError(f"{folder}: neither generation_config.json nor the tokenizer names a stop id")
+    return tuple(stated)
+
+
+def config_json(config: ThinkerConfig) -> dict[str, Any]:
+    """The config.json, in today's published spelling, of a thinker that was never in Hugging Face format."""
+    audio, vision, text, ids = config.audio, config.vision, config.text, config.tokens
+    return {
+        "architectures": ["Qwen2_5OmniThinkerForConditionalGeneration"],
+        "model_type": "qwen2_5_omni_thinker",
+        "audio_config": {
+            "model_type": "qwen2_5_omni_audio_encoder",
+            "d_model": audio.width,
+            "encoder_layers": audio.layers,
+            "encoder_attention_heads": audio.heads,
+            "encoder_ffn_dim": audio.ffn,
+            "num_mel_bins": audio.mel_bins,
+            "n_window": audio.window,
+            "output_dim": audio.out,
+        },
+        "vision_config": {
+            "model_type": "qwen2_5_omni_vision_encoder",
+            "depth": vision.layers,
+            "hidden_size": vision.width,
+            "num_heads": vision.heads,
+            "intermediate_size": vision.ffn,
+            "in_channels": vision.channels,
+            "patch_size": vision.patch,
+            "temporal_patch_size": vision.temporal_patch,
+            "spatial_merge_size": vision.merge,
+            "window_size": vision.window,
+            "fullatt_block_indexes": list(vision.full_layers),
+            "out_hidden_size": vision.out,
+        },
+        "text_config": {
+            "model_type": "qwen2_5_omni_text",
+            "vocab_size": text.vocab,
+            "hidden_size": text.width,
+            "intermediate_size": text.ffn,
+            "num_hidden_layers": text.layers,
+            "num_attention_heads": text.heads,
+            "num_key_value_heads": text.kv_heads,
+            "head_dim": text.head,
+            "rms_norm_eps": text.rms_eps,
+            "rope_theta": text.rope_theta,
+            "rope_scaling": {"rope_type": "default", "mrope_section": list(text.mrope_sections)},
+            "tie_word_embeddings": text.tied,
+        },
+        "audio_token_index": ids.audio,
+        "image_token_index": ids.image,
+        "video_token_index": ids.video,
+        "vision_start_token_id": ids.vision_start,
+        "vision_end_token_id": ids.vision_end,
+        "audio_start_token_id": ids.audio_start,
+        "audio_end_token_id": ids.audio_end,
+        "position_id_per_seconds": config.positions_per_second,
+        "seconds_per_chunk": config.seconds_per_chunk,
+        "tie_word_embeddings": text.tied,
+    }
+
+
+def declare_dtype(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
+    """A config.json that says its tensors are `dtype`, in the spelling it uses."""
+    out = {name: dtype if name in ("dtype", "torch_dtype") else value for name, value in config.items()}
+    if isinstance(out.get("thinker_config"), dict):
+        out["thinker_config"] = declare_dtype(out["thinker_config"], dtype)
+    return out

@@ -18,7 +18,7 @@ import orbax.checkpoint as ocp
 import tensorstore as ts
 
 from avocado_jax.checkpoint.hf import Entry, read_json, table
-from avocado_jax.checkpoint.hf_config import thinker_config
+from avocado_jax.checkpoint.hf_config import read_config
 from avocado_jax.errors import InputError
 from avocado_jax.models.config import ThinkerConfig
 
@@ -60,7 +60,9 @@ def save_args(stacked: bool) -> ocp.SaveArgs:
 
 def save_pieces(folder: Path, tree: Mapping[str, Any]) -> None:
     """Write a tree of `Pieces` as an Orbax checkpoint. `folder` appears only when it is complete."""
-    registry = ocp.type_handlers.create_type_handler_registry((Pieces, _PiecesHandler()))
+    registry = ocp.type_handlers.create_type_handler_registry(
+        (Pieces, _PiecesHandler()), (jax.Array, ocp.type_handlers.ArrayHandler())
+    )
     handler = ocp.PyTreeCheckpointHandler(type_handler_registry=registry)
     args = jax.tree_util.tree_map_with_path(lambda path, _: save_args("layers" in jax.tree_util.keystr(path)), tree)
     with ocp.Checkpointer(handler) as checkpointer:
@@ -128,5 +130,5 @@ def open_run(folder: Path, step: int | None = None) -> RunCheckpoint:
         raise InputError(f"{folder}: no finished step {step}; there are {', '.join(map(str, steps))}")
     metadata = folder / "checkpoints" / str(step) / "params" / "_METADATA"
     tied = "'head'" not in metadata.read_text()
-    config = thinker_config(read_json(folder / "hf" / "config.json"), tied)
+    config = read_config(read_json(folder / "hf" / "config.json"), tied)
     return RunCheckpoint(folder, step, config, table(config))

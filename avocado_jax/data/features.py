@@ -23,13 +23,14 @@ def choose_frames(
     """
     if total < multiple:
         return np.minimum(np.arange(multiple), total - 1)
-    wanted = min(max(total / rate * fps, fewest), most // multiple * multiple, total // multiple * multiple)
-    # fp32 as in torch.linspace, which walks from both ends so that it meets the last index exactly.
+    fewest = max(-(-fewest // multiple), 1) * multiple
+    wanted = min(max(total / rate * fps, fewest), max(most, multiple), total)
+    # As torch.linspace: an fp32 step, walked from both ends, each point rounded to fp32 once (a fused multiply-add).
     count = math.floor(wanted / multiple) * multiple
-    step = np.float32(total - 1) / np.float32(count - 1)
-    steps = np.arange(count, dtype=np.float32)
-    ahead, back = step * steps, np.float32(total - 1) - step * (count - 1 - steps)
-    return np.round(np.where(steps < count // 2, ahead, back)).astype(np.int64)
+    step = float(np.float32(total - 1) / np.float32(max(count - 1, 1)))
+    steps = np.arange(count)
+    points = np.where(steps < count // 2, step * steps, total - 1 - step * (count - 1 - steps))
+    return np.round(points.astype(np.float32)).astype(np.int64)
 
 
 def frame_pixels(

@@ -1,5 +1,6 @@
 """Clips as they come: what a file holds, the frames that are read of it, its sound at 16 kHz."""
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -65,29 +66,42 @@ def read_media(path: str | Path, reading: Reading = Reading(), sound: bool = Tru
 def _one_line(path: Path) -> Iterator[None]:
     """Every way in which a file can be bad, as one line that names it."""
     try:
-        if path.is_dir():
-            raise InputError("is a folder")
-        if path.is_file() and path.stat().st_size == 0:
+        if not path.exists():
+            raise InputError("no such file")
+        if not path.is_file():  # a pipe would be waited for
+            raise InputError("is a folder" if path.is_dir() else "is not a file")
+        if path.stat().st_size == 0:
             raise InputError("is empty (zero bytes)")
+        if not os.access(path, os.R_OK):
+            raise InputError("may not be read")
         yield
     except InputError as error:
         raise InputError(f"{path}: {error}") from error
-    except FileNotFoundError as error:
-        raise InputError(f"{path}: no such file") from error
-    except PermissionError as error:
-        raise InputError(f"{path}: may not be read") from error
-    except av.error.InvalidDataError as error:
-        raise InputError(f"{path}: not a video, or damaged ({error.strerror})") from error
     except (av.error.FFmpegError, ValueError, OSError) as error:
-        raise InputError(f"{path}: cannot be decoded ({error})") from error
+        reason = " ".join(str(getattr(error, "strerror", None) or error).split())
+        raise InputError(f"{path}: damaged, cannot be decoded ({reason})") from error
+
+
+def _open(path: Path) -> av.container.InputContainer:
+    """Open a file: by the scheme that takes any name (`12:30.mp4` is no protocol), whatever its titles' encoding."""
+    try:
+        return av.open(f"file:{path}", metadata_errors="replace")
+    except av.error.InvalidDataError as error:
+        raise InputError("not a video, or its header is damaged or cut off") from error
+
+
+def _video(container: av.container.InputContainer) -> av.VideoStream:
+    """The picture's stream, by the rule of FFmpeg's tools; a cover is none."""
+    stream = container.streams.best("video")
+    if stream is None or stream.disposition & av.stream.Disposition.attached_pic:
+        raise InputError("has no picture" + (" (sound only)" if container.streams.audio else ""))
+    return stream
 
 
 def _demux(path: Path) -> _Packets:
     """Count the picture's packets, and notice a file that ends before it says it does."""
-    with av.open(str(path)) as container:
-        if not container.streams.video:
-            raise InputError("has no picture" + (" (sound only)" if container.streams.audio else ""))
-        stream = container.streams.video[0]
+    with _open(path) as container:
+        stream = _video(container)
         stated = float(container.duration / av.time_base) if container.duration else None
         frames, end = 0, 0.0
         for packet in container.demux():
@@ -99,27 +113,28 @@ def _demux(path: Path) -> _Packets:
         start = max(0.0, float((container.start_time or 0) / av.time_base))
         if not frames:
             raise InputError("its picture has no frames")
-        # A second, or a tenth, of slack: containers round, and the last packet may state no duration.
-        if stream.frames > frames + 1 or (stated and end - start < min(0.9 * stated, stated - 1.0)):
+        # A tenth and a frame of slack: containers round, and the last packet may state no duration.
+        slack = 0.1 * (stated or 0.0) + 0.1 + 1 / _rate(stream)
+        if stream.frames > frames + 1 or (stated and end - start < stated - slack):
             raise InputError(
-                f"cut short: {frames} of {stream.frames or 'its'} frames, {end:.1f} s of {stated or 0:.1f} s"
+                f"cut short or damaged: {frames} of {stream.frames or 'its'} frames, {end:.1f} s of {stated or 0:.1f} s"
             )
-        return _Packets(frames, stated or end - start)
+        return _Packets(frames, stated or end - start or frames / _rate(stream))
 
 
 def _picture(path: Path, total: int, reading: Reading) -> Shaped[Array, "N h w 3"]:
     """Decode once, converting and resizing only the chosen frames."""
-    with av.open(str(path)) as container:
-        stream = container.streams.video[0]
+    with _open(path) as container:
+        stream = _video(container)
         stream.thread_type = "AUTO"
-        rate = float(stream.average_rate or stream.base_rate or 25)
-        chosen = choose_frames(total, rate, reading.fps, reading.fewest_frames, reading.most_frames)
+        chosen = choose_frames(total, _rate(stream), reading.fps, reading.fewest_frames, reading.most_frames)
         wanted = iter(chosen.tolist())
-        index, out, size, frame = next(wanted), [], None, None
+        index, out, sizes, frame = next(wanted), [], None, None
         for number, frame in enumerate(container.decode(stream)):
             while index == number:
-                out.append(picture := _upright(frame, reading, size, len(chosen)))
-                size = picture.shape[:2]
+                picture = _upright(frame)
+                sizes = sizes or _sizes(*picture.shape[:2], len(chosen), reading)
+                out.append(_fit(picture, sizes))
                 index = next(wanted, None)
             if index is None:
                 break
@@ -129,36 +144,55 @@ def _picture(path: Path, total: int, reading: Reading) -> Shaped[Array, "N h w 3
             # Streams may end in a packet or two that yield no picture; more is damage.
             if number + 1 < 0.9 * total and number + 2 < total:
                 raise InputError(f"damaged: {number + 1} of {total} frames can be decoded")
-            last = _upright(frame, reading, size, len(chosen))
-            out += [last] * (len(chosen) - len(out))
+            out += [_fit(_upright(frame), sizes)] * (len(chosen) - len(out))
     return np.stack(out)
 
 
-def _upright(frame: av.VideoFrame, reading: Reading, size: tuple[int, int] | None, count: int) -> np.ndarray:
-    """One frame in RGB, turned as its display matrix says, at the clip's size (chosen by its first frame)."""
-    picture = np.rot90(frame.to_ndarray(format="rgb24"), k=frame.rotation // 90)
-    if size is None:
-        most = frame_pixels(
-            count, reading.fewest_pixels, reading.most_pixels, reading.clip_pixels, reading.asked_pixels
-        )
-        size = frame_size(*picture.shape[:2], reading.fewest_pixels, most, reading.size_factor)
-    return resize(np.ascontiguousarray(picture), *size)
+def _rate(stream: av.VideoStream) -> float:
+    """Frames a second."""
+    return float(stream.average_rate or stream.base_rate or 25)
+
+
+def _upright(frame: av.VideoFrame) -> Shaped[Array, "h w 3"]:
+    """One frame in RGB, turned as its display matrix says."""
+    return np.ascontiguousarray(np.rot90(frame.to_ndarray(format="rgb24"), k=round(frame.rotation / 90)))
+
+
+def _sizes(height: int, width: int, frames: int, reading: Reading) -> list[tuple[int, int]]:
+    """What each of `frames` frames is resized to, one size after the other.
+
+    The first is the share of the clip's budget. Rounded down to whole cells, it may hold fewer pixels than
+    the least, and then the reference's processor enlarges the frame once more: so it is for long clips.
+    """
+    least, factor = reading.fewest_pixels, reading.size_factor
+    most = frame_pixels(frames, least, reading.most_pixels, reading.clip_pixels, reading.asked_pixels)
+    shared = frame_size(height, width, least, most, factor)
+    return [shared, frame_size(*shared, least, reading.most_pixels, factor)]
+
+
+def _fit(picture: Shaped[Array, "h w 3"], sizes: list[tuple[int, int]]) -> Shaped[Array, "rows columns 3"]:
+    for size in sizes:
+        picture = resize(picture, *size)
+    return picture
 
 
 def _sound(path: Path, reading: Reading) -> Float[Array, "n"] | None:
-    """The first audio stream as mono at `sound_rate`; None where there is none, or nothing in it."""
-    with av.open(str(path)) as container:
-        if not container.streams.audio:
+    """The best audio stream as mono at `sound_rate`; None where there is none, or nothing in it."""
+    with _open(path) as container:
+        stream = container.streams.best("audio")
+        if stream is None:
             return None
-        stream = container.streams.audio[0]
-        parts, rate, length = [], stream.rate, 0
+        if stream.codec_context is None:
+            raise InputError("its sound is in a format that cannot be decoded")
+        parts, length = [], 0
         for frame in container.decode(stream):
-            block = frame.to_ndarray()
+            block, rate = frame.to_ndarray(), frame.sample_rate
             if not frame.format.is_planar:
                 block = block.reshape(-1, frame.layout.nb_channels).T
             if block.dtype.kind != "f":  # integers to -1..1; unsigned bytes are centred on 128
-                scale = np.iinfo(block.dtype)
-                block = (block.astype(np.float32) - (scale.max + scale.min + 1) / 2) / (scale.max / 2 - scale.min / 2)
+                bounds = np.iinfo(block.dtype)
+                middle, half = (bounds.max + bounds.min + 1) / 2, (bounds.max - bounds.min + 1) / 2
+                block = (block.astype(np.float32) - middle) / half
             parts.append(block.astype(np.float32).mean(axis=0))
             length += frame.samples
             if length > (reading.sound_seconds + 1) * rate:
@@ -166,6 +200,8 @@ def _sound(path: Path, reading: Reading) -> Float[Array, "n"] | None:
     if not length:
         return None
     mono = np.concatenate(parts)
+    if not np.isfinite(mono).all():
+        raise InputError("damaged: its sound holds values that are no numbers")
     if rate != reading.sound_rate:
         mono = librosa.resample(mono, orig_sr=rate, target_sr=reading.sound_rate, res_type="soxr_hq")
     return mono[: reading.sound_seconds * reading.sound_rate]

@@ -75,7 +75,6 @@ def make_row(media: Media, prompt: Prompt, config: ThinkerConfig, reading: Readi
         media=where[:-1].astype(np.int32),
         first=tokens[-1],
         start=positions[-1, 0],
-        follow=positions.max() + 1,
         patches=seen.patches,
         patch_grid=seen.grid,
         patch_valid=seen.valid,

@@ -89,7 +89,7 @@ class ThinkerConfig:
     text: TextConfig = field(default_factory=TextConfig)
     tokens: TokenIds = field(default_factory=TokenIds)
     positions_per_second: int = 25
-    seconds_per_chunk: float = 2.0
+    seconds_per_chunk: int | float = 2
     dtype: str = "float32"  # of activations; reductions are fp32 whatever it is
     param_dtype: str = "float32"
     scan: bool = True  # one stacked layer under a scan (training), or separate layers (decoding: platform.md)
@@ -127,7 +127,9 @@ TINY = ThinkerConfig(
     audio=AudioConfig(width=64, layers=2, heads=4, ffn=128, out=64),
     vision=VisionConfig(width=64, layers=3, heads=4, ffn=96, full_layers=(1,), out=64),
     text=TextConfig(vocab=512, width=64, ffn=160, layers=2, heads=4, kv_heads=2, head=32, mrope_sections=(4, 6, 6)),
-    tokens=TokenIds(audio=500, image=501, video=502, vision_start=503, vision_end=504, audio_start=505, audio_end=506),
+    tokens=TokenIds(
+        audio=259, image=264, video=265, vision_start=262, vision_end=263, audio_start=260, audio_end=261
+    ),  # of data/tokenizer.py
 )
 SIZES = {"7b": SEVEN_B, "3b": THREE_B, "tiny": TINY}
 

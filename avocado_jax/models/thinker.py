@@ -83,9 +83,8 @@ class Thinker(nn.Module):
 
 
 def caption_positions(clip: Clip, index: Int[Array, "B G Q"]) -> Int[Array, "B G Q 3"]:
-    """TMRoPE ids of caption inputs by their index: the last prompt token's own, then one past the clip's largest."""
-    start, follow = clip.start[:, None, None], clip.follow[:, None, None]
-    return jnp.repeat(jnp.where(index == 0, start, follow + index - 1)[..., None], 3, axis=-1)
+    """TMRoPE ids of caption inputs by their index: they count on from the last prompt token, on all axes."""
+    return jnp.repeat((clip.start[:, None, None] + index)[..., None], 3, axis=-1)
 
 
 def example(config: ThinkerConfig, rows: int = 1, group: int = 1) -> tuple[Clip, Captions]:
@@ -103,7 +102,6 @@ def example(config: ThinkerConfig, rows: int = 1, group: int = 1) -> tuple[Clip,
         media=array(jnp.int32, 2),
         first=array(jnp.int32),
         start=array(jnp.int32),
-        follow=array(jnp.int32),
         patches=array(jnp.uint8, 1, 1, slots, vision.patch_size),
         patch_grid=array(jnp.int32, 1, slots, 2),
         patch_valid=array(jnp.bool_, 1, slots),

@@ -65,7 +65,7 @@ class VisionTower(nn.Module):
         grid: Int[Array, "N W U 2"],
         valid: Bool[Array, "N W U"],
     ) -> Float[Array, "N Z D"]:
-        """Encode N temporal patches of uint8 pixels. `grid` holds each slot's row and column, `valid` which slots are real.
+        """Encode N temporal patches of uint8 pixels; `grid` has each slot's row and column, `valid` the real ones.
 
         Returns W * U / 4 tokens a temporal patch, in slot order; those of padding slots mean nothing.
         """

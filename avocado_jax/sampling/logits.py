@@ -53,8 +53,6 @@ def draw(
     """
     scaled = logits.astype(jnp.float32) / (sampling.temperature or 1.0)
     allowed = jnp.where(banned, NEVER, scaled)
-    if sampling.temperature:
-        token = jax.random.categorical(key, truncate(allowed, sampling))
-    else:
-        token = jnp.argmax(allowed)
+    greedy = sampling.temperature == 0
+    token = jnp.argmax(allowed) if greedy else jax.random.categorical(key, truncate(allowed, sampling))
     return token.astype(jnp.int32), scaled[token] - jax.nn.logsumexp(scaled)

@@ -1,0 +1,60 @@
+"""Timing, and the ceilings of this machine in the same run."""
+
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+
+class Ceilings(NamedTuple):
+    """What this machine reached today."""
+
+    flops: float  # a second, in a large matrix product of the dtype
+    bytes: float  # a second, read and written by a large copy
+
+
+def seconds_of(run: Callable[[], Any], repeats: int = 3) -> float:
+    """The median time of `run` once compiled, until its results are ready."""
+    jax.block_until_ready(run())
+    times = []
+    for _ in range(repeats):
+        begun = time.perf_counter()
+        jax.block_until_ready(run())
+        times.append(time.perf_counter() - begun)
+    return statistics.median(times)
+
+
+def ceilings(dtype: str) -> Ceilings:
+    """Measure a matrix product and a copy, sized for the device."""
+    cpu = jax.default_backend() == "cpu"
+    side, length = (1024, 2**25) if cpu else (8192, 2**29)
+    a = jnp.ones((side, side), dtype)
+    product = jax.jit(lambda a: a @ a)
+    x = jnp.ones(length, dtype)
+    copy = jax.jit(lambda x: -x)
+    return Ceilings(2 * side**3 / seconds_of(lambda: product(a)), 2 * x.nbytes / seconds_of(lambda: copy(x)))
+
+
+def row(
+    what: str, size: str, seconds: float, steps: int, tokens: float, flops: float, nbytes: float, dtype: str
+) -> dict[str, Any]:
+    """One result: a run of `steps` steps that took `seconds`, with the floors that its work implies."""
+    top = ceilings(dtype)
+    stats = jax.local_devices()[0].memory_stats() or {}
+    return {
+        "what": what,
+        "size": size,
+        "seconds": seconds,
+        "step_ms": 1e3 * seconds / steps,
+        "tokens_per_second": tokens / seconds,
+        "tflops": flops / seconds / 1e12,
+        "mfu": flops / seconds / top.flops,
+        "bytes_per_second": nbytes / seconds,
+        "ceiling_tflops": top.flops / 1e12,
+        "ceiling_bytes_per_second": top.bytes,
+        "peak_bytes": stats.get("peak_bytes_in_use"),
+        "device": jax.local_devices()[0].device_kind,
+    }

@@ -1,0 +1,95 @@
+"""Prefill and decoding of one clip with random weights."""
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from avocado_jax.bench.measure import row, seconds_of
+from avocado_jax.models.cache import KV, ClipCache, caption_cache
+from avocado_jax.models.config import ThinkerConfig, computed, sized
+from avocado_jax.models.flops import audio_flops, decode_bytes, text_flops, vision_flops
+from avocado_jax.models.thinker import Thinker, init
+from avocado_jax.typing import Clip
+
+FRAMES = {"tiny": (4, 8)}  # merged cells of a frame, rows and columns
+FRAME = (16, 30)  # 448x840 pixels: a 30 s clip of 720p under AVoCaDO's budget
+
+
+def random_clip(config: ThinkerConfig, tokens: int, cells: tuple[int, int]) -> Clip:
+    """A clip of `tokens` tokens in the proportions of a real one: a frame pair and 25 tokens of sound a second."""
+    vision, (rows, columns) = config.vision, cells
+    side = vision.window_cells
+    windows, slots = -(-rows // side) * -(-columns // side), (side * vision.merge) ** 2
+    seconds = max(1, (tokens - 64) // (rows * columns + 25))
+    chunks = -(-seconds // 2)
+    pictures = rows * columns * seconds
+    rng = np.random.default_rng(0)
+    valid = np.arange(windows * slots).reshape(windows, slots) < rows * columns * vision.merge**2
+    media = np.full(tokens, -1, np.int32)
+    media[:pictures] = np.arange(pictures)
+    return Clip(
+        tokens=jnp.asarray(rng.integers(0, 400, (1, tokens)), jnp.int32),
+        positions=jnp.broadcast_to(jnp.arange(tokens)[None, :, None], (1, tokens, 3)),
+        length=jnp.full(1, tokens, jnp.int32),
+        media=jnp.asarray(media[None]),
+        first=jnp.zeros(1, jnp.int32),
+        start=jnp.full(1, tokens, jnp.int32),
+        patches=jnp.asarray(rng.integers(0, 256, (1, seconds, windows, slots, vision.patch_size)), jnp.uint8),
+        patch_grid=jnp.zeros((1, windows, slots, 2), jnp.int32),
+        patch_valid=jnp.asarray(valid[None]),
+        mel=jnp.zeros((1, chunks, 2 * config.audio.window, config.audio.mel_bins), jnp.float32),
+        mel_length=jnp.full((1, chunks), 2 * config.audio.window, jnp.int32),
+    )
+
+
+def _policy(size: str, dtype: str) -> tuple[ThinkerConfig, Any]:
+    config = computed(sized(size), dtype, scan=False)
+    shapes = jax.eval_shape(partial(init, config), jax.random.key(0))
+    leaves, tree = jax.tree.flatten(shapes)
+    # Small random weights, made leaf by leaf: `init` itself would hold all of them twice in fp32.
+    make = jax.jit(lambda key, leaf: 0.02 * jax.random.normal(key, leaf.shape, leaf.dtype), static_argnums=1)
+    keys = jax.random.split(jax.random.key(0), len(leaves))
+    return config, tree.unflatten(make(key, leaf) for key, leaf in zip(keys, leaves))
+
+
+def bench_prefill(size: str, tokens: int, dtype: str) -> dict[str, Any]:
+    """Encode one clip and fill its cache."""
+    config, params = _policy(size, dtype)
+    clip = random_clip(config, tokens, FRAMES.get(size, FRAME))
+    prefill = jax.jit(partial(Thinker(config).apply, method="prefill"))
+    seconds = seconds_of(lambda: prefill({"params": params}, clip))
+    patches, slots = clip.patches.shape[1], clip.patches.shape[2] * clip.patches.shape[3]
+    flops = vision_flops(config, patches, slots) + audio_flops(config, clip.mel.shape[1])
+    flops += text_flops(config, tokens, tokens / 2, 0)
+    nbytes = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+    return row("prefill", size, seconds, 1, tokens, flops, nbytes, dtype)
+
+
+def bench_decode(size: str, group: int, clip_tokens: int, caption_tokens: int, dtype: str) -> dict[str, Any]:
+    """Decode a group of captions of one clip whose cache is full, step by step as `generate` does."""
+    config, params = _policy(size, dtype)
+    text = config.text
+    shape = (1, clip_tokens, text.kv_heads, text.head)
+    kv = tuple(KV(jnp.ones(shape, dtype), jnp.ones(shape, dtype)) for _ in range(text.layers))
+    cache = ClipCache(kv, jnp.ones((1, clip_tokens), bool))
+    clip = jax.tree.map(jnp.asarray, random_clip(config, 128, (4, 4)))._replace(start=jnp.full(1, clip_tokens))
+    apply = partial(Thinker(config).apply, method="decode")
+
+    @jax.jit
+    def decode(params: Any, cache: ClipCache) -> jax.Array:
+        def step(number: jax.Array, state: tuple) -> tuple:
+            tokens, so_far = state
+            logits, so_far = apply({"params": params}, cache, clip, so_far, number, tokens)
+            return jnp.argmax(logits, axis=-1).astype(jnp.int32), so_far
+
+        start = (jnp.zeros((1, group), jnp.int32), caption_cache(config, 1, group, caption_tokens))
+        return jax.lax.fori_loop(0, caption_tokens, step, start)[0]
+
+    seconds = seconds_of(lambda: decode(params, cache))
+    mean = caption_tokens / 2
+    flops = text_flops(config, group * caption_tokens, clip_tokens + mean, group * caption_tokens)
+    nbytes = caption_tokens * decode_bytes(config, clip_tokens, group, mean, jnp.dtype(dtype).itemsize)
+    return row("decode", size, seconds, caption_tokens, group * caption_tokens, flops, nbytes, dtype)

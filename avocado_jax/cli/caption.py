@@ -1,0 +1,119 @@
+"""Describe video clips in words, picture and sound together.
+
+  avocado caption clip.mp4 --checkpoint DIR
+  avocado caption a.mp4 b.mp4 --checkpoint DIR --json --temperature 0.7 --seed 3
+
+DIR is a checkpoint in Hugging Face format (Qwen2.5-Omni, AVoCaDO: the whole of it or the thinker alone) or a
+run folder (its newest finished step). With --json, one object a clip in the order given: clip, caption,
+token_ids, prompt_ids, seconds, audio; for a clip that cannot be read: clip, error. Exit status: 0, 1 if some
+clips failed, 2 if all did.
+"""
+
+import argparse
+import json
+import sys
+import zlib
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from avocado_jax.checkpoint.load import open_checkpoint
+from avocado_jax.data.media import Media, Reading, read_media
+from avocado_jax.data.prompt import PROMPTS
+from avocado_jax.data.rows import make_row
+from avocado_jax.errors import InputError
+from avocado_jax.eval.captioner import Captioner, caption_rows, load_captioner, words
+from avocado_jax.progress import progress
+from avocado_jax.sampling.logits import Sampling
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command."""
+    parser.add_argument("clips", nargs="+", metavar="CLIP", help="video files")
+    parser.add_argument("--checkpoint", required=True, type=Path, metavar="DIR", help="the model (see above)")
+    parser.add_argument("--no-audio", action="store_true", help="look without listening")
+    parser.add_argument("--prompt", default=PROMPTS[0], metavar="TEXT", help="what to ask (default: %(default)s)")
+    parser.add_argument("--max-new-tokens", type=int, default=2048, metavar="N", help="default: %(default)s")
+    parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 (default): the likeliest")
+    parser.add_argument("--top-p", type=float, default=1.0, metavar="P", help="default: %(default)s, all tokens")
+    parser.add_argument("--top-k", type=int, default=0, metavar="K", help="default: %(default)s, all tokens")
+    parser.add_argument("--seed", type=int, default=0, help="of the draws (default: %(default)s)")
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), help="default: bfloat16 on accelerators, float32 on a CPU"
+    )
+    parser.add_argument("--json", action="store_true", help="one JSON object a clip")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="write there instead of to the terminal")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Caption every clip; one that cannot be read is reported in its place."""
+    try:
+        sampling = Sampling(args.temperature, args.top_k, args.top_p)
+    except ValueError as error:
+        raise InputError(str(error)) from error
+    if args.max_new_tokens < 1:
+        raise InputError(f"--max-new-tokens is {args.max_new_tokens}, at least 1 is asked for")
+    dtype = args.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
+    if dtype == "float32":
+        jax.config.update("jax_default_matmul_precision", "highest")  # accelerators round fp32 products otherwise
+    checkpoint = open_checkpoint(args.checkpoint)  # reads headers only: a wrong folder is told before any clip is read
+    with args.out.open("w", encoding="utf-8") if args.out else nullcontext(sys.stdout) as out:
+        failed = 0
+        clips = _read_ahead(args.clips, not args.no_audio)
+        captioner = None
+        for clip, media in progress(clips, "clips", len(args.clips)) if len(args.clips) > 1 else clips:
+            if isinstance(media, InputError):
+                failed += 1
+                record = {"clip": clip, "error": str(media)}
+                print(f"avocado caption: {media}", file=sys.stderr)
+            else:
+                captioner = captioner or load_captioner(checkpoint, args.prompt, dtype)
+                record = _caption(captioner, clip, media, sampling, args)
+            if args.json:
+                print(json.dumps(record, ensure_ascii=False), file=out, flush=True)
+            elif "caption" in record:
+                print(f"{clip}:" if len(args.clips) > 1 else "", record["caption"], file=out, flush=True, sep="\n")
+    return 0 if not failed else 2 if failed == len(args.clips) else 1
+
+
+def _read_ahead(clips: list[str], sound: bool) -> Iterator[tuple[str, Media | InputError]]:
+    """Each clip and what was read of it, or why it could not be; the next one is read meanwhile."""
+
+    def read(clip: str) -> Media | InputError:
+        try:
+            return read_media(clip, sound=sound)
+        except InputError as error:
+            return error
+
+    with ThreadPoolExecutor(1) as reader:
+        ahead = None
+        for clip, after in _pairs(clips):
+            media = ahead.result() if ahead else read(clip)
+            ahead = reader.submit(read, after) if after is not None else None
+            yield clip, media
+
+
+def _pairs(clips: list[str]) -> Iterable[tuple[str, str | None]]:
+    return zip(clips, [*clips[1:], None])
+
+
+def _caption(
+    captioner: Captioner, clip: str, media: Media, sampling: Sampling, args: argparse.Namespace
+) -> dict[str, Any]:
+    row = make_row(media, captioner.prompt, captioner.config, Reading())
+    number = np.array([zlib.crc32(clip.encode())], np.uint32)  # its draws do not depend on its place in the list
+    samples = caption_rows(captioner, [row], number, sampling, args.max_new_tokens, args.seed)
+    tokens = samples.tokens[0, 0, : samples.lengths[0, 0]]
+    return {
+        "clip": clip,
+        "caption": words(captioner, tokens),
+        "token_ids": tokens.tolist(),
+        "prompt_ids": row.prompt_ids.tolist(),
+        "seconds": round(media.seconds, 3),
+        "audio": bool(len(row.clip.mel)),
+    }

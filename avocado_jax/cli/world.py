@@ -1,0 +1,146 @@
+"""AVWorld: audiovisual clips whose every event, speaker, word and time is known.
+
+    world OUT --clips 200 --seed 0
+
+writes OUT/clips/*.mp4 (one h264 and one AAC stream each) and OUT/clips.jsonl, a manifest line a clip with
+events, dialogues, keypoints and reference captions. The same seed gives the same clips. Clips that are there
+already are not made again, so a run that was stopped goes on with the same command.
+
+    world --check FILE --truth OUT/clips.jsonl
+
+reads lines {"id", "caption"} and prints {"id", "recall", "hallucination", "order", "dialogue_f1"} for each,
+in order: exact, with no judge.
+"""
+
+import argparse
+import json
+import multiprocessing
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+from avocado_jax.errors import InputError
+from avocado_jax.progress import progress
+from avocado_jax.world.check import measure
+from avocado_jax.world.clip import record, write_clip
+from avocado_jax.world.director import make_script
+from avocado_jax.world.script import LEVELS, SPLITS
+
+STOPPED = 75
+NUMBER = int | float
+NAMES = {str: "a string", list: "a list", NUMBER: "a number"}
+ENTRIES = {"events": {"text": str, "start": NUMBER}, "dialogues": {"speaker": str, "text": str}}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("out", metavar="OUT", nargs="?", type=Path, help="folder to write")
+    parser.add_argument("--clips", type=int, metavar="N", help="how many clips")
+    parser.add_argument("--seed", type=int, default=0, help="of the world (default: 0)")
+    parser.add_argument(
+        "--level",
+        type=int,
+        default=1,
+        choices=range(len(LEVELS)),
+        help="difficulty: length, events, vocabulary, voices, resolution (default: 1)",
+    )
+    parser.add_argument("--split", default="train", choices=SPLITS, help="test has combinations train lacks")
+    parser.add_argument("--references", type=int, default=1, metavar="R", help="captions a clip (default: 1)")
+    parser.add_argument("--workers", type=int, metavar="W", help="processes (default: all cores)")
+    parser.add_argument("--check", type=Path, metavar="FILE", help="captions to check: JSON lines")
+    parser.add_argument(
+        "--truth", type=Path, metavar="CLIPS", help="the clips.jsonl they are checked against"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    if args.check or args.truth:
+        if not (args.check and args.truth) or args.out or args.clips is not None:
+            raise InputError("--check FILE and --truth CLIPS go together, without OUT and --clips")
+        return check(args.check, args.truth)
+    if not args.out or args.clips is None:
+        raise InputError("say where and how many: world OUT --clips N")
+    workers = len(os.sched_getaffinity(0)) if args.workers is None else args.workers
+    for name, value in (("--clips", args.clips), ("--references", args.references), ("--workers", workers)):
+        if value < 1:
+            raise InputError(f"{name} must be at least 1, not {value}")
+    return make(args, workers)
+
+
+def make(args: argparse.Namespace, workers: int) -> int:
+    """Make the clips that are missing, then the manifest. Returns the exit status."""
+    try:
+        (args.out / "clips").mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"cannot make {args.out / 'clips'}: {error.strerror}") from None
+    what = (args.out, args.seed, args.split, args.level, args.references)
+    previous = signal.signal(signal.SIGTERM, lambda *_: sys.exit(STOPPED))
+    # Spawned, not forked: the speech library and the encoders start from the same state in every worker.
+    pool = ProcessPoolExecutor(min(workers, args.clips), multiprocessing.get_context("spawn"))
+    try:
+        jobs = [pool.submit(_make, index, *what) for index in range(args.clips)]
+        lines = list(progress((job.result() for job in jobs), "clips", total=args.clips))
+        part = args.out / "clips.jsonl.part"
+        part.write_text("".join(lines), encoding="utf-8")
+        os.replace(part, args.out / "clips.jsonl")
+    except OSError as error:
+        print(f"avocado world: {error}", file=sys.stderr)
+        return 1
+    finally:
+        pool.shutdown(cancel_futures=True)
+        signal.signal(signal.SIGTERM, previous)
+    return 0
+
+
+def _make(index: int, out: Path, seed: int, split: str, level: int, references: int) -> str:
+    """Make one clip unless it is there, in a worker. Returns its line of the manifest."""
+    script = make_script(seed, index, split, level)
+    made = record(script, references)
+    if not (out / made["video"]).exists():
+        write_clip(script, out / made["video"])
+    return json.dumps(made, ensure_ascii=False) + "\n"
+
+
+def check(captions: Path, truth: Path) -> int:
+    """Print how true each caption is."""
+    records = {}
+    for where, line in _lines(truth, {"id": str, "events": list, "dialogues": list}):
+        for name, wants in ENTRIES.items():
+            for entry in line[name]:
+                good = isinstance(entry, dict) and all(isinstance(entry.get(k), t) for k, t in wants.items())
+                if not good:
+                    fields = " and ".join(f'"{field}" ({NAMES[kind]})' for field, kind in wants.items())
+                    raise InputError(f'{where}: each of "{name}" needs {fields}')
+        records[line["id"]] = line
+    for where, line in _lines(captions, {"id": str, "caption": str}):
+        if line["id"] not in records:
+            raise InputError(f"{where}: {truth} has no clip {json.dumps(line['id'])}")
+        scores = measure(line["caption"], records[line["id"]])
+        print(json.dumps({"id": line["id"], **scores._asdict()}, ensure_ascii=False))
+    return 0
+
+
+def _lines(path: Path, fields: dict[str, type]) -> Iterator[tuple[str, dict]]:
+    """Each JSON object of a file with its "file:line", checked to have the fields, of these types."""
+    try:
+        lines = path.read_bytes().splitlines()
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}") from None
+    if not any(map(bytes.strip, lines)):
+        raise InputError(f"{path} holds no lines")
+    for number, raw in enumerate(lines, start=1):
+        where = f"{path}:{number}"
+        if not raw.strip():
+            continue
+        try:
+            line = json.loads(raw)
+        except ValueError as error:
+            raise InputError(f"{where}: not JSON: {error}") from None
+        if not isinstance(line, dict):
+            raise InputError(f"{where}: not a JSON object")
+        for name, kind in fields.items():
+            if not isinstance(line.get(name), kind):
+                raise InputError(f'{where}: "{name}" must be {NAMES[kind]}')
+        yield where, line

@@ -1,0 +1,1 @@
+"""What a checkpoint can do: captions of clips, and measures of them."""

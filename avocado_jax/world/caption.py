@@ -1,0 +1,132 @@
+"""Truth to words: captions of a script in chronological order, in varied sentences."""
+
+import random
+from collections.abc import Iterable
+
+from avocado_jax.world import lexicon
+from avocado_jax.world.script import Event, Script
+from avocado_jax.world.vocabulary import VISUALS
+
+
+def capitalize(sentence: str) -> str:
+    """The sentence with its first letter in upper case."""
+    return sentence[:1].upper() + sentence[1:]
+
+
+def end(sentence: str) -> str:
+    """The sentence with a full stop, unless a quotation's own mark ends it."""
+    return sentence if sentence.endswith(('."', '?"', '!"')) else sentence + "."
+
+
+def clause(event: Event, rng: random.Random | None = None) -> str:
+    """An event in words with no capital and no full stop; the first way there is if `rng` is None.
+
+    Takes any kind but "cross".
+    """
+    pick = rng.choice if rng else (lambda options: options[0])
+    slots = dict(event.slots)
+    slots.pop("line", None)
+    fitting = [t for t in lexicon.TEMPLATES[event.kind] if template_slots(t) == set(slots)]
+    text = pick(fitting)
+    for name in template_tables(text):
+        if name == "line":
+            continue
+        table = lexicon.TABLES[name]
+        if name == "says":
+            options = lexicon.SPEECH_VERBS[event.get("line")[-1]]
+        else:
+            options = table.phrases[tuple(slots[slot] for slot in table.slots)]
+        text = text.replace("{" + name + "}", pick(options))
+    if event.kind == "say":
+        line = event.get("line")
+        inside = line[:-1] + "," if line.endswith(".") and not text.endswith("{line}") else line
+        text = text.replace("{line}", f'"{inside}"')
+    return text
+
+
+def template_tables(template: str) -> list[str]:
+    """The names between braces, in order."""
+    return [piece.split("}")[0] for piece in template.split("{")[1:]]
+
+
+def template_slots(template: str) -> set[str]:
+    """The slots that a clause of this template gives a value, the quoted line aside."""
+    tables = (lexicon.TABLES[name] for name in template_tables(template) if name != "line")
+    return {slot for table in tables for slot in table.slots}
+
+
+def together(event: Event, rng: random.Random | None = None) -> str:
+    """A "cross" event in words, as `clause`."""
+    visual, sound = (clause(part, rng) for part in event.parts)
+    pattern = rng.choice(lexicon.TOGETHER) if rng else lexicon.TOGETHER[0]
+    return pattern.format(v=visual, s=sound)
+
+
+def statement(event: Event) -> str:
+    """The plain sentence for one event, which `check` reads back."""
+    return end(capitalize(together(event) if event.kind == "cross" else clause(event)))
+
+
+def write_caption(script: Script, which: int = 0) -> str:
+    """Reference caption number `which` of a script: a paragraph a scene, all in the order it happens."""
+    rng = random.Random(f"caption/{script.id}/{which}")
+    paragraphs = []
+    for scene in script.scenes:
+        events = [e for e in script.events if scene.start <= e.start < scene.end]
+        opening = [e for e in events if e.kind in ("scene", "cut", "present")]
+        beds = [e for e in events if e.kind == "bed"]
+        beats = [e for e in events if e not in opening and e not in beds]
+        last = scene.end == script.duration
+        sentences = [*_open(opening, rng), *(clause(bed, rng) for bed in beds), *_tell(beats, rng, last)]
+        paragraphs.append(" ".join(end(capitalize(sentence)) for sentence in sentences))
+    return "\n\n".join(paragraphs)
+
+
+def _open(events: list[Event], rng: random.Random) -> Iterable[str]:
+    """The sentences that set a scene: its background and the shapes that are there."""
+    said = [clause(event, rng) for event in events]
+    first = min(len(said) - 1, rng.choice((1, 1, 2)))
+    if first == 2:
+        yield rng.choice(lexicon.WHERE_TWO).format(x=said[0], y=said[1], z=said[2])
+    else:
+        yield rng.choice(lexicon.WHERE).format(x=said[0], y=said[1])
+    rest = said[1 + first :]
+    if len(rest) > 1:
+        yield rng.choice(lexicon.ALONG).format(x=rest[0], y=rest[1])
+        rest = rest[2:]
+    yield from rest
+
+
+def _tell(events: list[Event], rng: random.Random, last: bool) -> Iterable[str]:
+    """The sentences for what happens one after another; no connective twice in a row, and none at first."""
+    k, before = 0, ""
+    while k < len(events):
+        event, following = events[k], events[k + 1] if k + 1 < len(events) else None
+        text = together(event, rng) if event.kind == "cross" else clause(event, rng)
+        first, k = k == 0, k + 1
+        joined = following and _join(event, text, following, rng)
+        if joined:
+            text, k = joined, k + 1
+        options = lexicon.CONNECTIVES
+        if last and k == len(events) and len(events) > 2:
+            options = lexicon.LAST_CONNECTIVES
+        chance = 0.8 if options is lexicon.LAST_CONNECTIVES else 0.4
+        if not (first or joined) and rng.random() < chance:
+            word = rng.choice([option for option in options if option != before])
+            text, before = f"{word} {text}", word
+        yield text
+
+
+def _join(event: Event, text: str, following: Event, rng: random.Random) -> str | None:
+    """One sentence for two events, if these two go together and the dice say so."""
+    if "cross" in (event.kind, following.kind) or event.kind == "say" or rng.random() < 0.5:
+        return None
+    second = clause(following, rng)
+    subject = f"the {event.get('who')} "
+    if event.kind in VISUALS and event.kind != "recolor" and second.startswith(subject):
+        if text.startswith(subject):
+            return rng.choice(lexicon.THEN_SHARED).format(x=text, y=second.removeprefix(subject))
+        return None
+    if following.kind == "say" and not (second.startswith("the ") and second.endswith('"')):
+        return None
+    return rng.choice(lexicon.THEN).format(x=text, y=second)

@@ -1,0 +1,141 @@
+"""Clips to use: manifest records, mp4 files, and arrays straight from the generator."""
+
+import os
+from itertools import pairwise
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from avocado_jax.errors import InputError
+from avocado_jax.world.caption import capitalize, clause, end, statement, together, write_caption
+from avocado_jax.world.director import make_script
+from avocado_jax.world.lexicon import THEN
+from avocado_jax.world.render import frame_times, render
+from avocado_jax.world.script import LEVELS, Event, Script
+from avocado_jax.world.sound import mix
+from avocado_jax.world.vocabulary import VISUALS
+from avocado_jax.world.voice import RATE
+
+PROMPTS = (
+    "Describe everything that can be seen and heard in this video, in the order it happens.",
+    "Please give a full account of the video: the pictures, the sounds and what is said.",
+    "What happens in this clip? Cover the visuals, the audio and how they line up.",
+    "Write a detailed caption of the video, with every line of dialogue and who speaks it.",
+)
+KINDS = {"effect": "audio", "bed": "audio", "say": "speech", "cross": "cross"}  # others are "visual"
+DIMENSIONS = {
+    "present": "static",
+    "text": "static",
+    "effect": "auditory",
+    "bed": "auditory",
+    "say": "auditory",
+    "scene": "spatiotemporal",
+    "cut": "spatiotemporal",
+    "camera": "spatiotemporal",
+} | dict.fromkeys(VISUALS, "dynamic")
+
+
+# Plain C code: x264's vector code makes other bits now and then (2 clips of 200, in a corner of the picture).
+H264 = {"preset": "veryfast", "crf": "20", "x264-params": "asm=0"}
+
+
+class Row(NamedTuple):
+    """A clip as arrays, with its record.
+
+    Attributes:
+      frames: uint8 [N, H, W, 3], picture k at k / fps seconds.
+      samples: float32 [duration * 16000], mono in -1..1.
+      record: the manifest line.
+    """
+
+    frames: np.ndarray
+    samples: np.ndarray
+    record: dict
+
+
+def record(script: Script, references: int = 1) -> dict:
+    """The manifest line of a clip, with every optional field; `video` is relative to the manifest.
+
+    `caption` is the first of the `references`. Needs no file and no speech library.
+    """
+    captions = [write_caption(script, which) for which in range(references)]
+    said = [event for event in script.events if event.kind == "say"]
+    return {
+        "id": script.id,
+        "video": f"clips/{script.id}.mp4",
+        "caption": captions[0],
+        "prompt": PROMPTS[script.index % len(PROMPTS)],
+        "references": captions,
+        "events": [
+            {"text": statement(e), "start": e.start, "end": e.end, "kind": KINDS.get(e.kind, "visual")}
+            for e in script.events
+        ],
+        "dialogues": [
+            {"speaker": f"the {e.get('who')}", "text": e.get("line"), "start": e.start, "end": e.end}
+            for e in said
+        ],
+        "keypoints": keypoints(script),
+    }
+
+
+def keypoints(script: Script) -> list[dict]:
+    """Atomic facts in the paper's five dimensions; each is a sentence that `check` reads."""
+    points = []
+    for event in script.events:
+        for part in event.parts or (event,):
+            points.append({"text": statement(part), "dimension": DIMENSIONS[part.kind]})
+        if event.parts:
+            points.append({"text": end(capitalize(together(event))), "dimension": "crossmodal"})
+    for first, second in pairwise(script.events):
+        if _happens(first) and _happens(second):
+            text = end(capitalize(THEN[0].format(x=clause(first), y=clause(second))))
+            points.append({"text": text, "dimension": "spatiotemporal"})
+            break
+    return points
+
+
+def _happens(event: Event) -> bool:
+    return event.kind in (*VISUALS, "effect", "text", "camera")
+
+
+def row(
+    seed: int, index: int, split: str = "train", level: int = 1, fps: float = 2.0, references: int = 1
+) -> Row:
+    """A clip as arrays with no file made: what a reader of its mp4 gets at `fps`, before compression."""
+    script = make_script(seed, index, split, level)
+    frames = np.stack(list(render(script, frame_times(script, fps))))
+    return Row(frames, mix(script), record(script, references))
+
+
+def write_clip(script: Script, path: Path) -> None:
+    """Write a clip as an mp4 of one h264 stream and one AAC stream (mono, 16 kHz).
+
+    The file appears under its name only when it is whole. The same clip gives the same bytes in every run and
+    however many cores there are.
+
+    Raises:
+      InputError: PyAV or `espeakng-loader` is not installed.
+    """
+    try:
+        import av
+    except ImportError:
+        raise InputError("writing mp4 files needs PyAV: pip install av") from None
+    fps, (height, width) = LEVELS[script.level].fps, LEVELS[script.level].size
+    samples, per_frame = mix(script), RATE / fps
+    part = path.with_name(path.name + ".part")
+    with av.open(str(part), "w", format="mp4") as container:
+        picture = container.add_stream("libx264", rate=fps, options=H264)
+        picture.width, picture.height, picture.pix_fmt = width, height, "yuv420p"
+        sound = container.add_stream("aac", rate=RATE, layout="mono", bit_rate=64000)
+        for stream in (picture, sound):
+            stream.codec_context.thread_count = 1
+        for k, pixels in enumerate(render(script)):
+            container.mux(picture.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+            begin, stop = round(k * per_frame), round((k + 1) * per_frame)
+            heard = av.AudioFrame.from_ndarray(samples[None, begin:stop].copy(), format="fltp", layout="mono")
+            heard.sample_rate, heard.pts = RATE, begin
+            container.mux(sound.encode(heard))
+        for stream in (picture, sound):
+            container.mux(stream.encode(None))
+    os.replace(part, path)

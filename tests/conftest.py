@@ -1,0 +1,22 @@
+"""Every annotated function of the package has its shapes and types checked while the tests run."""
+
+import os
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["FORCE_QWENVL_VIDEO_READER"] = "decord"  # read by qwen_omni_utils when it is imported
+# Eight devices; less optimised code, since nearly all of a test is compilation.
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=1"
+
+from jaxtyping import install_import_hook
+
+install_import_hook("avocado_jax", "typechecked.check")
+
+import torch  # noqa: E402
+
+torch.set_num_threads(2)
+
+from hypothesis import settings  # noqa: E402
+
+settings.register_profile("repeatable", derandomize=True, deadline=None, database=None)
+settings.load_profile("repeatable")

@@ -1,0 +1,103 @@
+"""The arrows of the architecture, read from the imports; what the bench needs; nothing of torch in the product."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+PACKAGE = Path(__file__).parents[1] / "avocado_jax"
+LEAVES = {"typing", "errors", "progress", "config"}
+# what a folder may import of the package, itself and the leaves apart
+ALLOWED = {
+    "models": {"parallel"},
+    "parallel": set(),
+    "sampling": {"models"},
+    "checkpoint": {"models"},
+    "rewards": set(),
+    "data": {"models.config"},
+    "world": {"models.config"},
+    "bench": {"models", "sampling"},
+    "train": {"sampling", "rewards", "checkpoint", "data", "world", "models", "parallel"},
+    "eval": {"sampling", "rewards", "checkpoint", "data", "world", "models", "parallel"},
+    "cli": {"train", "eval", "bench", "sampling", "rewards", "checkpoint", "data", "world", "models", "parallel"},
+}
+NUMPY_ONLY = ("data", "world")  # input workers must not start a device runtime
+DEVICE = {"jax", "jaxlib", "flax", "optax", "orbax"}
+
+
+def imports_of(path):
+    """Every module that a file imports, wherever in it."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            yield node.module
+
+
+def files():
+    """(folder, path) of each file inside a folder of the package."""
+    return [(path.relative_to(PACKAGE).parts[0], path) for path in sorted(PACKAGE.rglob("*.py"))]
+
+
+def test_imports_point_one_way():
+    for folder, path in files():
+        if path.parent == PACKAGE:
+            continue
+        for module in imports_of(path):
+            if not module.startswith("avocado_jax."):
+                continue
+            inner = module.removeprefix("avocado_jax.")
+            first = inner.split(".")[0]
+            if first in LEAVES or first == folder:
+                continue
+            allowed = ALLOWED[folder]
+            assert first in allowed or inner in allowed, f"{path.relative_to(PACKAGE)} imports {inner}"
+
+
+def test_input_side_has_no_device_code():
+    for folder, path in files():
+        if folder in NUMPY_ONLY:
+            found = {module.split(".")[0] for module in imports_of(path)} & DEVICE
+            assert not found, f"{path.relative_to(PACKAGE)} imports {found}"
+
+
+def test_product_has_no_torch():
+    for _, path in files():
+        found = {module.split(".")[0] for module in imports_of(path)} & {"torch", "torchvision", "tensorflow"}
+        assert not found, f"{path.relative_to(PACKAGE)} imports {found}"
+
+
+def test_hugging_face_names_stay_in_their_room():
+    for _, path in files():
+        if not path.name.startswith("hf"):
+            text = path.read_text()
+            for name in ("q_proj", "thinker_config", "lm_head", "embed_tokens", "audio_token_index"):
+                assert name not in text, f"{path}: {name}"
+
+
+def test_bench_runs_without_the_input_side():
+    """jax, flax and numpy are enough: a machine lent for its accelerator need not have the rest."""
+    blocked = (
+        "av",
+        "librosa",
+        "grain",
+        "tyro",
+        "jaxtyping",
+        "transformers",
+        "orbax",
+        "soundfile",
+        "tqdm",
+        "scipy.signal",
+    )
+    program = f"""
+import sys
+sys.modules.update(dict.fromkeys({blocked!r}))
+from avocado_jax.__main__ import main
+for what in ("prefill", "decode"):
+    status = main(["bench", what, "--size", "tiny", "--clip-tokens", "1024", "--caption-tokens", "4", "--json"])
+    assert status == 0
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count('"step_ms"') == 2

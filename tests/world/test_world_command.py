@@ -1,0 +1,146 @@
+"""The `world` command: makes, goes on after any stop, checks, and says plainly what is wrong."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from avocado_jax.__main__ import main
+
+MADE = ["--clips", "3", "--seed", "5", "--level", "0", "--references", "2", "--workers", "1"]
+
+
+def contents(folder):
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    out = tmp_path_factory.mktemp("world") / "out"
+    assert main(["world", str(out), *MADE]) == 0
+    return out
+
+
+def test_a_world_is_a_manifest_and_its_clips(world):
+    lines = [json.loads(line) for line in (world / "clips.jsonl").read_text().splitlines()]
+    assert sorted(contents(world)) == sorted(["clips.jsonl", *(line["video"] for line in lines)])
+    assert len(lines) == len({line["id"] for line in lines}) == 3
+    fields = {"id", "video", "caption", "prompt", "references", "events", "dialogues", "keypoints"}
+    assert all(line.keys() == fields and len(line["references"]) == 2 for line in lines)
+
+
+def test_the_same_command_makes_the_same_bytes_and_only_what_is_missing(world, tmp_path):
+    again = tmp_path / "again"
+    assert main(["world", str(again), *MADE[:-1], "2"]) == 0
+    assert contents(again) == contents(world)
+    kept, gone, *_ = sorted((again / "clips").iterdir())
+    before = kept.stat().st_mtime_ns
+    gone.unlink()
+    assert main(["world", str(again), *MADE]) == 0
+    assert contents(again) == contents(world)
+    assert kept.stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
+def test_stopped_and_started_again_it_ends_the_same(world, tmp_path, how):
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "avocado_jax", "world", str(out), *MADE]
+    run = subprocess.Popen(command, start_new_session=True, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while not list(out.glob("clips/*.mp4*")) and time.monotonic() < deadline:
+        time.sleep(0.005)
+    if how is signal.SIGKILL:
+        os.killpg(run.pid, how)  # the workers too
+        assert run.wait() == -how
+    else:
+        run.send_signal(how)
+        assert run.wait() == 75
+    assert not (out / "clips.jsonl").exists()
+    assert all((world / "clips" / p.name).read_bytes() == p.read_bytes() for p in out.glob("clips/*.mp4"))
+    assert main(["world", str(out), *MADE]) == 0
+    assert contents(out) == contents(world)
+
+
+@pytest.mark.slow
+def test_two_hundred_clips_in_three_minutes_and_the_same_again(tmp_path):
+    made = []
+    for name in ("one", "two"):
+        begin = time.monotonic()
+        assert main(["world", str(tmp_path / name), "--clips", "200", "--seed", "0"]) == 0
+        assert time.monotonic() - begin < 180
+        made.append(contents(tmp_path / name))
+    assert made[0] == made[1]
+    assert len(made[0]) == 201
+
+
+def test_check_prints_a_line_a_caption(world, tmp_path, capsys):
+    made = [json.loads(line) for line in (world / "clips.jsonl").read_text().splitlines()]
+    captions = [{"id": m["id"], "caption": m["references"][1]} for m in made]
+    captions.append({"id": made[0]["id"], "caption": "A man walks his dog."})
+    file = tmp_path / "captions.jsonl"
+    file.write_text("\n".join(map(json.dumps, captions)))
+    assert main(["world", "--check", str(file), "--truth", str(world / "clips.jsonl")]) == 0
+    printed = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    perfect = {"recall": 1.0, "hallucination": 0.0, "order": 1.0, "dialogue_f1": 1.0}
+    assert printed[:3] == [{"id": m["id"], **perfect} for m in made]
+    assert printed[3]["recall"] == 0
+    assert printed[3]["hallucination"] == 1
+
+
+def test_what_is_wrong_is_said_in_one_line(world, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    truth = str(world / "clips.jsonl")
+    good = json.loads((world / "clips.jsonl").read_text().splitlines()[0])
+
+    def wrong(text, *, truth=truth, name="captions.jsonl"):
+        (tmp_path / name).write_bytes(text if isinstance(text, bytes) else text.encode())
+        return ["--check", str(tmp_path / name), "--truth", truth]
+
+    def wrong_truth(record):
+        path = tmp_path / f"truth{len(list(tmp_path.iterdir()))}.jsonl"
+        path.write_text(json.dumps(record))
+        return wrong(json.dumps({"id": good["id"], "caption": ""}), truth=str(path), name="good.jsonl")
+
+    out = str(tmp_path / "out")
+    tour = [
+        ([], "world OUT --clips N"),
+        ([out], "world OUT --clips N"),
+        ([out, "--clips", "0"], "--clips must be at least 1"),
+        ([out, "--clips", "2", "--references", "0"], "--references must be"),
+        ([out, "--clips", "2", "--workers", "-1"], "--workers must be"),
+        ([str(tmp_path / "file"), "--clips", "2"], "cannot make"),
+        (["--check", "x.jsonl"], "go together"),
+        ([out, "--clips", "2", "--truth", truth], "go together"),
+        (["--check", str(tmp_path / "absent.jsonl"), "--truth", truth], "absent.jsonl: No such file"),
+        (["--check", str(tmp_path), "--truth", truth], "Is a directory"),
+        (wrong("", name="empty.jsonl"), "holds no lines"),
+        (wrong('{"id": "a"\n', name="a.jsonl"), "a.jsonl:1: not JSON"),
+        (wrong(b"\n\xff\xfe{}", name="b.jsonl"), "b.jsonl:2: not JSON"),
+        (wrong("[1, 2]", name="c.jsonl"), "not a JSON object"),
+        (wrong('{"caption": "x"}', name="d.jsonl"), 'd.jsonl:1: "id" must be a string'),
+        (wrong('{"id": "x", "caption": null}', name="e.jsonl"), '"caption" must be a string'),
+        (wrong('{"id": "x", "caption": "x"}', name="f.jsonl"), 'has no clip "x"'),
+        (wrong_truth({**good, "events": "none"}), '"events" must be a list'),
+        (
+            wrong_truth({**good, "events": [{"text": "A bell rings."}]}),
+            '"events" needs "text" (a string) and "start" (a number)',
+        ),
+        (wrong_truth({**good, "events": [{"text": 3, "start": 0}]}), '"events" needs'),
+        (wrong_truth({**good, "events": [{"text": "A bell rings.", "start": "0"}]}), '"events" needs'),
+        (wrong_truth({**good, "dialogues": [3]}), '"dialogues" needs'),
+        (wrong_truth({**good, "events": [{"text": "It rains.", "start": 0}]}), "not in the language"),
+    ]
+    for arguments, message in tour:
+        status = main(["world", *arguments])
+        said = capsys.readouterr()
+        assert status == 2, arguments
+        assert message in said.err
+        assert said.err.count("\n") == 1
+        assert "Traceback" not in said.err
+    with pytest.raises(SystemExit, match="2"):
+        main(["world", out, "--clips", "some"])
+    assert not (tmp_path / "out").exists()
