@@ -8,7 +8,7 @@ import pickle
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import grain
 import numpy as np
@@ -32,6 +32,7 @@ THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"
 TRIAL = 200  # rows that are always read before the share of lost ones is judged
 
 
+@runtime_checkable
 class Source(Protocol):
     """Random access to records by their number in the index. It may travel to other processes."""
 

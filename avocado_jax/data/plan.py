@@ -60,6 +60,7 @@ def row_flops(sizes: Array, group: int, config: ThinkerConfig) -> Float[Array, "
     patch = patch + 2 * merged * (merged + vision.out) / vision.merge**2
     layer = 2 * (4 * audio.width**2 + 2 * audio.width * audio.ffn) + 4 * audio.width * audio.window
     chunk = audio.window * (audio.layers * layer + 6 * audio.width * (2 * audio.mel_bins + audio.width))
+    chunk += audio.window * audio.width * audio.out
     heads = text.heads * text.head
     layer = 2 * text.width * (2 * heads + 2 * text.kv_heads * text.head + 3 * text.ffn)
     said = group * caption
@@ -122,11 +123,11 @@ def _merged(boxes: Array, members: Array, count: int, group: int, config: Thinke
         return (members[one] + members[others]) * both - own
 
     boxes, members, everyone = boxes.copy(), members.copy(), np.arange(len(boxes))
-    loss = np.stack([losses(one, everyone) for one in everyone])
+    loss = np.stack([losses(one, everyone) for one in range(len(boxes))])
     np.fill_diagonal(loss, np.inf)
     alive = np.ones(len(boxes), bool)
     for _ in range(len(boxes) - count):
-        one, other = np.unravel_index(np.argmin(loss), loss.shape)
+        one, other = divmod(int(np.argmin(loss)), len(boxes))
         boxes[one] = np.maximum(boxes[one], boxes[other])
         members[one] += members[other]
         cost[one] = row_flops(boxes[one : one + 1], group, config)[0]

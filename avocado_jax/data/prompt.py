@@ -44,7 +44,9 @@ def load_tokenizer(folder: Path) -> Any:
     if not whole and not (folder / "vocab.json").is_file():
         raise InputError(f"{folder}: no tokenizer files (tokenizer.json)")
     try:
-        return (PreTrainedTokenizerFast if whole else Qwen2Tokenizer).from_pretrained(str(folder), local_files_only=True)
+        return (PreTrainedTokenizerFast if whole else Qwen2Tokenizer).from_pretrained(
+            str(folder), local_files_only=True
+        )
     except Exception as error:  # the library's compiled half raises nothing narrower
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise InputError(f"{folder}: its tokenizer cannot be loaded: {reason}") from error

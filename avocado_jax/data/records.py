@@ -84,9 +84,10 @@ def decoded(record: Record, reading: Reading) -> Media:
         return record.clip
     # The reader opens a clip several times and by path, as decoders like it best.
     # Not in /dev/shm, which is small in containers, and the workers' rows need it.
-    with tempfile.NamedTemporaryFile(suffix=Path(record.name).suffix[-16:], buffering=0) as file:
+    with tempfile.NamedTemporaryFile(suffix=Path(record.name).suffix[-16:]) as file:
         with storage.local_errors(file.name):
             file.write(record.clip)
+            file.flush()
         try:
             return read_media(file.name, reading)
         except InputError as error:

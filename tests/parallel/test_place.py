@@ -133,7 +133,6 @@ print("good", flush=True)
 """
 
 
-@pytest.mark.slow
 def test_two_processes_each_put_their_own_rows():
     with socket.socket() as held_port:
         held_port.bind(("127.0.0.1", 0))
