@@ -14,13 +14,17 @@ import os
 import signal
 import sys
 from concurrent.futures.process import BrokenProcessPool
+from dataclasses import fields
+from difflib import get_close_matches
 from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
+from avocado_jax.data.media import Reading
 from avocado_jax.data.prepare import Job, prepare
 from avocado_jax.data.storage import StorageError
 from avocado_jax.data.words import load_words
+from avocado_jax.errors import InputError
 
 STOPPED = 75
 
@@ -32,6 +36,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("out", metavar="OUT", help="folder, local or gs://")
     parser.add_argument("--features", action="store_true", help="store resized frames and sound, not the video files")
     parser.add_argument("--tokenizer", metavar="DIR", type=Path, help="count captions in tokens (else in bytes)")
+    names = ", ".join(field.name for field in fields(Reading))
+    parser.add_argument(
+        "--reading",
+        metavar="NAME=VALUE",
+        action="append",
+        default=[],
+        help=f"how clips are sampled, where it is not AVoCaDO's way; the run must ask for the same ({names})",
+    )
     parser.add_argument("--workers", metavar="N", type=_count, default=cores, help=f"processes ({cores})")
     parser.add_argument("--shard-records", metavar="N", type=_count, default=64, help="lines to a shard (64)")
     parser.add_argument("--clip-seconds", metavar="S", type=float, default=300.0, help="to read one clip (300)")
@@ -45,7 +57,8 @@ def run(args: argparse.Namespace) -> int:
     """Prepare. Returns 0, 1 where too much was rejected or storage failed, or 75 where it was stopped."""
     before = signal.signal(signal.SIGTERM, _stop)
     words = load_words(args.tokenizer) if args.tokenizer else None
-    job = Job(args.manifest, args.out, args.features, words, args.shard_records, args.clip_seconds)
+    reading = _reading(args.reading)
+    job = Job(args.manifest, args.out, args.features, words, args.shard_records, args.clip_seconds, reading)
     try:
         done = prepare(job, args.workers, args.max_reject_share)
     except (StorageError, BrokenProcessPool) as error:
@@ -76,6 +89,27 @@ def run(args: argparse.Namespace) -> int:
 
 def _stop(signum: int, frame: FrameType | None) -> NoReturn:
     raise KeyboardInterrupt
+
+
+def _reading(given: list[str]) -> Reading:
+    """The way of sampling that NAME=VALUE arguments ask for.
+
+    Raises:
+        InputError: there is no such name, or its value is no positive number.
+    """
+    kinds, asked = {field.name: field.type for field in fields(Reading)}, {}
+    for part in given:
+        name, _, value = part.partition("=")
+        if name not in kinds:
+            near = get_close_matches(name, kinds, 1)
+            raise InputError(f"--reading {part}: no '{name}'" + (f"; did you mean {near[0]}?" if near else ""))
+        try:
+            asked[name] = kinds[name](value)
+        except ValueError:
+            asked[name] = 0
+        if not asked[name] > 0:
+            raise InputError(f"--reading {part}: '{value}' is not a positive {kinds[name].__name__}")
+    return Reading(**asked)
 
 
 def _count(text: str) -> int:

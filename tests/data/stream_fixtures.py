@@ -63,9 +63,9 @@ def write_clip(
         container.mux(picture.encode(None))
         if tone:
             wave = 0.3 * np.sin(np.arange(round(seconds * 16_000)) * (0.1 + 0.02 * seed)).astype(np.float32)
-            for first in range(0, len(wave), 1024):
+            for first in range(0, len(wave), 16_000):
                 block = av.AudioFrame.from_ndarray(
-                    wave[None, first : first + 1024].copy(), format="fltp", layout="mono"
+                    wave[None, first : first + 16_000].copy(), format="fltp", layout="mono"
                 )
                 block.sample_rate, block.pts = 16_000, first
                 container.mux(tone.encode(block))

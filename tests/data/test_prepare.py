@@ -229,6 +229,14 @@ def test_command(tmp_path, capsys):
     assert "empty it first" in capsys.readouterr().err
     assert main(["prepare", str(tmp_path / "none.jsonl"), str(tmp_path / "new")]) == 2
     assert capsys.readouterr().err.count("\n") == 1
+    small = ["--reading", "fewest_pixels=784", "--reading", "most_pixels=3136", "--reading", "clip_pixels=313600"]
+    assert main([*arguments[:2], str(tmp_path / "small"), *small]) == 0
+    assert len(open_shards(str(tmp_path / "small"), READING)) == 2
+    assert main([*arguments[:2], str(tmp_path / "new"), "--reading", "most_pixel=1"]) == 2
+    assert "did you mean most_pixels?" in capsys.readouterr().err
+    for value in ("0", "x", "nan"):
+        assert main([*arguments[:2], str(tmp_path / "new"), "--reading", f"fps={value}"]) == 2
+        assert "not a positive float" in capsys.readouterr().err
     with (tmp_path / "clips.jsonl").open("a") as file:
         file.write("{\n")
     assert main(["prepare", str(tmp_path / "clips.jsonl"), str(tmp_path / "more"), "--workers", "1"]) == 1
