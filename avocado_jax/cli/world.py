@@ -50,9 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--references", type=int, default=1, metavar="R", help="captions a clip (default: 1)")
     parser.add_argument("--workers", type=int, metavar="W", help="processes (default: all cores)")
     parser.add_argument("--check", type=Path, metavar="FILE", help="captions to check: JSON lines")
-    parser.add_argument(
-        "--truth", type=Path, metavar="CLIPS", help="the clips.jsonl they are checked against"
-    )
+    parser.add_argument("--truth", type=Path, metavar="CLIPS", help="the clips.jsonl they are checked against")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -38,15 +38,12 @@ def load_tokenizer(folder: Path) -> Any:
     Raises:
         InputError: the folder has none.
     """
-    from transformers import PreTrainedTokenizerFast, Qwen2Tokenizer  # slow to import
+    from transformers import PreTrainedTokenizerFast  # slow to import, and not needed by those who have ids
 
-    whole = (folder / "tokenizer.json").is_file()
-    if not whole and not (folder / "vocab.json").is_file():
-        raise InputError(f"{folder}: no tokenizer files (tokenizer.json)")
+    if not (folder / "tokenizer.json").is_file():
+        raise InputError(f"{folder}: no tokenizer.json")
     try:
-        return (PreTrainedTokenizerFast if whole else Qwen2Tokenizer).from_pretrained(
-            str(folder), local_files_only=True
-        )
+        return PreTrainedTokenizerFast.from_pretrained(str(folder), local_files_only=True)
     except Exception as error:  # the library's compiled half raises nothing narrower
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise InputError(f"{folder}: its tokenizer cannot be loaded: {reason}") from error

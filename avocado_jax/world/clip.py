@@ -72,8 +72,7 @@ def record(script: Script, references: int = 1) -> dict:
             for e in script.events
         ],
         "dialogues": [
-            {"speaker": f"the {e.get('who')}", "text": e.get("line"), "start": e.start, "end": e.end}
-            for e in said
+            {"speaker": f"the {e.get('who')}", "text": e.get("line"), "start": e.start, "end": e.end} for e in said
         ],
         "keypoints": keypoints(script),
     }
@@ -99,9 +98,7 @@ def _happens(event: Event) -> bool:
     return event.kind in (*VISUALS, "effect", "text", "camera")
 
 
-def row(
-    seed: int, index: int, split: str = "train", level: int = 1, fps: float = 2.0, references: int = 1
-) -> Row:
+def row(seed: int, index: int, split: str = "train", level: int = 1, fps: float = 2.0, references: int = 1) -> Row:
     """A clip as arrays with no file made: what a reader of its mp4 gets at `fps`, before compression."""
     script = make_script(seed, index, split, level)
     frames = np.stack(list(render(script, frame_times(script, fps))))

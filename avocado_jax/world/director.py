@@ -125,9 +125,7 @@ class _Director:
     def accept(self, event: Event) -> bool:
         """Put an event on the timeline unless it repeats a claim or is not for this split."""
         made = claims(event)
-        if self.said.intersection(made) or (
-            self.split == "train" and any(held_out(c) for c in combinations(event))
-        ):
+        if self.said.intersection(made) or (self.split == "train" and any(held_out(c) for c in combinations(event))):
             return False
         self.said.update(made)
         self.events.append(event)

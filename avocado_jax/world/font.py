@@ -56,7 +56,5 @@ def draw_text(frame: np.ndarray, word: str, y: float) -> None:
     dots = dots.repeat(scale, 0).repeat(scale, 1)
     top, left = round(y * height - dots.shape[0] / 2), (width - dots.shape[1]) // 2
     margin = scale
-    frame[
-        max(top - margin, 0) : top + dots.shape[0] + margin, left - margin : left + dots.shape[1] + margin
-    ] = 12
+    frame[max(top - margin, 0) : top + dots.shape[0] + margin, left - margin : left + dots.shape[1] + margin] = 12
     frame[top : top + dots.shape[0], left : left + dots.shape[1]][dots] = 255

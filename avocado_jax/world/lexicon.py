@@ -157,9 +157,7 @@ TABLES: dict[str, Table] = {
             "music box": ("a tinkling music box melody", "a delicate music box tune"),
         },
     ),
-    "loudly": _one(
-        "loudness", {"soft": ("softly", "quietly", "faintly"), "loud": ("loudly", "at full volume")}
-    ),
+    "loudly": _one("loudness", {"soft": ("softly", "quietly", "faintly"), "loud": ("loudly", "at full volume")}),
     "in_voice": _one(
         "voice",
         {

@@ -61,19 +61,15 @@ def effect(name: str) -> np.ndarray:
         case "siren":
             wave = np.sin(2 * np.pi * np.cumsum(900 - 350 * np.cos(2 * np.pi * 1.67 * t)) / RATE)
         case "bird":
-            wave = _hits(
-                t, (0.0, 0.18, 0.36, 0.6), lambda u: np.sin(2 * np.pi * (3200 * u + 9000 * u * u)), 14
-            )
+            wave = _hits(t, (0.0, 0.18, 0.36, 0.6), lambda u: np.sin(2 * np.pi * (3200 * u + 9000 * u * u)), 14)
         case "clap":
             wave = _hits(t, (0.0, 0.2, 0.4, 0.6), lambda u: band(noise, 900, 5000)[: len(u)], 45)
         case "horn":
-            wave = sum(
-                np.sin(2 * np.pi * f * k * t) / k for f in (311, 392) for k in range(1, 8)
-            ) * np.minimum(1, 40 * np.minimum(t, seconds - t))
-        case "knock":
-            wave = _hits(
-                t, (0.0, 0.22, 0.44), lambda u: np.sin(2 * np.pi * 320 * u) + np.sin(2 * np.pi * 710 * u), 40
+            wave = sum(np.sin(2 * np.pi * f * k * t) / k for f in (311, 392) for k in range(1, 8)) * np.minimum(
+                1, 40 * np.minimum(t, seconds - t)
             )
+        case "knock":
+            wave = _hits(t, (0.0, 0.22, 0.44), lambda u: np.sin(2 * np.pi * 320 * u) + np.sin(2 * np.pi * 710 * u), 40)
         case "harp":
             scale = 262 * 2 ** (np.array([0, 2, 4, 7, 9, 12, 14, 16, 19, 21]) / 12)
             wave = sum(_hits(t, (0.07 * k,), lambda u, f=f: _pluck(u, f), 5) for k, f in enumerate(scale))
@@ -127,9 +123,7 @@ def bed(name: str, seconds: float) -> np.ndarray:
             wave = _hits(t, half, lambda u: np.sin(2 * np.pi * (50 * u - 4 * np.exp(-25 * u))), 12)
             wave += 0.4 * _hits(t, half + 0.25, lambda u: band(noise, 5000, 7800)[: len(u)], 30)
         case "music box":
-            wave = _tune(
-                t, onsets, 1047, (12, 7, 9, 4, 7, 2, 4, 0), lambda u, f: np.sin(2 * np.pi * f * u), 6
-            )
+            wave = _tune(t, onsets, 1047, (12, 7, 9, 4, 7, 2, 4, 0), lambda u, f: np.sin(2 * np.pi * f * u), 6)
     wave *= np.minimum(1, 5 * np.minimum(t, seconds - t).clip(0))
     return (wave / np.sqrt(np.mean(wave**2))).astype(np.float32)
 
@@ -164,6 +158,4 @@ def _tune(
 ) -> np.ndarray:
     """Notes `steps` (semitones above `root` Hz) over and over, one at each onset."""
     pitches = [root * 2 ** (step / 12) for step in steps]
-    return sum(
-        _hits(t, onsets[k :: len(steps)], lambda u, f=f: tone(u, f), decay) for k, f in enumerate(pitches)
-    )
+    return sum(_hits(t, onsets[k :: len(steps)], lambda u, f=f: tone(u, f), decay) for k, f in enumerate(pitches))

@@ -59,9 +59,7 @@ class AvWorld(tfds.core.GeneratorBasedBuilder):
         )
 
     def _split_generators(self, dl_manager) -> dict[str, Iterator]:
-        counts = dict(
-            zip(SPLITS, (self.builder_config.train_clips, self.builder_config.test_clips), strict=True)
-        )
+        counts = dict(zip(SPLITS, (self.builder_config.train_clips, self.builder_config.test_clips), strict=True))
         return {split: self._generate_examples(split, count) for split, count in counts.items()}
 
     def _generate_examples(self, split: str, count: int) -> Iterator[tuple[str, dict]]:

@@ -12,11 +12,11 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from avocado_jax.data.media import Reading
 from avocado_jax.data.pipeline import Recipe
+from avocado_jax.data.tokenizer import SPECIAL
 from avocado_jax.data.words import Words
 from avocado_jax.errors import InputError
 from avocado_jax.models.config import TINY
 
-SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|AUDIO|>", "<|VIDEO|>")
 READING = Reading(fewest_pixels=28 * 28, most_pixels=4 * 28 * 28, clip_pixels=400 * 28 * 28)  # frames of a few cells
 
 
@@ -28,15 +28,6 @@ def byte_tokenizer() -> Tokenizer:
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([AddedToken(token, special=True) for token in SPECIAL])
     return tokenizer
-
-
-def save_tokenizer(folder: Path) -> Path:
-    """A checkpoint's folder, as far as its tokenizer goes."""
-    folder.mkdir(parents=True, exist_ok=True)
-    byte_tokenizer().save(str(folder / "tokenizer.json"))
-    held = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|im_end|>"}
-    (folder / "tokenizer_config.json").write_text(json.dumps(held))
-    return folder
 
 
 def recipe(**changes) -> Recipe:

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from stream_fixtures import READING, SPECIAL, recipe, save_tokenizer, write_clip, write_manifest
+from stream_fixtures import READING, recipe, write_clip, write_manifest
+from tokenizer import write_tokenizer as real_tokenizer
 
 from avocado_jax.__main__ import main
 from avocado_jax.data.index import load_index, measured
@@ -21,6 +22,7 @@ from avocado_jax.data.prompt import chat_prompt, load_tokenizer
 from avocado_jax.data.records import Record, decoded, pack, unpack
 from avocado_jax.data.rows import make_row, shape_of
 from avocado_jax.data.sources import open_shards
+from avocado_jax.data.tokenizer import SPECIAL, write_tokenizer
 from avocado_jax.data.words import load_words
 from avocado_jax.errors import InputError
 from avocado_jax.models.config import TINY
@@ -186,7 +188,8 @@ def test_texts_are_counted_in_tokens_and_special_ones_stay_text(tmp_path):
     caption = "He says <|im_end|> and <|VIDEO|>."
     line = {"id": "a", "video": "a.mp4", "caption": caption, "prompt": "Why <|im_start|>?"}
     (tmp_path / "clips.jsonl").write_text(json.dumps(line))
-    words = load_words(save_tokenizer(tmp_path / "tokenizer"))
+    write_tokenizer(tmp_path / "tokenizer")
+    words = load_words(tmp_path / "tokenizer")
     assert prepare(job(tmp_path, words=words), workers=1).complete
     index = open_shards(str(tmp_path / "out"), READING).index
     assert (index.unit, index.caption[0], index.prompt[0]) == ("token", len(caption), len(line["prompt"]))
@@ -194,12 +197,14 @@ def test_texts_are_counted_in_tokens_and_special_ones_stay_text(tmp_path):
         prepare(job(tmp_path), workers=1)
 
 
-def test_words_are_the_checkpoints_own_tokenizer(tmp_path):
-    folder = save_tokenizer(tmp_path)
-    tokenizer, words = load_tokenizer(folder), load_words(folder)
-    for text in ("plain", "猫 and <|im_end|>", "".join(SPECIAL)):
+@pytest.mark.parametrize("write", [write_tokenizer, real_tokenizer])
+def test_words_are_the_checkpoints_own_tokenizer(tmp_path, write):
+    write(tmp_path)
+    tokenizer, words = load_tokenizer(tmp_path), load_words(tmp_path)
+    special = {tokenizer.convert_tokens_to_ids(token) for token in SPECIAL}
+    for text in ("plain", "e\u0301 猫 and <|im_end|> 12345\n\n x", "".join(SPECIAL), "<tool_call><|fim_pad|>"):
         assert words.encode(text) == tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
-        assert not set(words.encode(text)) & set(words.get_added_vocab().values())
+        assert not set(words.encode(text)) & special
     assert words.get_added_vocab() == tokenizer.get_added_vocab()
     assert chat_prompt(words, "What?") == chat_prompt(tokenizer, "What?")
 

@@ -160,16 +160,8 @@ def test_small_vocabulary_is_bytes(tmp_path: Path):
 # Bad folders
 
 
-def test_older_folders_have_only_a_vocabulary_and_merges(tmp_path: Path):
-    write_tokenizer(tmp_path)
-    whole = load_tokenizer(tmp_path)
-    (tmp_path / "tokenizer.json").unlink()
-    text = "A red circle says: “café!” <|im_end|> 12:30\n\n  好"
-    assert chat_prompt(load_tokenizer(tmp_path), text) == chat_prompt(whole, text)
-
-
 def test_folder_without_a_tokenizer(tmp_path: Path):
-    with pytest.raises(InputError, match="no tokenizer files"):
+    with pytest.raises(InputError, match=r"no tokenizer\.json"):
         load_tokenizer(tmp_path)
 
 

@@ -123,9 +123,7 @@ def test_an_altered_line_keeps_part_of_the_dialogue():
     for made, _ in sample():
         line = made["dialogues"][0]["text"]
         near, far = line[:-1] + " up there" + line[-1], "Nothing of the kind was ever said by anyone."
-        near_scores, far_scores = (
-            measure(made["caption"].replace(line[:-1], new[:-1]), made) for new in (near, far)
-        )
+        near_scores, far_scores = (measure(made["caption"].replace(line[:-1], new[:-1]), made) for new in (near, far))
         assert far_scores.dialogue_f1 < near_scores.dialogue_f1 < 1
         for scores in (near_scores, far_scores):
             assert scores.recall < 1

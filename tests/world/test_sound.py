@@ -74,9 +74,7 @@ def test_speech_lasts_as_long_as_the_script_says(voice):
 
 
 def digests(lines):
-    return [
-        hashlib.sha256(speak.__wrapped__(line, v, 1.5).samples.tobytes()).hexdigest() for line, v in lines
-    ]
+    return [hashlib.sha256(speak.__wrapped__(line, v, 1.5).samples.tobytes()).hexdigest() for line, v in lines]
 
 
 def test_speech_does_not_depend_on_what_was_said_before():
