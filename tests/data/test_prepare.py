@@ -142,7 +142,7 @@ def test_tour_of_bad_and_odd_clips(tmp_path):
     (tmp_path / "video.txt").write_bytes(data)
     write_clip(tmp_path / "silent.mp4", sound=False)
     write_clip(tmp_path / "blink.mp4", seconds=0.1)
-    write_clip(tmp_path / "long.mp4", seconds=600, size=(28, 28), fps=2)
+    write_clip(tmp_path / "long.mov", seconds=600, size=(28, 28), fps=2)
     write_clip(tmp_path / "片段 é🎬.mp4")
     bad = {
         "empty.mp4": "is empty",
@@ -151,7 +151,7 @@ def test_tour_of_bad_and_odd_clips(tmp_path):
         "folder.mp4": "directory",
         "missing.mp4": "No such file",
     }
-    fine = ["good.mp4", "video.txt", "silent.mp4", "blink.mp4", "long.mp4", "片段 é🎬.mp4", str(good)]
+    fine = ["good.mp4", "video.txt", "silent.mp4", "blink.mp4", "long.mov", "片段 é🎬.mp4", str(good)]
     lines = [{"id": name, "video": name, "caption": f"of {name}"} for name in (*bad, *fine)]
     lines.append({"id": "good.mp4", "video": "silent.mp4", "caption": "again"})
     manifest = tmp_path / "clips.jsonl"
@@ -169,8 +169,8 @@ def test_tour_of_bad_and_odd_clips(tmp_path):
     assert source.index.ids == fine
     index = dict(zip(source.index.ids, range(len(fine))))
     assert source.index.mel[index["silent.mp4"]] == 0
-    assert source.index.frames[index["long.mp4"]] == 768
-    assert source.index.mel[index["long.mp4"]] == 30_000
+    assert source.index.frames[index["long.mov"]] == 768
+    assert source.index.mel[index["long.mov"]] == 30_000
     assert source[index["video.txt"]].clip == data
 
 
