@@ -106,7 +106,7 @@ def _caption(
     captioner: Captioner, clip: str, media: Media, sampling: Sampling, args: argparse.Namespace
 ) -> dict[str, Any]:
     row = make_row(media, captioner.prompt, captioner.config, Reading())
-    number = np.array([zlib.crc32(clip.encode())], np.uint32)  # its draws do not depend on its place in the list
+    number = np.array([zlib.crc32(clip.encode()) >> 1])  # its draws do not depend on its place in the list
     samples = caption_rows(captioner, [row], number, sampling, args.max_new_tokens, args.seed)
     tokens = samples.tokens[0, 0, : samples.lengths[0, 0]]
     return {

