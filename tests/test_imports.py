@@ -16,7 +16,7 @@ ALLOWED = {
     "rewards": set(),
     "data": {"models.config"},
     "world": {"models.config"},
-    "bench": {"models", "sampling"},
+    "bench": {"models", "sampling", "data"},
     "train": {"sampling", "rewards", "checkpoint", "data", "world", "models", "parallel"},
     "eval": {"sampling", "rewards", "checkpoint", "data", "world", "models", "parallel"},
     "cli": {"train", "eval", "bench", "sampling", "rewards", "checkpoint", "data", "world", "models", "parallel"},

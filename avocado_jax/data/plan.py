@@ -11,6 +11,7 @@ Nothing is carried from one epoch to the next: the number of steps of an epoch i
 step can be computed on its own.
 """
 
+import hashlib
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
@@ -175,6 +176,12 @@ class Plan:
         bucket, records = _epoch(self, epoch)[within]
         padded = 1 - self.needs[records[records >= 0]].sum() / (self.batch * self.costs[bucket])
         return Step(step, epoch, self.buckets[bucket], records, float(padded))
+
+    @property
+    def digest(self) -> str:
+        """A sum of all that the steps follow from: hosts compare it, and a checkpoint's step holds for one only."""
+        told = repr((self.buckets, self.batch, self.seed)).encode() + self.assigned.tobytes()
+        return hashlib.md5(told, usedforsecurity=False).hexdigest()
 
     def padded_share(self) -> float:
         """The part of an epoch's FLOPs that is spent on padding, rows of zero weight included."""

@@ -135,7 +135,10 @@ def open_shards(
     text = storage.read(storage.join(folder, "index.jsonl"))
     if hashlib.md5(text, usedforsecurity=False).hexdigest() != manifest["index_md5"]:
         raise InputError(f"{folder}: index.jsonl is not the one of its manifest.json")
-    return Shards(folder, shards, load_index(text, unit, folder), cache_dir, patience)
+    index = load_index(text, unit, folder)
+    if (counted := sum(shard.records for shard in shards)) != len(index.ids):
+        raise InputError(f"{folder}: shards of {counted} records, an index of {len(index.ids)}")
+    return Shards(folder, shards, index, cache_dir, patience)
 
 
 def cached(path: str, shard: Shard, folder: Path) -> Path:

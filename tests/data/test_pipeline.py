@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from stream_fixtures import READING, Spy, byte_tokenizer, recipe, write_manifest
 
+from avocado_jax.bench.input import bench_input
 from avocado_jax.data.pipeline import batches, host_rows, make_captions, plan_batches
 from avocado_jax.data.prepare import Job, prepare
 from avocado_jax.data.prompt import special_id
@@ -209,3 +210,10 @@ def test_two_thousand_clips_each_once_whatever_the_hosts(tmp_path):
     names = [name for ids in runs[0][0] for name in ids if name]
     assert len(names) == 2000
     assert sorted(names) == sorted(source.index.ids)
+
+
+def test_the_input_side_is_measured_by_stage(source):
+    result = bench_input(source._folder, "tiny", READING, most=5)
+    assert result["rows"] == 5
+    assert min(result["rows_per_second_per_core"], result["bytes_per_second"], *result["stages"].values()) > 0
+    assert sum(result["stages"].values()) <= result["seconds"]

@@ -75,6 +75,7 @@ def test_seed_and_epoch_change_the_order_and_nothing_else_does():
     one, two = ([at.step(number).records.tolist() for number in range(plan.epoch_steps)] for at in (plan, again))
     assert one == two
     other = make_plan(asked, list(plan.buckets), 4, 2, 1, TINY)
+    assert plan.digest == again.digest != other.digest
     assert one != [other.step(number).records.tolist() for number in range(plan.epoch_steps)]
     assert one != [plan.step(plan.epoch_steps + number).records.tolist() for number in range(plan.epoch_steps)]
 

@@ -100,7 +100,9 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(clips):
         time.sleep(0.02)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    while subprocess.run(["pgrep", "-s", str(process.pid)], capture_output=True).stdout:  # workers end with it
+    deadline = time.monotonic() + 60
+    while subprocess.run(["pgrep", "-s", str(process.pid)], capture_output=True).stdout:
+        assert time.monotonic() < deadline, "workers live on"
         time.sleep(0.05)
     stuck.unlink()
     stuck.write_bytes(data)

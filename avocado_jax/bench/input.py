@@ -1,0 +1,48 @@
+"""The input side alone: how fast one core turns records into padded rows, and where the time goes."""
+
+import time
+from typing import Any
+
+from avocado_jax.data.media import Reading
+from avocado_jax.data.prompt import Prompt
+from avocado_jax.data.records import decoded
+from avocado_jax.data.rows import make_row, rounded, shape_of, stack
+from avocado_jax.data.sources import open_shards
+from avocado_jax.models.config import sized
+
+STAGES = ("read", "decode", "features", "pad")
+PROMPT = Prompt([0] * 60, [0] * 60)  # its words do not matter here, its length does
+
+
+def bench_input(folder: str, size: str, reading: Reading, most: int = 64) -> dict[str, Any]:
+    """Read at most `most` records of a prepared folder one after the other, as one worker does.
+
+    Returns seconds by stage, and rows and bytes a second of processor time: other work on the machine, and a
+    decoder's threads, do not flatter or hurt it.
+    """
+    config, source = sized(size), open_shards(folder, reading)
+    stages, count, nbytes = dict.fromkeys(STAGES, 0.0), min(most, len(source)), 0
+    make_row(decoded(source[0], reading), PROMPT, config, reading)  # what is slow at first only
+    begun, used = time.perf_counter(), time.process_time()
+    for number in range(count):
+        marks = [time.perf_counter()]
+        record = source[number]
+        marks.append(time.perf_counter())
+        media = decoded(record, reading)
+        marks.append(time.perf_counter())
+        clip = make_row(media, PROMPT, config, reading).clip
+        marks.append(time.perf_counter())
+        nbytes += sum(leaf.nbytes for leaf in stack([clip], rounded(shape_of(clip))))
+        marks.append(time.perf_counter())
+        for stage, first, last in zip(STAGES, marks, marks[1:]):
+            stages[stage] += last - first
+    core = time.process_time() - used
+    return {
+        "what": "input",
+        "size": size,
+        "seconds": time.perf_counter() - begun,
+        "rows": count,
+        "rows_per_second_per_core": count / core,
+        "bytes_per_second": nbytes / core,
+        "stages": stages,
+    }
