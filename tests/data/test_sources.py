@@ -85,7 +85,7 @@ def test_faults_change_no_row(faulty, tmp_path):
     assert not any(batch.lost for batch in truth)
     faulty.faulty, faulty.every = lambda method, path: method == "GET", 3
     assert_same(truth, stream("gs://clips-bucket/out"))
-    assert_same(truth, stream("gs://clips-bucket/out", cache_dir=tmp_path))
+    assert_same(truth, stream("gs://clips-bucket/out", workers=1, cache_dir=tmp_path))
     assert all(faulty.hits.values())
 
 
