@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# From a fresh clone to captions of clips, on a CPU, with no download but packages:
-# a virtual environment, the product, two clips of AVWorld, a small random checkpoint, its captions.
+# From a fresh clone to captions of clips, on a CPU, with no download but packages.
+# Makes a virtual environment, two clips of AVWorld and a small random checkpoint, and captions the clips.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source launch/environment.sh

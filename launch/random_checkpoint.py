@@ -6,6 +6,7 @@ python launch/random_checkpoint.py DIR --size 7b --dtype bfloat16
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -31,6 +32,7 @@ def main() -> int:
 
     config, dtype = SIZES[args.size], DTYPES[args.dtype]
     args.folder.mkdir(parents=True, exist_ok=True)
+    os.environ["TRANSFORMERS_NO_ADVISORY_WARNINGS"] = "1"  # it would say that torch is absent
     (args.folder / "config.json").write_text(json.dumps(config_json(config), indent=2) + "\n")
     write_tokenizer(args.folder)
     shapes = {name: entry.shape for name, entry in table(config).items()} | {UNUSED: (2, config.audio.out)}

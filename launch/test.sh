@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The tests: lint, then every test that is not marked slow (under 10 minutes on two cores); --slow runs the rest
-# too (under 60). Other arguments go to pytest.
+# Lint, then every test that is not marked slow (under 10 minutes on two cores); with --slow all of them.
+# Other arguments go to pytest.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source launch/environment.sh

@@ -77,7 +77,7 @@ def run(args: argparse.Namespace) -> int:
             if args.json:
                 print(json.dumps(record, ensure_ascii=False), file=out, flush=True)
             elif "caption" in record:
-                print(f"{clip}:" if len(args.clips) > 1 else "", record["caption"], file=out, flush=True, sep="\n")
+                print(f"{clip}:\n" * (len(args.clips) > 1) + record["caption"], file=out, flush=True)
     return 0 if not failed else 2 if failed == len(args.clips) else 1
 
 

@@ -2,6 +2,9 @@
 
 import json
 import shutil
+import subprocess
+import sys
+import time
 
 import numpy as np
 import pytest
@@ -216,3 +219,31 @@ def test_each_layer_is_read_alone(thinker, tmp_path):
     hf = open_hf(thinker)
     for entry in hf.entries.values():
         np.testing.assert_array_equal(run.read(entry), hf.read(entry))
+
+
+def test_hub_cache_snapshot(thinker, tmp_path):
+    """A snapshot of the hub's cache is a folder of links to blobs elsewhere."""
+    (tmp_path / "snapshot").mkdir()
+    for path in thinker.iterdir():
+        (tmp_path / "snapshot" / path.name).symlink_to(path)
+    convert.from_hf(tmp_path / "snapshot", tmp_path / "run")
+    convert.to_hf(tmp_path / "run", tmp_path / "back")
+    same(all_tensors(tmp_path / "back"), all_tensors(thinker))
+    assert not any(path.is_symlink() for path in tmp_path.glob("back/*"))
+
+
+def test_killed_conversion(thinker, tmp_path):
+    """Killed at once, a conversion leaves no target that looks finished, and the same command then finishes."""
+    command = [sys.executable, "-m", "avocado_jax", "convert", "from-hf", str(thinker), str(tmp_path / "run")]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    while not (tmp_path / "run.partial").exists() and process.poll() is None:
+        time.sleep(0.001)
+    process.kill()
+    process.wait()
+    if not (tmp_path / "run").exists():  # it was in the middle
+        (tmp_path / "run.partial" / "stale").touch()
+        assert subprocess.run(command, stdout=subprocess.DEVNULL, check=True).returncode == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+    assert not (tmp_path / "run" / "stale").exists()
+    convert.to_hf(tmp_path / "run", tmp_path / "back")
+    same(all_tensors(tmp_path / "back"), all_tensors(thinker))
