@@ -3,6 +3,7 @@
 import fcntl
 import hashlib
 import json
+import os
 import threading
 from collections import OrderedDict
 from dataclasses import asdict
@@ -195,6 +196,8 @@ class TfdsSource:
 
     def _examples(self) -> Any:
         if self._source is None:
+            # tfds reads small files of a bucket by gcsfs, which waits on a probe for minutes unless told not to.
+            os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
             import tensorflow_datasets as tfds  # slow to import
 
             self._source = tfds.builder_from_directory(self._folder).as_data_source(self._split)

@@ -148,8 +148,7 @@ def test_storage_that_never_answers_does_not_hang(monkeypatch):
     storage._client.cache_clear()
 
 
-def test_a_tfds_data_set_local_and_in_a_bucket(bucket, tmp_path, monkeypatch):
-    monkeypatch.setenv("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
+def test_a_tfds_data_set_local_and_in_a_bucket(bucket, tmp_path):
     builder = tfds_clips.TinyClips(str(bucket.local / "clips.jsonl"), data_dir=str(tmp_path))
     builder.download_and_prepare()
     folder = Path(builder.data_dir)
