@@ -3,6 +3,7 @@
 import argparse
 import importlib
 import os
+import signal
 import sys
 from typing import NoReturn
 
@@ -40,11 +41,16 @@ def main(argv: list[str] | None = None) -> int:
             module.add_arguments(command)
             command.set_defaults(run=module.run)
     args = parser.parse_args(argv)
+    # At once: nothing here has a target's name before it is whole, and the same command goes on or starts anew.
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(75))
     try:
         return args.run(args)
     except InputError as error:
         print(f"avocado {args.command}: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print(f"avocado {args.command}: stopped", file=sys.stderr)
+        return 130
     except BrokenPipeError:  # the reader of our output has left
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1

@@ -15,7 +15,7 @@ install() {
 }
 
 python=${PYTHON:-python3}
-if [[ ! -x .venv/bin/python ]]; then
+if [[ ! -x .venv/bin/pip ]]; then
   "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || {
     echo "$python is older than Python 3.11; set PYTHON to a newer one" >&2
     exit 2

@@ -8,7 +8,7 @@ from avocado_jax.data.prompt import Prompt
 from avocado_jax.data.records import decoded
 from avocado_jax.data.rows import make_row, rounded, shape_of, stack
 from avocado_jax.data.sources import open_shards
-from avocado_jax.models.config import sized
+from avocado_jax.models.config import SIZES
 
 STAGES = ("read", "decode", "features", "pad")
 PROMPT = Prompt([0] * 60, [0] * 60)  # its words do not matter here, its length does
@@ -20,7 +20,7 @@ def bench_input(folder: str, size: str, reading: Reading, most: int = 64) -> dic
     Returns seconds by stage, and rows and bytes a second of processor time: other work on the machine, and a
     decoder's threads, do not flatter or hurt it.
     """
-    config, source = sized(size), open_shards(folder, reading)
+    config, source = SIZES[size], open_shards(folder, reading)
     stages, count, nbytes = dict.fromkeys(STAGES, 0.0), min(most, len(source)), 0
     make_row(decoded(source[0], reading), PROMPT, config, reading)  # what is slow at first only
     begun, used = time.perf_counter(), time.process_time()

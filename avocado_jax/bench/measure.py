@@ -42,8 +42,8 @@ def row(
     what: str, size: str, seconds: float, steps: int, tokens: float, flops: float, nbytes: float, dtype: str
 ) -> dict[str, Any]:
     """One result: a run of `steps` steps that took `seconds`, with the floors that its work implies."""
+    stats = jax.local_devices()[0].memory_stats() or {}  # before the ceilings take memory of their own
     top = ceilings(dtype)
-    stats = jax.local_devices()[0].memory_stats() or {}
     return {
         "what": what,
         "size": size,

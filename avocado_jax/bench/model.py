@@ -9,7 +9,7 @@ import numpy as np
 
 from avocado_jax.bench.measure import row, seconds_of
 from avocado_jax.models.cache import KV, ClipCache, caption_cache
-from avocado_jax.models.config import ThinkerConfig, computed, sized
+from avocado_jax.models.config import SIZES, ThinkerConfig, computed
 from avocado_jax.models.flops import audio_flops, decode_bytes, text_flops, vision_flops
 from avocado_jax.models.thinker import Thinker, init
 from avocado_jax.typing import Clip
@@ -46,7 +46,7 @@ def random_clip(config: ThinkerConfig, tokens: int, cells: tuple[int, int]) -> C
 
 
 def _policy(size: str, dtype: str) -> tuple[ThinkerConfig, Any]:
-    config = computed(sized(size), dtype, scan=False)
+    config = computed(SIZES[size], dtype, scan=False)
     shapes = jax.eval_shape(partial(init, config), jax.random.key(0))
     leaves, tree = jax.tree.flatten(shapes)
     # Small random weights, made leaf by leaf: `init` itself would hold all of them twice in fp32.
@@ -72,7 +72,7 @@ def bench_decode(size: str, group: int, clip_tokens: int, caption_tokens: int, d
     """Decode a group of captions of one clip whose cache is full, step by step as `generate` does."""
     config, params = _policy(size, dtype)
     text = config.text
-    shape = (1, clip_tokens, text.kv_heads, text.head)
+    shape = (1, text.kv_heads, clip_tokens, text.head)
     kv = tuple(KV(jnp.ones(shape, dtype), jnp.ones(shape, dtype)) for _ in range(text.layers))
     cache = ClipCache(kv, jnp.ones((1, clip_tokens), bool))
     clip = jax.tree.map(jnp.asarray, random_clip(config, 128, (4, 4)))._replace(start=jnp.full(1, clip_tokens))

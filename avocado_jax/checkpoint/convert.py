@@ -10,13 +10,14 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
-from avocado_jax.checkpoint.hf import SAME, Entry, HfCheckpoint, open_hf, read_json, refuse_code, side_files
+from avocado_jax.checkpoint.hf import SAME, Entry, HfCheckpoint, copied_files, open_hf, read_json, refuse_code
 from avocado_jax.checkpoint.hf_config import declare_dtype
-from avocado_jax.checkpoint.orbax import CHUNK_BYTES, Pieces, RunCheckpoint, open_run, save_pieces
+from avocado_jax.checkpoint.orbax import Pieces, RunCheckpoint, open_run, row_slices, save_pieces
 from avocado_jax.checkpoint.safetensors import SHARD_BYTES, Spec, Tensor, read_header, write_shards
 from avocado_jax.errors import InputError
 from avocado_jax.progress import progress
 
+MARK = ".being-converted"  # in a folder that may be deleted
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 
 
@@ -27,17 +28,18 @@ def from_hf(source: Path, target: Path) -> None:
         InputError: `source` is not a sound checkpoint, or `target` exists.
     """
     checkpoint = open_hf(source)
+    done = progress(range(len(checkpoint.entries) + 1), "tensors", len(checkpoint.entries))
+    stacks = _stacks(checkpoint, lambda: next(done))
     with _appearing(target, sum(map(_nbytes, [*checkpoint.tensors.values(), *checkpoint.carried.values()]))) as folder:
         (folder / "hf").mkdir()
-        for path in side_files(source):
+        for path in copied_files(source):
             shutil.copyfile(path, folder / "hf" / path.name)
         (folder / "source.json").write_text(json.dumps({"prefix": checkpoint.prefix}) + "\n")
         if checkpoint.carried:
             (folder / "carried").mkdir()
             specs = [Spec(name, tensor.dtype, tensor.shape) for name, tensor in checkpoint.carried.items()]
             write_shards(folder / "carried", specs, _pieces_of(checkpoint.carried.values()))
-        done = progress(range(len(checkpoint.entries) + 1), "tensors", len(checkpoint.entries))
-        save_pieces(folder / "checkpoints" / "0" / "params", _stacks(checkpoint, lambda: next(done)))
+        save_pieces(folder / "checkpoints" / "0" / "params", stacks)
 
 
 def to_hf(
@@ -58,7 +60,10 @@ def to_hf(
         InputError: no such run or step, or `target` exists.
     """
     run = open_run(source, step)
-    prefix = read_json(source / "source.json")["prefix"]
+    written = read_json(source / "source.json")
+    prefix = written.get("prefix") if isinstance(written, dict) else None
+    if prefix not in ("", "thinker."):
+        raise InputError(f"{source / 'source.json'}: no prefix of tensor names")
     carried: dict[str, Tensor] = {}
     for path in sorted((source / "carried").glob("*.safetensors")):
         carried |= read_header(path)
@@ -75,7 +80,7 @@ def to_hf(
         yield from _pieces_of(carried.values())
 
     with _appearing(target, sum(spec.nbytes for spec in specs)) as folder:
-        for path in side_files(source / "hf"):
+        for path in copied_files(source / "hf"):
             shutil.copyfile(path, folder / path.name)
         if dtype:
             config = declare_dtype(read_json(folder / "config.json"), dtype)
@@ -95,10 +100,14 @@ def _appearing(target: Path, nbytes: int) -> Iterator[Path]:
     if nbytes > free:
         raise InputError(f"{target}: needs {nbytes / 1e9:.1f} GB, the disk has {free / 1e9:.1f} GB free")
     partial = target.with_name(target.name + ".partial")
+    if partial.exists() and not (partial / MARK).exists():
+        raise InputError(f"{partial}: is in the way, and not ours to delete")
     shutil.rmtree(partial, ignore_errors=True)  # what a killed conversion left
     partial.mkdir()
     try:
+        (partial / MARK).touch()
         yield partial
+        (partial / MARK).unlink()
         partial.rename(target)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -108,15 +117,8 @@ def _nbytes(tensor: Tensor) -> int:
     return math.prod(tensor.shape) * tensor.dtype.itemsize
 
 
-def _row_slices(tensor: Tensor) -> Iterator[slice]:
-    """The rows of a tensor in runs of about CHUNK_BYTES."""
-    rows = tensor.shape[0] if tensor.shape else 1
-    run = max(1, CHUNK_BYTES * rows // max(1, _nbytes(tensor)))
-    return (slice(first, min(first + run, rows)) for first in range(0, rows, run))
-
-
 def _pieces_of(tensors: Iterable[Tensor]) -> Iterator[np.ndarray]:
-    return (tensor.read(rows) for tensor in tensors for rows in _row_slices(tensor))
+    return (tensor.read(rows) for tensor in tensors for rows in row_slices(tensor.shape, tensor.dtype.itemsize))
 
 
 def _stacks(checkpoint: HfCheckpoint, on_tensor: Callable[[], object]) -> dict:
@@ -151,7 +153,7 @@ def _stack(checkpoint: HfCheckpoint, entries: list[Entry], on_tensor: Callable[[
             on_tensor()
 
     def rows() -> Iterator[tuple[slice, np.ndarray]]:
-        for where in _row_slices(tensors[0]):
+        for where in row_slices(first.shape, tensors[0].dtype.itemsize):
             yield where, tensors[0].read(where)
         on_tensor()
 
@@ -167,9 +169,6 @@ def _stack(checkpoint: HfCheckpoint, entries: list[Entry], on_tensor: Callable[[
 def _their_pieces(run: RunCheckpoint, entry: Entry) -> Iterator[np.ndarray]:
     """One tensor in their layout; the big tables that keep their layout come in runs of rows."""
     if entry.layer is None and entry.change is SAME:
-        array = run.open(entry)
-        spec = Tensor(run.params, array.dtype.numpy_dtype, tuple(array.shape), 0)
-        for where in _row_slices(spec):
-            yield array[where].read().result()
+        yield from run.read_rows(entry)
     else:
         yield entry.change.theirs(run.read(entry), entry.shape)

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from avocado_jax.checkpoint.hf_config import read_config
+from avocado_jax.checkpoint.hf_config import read_config, says_tied
 from avocado_jax.checkpoint.safetensors import Tensor, read_header
 from avocado_jax.errors import InputError
 from avocado_jax.models.config import ThinkerConfig
@@ -100,7 +100,7 @@ class Entry(NamedTuple):
 
 def table(config: ThinkerConfig) -> dict[str, Entry]:
     """Every modelled tensor by its name. Its entries cover each parameter, each layer of a stack, once."""
-    tree = jax.eval_shape(lambda key: init(replace(config, scan=True), key), jax.random.key(0))
+    tree = jax.eval_shape(lambda: init(replace(config, scan=True), jax.random.key(0)))
     leaves = {
         tuple(str(key.key) for key in path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
     }
@@ -129,6 +129,11 @@ class HfCheckpoint(NamedTuple):
     tensors: dict[str, Tensor]  # modelled, by entry name
     carried: dict[str, Tensor]  # everything else, by its full name in the file
     prefix: str  # "thinker." in a full checkpoint
+
+    @property
+    def side_files(self) -> Path:
+        """The folder of config.json, the tokenizer and generation settings."""
+        return self.folder
 
     def read(self, entry: Entry) -> np.ndarray:
         """One parameter, or one layer of a stacked one, in our layout."""
@@ -164,8 +169,9 @@ def open_hf(folder: Path) -> HfCheckpoint:
     refuse_code(folder)
     found = _tensors(folder)
     prefix = "thinker." if any(name.startswith("thinker.") for name in found) else ""
-    tied = f"{prefix}lm_head.weight" not in found
-    config = read_config(read_json(folder / "config.json"), tied)
+    fields = read_json(folder / "config.json")
+    tied = f"{prefix}lm_head.weight" not in found and says_tied(fields)
+    config = read_config(fields, tied)
     entries = table(config)
     tensors, carried = {}, {}
     for name, tensor in found.items():
@@ -237,7 +243,7 @@ def _tensors(folder: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def side_files(folder: Path) -> Iterator[Path]:
+def copied_files(folder: Path) -> Iterator[Path]:
     """The files beside the weights (configs, tokenizer, speakers): copied through a conversion as they are."""
     for path in sorted(folder.iterdir()):
         if path.is_file() and ".safetensors" not in path.name and not path.name.startswith("."):

@@ -24,19 +24,26 @@ class _Section:
         for name in names:
             value = self.fields.get(name)
             if value is not None:
-                if not isinstance(value, kind) or isinstance(value, bool) != (kind is bool):
+                if not isinstance(value, kind) or isinstance(value, bool) != (kind is bool) or not self._sound(value):
                     raise InputError(f"config.json: {self.path}.{name} is {value!r}")
                 return value
         if default is None:
             raise InputError(f"config.json: {self.path} lacks '{names[0]}'")
         return default
 
+    @staticmethod
+    def _sound(value: Any) -> bool:
+        """Sizes are positive (an id may be 0), lists hold whole numbers."""
+        if isinstance(value, list | tuple):
+            return all(type(item) is int and item >= 0 for item in value)
+        return isinstance(value, bool | str) or value >= 0
+
     def within(self, name: str) -> "_Section":
         """The object under `name`."""
         return _Section(self.fields.get(name), f"{self.path}.{name}")
 
 
-def read_config(config: Mapping[str, Any], tied: bool) -> ThinkerConfig:
+def read_config(config: Any, tied: bool) -> ThinkerConfig:
     """Read a config.json, of a full Omni checkpoint or of a thinker alone.
 
     Fields that older files leave out take the values that all published checkpoints share; sizes are
@@ -52,7 +59,8 @@ def read_config(config: Mapping[str, Any], tied: bool) -> ThinkerConfig:
     top = _Section(config, "config")
     thinker = top.within("thinker_config") if "thinker_config" in config else top
     text, vision, audio = (thinker.within(f"{part}_config") for part in ("text", "vision", "audio"))
-    if text.get("use_sliding_window", kind=bool, default=False):
+    kinds = text.fields.get("layer_types") or []
+    if text.get("use_sliding_window", kind=bool, default=False) or "sliding_attention" in kinds:
         raise InputError("config.json: sliding window attention is not implemented")
     for section, names, known in (
         (text, ("hidden_act",), "silu"),
@@ -70,8 +78,16 @@ def read_config(config: Mapping[str, Any], tied: bool) -> ThinkerConfig:
             positions_per_second=thinker.get("position_id_per_seconds"),
             seconds_per_chunk=thinker.get("seconds_per_chunk", kind=(int, float)),
         )
-    except ValueError as error:
+    except (ValueError, ZeroDivisionError) as error:
         raise InputError(f"config.json: {error}") from error
+
+
+def says_tied(config: Any) -> bool:
+    """Whether a config.json allows a checkpoint without an output matrix of its own."""
+    sections = [config]
+    for name in ("thinker_config", "text_config"):
+        sections += [section[name] for section in sections if isinstance(section, dict) and name in section]
+    return any(isinstance(section, dict) and section.get("tie_word_embeddings") is True for section in sections)
 
 
 def _audio(audio: _Section) -> AudioConfig:
@@ -110,9 +126,9 @@ def _text(text: _Section, tied: bool) -> TextConfig:
         raise InputError(f"config.json: rope type '{kind}' is not implemented")
     width, heads = text.get("hidden_size"), text.get("num_attention_heads")
     theta = rope.get("rope_theta", text.fields.get("rope_theta"))
-    sections = rope.get("mrope_section")
-    if not isinstance(theta, int | float) or not isinstance(sections, list):
-        raise InputError(f"config.json: {text.path} lacks 'rope_theta' or 'mrope_section'")
+    if not isinstance(theta, int | float):
+        raise InputError(f"config.json: {text.path} lacks 'rope_theta'")
+    sections = _Section(rope, f"{text.path}.rope").get("mrope_section", kind=list)
     return TextConfig(
         vocab=text.get("vocab_size"),
         width=width,
@@ -130,7 +146,10 @@ def _text(text: _Section, tied: bool) -> TextConfig:
 
 def _rope(section: _Section) -> Mapping[str, Any]:
     """transformers 5 writes `rope_parameters`; 4, and every published checkpoint, `rope_scaling`."""
-    return section.fields.get("rope_parameters") or section.fields.get("rope_scaling") or {}
+    rope = section.fields.get("rope_parameters") or section.fields.get("rope_scaling") or {}
+    if not isinstance(rope, Mapping):
+        raise InputError(f"config.json: {section.path} has rope parameters that are not an object")
+    return rope
 
 
 def _tokens(thinker: _Section) -> TokenIds:
@@ -145,11 +164,11 @@ def _tokens(thinker: _Section) -> TokenIds:
     )
 
 
-def stop_ids(folder: Path, tokenizer: Any) -> tuple[int, ...]:
+def stop_ids(folder: Path, tokenizer: Any, vocab: int) -> tuple[int, ...]:
     """The ids that end a caption: of generation_config.json, else the tokenizer's end of turn and of text.
 
     Raises:
-        InputError: neither names any.
+        InputError: neither names any, or one is not below `vocab`.
     """
     try:
         stated = json.loads((folder / "generation_config.json").read_text()).get("eos_token_id")
@@ -160,8 +179,8 @@ def stop_ids(folder: Path, tokenizer: Any) -> tuple[int, ...]:
     if not stated:
         vocabulary = tokenizer.get_added_vocab()
         stated = [vocabulary[token] for token in ("<|im_end|>", "<|endoftext|>") if token in vocabulary]
-    if not stated or not all(isinstance(token, int) for token in stated):
-        raise InputError(f"{folder}: neither generation_config.json nor the tokenizer names a stop id")
+    if not isinstance(stated, list) or not stated or not all(type(i) is int and 0 <= i < vocab for i in stated):
+        raise InputError(f"{folder}: no stop ids of the vocabulary in generation_config.json or the tokenizer")
     return tuple(stated)
 
 
@@ -223,8 +242,11 @@ def config_json(config: ThinkerConfig) -> dict[str, Any]:
 
 
 def declare_dtype(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
-    """A config.json that says its tensors are `dtype`, in the spelling it uses."""
-    out = {name: dtype if name in ("dtype", "torch_dtype") else value for name, value in config.items()}
-    if isinstance(out.get("thinker_config"), dict):
-        out["thinker_config"] = declare_dtype(out["thinker_config"], dtype)
-    return out
+    """A config.json that says its thinker's tensors are `dtype`, in the spelling it uses."""
+    spelled = [name for name in ("dtype", "torch_dtype") if name in config] or ["torch_dtype"]
+    nested = {
+        name: declare_dtype(value, dtype)
+        for name, value in config.items()
+        if name in ("thinker_config", "text_config", "vision_config", "audio_config") and isinstance(value, dict)
+    }
+    return {**config, **nested, **dict.fromkeys(spelled, dtype)}

@@ -1,6 +1,5 @@
 """Parameters onto devices, from either kind of folder, in the layout that decoding wants."""
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +11,7 @@ from avocado_jax.checkpoint.orbax import RunCheckpoint, is_run, open_run
 from avocado_jax.errors import InputError
 from avocado_jax.progress import progress
 
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """An opened checkpoint of either kind."""
-
-    source: HfCheckpoint | RunCheckpoint
-    side_files: Path  # folder of config.json, the tokenizer and generation settings
+Checkpoint = HfCheckpoint | RunCheckpoint  # both read one parameter, or one layer of it, at a time
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:
@@ -28,9 +21,9 @@ def open_checkpoint(folder: Path) -> Checkpoint:
         InputError: neither, or not sound.
     """
     if is_run(folder):
-        return Checkpoint(open_run(folder), folder / "hf")
+        return open_run(folder)
     if is_hf(folder):
-        return Checkpoint(open_hf(folder), folder)
+        return open_hf(folder)
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder")
     raise InputError(f"{folder}: neither a checkpoint in Hugging Face format nor a run folder")
@@ -39,10 +32,10 @@ def open_checkpoint(folder: Path) -> Checkpoint:
 def load_params(checkpoint: Checkpoint, dtype: str) -> dict[str, Any]:
     """Every parameter on the default device in `dtype`, layers apart (`ThinkerConfig.scan` false)."""
     params: dict[str, Any] = {}
-    for entry in progress(list(checkpoint.source.entries.values()), "loading tensors"):
+    for entry in progress(list(checkpoint.entries.values()), "loading tensors"):
         node = params
         for key in entry.path[:-1]:
             name = key if key != "layers" else f"layers_{entry.layer}"
             node = node.setdefault(name, {})
-        node[entry.path[-1]] = jax.device_put(checkpoint.source.read(entry).astype(jnp.dtype(dtype)))
+        node[entry.path[-1]] = jax.device_put(checkpoint.read(entry).astype(jnp.dtype(dtype)))
     return params

@@ -5,9 +5,9 @@ RUN/carried/       tensors that we do not model (talker, token2wav, ...), as saf
 RUN/checkpoints/STEP/params/    the parameters, stacked over layers
 """
 
-import asyncio
 import re
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -44,13 +44,23 @@ class _PiecesHandler(ocp.type_handlers.NumpyHandler):
 
     def __init__(self) -> None:
         super().__init__(deepcopy_host_arrays=False)
-        self._turn = asyncio.Semaphore(1)  # Orbax starts all leaves at once
 
     async def _open_and_write(self, value: Pieces, tspec: dict[str, Any], ts_context: ts.Context) -> None:
-        async with self._turn:
-            array = await ts.open(ts.Spec(tspec), create=True, open=True, context=ts_context)
+        # Orbax starts all leaves at once; nothing is awaited here, so that they go one after the other.
+        try:
+            array = ts.open(ts.Spec(tspec), create=True, open=True, context=ts_context).result()
             for where, piece in value.pieces():
-                await array[where].write(np.ascontiguousarray(piece))
+                array[where].write(np.ascontiguousarray(piece)).result()
+        except ValueError as error:  # so tensorstore says that a disk is full
+            raise OSError(" ".join(str(error).split())[:300]) from error
+
+
+def row_slices(shape: tuple[int, ...], itemsize: int) -> Iterator[slice]:
+    """The rows of an array in equal runs of at most CHUNK_BYTES: the chunks in which Orbax stores a large table."""
+    rows = shape[0] if shape else 1
+    most = max(1, CHUNK_BYTES // max(1, int(np.prod(shape[1:])) * itemsize))
+    run = next(run for run in range(min(rows, most), 0, -1) if rows % run == 0) if rows else 1
+    return (slice(first, first + run) for first in range(0, rows, run))
 
 
 def save_args(stacked: bool) -> ocp.SaveArgs:
@@ -78,30 +88,47 @@ class RunCheckpoint(NamedTuple):
     entries: dict[str, Entry]
 
     @property
+    def side_files(self) -> Path:
+        """The folder of config.json, the tokenizer and generation settings."""
+        return self.folder / "hf"
+
+    @property
     def params(self) -> Path:
         """Where the parameters lie."""
         return self.folder / "checkpoints" / str(self.step) / "params"
 
     def open(self, entry: Entry) -> ts.TensorStore:
         """The stored array that holds `entry`: all layers of a stacked parameter."""
-        kvstore = {
-            "driver": "ocdbt",
-            "base": f"file://{self.params.absolute()}/",
-            "path": ".".join(entry.path),
-        }
-        try:
+        kvstore = {"driver": "ocdbt", "base": f"file://{self.params.absolute()}/", "path": ".".join(entry.path)}
+        with self.damage(entry):
             array = ts.open({"driver": "zarr", "kvstore": kvstore}, read=True).result()
-        except ValueError as error:
-            raise InputError(f"{self.params}: parameter {'/'.join(entry.path)} cannot be read: {error}") from error
-        one = array.shape if entry.layer is None else array.shape[1:]
-        if entry.change.shape(one, self.config) != entry.shape or (entry.layer or 0) >= array.shape[0]:
+        layers, one = (None, array.shape) if entry.layer is None else (array.shape[0], array.shape[1:])
+        known = None if layers is None else sum(other.path == entry.path for other in self.entries.values())
+        if layers != known or entry.change.shape(one, self.config) != entry.shape:
             raise InputError(f"{self.params}: {'/'.join(entry.path)} has shape {list(array.shape)}")
         return array
+
+    @contextmanager
+    def damage(self, entry: Entry) -> Iterator[None]:
+        """What tensorstore says of a file that is gone or spoilt, as one line."""
+        try:
+            yield
+        except ValueError as error:
+            reason = " ".join(str(error).split())[:200]
+            raise InputError(f"{self.params}: {'/'.join(entry.path)} cannot be read: {reason}") from error
 
     def read(self, entry: Entry) -> np.ndarray:
         """One parameter, or one layer of a stacked one, in our layout."""
         array = self.open(entry)
-        return (array if entry.layer is None else array[entry.layer]).read().result()
+        with self.damage(entry):
+            return (array if entry.layer is None else array[entry.layer]).read().result()
+
+    def read_rows(self, entry: Entry) -> Iterator[np.ndarray]:
+        """An unstacked parameter in runs of rows."""
+        array = self.open(entry)
+        for rows in row_slices(array.shape, array.dtype.numpy_dtype.itemsize):
+            with self.damage(entry):
+                yield array[rows].read().result()
 
 
 def is_run(folder: Path) -> bool:
@@ -129,6 +156,6 @@ def open_run(folder: Path, step: int | None = None) -> RunCheckpoint:
     if step not in steps:
         raise InputError(f"{folder}: no finished step {step}; there are {', '.join(map(str, steps))}")
     metadata = folder / "checkpoints" / str(step) / "params" / "_METADATA"
-    tied = "'head'" not in metadata.read_text()
+    tied = "('head',)" not in read_json(metadata).get("tree_metadata", {})
     config = read_config(read_json(folder / "hf" / "config.json"), tied)
     return RunCheckpoint(folder, step, config, table(config))

@@ -4,7 +4,9 @@
   avocado bench decode --size 7b --group 8 --clip-tokens 16384 --caption-tokens 128
 
 `tflops` and `bytes_per_second` count the work that the shapes imply; `ceiling_*` are a large matrix product and
-a large copy, measured in the same run. Needs jax, flax and numpy only.
+a large copy, measured in the same run. Needs jax, flax and numpy only; `input` needs the data side too.
+
+  avocado bench input --data SHARDS                 # a folder that `prepare` made: rows a second of one core
 """
 
 import argparse
@@ -16,16 +18,15 @@ from avocado_jax.bench.model import bench_decode, bench_prefill
 from avocado_jax.errors import InputError
 from avocado_jax.models.config import SIZES
 
-SHOWN = ("what", "size", "seconds", "step_ms", "tokens_per_second", "tflops", "mfu", "device")
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command."""
-    parser.add_argument("what", choices=("prefill", "decode"))
+    parser.add_argument("what", choices=("prefill", "decode", "input"))
     parser.add_argument("--size", choices=tuple(SIZES), default="tiny", help="default: %(default)s")
     parser.add_argument("--group", type=int, default=8, metavar="G", help="captions of the clip (default: %(default)s)")
     parser.add_argument("--clip-tokens", type=int, default=16178, metavar="N", help="default: %(default)s, 30 s")
     parser.add_argument("--caption-tokens", type=int, default=128, metavar="C", help="default: %(default)s")
+    parser.add_argument("--data", metavar="SHARDS", help="what `input` reads")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: bfloat16, float32 on a CPU")
     parser.add_argument("--json", action="store_true", help="one JSON object")
 
@@ -35,14 +36,21 @@ def run(args: argparse.Namespace) -> int:
     if min(args.group, args.caption_tokens) < 1 or args.clip_tokens < 1024:
         raise InputError("--group and --caption-tokens start at 1, --clip-tokens at 1024")
     dtype = args.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
-    if args.what == "prefill":
+    if args.what == "input":
+        from avocado_jax.bench.input import bench_input  # the other paths must run without what this one needs
+        from avocado_jax.data.media import Reading
+
+        if not args.data:
+            raise InputError("input: --data is missing")
+        result = bench_input(args.data, args.size, Reading())
+    elif args.what == "prefill":
         result = bench_prefill(args.size, args.clip_tokens, dtype)
     else:
         result = bench_decode(args.size, args.group, args.clip_tokens, args.caption_tokens, dtype)
     if args.json:
         print(json.dumps(result))
     else:
-        print("  ".join(f"{name} {_short(result[name])}" for name in SHOWN))
+        print("  ".join(f"{name} {_short(value)}" for name, value in result.items()))
     return 0
 
 

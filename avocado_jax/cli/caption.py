@@ -11,9 +11,10 @@ clips failed, 2 if all did.
 
 import argparse
 import json
+import os
 import sys
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
@@ -61,21 +62,32 @@ def run(args: argparse.Namespace) -> int:
     dtype = args.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
     if dtype == "float32":
         jax.config.update("jax_default_matmul_precision", "highest")  # accelerators round fp32 products otherwise
-    checkpoint = open_checkpoint(args.checkpoint)  # reads headers only: a wrong folder is told before any clip is read
-    with args.out.open("w", encoding="utf-8") if args.out else nullcontext(sys.stdout) as out:
-        failed = 0
-        clips = _read_ahead(args.clips, not args.no_audio)
+    if not 0 <= args.seed < 2**32:
+        raise InputError(f"--seed is {args.seed}, 0 to {2**32 - 1} are asked for")
+    if not any(Path(clip).exists() for clip in args.clips):  # told before a model is loaded
+        clips = [(clip, InputError(f"{clip}: no such file")) for clip in args.clips]
         captioner = None
+    else:
+        captioner = load_captioner(open_checkpoint(args.checkpoint), args.prompt, dtype)
+        clips = _read_ahead(args.clips, not args.no_audio)
+    try:
+        out = args.out.open("w", encoding="utf-8") if args.out else nullcontext(sys.stdout)
+    except OSError as error:
+        raise InputError(f"--out {args.out}: {error.strerror}") from error
+    failed = 0
+    with out as out:
         for clip, media in progress(clips, "clips", len(args.clips)) if len(args.clips) > 1 else clips:
-            if isinstance(media, InputError):
-                failed += 1
-                record = {"clip": clip, "error": str(media)}
-                print(f"avocado caption: {media}", file=sys.stderr)
-            else:
-                captioner = captioner or load_captioner(checkpoint, args.prompt, dtype)
+            try:
+                if isinstance(media, InputError):
+                    raise media
                 record = _caption(captioner, clip, media, sampling, args)
+            except (InputError, MemoryError, jax.errors.JaxRuntimeError) as error:  # the others are still captioned
+                failed += 1
+                reason = str(error) if isinstance(error, InputError) else f"{clip}: {str(error).splitlines()[0]}"
+                record = {"clip": clip, "error": reason}
+                print(f"avocado caption: {reason}", file=sys.stderr)
             if args.json:
-                print(json.dumps(record, ensure_ascii=False), file=out, flush=True)
+                print(json.dumps(record), file=out, flush=True)
             elif "caption" in record:
                 print(f"{clip}:\n" * (len(args.clips) > 1) + record["caption"], file=out, flush=True)
     return 0 if not failed else 2 if failed == len(args.clips) else 1
@@ -92,21 +104,17 @@ def _read_ahead(clips: list[str], sound: bool) -> Iterator[tuple[str, Media | In
 
     with ThreadPoolExecutor(1) as reader:
         ahead = None
-        for clip, after in _pairs(clips):
+        for clip, after in zip(clips, [*clips[1:], None]):
             media = ahead.result() if ahead else read(clip)
             ahead = reader.submit(read, after) if after is not None else None
             yield clip, media
-
-
-def _pairs(clips: list[str]) -> Iterable[tuple[str, str | None]]:
-    return zip(clips, [*clips[1:], None])
 
 
 def _caption(
     captioner: Captioner, clip: str, media: Media, sampling: Sampling, args: argparse.Namespace
 ) -> dict[str, Any]:
     row = make_row(media, captioner.prompt, captioner.config, Reading())
-    number = np.array([zlib.crc32(clip.encode()) >> 1])  # its draws do not depend on its place in the list
+    number = np.array([zlib.crc32(os.fsencode(clip)) >> 1])  # its draws do not depend on its place in the list
     samples = caption_rows(captioner, [row], number, sampling, args.max_new_tokens, args.seed)
     tokens = samples.tokens[0, 0, : samples.lengths[0, 0]]
     return {

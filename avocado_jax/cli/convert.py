@@ -8,7 +8,10 @@ Both ways stream: one tensor, one layer, in memory at a time. Tensors keep their
 """
 
 import argparse
+import logging
 from pathlib import Path
+
+import jax
 
 from avocado_jax.checkpoint.convert import DTYPES, from_hf, to_hf
 
@@ -27,6 +30,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Convert."""
+    logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs the traceback of what we tell in a line
+    jax.config.update("jax_platforms", "cpu")  # nothing is computed: an accelerator in use is left alone
     if args.way == "from-hf":
         from_hf(args.source, args.target)
         print(args.target)

@@ -30,11 +30,7 @@ class Shape(NamedTuple):
 
 
 def make_row(media: Media, prompt: Prompt, config: ThinkerConfig, reading: Reading = Reading()) -> Row:  # noqa: B008
-    """Features, prompt ids, the order of the media and TMRoPE ids of one clip.
-
-    Raises:
-        InputError: the media do not fit the context, or the config is of another family.
-    """
+    """Features, prompt ids, the order of the media and TMRoPE ids of one clip."""
     vision, ids = config.vision, config.tokens
     seen = windows(media.frames, vision)
     mel, heard = _sound(media, config)

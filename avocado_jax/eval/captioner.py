@@ -37,10 +37,10 @@ def load_captioner(checkpoint: Checkpoint, text: str, dtype: str) -> Captioner:
     folder = checkpoint.side_files
     tokenizer = load_tokenizer(folder)
     prompt = chat_prompt(tokenizer, text)
-    config = computed(checkpoint.source.config, dtype, scan=False)
+    config = computed(checkpoint.config, dtype, scan=False)
     if (largest := max([*prompt.before, *prompt.after])) >= config.text.vocab:
         raise InputError(f"{folder}: the tokenizer makes id {largest}, the vocabulary ends at {config.text.vocab}")
-    stops = stop_ids(folder, tokenizer)
+    stops = stop_ids(folder, tokenizer, config.text.vocab)
     banned = jnp.asarray(banned_ids(config, tokenizer, stops))
     return Captioner(config, load_params(checkpoint, dtype), tokenizer, prompt, stops, banned)
 

@@ -17,8 +17,8 @@ MASKED = -1e30  # finite: a query with no valid key must not make NaN
 
 def attend(
     q: Float[Array, "B Q H E"],
-    k: Float[Array, "B S K E"],
-    v: Float[Array, "B S K E"],
+    k: Float[Array, "B K S E"],
+    v: Float[Array, "B K S E"],
     valid: Bool[Array, "B S"] | None = None,
     causal: bool = False,
 ) -> tuple[Float[Array, "B Q H E"], Float[Array, "B Q H"]]:
@@ -26,7 +26,7 @@ def attend(
 
     Args:
         q, k, v: queries of H heads, keys and values of K heads; H is a multiple of K, and query head h
-            reads key head h // (H / K).
+            reads key head h // (H / K). Keys lie by head, as a decoding step reads them.
         valid: keys that may be seen; all if None. A query that sees none gives a finite, meaningless
             output with a log-sum-exp of about -1e30, which `merge` gives no weight.
         causal: query i sees keys up to i.
@@ -34,11 +34,11 @@ def attend(
     Softmax runs in fp32; its weights are cast to the dtype of `v`, as in the reference.
     """
     batch, queries, heads, width = q.shape
-    keys, kv_heads = k.shape[1:3]
+    kv_heads, keys = k.shape[1:3]
     q = q.reshape(batch, queries, kv_heads, heads // kv_heads, width)
 
     def block(q: Array, first: Array | int) -> tuple[Array, Array]:
-        scores = jnp.einsum("BQKRE,BSKE->BQKRS", q, k, preferred_element_type=jnp.float32) / math.sqrt(width)
+        scores = jnp.einsum("BQKRE,BKSE->BQKRS", q, k, preferred_element_type=jnp.float32) / math.sqrt(width)
         if valid is not None:
             scores = jnp.where(valid[:, None, None, None], scores, MASKED)
         if causal:
@@ -46,7 +46,7 @@ def attend(
             scores = jnp.where(seen[:, None, None], scores, MASKED)
         lse = jax.nn.logsumexp(scores, axis=-1)
         weights = jnp.exp(scores - lse[..., None]).astype(v.dtype)
-        return jnp.einsum("BQKRS,BSKE->BQKRE", weights, v), lse
+        return jnp.einsum("BQKRS,BKSE->BQKRE", weights, v), lse
 
     chunk = max(16, SCORE_BYTES // (4 * max(1, batch * heads * keys)))
     if queries <= chunk:
@@ -62,6 +62,16 @@ def attend(
             jnp.moveaxis(part, 0, 1).reshape(batch, chunks * chunk, *part.shape[3:])[:, :queries] for part in (out, lse)
         )
     return out.reshape(batch, queries, heads, width), lse.reshape(batch, queries, heads)
+
+
+def attend_block(
+    q: Float[Array, "B S H E"],
+    k: Float[Array, "B S H E"],
+    v: Float[Array, "B S H E"],
+    valid: Bool[Array, "B S"],
+) -> Float[Array, "B S H E"]:
+    """Attention of all valid tokens of a block to each other, as in the towers."""
+    return attend(q, k.swapaxes(1, 2), v.swapaxes(1, 2), valid)[0]
 
 
 def merge(

@@ -3,7 +3,7 @@
 import flax.linen as nn
 import jax.numpy as jnp
 
-from avocado_jax.models.attention import attend
+from avocado_jax.models.attention import attend_block
 from avocado_jax.models.config import ThinkerConfig
 from avocado_jax.models.layers import dense, gelu, stack_of
 from avocado_jax.models.rope import sinusoids
@@ -28,7 +28,7 @@ class AudioLayer(nn.Module):
             dense(self, self.width, name, bias=name != "k")(y).reshape(*y.shape[:2], self.heads, -1)
             for name in ("q", "k", "v")
         )
-        mixed, _ = attend(q, k, v, valid)
+        mixed = attend_block(q, k, v, valid)
         x = x + dense(self, self.width, "out")(mixed.reshape(y.shape))
         y = gelu(dense(self, self.ffn, "up")(layer_norm(self, "mlp_norm")(x)))
         return x + dense(self, self.width, "down")(y), None
@@ -56,12 +56,12 @@ class AudioTower(nn.Module):
 
         sizes = dict(width=audio.width, heads=audio.heads, ffn=audio.ffn, **dtypes)
         run = stack_of(AudioLayer, sizes, audio.layers, self.config)
-        x, _ = run(x, None if self.config.scan else [None] * audio.layers, valid)
+        x, _ = run(x, None, valid)
         x = (x[:, 0::2] + x[:, 1::2]) / 2
-        x = nn.LayerNorm(1e-5, **dtypes, name="norm")(x)
+        x = nn.LayerNorm(1e-5, use_fast_variance=False, **dtypes, name="norm")(x)
         return nn.Dense(audio.out, **dtypes, name="proj")(x)
 
 
 def layer_norm(module: AudioLayer, name: str) -> nn.LayerNorm:
     """LayerNorm in the dtypes of the module that holds it."""
-    return nn.LayerNorm(1e-5, dtype=module.dtype, param_dtype=module.param_dtype, name=name)
+    return nn.LayerNorm(1e-5, use_fast_variance=False, dtype=module.dtype, param_dtype=module.param_dtype, name=name)

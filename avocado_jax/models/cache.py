@@ -10,14 +10,14 @@ from avocado_jax.typing import Array, Bool, Float, Int
 
 
 class KV(NamedTuple):
-    """Rotated keys, and values."""
+    """Rotated keys, and values, by head: a decoding step reads each head's in one run."""
 
-    k: Float[Array, "... S K E"]
-    v: Float[Array, "... S K E"]
+    k: Float[Array, "... K S E"]
+    v: Float[Array, "... K S E"]
 
     def write(self, new: "KV", step: Int[Array, ""]) -> "KV":
-        """The cache with the keys and values of one more token a caption, [B G 1 K E], at `step`."""
-        return KV(*(jax.lax.dynamic_update_slice_in_dim(old, x, step, axis=2) for old, x in zip(self, new)))
+        """The cache with the keys and values of one more token a caption, [B G K 1 E], at `step`."""
+        return KV(*(jax.lax.dynamic_update_slice_in_dim(old, x, step, axis=3) for old, x in zip(self, new)))
 
 
 class ClipCache(NamedTuple):
@@ -33,7 +33,7 @@ class ClipCache(NamedTuple):
 def caption_cache(config: ThinkerConfig, rows: int, captions: int, length: int) -> Any:
     """Empty caches for `length` tokens of each of `captions` captions a row, in the layout of the layers."""
     text = config.text
-    shape = (rows, captions, length, text.kv_heads, text.head)
+    shape = (rows, captions, text.kv_heads, length, text.head)
     if config.scan:
         return KV(*(jnp.zeros((text.layers, *shape), config.dtype) for _ in range(2)))
     return tuple(KV(*(jnp.zeros(shape, config.dtype) for _ in range(2))) for _ in range(text.layers))

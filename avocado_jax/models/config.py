@@ -106,15 +106,10 @@ class ThinkerConfig:
                 f"the towers end in widths {self.audio.out} (audio) and {self.vision.out} (vision), "
                 f"the language model has {self.text.width}"
             )
+        if min(self.text.heads, self.text.kv_heads, self.audio.heads, self.vision.heads, self.vision.patch) < 1:
+            raise ValueError("a number of heads, or the size of a patch, is 0")
         if sum(self.text.mrope_sections) * 2 != self.text.head:
             raise ValueError(f"mrope sections {self.text.mrope_sections} do not fill a head of {self.text.head}")
-
-
-def sized(name: str) -> ThinkerConfig:
-    """The config called `name`: "7b", "3b", "tiny" (tests, the bench on a laptop)."""
-    if name not in SIZES:
-        raise ValueError(f"no size '{name}': one of {', '.join(SIZES)}")
-    return SIZES[name]
 
 
 SEVEN_B = ThinkerConfig()

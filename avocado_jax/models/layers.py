@@ -10,8 +10,6 @@ import jax.numpy as jnp
 from avocado_jax.models.config import ThinkerConfig
 from avocado_jax.typing import Array, Float
 
-Params = Mapping[str, Any]
-
 
 class RMSNorm(nn.Module):
     """x / rms(x) in fp32, cast back, then times the weight."""
@@ -52,14 +50,12 @@ def gelu(x: Array) -> Array:
     return nn.gelu(x, approximate=False)
 
 
-def stack_of(
-    layer: type[nn.Module], sizes: Mapping[str, Any], count: int, config: ThinkerConfig, name: str = "layers"
-) -> Callable:
+def stack_of(layer: type[nn.Module], sizes: Mapping[str, Any], count: int, config: ThinkerConfig) -> Callable:
     """`count` layers, applied in turn: `run(x, per_layer, *shared) -> (x, outputs of each layer)`.
 
     `layer(**sizes)` is called as `(x, own, *shared) -> (x, output)`. With `config.scan` the parameters are
-    stacked under `name`, `per_layer` is a pytree whose leaves have a leading axis of `count`, and outputs
-    come stacked; without, layer i is `{name}_{i}`, `per_layer` is a sequence of `count` entries and
+    stacked under `layers`, `per_layer` is a pytree whose leaves have a leading axis of `count`, and outputs
+    come stacked; without, layer i is `layers_{i}`, `per_layer` is a sequence of `count` entries and
     outputs come as a tuple: no weight is copied out of a stack in decoding.
     """
     if config.remat:
@@ -73,25 +69,14 @@ def stack_of(
             in_axes=(0, *(nn.broadcast for _ in shared)),
             length=count,
         )
-        return stack(**sizes, name=name)(x, per_layer, *shared)
+        return stack(**sizes, name="layers")(x, per_layer, *shared)
 
     def unrolled(x: Array, per_layer: Any, *shared: Any) -> tuple[Array, tuple]:
         outputs = []
         for i in range(count):
-            x, output = layer(**sizes, name=f"{name}_{i}")(x, per_layer[i], *shared)
+            own = None if per_layer is None else per_layer[i]
+            x, output = layer(**sizes, name=f"layers_{i}")(x, own, *shared)
             outputs.append(output)
         return x, tuple(outputs)
 
     return scanned if config.scan else unrolled
-
-
-def unstack(params: Params, name: str = "layers") -> dict[str, Any]:
-    """The tree of `scan=True` as that of `scan=False`: each stack `layers` becomes `layers_0`, `layers_1`, ..."""
-    out: dict[str, Any] = {}
-    for key, value in params.items():
-        if key == name:
-            count = jax.tree.leaves(value)[0].shape[0]
-            out |= {f"{name}_{i}": jax.tree.map(lambda leaf, i=i: leaf[i], value) for i in range(count)}
-        else:
-            out[key] = unstack(value, name) if isinstance(value, Mapping) else value
-    return out

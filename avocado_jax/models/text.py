@@ -24,19 +24,19 @@ class TextLayer(nn.Module):
     def __call__(
         self,
         x: Float[Array, "B G Q D"],
-        own: tuple[KV | None, KV | None] | None,
+        own: tuple[KV | None, KV | None],
         rope: Rope,
         clip_valid: Bool[Array, "B P"] | None,
         step: Int[Array, ""] | None,
     ) -> tuple[Float[Array, "B G Q D"], KV]:
         """Queries see their own sequence causally and, where there is one, all valid tokens of the clip.
 
-        `own` is this layer's (clip, captions so far): the clip's keys and values, [B P K E], and the
-        decoding cache, [B G S K E], in which the one new token lands at `step`. Returns the output and
+        `own` is this layer's (clip, captions so far): the clip's keys and values, [B K P E], and the
+        decoding cache, [B G K S E], in which the one new token lands at `step`. Returns the output and
         the keys and values of the sequence itself.
         """
         text, (rows, group, queries, _) = self.text, x.shape
-        clip, so_far = own or (None, None)
+        clip, so_far = own
         norms = dict(eps=text.rms_eps, dtype=self.dtype, param_dtype=self.param_dtype)
 
         y = RMSNorm(name="attention_norm", **norms)(x)
@@ -44,12 +44,12 @@ class TextLayer(nn.Module):
             dense(self, heads * text.head, name)(y).reshape(rows, group, queries, heads, text.head)
             for name, heads in (("q", text.heads), ("k", text.kv_heads), ("v", text.kv_heads))
         )
-        kv = KV(rotate(k, rope), v)
+        kv = KV(*(part.swapaxes(2, 3) for part in (rotate(k, rope), v)))
         if so_far is not None:
             kv = so_far.write(kv, step)
         q = rotate(q, rope)
 
-        keys = kv.k.shape[2]
+        keys = kv.k.shape[3]
         seen = None if so_far is None else jnp.broadcast_to(jnp.arange(keys) <= step, (rows * group, keys))
         itself, itself_lse = attend(
             *(part.reshape(rows * group, *part.shape[2:]) for part in (q, *kv)), seen, causal=so_far is None

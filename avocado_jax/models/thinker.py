@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from avocado_jax.models.audio import AudioTower
-from avocado_jax.models.cache import KV, ClipCache
+from avocado_jax.models.cache import ClipCache
 from avocado_jax.models.config import ThinkerConfig
 from avocado_jax.models.text import TextModel
 from avocado_jax.models.vision import VisionTower
@@ -116,6 +116,3 @@ def init(config: ThinkerConfig, key: jax.Array) -> Any:
     """Random parameters of `config`. Under `jax.eval_shape` this costs nothing at any size."""
     clip, captions = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), example(config))
     return Thinker(config).init(key, clip, captions)["params"]
-
-
-__all__ = ["KV", "ClipCache", "Thinker", "example", "init"]

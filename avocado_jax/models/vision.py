@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from avocado_jax.models.attention import attend
+from avocado_jax.models.attention import attend_block
 from avocado_jax.models.config import ThinkerConfig
 from avocado_jax.models.layers import GatedMLP, RMSNorm, dense, gelu, stack_of
 from avocado_jax.models.rope import Rope, patch_rope, rotate
@@ -37,12 +37,12 @@ class VisionLayer(nn.Module):
         def over_windows(q: Array, k: Array, v: Array) -> Array:
             n, w, u, *rest = q.shape
             blocks = (part.reshape(n * w, u, *rest) for part in (q, k, v))
-            return attend(*blocks, valid.reshape(n * w, u))[0].reshape(q.shape)
+            return attend_block(*blocks, valid.reshape(n * w, u)).reshape(q.shape)
 
         def over_frames(q: Array, k: Array, v: Array) -> Array:
             n, w, u, *rest = q.shape
             blocks = (part.reshape(n, w * u, *rest) for part in (q, k, v))
-            return attend(*blocks, valid.reshape(n, w * u))[0].reshape(q.shape)
+            return attend_block(*blocks, valid.reshape(n, w * u)).reshape(q.shape)
 
         if isinstance(full, jax.Array):  # under a scan the layer's number is traced
             mixed = jax.lax.cond(full, over_frames, over_windows, q, k, v)

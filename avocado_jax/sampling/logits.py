@@ -19,8 +19,9 @@ class Sampling:
     top_p: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.temperature < 0 or self.top_k < 0 or not 0 < self.top_p <= 1:
-            raise ValueError(f"temperature >= 0, top-k >= 0 and 0 < top-p <= 1 are asked for, got {self}")
+        fine = self.temperature == 0 or 1e-3 <= self.temperature < float("inf")
+        if not fine or self.top_k < 0 or not 0 < self.top_p <= 1:
+            raise ValueError(f"temperature 0 or from 0.001, top-k >= 0 and 0 < top-p <= 1 are asked for, got {self}")
 
 
 def truncate(logits: Float[Array, "... V"], sampling: Sampling) -> Float[Array, "... V"]:

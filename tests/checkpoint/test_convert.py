@@ -4,9 +4,9 @@ import json
 import shutil
 import subprocess
 import sys
-import time
 
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 import torch
 from reference import load_reference, randomise, write_reference
@@ -19,7 +19,7 @@ from avocado_jax.checkpoint import convert
 from avocado_jax.checkpoint.hf import open_hf
 from avocado_jax.checkpoint.hf_config import config_json, read_config
 from avocado_jax.checkpoint.load import open_checkpoint
-from avocado_jax.checkpoint.orbax import open_run
+from avocado_jax.checkpoint.orbax import Pieces, open_run, save_pieces
 from avocado_jax.data.tokenizer import write_tokenizer
 from avocado_jax.errors import InputError
 from avocado_jax.models.config import SIZES, TINY
@@ -80,7 +80,7 @@ def test_thinker_round_trip(thinker, tmp_path):
 
 def test_omni_round_trip(omni, tmp_path):
     assert len(list(omni.glob("*.safetensors"))) > 2
-    assert open_checkpoint(omni).source.prefix == "thinker."
+    assert open_checkpoint(omni).prefix == "thinker."
     convert.from_hf(omni, tmp_path / "run")
     assert convert.to_hf(tmp_path / "run", tmp_path / "back", shard_bytes=400_000) == 0
     theirs = all_tensors(omni)
@@ -95,15 +95,17 @@ def test_omni_round_trip(omni, tmp_path):
 
 
 def test_tied_output(thinker, tmp_path):
-    """A checkpoint without an output matrix is a tied one, and stays so."""
-    shutil.copytree(thinker, tmp_path / "tied")
-    tensors = load_file(tmp_path / "tied" / "model.safetensors")
-    del tensors["lm_head.weight"]
-    save_file(tensors, tmp_path / "tied" / "model.safetensors")
-    convert.from_hf(tmp_path / "tied", tmp_path / "run")
+    """A checkpoint whose config says so has no output matrix of its own, and stays so; else the matrix is missing."""
+    folder = edited(thinker, tmp_path / "tied", lambda tensors: tensors.pop("lm_head.weight"))
+    with pytest.raises(InputError, match=r"'lm_head\.weight' is missing"):
+        open_hf(folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
+    convert.from_hf(folder, tmp_path / "run")
     assert open_run(tmp_path / "run").config.text.tied
     convert.to_hf(tmp_path / "run", tmp_path / "back")
-    same(all_tensors(tmp_path / "back"), tensors)
+    same(all_tensors(tmp_path / "back"), all_tensors(folder))
+    load_reference(tmp_path / "back")
 
 
 def test_dtype_and_step(thinker, tmp_path):
@@ -116,6 +118,9 @@ def test_dtype_and_step(thinker, tmp_path):
         if "audio_bos_eos" not in name:
             assert torch.equal(tensor, all_tensors(thinker)[name].to(torch.bfloat16)), name
     assert json.loads((tmp_path / "bf16" / "config.json").read_text())["dtype"] == "bfloat16"
+    convert.from_hf(tmp_path / "bf16", tmp_path / "again")  # a thinker alone in bf16, its unused tensor in fp32
+    convert.to_hf(tmp_path / "again", tmp_path / "back")
+    same(all_tensors(tmp_path / "back"), all_tensors(tmp_path / "bf16"))
     with pytest.raises(InputError, match="no finished step 9; there are 0, 7"):
         convert.to_hf(tmp_path / "run", tmp_path / "never", step=9)
 
@@ -192,6 +197,7 @@ def test_doubled_tensor_and_lying_index(omni, tmp_path):
         ("tokenizer_config.json", '{"auto_map": {}}', "remote code"),
         ("config.json", '{"model_type": "llama"}', "not a Qwen2.5-Omni"),
         ("config.json", "{", "not JSON"),
+        ("config.json", "[]", "not an object"),
     ],
 )
 def test_code_and_strangers_are_refused(thinker, tmp_path, name, content, reason):
@@ -232,18 +238,121 @@ def test_hub_cache_snapshot(thinker, tmp_path):
     assert not any(path.is_symlink() for path in tmp_path.glob("back/*"))
 
 
-def test_killed_conversion(thinker, tmp_path):
-    """Killed at once, a conversion leaves no target that looks finished, and the same command then finishes."""
-    command = [sys.executable, "-m", "avocado_jax", "convert", "from-hf", str(thinker), str(tmp_path / "run")]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-    while not (tmp_path / "run.partial").exists() and process.poll() is None:
-        time.sleep(0.001)
-    process.kill()
-    process.wait()
-    if not (tmp_path / "run").exists():  # it was in the middle
-        (tmp_path / "run.partial" / "stale").touch()
-        assert subprocess.run(command, stdout=subprocess.DEVNULL, check=True).returncode == 0
+KILLED = """
+import os, signal, sys
+from avocado_jax.checkpoint.safetensors import Tensor
+read, left = Tensor.read, [int(sys.argv[1])]
+def dying(self, *rows):
+    left[0] -= 1
+    if not left[0]:
+        os.kill(os.getpid(), getattr(signal, sys.argv[2]))
+    return read(self, *rows)
+Tensor.read = dying
+from avocado_jax.__main__ import main
+sys.exit(main(["convert", "from-hf", *sys.argv[3:]]))
+"""
+
+
+@pytest.mark.parametrize(("name", "status"), [("SIGKILL", -9), ("SIGTERM", 75)])
+def test_stopped_conversion(thinker, tmp_path, name, status):
+    """Stopped in the middle, a conversion leaves no target; the same command then finishes."""
+    command = [sys.executable, "-c", KILLED, "40", name, str(thinker), str(tmp_path / "run")]
+    assert subprocess.run(command, capture_output=True, check=False).returncode == status
+    assert [path.name for path in tmp_path.iterdir()] == ["run.partial"]
+    convert.from_hf(thinker, tmp_path / "run")
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
-    assert not (tmp_path / "run" / "stale").exists()
     convert.to_hf(tmp_path / "run", tmp_path / "back")
     same(all_tensors(tmp_path / "back"), all_tensors(thinker))
+
+
+def test_folder_in_the_way_is_kept(thinker, tmp_path):
+    """`.partial` is deleted only where a conversion of ours left it."""
+    (tmp_path / "run.partial").mkdir()
+    (tmp_path / "run.partial" / "precious").touch()
+    with pytest.raises(InputError, match="not ours"):
+        convert.from_hf(thinker, tmp_path / "run")
+    assert (tmp_path / "run.partial" / "precious").exists()
+
+
+@pytest.mark.parametrize("way", ["from-hf", "to-hf"])
+def test_disk_that_fills_up(thinker, tmp_path, way):
+    """A write that fails is one line and status 1, and nothing half-written keeps the target's name."""
+    convert.from_hf(thinker, tmp_path / "whole")
+    source = thinker if way == "from-hf" else tmp_path / "whole"
+    program = (
+        "import resource, signal, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000));"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
+        f"from avocado_jax.__main__ import main; sys.exit(main(['convert', {way!r}, *sys.argv[1:]]))"
+    )
+    command = [sys.executable, "-c", program, str(source), str(tmp_path / "target")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 1, done.stderr
+    assert "Traceback" not in done.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["whole"]
+
+
+def test_damaged_run(thinker, tmp_path):
+    convert.from_hf(thinker, tmp_path / "run")
+    shutil.copytree(tmp_path / "run", tmp_path / "other")
+    largest = max((tmp_path / "run").rglob("d/*"), key=lambda path: path.stat().st_size)
+    largest.unlink()
+    with pytest.raises(InputError, match="cannot be read"):
+        convert.to_hf(tmp_path / "run", tmp_path / "back")
+    for wrong in ("{}", "[]", '{"prefix": "../"}'):
+        (tmp_path / "other" / "source.json").write_text(wrong)
+        with pytest.raises(InputError, match=r"source\.json"):
+            convert.to_hf(tmp_path / "other", tmp_path / "back")
+    assert not (tmp_path / "back").exists()
+
+
+def test_one_piece_is_held_at_a_time(tmp_path):
+    """However many leaves Orbax writes at once; and its own restore reads what was written."""
+    alive, most = [0], [0]
+
+    class Counted(np.ndarray):
+        """An array that is counted while it lives."""
+
+        def __del__(self):
+            if getattr(self, "counts", False):
+                alive[0] -= 1
+
+    def pieces(value):
+        def make():
+            for i in range(len(value)):
+                piece = np.array(value[i]).view(Counted)
+                piece.counts = True
+                alive[0] += 1
+                most[0] = max(most[0], alive[0])
+                yield i, piece
+
+        return Pieces(value.shape, value.dtype, make)
+
+    rng = np.random.default_rng(0)
+    tree = {"layers": {name: rng.standard_normal((5, 30, 40)).astype(np.float32) for name in "abcdefgh"}}
+    save_pieces(tmp_path / "params", {"layers": {name: pieces(value) for name, value in tree["layers"].items()}})
+    assert most[0] <= 2  # the one being written, and the one being made
+    restored = ocp.PyTreeCheckpointer().restore(tmp_path / "params")
+    for name, value in tree["layers"].items():
+        np.testing.assert_array_equal(restored["layers"][name], value)
+
+
+@pytest.mark.parametrize(
+    ("section", "field", "value"),
+    [
+        ("vision_config", "patch_size", 0),
+        ("text_config", "num_attention_heads", 0),
+        ("text_config", "num_hidden_layers", -1),
+        ("text_config", "rope_scaling", [1]),
+        ("text_config", "rope_scaling", {"mrope_section": ["a", 1, 2]}),
+        ("text_config", "layer_types", ["sliding_attention"]),
+        ("vision_config", "fullatt_block_indexes", ["x"]),
+        ("audio_config", "d_model", "wide"),
+        ("audio_config", "d_model", None),
+        ("vision_config", "out_hidden_size", 65),
+    ],
+)
+def test_wrong_configs_are_told(section, field, value):
+    config = config_json(TINY)
+    config[section] = config[section] | {field: value}
+    with pytest.raises(InputError, match=r"config\.json"):
+        read_config(config, tied=False)

