@@ -45,6 +45,7 @@ class _Packets(NamedTuple):
 
     frames: int
     seconds: float
+    times: list[int] | None  # each frame's presentation time, in order; None where packets do not tell
 
 
 def read_media(path: str | Path, reading: Reading = Reading(), sound: bool = True) -> Media:
@@ -57,7 +58,7 @@ def read_media(path: str | Path, reading: Reading = Reading(), sound: bool = Tru
     path = Path(path)
     with _one_line(path):
         packets = _demux(path)
-        frames = _picture(path, packets.frames, reading)
+        frames = _picture(path, packets, reading)
         samples = _sound(path, reading) if sound else None
     return Media(frames, samples, packets.seconds)
 
@@ -103,13 +104,14 @@ def _demux(path: Path) -> _Packets:
     with _open(path) as container:
         stream = _video(container)
         stated = float(container.duration / av.time_base) if container.duration else None
-        frames, end = 0, 0.0
+        frames, end, times = 0, 0.0, []
         for packet in container.demux():
             if packet.size and packet.pts is not None:
                 begun = float(packet.pts * packet.time_base)
                 end = max(end, begun + float((packet.duration or 0) * packet.time_base))
             if packet.size and packet.stream.index == stream.index and not packet.is_discard:
                 frames += 1
+                times.append(packet.pts)
         start = max(0.0, float((container.start_time or 0) / av.time_base))
         if not frames:
             raise InputError("its picture has no frames")
@@ -119,22 +121,52 @@ def _demux(path: Path) -> _Packets:
             raise InputError(
                 f"cut short or damaged: {frames} of {stream.frames or 'its'} frames, {end:.1f} s of {stated or 0:.1f} s"
             )
-        return _Packets(frames, stated or end - start or frames / _rate(stream))
+        told = None not in times and len(set(times)) == frames
+        return _Packets(frames, stated or end - start or frames / _rate(stream), sorted(times) if told else None)
 
 
-def _picture(path: Path, total: int, reading: Reading) -> Shaped[Array, "N h w 3"]:
+def _picture(path: Path, packets: _Packets, reading: Reading) -> Shaped[Array, "N h w 3"]:
     """Decode once, converting and resizing only the chosen frames."""
     with _open(path) as container:
+        rate = _rate(_video(container))
+    chosen = choose_frames(packets.frames, rate, reading.fps, reading.fewest_frames, reading.most_frames).tolist()
+    fit = _Fit(len(chosen), reading)
+    if packets.times:
+        found = _decode_by_time(path, [packets.times[index] for index in chosen], fit)
+        if all(time in found for time in (packets.times[index] for index in chosen)):
+            return np.stack([found[packets.times[index]] for index in chosen])
+    return np.stack(_decode_in_order(path, packets.frames, chosen, fit))
+
+
+def _decode_by_time(path: Path, times: list[int], fit: "_Fit") -> dict[int, np.ndarray]:
+    """The frames shown at these times, as far as there are such.
+
+    Frames that are neither wanted nor referred to by others are not decoded: the rest is the same to the bit,
+    for two thirds of the work in an ordinary h264 file.
+    """
+    wanted, found = set(times), {}
+    with _open(path) as container:
         stream = _video(container)
-        stream.thread_type = "AUTO"
-        chosen = choose_frames(total, _rate(stream), reading.fps, reading.fewest_frames, reading.most_frames)
-        wanted = iter(chosen.tolist())
-        index, out, sizes, frame = next(wanted), [], None, None
-        for number, frame in enumerate(container.decode(stream)):
+        stream.thread_type = "SLICE"
+        for packet in container.demux(stream):
+            needed = packet.pts is None or packet.pts in wanted
+            stream.codec_context.skip_frame = "DEFAULT" if needed else "NONREF"
+            for frame in packet.decode():
+                if frame.pts in wanted:
+                    found[frame.pts] = fit(frame)
+            if len(found) == len(wanted):
+                break
+    return found
+
+
+def _decode_in_order(path: Path, total: int, chosen: list[int], fit: "_Fit") -> list[np.ndarray]:
+    """The chosen frames by counting all of them: for files whose packets do not tell their times."""
+    out, wanted, frame = [], iter(chosen), None
+    with _open(path) as container:
+        index = next(wanted)
+        for number, frame in enumerate(container.decode(_video(container))):
             while index == number:
-                picture = _upright(frame)
-                sizes = sizes or _sizes(*picture.shape[:2], len(chosen), reading)
-                out.append(_fit(picture, sizes))
+                out.append(fit(frame))
                 index = next(wanted, None)
             if index is None:
                 break
@@ -144,8 +176,8 @@ def _picture(path: Path, total: int, reading: Reading) -> Shaped[Array, "N h w 3
             # Streams may end in a packet or two that yield no picture; more is damage.
             if number + 1 < 0.9 * total and number + 2 < total:
                 raise InputError(f"damaged: {number + 1} of {total} frames can be decoded")
-            out += [_fit(_upright(frame), sizes)] * (len(chosen) - len(out))
-    return np.stack(out)
+            out += [fit(frame)] * (len(chosen) - len(out))
+    return out
 
 
 def _rate(stream: av.VideoStream) -> float:
@@ -153,9 +185,19 @@ def _rate(stream: av.VideoStream) -> float:
     return float(stream.average_rate or stream.base_rate or 25)
 
 
-def _upright(frame: av.VideoFrame) -> Shaped[Array, "h w 3"]:
-    """One frame in RGB, turned as its display matrix says."""
-    return np.ascontiguousarray(np.rot90(frame.to_ndarray(format="rgb24"), k=round(frame.rotation / 90)))
+class _Fit:
+    """Frames to upright RGB pictures of the clip's size, which its first frame decides."""
+
+    def __init__(self, frames: int, reading: Reading) -> None:
+        self.frames, self.reading = frames, reading
+        self.sizes: list[tuple[int, int]] | None = None
+
+    def __call__(self, frame: av.VideoFrame) -> Shaped[Array, "rows columns 3"]:
+        picture = np.ascontiguousarray(np.rot90(frame.to_ndarray(format="rgb24"), k=round(frame.rotation / 90)))
+        self.sizes = self.sizes or _sizes(*picture.shape[:2], self.frames, self.reading)
+        for size in self.sizes:
+            picture = resize(picture, *size)
+        return picture
 
 
 def _sizes(height: int, width: int, frames: int, reading: Reading) -> list[tuple[int, int]]:
@@ -168,12 +210,6 @@ def _sizes(height: int, width: int, frames: int, reading: Reading) -> list[tuple
     most = frame_pixels(frames, least, reading.most_pixels, reading.clip_pixels, reading.asked_pixels)
     shared = frame_size(height, width, least, most, factor)
     return [shared, frame_size(*shared, least, reading.most_pixels, factor)]
-
-
-def _fit(picture: Shaped[Array, "h w 3"], sizes: list[tuple[int, int]]) -> Shaped[Array, "rows columns 3"]:
-    for size in sizes:
-        picture = resize(picture, *size)
-    return picture
 
 
 def _sound(path: Path, reading: Reading) -> Float[Array, "n"] | None:
