@@ -1,6 +1,7 @@
 """Every annotated function on arrays has its shapes and types checked while the tests run."""
 
 import os
+import sys
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -21,3 +22,8 @@ from hypothesis import settings  # noqa: E402
 
 settings.register_profile("repeatable", derandomize=True, deadline=None, database=None)
 settings.load_profile("repeatable")
+
+
+def pytest_sessionfinish() -> None:
+    """decord and array_record in one process crash it: the reference's reader has its own (reference_clips.py)."""
+    assert "decord" not in sys.modules

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import reference_clips
 import torch
 import torchvision_ops  # noqa: F401 (must come before the reference's processor)
 from clips import GOOD
-from qwen_omni_utils import process_mm_info
 from reference import load_reference, write_reference
 from tokenizer import special_ids, write_processor
 from transformers import Qwen2_5OmniProcessor
@@ -69,7 +69,7 @@ def reference_caption(folder, clip, sound, length):
     ]
     processor = Qwen2_5OmniProcessor.from_pretrained(folder)
     text = processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
-    _, _, videos = process_mm_info(chat, use_audio_in_video=False)
+    videos = [torch.tensor(reference_clips.fetch(chat[1]["content"][0]))]
     options = {}
     if sound:
         samples = read_media(clip).samples

