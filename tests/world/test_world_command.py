@@ -66,12 +66,10 @@ def test_stopped_and_started_again_it_ends_the_same(world, tmp_path, how):
 
 
 @pytest.mark.slow
-def test_two_hundred_clips_in_three_minutes_and_the_same_again(tmp_path):
+def test_two_hundred_clips_and_the_same_again(tmp_path):
     made = []
     for name in ("one", "two"):
-        begin = time.monotonic()
         assert main(["world", str(tmp_path / name), "--clips", "200", "--seed", "0"]) == 0
-        assert time.monotonic() - begin < 180
         made.append(contents(tmp_path / name))
     assert made[0] == made[1]
     assert len(made[0]) == 201
