@@ -149,6 +149,8 @@ def open_run(folder: Path, step: int | None = None) -> RunCheckpoint:
         InputError: no such step, or no finished one; no config beside the parameters.
     """
     steps = finished_steps(folder)
+    if not folder.is_dir():
+        raise InputError(f"{folder}: no such folder")
     if not steps:
         raise InputError(f"{folder}: no finished step under checkpoints/")
     if step is None:

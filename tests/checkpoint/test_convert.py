@@ -292,6 +292,11 @@ def test_disk_that_fills_up(thinker, tmp_path, way):
 
 
 def test_damaged_run(thinker, tmp_path):
+    with pytest.raises(InputError, match="nowhere: no such folder"):
+        convert.to_hf(tmp_path / "nowhere", tmp_path / "back")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match="no finished step"):
+        convert.to_hf(tmp_path / "empty", tmp_path / "back")
     convert.from_hf(thinker, tmp_path / "run")
     shutil.copytree(tmp_path / "run", tmp_path / "other")
     largest = max((tmp_path / "run").rglob("d/*"), key=lambda path: path.stat().st_size)
