@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from avocado_jax.checkpoint.load import load_sharded, open_checkpoint
+from avocado_jax.checkpoint.load import open_checkpoint
 from avocado_jax.checkpoint.training import Checkpoints
 from avocado_jax.config import SftConfig, as_json, refuse_another
 from avocado_jax.data import storage
