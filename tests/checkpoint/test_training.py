@@ -176,6 +176,7 @@ def test_disk_full(tmp_path):
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         assert "\n" not in str(error.value)
         assert checkpoints.latest() == 1
+        assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["1"]
         restores(checkpoints, 1)
     save(checkpoints, 2)
     checkpoints.close()
