@@ -5,7 +5,7 @@ import jax.numpy as jnp
 
 from avocado_jax.models.attention import attend_block
 from avocado_jax.models.config import ThinkerConfig
-from avocado_jax.models.layers import dense, gelu, stack_of
+from avocado_jax.models.layers import dense, gelu, layer_input, stack_of
 from avocado_jax.models.rope import sinusoids
 from avocado_jax.typing import Array, Bool, Float, Int
 
@@ -23,6 +23,7 @@ class AudioLayer(nn.Module):
     def __call__(
         self, x: Float[Array, "N U D"], own: None, valid: Bool[Array, "N U"]
     ) -> tuple[Float[Array, "N U D"], None]:
+        x = layer_input(x)
         y = layer_norm(self, "attention_norm")(x)
         q, k, v = (
             dense(self, self.width, name, bias=name != "k")(y).reshape(*y.shape[:2], self.heads, -1)

@@ -80,6 +80,11 @@ class TokenIds:
     audio_end: int = 151648
 
 
+# What a layer keeps for the backward pass: everything; its input only; its input and products with weights; its
+# input only, and that in the host's memory.
+REMAT = ("none", "full", "dots", "offload")
+
+
 @dataclass(frozen=True)
 class ThinkerConfig:
     """One thinker: three towers, how they are computed, and what their checkpoint says about prompts."""
@@ -93,7 +98,7 @@ class ThinkerConfig:
     dtype: str = "float32"  # of activations; reductions are fp32 whatever it is
     param_dtype: str = "float32"
     scan: bool = True  # one stacked layer under a scan (training), or separate layers (decoding: platform.md)
-    remat: bool = True  # recompute each layer in the backward pass
+    remat: str = "full"  # what the backward pass computes again: see REMAT
 
     @property
     def dtypes(self) -> dict[str, str]:
@@ -110,6 +115,8 @@ class ThinkerConfig:
             raise ValueError("a number of heads, or the size of a patch, is 0")
         if sum(self.text.mrope_sections) * 2 != self.text.head:
             raise ValueError(f"mrope sections {self.text.mrope_sections} do not fill a head of {self.text.head}")
+        if self.remat not in REMAT:
+            raise ValueError(f"remat is one of {', '.join(REMAT)}, not {self.remat!r}")
 
 
 SEVEN_B = ThinkerConfig()
@@ -129,6 +136,6 @@ TINY = ThinkerConfig(
 SIZES = {"7b": SEVEN_B, "3b": THREE_B, "tiny": TINY}
 
 
-def computed(config: ThinkerConfig, dtype: str, scan: bool, remat: bool = False) -> ThinkerConfig:
+def computed(config: ThinkerConfig, dtype: str, scan: bool, remat: str = "none") -> ThinkerConfig:
     """The same model computed and kept in `dtype`, with stacked (`scan`) or separate layers."""
     return replace(config, dtype=dtype, param_dtype=dtype, scan=scan, remat=remat)

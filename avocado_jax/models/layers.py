@@ -6,9 +6,13 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from avocado_jax.models.config import ThinkerConfig
+from avocado_jax.parallel.mesh import constrain
 from avocado_jax.typing import Array, Float
+
+LAYER_INPUT = "layer_input"
 
 
 class RMSNorm(nn.Module):
@@ -50,6 +54,26 @@ def gelu(x: Array) -> Array:
     return nn.gelu(x, approximate=False)
 
 
+def layer_input(x: Array) -> Array:
+    """What enters a layer: divided by rows, and under the name that `remat = "offload"` moves to the host's memory."""
+    return checkpoint_name(constrain(x, "rows"), LAYER_INPUT)
+
+
+def _kept(remat: str) -> Callable | None:
+    """The policy of `config.REMAT`: what is kept of a layer besides its input."""
+    policies = jax.checkpoint_policies
+    if remat == "dots":
+        return policies.checkpoint_dots_with_no_batch_dims
+    if remat == "offload":
+        return policies.save_and_offload_only_these_names(
+            names_which_can_be_saved=[],
+            names_which_can_be_offloaded=[LAYER_INPUT],
+            offload_src="device",
+            offload_dst="pinned_host",
+        )
+    return None
+
+
 def stack_of(layer: type[nn.Module], sizes: Mapping[str, Any], count: int, config: ThinkerConfig) -> Callable:
     """`count` layers, applied in turn: `run(x, per_layer, *shared) -> (x, outputs of each layer)`.
 
@@ -58,8 +82,8 @@ def stack_of(layer: type[nn.Module], sizes: Mapping[str, Any], count: int, confi
     come stacked; without, layer i is `layers_{i}`, `per_layer` is a sequence of `count` entries and
     outputs come as a tuple: no weight is copied out of a stack in decoding.
     """
-    if config.remat:
-        layer = nn.remat(layer, prevent_cse=not config.scan)
+    if config.remat != "none":
+        layer = nn.remat(layer, prevent_cse=not config.scan, policy=_kept(config.remat))
 
     def scanned(x: Array, per_layer: Any, *shared: Any) -> tuple[Array, Any]:
         stack = nn.scan(

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from avocado_jax.models.attention import attend, merge
 from avocado_jax.models.cache import KV, ClipCache
 from avocado_jax.models.config import TextConfig, ThinkerConfig
-from avocado_jax.models.layers import GatedMLP, RMSNorm, dense, stack_of
+from avocado_jax.models.layers import GatedMLP, RMSNorm, dense, layer_input, stack_of
 from avocado_jax.models.rope import Rope, rotate, text_rope
 from avocado_jax.typing import Array, Bool, Float, Int
 
@@ -39,6 +39,7 @@ class TextLayer(nn.Module):
         clip, so_far = own
         norms = dict(eps=text.rms_eps, dtype=self.dtype, param_dtype=self.param_dtype)
 
+        x = layer_input(x)
         y = RMSNorm(name="attention_norm", **norms)(x)
         q, k, v = (
             dense(self, heads * text.head, name)(y).reshape(rows, group, queries, heads, text.head)

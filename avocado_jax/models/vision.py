@@ -7,7 +7,7 @@ import numpy as np
 
 from avocado_jax.models.attention import attend_block
 from avocado_jax.models.config import ThinkerConfig
-from avocado_jax.models.layers import GatedMLP, RMSNorm, dense, gelu, stack_of
+from avocado_jax.models.layers import GatedMLP, RMSNorm, dense, gelu, layer_input, stack_of
 from avocado_jax.models.rope import Rope, patch_rope, rotate
 from avocado_jax.typing import Array, Bool, Float, Int, Shaped
 
@@ -30,6 +30,7 @@ class VisionLayer(nn.Module):
         valid: Bool[Array, "N W U"],
     ) -> tuple[Float[Array, "N W U D"], None]:
         norms = dict(dtype=self.dtype, param_dtype=self.param_dtype)
+        x = layer_input(x)
         y = RMSNorm(name="attention_norm", **norms)(x)
         q, k, v = (dense(self, self.width, name)(y).reshape(*y.shape[:3], self.heads, -1) for name in ("q", "k", "v"))
         q, k = (rotate(part.astype(jnp.float32), rope).astype(self.dtype) for part in (q, k))

@@ -9,8 +9,9 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from avocado_jax.parallel.mesh import ROWS
+
 T = TypeVar("T")
-ROWS = ("data", "fsdp")  # mesh axes that rows are divided over
 
 
 def rows_sharding(mesh: Mesh) -> NamedSharding:

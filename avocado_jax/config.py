@@ -1,0 +1,204 @@
+"""What a run is told: frozen dataclasses, written in a Python file, any field changed as `--a.b value`.
+
+A config file defines `config`. Fields made with `free` may differ when a run is resumed; all others decide what
+the run computes, and a run folder that holds another value is refused.
+"""
+
+import difflib
+import importlib.util
+import types
+import typing
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from avocado_jax.errors import InputError
+
+
+def free(default: Any) -> Any:
+    """A field that may change between the starts of one run: it decides how, not what, is computed."""
+    return field(default=default, metadata={"free": True})
+
+
+@dataclass(frozen=True)
+class MeshConfig:
+    """How devices are laid out; -1 once: all that are left."""
+
+    data: int = free(1)  # copies of the parameters
+    fsdp: int = free(-1)  # parts of the parameters, each with rows of its own
+    tensor: int = free(1)  # parts of heads, hidden widths and vocabulary
+    slices: int = free(1)  # pod slices joined by the data-center network: copies over them, beside `data`
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """What is learned from. Sources: a folder of `prepare`, `tfds:FOLDER:SPLIT`, or `world:LEVEL:SPLIT:SEED:CLIPS`."""
+
+    train: str = ""
+    heldout: str = ""  # its loss is measured every `eval_every` steps
+    references: int = 1  # captions a clip
+    caption_tokens: int = 1024  # longer captions are cut and counted
+    shapes: int = 8  # compiled shapes at most
+    max_lost_share: float = 0.02  # records that cannot be read, past which the run stops
+    cache_dir: str = free("")  # copies of remote shards, and measurements of tfds sources
+    workers: int = free(0)  # processes that read and decode; 0: none but this one
+    threads: int = free(2)  # rows made at once in each process
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """AdamW, linear warm-up, cosine to zero."""
+
+    lr: float = 2e-5
+    warmup: float = 0.05  # share of the steps
+    final: float = 0.0  # share of `lr` at the last step
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.1  # of matrices, not of biases and norms
+    clip_norm: float = 1.0  # of the whole gradient
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank adapters in the language model's linear maps."""
+
+    rank: int = 0  # 0: none
+    alpha: float = 16.0  # their output counts alpha / rank
+
+
+@dataclass(frozen=True)
+class SftConfig:
+    """Supervised fine-tuning on captions (paper, 4.1)."""
+
+    init: str = ""  # a checkpoint: Hugging Face folder or run
+    seed: int = 0
+    steps: int = 0  # 0: `epochs` of the data
+    epochs: float = 2.0
+    batch: int = 128  # clips a step, over all devices
+    accumulate: int = free(1)  # parts of a batch, one after the other
+    train: str = "captioner"  # "captioner": adapters and language model; "all"; "adapters"; "lora": with adapters
+    lora: LoraConfig = LoraConfig()
+    dtype: str = "bfloat16"  # of activations
+    param_dtype: str = "float32"  # of trained parameters, their gradients and moments
+    frozen_dtype: str = "bfloat16"  # of parameters that are not trained
+    remat: str = free("full")  # what the backward pass recomputes: "none", "dots", "full", "offload"
+    attention: str = free("auto")  # "auto": the platform's kernel; "plain", "splash", "cudnn"
+    mesh: MeshConfig = MeshConfig()
+    data: DataConfig = DataConfig()
+    optim: OptimConfig = OptimConfig()
+    checkpoint_every: int = free(500)  # steps
+    keep: int = free(2)  # newest checkpoints; the best by held-out loss is kept beside them
+    eval_every: int = 500  # steps; it adds to metrics.jsonl, so it is part of what the run is
+    eval_rows: int = 128  # held-out clips at most
+    samples: int = 4  # captions of held-out clips that are written at each evaluation
+    sample_tokens: int = 256  # of each at most
+    max_skipped: int = 20  # steps in a row whose gradient is not finite, after which the run stops
+    profile: tuple[int, ...] = free(())  # steps (first, last) traced by jax.profiler into RUN/profile
+    tensorboard: bool = free(True)
+    wandb: str = free("")  # a project's name; needs `pip install 'avocado-jax[wandb]'`
+
+
+def load(path: str, overrides: Sequence[str] = ()) -> Any:
+    """The `config` of a Python file, with fields changed by `["--a.b", "value", ...]` or `["--a.b=value"]`.
+
+    Raises:
+        InputError: no such file, no config in it, an unknown field, or a value of the wrong kind.
+    """
+    file = Path(path)
+    if not file.is_file():
+        raise InputError(f"{path}: no such config file")
+    spec = importlib.util.spec_from_file_location("avocado_config", file)
+    if spec is None or spec.loader is None:
+        raise InputError(f"{path}: not a Python file")
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:  # whatever the user's code raises
+        raise InputError(f"{path}: {type(error).__name__}: {error}") from error
+    config = getattr(module, "config", None)
+    if not is_dataclass(config) or isinstance(config, type):
+        raise InputError(f"{path}: defines no `config`")
+    for name, value in _pairs(overrides):
+        config = _changed(config, name, name.split("."), value)
+    return config
+
+
+def _pairs(overrides: Sequence[str]) -> Iterator[tuple[str, str]]:
+    given = iter(overrides)
+    for flag in given:
+        if not flag.startswith("--"):
+            raise InputError(f"{flag}: a field is given as --name value")
+        name, equals, value = flag[2:].partition("=")
+        if not equals and (value := next(given, None)) is None:
+            raise InputError(f"--{name}: its value is missing")
+        yield name, value
+
+
+def _changed(config: Any, name: str, path: list[str], text: str) -> Any:
+    known = typing.get_type_hints(type(config))
+    first, *rest = path
+    if first not in known:
+        every = [name for name, _, _ in flat(config)]
+        close = difflib.get_close_matches(first, list(known), 1) or difflib.get_close_matches(name, every, 1)
+        raise InputError(f"--{name}: no such field" + (f"; did you mean {close[0]}?" if close else ""))
+    held = getattr(config, first)
+    if rest and not is_dataclass(held):
+        raise InputError(f"--{name}: {first} has no fields of its own")
+    if is_dataclass(held) and not rest:
+        raise InputError(f"--{name}: give one of its fields: {', '.join(f'--{name}.{f.name}' for f in fields(held))}")
+    value = _changed(held, name, rest, text) if rest else _parsed(known[first], text, name)
+    return replace(config, **{first: value})
+
+
+def _parsed(kind: Any, text: str, name: str) -> Any:
+    """A value of the field's type."""
+    try:
+        if typing.get_origin(kind) is tuple:
+            inner = typing.get_args(kind)[0]
+            return tuple(_parsed(inner, part, name) for part in text.split(",") if part)
+        if kind is bool:
+            return {"true": True, "false": False}[text.lower()]
+        if kind is int:
+            return int(text.replace("_", ""))
+        return kind(text)
+    except (ValueError, KeyError):
+        wanted = kind.__name__ if isinstance(kind, type) and not isinstance(kind, types.GenericAlias) else str(kind)
+        raise InputError(f"--{name}: {text!r} is not of type {wanted}") from None
+
+
+def flat(config: Any, prefix: str = "") -> Iterator[tuple[str, Any, bool]]:
+    """Every field as (dotted name, value, whether it is free)."""
+    for each in fields(config):
+        value = getattr(config, each.name)
+        if is_dataclass(value):
+            yield from flat(value, f"{prefix}{each.name}.")
+        else:
+            yield f"{prefix}{each.name}", value, bool(each.metadata.get("free"))
+
+
+def as_json(config: Any) -> dict[str, Any]:
+    """The config as plain data, as `RUN/config.json` holds it."""
+    return {"kind": type(config).__name__, **asdict(config)}
+
+
+def refuse_another(config: Any, held: dict[str, Any], where: str) -> None:
+    """Compare with what a run folder was begun with.
+
+    Raises:
+        InputError: fields that are not free differ; the message names them.
+    """
+
+    def at(name: str) -> Any:
+        value: Any = held
+        for key in name.split("."):
+            value = value.get(key) if isinstance(value, dict) else None
+        return tuple(value) if isinstance(value, list) else value
+
+    decided = ((name, at(name), value) for name, value, loose in flat(config) if not loose)
+    differ = [f"{name} ({there} there, {here} here)" for name, there, here in decided if there != here]
+    if held.get("kind") != type(config).__name__:
+        differ = [f"kind ({held.get('kind')} there, {type(config).__name__} here)"]
+    if differ:
+        raise InputError(f"{where}: begun with another config: {', '.join(differ)}")
