@@ -201,7 +201,7 @@ def _together(
     rows = [row for _, row in group]
     rows += rows[-1:] * (batch - len(rows))
     try:
-        samples = caption_rows(captioner, rows, np.zeros(batch), GREEDY, how.tokens, shape=shape)
+        samples = caption_rows(captioner, rows, np.zeros(batch, np.int32), GREEDY, how.tokens, shape=shape)
     except FAILURES as error:
         return [(item, error) for item, _ in group]
     made = []

@@ -11,6 +11,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from avocado_jax.data.media import Media, Reading
 from avocado_jax.data.prompt import SYSTEM, Prompt, chat_prompt
+from avocado_jax.data.records import Record, decoded
 from avocado_jax.data.rows import Row, Shape, fit, make_row, rounded, shape_of, stack
 from avocado_jax.data.words import Words
 from avocado_jax.errors import InputError
@@ -140,7 +141,7 @@ def caption_rows(
 def _samples(
     params: Any,
     clip: Clip,
-    seed: Int[Array, ""],
+    seed: Array,  # unsigned
     numbers: Int[Array, "B"],
     banned: Bool[Array, "V"],
     *,
@@ -164,3 +165,28 @@ def _samples(
 def words(captioner: Captioner, tokens: Int[Array, "C"]) -> str:
     """The text of one caption's tokens, without its stop id."""
     return captioner.tokenizer.decode([int(token) for token in tokens if token not in captioner.stops]).strip()
+
+
+def caption_records(captioner: Captioner, records: Sequence[Record], length: int, batch: int) -> list[str | None]:
+    """The likeliest caption of each record's clip, asked the record's own question; None for one that is unreadable.
+
+    All batches have one shape, so one program is compiled as long as the records are the same.
+    """
+    rows: dict[int, Row] = {}
+    for place, record in enumerate(records):
+        try:
+            media = decoded(record, captioner.reading)
+        except InputError:
+            continue
+        rows[place] = captioner.row(media, record.fields.get("prompt"), record.fields.get("system", SYSTEM))
+    captions: list[str | None] = [None] * len(records)
+    if not rows:
+        return captions
+    shape = rounded(fit([shape_of(row.clip) for row in rows.values()]))
+    for first in range(0, len(rows), batch):
+        places = list(rows)[first : first + batch]
+        filled = [rows[place] for place in places + places[-1:] * (batch - len(places))]
+        samples = caption_rows(captioner, filled, np.zeros(batch, np.int32), GREEDY, length, shape=shape)
+        for place, tokens, count in zip(places, samples.tokens[:, 0], samples.lengths[:, 0]):
+            captions[place] = words(captioner, tokens[:count])
+    return captions

@@ -19,6 +19,7 @@ from tokenizer import special_ids, write_processor
 from transformers import Qwen2_5OmniProcessor
 
 from avocado_jax.__main__ import main
+from avocado_jax.checkpoint import load
 from avocado_jax.checkpoint.hf import open_hf
 from avocado_jax.checkpoint.hf_config import stop_ids
 from avocado_jax.checkpoint.load import open_checkpoint
@@ -160,6 +161,10 @@ def test_silence_and_draws(checkpoint, tmp_path, capsys):
     assert run(*drawn, "--seed", "1") == first
     assert run(*drawn, "--seed", "2")["token_ids"] != first["token_ids"]
     run("--dtype", "bfloat16")
+    with pytest.MonkeyPatch.context() as patch:  # without --checkpoint, the one that is shipped
+        patch.setattr(load, "SHIPPED", checkpoint)
+        assert main(["caption", str(clip), "--no-audio", "--max-new-tokens", "12", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == made
     asked = run("--prompt", "Who is there? <|im_end|>")["prompt_ids"]
     assert asked.count(STOPS[0]) == made["prompt_ids"].count(STOPS[0])  # what is spelled out stays text
 
@@ -224,6 +229,7 @@ def test_one_clip_that_fails_late_does_not_take_the_others(checkpoint, tmp_path,
 )
 def test_mistakes_get_one_line(checkpoint, tmp_path, monkeypatch, capsys, arguments, reason):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(load, "SHIPPED", tmp_path / "none")
     (tmp_path / "here.mp4").touch()
     try:
         status = main(["caption", *(one.format(hf=checkpoint) for one in arguments)])
