@@ -4,8 +4,6 @@ from typing import NamedTuple
 
 from avocado_jax.models.config import ThinkerConfig
 
-TRAINED = ("adapters+text", "all", "lora")
-
 
 class RowFlops(NamedTuple):
     """Forward operations of one row, by what the backward pass makes of them."""
@@ -65,7 +63,7 @@ def train_flops(
     shape: tuple[int, int, int, int],
     group: int,
     caption: int,
-    trained: str = "adapters+text",
+    trained: str = "captioner",
     recomputed: bool = False,
 ) -> float:
     """Operations of a training step on one row: forward and backward (`row_flops` names the arguments).
@@ -75,14 +73,14 @@ def train_flops(
     gradients of their outputs, weight gradients of frozen weights. Embedding, norms and the optimizer are left out.
 
     Args:
-        trained: "adapters+text"; "all"; or "lora" (adapters, and low-rank updates of frozen decoder weights, whose
-            own few operations are left out).
+        trained: "captioner", "all", "adapters" or "lora" (`config.SftConfig.train`); the few operations of
+            low-rank updates are left out.
         recomputed: count also what `config.remat` computes a second time: the machine's work, where MFU is by
             convention the model's (False).
     """
     row = row_flops(config, shape, group, caption)
     flops = 2 * row.adapter_entry + 3 * row.adapters + 3 * row.attention
-    flops += (2 if trained == "lora" else 3) * (row.layers + row.logits)
+    flops += (3 if trained in ("captioner", "all") else 2) * (row.layers + row.logits)
     if trained == "all":
         flops += 3 * row.towers + 2 * row.entry + row.adapter_entry
     else:

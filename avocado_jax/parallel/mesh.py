@@ -79,5 +79,11 @@ def constrain(x: Array, *axes: str | tuple[str, ...] | None) -> Array:
     return jax.lax.with_sharding_constraint(x, PartitionSpec(*parts))
 
 
+def parts_in_context() -> tuple[int, int]:
+    """Over how many parts the mesh in context divides rows, and heads; (1, 1) without a mesh."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return (1, 1) if mesh.empty else (_parts(mesh, ROWS), _parts(mesh, "tensor"))
+
+
 def _parts(mesh: jax.sharding.AbstractMesh, axis: str | tuple[str, ...]) -> int:
     return int(np.prod([mesh.shape[name] for name in ((axis,) if isinstance(axis, str) else axis)]))
