@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -12,7 +13,7 @@ import numpy as np
 
 from avocado_jax.checkpoint.hf import SAME, Entry, HfCheckpoint, copied_files, open_hf, read_json, refuse_code
 from avocado_jax.checkpoint.hf_config import declare_dtype
-from avocado_jax.checkpoint.orbax import Pieces, RunCheckpoint, open_run, row_slices, save_pieces
+from avocado_jax.checkpoint.orbax import Pieces, RunCheckpoint, fetched, open_run, row_slices, save_pieces
 from avocado_jax.checkpoint.safetensors import SHARD_BYTES, Spec, Tensor, read_header, write_shards
 from avocado_jax.errors import InputError
 from avocado_jax.progress import progress
@@ -40,10 +41,11 @@ def from_hf(source: Path, target: Path) -> None:
             specs = [Spec(name, tensor.dtype, tensor.shape) for name, tensor in checkpoint.carried.items()]
             write_shards(folder / "carried", specs, _pieces_of(checkpoint.carried.values()))
         save_pieces(folder / "checkpoints" / "0" / "params", stacks)
+        (folder / "checkpoints" / "0" / "commit_success.txt").touch()  # so that the run may be copied to a bucket
 
 
 def to_hf(
-    source: Path,
+    source: str | os.PathLike,
     target: Path,
     step: int | None = None,
     dtype: str | None = None,
@@ -60,12 +62,12 @@ def to_hf(
         InputError: no such run or step, or `target` exists.
     """
     run = open_run(source, step)
-    written = read_json(source / "source.json")
+    written = read_json(run.folder / "source.json")
     prefix = written.get("prefix") if isinstance(written, dict) else None
     if prefix not in ("", "thinker."):
-        raise InputError(f"{source / 'source.json'}: no prefix of tensor names")
+        raise InputError(f"{run.folder / 'source.json'}: no prefix of tensor names")
     carried: dict[str, Tensor] = {}
-    for path in sorted((source / "carried").glob("*.safetensors")):
+    for path in sorted(fetched(run.folder / "carried").glob("*.safetensors")):
         carried |= read_header(path)
     specs = [
         Spec(f"{prefix}{name}", DTYPES[dtype] if dtype else run.open(entry).dtype.numpy_dtype, entry.shape)
@@ -80,7 +82,7 @@ def to_hf(
         yield from _pieces_of(carried.values())
 
     with _appearing(target, sum(spec.nbytes for spec in specs)) as folder:
-        for path in copied_files(source / "hf"):
+        for path in copied_files(run.side_files):
             shutil.copyfile(path, folder / path.name)
         if dtype:
             config = declare_dtype(read_json(folder / "config.json"), dtype)

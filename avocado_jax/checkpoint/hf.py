@@ -3,7 +3,7 @@
 import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, NamedTuple
 
 import jax
@@ -145,7 +145,7 @@ def is_hf(folder: Path) -> bool:
     return (folder / "config.json").is_file() and any(folder.glob("*.safetensors*"))
 
 
-def read_json(path: Path) -> Any:
+def read_json(path: PurePath) -> Any:
     """The object in a JSON file.
 
     Raises:

@@ -1,5 +1,6 @@
 """Parameters onto devices, from either kind of folder, in the layout that decoding wants."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +15,17 @@ from avocado_jax.progress import progress
 Checkpoint = HfCheckpoint | RunCheckpoint  # both read one parameter, or one layer of it, at a time
 
 
-def open_checkpoint(folder: Path) -> Checkpoint:
-    """Open a folder in Hugging Face format, or a run (its newest finished step).
+def open_checkpoint(folder: str | os.PathLike) -> Checkpoint:
+    """Open a folder in Hugging Face format, or a run, here or gs:// (its newest finished step).
 
     Raises:
         InputError: neither, or not sound.
     """
     if is_run(folder):
         return open_run(folder)
+    if str(folder).startswith("gs://"):
+        raise InputError(f"{folder}: not a run folder")
+    folder = Path(folder)
     if is_hf(folder):
         return open_hf(folder)
     if not folder.is_dir():

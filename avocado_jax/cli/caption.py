@@ -4,7 +4,7 @@
   avocado caption a.mp4 b.mp4 --checkpoint DIR --json --temperature 0.7 --seed 3
 
 DIR is a checkpoint in Hugging Face format (Qwen2.5-Omni, AVoCaDO: the whole of it or the thinker alone) or a
-run folder (its newest finished step). With --json, one object a clip in the order given: clip, caption,
+run folder, here or gs:// (its newest finished step). With --json, one object a clip in the order given: clip, caption,
 token_ids, prompt_ids, seconds, audio; for a clip that cannot be read: clip, error. Exit status: 0, 1 if some
 clips failed, 2 if all did.
 """
@@ -36,7 +36,7 @@ from avocado_jax.sampling.logits import Sampling
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command."""
     parser.add_argument("clips", nargs="+", metavar="CLIP", help="video files")
-    parser.add_argument("--checkpoint", required=True, type=Path, metavar="DIR", help="the model (see above)")
+    parser.add_argument("--checkpoint", required=True, metavar="DIR", help="the model (see above)")
     parser.add_argument("--no-audio", action="store_true", help="look without listening")
     parser.add_argument("--prompt", default=PROMPTS[0], metavar="TEXT", help="what to ask (default: %(default)s)")
     parser.add_argument("--max-new-tokens", type=int, default=2048, metavar="N", help="default: %(default)s")

@@ -73,8 +73,8 @@ def train_flops(
     gradients of their outputs, weight gradients of frozen weights. Embedding, norms and the optimizer are left out.
 
     Args:
-        trained: "captioner", "all", "adapters" or "lora" (`config.SftConfig.train`); the few operations of
-            low-rank updates are left out.
+        trained: as configs name it: "captioner" (adapters and language model), "all", "adapters", or "lora" (adapters,
+            and low-rank updates of frozen decoder weights, whose own few operations are left out).
         recomputed: count also what `config.remat` computes a second time: the machine's work, where MFU is by
             convention the model's (False).
     """

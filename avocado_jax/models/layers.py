@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from avocado_jax.models.config import ThinkerConfig
+from avocado_jax.parallel.mesh import constrain
 from avocado_jax.typing import Array, Float
 
 LAYER_INPUT = "layer_input"
@@ -54,8 +55,8 @@ def gelu(x: Array) -> Array:
 
 
 def layer_input(x: Array) -> Array:
-    """What enters a layer, under the name that `remat = "offload"` moves to the host's memory."""
-    return checkpoint_name(x, LAYER_INPUT)
+    """What enters a layer: divided by rows, and under the name that `remat = "offload"` moves to the host's memory."""
+    return checkpoint_name(constrain(x, "rows"), LAYER_INPUT)
 
 
 def _kept(remat: str) -> Callable | None:

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from avocado_jax.models.cache import KV
-from avocado_jax.parallel.mesh import parts_in_context
+from avocado_jax.parallel.mesh import parts_of
 from avocado_jax.typing import Array, Bool, Float
 
 SCORE_BYTES = 256 * 2**20  # fp32 scores alive at once on a device; more queries than fit are taken in chunks
@@ -50,8 +50,7 @@ def attend(
         weights = jnp.exp(scores - lse[..., None]).astype(v.dtype)
         return jnp.einsum("BQKRS,BKSE->BQKRE", weights, v), lse
 
-    rows, tensor = parts_in_context()
-    chunk = max(16, SCORE_BYTES * rows * tensor // (4 * max(1, batch * heads * keys)))
+    chunk = max(16, SCORE_BYTES * parts_of("rows") * parts_of("tensor") // (4 * max(1, batch * heads * keys)))
     if queries <= chunk:
         out, lse = block(q, 0)
     else:

@@ -20,7 +20,7 @@ from jax.sharding import PartitionSpec
 
 from avocado_jax.errors import InputError
 from avocado_jax.models.cache import KV
-from avocado_jax.parallel.mesh import ROWS, parts_in_context
+from avocado_jax.parallel.mesh import ROWS, parts_of
 from avocado_jax.typing import Array, Bool, Float
 
 LANES = 128  # of the vector unit: blocks are multiples
@@ -66,7 +66,7 @@ def _splash(kind: str, q: Array, kv: KV, valid: Array | None, interpret: bool) -
     """One call of the kernel a row and a key head, in parts over the mesh: rows over its rows, heads over `tensor`."""
     rows, queries, heads, width = q.shape
     kv_heads, keys = kv.k.shape[1:3]
-    over, tensor = parts_in_context()
+    over, tensor = parts_of("rows"), parts_of("tensor")
     if heads % tensor or (tensor % kv_heads and kv_heads % tensor):
         raise InputError(f"mesh.tensor {tensor} does not divide {heads} query heads and {kv_heads} key heads evenly")
     if tensor > kv_heads:  # each chip holds a copy of the one key head that its queries read
