@@ -36,7 +36,7 @@ from avocado_jax.train.state import State, begin, state_shapes
 def model_of(config: SftConfig, held: ThinkerConfig) -> ThinkerConfig:
     """The model that a checkpoint holds, as the config computes it."""
     model = computed(held, config.dtype, scan=True, remat=config.remat)
-    return replace(model, param_dtype=config.param_dtype)
+    return replace(model, param_dtype=config.param_dtype, attention=config.attention)
 
 
 def sft_program(config: SftConfig, model: ThinkerConfig, mesh: Mesh, steps: int) -> tuple[State, Callable, Callable]:
