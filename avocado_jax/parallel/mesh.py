@@ -28,6 +28,7 @@ def start_processes(coordinator: str | None, processes: int | None, process: int
     """
     if coordinator is None and processes is None and process is None:
         return
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")  # of processes without accelerators
     times = dict(heartbeat_timeout_seconds=HEARTBEAT_SECONDS, initialization_timeout=START_SECONDS)
     if coordinator == "auto":
         jax.distributed.initialize(**times)

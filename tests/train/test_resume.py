@@ -1,0 +1,93 @@
+"""Runs that are killed, stopped, refused: the same metrics to the bit, whatever happened on the way."""
+
+import json
+import random
+import signal
+import subprocess
+import time
+from contextlib import suppress
+
+import jax
+import numpy as np
+import pytest
+from train_runs import kill
+
+
+def same_parameters(runs, name):
+    jax.tree.map(np.testing.assert_array_equal, runs.files(name), runs.files("undisturbed"))
+
+
+def test_undisturbed_run_tells_every_step(runs):
+    lines = runs.lines("undisturbed")
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
+    assert lines[-1]["loss"] < lines[0]["loss"] - 0.1
+    assert all(line["lost"] == line["skipped"] == 0 for line in lines)
+    assert ["heldout_loss" in line for line in lines] == [False, False, True, False, False, True]
+    folder = runs.folder / "undisturbed"
+    perf = json.loads((folder / "metrics.jsonl").read_text().splitlines()[1])["perf"]
+    assert {
+        "seconds",
+        "tokens_per_second",
+        "mfu",
+        "padded",
+        "input_wait",
+        "memory_bytes",
+        "compilations",
+    } == perf.keys()
+    assert 0 < perf["padded"] < 1
+    assert perf["memory_bytes"] > 1e8
+    samples = [json.loads(line) for line in (folder / "samples" / "6.jsonl").read_text().splitlines()]
+    assert samples[0]["reference"] and isinstance(samples[0]["caption"], str)  # noqa: PT018
+    assert list((folder / "tensorboard").iterdir())
+    assert json.loads((folder / "config.json").read_text())["steps"] == 6
+
+
+def test_stopped_then_killed_then_finished(runs):
+    process = runs.start("disturbed")
+    runs.until("disturbed", process, 1)
+    assert kill(process, signal.SIGTERM) == 75
+    assert len(runs.lines("disturbed")) in range(1, 6)
+    saved = [int(path.name) for path in (runs.folder / "disturbed" / "checkpoints").iterdir()]
+    assert max(saved) == len(runs.lines("disturbed"))  # it saved where it stopped, whatever checkpoint_every says
+    process = runs.start("disturbed")
+    runs.until("disturbed", process, 5)
+    kill(process)
+    with (runs.folder / "disturbed" / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 7, "lo')  # a line that was cut short
+    runs.finish("disturbed")
+    assert runs.lines("disturbed") == runs.lines("undisturbed")
+    same_parameters(runs, "disturbed")
+    runs.finish("disturbed")  # finished: nothing is left to do
+    assert runs.lines("disturbed") == runs.lines("undisturbed")
+
+
+def test_another_config_or_other_data_is_refused(runs):
+    log = runs.finish("undisturbed", "--batch", "16", "--optim.lr", "1", expect=2)
+    assert "begun with another config: batch (8 there, 16 here), optim.lr (0.003 there, 1.0 here)" in log
+    assert "Traceback" not in log
+    log = runs.finish("undisturbed", "--batches", "16", expect=2)
+    assert "did you mean batch?" in log
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("first_cached", [True, False])
+def test_killed_at_random_moments(runs, first_cached):
+    """kill -9 and SIGTERM at moments drawn over the time of a whole run: in start-up, compilation, loop and saves."""
+    draw, name, kills = random.Random(int(first_cached)), f"killed-{first_cached}", 0
+    begun = time.monotonic()
+    runs.finish("timed", cached=first_cached)
+    whole = time.monotonic() - begun
+    while kills < 10:
+        process = runs.start(name, cached=first_cached)
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=draw.uniform(0.2, 1.0) * whole)
+        if process.poll() is not None:  # it finished before the blow: begin another run
+            assert process.returncode == 0
+            assert runs.lines(name) == runs.lines("undisturbed")
+            name = f"{name}+"
+            continue
+        kills += 1
+        assert kill(process, signal.SIGTERM if kills % 5 == 0 else signal.SIGKILL) in (-9, 75)
+    runs.finish(name, cached=first_cached)
+    assert runs.lines(name) == runs.lines("undisturbed")
+    same_parameters(runs, name)

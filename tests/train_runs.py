@@ -1,0 +1,91 @@
+"""Small runs of the sft command in processes of their own, as a user starts them."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+CONFIG = """
+from avocado_jax.config import DataConfig, OptimConfig, SftConfig
+
+config = SftConfig(
+    init={init!r},
+    steps=6,
+    batch=8,
+    dtype="float32",
+    frozen_dtype="float32",
+    remat="none",
+    data=DataConfig(
+        train="world:0:train:0:20:plain", heldout="world:0:test:0:8:plain", caption_tokens=48, shapes=1, threads=1
+    ),
+    optim=OptimConfig(lr=3e-3),
+    checkpoint_every=2,
+    eval_every=3,
+    eval_rows=8,
+    samples=1,
+    sample_tokens=8,
+)
+"""
+
+
+class Runs:
+    """Starts runs of one config; `cache` keeps what XLA compiled, so that starts after the first are quick."""
+
+    def __init__(self, folder: Path, init: Path):
+        self.folder, self.cache = folder, folder / "compiled"
+        self.config = folder / "small.py"
+        self.config.write_text(CONFIG.format(init=str(init)))
+
+    def start(self, name, *fields, devices=2, processes=1, cached=True):
+        """One process, or a list of several that know each other; output goes to files."""
+        flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=1"
+        env = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
+        if cached:
+            env |= {"JAX_COMPILATION_CACHE_DIR": str(self.cache), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+        command = [sys.executable, "-m", "avocado_jax", "sft", str(self.config), "--workdir", str(self.folder / name)]
+        if processes > 1:
+            with socket.socket() as held:
+                held.bind(("127.0.0.1", 0))
+                command += ["--coordinator", f"127.0.0.1:{held.getsockname()[1]}", "--processes", str(processes)]
+        started = []
+        for number in range(processes):
+            which = ["--process", str(number)] if processes > 1 else []
+            out = (self.folder / f"{name}-{number}.log").open("a")
+            started.append(subprocess.Popen([*command, *which, *fields], env=env, stdout=out, stderr=out))
+        return started if processes > 1 else started[0]
+
+    def finish(self, name, *fields, expect=0, **options):
+        """Run to the end; gives its log."""
+        process = self.start(name, *fields, **options)
+        several = process if isinstance(process, list) else [process]
+        statuses = [one.wait(timeout=400) for one in several]
+        log = "".join((self.folder / f"{name}-{number}.log").read_text() for number in range(len(several)))
+        assert statuses == [expect] * len(several), log[-3000:]
+        return log
+
+    def lines(self, name):
+        """metrics.jsonl without what depends on the clock."""
+        text = (self.folder / name / "metrics.jsonl").read_text()
+        return [{key: value for key, value in json.loads(line).items() if key != "perf"} for line in text.splitlines()]
+
+    def until(self, name, process, step):
+        """Wait for the metrics of a step, or the end of the process."""
+        path = self.folder / name / "metrics.jsonl"
+        while process.poll() is None and not (path.exists() and path.read_text().count("\n") >= step):
+            time.sleep(0.02)
+
+    def files(self, name):
+        """The parameters of the newest step, every leaf as numpy."""
+        from avocado_jax.checkpoint.load import load_params, open_checkpoint
+
+        return load_params(open_checkpoint(self.folder / name), "float32")
+
+
+def kill(process, number=signal.SIGKILL):
+    """Send a signal and wait for the end."""
+    process.send_signal(number)
+    return process.wait(timeout=120)
