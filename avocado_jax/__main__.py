@@ -12,6 +12,7 @@ from avocado_jax.errors import InputError
 COMMANDS = {
     "caption": "describe video clips in words",
     "prepare": "turn a manifest of videos into shards to train from",
+    "sft": "fine-tune a captioner on captions",
     "convert": "take a checkpoint from Hugging Face format to Orbax, or back",
     "world": "make clips of a synthetic world with known truth, or check captions against it",
     "evaluate": "measure what a checkpoint can do",
@@ -41,7 +42,10 @@ def main(argv: list[str] | None = None) -> int:
             command.description = module.__doc__
             module.add_arguments(command)
             command.set_defaults(run=module.run)
-    args = parser.parse_args(argv)
+    args, rest = parser.parse_known_args(argv)
+    if rest and not hasattr(args, "fields"):  # commands that take a config take its fields too
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    args.fields = rest
     # At once: nothing here has a target's name before it is whole, and the same command goes on or starts anew.
     signal.signal(signal.SIGTERM, lambda *_: os._exit(75))
     try:
@@ -55,7 +59,7 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of our output has left
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except OSError as error:  # a full disk, a folder that may not be written
+    except (OSError, FloatingPointError) as error:  # a full disk, a folder that may not be written; training diverged
         print(f"avocado {args.command}: {error}", file=sys.stderr)
         return 1
 

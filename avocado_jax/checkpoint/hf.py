@@ -3,7 +3,7 @@
 import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, NamedTuple
 
 import jax
@@ -100,7 +100,8 @@ class Entry(NamedTuple):
 
 def table(config: ThinkerConfig) -> dict[str, Entry]:
     """Every modelled tensor by its name. Its entries cover each parameter, each layer of a stack, once."""
-    tree = jax.eval_shape(lambda: init(replace(config, scan=True), jax.random.key(0)))
+    plain = replace(config, scan=True, text=replace(config.text, lora=None))
+    tree = jax.eval_shape(lambda: init(plain, jax.random.key(0)))
     leaves = {
         tuple(str(key.key) for key in path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
     }
@@ -139,13 +140,17 @@ class HfCheckpoint(NamedTuple):
         """One parameter, or one layer of a stacked one, in our layout."""
         return entry.change.ours(self.tensors[entry.name].read())
 
+    def read_part(self, entry: Entry, where: tuple[slice, ...]) -> np.ndarray:
+        """A block of what `read` gives; only the pages that hold it are read."""
+        return np.ascontiguousarray(entry.change.ours(self.tensors[entry.name].mapped())[where])
+
 
 def is_hf(folder: Path) -> bool:
     """Whether `folder` looks like a checkpoint in Hugging Face format."""
     return (folder / "config.json").is_file() and any(folder.glob("*.safetensors*"))
 
 
-def read_json(path: Path) -> Any:
+def read_json(path: PurePath) -> Any:
     """The object in a JSON file.
 
     Raises:

@@ -1,29 +1,38 @@
-"""Parameters onto devices, from either kind of folder, in the layout that decoding wants; the shipped checkpoint."""
+"""Parameters onto devices, from either kind of folder: whole for decoding, or in parts over a mesh."""
 
 import hashlib
+import os
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
 
-from avocado_jax.checkpoint.hf import HfCheckpoint, is_hf, open_hf
+from avocado_jax.checkpoint.hf import Entry, HfCheckpoint, is_hf, open_hf
 from avocado_jax.checkpoint.orbax import RunCheckpoint, is_run, open_run
 from avocado_jax.errors import InputError
 from avocado_jax.progress import progress
 
+READERS = 4  # layers of a stack that are read at once
 SHIPPED = Path(__file__).parents[1] / "assets" / "captioner"
 Checkpoint = HfCheckpoint | RunCheckpoint  # both read one parameter, or one layer of it, at a time
 
 
-def open_checkpoint(folder: Path) -> Checkpoint:
-    """Open a folder in Hugging Face format, or a run (its newest finished step).
+def open_checkpoint(folder: str | os.PathLike) -> Checkpoint:
+    """Open a folder in Hugging Face format, or a run, here or gs:// (its newest finished step).
 
     Raises:
         InputError: neither, or not sound.
     """
     if is_run(folder):
         return open_run(folder)
+    if str(folder).startswith("gs://"):
+        raise InputError(f"{folder}: not a run folder")
+    folder = Path(folder)
     if is_hf(folder):
         return open_hf(folder)
     if not folder.is_dir():
@@ -74,3 +83,55 @@ def load_params(checkpoint: Checkpoint, dtype: str) -> dict[str, Any]:
             node = node.setdefault(name, {})
         node[entry.path[-1]] = jax.device_put(checkpoint.read(entry).astype(jnp.dtype(dtype)))
     return params
+
+
+def load_sharded(checkpoint: Checkpoint, like: Mapping[str, Any]) -> dict[str, Any]:
+    """Stacked parameters, born where they live: each process reads the parts that its devices hold, once.
+
+    Host memory holds one leaf's local part, and a few layers on their way into it.
+
+    Args:
+        like: the tree of ShapeDtypeStructs with shardings and the dtypes that are wanted.
+
+    Returns:
+        The same tree of arrays, without adapters (`lora_a`, `lora_b`): a checkpoint is read with them merged.
+
+    Raises:
+        InputError: the checkpoint is of another model, or its files are damaged.
+    """
+    stacks: dict[tuple[str, ...], list[Entry]] = {}
+    for entry in checkpoint.entries.values():
+        stacks.setdefault(entry.path, []).append(entry)
+    wanted = {path: leaf for path, leaf in flatten_dict(like).items() if not path[-1].startswith("lora_")}
+    if differ := sorted(stacks.keys() ^ wanted.keys()):
+        raise InputError(f"{checkpoint.folder}: of another model, which differs in {'/'.join(differ[0])}")
+    leaves = progress(list(wanted.items()), "loading parameters")
+    return unflatten_dict({path: _leaf(checkpoint, stacks[path], leaf) for path, leaf in leaves})
+
+
+def _leaf(checkpoint: Checkpoint, entries: list[Entry], like: jax.ShapeDtypeStruct) -> jax.Array:
+    """One parameter, all layers of a stacked one."""
+    stacked = int(entries[0].layer is not None)
+    indices = like.sharding.addressable_devices_indices_map(like.shape)
+    blocks = {
+        device: tuple(part.indices(size)[:2] for part, size in zip(index, like.shape))
+        for device, index in indices.items()
+    }
+    parts = {block: np.empty([end - begin for begin, end in block], like.dtype) for block in blocks.values()}
+    # Of each layer the smallest block around all of these is read, once, and cut.
+    around = [(min(begin for begin, _ in axis), max(end for _, end in axis)) for axis in zip(*parts)][stacked:]
+    where = tuple(slice(*axis) for axis in around)
+
+    def fill(entry: Entry) -> None:
+        value = checkpoint.read_part(entry, where)
+        for block, part in parts.items():
+            cut = tuple(slice(begin - low, end - low) for (begin, end), (low, _) in zip(block[stacked:], around))
+            if not stacked:
+                part[...] = value[cut]
+            elif block[0][0] <= entry.layer < block[0][1]:
+                part[entry.layer - block[0][0]] = value[cut]
+
+    with ThreadPoolExecutor(READERS) as pool:
+        list(pool.map(fill, entries))
+    arrays = [jax.device_put(parts[block], device) for device, block in blocks.items()]
+    return jax.block_until_ready(jax.make_array_from_single_device_arrays(like.shape, like.sharding, arrays))

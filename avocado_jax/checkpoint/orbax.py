@@ -3,9 +3,17 @@
 RUN/hf/            config.json, tokenizer and other side files of the checkpoint it came from, verbatim
 RUN/carried/       tensors that we do not model (talker, token2wav, ...), as safetensors
 RUN/checkpoints/STEP/params/    the parameters, stacked over layers
+
+RUN/lora.json      where adapters were trained, their rank and alpha; `lora_a` and `lora_b` lie beside the kernels
+
+RUN is local or gs://. Parameters are read with adapters merged.
 """
 
+import atexit
+import os
 import re
+import shutil
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,11 +24,13 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore as ts
+from etils import epath
 
 from avocado_jax.checkpoint.hf import Entry, read_json, table
 from avocado_jax.checkpoint.hf_config import read_config
 from avocado_jax.errors import InputError
-from avocado_jax.models.config import ThinkerConfig
+from avocado_jax.models.config import Lora, ThinkerConfig
+from avocado_jax.models.lora import merged
 
 CHUNK_BYTES = 64 * 2**20
 
@@ -79,34 +89,64 @@ def save_pieces(folder: Path, tree: Mapping[str, Any]) -> None:
         checkpointer.save(folder.absolute(), args=ocp.args.PyTreeSave(tree, save_args=args))
 
 
+def run_path(folder: str | os.PathLike) -> epath.Path:
+    """A run folder by its name, here or in a bucket (`STORAGE_EMULATOR_HOST` is honoured)."""
+    path = epath.Path(folder)
+    if not is_remote(path):
+        return path.absolute()
+    # gcsfs waits for minutes on a probe unless told not to; tensorstore has a name of its own for the emulator.
+    os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
+    if host := os.environ.get("STORAGE_EMULATOR_HOST"):
+        os.environ.setdefault("TENSORSTORE_GCS_HTTP_URL", host)
+    return path
+
+
+def is_remote(path: epath.Path) -> bool:
+    """Whether `path` lies in a bucket."""
+    return str(path).startswith("gs://")
+
+
+def fetched(folder: epath.Path) -> Path:
+    """The files of `folder` as local ones: itself, or a copy for as long as the process lives."""
+    if not is_remote(folder):
+        return Path(folder)
+    local = Path(tempfile.mkdtemp(prefix="avocado-"))
+    atexit.register(shutil.rmtree, local, ignore_errors=True)
+    for path in folder.iterdir() if folder.is_dir() else ():
+        path.copy(local / path.name)
+    return local
+
+
 class RunCheckpoint(NamedTuple):
     """One finished step of a run folder: nothing is read but metadata."""
 
-    folder: Path  # of the run
+    folder: epath.Path  # of the run
     step: int
     config: ThinkerConfig
     entries: dict[str, Entry]
+    side_files: Path  # the local folder of config.json, the tokenizer and generation settings
+    lora: Lora | None  # adapters that lie beside the kernels of the language model
 
     @property
-    def side_files(self) -> Path:
-        """The folder of config.json, the tokenizer and generation settings."""
-        return self.folder / "hf"
-
-    @property
-    def params(self) -> Path:
+    def params(self) -> epath.Path:
         """Where the parameters lie."""
         return self.folder / "checkpoints" / str(self.step) / "params"
 
     def open(self, entry: Entry) -> ts.TensorStore:
         """The stored array that holds `entry`: all layers of a stacked parameter."""
-        kvstore = {"driver": "ocdbt", "base": f"file://{self.params.absolute()}/", "path": ".".join(entry.path)}
-        with self.damage(entry):
-            array = ts.open({"driver": "zarr", "kvstore": kvstore}, read=True).result()
+        array = self._stored(entry, entry.path[-1])
         layers, one = (None, array.shape) if entry.layer is None else (array.shape[0], array.shape[1:])
         known = None if layers is None else sum(other.path == entry.path for other in self.entries.values())
         if layers != known or entry.change.shape(one, self.config) != entry.shape:
             raise InputError(f"{self.params}: {'/'.join(entry.path)} has shape {list(array.shape)}")
         return array
+
+    def _stored(self, entry: Entry, name: str) -> ts.TensorStore:
+        """The stored array of a parameter, or of one beside it."""
+        base = f"{self.params}/" if is_remote(self.params) else f"file://{self.params}/"
+        kvstore = {"driver": "ocdbt", "base": base, "path": ".".join((*entry.path[:-1], name))}
+        with self.damage(entry):
+            return ts.open({"driver": "zarr", "kvstore": kvstore}, read=True).result()
 
     @contextmanager
     def damage(self, entry: Entry) -> Iterator[None]:
@@ -119,9 +159,19 @@ class RunCheckpoint(NamedTuple):
 
     def read(self, entry: Entry) -> np.ndarray:
         """One parameter, or one layer of a stacked one, in our layout."""
+        return self.read_part(entry, ())
+
+    def read_part(self, entry: Entry, where: tuple[slice, ...]) -> np.ndarray:
+        """A block of what `read` gives; only the chunks that hold it are read."""
         array = self.open(entry)
         with self.damage(entry):
-            return (array if entry.layer is None else array[entry.layer]).read().result()
+            value = (array if entry.layer is None else array[entry.layer])[where].read().result()
+            if self.lora is None or entry.path[:2] != ("text", "layers") or entry.path[-1] != "kernel":
+                return value
+            rows, columns = where or (slice(None), slice(None))
+            a = self._stored(entry, "lora_a")[entry.layer, rows].read().result()
+            b = self._stored(entry, "lora_b")[entry.layer, :, columns].read().result()
+            return merged(value, a, b, self.lora)
 
     def read_rows(self, entry: Entry) -> Iterator[np.ndarray]:
         """An unstacked parameter in runs of rows."""
@@ -131,25 +181,30 @@ class RunCheckpoint(NamedTuple):
                 yield array[rows].read().result()
 
 
-def is_run(folder: Path) -> bool:
+def is_run(folder: str | os.PathLike) -> bool:
     """Whether `folder` looks like a run."""
-    return (folder / "checkpoints").is_dir()
+    return (run_path(folder) / "checkpoints").is_dir()
 
 
-def finished_steps(folder: Path) -> list[int]:
-    """Steps whose parameters are complete, oldest first. Orbax writes under another name until they are."""
-    names = (path.name for path in (folder / "checkpoints").glob("*") if (path / "params" / "_METADATA").is_file())
-    return sorted(int(name) for name in names if re.fullmatch(r"\d+", name))
+def finished_steps(folder: str | os.PathLike) -> list[int]:
+    """Steps that Orbax has committed, oldest first: by a rename on disk, by a file of that name in a bucket."""
+    steps, found = run_path(folder) / "checkpoints", []
+    for path in steps.iterdir() if steps.is_dir() else ():
+        committed = not is_remote(path) or (path / "commit_success.txt").is_file()
+        if re.fullmatch(r"\d+", path.name) and committed and (path / "params" / "_METADATA").is_file():
+            found.append(int(path.name))
+    return sorted(found)
 
 
-def open_run(folder: Path, step: int | None = None) -> RunCheckpoint:
+def open_run(folder: str | os.PathLike, step: int | None = None) -> RunCheckpoint:
     """Open a run at `step`, or at its newest finished one.
 
     Raises:
         InputError: no such step, or no finished one; no config beside the parameters.
     """
-    steps = finished_steps(folder)
-    if not folder.is_dir():
+    path = run_path(folder)
+    steps = finished_steps(path)
+    if not path.is_dir():
         raise InputError(f"{folder}: no such folder")
     if not steps:
         raise InputError(f"{folder}: no finished step under checkpoints/")
@@ -157,7 +212,9 @@ def open_run(folder: Path, step: int | None = None) -> RunCheckpoint:
         step = steps[-1]
     if step not in steps:
         raise InputError(f"{folder}: no finished step {step}; there are {', '.join(map(str, steps))}")
-    metadata = folder / "checkpoints" / str(step) / "params" / "_METADATA"
+    metadata = path / "checkpoints" / str(step) / "params" / "_METADATA"
     tied = "('head',)" not in read_json(metadata).get("tree_metadata", {})
-    config = read_config(read_json(folder / "hf" / "config.json"), tied)
-    return RunCheckpoint(folder, step, config, table(config))
+    side_files = fetched(path / "hf")
+    config = read_config(read_json(side_files / "config.json"), tied)
+    lora = Lora(**read_json(path / "lora.json")) if (path / "lora.json").is_file() else None
+    return RunCheckpoint(path, step, config, table(config), side_files, lora)

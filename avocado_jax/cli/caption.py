@@ -4,7 +4,7 @@
   avocado caption a.mp4 b.mp4 --checkpoint DIR --json --temperature 0.7 --seed 3
 
 DIR is a checkpoint in Hugging Face format (Qwen2.5-Omni, AVoCaDO: the whole of it or the thinker alone) or a
-run folder (its newest finished step). With --json, one object a clip in the order given: clip, caption,
+run folder, here or gs:// (its newest finished step). With --json, one object a clip in the order given: clip, caption,
 token_ids, prompt_ids, seconds, audio; for a clip that cannot be read: clip, error. Exit status: 0, 1 if some
 clips failed, 2 if all did.
 """

@@ -21,8 +21,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     ways = parser.add_subparsers(dest="way", required=True, metavar="from-hf|to-hf")
     there = ways.add_parser("from-hf", help="a checkpoint in Hugging Face format to a run folder, at step 0")
     back = ways.add_parser("to-hf", help="a run folder to a checkpoint that transformers loads")
+    there.add_argument("source", type=Path, metavar="SRC")
+    back.add_argument("source", metavar="SRC", help="local or gs://")
     for way in (there, back):
-        way.add_argument("source", type=Path, metavar="SRC")
         way.add_argument("target", type=Path, metavar="DST", help="must not exist")
     back.add_argument("--step", type=int, metavar="N", help="default: the newest finished step")
     back.add_argument("--dtype", choices=sorted(DTYPES), help="default: as stored")

@@ -108,6 +108,15 @@ class Shards:
 FAULTS = (OSError, RuntimeError, ValueError)
 
 
+def prepared_reading(folder: str) -> Reading:
+    """How the clips of a prepared folder were sampled. Raises as `open_shards`."""
+    where = storage.join(folder, "manifest.json")
+    try:
+        return Reading(**json.loads(storage.read(where))["reading"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{where}: not what `prepare` writes ({error})") from error
+
+
 def open_shards(
     folder: str, reading: Reading, cache_dir: Path | None = None, patience: float = storage.PATIENCE
 ) -> Shards:

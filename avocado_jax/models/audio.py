@@ -3,9 +3,9 @@
 import flax.linen as nn
 import jax.numpy as jnp
 
-from avocado_jax.models.attention import attend_block
+from avocado_jax.models.attention import backend
 from avocado_jax.models.config import ThinkerConfig
-from avocado_jax.models.layers import dense, gelu, stack_of
+from avocado_jax.models.layers import dense, gelu, layer_input, stack_of
 from avocado_jax.models.rope import sinusoids
 from avocado_jax.typing import Array, Bool, Float, Int
 
@@ -16,6 +16,7 @@ class AudioLayer(nn.Module):
     width: int
     heads: int
     ffn: int
+    attention: str
     dtype: str
     param_dtype: str
 
@@ -23,12 +24,13 @@ class AudioLayer(nn.Module):
     def __call__(
         self, x: Float[Array, "N U D"], own: None, valid: Bool[Array, "N U"]
     ) -> tuple[Float[Array, "N U D"], None]:
+        x = layer_input(x)
         y = layer_norm(self, "attention_norm")(x)
         q, k, v = (
             dense(self, self.width, name, bias=name != "k")(y).reshape(*y.shape[:2], self.heads, -1)
             for name in ("q", "k", "v")
         )
-        mixed = attend_block(q, k, v, valid)
+        mixed = backend(self.attention, self.dtype, q.shape[1]).attend_block(q, k, v, valid)
         x = x + dense(self, self.width, "out")(mixed.reshape(y.shape))
         y = gelu(dense(self, self.ffn, "up")(layer_norm(self, "mlp_norm")(x)))
         return x + dense(self, self.width, "down")(y), None
@@ -54,7 +56,7 @@ class AudioTower(nn.Module):
         x = x + sinusoids(audio.window, audio.width).astype(dtype)
         valid = jnp.arange(audio.window) < ((length - 1) // 2 + 1)[:, None]
 
-        sizes = dict(width=audio.width, heads=audio.heads, ffn=audio.ffn, **dtypes)
+        sizes = dict(width=audio.width, heads=audio.heads, ffn=audio.ffn, attention=self.config.attention, **dtypes)
         run = stack_of(AudioLayer, sizes, audio.layers, self.config)
         x, _ = run(x, None, valid)
         x = (x[:, 0::2] + x[:, 1::2]) / 2

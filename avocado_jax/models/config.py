@@ -51,6 +51,19 @@ class VisionConfig:
 
 
 @dataclass(frozen=True)
+class Lora:
+    """Low-rank adapters beside the kernels of the language model's layers."""
+
+    rank: int = 16
+    alpha: float = 16.0
+
+    @property
+    def scale(self) -> float:
+        """What the output of an adapter is multiplied with."""
+        return self.alpha / self.rank
+
+
+@dataclass(frozen=True)
 class TextConfig:
     """The language model: Qwen2.5 with TMRoPE."""
 
@@ -65,6 +78,7 @@ class TextConfig:
     rope_theta: float = 1e6
     mrope_sections: tuple[int, ...] = (16, 24, 24)  # frequencies that turn with time, height, width
     tied: bool = False  # the embedding is the output matrix too
+    lora: Lora | None = None  # of a run that trains adapters; a checkpoint is read with them merged
 
 
 @dataclass(frozen=True)
@@ -80,6 +94,13 @@ class TokenIds:
     audio_end: int = 151648
 
 
+# The platform's kernel ("splash" on TPU, "cudnn" on GPU in half precision, "plain" elsewhere), or one by name.
+ATTENTION = ("auto", "plain", "splash", "cudnn")
+# What a layer keeps for the backward pass: everything; its input only; its input and products with weights; its
+# input only, and that in the host's memory.
+REMAT = ("none", "full", "dots", "offload")
+
+
 @dataclass(frozen=True)
 class ThinkerConfig:
     """One thinker: three towers, how they are computed, and what their checkpoint says about prompts."""
@@ -93,7 +114,8 @@ class ThinkerConfig:
     dtype: str = "float32"  # of activations; reductions are fp32 whatever it is
     param_dtype: str = "float32"
     scan: bool = True  # one stacked layer under a scan (training), or separate layers (decoding: platform.md)
-    remat: bool = True  # recompute each layer in the backward pass
+    attention: str = "auto"  # of whole sequences: see ATTENTION
+    remat: str = "full"  # what the backward pass computes again: see REMAT
 
     @property
     def dtypes(self) -> dict[str, str]:
@@ -110,6 +132,12 @@ class ThinkerConfig:
             raise ValueError("a number of heads, or the size of a patch, is 0")
         if sum(self.text.mrope_sections) * 2 != self.text.head:
             raise ValueError(f"mrope sections {self.text.mrope_sections} do not fill a head of {self.text.head}")
+        if self.attention not in ATTENTION:
+            raise ValueError(f"attention is one of {', '.join(ATTENTION)}, not {self.attention!r}")
+        if self.attention == "cudnn" and self.dtype not in ("bfloat16", "float16"):
+            raise ValueError(f"attention = cudnn needs dtype bfloat16, not {self.dtype}")
+        if self.remat not in REMAT:
+            raise ValueError(f"remat is one of {', '.join(REMAT)}, not {self.remat!r}")
 
 
 SEVEN_B = ThinkerConfig()
@@ -129,6 +157,6 @@ TINY = ThinkerConfig(
 SIZES = {"7b": SEVEN_B, "3b": THREE_B, "tiny": TINY}
 
 
-def computed(config: ThinkerConfig, dtype: str, scan: bool, remat: bool = False) -> ThinkerConfig:
+def computed(config: ThinkerConfig, dtype: str, scan: bool, remat: str = "none") -> ThinkerConfig:
     """The same model computed and kept in `dtype`, with stacked (`scan`) or separate layers."""
     return replace(config, dtype=dtype, param_dtype=dtype, scan=scan, remat=remat)

@@ -7,9 +7,14 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
-from avocado_jax.models.config import ThinkerConfig
+from avocado_jax.models.config import Lora, ThinkerConfig
+from avocado_jax.models.lora import LoraDense
+from avocado_jax.parallel.mesh import constrain
 from avocado_jax.typing import Array, Float
+
+LAYER_INPUT = "layer_input"
 
 
 class RMSNorm(nn.Module):
@@ -34,21 +39,43 @@ class GatedMLP(nn.Module):
     bias: bool
     dtype: str
     param_dtype: str
+    lora: Lora | None = None
 
     @nn.compact
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
-        hidden = nn.silu(dense(self, self.ffn, "gate", self.bias)(x)) * dense(self, self.ffn, "up", self.bias)(x)
-        return dense(self, x.shape[-1], "down", self.bias)(hidden)
+        gate, up = (dense(self, self.ffn, name, self.bias, self.lora)(x) for name in ("gate", "up"))
+        return dense(self, x.shape[-1], "down", self.bias, self.lora)(nn.silu(gate) * up)
 
 
-def dense(module: Any, features: int, name: str, bias: bool = True) -> nn.Dense:
-    """A linear layer in the dtypes of the module that holds it."""
-    return nn.Dense(features, use_bias=bias, dtype=module.dtype, param_dtype=module.param_dtype, name=name)
+def dense(module: Any, features: int, name: str, bias: bool = True, lora: Lora | None = None) -> nn.Module:
+    """A linear layer in the dtypes of the module that holds it, with an adapter where `lora` is given."""
+    given = dict(use_bias=bias, dtype=module.dtype, param_dtype=module.param_dtype, name=name)
+    return nn.Dense(features, **given) if lora is None else LoraDense(features, **given, lora=lora)
 
 
 def gelu(x: Array) -> Array:
     """The exact (erf) GELU: the checkpoints were trained with it."""
     return nn.gelu(x, approximate=False)
+
+
+def layer_input(x: Array) -> Array:
+    """What enters a layer: divided by rows, and under the name that `remat = "offload"` moves to the host's memory."""
+    return checkpoint_name(constrain(x, "rows"), LAYER_INPUT)
+
+
+def _kept(remat: str) -> Callable | None:
+    """The policy of `config.REMAT`: what is kept of a layer besides its input."""
+    policies = jax.checkpoint_policies
+    if remat == "dots":
+        return policies.checkpoint_dots_with_no_batch_dims
+    if remat == "offload":
+        return policies.save_and_offload_only_these_names(
+            names_which_can_be_saved=[],
+            names_which_can_be_offloaded=[LAYER_INPUT],
+            offload_src="device",
+            offload_dst="pinned_host",
+        )
+    return None
 
 
 def stack_of(layer: type[nn.Module], sizes: Mapping[str, Any], count: int, config: ThinkerConfig) -> Callable:
@@ -59,8 +86,8 @@ def stack_of(layer: type[nn.Module], sizes: Mapping[str, Any], count: int, confi
     come stacked; without, layer i is `layers_{i}`, `per_layer` is a sequence of `count` entries and
     outputs come as a tuple: no weight is copied out of a stack in decoding.
     """
-    if config.remat:
-        layer = nn.remat(layer, prevent_cse=not config.scan)
+    if config.remat != "none":
+        layer = nn.remat(layer, prevent_cse=not config.scan, policy=_kept(config.remat))
 
     def scanned(x: Array, per_layer: Any, *shared: Any) -> tuple[Array, Any]:
         stack = nn.scan(

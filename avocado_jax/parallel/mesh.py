@@ -65,19 +65,20 @@ def make_mesh(data: int, fsdp: int, tensor: int, slices: int = 1, devices: list 
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
-def constrain(x: Array, *axes: str | tuple[str, ...] | None) -> Array:
-    """Divide an activation over mesh axes, one entry a dimension: "rows" is data and fsdp together.
+def parts_of(axis: str | tuple[str, ...]) -> int:
+    """How many parts an axis ("rows": data and fsdp together) makes on the mesh in use; 1 where there is none."""
+    mesh = jax.sharding.get_abstract_mesh()
+    names = ROWS if axis == "rows" else (axis,) if isinstance(axis, str) else axis
+    return 1 if mesh.empty else int(np.prod([mesh.shape[name] for name in names]))
+
+
+def constrain(x: Array, *axes: str | None) -> Array:
+    """Divide an activation over mesh axes, one entry a leading dimension; those not named stay whole.
 
     Holds inside `jax.set_mesh`; without a mesh there is nothing to divide. Dimensions that an axis does not divide
-    evenly stay whole.
+    evenly stay whole too.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
+    if jax.sharding.get_abstract_mesh().empty:
         return x
-    named = [ROWS if axis == "rows" else axis for axis in axes]
-    parts = [axis if axis and size % _parts(mesh, axis) == 0 else None for axis, size in zip(named, x.shape)]
-    return jax.lax.with_sharding_constraint(x, PartitionSpec(*parts))
-
-
-def _parts(mesh: jax.sharding.AbstractMesh, axis: str | tuple[str, ...]) -> int:
-    return int(np.prod([mesh.shape[name] for name in ((axis,) if isinstance(axis, str) else axis)]))
+    parts = [axis if axis and size % parts_of(axis) == 0 else None for axis, size in zip(axes, x.shape, strict=False)]
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(*(ROWS if axis == "rows" else axis for axis in parts)))

@@ -266,7 +266,7 @@ def test_captions_of_a_group_are_separate_rows(reference):
 
 def test_stacked_layers_compute_what_separate_ones_do(reference):
     _, params = reference
-    scanned = computed(TINY, "float32", scan=True, remat=True)
+    scanned = computed(TINY, "float32", scan=True, remat="full")
     _, _, clip = batch("sound")
     captions = random_captions(clip, [[5, 8]])
     stacked = stack_layers(params)
@@ -302,7 +302,7 @@ def stack_layers(tree):
 
 def test_no_array_holds_the_vocabulary_for_every_clip_token():
     """Neither in the forward nor in the backward pass."""
-    config = computed(TINY, "float32", scan=True, remat=True)
+    config = computed(TINY, "float32", scan=True, remat="full")
     clip, captions = example(config, rows=1, group=2)
     clip = clip._replace(
         **{

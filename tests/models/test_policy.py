@@ -1,5 +1,6 @@
 """What the config says of computation: dtypes, remat; and the counting of work."""
 
+from dataclasses import replace
 from functools import partial
 
 import jax
@@ -8,9 +9,18 @@ import numpy as np
 import pytest
 from reference import random_media, rows_of
 
+from avocado_jax.data import plan
 from avocado_jax.data.rows import shape_of, stack
-from avocado_jax.models.config import SEVEN_B, TINY, computed
-from avocado_jax.models.flops import audio_flops, decode_bytes, kv_bytes, text_flops, vision_flops
+from avocado_jax.models.config import REMAT, SEVEN_B, TINY, computed
+from avocado_jax.models.flops import (
+    audio_flops,
+    decode_bytes,
+    kv_bytes,
+    row_flops,
+    text_flops,
+    train_flops,
+    vision_flops,
+)
 from avocado_jax.models.thinker import Thinker, example, init
 
 
@@ -74,12 +84,28 @@ def test_bf16_is_near_fp32():
     assert difference.max() <= 0.03 * np.abs(embed["float32"]).max()
 
 
-@pytest.mark.parametrize("remat", [True, False])
+@pytest.mark.parametrize("remat", REMAT)
 @pytest.mark.parametrize("scan", [True, False])
 def test_layers_are_recomputed_where_the_config_says_so(scan, remat):
     names = {equation.primitive.name for equation in equations(traced(computed(TINY, "float32", scan, remat)).jaxpr)}
-    assert ("remat2" in names or "checkpoint" in names or "remat" in names) == remat
+    assert ("remat2" in names or "checkpoint" in names or "remat" in names) == (remat != "none")
     assert ("scan" in names) == scan
+
+
+def test_what_is_kept_changes_no_gradient():
+    clip, captions = (zeros(part) for part in example(TINY, rows=2, group=2))
+    params = jax.jit(partial(init, computed(TINY, "float32", scan=True)))(jax.random.key(0))
+
+    def gradients(remat):
+        model = Thinker(computed(TINY, "float32", True, remat))
+        return jax.jit(jax.grad(lambda params: jnp.sum(jnp.sin(model.apply({"params": params}, clip, captions)))))(
+            params
+        )
+
+    expected, *others = map(gradients, REMAT)
+    for found in others:
+        for one, other in zip(*map(jax.tree.leaves, (found, expected))):
+            np.testing.assert_allclose(one, other, atol=1e-5 * max(1, np.abs(other).max()))
 
 
 def test_counts_are_those_of_the_published_sizes():
@@ -92,3 +118,22 @@ def test_counts_are_those_of_the_published_sizes():
     assert kv_bytes(SEVEN_B, 2) == 57_344
     weights = 2 * (7_070_619_136 - 544_997_376 + 544_997_376)  # layers and output matrix; norms and biases are small
     assert decode_bytes(SEVEN_B, 0, 8, 0, 2) == pytest.approx(weights, rel=1e-3)
+
+
+def test_a_training_step_is_counted_from_its_parts():
+    """Forward is what the input side counts; the backward pass costs each part what its gradients need."""
+    shape, group, caption = (16384, 29, 40, 15), 2, 640
+    row = row_flops(SEVEN_B, shape, group, caption)
+    assert row.total == pytest.approx(plan.row_flops(np.array([(*shape, caption)]), group, SEVEN_B)[0], rel=1e-9)
+    text = row.layers + row.attention + row.logits
+    frozen = train_flops(SEVEN_B, shape, group, caption)
+    assert frozen == pytest.approx(
+        3 * text + 3 * row.adapters + 2 * row.adapter_entry + row.towers + row.entry, rel=1e-12
+    )
+    whole = train_flops(SEVEN_B, shape, group, caption, "all")
+    assert whole == pytest.approx(3 * row.total - row.entry, rel=1e-12)
+    lora = train_flops(SEVEN_B, shape, group, caption, "lora")
+    assert frozen - lora == pytest.approx(row.layers + row.logits, rel=1e-12)
+    for remat, again in (("none", 0), ("dots", row.attention), ("full", row.attention + row.layers)):
+        config = replace(SEVEN_B, remat=remat)
+        assert train_flops(config, shape, group, caption, recomputed=True) - frozen == pytest.approx(again, rel=1e-9)

@@ -1,0 +1,39 @@
+"""Supervised fine-tuning of a captioner.
+
+  avocado sft configs/world_tiny.py --workdir runs/world_tiny
+  avocado sft configs/sft_7b.py --workdir gs://bucket/run --init CHECKPOINT --data.train gs://bucket/shards
+
+The same command starts, resumes and finishes a run: killed at any moment, it goes on from its newest checkpoint and
+ends with the same metrics to the bit. SIGTERM ends the step, saves and exits 75. Any field of the config is changed
+as `--a.b value`; avocado_jax/config.py says what each is. Of several processes each is started with the same command
+and its own `--process`; on a TPU pod `--coordinator auto` is enough.
+
+RUN/metrics.jsonl has a line a step; RUN/checkpoints is what `caption`, `evaluate` and `convert to-hf` read.
+"""
+
+import argparse
+
+from avocado_jax.config import SftConfig, load
+from avocado_jax.errors import InputError
+from avocado_jax.parallel.mesh import start_processes
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command; what it does not know are fields of the config."""
+    parser.add_argument("config", metavar="CONFIG", help="a Python file that defines `config`, as in configs/")
+    parser.add_argument("--workdir", metavar="RUN", required=True, help="folder of the run, local or gs://")
+    parser.add_argument("--coordinator", metavar="HOST:PORT", help="of process 0; auto: known to the platform")
+    parser.add_argument("--processes", type=int, metavar="N", help="how many there are")
+    parser.add_argument("--process", type=int, metavar="I", help="which this is, from 0")
+    parser.set_defaults(fields=[])
+
+
+def run(args: argparse.Namespace) -> int:
+    """Train."""
+    config = load(args.config, args.fields)
+    if not isinstance(config, SftConfig):
+        raise InputError(f"{args.config}: a {type(config).__name__}; sft takes an SftConfig")
+    start_processes(args.coordinator, args.processes, args.process)
+    from avocado_jax.train.run import sft  # after the processes have met: it may touch devices
+
+    return sft(config, args.workdir)

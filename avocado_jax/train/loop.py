@@ -1,0 +1,127 @@
+"""The training loop: feed, measure, save, resume. It knows nothing of what a step computes.
+
+Everything outside "perf" is a function of the config: a run that was killed at any moment and started again writes
+the same metrics to the bit. Hence the order at a checkpoint: the metrics of its step are on disk before it is.
+"""
+
+import math
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+from jax.sharding import Mesh
+
+from avocado_jax.checkpoint.training import Checkpoints
+from avocado_jax.data.pipeline import Batch
+from avocado_jax.parallel.place import place
+from avocado_jax.train.metrics import Log, Meter, Teller
+from avocado_jax.train.state import State
+from avocado_jax.train.stop import Stop
+
+
+class Job(NamedTuple):
+    """What the loop runs.
+
+    Attributes:
+        steps: of the whole run.
+        batches: this host's batches from a step on.
+        step: (state, batch on the mesh) -> (state, scalar metrics), jitted.
+        evaluate: (state, step) -> entries for the step's line of metrics, such as `heldout_loss`.
+        flops: model FLOPs of a batch on all devices.
+        rows: how many rows of a step the plan asks for, by its number from 0.
+        position: what a checkpoint says of the run beside its step.
+    """
+
+    steps: int
+    batches: Callable[[int], Iterator[Batch]]
+    step: Callable[[State, Batch], tuple[State, dict[str, jax.Array]]]
+    evaluate: Callable[[State, int], dict[str, Any]]
+    flops: Callable[[Batch], float]
+    rows: Callable[[int], int]
+    position: dict[str, Any]
+    checkpoint_every: int
+    eval_every: int
+    max_skipped: int
+    profile: tuple[int, ...]
+
+
+class _Pending(NamedTuple):
+    """A step that was dispatched, its metrics not yet fetched."""
+
+    number: int  # steps finished with it
+    batch: Batch
+    metrics: dict[str, jax.Array]
+    stop: jax.Array | bool
+    input_wait: float
+
+
+def train(job: Job, state: State, mesh: Mesh, checkpoints: Checkpoints, log: Log, profile_to: str) -> int:
+    """Run from `state.step` to the end. Returns 0, or 75 when it was asked to stop and has saved.
+
+    Raises:
+        FloatingPointError: `max_skipped` steps in a row had no finite gradient.
+        OSError: a checkpoint cannot be saved; those before it are whole.
+    """
+    meter, teller, stop = Meter(), Teller(job.steps), Stop(mesh)
+    pending: _Pending | None = None
+    first = int(state.step)
+
+    def due(number: int, every: int) -> bool:
+        return number == job.steps or (every > 0 and number % every == 0)
+
+    def finish(done: _Pending, more: dict[str, Any]) -> bool:
+        """Fetch, write and judge a step; whether all processes are to stop behind it."""
+        batch, scalars = done.batch, {name: value.item() for name, value in jax.device_get(done.metrics).items()}
+        scalars["lost"] = job.rows(done.number - 1) - scalars.pop("rows")
+        tokens = scalars["tokens"] + scalars["clip_tokens"]
+        perf = meter.perf(tokens, job.flops(batch), batch.padded, done.input_wait)
+        line = {"step": done.number, "epoch": batch.epoch, **_finite(scalars | more), "perf": perf}
+        log.write(line)
+        teller.tell(line)
+        for lost in batch.lost:
+            print(f"step {done.number}: {lost.id} is lost: {lost.reason}", file=sys.stderr)
+        if scalars["skipped_in_row"] >= job.max_skipped:
+            raise FloatingPointError(f"{job.max_skipped} steps in a row without a finite gradient; last: {done.number}")
+        return bool(done.stop)
+
+    stream = place(job.batches(first), mesh)
+    try:
+        for number in range(first + 1, job.steps + 1):
+            # --- dispatch a step, and fetch the metrics of the one before while it runs
+            begun = time.perf_counter()
+            batch = next(stream)
+            waited = time.perf_counter() - begun
+            if job.profile and number == job.profile[0]:
+                jax.profiler.start_trace(profile_to)
+            state, metrics = job.step(state, batch)
+            asked = pending is not None and finish(pending, {})
+            told = batch._replace(clip=None, captions=None)  # the arrays are the step's, and free to go
+            pending = _Pending(number, told, metrics, stop.flag(), waited)
+
+            # --- where something hangs on this very step, fetch it too
+            if job.profile and number == job.profile[-1]:
+                jax.block_until_ready(metrics)
+                jax.profiler.stop_trace()
+            evaluated = due(number, job.eval_every)
+            if evaluated or asked or due(number, job.checkpoint_every):
+                more = job.evaluate(state, number) if evaluated else {}
+                asked |= finish(pending, more)
+                pending = None
+                log.flush()
+                if asked or due(number, job.checkpoint_every):
+                    rest = state._replace(params=None)
+                    checkpoints.save(number, state.params, rest, job.position, more.get("heldout_loss"))
+            if asked:
+                return 75 if number < job.steps else 0
+        return 0
+    finally:
+        stream.close()
+        log.close()
+        checkpoints.close()
+
+
+def _finite(scalars: dict[str, Any]) -> dict[str, Any]:
+    """JSON has no NaN: null stands for it."""
+    return {name: value if math.isfinite(value) else None for name, value in scalars.items()}

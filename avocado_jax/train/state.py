@@ -1,0 +1,87 @@
+"""What training carries from step to step, and which of its parameters are trained."""
+
+import re
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from avocado_jax.errors import InputError
+from avocado_jax.models.config import ThinkerConfig
+from avocado_jax.models.thinker import init
+from avocado_jax.parallel.rules import path_of, shardings
+from avocado_jax.typing import Array, Int
+
+TRAINED = {  # what `train` in a config names: paths of parameters
+    "captioner": r"text/.*|embedding|head|vision/merger/.*|audio/proj/.*",  # paper, 4.1: the encoders are frozen
+    "all": r".*",
+    "adapters": r"vision/merger/.*|audio/proj/.*",
+    "lora": r".*/lora_[ab]|vision/merger/.*|audio/proj/.*",
+}
+
+
+class State(NamedTuple):
+    """The training state. `optimizer` has moments for trained parameters only."""
+
+    step: Int[Array, ""]  # finished steps, skipped ones too
+    params: Any  # stacked layers, trained and frozen
+    optimizer: Any
+    skipped: Int[Array, ""]  # steps whose gradient was not finite
+    in_row: Int[Array, ""]  # of them, the last without a good one between
+
+
+def split(params: Any, train: str) -> tuple[Any, Any]:
+    """A tree of parameters as two: those that are trained, and those that are not."""
+    pattern, flat = re.compile(TRAINED[train]), flatten_dict(params, sep="/")
+    trained = {path: leaf for path, leaf in flat.items() if pattern.fullmatch(path)}
+    frozen = {path: leaf for path, leaf in flat.items() if path not in trained}
+    return unflatten_dict(trained, sep="/"), unflatten_dict(frozen, sep="/")
+
+
+def join(trained: Any, frozen: Any) -> Any:
+    """The tree that `split` took apart."""
+    return unflatten_dict(flatten_dict(trained, sep="/") | flatten_dict(frozen, sep="/"), sep="/")
+
+
+def begin(params: Any, optimizer: optax.GradientTransformation, train: str) -> State:
+    """The state before the first step."""
+    zeros = (jnp.zeros((), jnp.int32) for _ in range(3))
+    return State(next(zeros), params, optimizer.init(split(params, train)[0]), *zeros)
+
+
+def state_shapes(
+    model: ThinkerConfig, train: str, frozen_dtype: str, optimizer: optax.GradientTransformation, mesh: Mesh
+) -> State:
+    """The state as ShapeDtypeStructs with shardings: what is compiled, loaded and restored follows it.
+
+    Moments lie as their parameters do; scalars are on every device.
+
+    Raises:
+        InputError: `train` names nothing that we know.
+    """
+    if train not in TRAINED:
+        raise InputError(f"train: {train!r} is none of {', '.join(TRAINED)}")
+    pattern = re.compile(TRAINED[train])
+    params = jax.eval_shape(partial(init, model), jax.random.key(0))
+
+    def placed(keys: tuple, leaf: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
+        dtype = leaf.dtype if pattern.fullmatch(path_of(keys)) else jnp.dtype(frozen_dtype)
+        return jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=sharding)
+
+    params = jax.tree_util.tree_map_with_path(placed, params, shardings(params, mesh))
+    state = jax.eval_shape(partial(begin, optimizer=optimizer, train=train), params)
+    whole = NamedSharding(mesh, PartitionSpec())
+
+    known = {path: leaf.sharding for path, leaf in flatten_dict(params, sep="/").items()}
+
+    def of_moment(keys: tuple, leaf: Any) -> jax.ShapeDtypeStruct:
+        # A moment's path in the optimizer ends with that of its parameter.
+        path = "/".join(key.key for key in keys if isinstance(key, jax.tree_util.DictKey))
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=known.get(path, whole))
+
+    rest = jax.tree_util.tree_map_with_path(of_moment, state._replace(params=None))
+    return rest._replace(params=params)

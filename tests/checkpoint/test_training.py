@@ -1,0 +1,276 @@
+"""Training checkpoints: any mesh to any other, to the bit; killed, out of space, in a bucket, over processes."""
+
+import random
+import resource
+import signal
+import textwrap
+import time
+from functools import partial
+from pathlib import Path
+
+import gcs
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from processes import several, start
+
+from avocado_jax.checkpoint.orbax import finished_steps
+from avocado_jax.checkpoint.training import Checkpoints
+from avocado_jax.errors import InputError
+
+AXES = ("data", "fsdp", "tensor")
+
+
+def mesh_of(*sizes):
+    """A mesh of the first devices."""
+    return Mesh(np.array(jax.devices()[: int(np.prod(sizes))]).reshape(sizes), AXES)
+
+
+def values(step=0, rows=16):
+    """Parameters and the rest, as host arrays: float32, bfloat16 and counters, all of them different every step."""
+    rng = np.random.default_rng(step)
+    params = {
+        "text": {
+            "layers": {
+                "q": {"kernel": rng.standard_normal((3, rows, 8)).astype(np.float32)},
+                "norm": {"scale": rng.standard_normal((3, 8)).astype(jnp.bfloat16)},
+            },
+        },
+        "embedding": rng.standard_normal((64, rows)).astype(jnp.bfloat16),
+    }
+    moments = jax.tree.map(lambda leaf: rng.standard_normal(leaf.shape).astype(np.float32), params)
+    adam = optax.ScaleByAdamState(np.int32(step), moments, jax.tree.map(lambda x: x * 2, moments))
+    return params, {"optimizer": (optax.EmptyState(), adam), "skipped": np.int32(3), "tokens": np.uint32(2**31 + step)}
+
+
+def specs(tree):
+    """Matrices over fsdp and tensor, all else whole."""
+    spec = {3: PartitionSpec(None, "fsdp", "tensor"), 2: PartitionSpec(None, ("data", "fsdp", "tensor"))}
+    return jax.tree.map(lambda leaf: spec[leaf.ndim] if leaf.ndim in spec else PartitionSpec(), tree)
+
+
+def placed(tree, mesh):
+    """Host arrays onto a mesh."""
+    put = lambda leaf, spec: jax.make_array_from_callback(  # noqa: E731
+        np.shape(leaf), NamedSharding(mesh, spec), partial(lambda whole, where: np.asarray(whole)[where], leaf)
+    )
+    return jax.tree.map(put, tree, specs(tree))
+
+
+def like(tree, mesh):
+    """What to restore a tree as."""
+    return jax.tree.map(
+        lambda leaf, spec: jax.ShapeDtypeStruct(np.shape(leaf), leaf.dtype, sharding=NamedSharding(mesh, spec)),
+        tree,
+        specs(tree),
+    )
+
+
+def same(ours, theirs):
+    """Equal structure, dtypes and bits."""
+    assert jax.tree.structure(ours) == jax.tree.structure(theirs)
+    for x, y in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs)):
+        assert x.dtype == y.dtype
+        assert np.array_equal(np.asarray(x).reshape(-1).view(np.uint8), np.asarray(y).reshape(-1).view(np.uint8))
+
+
+def save(checkpoints, step, mesh=None, **kwargs):
+    """Save the values of a step."""
+    params, rest = (placed(tree, mesh or mesh_of(1, 4, 2)) for tree in values(step))
+    checkpoints.save(step, params, rest, {"step": step, "digest": "d"}, **kwargs)
+
+
+def restores(checkpoints, step, mesh=None):
+    """Whether a step comes back to the bit."""
+    params, rest, position = checkpoints.restore(step, *(like(tree, mesh or mesh_of(1, 4, 2)) for tree in values(step)))
+    same((params, rest), values(step))
+    assert position == {"step": step, "digest": "d"}
+    return params, rest
+
+
+@pytest.fixture
+def checkpoints(tmp_path):
+    made = Checkpoints(tmp_path / "run", keep=2)
+    yield made
+    made.close()
+
+
+def test_any_mesh_to_any_other(checkpoints):
+    save(checkpoints, 3, mesh_of(8, 1, 1))
+    checkpoints.wait()
+    for sizes in ((1, 4, 2), (1, 1, 1), (2, 2, 2)):
+        params, _ = restores(checkpoints, 3, mesh_of(*sizes))
+        assert params["embedding"].sharding.mesh.shape == dict(zip(AXES, sizes))
+    save(checkpoints, 4, mesh_of(1, 4, 2))
+    checkpoints.wait()
+    restores(checkpoints, 4, mesh_of(1, 1, 1))
+
+
+def test_what_is_saved_may_be_donated(checkpoints):
+    """The next step runs, in the same buffers, while the save goes on."""
+    step = jax.jit(lambda tree: jax.tree.map(lambda x: x * 0, tree), donate_argnums=0)
+    params, rest = (placed(tree, mesh_of(1, 4, 2)) for tree in values(1, rows=20_000))
+    checkpoints.save(1, params, rest, {})
+    for _ in range(3):
+        params, rest = step(params), step(rest)
+    jax.block_until_ready((params, rest))
+    checkpoints.wait()
+    params, rest, _ = checkpoints.restore(1, *(like(tree, mesh_of(1, 4, 2)) for tree in values(1, rows=20_000)))
+    same((params, rest), values(1, rows=20_000))
+
+
+def test_newest_and_best_are_kept(tmp_path):
+    run = tmp_path / "run"
+    for first in (1, 4):  # a run goes on where another process left it
+        checkpoints = Checkpoints(run, keep=2)
+        for step in range(first, first + 3):
+            save(checkpoints, step, metric={1: 9.0, 2: 1.0, 3: 5.0, 4: None, 5: 1.5, 6: float("inf")}[step])
+        checkpoints.close()
+    assert finished_steps(run) == [2, 5, 6]
+    assert checkpoints.latest() == 6
+    restores(Checkpoints(run, keep=2), 2)
+
+
+def test_a_saved_step_stays(checkpoints):
+    save(checkpoints, 5)
+    params, rest = (placed(tree, mesh_of(1, 1, 1)) for tree in values(6))
+    checkpoints.save(5, params, rest, {})
+    checkpoints.wait()
+    restores(checkpoints, 5)
+
+
+def test_another_model_is_told(checkpoints):
+    save(checkpoints, 1)
+    checkpoints.wait()
+    params, rest = (like(tree, mesh_of(1, 4, 2)) for tree in values(1, rows=32))
+    with pytest.raises(InputError, match=r"params/embedding is \[64, 16\], asked for as \[64, 32\]"):
+        checkpoints.restore(1, params, rest)
+    params, rest = (like(tree, mesh_of(1, 4, 2)) for tree in values(1))
+    with pytest.raises(InputError, match="params/head is not stored"):
+        checkpoints.restore(1, params | {"head": params["embedding"]}, rest)
+    for path in Path(checkpoints.folder, "checkpoints/1/rest").rglob("d/*"):
+        path.unlink()
+    with pytest.raises(InputError, match="step 1 cannot be restored"):
+        checkpoints.restore(1, params, rest)
+
+
+def test_disk_full(tmp_path):
+    """The write that fails is told in one line at the next call; what was saved before is whole, saving goes on."""
+    checkpoints = Checkpoints(tmp_path / "run", keep=1)
+    save(checkpoints, 1)
+    checkpoints.wait()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for raising in (checkpoints.wait, partial(save, checkpoints, 3)):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+        try:
+            with pytest.raises(OSError, match="File too large") as error:  # noqa: PT012
+                save(checkpoints, 2)
+                raising()
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        assert "\n" not in str(error.value)
+        assert checkpoints.latest() == 1
+        assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["1"]
+        restores(checkpoints, 1)
+    save(checkpoints, 2)
+    checkpoints.close()
+    assert finished_steps(tmp_path / "run") == [2]
+    restores(Checkpoints(tmp_path / "run", keep=1), 2)
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["2"]
+
+
+NAMES = f"""
+import sys
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+from test_training import *
+"""
+
+
+def test_killed_at_any_moment(tmp_path):
+    """SIGKILL while steps are saved one after the other: the newest finished one is whole, and saving goes on."""
+    program = """
+    checkpoints = Checkpoints(sys.argv[1], keep=2)
+    step = checkpoints.latest() or 0
+    if step:
+        restores(checkpoints, step)
+    print(step, flush=True)
+    while True:
+        step += 1
+        save(checkpoints, step)
+    """
+    run, moments, reached = tmp_path / "run", random.Random(0), [0]
+    for _ in range(4):
+        process = start(NAMES + textwrap.dedent(program), run)
+        reached.append(int(process.stdout.readline() or -1))
+        time.sleep(moments.uniform(0.3, 1.0))
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        assert reached[-1] >= reached[-2]
+        newest = max(finished_steps(run))
+        checkpoints = Checkpoints(run, keep=2)
+        assert checkpoints.latest() == newest
+        restores(checkpoints, newest)
+        save(checkpoints, newest + 1)
+        checkpoints.close()
+        assert finished_steps(run)[-1] == newest + 1
+        assert all(path.name.isdigit() for path in (run / "checkpoints").iterdir())
+    assert reached[-1] > 4
+
+
+@pytest.fixture
+def bucket(tmp_path, monkeypatch):
+    """A bucket of a real storage server."""
+    (tmp_path / "root" / "bucket").mkdir(parents=True)
+    with gcs.storage_server(tmp_path / "root") as port:
+        monkeypatch.setenv("STORAGE_EMULATOR_HOST", f"http://{gcs.HOST}:{port}")
+        monkeypatch.setenv("TENSORSTORE_GCS_HTTP_URL", f"http://{gcs.HOST}:{port}")
+        yield "gs://bucket"
+
+
+def test_bucket(bucket, tmp_path):
+    run = f"{bucket}/runs/a"
+    checkpoints = Checkpoints(run, keep=1)
+    assert checkpoints.latest() is None
+    save(checkpoints, 1)
+    save(checkpoints, 2)
+    checkpoints.wait()
+    assert finished_steps(run) == [2]
+    restores(checkpoints, 2, mesh_of(2, 2, 2))
+    save(checkpoints, 3)
+    checkpoints.close()
+    # In a bucket nothing is renamed: what was killed lies under its final name without the mark of the finished.
+    (tmp_path / "root" / "bucket" / "runs" / "a" / "checkpoints" / "3" / "commit_success.txt").unlink()
+    assert finished_steps(run) == []
+    checkpoints = Checkpoints(run, keep=1)
+    assert checkpoints.latest() is None
+    save(checkpoints, 3)
+    checkpoints.wait()
+    assert checkpoints.latest() == 3
+    restores(checkpoints, 3)
+    checkpoints.close()
+
+
+def test_several_processes(tmp_path):
+    """Saved by two processes of two devices, restored by one of four, and the other way round."""
+    write = """
+    checkpoints = Checkpoints(sys.argv[1], keep=2)
+    save(checkpoints, int(sys.argv[2]), mesh_of(2, 2, 1))
+    checkpoints.close()
+    """
+    read = """
+    checkpoints = Checkpoints(sys.argv[1], keep=2)
+    step, mesh = int(sys.argv[2]), mesh_of(1, 2, 2)
+    assert checkpoints.latest() == step
+    params, rest, position = checkpoints.restore(step, *(like(tree, mesh) for tree in values(step)))
+    for got, known in zip(jax.tree.leaves((params, rest)), jax.tree.leaves(values(step))):
+        for shard in got.addressable_shards:
+            same(shard.data, np.asarray(known)[shard.index])
+    checkpoints.close()
+    """
+    several(NAMES + textwrap.dedent(write), 2, 2, tmp_path / "run", 1)
+    several(NAMES + textwrap.dedent(read), 1, 4, tmp_path / "run", 1)
+    several(NAMES + textwrap.dedent(write), 1, 4, tmp_path / "run", 2)
+    several(NAMES + textwrap.dedent(read), 2, 2, tmp_path / "run", 2)
