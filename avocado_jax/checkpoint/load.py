@@ -2,7 +2,7 @@
 
 import hashlib
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from avocado_jax.checkpoint.hf import Entry, HfCheckpoint, is_hf, open_hf
@@ -57,20 +58,26 @@ def named_checkpoint(given: str | None) -> Checkpoint:
     Raises:
         InputError: as `open_checkpoint`; or none is named and none is shipped.
     """
-    return open_checkpoint(Path(given) if given else shipped_checkpoint())
+    return open_checkpoint(given or shipped_checkpoint())
 
 
 def identity(checkpoint: Checkpoint) -> str:
     """A digest of what a checkpoint holds, wherever it lies: what was made with it can be told by it."""
     digest = hashlib.sha256()
     if isinstance(checkpoint, RunCheckpoint):  # Orbax names its files by random numbers: names tell the contents
-        names = sorted(str(path.relative_to(checkpoint.params)) for path in checkpoint.params.rglob("*"))
+        names = sorted(str(path).removeprefix(str(checkpoint.params)) for path in _files(checkpoint.params))
         digest.update("\n".join(names).encode())
     whole = [path for path in checkpoint.side_files.iterdir() if path.suffix in (".json", ".safetensors")]
     for path in progress(sorted(whole), "reading the checkpoint's identity"):
         with path.open("rb") as file:
             digest.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()
+
+
+def _files(folder: epath.Path) -> Iterator[epath.Path]:
+    """Every file below a folder, which may lie in a bucket."""
+    for path in folder.iterdir():
+        yield from _files(path) if path.is_dir() else [path]
 
 
 def load_params(checkpoint: Checkpoint, dtype: str) -> dict[str, Any]:

@@ -94,6 +94,9 @@ def run(args: argparse.Namespace) -> int:
 def _made(args: argparse.Namespace, records: dict[str, dict]) -> Outcome:
     """Captions of the checkpoint."""
     folder = args.data.parent
+    for one in records.values():
+        if not isinstance(one.get("prompt", ""), str):
+            raise InputError(f'{args.data}: the "prompt" of {one["id"]} must be a string')
     items = [Item(one["id"], folder / one["video"], one.get("prompt") or PROMPTS[0]) for one in records.values()]
     if not any(item.video.exists() for item in items):
         raise InputError(f"{items[0].video}: no such file, nor any other video of {args.data}")

@@ -75,17 +75,14 @@ def captioner_in_training(
 
     Over several processes every one of them calls this, and then `caption_rows` with the same rows.
     """
-    apart = _for_decoding(params, dtype)
+    apart = _for_decoding(params, dtype, _mesh(params))
     return captioner_of(computed(config, dtype, scan=False), apart, tokenizer, stops, text, reading)
 
 
-def _for_decoding(params: Any, dtype: str) -> Any:
-    def convert(params: Any) -> Any:
-        return jax.tree.map(lambda leaf: leaf.astype(dtype), unstacked(params))
-
-    mesh = _mesh(params)
-    there = shardings(jax.eval_shape(convert, params), mesh) if mesh else None
-    return jax.jit(convert, out_shardings=there)(params)
+@partial(jax.jit, static_argnames=("dtype", "mesh"))
+def _for_decoding(params: Any, dtype: str, mesh: Mesh | None) -> Any:
+    apart = jax.tree.map(lambda leaf: leaf.astype(dtype), unstacked(params))
+    return jax.lax.with_sharding_constraint(apart, shardings(apart, mesh)) if mesh else apart
 
 
 def _mesh(params: Any) -> Mesh | None:

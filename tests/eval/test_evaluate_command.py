@@ -172,7 +172,7 @@ def test_killed_and_started_again_it_ends_the_same(world, checkpoint, capsys, tm
     assert kept(world)[1] == undisturbed
 
 
-def test_another_checkpoint_or_question_has_captions_of_its_own(world, checkpoint):
+def test_another_checkpoint_or_question_has_captions_of_its_own(world, checkpoint, tmp_path):
     items = [runner.Item("a", world / "clips.jsonl", text) for text in ("What?", "Who?")]
     hows = [runner.How(5, "float32"), runner.How(6, "float32"), runner.How(5, "bfloat16")]
     keys = {runner.caption_key(item, name, how) for item in items for name in "xy" for how in hows}
@@ -184,6 +184,12 @@ def test_another_checkpoint_or_question_has_captions_of_its_own(world, checkpoin
     assert load.identity(opened) != known
     side.unlink()
     assert load.identity(opened) == known
+    runs = []
+    for name in ("one", "two"):
+        assert main(["convert", "from-hf", str(checkpoint), str(tmp_path / name)]) == 0
+        runs.append(load.identity(load.named_checkpoint(str(tmp_path / name))))
+        assert load.identity(load.named_checkpoint(str(tmp_path / name))) == runs[-1]
+    assert len({known, *runs}) == 3
 
 
 def test_failed_clips_are_counted_listed_and_too_many_stop(world, made, checkpoint, capsys):
@@ -239,6 +245,7 @@ def test_what_is_wrong_is_said_in_one_line(world, checkpoint, capsys, tmp_path, 
         ([data, "--checkpoint", "nowhere"], "nowhere: no such folder"),
         (["no.jsonl", *model], "no.jsonl: No such file"),
         ([file("a.jsonl", {**good, "video": 3}), *model], '"video" must be a string'),
+        ([file("p.jsonl", {**good, "prompt": 3}), *model], '"prompt" of'),
         ([file("b.jsonl", good), *model], "no such file, nor any other video"),
         ([file("c.jsonl", good, good), *model], "a second clip"),
         ([file("d.jsonl", {**good, "events": [{"text": "It rains.", "start": 0}]}), *model], "not in the language"),
