@@ -1,5 +1,6 @@
 """Parameters onto devices, from either kind of folder: whole for decoding, or in parts over a mesh."""
 
+import hashlib
 import os
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -17,6 +18,7 @@ from avocado_jax.errors import InputError
 from avocado_jax.progress import progress
 
 READERS = 4  # layers of a stack that are read at once
+SHIPPED = Path(__file__).parents[1] / "assets" / "captioner"
 Checkpoint = HfCheckpoint | RunCheckpoint  # both read one parameter, or one layer of it, at a time
 
 
@@ -36,6 +38,39 @@ def open_checkpoint(folder: str | os.PathLike) -> Checkpoint:
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder")
     raise InputError(f"{folder}: neither a checkpoint in Hugging Face format nor a run folder")
+
+
+def shipped_checkpoint() -> Path:
+    """The folder of the small captioner that comes with this package.
+
+    Raises:
+        InputError: this copy of the package has none.
+    """
+    if not is_hf(SHIPPED):
+        raise InputError("no checkpoint comes with this copy of the package: name one with --checkpoint DIR")
+    return SHIPPED
+
+
+def named_checkpoint(given: str | None) -> Checkpoint:
+    """The checkpoint that a user names, or the shipped one.
+
+    Raises:
+        InputError: as `open_checkpoint`; or none is named and none is shipped.
+    """
+    return open_checkpoint(Path(given) if given else shipped_checkpoint())
+
+
+def identity(checkpoint: Checkpoint) -> str:
+    """A digest of what a checkpoint holds, wherever it lies: what was made with it can be told by it."""
+    digest = hashlib.sha256()
+    if isinstance(checkpoint, RunCheckpoint):  # Orbax names its files by random numbers: names tell the contents
+        names = sorted(str(path.relative_to(checkpoint.params)) for path in checkpoint.params.rglob("*"))
+        digest.update("\n".join(names).encode())
+    whole = [path for path in checkpoint.side_files.iterdir() if path.suffix in (".json", ".safetensors")]
+    for path in progress(sorted(whole), "reading the checkpoint's identity"):
+        with path.open("rb") as file:
+            digest.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
 
 
 def load_params(checkpoint: Checkpoint, dtype: str) -> dict[str, Any]:

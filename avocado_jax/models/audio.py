@@ -3,7 +3,7 @@
 import flax.linen as nn
 import jax.numpy as jnp
 
-from avocado_jax.models.attention import attend_block
+from avocado_jax.models.attention import backend
 from avocado_jax.models.config import ThinkerConfig
 from avocado_jax.models.layers import dense, gelu, layer_input, stack_of
 from avocado_jax.models.rope import sinusoids
@@ -16,6 +16,7 @@ class AudioLayer(nn.Module):
     width: int
     heads: int
     ffn: int
+    attention: str
     dtype: str
     param_dtype: str
 
@@ -29,7 +30,7 @@ class AudioLayer(nn.Module):
             dense(self, self.width, name, bias=name != "k")(y).reshape(*y.shape[:2], self.heads, -1)
             for name in ("q", "k", "v")
         )
-        mixed = attend_block(q, k, v, valid)
+        mixed = backend(self.attention, self.dtype, q.shape[1]).attend_block(q, k, v, valid)
         x = x + dense(self, self.width, "out")(mixed.reshape(y.shape))
         y = gelu(dense(self, self.ffn, "up")(layer_norm(self, "mlp_norm")(x)))
         return x + dense(self, self.width, "down")(y), None
@@ -55,7 +56,7 @@ class AudioTower(nn.Module):
         x = x + sinusoids(audio.window, audio.width).astype(dtype)
         valid = jnp.arange(audio.window) < ((length - 1) // 2 + 1)[:, None]
 
-        sizes = dict(width=audio.width, heads=audio.heads, ffn=audio.ffn, **dtypes)
+        sizes = dict(width=audio.width, heads=audio.heads, ffn=audio.ffn, attention=self.config.attention, **dtypes)
         run = stack_of(AudioLayer, sizes, audio.layers, self.config)
         x, _ = run(x, None, valid)
         x = (x[:, 0::2] + x[:, 1::2]) / 2

@@ -94,6 +94,8 @@ class TokenIds:
     audio_end: int = 151648
 
 
+# The platform's kernel ("splash" on TPU, "cudnn" on GPU in half precision, "plain" elsewhere), or one by name.
+ATTENTION = ("auto", "plain", "splash", "cudnn")
 # What a layer keeps for the backward pass: everything; its input only; its input and products with weights; its
 # input only, and that in the host's memory.
 REMAT = ("none", "full", "dots", "offload")
@@ -112,6 +114,7 @@ class ThinkerConfig:
     dtype: str = "float32"  # of activations; reductions are fp32 whatever it is
     param_dtype: str = "float32"
     scan: bool = True  # one stacked layer under a scan (training), or separate layers (decoding: platform.md)
+    attention: str = "auto"  # of whole sequences: see ATTENTION
     remat: str = "full"  # what the backward pass computes again: see REMAT
 
     @property
@@ -129,6 +132,10 @@ class ThinkerConfig:
             raise ValueError("a number of heads, or the size of a patch, is 0")
         if sum(self.text.mrope_sections) * 2 != self.text.head:
             raise ValueError(f"mrope sections {self.text.mrope_sections} do not fill a head of {self.text.head}")
+        if self.attention not in ATTENTION:
+            raise ValueError(f"attention is one of {', '.join(ATTENTION)}, not {self.attention!r}")
+        if self.attention == "cudnn" and self.dtype not in ("bfloat16", "float16"):
+            raise ValueError(f"attention = cudnn needs dtype bfloat16, not {self.dtype}")
         if self.remat not in REMAT:
             raise ValueError(f"remat is one of {', '.join(REMAT)}, not {self.remat!r}")
 

@@ -1,6 +1,7 @@
 """Building blocks shared by the towers, and the two layouts of a stack of layers."""
 
 from collections.abc import Callable, Mapping
+from operator import itemgetter
 from typing import Any
 
 import flax.linen as nn
@@ -107,3 +108,18 @@ def stack_of(layer: type[nn.Module], sizes: Mapping[str, Any], count: int, confi
         return x, tuple(outputs)
 
     return scanned if config.scan else unrolled
+
+
+def unstacked(params: Mapping[str, Any]) -> dict[str, Any]:
+    """Parameters as training has them, in the layout of decoding: `layers` becomes `layers_0`, `layers_1`, ...
+
+    A tree that has its layers apart comes back as it is.
+    """
+    apart: dict[str, Any] = {}
+    for name, part in params.items():
+        if name == "layers":
+            for layer in range(jax.tree.leaves(part)[0].shape[0]):
+                apart[f"layers_{layer}"] = jax.tree.map(itemgetter(layer), part)
+        else:
+            apart[name] = unstacked(part) if isinstance(part, Mapping) else part
+    return apart

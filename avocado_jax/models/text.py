@@ -5,7 +5,7 @@ from typing import Any
 import flax.linen as nn
 import jax.numpy as jnp
 
-from avocado_jax.models.attention import attend, merge
+from avocado_jax.models.attention import backend, plain
 from avocado_jax.models.cache import KV, ClipCache
 from avocado_jax.models.config import TextConfig, ThinkerConfig
 from avocado_jax.models.layers import GatedMLP, RMSNorm, dense, layer_input, stack_of
@@ -17,6 +17,7 @@ class TextLayer(nn.Module):
     """One decoder layer: q, k, v with bias, o without (Qwen2.5)."""
 
     text: TextConfig
+    attention: str
     dtype: str
     param_dtype: str
 
@@ -50,17 +51,14 @@ class TextLayer(nn.Module):
             kv = so_far.write(kv, step)
         q = rotate(q, rope)
 
-        keys = kv.k.shape[3]
-        seen = None if so_far is None else jnp.broadcast_to(jnp.arange(keys) <= step, (rows * group, keys))
-        itself, itself_lse = attend(
-            *(part.reshape(rows * group, *part.shape[2:]) for part in (q, *kv)), seen, causal=so_far is None
-        )
-        parts = [(itself.reshape(q.shape), itself_lse.reshape(q.shape[:-1]))]
-        if clip is not None:
-            # The captions of a row are one long list of queries: its clip's keys are read once for all.
-            listed, lse = attend(q.reshape(rows, group * queries, *q.shape[3:]), *clip, clip_valid)
-            parts.append((listed.reshape(q.shape), lse.reshape(q.shape[:-1])))
-        mixed = merge(parts).reshape(rows, group, queries, -1)
+        kernel = backend(self.attention, self.dtype)
+        if clip is None:  # the clip itself, a group of one
+            mixed = kernel.attend_clip(q[:, 0], KV(*(part[:, 0] for part in kv)))
+        elif so_far is None:
+            mixed = kernel.attend_captions(q, kv, clip, clip_valid)
+        else:  # one token of each caption: decoding is plain everywhere
+            mixed = plain.attend_captions(q, kv, clip, clip_valid, jnp.arange(kv.k.shape[3]) <= step)
+        mixed = mixed.reshape(rows, group, queries, -1)
 
         x = x + dense(self, text.width, "out", bias=False, lora=text.lora)(mixed)
         y = RMSNorm(name="mlp_norm", **norms)(x)
@@ -93,6 +91,6 @@ class TextModel(nn.Module):
         own = (clip and clip.layers, so_far)
         if not config.scan:
             own = list(zip(*(part or [None] * text.layers for part in own)))
-        run = stack_of(TextLayer, dict(text=text, **config.dtypes), text.layers, config)
+        run = stack_of(TextLayer, dict(text=text, attention=config.attention, **config.dtypes), text.layers, config)
         x, kv = run(x, own, rope, clip and clip.valid, step)
         return RMSNorm(name="norm", eps=text.rms_eps, **config.dtypes)(x), kv

@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from avocado_jax.models.attention import attend_block
+from avocado_jax.models.attention import backend
 from avocado_jax.models.config import ThinkerConfig
 from avocado_jax.models.layers import GatedMLP, RMSNorm, dense, gelu, layer_input, stack_of
 from avocado_jax.models.rope import Rope, patch_rope, rotate
@@ -18,6 +18,7 @@ class VisionLayer(nn.Module):
     width: int
     heads: int
     ffn: int
+    attention: str
     dtype: str
     param_dtype: str
 
@@ -38,12 +39,14 @@ class VisionLayer(nn.Module):
         def over_windows(q: Array, k: Array, v: Array) -> Array:
             n, w, u, *rest = q.shape
             blocks = (part.reshape(n * w, u, *rest) for part in (q, k, v))
-            return attend_block(*blocks, valid.reshape(n * w, u)).reshape(q.shape)
+            kernel = backend(self.attention, self.dtype, u)
+            return kernel.attend_block(*blocks, valid.reshape(n * w, u)).reshape(q.shape)
 
         def over_frames(q: Array, k: Array, v: Array) -> Array:
             n, w, u, *rest = q.shape
             blocks = (part.reshape(n, w * u, *rest) for part in (q, k, v))
-            return attend_block(*blocks, valid.reshape(n, w * u)).reshape(q.shape)
+            kernel = backend(self.attention, self.dtype, w * u)
+            return kernel.attend_block(*blocks, valid.reshape(n, w * u)).reshape(q.shape)
 
         if isinstance(full, jax.Array):  # under a scan the layer's number is traced
             mixed = jax.lax.cond(full, over_frames, over_windows, q, k, v)
@@ -81,7 +84,7 @@ class VisionTower(nn.Module):
         x = nn.Dense(vision.width, use_bias=False, name="patch", **dtypes)(pixels.astype(self.config.dtype))
         rope = patch_rope(grid, vision.width // vision.heads, vision.rope_theta)
 
-        sizes = dict(width=vision.width, heads=vision.heads, ffn=vision.ffn, **dtypes)
+        sizes = dict(width=vision.width, heads=vision.heads, ffn=vision.ffn, attention=self.config.attention, **dtypes)
         full = np.isin(np.arange(vision.layers), vision.full_layers)
         run = stack_of(VisionLayer, sizes, vision.layers, self.config)
         x, _ = run(x, full if self.config.scan else full.tolist(), rope, valid)

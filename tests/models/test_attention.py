@@ -1,12 +1,18 @@
-"""Attention against a plain softmax, whole and in chunks, and the merging of its parts."""
+"""Attention against a plain softmax, whole and in chunks, the merging of its parts, and each platform's kernel."""
+
+import os
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from avocado_jax.models import attention
-from avocado_jax.models.attention import attend, merge
+from avocado_jax.models.attention import backend, cudnn, splash
+from avocado_jax.models.attention import plain as attention
+from avocado_jax.models.attention.plain import attend, merge
+from avocado_jax.models.cache import KV
 
 ROWS, QUERIES, KEYS, HEADS, KV_HEADS, WIDTH = 2, 50, 70, 4, 2, 8
 
@@ -54,3 +60,102 @@ def test_parts_merge_into_one_softmax():
     nothing = attend(q, k, v, jnp.zeros((ROWS, KEYS), bool))  # has no weight, and is finite
     assert np.isfinite(nothing[0]).all()
     np.testing.assert_allclose(merge([*parts, nothing]), plain(q, k, v)[0], atol=2e-6)
+
+
+GROUP, CAPTION = 3, 23
+
+
+def sequences(rows=ROWS, clip=KEYS, heads=HEADS, kv_heads=KV_HEADS, width=WIDTH):
+    """A clip's queries, keys and values, those of its captions, and which of the clip's tokens are valid."""
+    keys = jax.random.split(jax.random.key(1), 6)
+    q = jax.random.normal(keys[0], (rows, clip, heads, width))
+    kv = KV(*(jax.random.normal(key, (rows, kv_heads, clip, width)) for key in keys[1:3]))
+    said = jax.random.normal(keys[3], (rows, GROUP, CAPTION, heads, width))
+    own = KV(*(jax.random.normal(key, (rows, GROUP, kv_heads, CAPTION, width)) for key in keys[4:]))
+    return q, kv, said, own, jnp.arange(clip) < jnp.linspace(clip, clip // 2, rows).astype(int)[:, None]
+
+
+def outputs(module, **options):
+    """All three forms of a module as one function; what padding makes is left out."""
+
+    def run(q, kv, said, own, valid):
+        seen = valid[..., None, None]
+        k, v = (jnp.repeat(part, q.shape[2] // part.shape[1], axis=1).swapaxes(1, 2) for part in kv)
+        return (
+            jnp.where(seen, module.attend_clip(q, kv, **options), 0),
+            module.attend_captions(said, own, kv, valid, **options),
+            jnp.where(seen, module.attend_block(q, k, v, valid, **options), 0),
+        )
+
+    return run
+
+
+KERNELS = {"splash": dict(interpret=True), "cudnn": dict(implementation="xla")}
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("clip", [KEYS, 131])  # one block and two; odd
+def test_kernels_are_the_plain_form(kernel, clip, monkeypatch):
+    """Forward and gradients. The GPU's own kernel needs one: here its arguments go to the same function in XLA."""
+    monkeypatch.setattr(splash, "BLOCK", 128)
+    args = sequences(clip=clip)
+    ours, theirs = outputs({"splash": splash, "cudnn": cudnn}[kernel], **KERNELS[kernel]), outputs(attention)
+    for one, other in zip(ours(*args), theirs(*args)):
+        np.testing.assert_allclose(one, other, atol=5e-6)
+
+    def loss(run):
+        return lambda *parts: sum(jnp.sum(jnp.sin(part)) for part in run(*parts, args[-1]))
+
+    gradients = (jax.grad(loss(run), argnums=(0, 1, 2, 3))(*args[:-1]) for run in (ours, theirs))
+    for one, other in zip(*map(jax.tree.leaves, gradients)):
+        np.testing.assert_allclose(one, other, atol=5e-5)
+
+
+MESHES = """
+import sys
+sys.path.insert(0, "tests/models")
+import jax, jax.numpy as jnp, numpy as np
+from avocado_jax.errors import InputError
+from avocado_jax.models.attention import plain, splash
+from avocado_jax.parallel.mesh import make_mesh
+from test_attention import outputs, sequences
+
+def gradients(run, args):
+    loss = lambda *parts: sum(jnp.sum(jnp.sin(part)) for part in run(*parts, args[-1]))
+    return jax.jit(jax.grad(loss, argnums=(0, 1, 2, 3)))(*args[:-1])
+
+ours = outputs(splash, interpret=True)
+for sizes, rows, kv_heads in (((2, 2, 2), 4, 2), ((1, 2, 4), 2, 2), ((8, 1, 1), 3, 4)):
+    args = sequences(rows=rows, kv_heads=kv_heads)
+    expected = gradients(outputs(plain), args)
+    with jax.set_mesh(make_mesh(*sizes)):
+        found = gradients(ours, args)
+    for one, other in zip(*map(jax.tree.leaves, (found, expected))):
+        np.testing.assert_allclose(one, other, atol=5e-5)
+try:
+    with jax.set_mesh(make_mesh(1, 1, 8)):
+        ours(*sequences())
+except InputError as error:
+    assert "mesh.tensor 8 does not divide 4 query heads" in str(error)
+    print("all good")
+"""
+
+
+def test_splash_runs_in_parts_over_a_mesh():
+    """Rows and heads divided; more parts of heads than key heads; a batch too small for the mesh."""
+    flags = dict(os.environ, XLA_FLAGS="--xla_force_host_platform_device_count=8", JAX_PLATFORMS="cpu")
+    done = subprocess.run([sys.executable, "-c", MESHES], env=flags, capture_output=True, text=True, check=False)
+    assert "all good" in done.stdout, done.stderr
+
+
+def test_the_platform_chooses(monkeypatch):
+    for platform, dtype, module in (
+        ("cpu", "float32", attention),
+        ("tpu", "float32", splash),
+        ("gpu", "bfloat16", cudnn),
+        ("gpu", "float32", attention),
+    ):
+        monkeypatch.setattr(jax, "default_backend", lambda platform=platform: platform)
+        assert backend("auto", dtype) is module
+        assert backend("auto", dtype, 64) is attention  # a window
+        assert backend("splash", dtype) is splash

@@ -92,6 +92,22 @@ def test_layers_are_recomputed_where_the_config_says_so(scan, remat):
     assert ("scan" in names) == scan
 
 
+def test_what_is_kept_changes_no_gradient():
+    clip, captions = (zeros(part) for part in example(TINY, rows=2, group=2))
+    params = jax.jit(partial(init, computed(TINY, "float32", scan=True)))(jax.random.key(0))
+
+    def gradients(remat):
+        model = Thinker(computed(TINY, "float32", True, remat))
+        return jax.jit(jax.grad(lambda params: jnp.sum(jnp.sin(model.apply({"params": params}, clip, captions)))))(
+            params
+        )
+
+    expected, *others = map(gradients, REMAT)
+    for found in others:
+        for one, other in zip(*map(jax.tree.leaves, (found, expected))):
+            np.testing.assert_allclose(one, other, atol=1e-5 * max(1, np.abs(other).max()))
+
+
 def test_counts_are_those_of_the_published_sizes():
     """Figures of the 7B thinker, counted elsewhere: operations a token, a patch, a second of sound; cache bytes."""
     assert text_flops(SEVEN_B, 1, 0, 0) == pytest.approx(13.05e9, rel=1e-3)

@@ -1,4 +1,4 @@
-"""Attention as parts that merge: every part returns its log-sum-exp beside its output.
+"""Plain attention as parts that merge: every part returns its log-sum-exp beside its output.
 
 A caption attends to its clip and to itself. Computing the two softmaxes apart and merging them means that
 the clip's keys are read once for all G captions and never broadcast.
@@ -9,9 +9,11 @@ import math
 import jax
 import jax.numpy as jnp
 
+from avocado_jax.models.cache import KV
+from avocado_jax.parallel.mesh import parts_of
 from avocado_jax.typing import Array, Bool, Float
 
-SCORE_BYTES = 256 * 2**20  # fp32 scores alive at once; more queries than fit are taken in chunks
+SCORE_BYTES = 256 * 2**20  # fp32 scores alive at once on a device; more queries than fit are taken in chunks
 MASKED = -1e30  # finite: a query with no valid key must not make NaN
 
 
@@ -48,7 +50,7 @@ def attend(
         weights = jnp.exp(scores - lse[..., None]).astype(v.dtype)
         return jnp.einsum("BQKRS,BKSE->BQKRE", weights, v), lse
 
-    chunk = max(16, SCORE_BYTES // (4 * max(1, batch * heads * keys)))
+    chunk = max(16, SCORE_BYTES * parts_of("rows") * parts_of("tensor") // (4 * max(1, batch * heads * keys)))
     if queries <= chunk:
         out, lse = block(q, 0)
     else:
@@ -64,13 +66,41 @@ def attend(
     return out.reshape(batch, queries, heads, width), lse.reshape(batch, queries, heads)
 
 
+def attend_clip(q: Float[Array, "B P H E"], own: KV) -> Float[Array, "B P H E"]:
+    """A clip's tokens see themselves and what came before; its padding is at the end. `own` is [B K P E]."""
+    return attend(q, *own, causal=True)[0]
+
+
+def attend_captions(
+    q: Float[Array, "B G Q H E"],
+    own: KV,
+    clip: KV,
+    clip_valid: Bool[Array, "B P"],
+    seen: Bool[Array, "S"] | None = None,
+) -> Float[Array, "B G Q H E"]:
+    """Captions in parallel: each sees its clip's valid tokens, [B K P E], and its own causally, [B G K S E].
+
+    Args:
+        seen: the own keys that may be seen instead, the same for all captions: a step of decoding.
+    """
+    rows, group, queries = q.shape[:3]
+    valid = None if seen is None else jnp.broadcast_to(seen, (rows * group, len(seen)))
+    itself, itself_lse = attend(
+        *(part.reshape(rows * group, *part.shape[2:]) for part in (q, *own)), valid, causal=seen is None
+    )
+    # The captions of a row are one long list of queries: its clip's keys are read once for all.
+    listed, lse = attend(q.reshape(rows, group * queries, *q.shape[3:]), *clip, clip_valid)
+    parts = [(itself, itself_lse), (listed, lse)]
+    return merge([(out.reshape(q.shape), lse.reshape(q.shape[:-1])) for out, lse in parts])
+
+
 def attend_block(
     q: Float[Array, "B S H E"],
     k: Float[Array, "B S H E"],
     v: Float[Array, "B S H E"],
     valid: Bool[Array, "B S"],
 ) -> Float[Array, "B S H E"]:
-    """Attention of all valid tokens of a block to each other, as in the towers."""
+    """All valid tokens of a block see each other, as in the towers."""
     return attend(q, k.swapaxes(1, 2), v.swapaxes(1, 2), valid)[0]
 
 

@@ -1,0 +1,153 @@
+"""Fused attention of TPU: scores never leave the chip's own memory.
+
+A row's captions are one list of queries over [captions; clip], with a mask that skips other captions' blocks: the
+clip's keys are shared by all. The kernel's log-sum-exp cannot be differentiated, so this is one call, not two that are
+merged. Lengths are padded to the kernel's blocks, here and unseen from outside. It runs in parts over the mesh in
+context: rows over the mesh's rows, heads over `tensor`.
+"""
+
+import math
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+from jax.sharding import PartitionSpec
+
+from avocado_jax.errors import InputError
+from avocado_jax.models.cache import KV
+from avocado_jax.parallel.mesh import ROWS, parts_of
+from avocado_jax.typing import Array, Bool, Float
+
+LANES = 128  # of the vector unit: blocks are multiples
+BLOCK = 512  # queries or keys of one step of the kernel, at most
+SEEN, HIDDEN = 0, 1  # segments: a query of one sees keys of the same
+
+
+def attend_clip(q: Float[Array, "B P H E"], own: KV, interpret: bool = False) -> Float[Array, "B P H E"]:
+    """Every token of the clip sees itself and what came before; `own` is [B K P E].
+
+    Padding at the end is seen by padding only, so it needs no mask.
+    """
+    return _splash("causal", q, own, None, interpret)
+
+
+def attend_captions(
+    q: Float[Array, "B G C H E"],
+    own: KV,
+    clip: KV,
+    clip_valid: Bool[Array, "B P"],
+    interpret: bool = False,
+) -> Float[Array, "B G C H E"]:
+    """A caption's tokens see the clip's valid ones and, causally, the caption's own, [B G K C E]."""
+    rows, group, length, *heads = q.shape
+    listed = (part.swapaxes(1, 2).reshape(rows, -1, group * length, heads[1]) for part in own)
+    keys = KV(*(jnp.concatenate(both, axis=2) for both in zip(listed, clip)))
+    valid = jnp.pad(clip_valid, ((0, 0), (group * length, 0)), constant_values=True)
+    return _splash(f"captions {group} {length}", q.reshape(rows, -1, *heads), keys, valid, interpret).reshape(q.shape)
+
+
+def attend_block(
+    q: Float[Array, "B S H E"],
+    k: Float[Array, "B S H E"],
+    v: Float[Array, "B S H E"],
+    valid: Bool[Array, "B S"],
+    interpret: bool = False,
+) -> Float[Array, "B S H E"]:
+    """All valid tokens of a block see each other. A block without any gives finite, meaningless output."""
+    return _splash("full", q, KV(k.swapaxes(1, 2), v.swapaxes(1, 2)), valid, interpret)
+
+
+def _splash(kind: str, q: Array, kv: KV, valid: Array | None, interpret: bool) -> Array:
+    """One call of the kernel a row and a key head, in parts over the mesh: rows over its rows, heads over `tensor`."""
+    rows, queries, heads, width = q.shape
+    kv_heads, keys = kv.k.shape[1:3]
+    over, tensor = parts_of("rows"), parts_of("tensor")
+    if heads % tensor or (tensor % kv_heads and kv_heads % tensor):
+        raise InputError(f"mesh.tensor {tensor} does not divide {heads} query heads and {kv_heads} key heads evenly")
+    if tensor > kv_heads:  # each chip holds a copy of the one key head that its queries read
+        kv = KV(*(jnp.repeat(part, tensor // kv_heads, axis=1) for part in kv))
+
+    q = jnp.einsum("BQHE->BHQE", q) * jnp.asarray(1 / math.sqrt(width), q.dtype)
+    side, room = _block(queries), _block(keys)
+    q = _padded(q, 2, side)
+    kv = KV(*(_padded(part, 2, room) for part in kv))
+    segments = None
+    if valid is not None:
+        hidden = jnp.where(_padded(valid, 1, room), SEEN, HIDDEN).astype(jnp.int32)
+        segments = splash.SegmentIds(jnp.full((rows, q.shape[2]), SEEN, jnp.int32), hidden)
+    kernel = _kernel(kind, q.shape[2], kv.k.shape[2], side, room, heads // tensor, interpret)
+
+    def run(q: Array, k: Array, v: Array, segments: Any) -> Array:
+        return jax.vmap(kernel)(q, k, v, segments)
+
+    if over * tensor > 1:
+        by_row = ROWS if rows % over == 0 else None  # a batch too small to be divided is computed everywhere
+        spec, whole = PartitionSpec(by_row, "tensor"), PartitionSpec(by_row)
+        specs = (spec, spec, spec, segments and splash.SegmentIds(whole, whole))
+        # The kernel does not say how its output varies over the mesh.
+        run = jax.shard_map(run, in_specs=specs, out_specs=spec, check_vma=False)
+    return jnp.einsum("BHQE->BQHE", run(q, *kv, segments)[:, :, :queries])
+
+
+def _block(length: int) -> int:
+    """The size of blocks that covers `length` with the fewest steps and little padding."""
+    steps = -(-length // BLOCK)
+    return -(-length // (steps * LANES)) * LANES
+
+
+def _padded(x: Array, axis: int, unit: int) -> Array:
+    """`x` with zeros (no tokens) up to a multiple of `unit` along an axis."""
+    return jnp.pad(x, [(0, -x.shape[i] % unit if i == axis else 0) for i in range(x.ndim)])
+
+
+class _CaptionMask(masks.Mask):
+    """Queries [G captions of C tokens], keys [the same captions; clip]: see the module's docstring."""
+
+    def __init__(self, shape: tuple[int, int], group: int, length: int) -> None:
+        self.sizes = (*shape, group, length)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.sizes[:2]
+
+    def __getitem__(self, index: tuple[slice, slice]) -> np.ndarray:
+        _, _, group, length = self.sizes
+        query, key = (np.arange(size)[part] for size, part in zip(self.shape, index))
+        query, key = query[:, None], key[None]
+        itself = (query // length == key // length) & (query >= key)
+        return (key >= group * length) | itself
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _CaptionMask) and self.sizes == other.sizes
+
+    def __hash__(self) -> int:
+        return hash(self.sizes)
+
+
+@lru_cache(maxsize=64)
+def _kernel(kind: str, queries: int, keys: int, side: int, room: int, heads: int, interpret: bool) -> Callable:
+    """The compiled-in form of one mask; making it costs seconds at full length, and layers share it."""
+    name, *sizes = kind.split()
+    mask: masks.Mask = {
+        "causal": lambda: masks.CausalMask((queries, keys)),
+        "captions": lambda: _CaptionMask((queries, keys), *map(int, sizes)),
+        "full": lambda: masks.FullMask((queries, keys)),
+    }[name]()
+    blocks = splash.BlockSizes(
+        block_q=side,
+        block_kv=room,
+        block_q_dkv=side,
+        block_kv_dkv=room,
+        block_q_dq=side,
+        block_kv_dq=room,
+    )
+    with jax.ensure_compile_time_eval():
+        kernel = splash.make_splash_mha(
+            masks.MultiHeadMask([mask] * heads), block_sizes=blocks, head_shards=1, q_seq_shards=1, interpret=interpret
+        )
+    return jax.tree.map(np.asarray, kernel)  # constants of whatever program they are used in
