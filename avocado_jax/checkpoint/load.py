@@ -57,7 +57,7 @@ def named_checkpoint(given: str | None) -> Checkpoint:
     Raises:
         InputError: as `open_checkpoint`; or none is named and none is shipped.
     """
-    return open_checkpoint(Path(given) if given else shipped_checkpoint())
+    return open_checkpoint(given or shipped_checkpoint())
 
 
 def identity(checkpoint: Checkpoint) -> str:
