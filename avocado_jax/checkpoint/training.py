@@ -29,6 +29,7 @@ from avocado_jax.errors import InputError
 
 METRIC = "metric"
 UNFINISHED = ".orbax-checkpoint-tmp"  # how Orbax calls a step until it is renamed
+RESTORE_GB = 32  # of what is restored, in a host's memory at once; more than the part of any parameter on a device
 TIMEOUT = 600  # seconds that hosts wait for each other in a save
 
 
@@ -62,7 +63,13 @@ class Checkpoints:
                 save_root_metadata=False,
                 async_options=ocp.options.AsyncOptions(timeout_secs=TIMEOUT),
             )
-            self._opened = ocp.CheckpointManager(self.folder / "checkpoints", options=options)
+            items = ocp.handlers.DefaultCheckpointHandlerRegistry()
+            for item in ("params", "rest"):
+                handler = ocp.PyTreeCheckpointHandler(restore_concurrent_gb=RESTORE_GB)
+                items.add(item, ocp.args.PyTreeSave, handler)
+                items.add(item, ocp.args.PyTreeRestore, handler)
+            steps = self.folder / "checkpoints"
+            self._opened = ocp.CheckpointManager(steps, options=options, handler_registry=items)
         return self._opened
 
     def save(self, step: int, params: Any, rest: Any, position: dict[str, Any], metric: float | None = None) -> None:

@@ -3,7 +3,7 @@
 A and B lie beside W as `lora_a` and `lora_b`. B begins at zero, so that a fresh adapter changes nothing.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -14,8 +14,11 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from avocado_jax.models.config import Lora
 from avocado_jax.typing import Array, Float
 
-# Uniform in +-1 / sqrt(inputs), as in the reference implementations.
-INIT_A = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform", in_axis=-2, out_axis=-1)
+
+def init_a(key: Array, shape: tuple[int, ...], dtype: Any) -> Array:
+    """A of one layer, or of a stack: uniform in +-1 / sqrt(inputs), as the reference implementations begin."""
+    bound = shape[-2] ** -0.5
+    return jax.random.uniform(key, shape, dtype, -bound, bound)
 
 
 class LoraDense(nn.Module):
@@ -29,14 +32,14 @@ class LoraDense(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... F"]:
-        def param(name: str, init: nn.initializers.Initializer, *shape: int) -> Array:
+        def param(name: str, init: Callable, *shape: int) -> Array:
             return self.param(name, init, shape, jnp.dtype(self.param_dtype)).astype(self.dtype)
 
         x = x.astype(self.dtype)
         y = x @ param("kernel", nn.initializers.lecun_normal(), x.shape[-1], self.features)
         if self.use_bias:
             y = y + param("bias", nn.initializers.zeros, self.features)
-        a = param("lora_a", INIT_A, x.shape[-1], self.lora.rank)
+        a = param("lora_a", init_a, x.shape[-1], self.lora.rank)
         b = param("lora_b", nn.initializers.zeros, self.lora.rank, self.features)
         return y + self.lora.scale * ((x @ a) @ b)
 
@@ -69,7 +72,7 @@ def add_adapters(params: Mapping[str, Any], like: Any, seed: int) -> dict[str, A
 
     def make(key: Array) -> list[Array]:
         keys = jax.random.split(key, max(1, len(missing)))
-        init = {"lora_a": INIT_A, "lora_b": nn.initializers.zeros}
+        init = {"lora_a": init_a, "lora_b": nn.initializers.zeros}
         return [init[path[-1]](key, wanted[path].shape, wanted[path].dtype) for path, key in zip(missing, keys)]
 
     made = jax.jit(make, out_shardings=[wanted[path].sharding for path in missing])(jax.random.key(seed))

@@ -196,28 +196,27 @@ def test_killed_at_any_moment(tmp_path):
     step = checkpoints.latest() or 0
     if step:
         restores(checkpoints, step)
-    print(step, flush=True)
     while True:
         step += 1
         save(checkpoints, step)
+        print(step, flush=True)
     """
-    run, moments, reached = tmp_path / "run", random.Random(0), [0]
+    run, moments = tmp_path / "run", random.Random(0)
     for _ in range(4):
         process = start(NAMES + textwrap.dedent(program), run)
-        reached.append(int(process.stdout.readline() or -1))
-        time.sleep(moments.uniform(0.3, 1.0))
+        begun = [int(process.stdout.readline()) for _ in range(moments.randint(1, 4))][-1]
+        time.sleep(moments.uniform(0.0, 0.1))
         process.send_signal(signal.SIGKILL)
         process.communicate()
-        assert reached[-1] >= reached[-2]
-        newest = max(finished_steps(run))
         checkpoints = Checkpoints(run, keep=2)
-        assert checkpoints.latest() == newest
-        restores(checkpoints, newest)
+        newest = checkpoints.latest() or 0
+        assert newest >= begun - 1  # each save waits for the one before
+        if newest:
+            restores(checkpoints, newest)
         save(checkpoints, newest + 1)
         checkpoints.close()
         assert finished_steps(run)[-1] == newest + 1
         assert all(path.name.isdigit() for path in (run / "checkpoints").iterdir())
-    assert reached[-1] > 4
 
 
 @pytest.fixture
