@@ -15,6 +15,7 @@ COMMANDS = {
     "sft": "fine-tune a captioner on captions",
     "convert": "take a checkpoint from Hugging Face format to Orbax, or back",
     "world": "make clips of a synthetic world with known truth, or check captions against it",
+    "evaluate": "measure what a checkpoint can do",
     "bench": "measure the hot paths against the ceilings of this machine",
 }
 

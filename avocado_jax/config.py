@@ -33,7 +33,9 @@ class MeshConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """What is learned from. Sources: a folder of `prepare`, `tfds:FOLDER:SPLIT`, or `world:LEVEL:SPLIT:SEED:CLIPS`."""
+    """What is learned from. A source is a folder of `prepare`, `tfds:FOLDER:SPLIT`, or clips of AVWorld with no file:
+    `world:LEVEL:SPLIT:SEED:CLIPS`, with `:plain` behind it for plain captions.
+    """
 
     train: str = ""
     heldout: str = ""  # its loss is measured every `eval_every` steps
@@ -62,9 +64,9 @@ class OptimConfig:
 
 @dataclass(frozen=True)
 class LoraConfig:
-    """Low-rank adapters in the language model's linear maps."""
+    """Low-rank adapters in the language model's linear maps, where `train` is "lora"."""
 
-    rank: int = 0  # 0: none
+    rank: int = 16
     alpha: float = 16.0  # their output counts alpha / rank
 
 

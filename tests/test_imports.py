@@ -6,12 +6,12 @@ import sys
 from pathlib import Path
 
 PACKAGE = Path(__file__).parents[1] / "avocado_jax"
-LEAVES = {"typing", "errors", "progress", "config"}
+LEAVES = {"typing", "errors", "progress", "config", "jsonl"}
 # what a folder may import of the package, itself and the leaves apart
 ALLOWED = {
     "models": {"parallel"},
     "parallel": set(),
-    "sampling": {"models"},
+    "sampling": {"models", "data", "parallel"},
     "checkpoint": {"models"},
     "rewards": set(),
     "data": {"models.config"},

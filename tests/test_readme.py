@@ -18,7 +18,11 @@ def test_tree_names_every_file():
     places = [
         path for place in ("avocado_jax", "launch", "configs") for path in (ROOT / place).rglob("*") if path.is_file()
     ]
-    files = {str(path.relative_to(ROOT)) for path in places if "__pycache__" not in path.parts}
+    files = {
+        str(path.relative_to(ROOT))
+        for path in places
+        if not {"__pycache__", "assets"} & {*path.relative_to(ROOT).parts}
+    }
     files = {name for name in files if not name.endswith(("__init__.py", ".pyc"))}
     assert named == files
 

@@ -4,18 +4,32 @@ import json
 import math
 import os
 import shutil
+import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 
 import ml_dtypes
 import numpy as np
+from etils import epath
 
 from avocado_jax.checkpoint.hf import SAME, Entry, HfCheckpoint, copied_files, open_hf, read_json, refuse_code
 from avocado_jax.checkpoint.hf_config import declare_dtype
-from avocado_jax.checkpoint.orbax import Pieces, RunCheckpoint, fetched, open_run, row_slices, save_pieces
+from avocado_jax.checkpoint.load import Checkpoint, open_checkpoint
+from avocado_jax.checkpoint.orbax import (
+    Pieces,
+    RunCheckpoint,
+    fetched,
+    is_remote,
+    open_run,
+    row_slices,
+    run_path,
+    save_pieces,
+)
 from avocado_jax.checkpoint.safetensors import SHARD_BYTES, Spec, Tensor, read_header, write_shards
 from avocado_jax.errors import InputError
+from avocado_jax.models.config import Lora
 from avocado_jax.progress import progress
 
 MARK = ".being-converted"  # in a folder that may be deleted
@@ -32,14 +46,7 @@ def from_hf(source: Path, target: Path) -> None:
     done = progress(range(len(checkpoint.entries) + 1), "tensors", len(checkpoint.entries))
     stacks = _stacks(checkpoint, lambda: next(done))
     with _appearing(target, sum(map(_nbytes, [*checkpoint.tensors.values(), *checkpoint.carried.values()]))) as folder:
-        (folder / "hf").mkdir()
-        for path in copied_files(source):
-            shutil.copyfile(path, folder / "hf" / path.name)
-        (folder / "source.json").write_text(json.dumps({"prefix": checkpoint.prefix}) + "\n")
-        if checkpoint.carried:
-            (folder / "carried").mkdir()
-            specs = [Spec(name, tensor.dtype, tensor.shape) for name, tensor in checkpoint.carried.items()]
-            write_shards(folder / "carried", specs, _pieces_of(checkpoint.carried.values()))
+        _write_beside(checkpoint, folder)
         save_pieces(folder / "checkpoints" / "0" / "params", stacks)
         (folder / "checkpoints" / "0" / "commit_success.txt").touch()  # so that the run may be copied to a bucket
 
@@ -62,13 +69,7 @@ def to_hf(
         InputError: no such run or step, or `target` exists.
     """
     run = open_run(source, step)
-    written = read_json(run.folder / "source.json")
-    prefix = written.get("prefix") if isinstance(written, dict) else None
-    if prefix not in ("", "thinker."):
-        raise InputError(f"{run.folder / 'source.json'}: no prefix of tensor names")
-    carried: dict[str, Tensor] = {}
-    for path in sorted(fetched(run.folder / "carried").glob("*.safetensors")):
-        carried |= read_header(path)
+    prefix, carried = _beside(run)
     specs = [
         Spec(f"{prefix}{name}", DTYPES[dtype] if dtype else run.open(entry).dtype.numpy_dtype, entry.shape)
         for name, entry in run.entries.items()
@@ -90,6 +91,60 @@ def to_hf(
         write_shards(folder, specs, values(), shard_bytes)
         refuse_code(folder)
     return run.step
+
+
+def begin_run(init: str | os.PathLike, folder: str | os.PathLike, lora: Lora | None = None) -> None:
+    """Put into a training run what its checkpoints are used with: the side files and carried tensors of `init`.
+
+    What is there already is written again: a beginning that was killed is simply begun once more. One process calls
+    it, before the first checkpoint is saved.
+
+    Args:
+        init: the checkpoint that training starts from: Hugging Face folder or run.
+        folder: of the run, local or gs://.
+        lora: the adapters that will be trained.
+    """
+    checkpoint, run = open_checkpoint(init), run_path(folder)
+    scratch = Path(tempfile.mkdtemp()) if is_remote(run) else Path(run, ".beginning")
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir(parents=True)
+    try:
+        _write_beside(checkpoint, scratch)
+        if lora is not None:
+            (scratch / "lora.json").write_text(json.dumps(asdict(lora)) + "\n")
+        for path in sorted(path for path in scratch.rglob("*") if path.is_file()):
+            target = run / path.relative_to(scratch)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            epath.Path(path).copy(target, overwrite=True) if is_remote(run) else path.replace(target)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _write_beside(checkpoint: Checkpoint, folder: Path) -> None:
+    """Everything of a run folder but its checkpoints."""
+    prefix, carried = _beside(checkpoint)
+    (folder / "hf").mkdir()
+    for path in copied_files(checkpoint.side_files):
+        shutil.copyfile(path, folder / "hf" / path.name)
+    (folder / "source.json").write_text(json.dumps({"prefix": prefix}) + "\n")
+    if carried:
+        (folder / "carried").mkdir()
+        specs = [Spec(name, tensor.dtype, tensor.shape) for name, tensor in carried.items()]
+        write_shards(folder / "carried", specs, _pieces_of(carried.values()))
+
+
+def _beside(checkpoint: Checkpoint) -> tuple[str, dict[str, Tensor]]:
+    """The prefix of the modelled tensors' names in Hugging Face format, and the tensors that are not modelled."""
+    if isinstance(checkpoint, HfCheckpoint):
+        return checkpoint.prefix, checkpoint.carried
+    written = read_json(checkpoint.folder / "source.json")
+    prefix = written.get("prefix") if isinstance(written, dict) else None
+    if prefix not in ("", "thinker."):
+        raise InputError(f"{checkpoint.folder / 'source.json'}: no prefix of tensor names")
+    carried: dict[str, Tensor] = {}
+    for path in sorted(fetched(checkpoint.folder / "carried").glob("*.safetensors")):
+        carried |= read_header(path)
+    return prefix, carried
 
 
 @contextmanager

@@ -100,7 +100,8 @@ class Entry(NamedTuple):
 
 def table(config: ThinkerConfig) -> dict[str, Entry]:
     """Every modelled tensor by its name. Its entries cover each parameter, each layer of a stack, once."""
-    tree = jax.eval_shape(lambda: init(replace(config, scan=True), jax.random.key(0)))
+    plain = replace(config, scan=True, text=replace(config.text, lora=None))
+    tree = jax.eval_shape(lambda: init(plain, jax.random.key(0)))
     leaves = {
         tuple(str(key.key) for key in path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
     }
@@ -138,6 +139,10 @@ class HfCheckpoint(NamedTuple):
     def read(self, entry: Entry) -> np.ndarray:
         """One parameter, or one layer of a stacked one, in our layout."""
         return entry.change.ours(self.tensors[entry.name].read())
+
+    def read_part(self, entry: Entry, where: tuple[slice, ...]) -> np.ndarray:
+        """A block of what `read` gives; only the pages that hold it are read."""
+        return np.ascontiguousarray(entry.change.ours(self.tensors[entry.name].mapped())[where])
 
 
 def is_hf(folder: Path) -> bool:

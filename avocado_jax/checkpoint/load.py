@@ -1,17 +1,24 @@
-"""Parameters onto devices, from either kind of folder, in the layout that decoding wants."""
+"""Parameters onto devices, from either kind of folder: whole for decoding, or in parts over a mesh."""
 
+import hashlib
 import os
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
 
-from avocado_jax.checkpoint.hf import HfCheckpoint, is_hf, open_hf
+from avocado_jax.checkpoint.hf import Entry, HfCheckpoint, is_hf, open_hf
 from avocado_jax.checkpoint.orbax import RunCheckpoint, is_run, open_run
 from avocado_jax.errors import InputError
 from avocado_jax.progress import progress
 
+READERS = 4  # layers of a stack that are read at once
+SHIPPED = Path(__file__).parents[1] / "assets" / "captioner"
 Checkpoint = HfCheckpoint | RunCheckpoint  # both read one parameter, or one layer of it, at a time
 
 
@@ -33,6 +40,39 @@ def open_checkpoint(folder: str | os.PathLike) -> Checkpoint:
     raise InputError(f"{folder}: neither a checkpoint in Hugging Face format nor a run folder")
 
 
+def shipped_checkpoint() -> Path:
+    """The folder of the small captioner that comes with this package.
+
+    Raises:
+        InputError: this copy of the package has none.
+    """
+    if not is_hf(SHIPPED):
+        raise InputError("no checkpoint comes with this copy of the package: name one with --checkpoint DIR")
+    return SHIPPED
+
+
+def named_checkpoint(given: str | None) -> Checkpoint:
+    """The checkpoint that a user names, or the shipped one.
+
+    Raises:
+        InputError: as `open_checkpoint`; or none is named and none is shipped.
+    """
+    return open_checkpoint(Path(given) if given else shipped_checkpoint())
+
+
+def identity(checkpoint: Checkpoint) -> str:
+    """A digest of what a checkpoint holds, wherever it lies: what was made with it can be told by it."""
+    digest = hashlib.sha256()
+    if isinstance(checkpoint, RunCheckpoint):  # Orbax names its files by random numbers: names tell the contents
+        names = sorted(str(path.relative_to(checkpoint.params)) for path in checkpoint.params.rglob("*"))
+        digest.update("\n".join(names).encode())
+    whole = [path for path in checkpoint.side_files.iterdir() if path.suffix in (".json", ".safetensors")]
+    for path in progress(sorted(whole), "reading the checkpoint's identity"):
+        with path.open("rb") as file:
+            digest.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
+
+
 def load_params(checkpoint: Checkpoint, dtype: str) -> dict[str, Any]:
     """Every parameter on the default device in `dtype`, layers apart (`ThinkerConfig.scan` false)."""
     params: dict[str, Any] = {}
@@ -43,3 +83,55 @@ def load_params(checkpoint: Checkpoint, dtype: str) -> dict[str, Any]:
             node = node.setdefault(name, {})
         node[entry.path[-1]] = jax.device_put(checkpoint.read(entry).astype(jnp.dtype(dtype)))
     return params
+
+
+def load_sharded(checkpoint: Checkpoint, like: Mapping[str, Any]) -> dict[str, Any]:
+    """Stacked parameters, born where they live: each process reads the parts that its devices hold, once.
+
+    Host memory holds one leaf's local part, and a few layers on their way into it.
+
+    Args:
+        like: the tree of ShapeDtypeStructs with shardings and the dtypes that are wanted.
+
+    Returns:
+        The same tree of arrays, without adapters (`lora_a`, `lora_b`): a checkpoint is read with them merged.
+
+    Raises:
+        InputError: the checkpoint is of another model, or its files are damaged.
+    """
+    stacks: dict[tuple[str, ...], list[Entry]] = {}
+    for entry in checkpoint.entries.values():
+        stacks.setdefault(entry.path, []).append(entry)
+    wanted = {path: leaf for path, leaf in flatten_dict(like).items() if not path[-1].startswith("lora_")}
+    if differ := sorted(stacks.keys() ^ wanted.keys()):
+        raise InputError(f"{checkpoint.folder}: of another model, which differs in {'/'.join(differ[0])}")
+    leaves = progress(list(wanted.items()), "loading parameters")
+    return unflatten_dict({path: _leaf(checkpoint, stacks[path], leaf) for path, leaf in leaves})
+
+
+def _leaf(checkpoint: Checkpoint, entries: list[Entry], like: jax.ShapeDtypeStruct) -> jax.Array:
+    """One parameter, all layers of a stacked one."""
+    stacked = int(entries[0].layer is not None)
+    indices = like.sharding.addressable_devices_indices_map(like.shape)
+    blocks = {
+        device: tuple(part.indices(size)[:2] for part, size in zip(index, like.shape))
+        for device, index in indices.items()
+    }
+    parts = {block: np.empty([end - begin for begin, end in block], like.dtype) for block in blocks.values()}
+    # Of each layer the smallest block around all of these is read, once, and cut.
+    around = [(min(begin for begin, _ in axis), max(end for _, end in axis)) for axis in zip(*parts)][stacked:]
+    where = tuple(slice(*axis) for axis in around)
+
+    def fill(entry: Entry) -> None:
+        value = checkpoint.read_part(entry, where)
+        for block, part in parts.items():
+            cut = tuple(slice(begin - low, end - low) for (begin, end), (low, _) in zip(block[stacked:], around))
+            if not stacked:
+                part[...] = value[cut]
+            elif block[0][0] <= entry.layer < block[0][1]:
+                part[entry.layer - block[0][0]] = value[cut]
+
+    with ThreadPoolExecutor(READERS) as pool:
+        list(pool.map(fill, entries))
+    arrays = [jax.device_put(parts[block], device) for device, block in blocks.items()]
+    return jax.block_until_ready(jax.make_array_from_single_device_arrays(like.shape, like.sharding, arrays))

@@ -4,7 +4,9 @@ RUN/hf/            config.json, tokenizer and other side files of the checkpoint
 RUN/carried/       tensors that we do not model (talker, token2wav, ...), as safetensors
 RUN/checkpoints/STEP/params/    the parameters, stacked over layers
 
-RUN is local or gs://.
+RUN/lora.json      where adapters were trained, their rank and alpha; `lora_a` and `lora_b` lie beside the kernels
+
+RUN is local or gs://. Parameters are read with adapters merged.
 """
 
 import atexit
@@ -27,7 +29,8 @@ from etils import epath
 from avocado_jax.checkpoint.hf import Entry, read_json, table
 from avocado_jax.checkpoint.hf_config import read_config
 from avocado_jax.errors import InputError
-from avocado_jax.models.config import ThinkerConfig
+from avocado_jax.models.config import Lora, ThinkerConfig
+from avocado_jax.models.lora import merged
 
 CHUNK_BYTES = 64 * 2**20
 
@@ -122,6 +125,7 @@ class RunCheckpoint(NamedTuple):
     config: ThinkerConfig
     entries: dict[str, Entry]
     side_files: Path  # the local folder of config.json, the tokenizer and generation settings
+    lora: Lora | None  # adapters that lie beside the kernels of the language model
 
     @property
     def params(self) -> epath.Path:
@@ -130,15 +134,19 @@ class RunCheckpoint(NamedTuple):
 
     def open(self, entry: Entry) -> ts.TensorStore:
         """The stored array that holds `entry`: all layers of a stacked parameter."""
-        base = f"{self.params}/" if is_remote(self.params) else f"file://{self.params}/"
-        kvstore = {"driver": "ocdbt", "base": base, "path": ".".join(entry.path)}
-        with self.damage(entry):
-            array = ts.open({"driver": "zarr", "kvstore": kvstore}, read=True).result()
+        array = self._stored(entry, entry.path[-1])
         layers, one = (None, array.shape) if entry.layer is None else (array.shape[0], array.shape[1:])
         known = None if layers is None else sum(other.path == entry.path for other in self.entries.values())
         if layers != known or entry.change.shape(one, self.config) != entry.shape:
             raise InputError(f"{self.params}: {'/'.join(entry.path)} has shape {list(array.shape)}")
         return array
+
+    def _stored(self, entry: Entry, name: str) -> ts.TensorStore:
+        """The stored array of a parameter, or of one beside it."""
+        base = f"{self.params}/" if is_remote(self.params) else f"file://{self.params}/"
+        kvstore = {"driver": "ocdbt", "base": base, "path": ".".join((*entry.path[:-1], name))}
+        with self.damage(entry):
+            return ts.open({"driver": "zarr", "kvstore": kvstore}, read=True).result()
 
     @contextmanager
     def damage(self, entry: Entry) -> Iterator[None]:
@@ -151,9 +159,19 @@ class RunCheckpoint(NamedTuple):
 
     def read(self, entry: Entry) -> np.ndarray:
         """One parameter, or one layer of a stacked one, in our layout."""
+        return self.read_part(entry, ())
+
+    def read_part(self, entry: Entry, where: tuple[slice, ...]) -> np.ndarray:
+        """A block of what `read` gives; only the chunks that hold it are read."""
         array = self.open(entry)
         with self.damage(entry):
-            return (array if entry.layer is None else array[entry.layer]).read().result()
+            value = (array if entry.layer is None else array[entry.layer])[where].read().result()
+            if self.lora is None or entry.path[:2] != ("text", "layers") or entry.path[-1] != "kernel":
+                return value
+            rows, columns = where or (slice(None), slice(None))
+            a = self._stored(entry, "lora_a")[entry.layer, rows].read().result()
+            b = self._stored(entry, "lora_b")[entry.layer, :, columns].read().result()
+            return merged(value, a, b, self.lora)
 
     def read_rows(self, entry: Entry) -> Iterator[np.ndarray]:
         """An unstacked parameter in runs of rows."""
@@ -198,4 +216,5 @@ def open_run(folder: str | os.PathLike, step: int | None = None) -> RunCheckpoin
     tied = "('head',)" not in read_json(metadata).get("tree_metadata", {})
     side_files = fetched(path / "hf")
     config = read_config(read_json(side_files / "config.json"), tied)
-    return RunCheckpoint(path, step, config, table(config), side_files)
+    lora = Lora(**read_json(path / "lora.json")) if (path / "lora.json").is_file() else None
+    return RunCheckpoint(path, step, config, table(config), side_files, lora)

@@ -62,6 +62,10 @@ class Tensor(NamedTuple):
                 raise InputError(f"{self.file}: ends in the middle of a tensor")
         return values
 
+    def mapped(self) -> np.ndarray:
+        """Its values where they lie in the file: read when they are touched."""
+        return np.memmap(self.file, self.dtype, "r", self.offset, self.shape)
+
 
 def _pairs(pairs: list[tuple[str, object]]) -> dict[str, object]:
     """A JSON object, refusing a name that stands twice."""

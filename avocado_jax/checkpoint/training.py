@@ -13,6 +13,8 @@ import gc
 import logging
 import os
 import re
+import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from operator import itemgetter
@@ -22,10 +24,11 @@ import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
-from avocado_jax.checkpoint.orbax import finished_steps, run_path, save_args
+from avocado_jax.checkpoint.orbax import finished_steps, is_remote, run_path, save_args
 from avocado_jax.errors import InputError
 
 METRIC = "metric"
+UNFINISHED = ".orbax-checkpoint-tmp"  # how Orbax calls a step until it is renamed
 TIMEOUT = 600  # seconds that hosts wait for each other in a save
 
 
@@ -161,11 +164,17 @@ class Checkpoints:
             with suppress(Exception):
                 failed.close()
         del failed
-        asyncio_log = logging.getLogger("asyncio")
-        level = asyncio_log.level
-        asyncio_log.setLevel(logging.CRITICAL + 1)
+        logging.getLogger("asyncio").setLevel(logging.CRITICAL)
         gc.collect()
-        asyncio_log.setLevel(level)
+        if is_remote(self.folder) or jax.process_index() != 0:
+            return
+        for _ in range(20):  # a full disk gets its space back; writes under way may make files a moment longer
+            leftovers = list((self.folder / "checkpoints").glob(f"*{UNFINISHED}"))
+            if not leftovers:
+                break
+            for path in leftovers:
+                shutil.rmtree(path, ignore_errors=True)
+            time.sleep(0.1)
 
 
 def _one_line(error: BaseException) -> str:

@@ -14,29 +14,28 @@ import json
 import os
 import sys
 import zlib
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
-from avocado_jax.checkpoint.load import open_checkpoint
-from avocado_jax.data.media import Media, Reading, read_media
+from avocado_jax.checkpoint.load import named_checkpoint
+from avocado_jax.data.media import Media, read_media
 from avocado_jax.data.prompt import PROMPTS
-from avocado_jax.data.rows import make_row
 from avocado_jax.errors import InputError
-from avocado_jax.eval.captioner import Captioner, caption_rows, load_captioner, words
+from avocado_jax.eval.captioner import computing_dtype, load_captioner
+from avocado_jax.eval.runner import FAILURES, first_line, read_ahead
 from avocado_jax.progress import progress
+from avocado_jax.sampling.captioner import Captioner, caption_rows, words
 from avocado_jax.sampling.logits import Sampling
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command."""
     parser.add_argument("clips", nargs="+", metavar="CLIP", help="video files")
-    parser.add_argument("--checkpoint", required=True, metavar="DIR", help="the model (see above)")
+    parser.add_argument("--checkpoint", metavar="DIR", help="the model (see above; default: the one that is shipped)")
     parser.add_argument("--no-audio", action="store_true", help="look without listening")
     parser.add_argument("--prompt", default=PROMPTS[0], metavar="TEXT", help="what to ask (default: %(default)s)")
     parser.add_argument("--max-new-tokens", type=int, default=2048, metavar="N", help="default: %(default)s")
@@ -59,17 +58,15 @@ def run(args: argparse.Namespace) -> int:
         raise InputError(str(error)) from error
     if args.max_new_tokens < 1:
         raise InputError(f"--max-new-tokens is {args.max_new_tokens}, at least 1 is asked for")
-    dtype = args.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
-    if dtype == "float32":
-        jax.config.update("jax_default_matmul_precision", "highest")  # accelerators round fp32 products otherwise
     if not 0 <= args.seed < 2**32:
         raise InputError(f"--seed is {args.seed}, 0 to {2**32 - 1} are asked for")
+    checkpoint = named_checkpoint(args.checkpoint)
     if not any(Path(clip).exists() for clip in args.clips):  # told before a model is loaded
         clips = [(clip, InputError(f"{clip}: no such file")) for clip in args.clips]
         captioner = None
     else:
-        captioner = load_captioner(open_checkpoint(args.checkpoint), args.prompt, dtype)
-        clips = _read_ahead(args.clips, not args.no_audio)
+        captioner = load_captioner(checkpoint, args.prompt, computing_dtype(args.dtype))
+        clips = read_ahead(args.clips, partial(read_media, reading=captioner.reading, sound=not args.no_audio))
     try:
         out = args.out.open("w", encoding="utf-8") if args.out else nullcontext(sys.stdout)
     except OSError as error:
@@ -78,12 +75,12 @@ def run(args: argparse.Namespace) -> int:
     with out as out:
         for clip, media in progress(clips, "clips", len(args.clips)) if len(args.clips) > 1 else clips:
             try:
-                if isinstance(media, InputError):
+                if isinstance(media, Exception):
                     raise media
                 record = _caption(captioner, clip, media, sampling, args)
-            except (InputError, MemoryError, jax.errors.JaxRuntimeError) as error:  # the others are still captioned
+            except FAILURES as error:  # the others are still captioned
                 failed += 1
-                reason = str(error) if isinstance(error, InputError) else f"{clip}: {str(error).splitlines()[0]}"
+                reason = str(error) if isinstance(error, InputError) else f"{clip}: {first_line(error)}"
                 record = {"clip": clip, "error": reason}
                 print(f"avocado caption: {reason}", file=sys.stderr)
             if args.json:
@@ -93,27 +90,10 @@ def run(args: argparse.Namespace) -> int:
     return 0 if not failed else 2 if failed == len(args.clips) else 1
 
 
-def _read_ahead(clips: list[str], sound: bool) -> Iterator[tuple[str, Media | InputError]]:
-    """Each clip and what was read of it, or why it could not be; the next one is read meanwhile."""
-
-    def read(clip: str) -> Media | InputError:
-        try:
-            return read_media(clip, sound=sound)
-        except InputError as error:
-            return error
-
-    with ThreadPoolExecutor(1) as reader:
-        ahead = None
-        for clip, after in zip(clips, [*clips[1:], None]):
-            media = ahead.result() if ahead else read(clip)
-            ahead = reader.submit(read, after) if after is not None else None
-            yield clip, media
-
-
 def _caption(
     captioner: Captioner, clip: str, media: Media, sampling: Sampling, args: argparse.Namespace
 ) -> dict[str, Any]:
-    row = make_row(media, captioner.prompt, captioner.config, Reading())
+    row = captioner.row(media)
     number = np.array([zlib.crc32(os.fsencode(clip)) >> 1])  # its draws do not depend on its place in the list
     samples = caption_rows(captioner, [row], number, sampling, args.max_new_tokens, args.seed)
     tokens = samples.tokens[0, 0, : samples.lengths[0, 0]]

@@ -18,21 +18,19 @@ import multiprocessing
 import os
 import signal
 import sys
-from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 from avocado_jax.errors import InputError
+from avocado_jax.jsonl import read_lines
 from avocado_jax.progress import progress
 from avocado_jax.world.check import measure
 from avocado_jax.world.clip import record, write_clip
 from avocado_jax.world.director import make_script
 from avocado_jax.world.script import LEVELS, SPLITS
+from avocado_jax.world.truth import read_truth
 
 STOPPED = 75
-NUMBER = int | float
-NAMES = {str: "a string", list: "a list", NUMBER: "a number"}
-ENTRIES = {"events": {"text": str, "start": NUMBER}, "dialogues": {"speaker": str, "text": str}}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -103,42 +101,10 @@ def _make(index: int, out: Path, seed: int, split: str, level: int, references: 
 
 def check(captions: Path, truth: Path) -> int:
     """Print how true each caption is."""
-    records = {}
-    for where, line in _lines(truth, {"id": str, "events": list, "dialogues": list}):
-        for name, wants in ENTRIES.items():
-            for entry in line[name]:
-                good = isinstance(entry, dict) and all(isinstance(entry.get(k), t) for k, t in wants.items())
-                if not good:
-                    fields = " and ".join(f'"{field}" ({NAMES[kind]})' for field, kind in wants.items())
-                    raise InputError(f'{where}: each of "{name}" needs {fields}')
-        records[line["id"]] = line
-    for where, line in _lines(captions, {"id": str, "caption": str}):
+    records = read_truth(truth)
+    for where, line in read_lines(captions, {"id": str, "caption": str}):
         if line["id"] not in records:
             raise InputError(f"{where}: {truth} has no clip {json.dumps(line['id'])}")
         scores = measure(line["caption"], records[line["id"]])
         print(json.dumps({"id": line["id"], **scores._asdict()}, ensure_ascii=False))
     return 0
-
-
-def _lines(path: Path, fields: dict[str, type]) -> Iterator[tuple[str, dict]]:
-    """Each JSON object of a file with its "file:line", checked to have the fields, of these types."""
-    try:
-        lines = path.read_bytes().splitlines()
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror}") from None
-    if not any(map(bytes.strip, lines)):
-        raise InputError(f"{path} holds no lines")
-    for number, raw in enumerate(lines, start=1):
-        where = f"{path}:{number}"
-        if not raw.strip():
-            continue
-        try:
-            line = json.loads(raw)
-        except ValueError as error:
-            raise InputError(f"{where}: not JSON: {error}") from None
-        if not isinstance(line, dict):
-            raise InputError(f"{where}: not a JSON object")
-        for name, kind in fields.items():
-            if not isinstance(line.get(name), kind):
-                raise InputError(f'{where}: "{name}" must be {NAMES[kind]}')
-        yield where, line

@@ -1,9 +1,10 @@
 """Clips as they come: what a file holds, the frames that are read of it, its sound at 16 kHz."""
 
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,6 +31,30 @@ class Reading:
     size_factor: int = 28  # sides of a frame are multiples of it
     sound_rate: int = 16_000  # samples a second
     sound_seconds: int = 300  # of sound at most
+
+
+def load_reading(folder: Path) -> Reading:
+    """How a checkpoint's clips are sampled: of `reading.json` in its folder, where there is one; else as AVoCaDO's.
+
+    Raises:
+        InputError: the file names no such property, or a value that is no positive number.
+    """
+    path = folder / "reading.json"
+    if not path.is_file():
+        return Reading()
+    try:
+        held = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"{path}: not JSON: {error}") from error
+    kinds = {field.name: field.type for field in fields(Reading)}
+    if not isinstance(held, dict):
+        raise InputError(f"{path}: not an object")
+    for name, value in held.items():
+        if name not in kinds:
+            raise InputError(f"{path}: no property '{name}' of a reading")
+        if type(value) not in (int, kinds[name]) or not value > 0:
+            raise InputError(f"{path}: {name} is {value!r}, not a positive {kinds[name].__name__}")
+    return Reading(**held)
 
 
 class Media(NamedTuple):

@@ -102,11 +102,11 @@ def fit(shapes: list[Shape]) -> Shape:
     return Shape(*(max(sizes) for sizes in zip(*shapes)))
 
 
-def rounded(shape: Shape) -> Shape:
-    """`shape` enlarged so that few distinct ones occur: each size to at most three leading bits, at most 1/4 more."""
+def rounded(shape: Shape, bits: int = 3) -> Shape:
+    """`shape` enlarged so that few distinct ones occur: each size to `bits` leading bits, of 3 at most 1/4 more."""
 
     def up(size: int) -> int:
-        unit = 1 << max(0, size.bit_length() - 3)
+        unit = 1 << max(0, size.bit_length() - bits)
         return -(-size // unit) * unit
 
     return Shape(*map(up, shape))

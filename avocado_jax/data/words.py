@@ -1,5 +1,6 @@
 """A tokenizer as plain data: worker processes build it with the `tokenizers` library alone, in milliseconds."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -11,7 +12,7 @@ from avocado_jax.data.prompt import load_tokenizer
 
 @dataclass(frozen=True)
 class Words:
-    """Texts to ids. Special tokens that are spelled out in a text stay text.
+    """Texts to ids and back. Special tokens that are spelled out in a text stay text.
 
     It answers as a Hugging Face tokenizer does to `encode` and `get_added_vocab`, so `chat_prompt` takes it.
     """
@@ -27,6 +28,18 @@ class Words:
     def get_added_vocab(self) -> dict[str, int]:
         """Special and other added tokens with their ids."""
         return {token.content: number for number, token in _built(self.json).get_added_tokens_decoder().items()}
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of ids, special tokens spelled out."""
+        return _built(self.json).decode([int(one) for one in ids], skip_special_tokens=False)
+
+    def known_ids(self) -> list[int]:
+        """Every id that stands for something."""
+        return sorted(_built(self.json).get_vocab(with_added_tokens=True).values())
+
+    def special_ids(self) -> list[int]:
+        """The ids of special tokens."""
+        return [number for number, token in _built(self.json).get_added_tokens_decoder().items() if token.special]
 
 
 def load_words(folder: Path) -> Words:

@@ -51,6 +51,19 @@ class VisionConfig:
 
 
 @dataclass(frozen=True)
+class Lora:
+    """Low-rank adapters beside the kernels of the language model's layers."""
+
+    rank: int = 16
+    alpha: float = 16.0
+
+    @property
+    def scale(self) -> float:
+        """What the output of an adapter is multiplied with."""
+        return self.alpha / self.rank
+
+
+@dataclass(frozen=True)
 class TextConfig:
     """The language model: Qwen2.5 with TMRoPE."""
 
@@ -65,6 +78,7 @@ class TextConfig:
     rope_theta: float = 1e6
     mrope_sections: tuple[int, ...] = (16, 24, 24)  # frequencies that turn with time, height, width
     tied: bool = False  # the embedding is the output matrix too
+    lora: Lora | None = None  # of a run that trains adapters; a checkpoint is read with them merged
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """Building blocks shared by the towers, and the two layouts of a stack of layers."""
 
 from collections.abc import Callable, Mapping
+from operator import itemgetter
 from typing import Any
 
 import flax.linen as nn
@@ -8,7 +9,8 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from avocado_jax.models.config import ThinkerConfig
+from avocado_jax.models.config import Lora, ThinkerConfig
+from avocado_jax.models.lora import LoraDense
 from avocado_jax.parallel.mesh import constrain
 from avocado_jax.typing import Array, Float
 
@@ -37,16 +39,18 @@ class GatedMLP(nn.Module):
     bias: bool
     dtype: str
     param_dtype: str
+    lora: Lora | None = None
 
     @nn.compact
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
-        hidden = nn.silu(dense(self, self.ffn, "gate", self.bias)(x)) * dense(self, self.ffn, "up", self.bias)(x)
-        return dense(self, x.shape[-1], "down", self.bias)(hidden)
+        gate, up = (dense(self, self.ffn, name, self.bias, self.lora)(x) for name in ("gate", "up"))
+        return dense(self, x.shape[-1], "down", self.bias, self.lora)(nn.silu(gate) * up)
 
 
-def dense(module: Any, features: int, name: str, bias: bool = True) -> nn.Dense:
-    """A linear layer in the dtypes of the module that holds it."""
-    return nn.Dense(features, use_bias=bias, dtype=module.dtype, param_dtype=module.param_dtype, name=name)
+def dense(module: Any, features: int, name: str, bias: bool = True, lora: Lora | None = None) -> nn.Module:
+    """A linear layer in the dtypes of the module that holds it, with an adapter where `lora` is given."""
+    given = dict(use_bias=bias, dtype=module.dtype, param_dtype=module.param_dtype, name=name)
+    return nn.Dense(features, **given) if lora is None else LoraDense(features, **given, lora=lora)
 
 
 def gelu(x: Array) -> Array:
@@ -104,3 +108,18 @@ def stack_of(layer: type[nn.Module], sizes: Mapping[str, Any], count: int, confi
         return x, tuple(outputs)
 
     return scanned if config.scan else unrolled
+
+
+def unstacked(params: Mapping[str, Any]) -> dict[str, Any]:
+    """Parameters as training has them, in the layout of decoding: `layers` becomes `layers_0`, `layers_1`, ...
+
+    A tree that has its layers apart comes back as it is.
+    """
+    apart: dict[str, Any] = {}
+    for name, part in params.items():
+        if name == "layers":
+            for layer in range(jax.tree.leaves(part)[0].shape[0]):
+                apart[f"layers_{layer}"] = jax.tree.map(itemgetter(layer), part)
+        else:
+            apart[name] = unstacked(part) if isinstance(part, Mapping) else part
+    return apart

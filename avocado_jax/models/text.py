@@ -43,7 +43,7 @@ class TextLayer(nn.Module):
         x = layer_input(x)
         y = RMSNorm(name="attention_norm", **norms)(x)
         q, k, v = (
-            dense(self, heads * text.head, name)(y).reshape(rows, group, queries, heads, text.head)
+            dense(self, heads * text.head, name, lora=text.lora)(y).reshape(rows, group, queries, heads, text.head)
             for name, heads in (("q", text.heads), ("k", text.kv_heads), ("v", text.kv_heads))
         )
         kv = KV(*(part.swapaxes(2, 3) for part in (rotate(k, rope), v)))
@@ -60,9 +60,9 @@ class TextLayer(nn.Module):
             mixed = plain.attend_captions(q, kv, clip, clip_valid, jnp.arange(kv.k.shape[3]) <= step)
         mixed = mixed.reshape(rows, group, queries, -1)
 
-        x = x + dense(self, text.width, "out", bias=False)(mixed)
+        x = x + dense(self, text.width, "out", bias=False, lora=text.lora)(mixed)
         y = RMSNorm(name="mlp_norm", **norms)(x)
-        return x + GatedMLP(text.ffn, False, self.dtype, self.param_dtype, name="mlp")(y), kv
+        return x + GatedMLP(text.ffn, False, self.dtype, self.param_dtype, text.lora, name="mlp")(y), kv
 
 
 class TextModel(nn.Module):

@@ -29,7 +29,7 @@ class _Loop(NamedTuple):
     so_far: Any
 
 
-def caption_keys(seed: int, clips: Int[Array, "B"], captions: int) -> jax.Array:
+def caption_keys(seed: int | Array, clips: Int[Array, "B"], captions: int) -> jax.Array:
     """A random key for each caption, [B G], from the seed, its clip's number and its own.
 
     What a caption draws does not depend on which clips share its batch.

@@ -1,6 +1,5 @@
 """Where a run's records come from, by the names that configs use."""
 
-from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +11,7 @@ from avocado_jax.data.pipeline import Source
 from avocado_jax.data.records import Record
 from avocado_jax.data.sources import open_shards, open_tfds, prepared_reading
 from avocado_jax.errors import InputError
+from avocado_jax.progress import progress
 from avocado_jax.world.clip import record, row
 from avocado_jax.world.director import make_script
 from avocado_jax.world.render import frame_times
@@ -29,7 +29,7 @@ class WorldSource:
 
     def __init__(self, level: int, split: str, seed: int, clips: int, references: int, fps: float) -> None:
         self._asked = (seed, split, level, fps, references)
-        scripts = [make_script(seed, number, split, level) for number in range(clips)]
+        scripts = [make_script(seed, number, split, level) for number in progress(range(clips), "world: scripts")]
         records = [record(script, references) for script in scripts]
         height, width = LEVELS[level].size
 
@@ -77,15 +77,12 @@ def open_source(name: str, config: DataConfig) -> tuple[Source, Reading]:
 
 def _world(name: str, config: DataConfig) -> WorldSource:
     try:
-        _, level, split, seed, clips = name.split(":")
+        _, level, split, seed, clips, *plain = name.split(":")
+        if plain not in ([], ["plain"]):
+            raise ValueError
         asked = int(level), split, int(seed), int(clips)
     except ValueError:
-        raise InputError(f"{name}: not of the form world:LEVEL:SPLIT:SEED:CLIPS") from None
+        raise InputError(f"{name}: not of the form world:LEVEL:SPLIT:SEED:CLIPS[:plain]") from None
     if not 0 <= asked[0] < len(LEVELS) or split not in SPLITS or asked[3] < 1:
         raise InputError(f"{name}: levels are 0 to {len(LEVELS) - 1}, splits {' and '.join(SPLITS)}, and clips from 1")
-    return WorldSource(*asked, config.references, Reading().fps)
-
-
-def reading_json(reading: Reading) -> dict:
-    """How clips were sampled for a model, as its checkpoint's reading.json says."""
-    return asdict(reading)
+    return WorldSource(*asked, 0 if plain else config.references, Reading().fps)

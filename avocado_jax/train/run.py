@@ -4,26 +4,32 @@ import json
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from avocado_jax.checkpoint.convert import begin_run
+from avocado_jax.checkpoint.hf_config import stop_ids
 from avocado_jax.checkpoint.load import load_sharded, open_checkpoint
 from avocado_jax.checkpoint.training import Checkpoints
 from avocado_jax.config import SftConfig, as_json, refuse_another
 from avocado_jax.data import storage
 from avocado_jax.data.index import Index
+from avocado_jax.data.media import Reading
 from avocado_jax.data.pipeline import Batch, Recipe, Source, batches, plan_batches
 from avocado_jax.data.plan import Plan
+from avocado_jax.data.records import Record
 from avocado_jax.data.words import load_words
 from avocado_jax.errors import InputError
-from avocado_jax.models.config import ThinkerConfig, computed
+from avocado_jax.models.config import Lora, ThinkerConfig, computed
 from avocado_jax.models.flops import train_flops
+from avocado_jax.models.lora import add_adapters, merge
 from avocado_jax.parallel.mesh import make_mesh
 from avocado_jax.parallel.place import local_rows, place
+from avocado_jax.sampling.captioner import caption_records, captioner_in_training
 from avocado_jax.train.inputs import open_source
 from avocado_jax.train.loop import Job, train
 from avocado_jax.train.losses import Sums
@@ -36,7 +42,9 @@ from avocado_jax.train.state import State, begin, state_shapes
 def model_of(config: SftConfig, held: ThinkerConfig) -> ThinkerConfig:
     """The model that a checkpoint holds, as the config computes it."""
     model = computed(held, config.dtype, scan=True, remat=config.remat)
-    return replace(model, param_dtype=config.param_dtype, attention=config.attention)
+    lora = Lora(config.lora.rank, config.lora.alpha) if config.train == "lora" else None
+    text = replace(model.text, lora=lora)
+    return replace(model, text=text, param_dtype=config.param_dtype, attention=config.attention)
 
 
 def sft_program(config: SftConfig, model: ThinkerConfig, mesh: Mesh, steps: int) -> tuple[State, Callable, Callable]:
@@ -74,7 +82,7 @@ def sft(config: SftConfig, folder: str) -> int:
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, config.mesh.slices)
     if not config.init:
         raise InputError("init: no checkpoint to begin with")
-    checkpoint = open_checkpoint(Path(config.init))
+    checkpoint = open_checkpoint(config.init)
     model, words = model_of(config, checkpoint.config), load_words(checkpoint.side_files)
 
     # --- what is learned from
@@ -93,13 +101,16 @@ def sft(config: SftConfig, folder: str) -> int:
     if len(rows) % (config.accumulate * len(mesh.local_devices)):
         raise InputError(f"accumulate: {config.accumulate} parts do not divide the rows of each device")
 
-    _open_folder(config, folder, reading)
+    _open_folder(config, model, folder, reading)
     checkpoints = Checkpoints(folder, config.keep)
     with jax.set_mesh(mesh):
         # --- parameters and optimizer, of the newest checkpoint or of `init`
         shapes, step, start = sft_program(config, model, mesh, steps)
         if (newest := checkpoints.latest()) is None:
-            state = start(load_sharded(checkpoint, shapes.params))
+            params = load_sharded(checkpoint, shapes.params)
+            if model.text.lora:
+                params = add_adapters(params, shapes.params, config.seed)
+            state = start(params)
         else:
             params, rest, position = checkpoints.restore(newest, shapes.params, shapes._replace(params=None))
             if position["plan"] != plan.digest:
@@ -110,7 +121,7 @@ def sft(config: SftConfig, folder: str) -> int:
             steps=steps,
             batches=lambda first: _stream(source, plan, recipe, first, steps, rows, config),
             step=lambda state, batch: step(state, batch.clip, batch.captions, batch.weight, batch.cut),
-            evaluate=_heldout(config, recipe, model, mesh),
+            evaluate=_heldout(config, recipe, mesh, stop_ids(checkpoint.side_files, words, model.text.vocab), folder),
             flops=lambda batch: config.batch * _row_flops(config, model, batch),
             rows=lambda number: int((plan.step(number).records >= 0).sum()),
             position={"plan": plan.digest},
@@ -123,15 +134,17 @@ def sft(config: SftConfig, folder: str) -> int:
         return train(job, state, mesh, checkpoints, log, storage.join(folder, "profile"))
 
 
-def _open_folder(config: SftConfig, folder: str, reading: Any) -> None:
-    """Begin the run's folder, or see that it is this config's."""
+def _open_folder(config: SftConfig, model: ThinkerConfig, folder: str, reading: Reading) -> None:
+    """Begin the run's folder, or see that it is this config's. config.json comes last: what has it is begun."""
     where = storage.join(folder, "config.json")
     if storage.exists(where):
         refuse_another(config, json.loads(storage.read(where)), folder)
-        return
-    begin_run(Path(config.init), folder)
-    storage.write(storage.join(folder, "hf/reading.json"), json.dumps(asdict(reading)).encode())
-    storage.write(where, json.dumps(as_json(config), indent=2).encode())
+    elif jax.process_index() == 0:
+        begin_run(config.init, folder, model.text.lora)
+        storage.write(storage.join(folder, "hf/reading.json"), json.dumps(asdict(reading)).encode())
+        storage.write(where, json.dumps(as_json(config), indent=2).encode())
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("the run's folder is there")
 
 
 def _stream(
@@ -146,8 +159,10 @@ def _row_flops(config: SftConfig, model: ThinkerConfig, batch: Batch) -> float:
     return flops * (1 - batch.padded)
 
 
-def _heldout(config: SftConfig, recipe: Recipe, model: ThinkerConfig, mesh: Mesh) -> Callable[[State, int], dict]:
-    """Loss and accuracy over the first `eval_rows` held-out clips."""
+def _heldout(
+    config: SftConfig, recipe: Recipe, mesh: Mesh, stops: tuple[int, ...], folder: str
+) -> Callable[[State, int], dict[str, Any]]:
+    """Loss and accuracy over the first `eval_rows` held-out clips; captions of the first `samples`, in a file."""
     if not config.data.heldout:
         return lambda state, step: {}
     source, reading = open_source(config.data.heldout, config.data)
@@ -156,17 +171,40 @@ def _heldout(config: SftConfig, recipe: Recipe, model: ThinkerConfig, mesh: Mesh
     fewer = _first(source.index, config.eval_rows)
     plan = plan_batches(fewer, recipe, config.batch, min(4, config.data.shapes), config.seed)
     rows, whole = local_rows(mesh, config.batch), NamedSharding(mesh, PartitionSpec())
-    sums = jax.jit(partial(batch_sums, model), out_shardings=whole)
+    sums = jax.jit(partial(batch_sums, recipe.config), out_shardings=whole)
+    shown = [source[number] for number in range(min(config.samples, len(fewer.ids)))]
 
-    def evaluate(state: State, _: int) -> dict[str, Any]:
+    def evaluate(state: State, step: int) -> dict[str, Any]:
         total = Sums(0.0, 0.0, 0.0)
         for batch in place(_stream(source, plan, recipe, 0, plan.epoch_steps, rows, config), mesh):
             part = jax.device_get(sums(state.params, batch.clip, batch.captions, batch.weight))
             total = Sums(*(whole + float(one) for whole, one in zip(total, part)))
+        if shown:
+            said = _captions(config, recipe, state.params, stops, shown)
+            if jax.process_index() == 0:
+                lines = [json.dumps({"step": step, **one}, ensure_ascii=False) + "\n" for one in said]
+                storage.write(storage.join(folder, f"samples/{step}.jsonl"), "".join(lines).encode())
         count = max(total.count, 1.0)
         return {"heldout_loss": total.loss / count, "heldout_accuracy": total.correct / count}
 
     return evaluate
+
+
+def _captions(
+    config: SftConfig, recipe: Recipe, params: Any, stops: tuple[int, ...], records: list[Record]
+) -> list[dict[str, Any]]:
+    """The likeliest captions of some clips, beside their references."""
+    model = recipe.config
+    if model.text.lora:
+        params, model = merge(params, model.text.lora), replace(model, text=replace(model.text, lora=None))
+    captioner = captioner_in_training(
+        model, params, recipe.words, stops, recipe.prompts[0], config.dtype, recipe.reading
+    )
+    captions = caption_records(captioner, records, config.sample_tokens, len(records))
+    return [
+        {"id": one.fields["id"], "caption": caption, "reference": one.fields["caption"]}
+        for one, caption in zip(records, captions)
+    ]
 
 
 def _first(index: Index, count: int) -> Index:

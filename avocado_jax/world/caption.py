@@ -67,6 +67,11 @@ def statement(event: Event) -> str:
     return end(capitalize(together(event) if event.kind == "cross" else clause(event)))
 
 
+def plain_caption(script: Script) -> str:
+    """One plain sentence for each event, in the order they happen: the same words for the same truth."""
+    return " ".join(statement(event) for event in script.events)
+
+
 def write_caption(script: Script, which: int = 0) -> str:
     """Reference caption number `which` of a script: a paragraph a scene, all in the order it happens."""
     rng = random.Random(f"caption/{script.id}/{which}")

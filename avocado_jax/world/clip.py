@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from avocado_jax.errors import InputError
-from avocado_jax.world.caption import capitalize, clause, end, statement, together, write_caption
+from avocado_jax.world.caption import capitalize, clause, end, plain_caption, statement, together, write_caption
 from avocado_jax.world.director import make_script
 from avocado_jax.world.lexicon import THEN
 from avocado_jax.world.render import frame_times, render
@@ -57,9 +57,10 @@ class Row(NamedTuple):
 def record(script: Script, references: int = 1) -> dict:
     """The manifest line of a clip, with every optional field; `video` is relative to the manifest.
 
-    `caption` is the first of the `references`. Needs no file and no speech library.
+    `caption` is the first of the `references`; with 0 of them it is the one plain caption, for models too small to
+    learn ways of saying the same. Needs no file and no speech library.
     """
-    captions = [write_caption(script, which) for which in range(references)]
+    captions = [write_caption(script, which) for which in range(references)] or [plain_caption(script)]
     said = [event for event in script.events if event.kind == "say"]
     return {
         "id": script.id,

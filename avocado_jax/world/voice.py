@@ -3,6 +3,7 @@
 import _ctypes
 import ctypes
 import re
+import threading
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -48,6 +49,7 @@ class _Event(ctypes.Structure):
 
 _Callback = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_int, ctypes.POINTER(_Event))
 _RETRIEVAL, _DONT_EXIT, _UTF8, _CHARACTER, _RATE, _PITCH, _WORD = 1, 0x8000, 1, 1, 1, 3, 1  # speak_lib.h
+_ONE_LINE = threading.Lock()  # threads that load the library share the copy, and its state
 
 
 @lru_cache(maxsize=1024)
@@ -107,21 +109,22 @@ def _synthesise(line: str, variant: str, pitch: int, speed: int) -> tuple[np.nda
 
     # espeak keeps the phase of its vibrato and of its noise in static variables that no call resets, so that
     # a line would depend on those before it: a freshly loaded library for each line (about 10 ms) cures that.
-    library = ctypes.CDLL(espeakng_loader.get_library_path())
-    try:
-        voices = str(espeakng_loader.get_data_path())
-        if library.espeak_Initialize(_RETRIEVAL, 0, voices.encode(), _DONT_EXIT) < 0:
-            raise InputError(f"espeak-ng cannot read its voices in {voices}")
-        library.espeak_ng_SetRandSeed(ctypes.c_long(1))
-        library.espeak_SetSynthCallback(receive)
-        if library.espeak_SetVoiceByName(variant.encode()):
-            raise InputError(f"espeak-ng has no voice {variant}")
-        library.espeak_SetParameter(_RATE, speed, 0)
-        library.espeak_SetParameter(_PITCH, pitch, 0)
-        text = line.encode() + b"\0"
-        library.espeak_Synth(text, len(text), 0, _CHARACTER, 0, _UTF8, None, None)
-        library.espeak_Synchronize()
-        library.espeak_Terminate()
-    finally:
-        _ctypes.dlclose(library._handle)
+    with _ONE_LINE:
+        library = ctypes.CDLL(espeakng_loader.get_library_path())
+        try:
+            voices = str(espeakng_loader.get_data_path())
+            if library.espeak_Initialize(_RETRIEVAL, 0, voices.encode(), _DONT_EXIT) < 0:
+                raise InputError(f"espeak-ng cannot read its voices in {voices}")
+            library.espeak_ng_SetRandSeed(ctypes.c_long(1))
+            library.espeak_SetSynthCallback(receive)
+            if library.espeak_SetVoiceByName(variant.encode()):
+                raise InputError(f"espeak-ng has no voice {variant}")
+            library.espeak_SetParameter(_RATE, speed, 0)
+            library.espeak_SetParameter(_PITCH, pitch, 0)
+            text = line.encode() + b"\0"
+            library.espeak_Synth(text, len(text), 0, _CHARACTER, 0, _UTF8, None, None)
+            library.espeak_Synchronize()
+            library.espeak_Terminate()
+        finally:
+            _ctypes.dlclose(library._handle)
     return np.frombuffer(b"".join(chunks), np.int16) / 32768.0, starts

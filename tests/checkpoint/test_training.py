@@ -1,12 +1,8 @@
 """Training checkpoints: any mesh to any other, to the bit; killed, out of space, in a bucket, over processes."""
 
-import os
 import random
 import resource
 import signal
-import socket
-import subprocess
-import sys
 import textwrap
 import time
 from functools import partial
@@ -19,6 +15,7 @@ import numpy as np
 import optax
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from processes import several, start
 
 from avocado_jax.checkpoint.orbax import finished_steps
 from avocado_jax.checkpoint.training import Checkpoints
@@ -176,6 +173,7 @@ def test_disk_full(tmp_path):
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         assert "\n" not in str(error.value)
         assert checkpoints.latest() == 1
+        assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["1"]
         restores(checkpoints, 1)
     save(checkpoints, 2)
     checkpoints.close()
@@ -184,18 +182,11 @@ def test_disk_full(tmp_path):
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["2"]
 
 
-SETUP = f"""
+NAMES = f"""
 import sys
-sys.path[:0] = {[str(Path(__file__).parent), str(Path(__file__).parents[1])]!r}
+sys.path.insert(0, {str(Path(__file__).parent)!r})
 from test_training import *
 """
-
-
-def python(program, *arguments, devices=8, **env):
-    """Start a process with this file's names."""
-    env = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"} | env
-    command = [sys.executable, "-c", SETUP + textwrap.dedent(program), *map(str, arguments)]
-    return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def test_killed_at_any_moment(tmp_path):
@@ -212,7 +203,7 @@ def test_killed_at_any_moment(tmp_path):
     """
     run, moments, reached = tmp_path / "run", random.Random(0), [0]
     for _ in range(4):
-        process = python(program, run)
+        process = start(NAMES + textwrap.dedent(program), run)
         reached.append(int(process.stdout.readline() or -1))
         time.sleep(moments.uniform(0.3, 1.0))
         process.send_signal(signal.SIGKILL)
@@ -262,24 +253,6 @@ def test_bucket(bucket, tmp_path):
     checkpoints.close()
 
 
-def several(program, count, devices, *arguments):
-    """Run a program in `count` processes that know each other."""
-    with socket.socket() as held:
-        held.bind(("127.0.0.1", 0))
-        port = held.getsockname()[1]
-    start = f"""
-    number = int(sys.argv[-1])
-    if {count} > 1:
-        jax.config.update("jax_cpu_collectives_implementation", "gloo")
-        jax.distributed.initialize("127.0.0.1:{port}", {count}, number)
-    """
-    program = textwrap.dedent(start) + textwrap.dedent(program)
-    processes = [python(program, *arguments, number, devices=devices) for number in range(count)]
-    for process in processes:
-        _, told = process.communicate(timeout=120)
-        assert process.returncode == 0, told
-
-
 def test_several_processes(tmp_path):
     """Saved by two processes of two devices, restored by one of four, and the other way round."""
     write = """
@@ -297,7 +270,7 @@ def test_several_processes(tmp_path):
             same(shard.data, np.asarray(known)[shard.index])
     checkpoints.close()
     """
-    several(write, 2, 2, tmp_path / "run", 1)
-    several(read, 1, 4, tmp_path / "run", 1)
-    several(write, 1, 4, tmp_path / "run", 2)
-    several(read, 2, 2, tmp_path / "run", 2)
+    several(NAMES + textwrap.dedent(write), 2, 2, tmp_path / "run", 1)
+    several(NAMES + textwrap.dedent(read), 1, 4, tmp_path / "run", 1)
+    several(NAMES + textwrap.dedent(write), 1, 4, tmp_path / "run", 2)
+    several(NAMES + textwrap.dedent(read), 2, 2, tmp_path / "run", 2)

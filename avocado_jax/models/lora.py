@@ -1,0 +1,76 @@
+"""Low-rank adapters: y = x W + (alpha / rank) (x A) B in the language model's linear maps (Hu et al., 2021).
+
+A and B lie beside W as `lora_a` and `lora_b`. B begins at zero, so that a fresh adapter changes nothing.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from avocado_jax.models.config import Lora
+from avocado_jax.typing import Array, Float
+
+# Uniform in +-1 / sqrt(inputs), as in the reference implementations.
+INIT_A = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform", in_axis=-2, out_axis=-1)
+
+
+class LoraDense(nn.Module):
+    """`nn.Dense` with an adapter beside its kernel."""
+
+    features: int
+    use_bias: bool
+    dtype: str
+    param_dtype: str
+    lora: Lora
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... F"]:
+        def param(name: str, init: nn.initializers.Initializer, *shape: int) -> Array:
+            return self.param(name, init, shape, jnp.dtype(self.param_dtype)).astype(self.dtype)
+
+        x = x.astype(self.dtype)
+        y = x @ param("kernel", nn.initializers.lecun_normal(), x.shape[-1], self.features)
+        if self.use_bias:
+            y = y + param("bias", nn.initializers.zeros, self.features)
+        a = param("lora_a", INIT_A, x.shape[-1], self.lora.rank)
+        b = param("lora_b", nn.initializers.zeros, self.lora.rank, self.features)
+        return y + self.lora.scale * ((x @ a) @ b)
+
+
+def merged(kernel: Array, a: Array, b: Array, lora: Lora) -> Array:
+    """W + (alpha / rank) A B, summed in fp32, in the dtype of W; leading axes are layers of a stack."""
+    return (kernel.astype("float32") + lora.scale * (a.astype("float32") @ b.astype("float32"))).astype(kernel.dtype)
+
+
+def merge(params: Mapping[str, Any], lora: Lora) -> dict[str, Any]:
+    """The parameters of a model without adapters that computes the same."""
+    flat = flatten_dict(params)
+    for path in [path for path in flat if path[-1] == "lora_a"]:
+        module = path[:-1]
+        a, b = flat.pop(path), flat.pop((*module, "lora_b"))
+        flat[*module, "kernel"] = merged(flat[*module, "kernel"], a, b, lora)
+    return unflatten_dict(flat)
+
+
+def add_adapters(params: Mapping[str, Any], like: Any, seed: int) -> dict[str, Any]:
+    """Parameters without adapters, and fresh ones made where they live.
+
+    Args:
+        params: arrays; what they lack of `like` must be adapters.
+        like: the whole tree of ShapeDtypeStructs with shardings.
+        seed: of the draws; the same on every process and mesh.
+    """
+    flat, wanted = flatten_dict(params), flatten_dict(like)
+    missing = sorted(path for path in wanted if path not in flat)
+
+    def make(key: Array) -> list[Array]:
+        keys = jax.random.split(key, max(1, len(missing)))
+        init = {"lora_a": INIT_A, "lora_b": nn.initializers.zeros}
+        return [init[path[-1]](key, wanted[path].shape, wanted[path].dtype) for path, key in zip(missing, keys)]
+
+    made = jax.jit(make, out_shardings=[wanted[path].sharding for path in missing])(jax.random.key(seed))
+    return unflatten_dict(flat | dict(zip(missing, made)))

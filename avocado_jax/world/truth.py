@@ -1,0 +1,38 @@
+"""What is true of clips, from the `clips.jsonl` of a world, and how true captions of them are together."""
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from avocado_jax.errors import InputError
+from avocado_jax.jsonl import NUMBER, check_entries, read_lines
+from avocado_jax.world.check import measure
+
+FIELDS = {"id": str, "events": list, "dialogues": list}
+ENTRIES = {"events": {"text": str, "start": NUMBER}, "dialogues": {"speaker": str, "text": str}}
+
+
+def read_truth(path: Path, more: Mapping[str, Any] | None = None) -> dict[str, dict[str, Any]]:
+    """The manifest lines of a world by id, in order.
+
+    Args:
+        more: fields that are asked for beside the truth, with their types.
+
+    Raises:
+        InputError: no such file, a line that is not AVWorld's, or two with one id.
+    """
+    records: dict[str, dict[str, Any]] = {}
+    for where, line in read_lines(path, {**FIELDS, **(more or {})}):
+        check_entries(where, line, ENTRIES)
+        if line["id"] in records:
+            raise InputError(f'{where}: a second clip "{line["id"]}"')
+        measure("", line)  # its events are in the language
+        records[line["id"]] = line
+    return records
+
+
+def mean_scores(captions: Iterable[str], records: Iterable[Mapping[str, Any]]) -> dict[str, float]:
+    """The means of `check.measure` over captions and their clips' truths, under the names of `evaluate world`."""
+    scores = [measure(caption, record) for caption, record in zip(captions, records, strict=True)]
+    means = [sum(part) / len(part) for part in zip(*scores)]
+    return dict(zip(("event_recall", "hallucination", "order", "dialogue_f1"), means, strict=True))

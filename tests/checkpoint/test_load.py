@@ -1,0 +1,193 @@
+"""Loading onto a mesh, and run folders begun from a checkpoint, here and in a bucket."""
+
+import dataclasses
+import json
+from functools import partial
+
+import gcs
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh
+from processes import several
+from reference import write_reference
+from safetensors.numpy import load_file, save_file
+
+from avocado_jax.__main__ import main
+from avocado_jax.checkpoint.convert import begin_run, from_hf, to_hf
+from avocado_jax.checkpoint.load import load_params, load_sharded, open_checkpoint
+from avocado_jax.checkpoint.training import Checkpoints
+from avocado_jax.data.tokenizer import write_tokenizer
+from avocado_jax.errors import InputError
+from avocado_jax.models.config import TINY, Lora
+from avocado_jax.models.lora import add_adapters, merge
+from avocado_jax.models.thinker import init
+from avocado_jax.parallel.rules import shardings
+
+
+@pytest.fixture(scope="module")
+def hf(tmp_path_factory):
+    """A checkpoint in Hugging Face format with tokenizer, and one tensor that is not modelled."""
+    folder = tmp_path_factory.mktemp("load") / "hf"
+    write_reference(folder, TINY)
+    write_tokenizer(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(hf):
+    from_hf(hf, hf.parent / "run")
+    return hf.parent / "run"
+
+
+def mesh_of(*sizes):
+    """A mesh of the first devices."""
+    return Mesh(np.array(jax.devices()[: int(np.prod(sizes))]).reshape(sizes), ("data", "fsdp", "tensor"))
+
+
+def like(mesh, config=TINY, dtype="float32"):
+    """The stacked parameters as shapes with shardings."""
+    tree = jax.eval_shape(partial(init, config), jax.random.key(0))
+    return jax.tree.map(
+        lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=where), tree, shardings(tree, mesh)
+    )
+
+
+def stacked(checkpoint):
+    """The parameters as `load_params` reads them, stacked."""
+    apart = load_params(checkpoint, "float32")
+    for tower in ("audio", "vision", "text"):
+        count = len([name for name in apart[tower] if name.startswith("layers_")])
+        layers = [apart[tower].pop(f"layers_{i}") for i in range(count)]
+        apart[tower]["layers"] = jax.tree.map(lambda *leaves: np.stack(leaves), *layers)
+    return apart
+
+
+def same(ours, theirs):
+    """Equal trees of equal values."""
+    assert jax.tree.structure(ours) == jax.tree.structure(theirs)
+    jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+
+
+@pytest.mark.parametrize("sizes", [(1, 1, 1), (8, 1, 1), (1, 8, 1), (2, 2, 2)])
+def test_onto_any_mesh(hf, run, sizes):
+    for folder in (hf, run):
+        checkpoint = open_checkpoint(folder)
+        wanted = like(mesh_of(*sizes))
+        params = load_sharded(checkpoint, wanted)
+        same(params, stacked(checkpoint))
+        jax.tree.map(lambda leaf, shape: (leaf.sharding == shape.sharding) or pytest.fail("elsewhere"), params, wanted)
+    # What devices hold in common was read once: no device may write into it.
+    doubled = jax.jit(lambda tree: jax.tree.map(lambda x: 2 * x, tree), donate_argnums=0)
+    same(doubled(params), jax.tree.map(lambda x: 2 * x, stacked(checkpoint)))
+
+
+def test_other_dtypes_and_models(hf):
+    checkpoint = open_checkpoint(hf)
+    params = load_sharded(checkpoint, like(mesh_of(1, 2, 2), dtype="bfloat16"))
+    same(params, jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), stacked(checkpoint)))
+    wanted = like(mesh_of(1, 1, 1))
+    wanted.pop("head")
+    with pytest.raises(InputError, match="another model, which differs in head"):
+        load_sharded(checkpoint, wanted)
+
+
+def test_each_process_reads_its_own(hf, run):
+    """Two processes of two devices over fsdp: each reads what its devices hold, no tensor twice."""
+    program = """
+    from functools import partial
+    import numpy as np
+    from jax.sharding import Mesh
+    from avocado_jax.checkpoint.load import load_sharded, open_checkpoint
+    from avocado_jax.models.config import TINY
+    from avocado_jax.models.thinker import init
+    from avocado_jax.parallel.rules import shardings
+    mesh = Mesh(np.array(jax.devices()).reshape(1, 4, 1), ("data", "fsdp", "tensor"))
+    tree = jax.eval_shape(partial(init, TINY), jax.random.key(0))
+    struct = lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
+    like = jax.tree.map(struct, tree, shardings(tree, mesh))
+    for folder in sys.argv[1:3]:
+        checkpoint = open_checkpoint(folder)
+        kind, sizes = type(checkpoint), []
+        read = kind.read_part
+        kind.read_part = lambda *of: (value := read(*of), sizes.append(value.size))[0]
+        params = load_sharded(checkpoint, like)
+        leaves = jax.tree.leaves(params)
+        held = sum(sum({str(part.index): part.data.size for part in x.addressable_shards}.values()) for x in leaves)
+        assert sum(sizes) == held < 0.6 * sum(leaf.size for leaf in leaves)
+        for entry in checkpoint.entries.values():
+            value, leaf = checkpoint.read(entry), params
+            for key in entry.path:
+                leaf = leaf[key]
+            for part in leaf.addressable_shards:
+                mine = part.data if entry.layer is None else part.data[entry.layer]
+                np.testing.assert_array_equal(mine, value[part.index[leaf.ndim - value.ndim :]])
+    """
+    several(program, 2, 2, hf, run)
+
+
+@pytest.fixture(scope="module")
+def omni(hf):
+    """A checkpoint with its prefix and a tensor that is not modelled."""
+    folder = hf.parent / "omni"
+    folder.mkdir()
+    for path in hf.iterdir():
+        if path.suffix != ".safetensors":
+            (folder / path.name).write_bytes(path.read_bytes())
+    tensors = {f"thinker.{name}": value for name, value in load_file(hf / "model.safetensors").items()}
+    save_file(tensors | {"talker.weight": np.arange(6, dtype=np.float32)}, folder / "model.safetensors")
+    return folder
+
+
+def trained(folder, params, step=3):
+    """Save a step of a training run."""
+    checkpoints = Checkpoints(folder, keep=1)
+    checkpoints.save(step, params, {"step": jnp.int32(step)}, {"plan": "p"})
+    checkpoints.close()
+
+
+@pytest.mark.parametrize("remote", [False, True])
+def test_a_run_is_begun_and_exported(omni, tmp_path, remote, monkeypatch):
+    """From Hugging Face to a run, from that to another one, and back: all that is not trained comes through."""
+    (tmp_path / "root" / "bucket").mkdir(parents=True)
+    with gcs.storage_server(tmp_path / "root") as port:
+        monkeypatch.setenv("STORAGE_EMULATOR_HOST", f"http://{gcs.HOST}:{port}")
+        monkeypatch.setenv("TENSORSTORE_GCS_HTTP_URL", f"http://{gcs.HOST}:{port}")
+        base = "gs://bucket" if remote else str(tmp_path)
+        first, second = f"{base}/first", f"{base}/second"
+        wanted = like(mesh_of(1, 4, 2))
+        begin_run(omni, first)
+        begin_run(omni, first)  # once more, as after a kill
+        params = load_sharded(open_checkpoint(omni), wanted)
+        trained(first, jax.tree.map(lambda leaf: leaf + 1, params))
+        begin_run(first, second)
+        trained(second, load_sharded(open_checkpoint(first), wanted))
+        assert main(["convert", "to-hf", second, str(tmp_path / "back")]) == 0
+    ours, theirs = load_file(tmp_path / "back" / "model.safetensors"), load_file(omni / "model.safetensors")
+    assert ours.keys() == theirs.keys()
+    for name, value in theirs.items():
+        kept = name.startswith("talker.") or "audio_bos_eos" in name
+        np.testing.assert_array_equal(ours[name], value if kept else value + 1)
+    for name in ("config.json", "tokenizer.json"):
+        assert (tmp_path / "back" / name).read_bytes() == (omni / name).read_bytes()
+
+
+def test_adapters_are_merged_as_they_are_read(hf, tmp_path):
+    lora = Lora(rank=4, alpha=8.0)
+    config = dataclasses.replace(TINY, text=dataclasses.replace(TINY.text, lora=lora))
+    wanted = like(mesh_of(1, 2, 2), config)
+    begin_run(hf, tmp_path / "run", lora)
+    assert json.loads((tmp_path / "run" / "lora.json").read_text()) == {"rank": 4, "alpha": 8.0}
+    base = load_sharded(open_checkpoint(hf), wanted)
+    params = add_adapters(base, wanted, seed=0)
+    trained(tmp_path / "run", params, 1)
+    same(stacked(open_checkpoint(tmp_path / "run")), jax.tree.map(np.asarray, base))  # fresh ones change nothing
+    params = jax.tree.map(lambda leaf: leaf + 0.01, params)
+    trained(tmp_path / "run", params, 2)
+    plain = merge(params, lora)
+    close = partial(np.testing.assert_allclose, rtol=1e-6, atol=1e-6)
+    jax.tree.map(close, stacked(open_checkpoint(tmp_path / "run")), plain)
+    jax.tree.map(close, load_sharded(open_checkpoint(tmp_path / "run"), like(mesh_of(1, 2, 2))), plain)
+    to_hf(tmp_path / "run", tmp_path / "back")
+    jax.tree.map(close, stacked(open_checkpoint(tmp_path / "back")), plain)

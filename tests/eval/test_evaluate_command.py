@@ -1,0 +1,283 @@
+"""`evaluate world`: from clips to one line of metrics, with a random model; killed, stopped, and with bad input."""
+
+import json
+import os
+import runpy
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from avocado_jax.__main__ import main
+from avocado_jax.checkpoint import load
+from avocado_jax.data.rows import rounded, shape_of
+from avocado_jax.eval import runner
+from avocado_jax.eval.captioner import load_captioner
+from avocado_jax.models.config import SIZES, TINY
+from avocado_jax.sampling.generate import Samples
+
+WRITE_CHECKPOINT = Path(__file__).parents[2] / "launch" / "random_checkpoint.py"
+OPTIONS = ["--max-new-tokens", "100", "--batch", "2", "--json"]
+CLIPS = 6
+SMALL = replace(
+    TINY,
+    audio=replace(TINY.audio, layers=1),
+    vision=replace(TINY.vision, layers=1, full_layers=(0,)),
+    text=replace(TINY.text, layers=1),
+)
+# The command, killed by the system as its second batch begins.
+KILLED = """
+import os, signal, sys
+from avocado_jax.__main__ import main
+from avocado_jax.eval import runner
+made, calls = runner._together, []
+def together(*arguments):
+    calls.append(1)
+    if len(calls) == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return made(*arguments)
+runner._together = together
+main(sys.argv[1:])
+"""
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """A random one that sees small frames as they are. One layer a tower: nearly all of a test is compilation."""
+    folder = tmp_path_factory.mktemp("evaluate") / "hf"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(SIZES, "tiny", SMALL)
+        patch.setattr(sys, "argv", ["random_checkpoint.py", str(folder)])
+        assert runpy.run_path(str(WRITE_CHECKPOINT))["main"]() == 0
+    (folder / "reading.json").write_text('{"fewest_pixels": 784}')
+    return folder
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """Clips of which all pad to one shape (this seed has such): one program serves every test."""
+    out = tmp_path_factory.mktemp("world") / "out"
+    options = ["--clips", str(CLIPS), "--seed", "65", "--level", "0", "--workers", "1"]
+    assert main(["world", str(out), *options]) == 0
+    return out
+
+
+@pytest.fixture
+def world(made, tmp_path):
+    """A folder of its own with the same clips, so that no captions are there yet."""
+    folder = tmp_path / "world"
+    folder.mkdir()
+    (folder / "clips").symlink_to(made / "clips")
+    (folder / "clips.jsonl").write_bytes((made / "clips.jsonl").read_bytes())
+    return folder
+
+
+def evaluate(capsys, world, *more, status=0):
+    """The command's one JSON object and what it says on stderr."""
+    capsys.readouterr()
+    assert main(["evaluate", "world", "--data", str(world / "clips.jsonl"), *OPTIONS, *map(str, more)]) == status
+    said = capsys.readouterr()
+    lines = said.out.splitlines()
+    assert len(lines) == (status == 0)
+    return (json.loads(lines[0]) if lines else None), said.err
+
+
+def kept(world):
+    (file,) = world.glob("captions-*.jsonl")
+    return file, {line["id"]: line for line in map(json.loads, file.read_text().splitlines())}
+
+
+def test_from_clips_to_metrics(world, checkpoint, capsys, monkeypatch):
+    result, _ = evaluate(capsys, world, "--checkpoint", checkpoint)
+    assert list(result) == ["metrics", "n"]
+    names = ["event_recall", "hallucination", "order", "dialogue_f1", "repcol", "length"]
+    assert list(result["metrics"]) == names
+    assert result["n"] == CLIPS
+    assert result["metrics"]["event_recall"] == 0
+    assert result["metrics"]["hallucination"] == 1
+    file, captions = kept(world)
+    lengths = [line["tokens"] for line in captions.values()]
+    assert result["metrics"]["length"] == sum(lengths) / CLIPS
+    assert len(captions) == CLIPS
+
+    # All is there: no model is loaded; the captions are a file that --captions reads, elsewhere too.
+    monkeypatch.setattr("avocado_jax.cli.evaluate.load_captioner", None)
+    assert evaluate(capsys, world, "--checkpoint", checkpoint)[0] == result
+    assert evaluate(capsys, world, "--captions", file)[0] == result
+    assert evaluate(capsys, world, "--checkpoint", checkpoint, "--limit", 3)[0]["n"] == 3
+    monkeypatch.setattr(load, "SHIPPED", checkpoint)
+    assert evaluate(capsys, world)[0] == result
+
+
+def test_a_caption_is_the_same_in_any_company(world, checkpoint, capsys, tmp_path):
+    evaluate(capsys, world, "--checkpoint", checkpoint)
+    _, together = kept(world)
+    for name, more in {"alone": [], "blind": ["--no-picture"]}.items():
+        out = tmp_path / f"{name}.jsonl"
+        evaluate(capsys, world, "--checkpoint", checkpoint, "--limit", 1, "--out", out, *more)
+        (made,) = map(json.loads, out.read_text().splitlines())
+        assert (made == together[made["id"]]) == (name == "alone")
+
+
+def test_senses_are_taken_away_and_shapes_kept_apart(world, checkpoint, monkeypatch):
+    """What reaches the model, clip by clip; a late failure takes its batch only."""
+    captioner = load_captioner(load.open_checkpoint(checkpoint), "What?", "float32")
+    lines = [json.loads(line) for line in (world / "clips.jsonl").read_text().splitlines()]
+    items = [runner.Item(one["id"], world / one["video"], "Which?" * (500 * (i % 2))) for i, one in enumerate(lines)]
+    calls = []
+
+    def fake(captioner, rows, numbers, sampling, length, shape):
+        calls.append((rows, shape))
+        if len(calls) == 2:
+            raise MemoryError
+        tokens = np.tile(np.array([72, 73, 258], np.int32), (len(rows), 1, 1))
+        return Samples(tokens, np.zeros(tokens.shape, np.float32), np.full((len(rows), 1), 3))
+
+    monkeypatch.setattr(runner, "caption_rows", fake)
+    for how in (runner.How(9, "float32"), runner.How(9, "float32", sound=False), runner.How(9, "float32", True, False)):
+        calls.clear()
+        groups = list(runner._captioned(captioner, items, how, 2))
+        told = {item.id: made for group in groups for item, made in group}
+        assert told.keys() == {item.id for item in items}
+        failed = {name for name, made in told.items() if isinstance(made, MemoryError)}
+        assert failed == {item.id for item, _ in groups[1]}
+        assert {made for name, made in told.items() if name not in failed} == {runner.Caption("ij", 2)}
+        assert len({shape for _, shape in calls}) == 2  # long questions are not padded to by short ones
+        for rows, shape in calls:
+            assert len(rows) == 2
+            for row in rows:
+                assert rounded(shape_of(row.clip), runner.SHAPE_BITS) == shape
+                assert bool(len(row.clip.mel)) == how.sound
+                assert (row.clip.patches[:, row.clip.patch_valid] == runner.GREY).all() == (not how.picture)
+
+
+def test_killed_and_started_again_it_ends_the_same(world, checkpoint, capsys, tmp_path):
+    result, _ = evaluate(capsys, world, "--checkpoint", checkpoint)
+    file, undisturbed = kept(world)
+    file.unlink()
+    command = ["evaluate", "world", "--data", str(world / "clips.jsonl"), "--checkpoint", str(checkpoint), *OPTIONS]
+    run = subprocess.run([sys.executable, "-c", KILLED, *command], capture_output=True, check=False, timeout=300)
+    assert (run.returncode, run.stdout) == (-signal.SIGKILL, b""), run.stderr
+    before = file.read_bytes()
+    assert before.count(b"\n") == 2
+    file.write_bytes(before + b'{"id": "half a li')  # as a kill in the middle of a write leaves it
+    again, said = evaluate(capsys, world, "--checkpoint", checkpoint)
+    assert again == result
+    assert f"2 of {CLIPS} are in {file} already" in said
+    assert file.read_bytes().startswith(before)
+    assert kept(world)[1] == undisturbed
+
+
+def test_another_checkpoint_or_question_has_captions_of_its_own(world, checkpoint):
+    items = [runner.Item("a", world / "clips.jsonl", text) for text in ("What?", "Who?")]
+    hows = [runner.How(5, "float32"), runner.How(6, "float32"), runner.How(5, "bfloat16")]
+    keys = {runner.caption_key(item, name, how) for item in items for name in "xy" for how in hows}
+    assert len(keys) == 12
+    opened = load.open_checkpoint(checkpoint)
+    known = load.identity(opened)
+    side = checkpoint / "generation_config.json"
+    side.write_text('{"eos_token_id": 258}')
+    assert load.identity(opened) != known
+    side.unlink()
+    assert load.identity(opened) == known
+
+
+def test_failed_clips_are_counted_listed_and_too_many_stop(world, made, checkpoint, capsys):
+    clips = sorted((made / "clips").iterdir())
+    (world / "clips").unlink()
+    (world / "clips").mkdir()
+    for clip in clips[:-1]:
+        (world / "clips" / clip.name).symlink_to(clip)
+    (world / "clips" / clips[-1].name).write_bytes(b"")
+    _, said = evaluate(capsys, world, "--checkpoint", checkpoint, status=1)
+    assert "is empty (zero bytes)" in said
+    assert f"1 of {CLIPS} clips failed" in said
+    result, said = evaluate(capsys, world, "--checkpoint", checkpoint, "--max-failed", 0.2)
+    assert (result["n"], result["failed"]) == (CLIPS, [clips[-1].stem])
+    assert "is empty (zero bytes)" in said
+    assert result["metrics"]["length"] == sum(line["tokens"] for line in kept(world)[1].values()) / CLIPS
+    (world / "clips" / clips[-1].name).unlink()
+    (world / "clips" / clips[-1].name).symlink_to(clips[-1])
+    assert "failed" not in evaluate(capsys, world, "--checkpoint", checkpoint)[0]  # it is tried again
+
+
+def test_captions_made_elsewhere(world, checkpoint, capsys, tmp_path):
+    records = [json.loads(line) for line in (world / "clips.jsonl").read_text().splitlines()]
+    file = tmp_path / "captions.jsonl"
+    file.write_text("\n".join(json.dumps({"id": r["id"], "caption": r["caption"]}) for r in records))
+    perfect = {"event_recall": 1, "hallucination": 0, "order": 1, "dialogue_f1": 1, "repcol": 0, "length": None}
+    assert evaluate(capsys, world, "--captions", file)[0] == {"metrics": perfect, "n": CLIPS}
+    result, _ = evaluate(capsys, world, "--captions", file, "--checkpoint", checkpoint)
+    assert result["metrics"]["length"] == sum(len(r["caption"].encode()) for r in records) / CLIPS  # a byte a token
+    file.write_text("\n".join(json.dumps({"id": r["id"], "caption": r["caption"]}) for r in records[1:]))
+    assert f"no caption of 1 of {CLIPS} clips" in evaluate(capsys, world, "--captions", file, status=1)[1]
+    result, _ = evaluate(capsys, world, "--captions", file, "--max-failed", 0.2)
+    assert result["metrics"]["event_recall"] == pytest.approx(1 - 1 / CLIPS)
+    assert result["failed"] == [records[0]["id"]]
+    assert main(["evaluate", "world", "--data", str(world / "clips.jsonl"), "--captions", str(file), "--limit", "1",
+                 "--max-failed", "1"]) == 0  # fmt: skip
+    table = dict(line.split() for line in capsys.readouterr().out.splitlines())
+    assert (table["event_recall"], table["length"], table["n"]) == ("0.000", "0.000", "1")
+
+
+def test_what_is_wrong_is_said_in_one_line(world, checkpoint, capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(load, "SHIPPED", tmp_path / "none")
+    data, model = str(world / "clips.jsonl"), ["--checkpoint", str(checkpoint)]
+    good = json.loads((world / "clips.jsonl").read_text().splitlines()[0])
+
+    def file(name, *lines):
+        (tmp_path / name).write_text("\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines))
+        return str(tmp_path / name)
+
+    caption = {"id": good["id"], "caption": "x"}
+    tour = [
+        ([data], "name one with --checkpoint"),
+        ([data, "--checkpoint", "nowhere"], "nowhere: no such folder"),
+        (["no.jsonl", *model], "no.jsonl: No such file"),
+        ([file("a.jsonl", {**good, "video": 3}), *model], '"video" must be a string'),
+        ([file("b.jsonl", good), *model], "no such file, nor any other video"),
+        ([file("c.jsonl", good, good), *model], "a second clip"),
+        ([file("d.jsonl", {**good, "events": [{"text": "It rains.", "start": 0}]}), *model], "not in the language"),
+        ([data, "--captions", file("e.jsonl", {"id": "x", "caption": "x"})], 'have no clip "x"'),
+        ([data, "--captions", file("f.jsonl", caption, caption)], "f.jsonl:2: a second caption"),
+        ([data, "--captions", file("g.jsonl", "{")], "g.jsonl:1: not JSON"),
+        ([data, "--captions", "no.jsonl"], "no.jsonl: No such file"),
+        ([data, "--captions", "no.jsonl", "--out", "x"], "--out is for"),
+        ([data, *model, "--batch", "0"], "--batch is 0"),
+        ([data, *model, "--limit", "0"], "--limit is 0"),
+        ([data, *model, "--max-new-tokens", "-1"], "--max-new-tokens is -1"),
+        ([data, *model, "--max-failed", "2"], "--max-failed is 2.0"),
+        ([data, *model, "--out", str(tmp_path)], "Is a directory"),
+        ([data, *model, "--out", file("h.jsonl", "other", "")], "h.jsonl:1: not JSON"),
+    ]
+    for (clips, *rest), message in tour:
+        status = main(["evaluate", "world", "--data", clips, *rest])
+        said = capsys.readouterr()
+        assert status == 2, rest
+        assert message in said.err
+        assert said.err.count("\n") == 1
+        assert said.out == ""
+    for wrong in (["everything", "--data", data], ["world"]):
+        with pytest.raises(SystemExit, match="2"):
+            main(["evaluate", *wrong])
+    capsys.readouterr()
+    reading = checkpoint / "reading.json"
+    held = reading.read_text()
+    for text, message in (("{", "not JSON"), ('{"fsp": 2}', "no property 'fsp'"), ('{"fps": -1}', "fps is -1")):
+        reading.write_text(text)
+        assert main(["evaluate", "world", "--data", data, *model, "--out", str(tmp_path / "x.jsonl")]) == 2
+        assert message in capsys.readouterr().err
+    reading.write_text(held)
+
+
+def test_two_runs_do_not_share_a_file(world, checkpoint, capsys, tmp_path):
+    out = tmp_path / "captions.jsonl"
+    with runner._kept(out):
+        command = ["evaluate", "world", "--data", str(world / "clips.jsonl"), "--checkpoint", str(checkpoint)]
+        assert main([*command, "--out", str(out)]) == 2
+    assert "another run" in capsys.readouterr().err
+    assert os.path.getsize(out) == 0

@@ -1,0 +1,114 @@
+"""Measures of captions made by hand; the repetition rule against one that tries everything."""
+
+import random
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from avocado_jax.eval.metrics import collapses, text_metrics, world_metrics
+from avocado_jax.world.clip import record
+from avocado_jax.world.director import make_script
+
+
+def test_references_are_perfect_and_others_are_not():
+    records = [record(make_script(3, i, "test", i % 3), references=2) for i in range(6)]
+    perfect = {"event_recall": 1, "hallucination": 0, "order": 1, "dialogue_f1": 1, "repcol": 0, "length": 10}
+    for which in range(2):
+        assert world_metrics([one["references"][which] for one in records], [10] * 6, records) == perfect
+    empty = world_metrics([""] * 6, [0] * 6, records)
+    assert (empty["event_recall"], empty["hallucination"], empty["length"]) == (0, 0, 0)
+    half = world_metrics([one["caption"] for one in records[:3]] + ["A man walks his dog."] * 3, [8, None] * 3, records)
+    assert half["event_recall"] == half["hallucination"] == 0.5
+    assert half["length"] is None
+    swapped = [one["caption"] for one in (*records[3:], *records[:3])]  # each clip's caption to another clip
+    assert world_metrics(swapped, [1] * 6, records)["hallucination"] > 0.5
+    assert text_metrics(["a" * 30, "fine"], [3, 4]) == {"repcol": 0.5, "length": 3.5}
+
+
+UNIT = "".join(map(chr, range(0x4E00, 0x4E00 + 120)))  # 120 characters, none twice
+
+
+@pytest.mark.parametrize(
+    ("text", "fires"),
+    [
+        ("", False),
+        ("00000", False),
+        ("Mmmmmm, she says.", False),
+        ("a" * 23, False),
+        ("a" * 24, True),
+        ("ab" * 11 + "a", False),
+        ("ab" * 12, True),
+        ("A bell. " * 4, False),
+        ("A bell. " * 5, True),
+        ("It starts. " + "la la, " * 5 + "and ends.", True),
+        ("line\n" * 5, True),
+        ("🎵" * 23, False),  # code points, not bytes or UTF-16 units
+        ("🎵" * 24, True),
+        (UNIT[:49] * 4 + UNIT[:48], False),
+        (UNIT[:49] * 5, True),
+        (UNIT[:50] * 3 + UNIT[:49], False),
+        (UNIT[:50] * 4, True),
+        (UNIT[:99] * 4, True),
+        (UNIT[:100] * 9, False),
+        ("\ud800" * 24, True),  # half a surrogate pair, as JSON may hold it
+    ],
+)
+def test_repetition(text, fires):
+    assert collapses(text) == fires
+
+
+def test_the_official_rule_has_no_least_span():
+    assert collapses("00000", min_span=0)
+    assert not collapses("0000", min_span=0)
+
+
+def by_trying(text, min_span):
+    """The rule read literally: some unit at some place."""
+    for unit in range(1, 100):
+        for start in range(len(text) - unit + 1):
+            times = 1
+            while text[start + times * unit :].startswith(text[start : start + unit]):
+                times += 1
+            if times >= (5 if unit < 50 else 4) and times * unit >= min_span:
+                return True
+    return False
+
+
+@given(
+    st.lists(st.tuples(st.text("ab", min_size=1, max_size=9), st.integers(1, 7)), max_size=4), st.sampled_from([0, 24])
+)
+def test_repetition_is_what_trying_everything_finds(parts, min_span):
+    text = "".join(unit * times for unit, times in parts)
+    assert collapses(text, min_span) == by_trying(text, min_span)
+
+
+def test_long_units_are_what_trying_everything_finds():
+    rng = random.Random(0)
+    for unit in (48, 49, 50, 51, 98, 99, 100):
+        text = "".join(rng.choice("abcd") for _ in range(unit))
+        for times in (3, 4, 5):
+            for cut in (0, 1):
+                told = "xy" + (text * times)[cut:] + "zz"
+                assert collapses(told) == by_trying(told, 24), (unit, times, cut)
+
+
+def test_hostile_texts_are_read_as_fast_as_others():
+    """Hundreds of thousands of characters that almost repeat: what grew with their square would not end."""
+    size = 200_000
+    assert collapses("a" * size)
+    assert not collapses(("a" * 23 + "b") * 4 + "c" + ("ab" * 11 + "c") * 3)
+    rng = random.Random(1)
+    near = "".join("a" * rng.randint(1, 23) + rng.choice("bc") for _ in range(size // 12))
+    collapses(near)
+    bits, word = [], 0  # a de Bruijn sequence of 17 bits: every pattern of that length, none of them twice
+    seen = {0}
+    for _ in range(2**17):
+        for bit in (1, 0):
+            following = (word << 1 | bit) & (2**17 - 1)
+            if following not in seen:
+                break
+        seen.add(following)
+        word = following
+        bits.append("ab"[bit])
+    assert not collapses("".join(bits))

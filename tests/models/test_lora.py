@@ -1,0 +1,96 @@
+"""Adapters: fresh ones change nothing, merged ones compute the same, and only they are asked to learn."""
+
+from dataclasses import replace
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax.traverse_util import flatten_dict, unflatten_dict
+from reference import random_media, rows_of
+
+from avocado_jax.data.rows import fit, rounded, shape_of, stack
+from avocado_jax.models.config import TINY, Lora
+from avocado_jax.models.lora import add_adapters, merge
+from avocado_jax.models.thinker import Thinker, init
+from avocado_jax.typing import Captions
+
+LORA = Lora(rank=4, alpha=8.0)
+
+
+def with_lora(config):
+    return replace(config, text=replace(config.text, lora=LORA))
+
+
+@pytest.fixture(scope="module")
+def batch():
+    """A clip and two captions."""
+    rows = rows_of([random_media(4, 56, 56, 16_000)], TINY)
+    clip = stack([row.clip for row in rows], rounded(fit([shape_of(row.clip) for row in rows])))
+    ids = np.random.default_rng(0).integers(0, 256, (1, 2, 6), dtype=np.int32)
+    return jax.tree.map(jnp.asarray, (clip, Captions(ids, ids, np.ones(ids.shape, bool))))
+
+
+def logits(config, params, batch):
+    model = Thinker(config)
+    hidden = model.apply({"params": params}, *batch)
+    return model.apply({"params": params}, hidden, method="logits")
+
+
+def drawn(params):
+    """Adapters that have learned something."""
+    flat = flatten_dict(params)
+    for i, path in enumerate(path for path in sorted(flat) if path[-1] == "lora_b"):
+        flat[path] = jax.random.normal(jax.random.key(i), flat[path].shape, flat[path].dtype)
+    return unflatten_dict(flat)
+
+
+@pytest.mark.parametrize("scan", [True, False])
+def test_fresh_adapters_change_nothing_and_merged_ones_the_same(batch, scan):
+    plain = replace(TINY, scan=scan)
+    adapted = with_lora(plain)
+    params = init(adapted, jax.random.key(1))
+    base = unflatten_dict({path: leaf for path, leaf in flatten_dict(params).items() if "lora" not in path[-1]})
+    np.testing.assert_array_equal(logits(adapted, params, batch), logits(plain, base, batch))
+    params = drawn(params)
+    changed, merged = logits(adapted, params, batch), logits(plain, merge(params, LORA), batch)
+    assert np.abs(changed - logits(plain, base, batch)).max() > 0.1
+    np.testing.assert_allclose(changed, merged, rtol=1e-5, atol=1e-5 * np.abs(merged).max())
+    assert jax.tree.structure(merge(params, LORA)) == jax.tree.structure(base)
+
+
+def test_every_linear_map_of_the_language_model_has_one():
+    leaves = flatten_dict(jax.eval_shape(partial(init, with_lora(TINY)), jax.random.key(0)), sep="/")
+    adapters = {path for path in leaves if "lora" in path}
+    maps = [f"text/layers/{name}" for name in ("q", "k", "v", "out", "mlp/gate", "mlp/up", "mlp/down")]
+    assert adapters == {f"{path}/{name}" for path in maps for name in ("lora_a", "lora_b")}
+    assert leaves["text/layers/mlp/down/lora_a"].shape == (TINY.text.layers, TINY.text.ffn, LORA.rank)
+
+
+def test_adapters_learn(batch):
+    """B has a gradient from the first step on, A once B is not zero."""
+
+    def loss(params):
+        return jnp.sum(jnp.square(logits(with_lora(TINY), params, batch)))
+
+    fresh = init(with_lora(TINY), jax.random.key(1))
+    for params, learns_a in ((fresh, False), (drawn(fresh), True)):
+        for path, leaf in flatten_dict(jax.grad(loss)(params)).items():
+            if "lora" in path[-1]:
+                assert bool(np.all(np.any(np.asarray(leaf) != 0, axis=(1, 2)))) == (path[-1] == "lora_b" or learns_a)
+
+
+def test_fresh_adapters_are_made_on_the_mesh():
+    adapted, device = with_lora(TINY), jax.sharding.SingleDeviceSharding(jax.devices()[1])
+    tree = jax.eval_shape(partial(init, adapted), jax.random.key(0))
+    like = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device), tree)
+    base = jax.device_put(init(TINY, jax.random.key(0)), device)
+    params = add_adapters(base, like, seed=0)
+    assert jax.tree.structure(params) == jax.tree.structure(tree)
+    down = params["text"]["layers"]["mlp"]["down"]
+    assert down["lora_a"].sharding == device
+    assert not np.any(down["lora_b"])
+    bound = TINY.text.ffn**-0.5
+    assert 0.9 * bound < np.abs(down["lora_a"]).max() <= bound
+    assert not np.array_equal(down["lora_a"][0], down["lora_a"][1])

@@ -1,0 +1,38 @@
+"""Processes of jax on this machine: alone with other numbers of devices, or several that know each other."""
+
+import os
+import socket
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+
+def start(program, *arguments, devices=8):
+    """Start a Python program that sees the tests' helpers, on so many simulated devices."""
+    program = f"import sys\nsys.path[:0] = {[str(Path(__file__).parent)]!r}\n" + textwrap.dedent(program)
+    flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=1"
+    env = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-c", program, *map(str, arguments)]
+    return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def several(program, count, devices, *arguments):
+    """Run a program in `count` processes of `devices` devices each, which know each other; gives their outputs."""
+    with socket.socket() as held:
+        held.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{held.getsockname()[1]}"
+    connect = f"""
+    import sys, jax
+    if {count} > 1:
+        jax.config.update("jax_cpu_collectives_implementation", "gloo")
+        jax.distributed.initialize({address!r}, {count}, int(sys.argv[-1]))
+    """
+    program = textwrap.dedent(connect) + textwrap.dedent(program)
+    processes = [start(program, *arguments, number, devices=devices) for number in range(count)]
+    outputs = []
+    for process in processes:
+        said, complained = process.communicate(timeout=120)
+        assert process.returncode == 0, complained
+        outputs.append(said)
+    return outputs

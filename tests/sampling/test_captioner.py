@@ -1,0 +1,95 @@
+"""A captioner of a training state's parameters: stacked or apart, on one device or over a mesh, the captions agree."""
+
+from dataclasses import replace
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec
+from reference import random_media
+
+from avocado_jax.data.records import Record
+from avocado_jax.data.tokenizer import write_tokenizer
+from avocado_jax.data.words import load_words
+from avocado_jax.errors import InputError
+from avocado_jax.models.config import TINY, computed
+from avocado_jax.models.layers import unstacked
+from avocado_jax.models.thinker import init
+from avocado_jax.parallel.mesh import make_mesh
+from avocado_jax.parallel.rules import shardings
+from avocado_jax.sampling.captioner import caption_records, captioner_in_training, captioner_of
+
+SMALL = replace(TINY, audio=replace(TINY.audio, layers=1), vision=replace(TINY.vision, layers=2))
+CONFIG = computed(SMALL, "float32", scan=True)
+STOPS = (258, 256)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tokenizer")
+    write_tokenizer(folder)
+    return load_words(folder)
+
+
+@pytest.fixture(scope="module")
+def params():
+    """Random weights with O(1) logits, stacked."""
+    rng = np.random.default_rng(0)
+    shapes = jax.eval_shape(partial(init, CONFIG), jax.random.key(0))
+
+    def draw(path, leaf):
+        scale = 1.0 if path[0].key == "embedding" else 0.3 if len(leaf.shape) < 3 else leaf.shape[-2] ** -0.5
+        return jnp.asarray(rng.standard_normal(leaf.shape, np.float32) * scale + (path[-1].key == "scale"))
+
+    return jax.tree_util.tree_map_with_path(draw, shapes)
+
+
+def records():
+    """Clips of different sizes, one silent, one with a question of its own, and one that cannot be read."""
+    sizes = [(4, 56, 84, 16000), (6, 112, 56, None), (2, 28, 140, 40000)]
+    media = [random_media(*one, seed=i) for i, one in enumerate(sizes)]
+    fields = [{"id": "a"}, {"id": "b"}, {"id": "c", "prompt": "Who is it?"}, {"id": "d"}]
+    return [Record(each, clip, each["id"]) for each, clip in zip(fields, [*media, b"no video"])]
+
+
+def test_unstacked_layers_are_the_stack_s(params):
+    apart = jax.jit(unstacked)(params)
+    assert set(apart["text"]) == {"norm", "layers_0", "layers_1"}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(apart):
+        node, layer = params, None
+        for key in path:
+            if key.key.startswith("layers_"):
+                layer = int(key.key.removeprefix("layers_"))
+            node = node["layers" if key.key.startswith("layers_") else key.key]
+        np.testing.assert_array_equal(leaf, node if layer is None else node[layer])
+    again = unstacked(apart)
+    assert jax.tree.structure(again) == jax.tree.structure(apart)
+    born = jax.eval_shape(partial(init, computed(CONFIG, "float32", scan=False)), jax.random.key(0))
+    assert jax.tree.map(np.shape, apart) == jax.tree.map(lambda leaf: leaf.shape, born)
+
+
+def test_training_s_captions_are_the_stacked_model_s_over_a_mesh_too(params, tokenizer):
+    stacked = captioner_of(CONFIG, params, tokenizer, STOPS, "What?")  # the training layout decodes as it is
+    expected = caption_records(stacked, records(), 6, batch=2)
+    assert expected[3] is None
+    assert len(set(expected)) == 4
+
+    mesh = make_mesh(data=1, fsdp=2, tensor=2, devices=jax.devices()[:4])
+    divided = jax.device_put(params, shardings(params, mesh))
+    captioner = captioner_in_training(CONFIG, divided, tokenizer, STOPS, "What?", "float32")
+    kernel = captioner.params["text"]["layers_1"]["mlp"]["up"]["kernel"]
+    assert kernel.sharding.spec == PartitionSpec("fsdp", "tensor")
+    assert caption_records(captioner, records(), 6, batch=4) == expected
+    assert caption_records(captioner, records()[3:], 6, batch=4) == [None]
+
+    half = captioner_in_training(CONFIG, params, tokenizer, STOPS, "What?", "bfloat16")
+    assert half.config.dtype == "bfloat16"
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(half.params)} == {"bfloat16"}
+
+
+def test_a_tokenizer_of_another_vocabulary_is_refused(tokenizer):
+    small = replace(CONFIG, text=replace(CONFIG.text, vocab=200))
+    with pytest.raises(InputError, match="makes id 258, the vocabulary ends at 200"):
+        captioner_of(small, {}, tokenizer, STOPS, "What?")
