@@ -71,6 +71,14 @@ class LoraConfig:
 
 
 @dataclass(frozen=True)
+class NominalConfig:
+    """What `plan` assumes where the checkpoint, or the data, is not at hand."""
+
+    model: str = free("7b")  # "7b", "3b" or "tiny"
+    clip: tuple[int, ...] = free((28032, 99, 30, 50))  # of the dearest shape: tokens, temporal patches, windows, chunks
+
+
+@dataclass(frozen=True)
 class SftConfig:
     """Supervised fine-tuning on captions (paper, 4.1)."""
 
@@ -99,6 +107,7 @@ class SftConfig:
     max_skipped: int = 20  # steps in a row whose gradient is not finite, after which the run stops
     profile: tuple[int, ...] = free(())  # steps (first, last) traced by jax.profiler into RUN/profile
     tensorboard: bool = free(True)
+    nominal: NominalConfig = NominalConfig()
     wandb: str = free("")  # a project's name; needs `pip install 'avocado-jax[wandb]'`
 
 

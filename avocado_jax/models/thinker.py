@@ -87,28 +87,40 @@ def caption_positions(clip: Clip, index: Int[Array, "B G Q"]) -> Int[Array, "B G
     return jnp.repeat((clip.start[:, None, None] + index)[..., None], 3, axis=-1)
 
 
-def example(config: ThinkerConfig, rows: int = 1, group: int = 1) -> tuple[Clip, Captions]:
-    """The smallest batch, as shapes and dtypes: what `init` and `eval_shape` need to know the parameters."""
+def example(
+    config: ThinkerConfig,
+    rows: int = 1,
+    group: int = 1,
+    shape: tuple[int, int, int, int] = (2, 1, 1, 1),
+    caption: int = 1,
+) -> tuple[Clip, Captions]:
+    """A batch as shapes and dtypes; the smallest is what `init` and `eval_shape` need to know the parameters.
+
+    Args:
+        shape: sizes of the clips as `data.rows.Shape` has them: tokens, temporal patches, windows, chunks of sound.
+        caption: tokens of each of the `group` captions.
+    """
     vision, audio = config.vision, config.audio
+    tokens, patches, windows, chunks = shape
     slots = (vision.window_cells * vision.merge) ** 2
 
     def array(dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((rows, *shape), dtype)
 
     clip = Clip(
-        tokens=array(jnp.int32, 2),
-        positions=array(jnp.int32, 2, 3),
+        tokens=array(jnp.int32, tokens),
+        positions=array(jnp.int32, tokens, 3),
         length=array(jnp.int32),
-        media=array(jnp.int32, 2),
+        media=array(jnp.int32, tokens),
         first=array(jnp.int32),
         start=array(jnp.int32),
-        patches=array(jnp.uint8, 1, 1, slots, vision.patch_size),
-        patch_grid=array(jnp.int32, 1, slots, 2),
-        patch_valid=array(jnp.bool_, 1, slots),
-        mel=array(jnp.float32, 1, 2 * audio.window, audio.mel_bins),
-        mel_length=array(jnp.int32, 1),
+        patches=array(jnp.uint8, patches, windows, slots, vision.patch_size),
+        patch_grid=array(jnp.int32, windows, slots, 2),
+        patch_valid=array(jnp.bool_, windows, slots),
+        mel=array(jnp.float32, chunks, 2 * audio.window, audio.mel_bins),
+        mel_length=array(jnp.int32, chunks),
     )
-    captions = (array(jnp.int32, group, 1), array(jnp.int32, group, 1), array(jnp.bool_, group, 1))
+    captions = (array(dtype, group, caption) for dtype in (jnp.int32, jnp.int32, jnp.bool_))
     return clip, Captions(*captions)
 
 

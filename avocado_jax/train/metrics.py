@@ -17,17 +17,7 @@ import jax
 
 from avocado_jax.data import storage
 from avocado_jax.errors import InputError
-
-# Dense bf16 FLOP/s of one device, by jax's name for its kind (vendors' data sheets): what MFU is a share of.
-PEAK_FLOPS = {
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5": 459e12,
-    "TPU v6 lite": 918e12,
-    "NVIDIA A100-SXM4-80GB": 312e12,
-    "NVIDIA H100 80GB HBM3": 989e12,
-    "NVIDIA H200": 989e12,
-}
+from avocado_jax.parallel.chips import CHIPS
 
 
 class Meter:
@@ -37,7 +27,8 @@ class Meter:
         self.compilations, self._at = 0, time.perf_counter()
         jax.monitoring.register_event_duration_secs_listener(self._heard)
         device = jax.devices()[0]
-        self._peak = PEAK_FLOPS.get(device.device_kind, float("nan")) * jax.device_count()
+        chip = CHIPS.get(device.device_kind)
+        self._peak = chip.flops * jax.device_count() if chip else float("nan")
 
     def _heard(self, event: str, _: float, **__: Any) -> None:
         self.compilations += event == "/jax/core/compile/backend_compile_duration"

@@ -8,7 +8,8 @@ context: rows over the mesh's rows, heads over `tensor`.
 
 import math
 from collections.abc import Callable
-from functools import lru_cache
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache, partial
 from typing import Any
 
 import jax
@@ -146,8 +147,9 @@ def _kernel(kind: str, queries: int, keys: int, side: int, room: int, heads: int
         block_q_dq=side,
         block_kv_dq=room,
     )
-    with jax.ensure_compile_time_eval():
-        kernel = splash.make_splash_mha(
-            masks.MultiHeadMask([mask] * heads), block_sizes=blocks, head_shards=1, q_seq_shards=1, interpret=interpret
-        )
+    heads_mask = masks.MultiHeadMask([mask] * heads)
+    make = partial(splash.make_splash_mha, block_sizes=blocks, head_shards=1, q_seq_shards=1, interpret=interpret)
+    # It computes with jax at once: in a thread of its own neither a trace nor a mesh is in use.
+    with ThreadPoolExecutor(1) as apart:
+        kernel = apart.submit(make, heads_mask).result()
     return jax.tree.map(np.asarray, kernel)  # constants of whatever program they are used in

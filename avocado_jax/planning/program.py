@@ -1,0 +1,118 @@
+"""The step of a config, as shapes on a mesh: what it is compiled from, on a machine that has none of the devices."""
+
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import topologies
+from jax.sharding import Mesh
+
+from avocado_jax.checkpoint.load import open_checkpoint
+from avocado_jax.config import SftConfig
+from avocado_jax.data.pipeline import Recipe, plan_batches
+from avocado_jax.data.plan import Bucket
+from avocado_jax.data.rows import Shape
+from avocado_jax.data.words import load_words
+from avocado_jax.errors import InputError
+from avocado_jax.models.config import SIZES, ThinkerConfig
+from avocado_jax.models.thinker import example
+from avocado_jax.parallel.mesh import ROWS, make_mesh
+from avocado_jax.parallel.place import rows_sharding
+from avocado_jax.train.inputs import open_source
+from avocado_jax.train.run import model_of, sft_program
+from avocado_jax.train.state import State
+
+# For libtpu, before it is loaded: ask no metadata server, take no lock from a run on this machine, say little.
+QUIET = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_STDERR_LOG_LEVEL": "3",
+    "TPU_MIN_LOG_LEVEL": "3",
+}
+
+
+class Program(NamedTuple):
+    """One step of a run for one shape of rows; every leaf is a ShapeDtypeStruct with its sharding."""
+
+    bucket: Bucket
+    model: ThinkerConfig
+    mesh: Mesh
+    state: State
+    batch: tuple[Any, ...]  # clip, captions, weight, cut
+    step: Callable  # jitted: (state, *batch) -> (state, metrics)
+
+    def lower(self) -> jax.stages.Lowered:
+        """Trace the step for the mesh's devices, into what their compiler takes."""
+        with jax.set_mesh(self.mesh):
+            return self.step.lower(self.state, *self.batch)
+
+
+def devices_of(topology: str | None, slices: int = 1) -> list[Any]:
+    """The devices of a TPU slice named as `v5p:4x4x4`, or this machine's.
+
+    Raises:
+        InputError: no such slice, or no libtpu to know it by.
+    """
+    if topology is None:
+        return jax.devices()
+    for name, value in QUIET.items():
+        os.environ.setdefault(name, value)
+    several = {"num_slices": slices} if slices > 1 else {}
+    try:
+        return list(topologies.get_topology_desc(platform="tpu", topology_name=topology, **several).devices)
+    except Exception as error:  # libtpu's own kinds
+        first = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise InputError(f"--topology {topology}: {first} (pip install libtpu, and names as v5p:4x4x4)") from error
+
+
+def model_and_buckets(config: SftConfig) -> tuple[ThinkerConfig, list[Bucket]]:
+    """The model of `init` and the shapes of `data.train`, the dearest first; without them, what `nominal` says.
+
+    Raises:
+        InputError: `nominal` is not understood, or what is at hand cannot be read.
+    """
+    nominal, checkpoint = config.nominal, None
+    if config.init and (config.init.startswith("gs://") or os.path.exists(config.init)):
+        checkpoint = open_checkpoint(config.init)
+    elif nominal.model not in SIZES:
+        raise InputError(f"nominal.model: {nominal.model!r} is none of {', '.join(SIZES)}")
+    elif len(nominal.clip) != len(Shape._fields) or min(nominal.clip) < 1:
+        raise InputError(f"nominal.clip: {nominal.clip} is not {', '.join(Shape._fields)}")
+    model = model_of(config, checkpoint.config if checkpoint else SIZES[nominal.model])
+    data = config.data
+    if checkpoint and (":" in data.train or os.path.exists(data.train)):
+        source, reading = open_source(data.train, data)
+        words = load_words(checkpoint.side_files)
+        recipe = Recipe(model, words, reading, data.references, data.caption_tokens)
+        return model, list(plan_batches(source.index, recipe, config.batch, data.shapes, config.seed).buckets)
+    return model, [Bucket(Shape(*nominal.clip), data.caption_tokens)]
+
+
+def program_of(config: SftConfig, model: ThinkerConfig, bucket: Bucket, devices: list[Any]) -> Program:
+    """The step of `config` on `devices`.
+
+    Raises:
+        InputError: the mesh is not that of the devices, or does not divide the rows.
+    """
+    mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, config.mesh.slices, devices)
+    over = int(np.prod([mesh.shape[axis] for axis in ROWS]))
+    if config.batch % (over * config.accumulate):
+        raise InputError(
+            f"batch: {config.batch} rows are not divided by {over} parts of the mesh"
+            + (f" times accumulate {config.accumulate}" if config.accumulate > 1 else "")
+        )
+    if model.attention == "auto":  # of the devices, not of this machine
+        kernel = {"tpu": "splash", "gpu": "cudnn" if model.dtype == "bfloat16" else "plain"}
+        model = replace(model, attention=kernel.get(devices[0].platform, "plain"))
+
+    state, step, _ = sft_program(config, model, mesh, config.steps or 1000)
+    shapes = example(model, config.batch, config.data.references, tuple(bucket.shape), bucket.caption)
+    per_row = [jax.ShapeDtypeStruct((config.batch,), dtype) for dtype in (jnp.float32, jnp.int32)]
+    rows = rows_sharding(mesh)
+    batch = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=rows), (*shapes, *per_row))
+    return Program(bucket, model, mesh, state, batch, step)
