@@ -5,7 +5,7 @@ from collections.abc import Iterable
 
 from avocado_jax.world import lexicon
 from avocado_jax.world.script import Event, Script
-from avocado_jax.world.vocabulary import VISUALS
+from avocado_jax.world.vocabulary import PLACES, VISUALS
 
 
 def capitalize(sentence: str) -> str:
@@ -68,8 +68,15 @@ def statement(event: Event) -> str:
 
 
 def plain_caption(script: Script) -> str:
-    """One plain sentence for each event, in the order they happen: the same words for the same truth."""
-    return " ".join(statement(event) for event in script.events)
+    """One plain sentence for each event: the same words for the same truth.
+
+    In the order they happen; shapes that are there from the start of a scene from left to right.
+    """
+
+    def order(event: Event) -> tuple[float, tuple[float, float]]:
+        return event.start, PLACES[event.get("place")] if event.kind == "present" else (-1.0, 0.0)
+
+    return " ".join(statement(event) for event in sorted(script.events, key=order))
 
 
 def write_caption(script: Script, which: int = 0) -> str:
