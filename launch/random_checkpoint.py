@@ -25,7 +25,7 @@ def main() -> int:
     """Write one checkpoint."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, metavar="DIR")
-    parser.add_argument("--size", choices=tuple(SIZES), default="tiny", help="default: %(default)s")
+    parser.add_argument("--size", choices=("tiny", "3b", "7b"), default="tiny", help="default: %(default)s")
     parser.add_argument("--dtype", choices=tuple(DTYPES), default="float32", help="default: %(default)s")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
