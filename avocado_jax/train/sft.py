@@ -76,7 +76,7 @@ def sft_step(
     """
     trained, frozen = split(state.params, train)
     grads, sums = gradients(model, trained, frozen, (clip, captions, weight), accumulate)
-    norm = optax.global_norm(grads)
+    norm = optax.tree.norm(grads)
     good = jnp.isfinite(norm) & jnp.isfinite(sums.loss)
     updates, moments = optimizer.update(grads, state.optimizer, trained)
 
@@ -95,7 +95,7 @@ def sft_step(
         "loss": sums.loss / count,
         "accuracy": sums.correct / count,
         "gradient_norm": norm,
-        "update_norm": optax.global_norm(updates),
+        "update_norm": optax.tree.norm(updates),
         "lr": schedule(state.step - state.skipped),
         "tokens": sums.count,
         "clip_tokens": jnp.sum(clip.length * weight),

@@ -67,7 +67,7 @@ def statement(event: Event) -> str:
     return end(capitalize(together(event) if event.kind == "cross" else clause(event)))
 
 
-def plain_caption(script: Script) -> str:
+def plain_caption(events: Iterable[Event]) -> str:
     """One plain sentence for each event: the same words for the same truth.
 
     In the order they happen; shapes that are there from the start of a scene from left to right.
@@ -76,7 +76,7 @@ def plain_caption(script: Script) -> str:
     def order(event: Event) -> tuple[float, tuple[float, float]]:
         return event.start, PLACES[event.get("place")] if event.kind == "present" else (-1.0, 0.0)
 
-    return " ".join(statement(event) for event in sorted(script.events, key=order))
+    return " ".join(statement(event) for event in sorted(events, key=order))
 
 
 def write_caption(script: Script, which: int = 0) -> str:

@@ -60,7 +60,7 @@ def record(script: Script, references: int = 1) -> dict:
     `caption` is the first of the `references`; with 0 of them it is the one plain caption, for models too small to
     learn ways of saying the same. Needs no file and no speech library.
     """
-    captions = [write_caption(script, which) for which in range(references)] or [plain_caption(script)]
+    captions = [write_caption(script, which) for which in range(references)] or [plain_caption(script.events)]
     said = [event for event in script.events if event.kind == "say"]
     return {
         "id": script.id,
