@@ -23,7 +23,7 @@ from avocado_jax.models.thinker import example
 from avocado_jax.parallel.mesh import ROWS, make_mesh
 from avocado_jax.parallel.place import rows_sharding
 from avocado_jax.train.inputs import open_source
-from avocado_jax.train.run import model_of, sft_program
+from avocado_jax.train.sft import model_of, sft_program
 from avocado_jax.train.state import State
 
 # For libtpu, before it is loaded: ask no metadata server, take no lock from a run on this machine, say little.

@@ -7,7 +7,6 @@ from functools import partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -24,7 +23,7 @@ from avocado_jax.data.plan import Plan
 from avocado_jax.data.records import Record
 from avocado_jax.data.words import load_words
 from avocado_jax.errors import InputError
-from avocado_jax.models.config import Lora, ThinkerConfig, computed
+from avocado_jax.models.config import ThinkerConfig
 from avocado_jax.models.flops import train_flops
 from avocado_jax.models.lora import add_adapters, merge
 from avocado_jax.parallel.mesh import make_mesh
@@ -34,43 +33,8 @@ from avocado_jax.train.inputs import open_source
 from avocado_jax.train.loop import Job, train
 from avocado_jax.train.losses import Sums
 from avocado_jax.train.metrics import Log
-from avocado_jax.train.optim import optimizer, schedule
-from avocado_jax.train.sft import batch_sums, sft_step
-from avocado_jax.train.state import State, begin, state_shapes
-
-
-def model_of(config: SftConfig, held: ThinkerConfig) -> ThinkerConfig:
-    """The model that a checkpoint holds, as the config computes it."""
-    model = computed(held, config.dtype, scan=True, remat=config.remat)
-    lora = Lora(config.lora.rank, config.lora.alpha) if config.train == "lora" else None
-    text = replace(model.text, lora=lora)
-    return replace(model, text=text, param_dtype=config.param_dtype, attention=config.attention)
-
-
-def sft_program(config: SftConfig, model: ThinkerConfig, mesh: Mesh, steps: int) -> tuple[State, Callable, Callable]:
-    """The state's shapes with shardings, the jitted step, and the jitted `begin`.
-
-    The step is `(state, clip, captions, weight, cut) -> (state, metrics)`; it takes the state's memory over.
-    """
-    make = optimizer(config.optim, steps)
-    shapes = state_shapes(model, config.train, config.frozen_dtype, make, mesh)
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, shapes)
-    whole = NamedSharding(mesh, PartitionSpec())
-    bound = partial(
-        sft_step,
-        model=model,
-        optimizer=make,
-        schedule=schedule(config.optim, steps),
-        train=config.train,
-        accumulate=config.accumulate,
-    )
-
-    def step(state: State, clip: Any, captions: Any, weight: Any, cut: Any) -> tuple[State, dict[str, Any]]:
-        state, metrics = bound(state, clip, captions, weight)
-        return state, metrics | {"cut": jnp.sum(cut)}
-
-    start = jax.jit(partial(begin, optimizer=make, train=config.train), donate_argnums=0, out_shardings=shardings)
-    return shapes, jax.jit(step, donate_argnums=0, out_shardings=(shardings, whole)), start
+from avocado_jax.train.sft import batch_sums, model_of, sft_program
+from avocado_jax.train.state import State
 
 
 def sft(config: SftConfig, folder: str) -> int:

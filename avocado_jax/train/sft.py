@@ -1,16 +1,21 @@
 """Supervised fine-tuning: the mean cross-entropy of caption tokens, one update a step (paper, 4.1)."""
 
+from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from avocado_jax.models.config import ThinkerConfig
+from avocado_jax.config import SftConfig
+from avocado_jax.models.config import Lora, ThinkerConfig, computed
 from avocado_jax.models.thinker import Thinker
 from avocado_jax.train.losses import Sums, caption_sums, counted
-from avocado_jax.train.state import State, join, split
+from avocado_jax.train.optim import optimizer, schedule
+from avocado_jax.train.state import State, begin, join, split, state_shapes
 from avocado_jax.typing import Array, Captions, Clip, Float
 
 Metrics = dict[str, Array]
@@ -63,8 +68,8 @@ def sft_step(
     weight: Float[Array, "B"],
     *,
     model: ThinkerConfig,
-    optimizer: optax.GradientTransformation,
-    schedule: optax.Schedule,
+    adamw: optax.GradientTransformation,
+    rate: optax.Schedule,
     train: str,
     accumulate: int,
 ) -> tuple[State, Metrics]:
@@ -78,7 +83,7 @@ def sft_step(
     grads, sums = gradients(model, trained, frozen, (clip, captions, weight), accumulate)
     norm = optax.tree.norm(grads)
     good = jnp.isfinite(norm) & jnp.isfinite(sums.loss)
-    updates, moments = optimizer.update(grads, state.optimizer, trained)
+    updates, moments = adamw.update(grads, state.optimizer, trained)
 
     def kept(new: Any, old: Any) -> Any:
         return jax.tree.map(lambda new, old: jnp.where(good, new, old), new, old)
@@ -96,7 +101,7 @@ def sft_step(
         "accuracy": sums.correct / count,
         "gradient_norm": norm,
         "update_norm": optax.tree.norm(updates),
-        "lr": schedule(state.step - state.skipped),
+        "lr": rate(state.step - state.skipped),
         "tokens": sums.count,
         "clip_tokens": jnp.sum(clip.length * weight),
         "rows": jnp.sum(weight),
@@ -104,3 +109,37 @@ def sft_step(
         "skipped_in_row": after.in_row,
     }
     return after, metrics
+
+
+def model_of(config: SftConfig, held: ThinkerConfig) -> ThinkerConfig:
+    """The model that a checkpoint holds, as the config computes it."""
+    model = computed(held, config.dtype, scan=True, remat=config.remat)
+    lora = Lora(config.lora.rank, config.lora.alpha) if config.train == "lora" else None
+    text = replace(model.text, lora=lora)
+    return replace(model, text=text, param_dtype=config.param_dtype, attention=config.attention)
+
+
+def sft_program(config: SftConfig, model: ThinkerConfig, mesh: Mesh, steps: int) -> tuple[State, Callable, Callable]:
+    """The state's shapes with shardings, the jitted step, and the jitted `begin`.
+
+    The step is `(state, clip, captions, weight, cut) -> (state, metrics)`; it takes the state's memory over.
+    """
+    make = optimizer(config.optim, steps)
+    shapes = state_shapes(model, config.train, config.frozen_dtype, make, mesh)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, shapes)
+    whole = NamedSharding(mesh, PartitionSpec())
+    bound = partial(
+        sft_step,
+        model=model,
+        adamw=make,
+        rate=schedule(config.optim, steps),
+        train=config.train,
+        accumulate=config.accumulate,
+    )
+
+    def step(state: State, clip: Any, captions: Any, weight: Any, cut: Any) -> tuple[State, dict[str, Any]]:
+        state, metrics = bound(state, clip, captions, weight)
+        return state, metrics | {"cut": jnp.sum(cut)}
+
+    start = jax.jit(partial(begin, optimizer=make, train=config.train), donate_argnums=0, out_shardings=shardings)
+    return shapes, jax.jit(step, donate_argnums=0, out_shardings=(shardings, whole)), start

@@ -17,7 +17,7 @@ from avocado_jax.parallel.mesh import make_mesh
 from avocado_jax.parallel.place import rows_sharding
 from avocado_jax.parallel.rules import RULES, path_of, shardings, spec_of
 from avocado_jax.train.optim import optimizer
-from avocado_jax.train.run import sft_program
+from avocado_jax.train.sft import sft_program
 from avocado_jax.train.state import split, state_shapes
 from avocado_jax.typing import Captions
 
