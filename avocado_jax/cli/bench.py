@@ -2,9 +2,10 @@
 
   avocado bench prefill --size 7b --clip-tokens 16178
   avocado bench decode --size 7b --group 8 --clip-tokens 16384 --caption-tokens 128
+  avocado bench sft --size 3b --group 1 --clip-tokens 8192 --caption-tokens 768
 
 `tflops` and `bytes_per_second` count the work that the shapes imply; `ceiling_*` are a large matrix product and
-a large copy, measured in the same run. Needs jax, flax and numpy only; `input` needs the data side too.
+a large copy, measured in the same run. Needs jax, flax, optax and numpy only; `input` needs the data side too.
 
   avocado bench input --data SHARDS                 # a folder that `prepare` made: rows a second of one core
 """
@@ -15,17 +16,19 @@ import json
 import jax
 
 from avocado_jax.bench.model import bench_decode, bench_prefill
+from avocado_jax.bench.sft import bench_sft
 from avocado_jax.errors import InputError
-from avocado_jax.models.config import SIZES
+from avocado_jax.models.config import REMAT, SIZES
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command."""
-    parser.add_argument("what", choices=("prefill", "decode", "input"))
+    parser.add_argument("what", choices=("prefill", "decode", "sft", "input"))
     parser.add_argument("--size", choices=tuple(SIZES), default="tiny", help="default: %(default)s")
     parser.add_argument("--group", type=int, default=8, metavar="G", help="captions of the clip (default: %(default)s)")
     parser.add_argument("--clip-tokens", type=int, default=16178, metavar="N", help="default: %(default)s, 30 s")
     parser.add_argument("--caption-tokens", type=int, default=128, metavar="C", help="default: %(default)s")
+    parser.add_argument("--remat", choices=REMAT, default="full", help="of `sft` (default: %(default)s)")
     parser.add_argument("--data", metavar="SHARDS", help="what `input` reads")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: bfloat16, float32 on a CPU")
     parser.add_argument("--json", action="store_true", help="one JSON object")
@@ -43,6 +46,8 @@ def run(args: argparse.Namespace) -> int:
         if not args.data:
             raise InputError("input: --data is missing")
         result = bench_input(args.data, args.size, Reading())
+    elif args.what == "sft":
+        result = bench_sft(args.size, args.group, args.clip_tokens, args.caption_tokens, dtype, args.remat)
     elif args.what == "prefill":
         result = bench_prefill(args.size, args.clip_tokens, dtype)
     else:
