@@ -45,7 +45,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="difficulty: length, events, vocabulary, voices, resolution (default: 1)",
     )
     parser.add_argument("--split", default="train", choices=SPLITS, help="test has combinations train lacks")
-    parser.add_argument("--references", type=int, default=1, metavar="R", help="captions a clip (default: 1)")
+    parser.add_argument(
+        "--references", type=int, default=1, metavar="R", help="captions a clip (default: 1; 0: one, in plain words)"
+    )
     parser.add_argument("--workers", type=int, metavar="W", help="processes (default: all cores)")
     parser.add_argument("--check", type=Path, metavar="FILE", help="captions to check: JSON lines")
     parser.add_argument("--truth", type=Path, metavar="CLIPS", help="the clips.jsonl they are checked against")
@@ -59,9 +61,10 @@ def run(args: argparse.Namespace) -> int:
     if not args.out or args.clips is None:
         raise InputError("say where and how many: world OUT --clips N")
     workers = len(os.sched_getaffinity(0)) if args.workers is None else args.workers
-    for name, value in (("--clips", args.clips), ("--references", args.references), ("--workers", workers)):
-        if value < 1:
-            raise InputError(f"{name} must be at least 1, not {value}")
+    asked = (("--clips", args.clips, 1), ("--references", args.references, 0), ("--workers", workers, 1))
+    for name, value, least in asked:
+        if value < least:
+            raise InputError(f"{name} must be at least {least}, not {value}")
     return make(args, workers)
 
 
