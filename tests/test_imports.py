@@ -20,7 +20,19 @@ ALLOWED = {
     "train": {"sampling", "rewards", "checkpoint", "data", "world", "models", "parallel"},
     "eval": {"sampling", "rewards", "checkpoint", "data", "world", "models", "parallel"},
     "planning": {"train", "checkpoint", "data", "models", "parallel"},
-    "cli": {"planning", "train", "eval", "bench", "sampling", "rewards", "checkpoint", "data", "world", "models", "parallel"},
+    "cli": {
+        "planning",
+        "train",
+        "eval",
+        "bench",
+        "sampling",
+        "rewards",
+        "checkpoint",
+        "data",
+        "world",
+        "models",
+        "parallel",
+    },
 }
 NUMPY_ONLY = ("data", "world")  # input workers must not start a device runtime
 DEVICE = {"jax", "jaxlib", "flax", "optax", "orbax"}
