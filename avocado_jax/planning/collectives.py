@@ -41,8 +41,10 @@ def collective_bytes(hlo: str) -> dict[str, float]:
                 continue
             channel = re.search(r"channel_id=(\d+)", line)
             key = channel[1] if channel else (name, number)
-            nbytes = times * _sent(found[2], bool(found[3]), found[1], line)
-            sent[key] = max(sent.get(key, (found[2], 0.0)), (found[2], nbytes))
+            kind, nbytes = found[2], times * _sent(found[2], bool(found[3]), found[1], line)
+            if kind == "all-reduce" and name.startswith("all-reduce-scatter"):  # as a TPU's compiler fuses one
+                kind, nbytes = "reduce-scatter", nbytes / 2
+            sent[key] = kind, max(sent.get(key, (kind, 0.0))[1], nbytes)
     total = dict.fromkeys(KINDS, 0.0)
     for kind, nbytes in sent.values():
         total[kind] += nbytes

@@ -2,7 +2,9 @@
 
 import os
 import re
+import tempfile
 import time
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -48,7 +50,7 @@ def report(config: SftConfig, program: Program) -> dict[str, Any]:
     lowered, begun = program.lower(), time.perf_counter()
     limit, traffic, fits = memory_of(device), None, True
     try:
-        compiled = lowered.compile()
+        compiled, text = _compiled(lowered, device.platform)
     except jax.errors.JaxRuntimeError as error:
         if (refused := _REFUSED.search(str(error))) is None:
             raise
@@ -58,7 +60,7 @@ def report(config: SftConfig, program: Program) -> dict[str, Any]:
         stats = compiled.memory_analysis()
         total = stats.argument_size_in_bytes + stats.output_size_in_bytes - stats.alias_size_in_bytes
         total += stats.temp_size_in_bytes + stats.generated_code_size_in_bytes
-        traffic = collective_bytes(compiled.as_text())
+        traffic = collective_bytes(text)
         fits = total <= limit
     hbm |= {"temporaries": total - held, "total": total}
 
@@ -157,6 +159,17 @@ def _local(config: SftConfig, program: Program) -> tuple[int, int]:
     over = int(np.prod([program.mesh.shape[axis] for axis in ROWS]))
     shape, caption = program.bucket
     return config.batch // config.accumulate // over, shape.tokens + config.data.references * caption
+
+
+def _compiled(lowered: jax.stages.Lowered, platform: str) -> tuple[jax.stages.Compiled, str]:
+    """The program and its HLO text. jaxlib cannot print all that libtpu compiles, so libtpu writes it itself."""
+    if platform != "tpu":
+        compiled = lowered.compile()
+        return compiled, compiled.as_text()
+    with tempfile.TemporaryDirectory() as folder:
+        compiled = lowered.compile(compiler_options={"xla_dump_to": folder, "xla_dump_hlo_as_text": True})
+        (written,) = Path(folder).glob("*.after_optimizations.txt")
+        return compiled, written.read_text()
 
 
 def memory_of(device: Any) -> int:
