@@ -1,4 +1,4 @@
-"""The AVWorld captioner from nothing, second half: whole clips with plain captions. It makes avocado_jax/assets/captioner.
+"""The AVWorld captioner from nothing, second half: whole clips. It makes avocado_jax/assets/captioner.
 
   python launch/small_checkpoint.py runs/small
   avocado sft configs/world_moments.py --workdir runs/world_moments

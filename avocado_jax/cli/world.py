@@ -46,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--split", default="train", choices=SPLITS, help="test has combinations train lacks")
     parser.add_argument(
-        "--references", type=int, default=1, metavar="R", help="captions a clip (default: 1; 0: one, in plain words)"
+        "--references", type=int, default=1, metavar="R", help="captions a clip (default: 1; 0: a plain one)"
     )
     parser.add_argument("--workers", type=int, metavar="W", help="processes (default: all cores)")
     parser.add_argument("--check", type=Path, metavar="FILE", help="captions to check: JSON lines")
