@@ -1,6 +1,8 @@
 """As sft_7b.py, for Qwen2.5-Omni-3B.
 
 avocado sft configs/sft_3b.py --workdir runs/sft_3b --init CHECKPOINT --data.train SHARDS --accumulate 128
+
+Expected: no published result at this size; not run here.
 """
 
 from avocado_jax.config import DataConfig, NominalConfig, OptimConfig, SftConfig
