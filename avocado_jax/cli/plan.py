@@ -45,7 +45,7 @@ def run(args: argparse.Namespace) -> int:
     if args.topology:
         os.environ["JAX_PLATFORMS"] = "cpu"  # before jax looks for devices: this machine's own are left alone
     from avocado_jax.planning.program import devices_of, model_and_buckets, program_of
-    from avocado_jax.planning.report import advice, report
+    from avocado_jax.planning.report import report
     from avocado_jax.planning.search import search
 
     devices = devices_of(args.topology, config.mesh.slices)
@@ -68,8 +68,7 @@ def run(args: argparse.Namespace) -> int:
 
     steps, lines = [], []
     for bucket in buckets if args.all_shapes else buckets[:1]:
-        program = program_of(config, model, bucket, devices)
-        entry = report(config, program)
+        entry = report(config, program_of(config, model, bucket, devices))
         steps.append(entry)
         sizes = ", ".join(f"{value} {name}" for name, value in entry["bucket"].items())
         lines += [
@@ -78,7 +77,7 @@ def run(args: argparse.Namespace) -> int:
             f"  {_time(entry)}",
         ]
         if not entry["fits"]:
-            lines.append(f"  {advice(config, program, entry)}")
+            lines.append(f"  {entry['advice']}")
     fits = all(entry["fits"] for entry in steps)
     print(json.dumps(told | {"fits": fits, "steps": steps}) if args.json else "\n".join(lines))
     return 0 if fits else 1

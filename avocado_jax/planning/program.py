@@ -31,9 +31,13 @@ QUIET = {
     "TPU_SKIP_MDS_QUERY": "1",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
     "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_HOST_BOUNDS": "1,1,1",
     "TPU_STDERR_LOG_LEVEL": "3",
     "TPU_MIN_LOG_LEVEL": "3",
 }
+
+
+GENERATIONS = ("v5e", "v5p", "v6e")  # one device a chip
 
 
 class Program(NamedTuple):
@@ -62,12 +66,16 @@ def devices_of(topology: str | None, slices: int = 1) -> list[Any]:
         return jax.devices()
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
+    if topology.split(":")[0] not in GENERATIONS:
+        raise InputError(f"--topology {topology}: not of {', '.join(GENERATIONS)}, as in v5p:4x4x4")
     several = {"num_slices": slices} if slices > 1 else {}
     try:
         return list(topologies.get_topology_desc(platform="tpu", topology_name=topology, **several).devices)
     except Exception as error:  # libtpu's own kinds
         first = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise InputError(f"--topology {topology}: {first} (pip install libtpu, and names as v5p:4x4x4)") from error
+        raise InputError(
+            f"--topology {topology}: {first} (it takes libtpu: pip install 'avocado-jax[plan]')"
+        ) from error
 
 
 def model_and_buckets(config: SftConfig) -> tuple[ThinkerConfig, list[Bucket]]:

@@ -80,7 +80,10 @@ def report(config: SftConfig, program: Program) -> dict[str, Any]:
         "seconds": None,
         "mfu": None,
         "compile_seconds": round(time.perf_counter() - begun, 1),
+        "advice": None,
     }
+    if not fits:
+        entry["advice"] = _advice(config, program, entry)
     if chip and traffic is not None:
         times = Times(
             flops / chips / chip.flops,
@@ -134,7 +137,7 @@ def traffic_bytes(config: SftConfig, program: Program) -> float:
     return weights + state + activations
 
 
-def advice(config: SftConfig, program: Program, entry: dict[str, Any]) -> str:
+def _advice(config: SftConfig, program: Program, entry: dict[str, Any]) -> str:
     """By how much a step does not fit, and which fields would help, the cheapest first."""
     over = (entry["hbm_bytes"]["total"] - entry["hbm_limit_bytes"]) / GIB
     hbm, shape = entry["hbm_bytes"], program.mesh.shape
