@@ -24,12 +24,12 @@ def candidates(config: SftConfig, model: ThinkerConfig, devices: int) -> list[Sf
     """
     found = []
     for tensor in (1, 2, 4, 8):
-        if devices % tensor or model.text.heads % tensor:
+        if devices % (tensor * config.mesh.slices) or model.text.heads % tensor:
             continue
-        parts = devices // tensor
+        parts = devices // tensor // config.mesh.slices
         mesh = replace(config.mesh, data=1, fsdp=parts, tensor=tensor)
         for accumulate in (1, 2, 4, 8):
-            if config.batch % (parts * accumulate) == 0:
+            if config.batch % (parts * config.mesh.slices * accumulate) == 0:
                 found += [replace(config, mesh=mesh, accumulate=accumulate, remat=remat) for remat in REMATS]
     if not found:
         raise InputError(f"batch: {config.batch} rows are divided over no mesh of {devices} devices")

@@ -4,12 +4,20 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
+import jax
 import pytest
 
 from avocado_jax.__main__ import main
-from avocado_jax.planning import report
+from avocado_jax.config import load
+from avocado_jax.data.plan import Bucket
+from avocado_jax.data.rows import Shape
+from avocado_jax.errors import InputError
+from avocado_jax.models.config import TINY as TINY_MODEL
+from avocado_jax.planning import report, search
 from avocado_jax.planning.collectives import KINDS
+from avocado_jax.train.run import model_of
 
 TINY = [
     "configs/world_tiny.py",
@@ -58,6 +66,25 @@ def test_mistakes_are_one_line(capsys, args, complaint):
     said = capsys.readouterr().err
     assert complaint in said
     assert said.count("\n") == 1
+
+
+def test_a_search_passes_over_what_cannot_fit(monkeypatch):
+    """The first choices keep most; a device of little memory leaves those that keep less."""
+    config = load("configs/world_tiny.py", ["--mesh.fsdp", "8", "--nominal.model", "tiny"])
+    model = model_of(config, TINY_MODEL)
+    bucket = Bucket(Shape(4096, 2, 1, 1), 64)
+    tried = search.candidates(config, model, 8)
+    assert {(one.mesh.fsdp, one.mesh.tensor) for one in tried} == {(8, 1), (4, 2), (2, 4)}
+    assert all(8 % (one.mesh.fsdp * one.accumulate) == 0 for one in tried)
+    with pytest.raises(InputError, match="7 rows are divided over no mesh of 8 devices"):
+        search.candidates(replace(config, batch=7), model, 8)
+
+    monkeypatch.setattr(search, "report", lambda config, program: {"residual": report.residual_bytes(config, program)})
+    found = {}
+    for limit in (2**30, 10 * 2**20):
+        monkeypatch.setattr(search, "memory_of", lambda device, limit=limit: limit)
+        found[limit] = [one.remat for one, _ in search.search(config, model, bucket, jax.devices(), 2)]
+    assert found == {2**30: ["dots", "full"], 10 * 2**20: ["full", "offload"]}
 
 
 def of_slice(*args):
