@@ -34,7 +34,7 @@ class MeshConfig:
 @dataclass(frozen=True)
 class DataConfig:
     """What is learned from. A source is a folder of `prepare`, `tfds:FOLDER:SPLIT`, or clips of AVWorld with no file:
-    `world:LEVEL:SPLIT:SEED:CLIPS`, with `:plain` behind it for plain captions, or `:moments` for short pieces.
+    `world:LEVEL:SPLIT:SEED:CLIPS`, with `:plain` behind it for plain captions, or `:drills` for their parts.
     """
 
     train: str = ""

@@ -1,7 +1,7 @@
 """The AVWorld captioner from nothing, second half: whole clips. It makes avocado_jax/assets/captioner.
 
   python launch/small_checkpoint.py runs/small
-  avocado sft configs/world_moments.py --workdir runs/world_moments
+  avocado sft configs/world_drills.py --workdir runs/world_drills
   avocado sft configs/world_small.py --workdir runs/world_small
   avocado convert to-hf runs/world_small avocado_jax/assets/captioner
 
@@ -11,7 +11,7 @@ Expected: see the README, "Measured".
 from avocado_jax.config import DataConfig, OptimConfig, SftConfig
 
 config = SftConfig(
-    init="runs/world_moments",
+    init="runs/world_drills",
     epochs=1.0,
     batch=16,
     train="all",

@@ -36,7 +36,7 @@ class Runs:
     """Starts runs of one config; `cache` keeps what XLA compiled, so that starts after the first are quick."""
 
     def __init__(self, folder: Path, init: Path):
-        self.folder, self.cache = folder, folder / "compiled"
+        self.folder, self.logs, self.cache = folder, folder, folder / "compiled"
         self.config = folder / "small.py"
         self.config.write_text(CONFIG.format(init=str(init)))
 
@@ -46,7 +46,7 @@ class Runs:
         env = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
         if cached:
             env |= {"JAX_COMPILATION_CACHE_DIR": str(self.cache), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
-        command = [sys.executable, "-m", "avocado_jax", "sft", str(self.config), "--workdir", str(self.folder / name)]
+        command = [sys.executable, "-m", "avocado_jax", "sft", str(self.config), "--workdir", f"{self.folder}/{name}"]
         if processes > 1:
             with socket.socket() as held:
                 held.bind(("127.0.0.1", 0))
@@ -54,7 +54,7 @@ class Runs:
         started = []
         for number in range(processes):
             which = ["--process", str(number)] if processes > 1 else []
-            out = (self.folder / f"{name}-{number}.log").open("a")
+            out = (self.logs / f"{name}-{number}.log").open("a")
             started.append(subprocess.Popen([*command, *which, *fields], env=env, stdout=out, stderr=out))
         return started if processes > 1 else started[0]
 
@@ -63,7 +63,7 @@ class Runs:
         process = self.start(name, *fields, **options)
         several = process if isinstance(process, list) else [process]
         statuses = [one.wait(timeout=400) for one in several]
-        log = "".join((self.folder / f"{name}-{number}.log").read_text() for number in range(len(several)))
+        log = "".join((self.logs / f"{name}-{number}.log").read_text() for number in range(len(several)))
         assert statuses == [expect] * len(several), log[-3000:]
         return log
 

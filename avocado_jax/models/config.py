@@ -155,8 +155,9 @@ TINY = ThinkerConfig(
     ),  # of data/tokenizer.py
 )
 SMALL = ThinkerConfig(
-    # Learns AVWorld from nothing on a CPU. Few wide heads cost least there. The base of the rope is small: a head
-    # of 64 with Qwen's 1e6 turns by less than 1e-4 from one column of the picture to the next.
+    # Learns AVWorld from nothing on a CPU. Few wide heads cost least there. The base of the rope is small, so that a
+    # head turns by a third of a radian and more from one column of the picture to the next: the columns take the
+    # slowest frequencies, with Qwen's base less than 1e-4, and nothing else tells where in the picture a token is.
     audio=AudioConfig(width=96, layers=2, heads=2, ffn=288, out=128),
     vision=VisionConfig(width=64, layers=2, heads=2, ffn=128, full_layers=(1,), out=128),
     text=TextConfig(
@@ -167,8 +168,8 @@ SMALL = ThinkerConfig(
         heads=2,
         kv_heads=1,
         head=64,
-        rope_theta=100.0,
-        mrope_sections=(16, 8, 8),
+        rope_theta=4.0,
+        mrope_sections=(8, 12, 12),
     ),
     tokens=TokenIds(
         audio=1273, image=1278, video=1279, vision_start=1276, vision_end=1277, audio_start=1274, audio_end=1275

@@ -1,9 +1,8 @@
 """Where a run's records come from, by the names that configs use."""
 
-import math
-import random
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -15,84 +14,91 @@ from avocado_jax.data.records import Record
 from avocado_jax.data.sources import open_shards, open_tfds, prepared_reading
 from avocado_jax.errors import InputError
 from avocado_jax.progress import progress
-from avocado_jax.world.caption import plain_caption
-from avocado_jax.world.clip import record, row
+from avocado_jax.world.clip import PROMPTS, record, row
 from avocado_jax.world.director import make_script
-from avocado_jax.world.script import LEVELS, SPLITS, Event, Script
+from avocado_jax.world.drills import Drill, make_drill
+from avocado_jax.world.render import render
+from avocado_jax.world.script import LEVELS, SPLITS, Script
+from avocado_jax.world.sound import mix
 from avocado_jax.world.voice import RATE
 
-OPENING = ("scene", "cut", "present")  # kinds of events that last, and are told as a scene begins
 WORLD_PIXELS = 28 * 28  # frames of AVWorld are read as they are rendered, however small
 
 
 class WorldSource:
     """Clips straight from AVWorld's generator: no file, no decoder.
 
-    With `part` "plain" captions are plain; with "moments" a clip is also cut to one to three of its events, and its
-    caption to theirs: four times cheaper to learn from, and each word of it hangs on what is seen or heard.
-
     Attributes:
         index: what the batch plan needs to know of each clip.
     """
 
-    def __init__(self, level: int, split: str, seed: int, clips: int, part: str, references: int, fps: float) -> None:
-        self._asked, self._part = (seed, split, level, fps, references), part
+    def __init__(self, level: int, split: str, seed: int, clips: int, references: int, fps: float) -> None:
+        self._asked = (seed, split, level, fps, references)
         scripts = [make_script(seed, number, split, level) for number in progress(range(clips), "world: scripts")]
-        records = [record(script, references) for script in scripts]
-        spans = [(0.0, script.duration) for script in scripts]
-        if part == "moments":
-            spans, captions = zip(*map(moment, scripts))
-            records = [made | {"references": [caption]} for made, caption in zip(records, captions)]
-        height, width = LEVELS[level].size
-
-        def column(values: Iterable) -> np.ndarray:
-            return np.array(list(values), np.int32)
-
-        self.index = Index(
-            ids=[script.id for script in scripts],
-            seconds=np.array([end - begin for begin, end in spans]),
-            shard=np.zeros(clips, np.int32),
-            position=np.arange(clips, dtype=np.int32),
-            frames=column(int((end - begin) * fps + 1e-6) for begin, end in spans),
-            height=np.full(clips, height, np.int32),
-            width=np.full(clips, width, np.int32),
-            mel=column(round((end - begin) * 100) for begin, end in spans),
-            caption=column(max(len(text.encode()) for text in made["references"]) for made in records),
-            prompt=column(len(made["prompt"].encode()) for made in records),
-            unit="byte",
+        self.index = _index(
+            scripts,
+            [record(script, references) for script in scripts],
+            [script.duration for script in scripts],
+            [script.duration for script in scripts],
+            fps,
         )
 
     def __getitem__(self, number: int) -> Record:
         """The record of this number in the index, its clip decoded."""
         seed, split, level, fps, references = self._asked
         made = row(seed, number, split, level, fps, references)
-        frames, samples, fields = made.frames, made.samples, made.record
-        if self._part == "moments":
-            (begin, end), caption = moment(make_script(seed, number, split, level))
-            frames = frames[round(begin * fps) : round(end * fps)]
-            samples = samples[round(begin * RATE) : round(end * RATE)]
-            fields = fields | {"caption": caption, "references": [caption]}
-        return Record(fields, Media(frames, samples, len(samples) / RATE), fields["id"])
+        return Record(made.record, Media(made.frames, made.samples, len(made.samples) / RATE), made.record["id"])
 
 
-def moment(script: Script) -> tuple[tuple[float, float], str]:
-    """One to three neighbouring events of a clip: from when to when (seconds, in halves), and their plain caption.
+class DrillSource:
+    """AVWorld's drills. Attributes as `WorldSource`."""
 
-    What is there at the beginning of a scene counts as one event of a second.
-    """
-    draw = random.Random(f"moment/{script.id}")
-    groups: list[list[Event]] = []
-    for event in script.events:
-        if event.kind in OPENING and groups and groups[-1][0].kind in OPENING:
-            groups[-1].append(event)
-        else:
-            groups.append([event])
-    first = draw.randrange(len(groups))
-    chosen = [event for group in groups[first : first + draw.choice((1, 1, 2, 3))] for event in group]
-    ends = [event.start + 1.0 if event.kind in OPENING else event.end for event in chosen]
-    begin = math.floor(chosen[0].start * 2) / 2
-    end = min(max(math.ceil(max(ends) * 2) / 2, begin + 1.0), script.duration)
-    return (begin, end), plain_caption(chosen)
+    def __init__(self, split: str, seed: int, clips: int, fps: float) -> None:
+        self._asked = (seed, split, fps)
+        drills = [make_drill(seed, number, split) for number in progress(range(clips), "world: drills")]
+        self.index = _index(
+            [drill.script for drill in drills],
+            [_drill_fields(drill) for drill in drills],
+            [drill.picture for drill in drills],
+            [drill.script.duration * drill.sound for drill in drills],
+            fps,
+        )
+
+    def __getitem__(self, number: int) -> Record:
+        """The record of this number in the index, its clip decoded."""
+        seed, split, fps = self._asked
+        drill = make_drill(seed, number, split)
+        frames = np.stack(list(render(drill.script, np.arange(round(drill.picture * fps)) / fps)))
+        samples = mix(drill.script) if drill.sound else None
+        return Record(_drill_fields(drill), Media(frames, samples, drill.script.duration), drill.script.id)
+
+
+def _drill_fields(drill: Drill) -> dict[str, Any]:
+    return {"id": f"drill-{drill.script.id}", "caption": drill.caption, "prompt": PROMPTS[0], "system": ""}
+
+
+def _index(
+    scripts: list[Script], fields: list[dict[str, Any]], pictures: list[float], sounds: list[float], fps: float
+) -> Index:
+    """Of clips that are so many seconds of picture and sound."""
+
+    def column(values: Iterable) -> np.ndarray:
+        return np.array(list(values), np.int32)
+
+    captions = [max([one["caption"], *one.get("references", [])], key=len) for one in fields]
+    return Index(
+        ids=[one["id"] for one in fields],
+        seconds=np.array(pictures),
+        shard=np.zeros(len(fields), np.int32),
+        position=np.arange(len(fields), dtype=np.int32),
+        frames=column(int(seconds * fps + 1e-6) for seconds in pictures),
+        height=column(LEVELS[script.level].size[0] for script in scripts),
+        width=column(LEVELS[script.level].size[1] for script in scripts),
+        mel=column(round(seconds * 100) for seconds in sounds),
+        caption=column(len(text.encode()) for text in captions),
+        prompt=column(len((one["prompt"] + one.get("system", "")).encode()) for one in fields),
+        unit="byte",
+    )
 
 
 def open_source(name: str, config: DataConfig) -> tuple[Source, Reading]:
@@ -112,15 +118,16 @@ def open_source(name: str, config: DataConfig) -> tuple[Source, Reading]:
     return open_shards(name, reading, Path(config.cache_dir) if config.cache_dir else None), reading
 
 
-def _world(name: str, config: DataConfig) -> WorldSource:
+def _world(name: str, config: DataConfig) -> WorldSource | DrillSource:
     try:
         _, level, split, seed, clips, *rest = name.split(":")
-        if rest not in ([], ["plain"], ["moments"]):
+        if rest not in ([], ["plain"], ["drills"]) or (rest == ["drills"] and level != "0"):
             raise ValueError
         asked = int(level), split, int(seed), int(clips)
     except ValueError:
-        raise InputError(f"{name}: not of the form world:LEVEL:SPLIT:SEED:CLIPS[:plain or :moments]") from None
+        raise InputError(f"{name}: not world:LEVEL:SPLIT:SEED:CLIPS, with :plain or, of level 0, :drills") from None
     if not 0 <= asked[0] < len(LEVELS) or split not in SPLITS or asked[3] < 1:
         raise InputError(f"{name}: levels are 0 to {len(LEVELS) - 1}, splits {' and '.join(SPLITS)}, and clips from 1")
-    part = rest[0] if rest else ""
-    return WorldSource(*asked, part, 0 if part else config.references, Reading().fps)
+    if rest == ["drills"]:
+        return DrillSource(*asked[1:], Reading().fps)
+    return WorldSource(*asked, 0 if rest else config.references, Reading().fps)

@@ -68,15 +68,15 @@ class Log:
         Raises:
             InputError: wandb is asked for and not installed.
         """
-        self._remote = storage.join(folder, "metrics.jsonl") if storage.is_remote(folder) else None
+        self._remote = folder if storage.is_remote(folder) else None
         self._here = jax.process_index() == 0
         self._board = self._wandb = self._file = None
         if not self._here:
             return
-        local = Path(tempfile.mkdtemp(prefix="avocado-")) if self._remote else Path(folder)
+        self._local = local = Path(tempfile.mkdtemp(prefix="avocado-")) if self._remote else Path(folder)
         self.path = local / "metrics.jsonl"
-        if self._remote and storage.exists(self._remote):
-            storage.download(self._remote, self.path)
+        if self._remote and storage.exists(there := storage.join(folder, self.path.name)):
+            storage.download(there, self.path)
         kept = _lines(self.path, step)
         part = self.path.with_suffix(".part")
         part.write_text("".join(line + "\n" for line in kept))
@@ -85,8 +85,7 @@ class Log:
         if tensorboard:
             from tensorboardX import SummaryWriter
 
-            board = str(local / "tensorboard") if not self._remote else storage.join(folder, "tensorboard")
-            self._board = SummaryWriter(board, purge_step=step + 1, flush_secs=30)
+            self._board = SummaryWriter(str(local / "tensorboard"), purge_step=step + 1, flush_secs=30)
         if wandb:
             try:
                 import wandb as library
@@ -112,8 +111,11 @@ class Log:
         if self._here:
             self._file.flush()
             os.fsync(self._file.fileno())
-            if self._remote:
-                storage.write(self._remote, self.path.read_bytes())
+            if self._board:
+                self._board.flush()
+            for path in self._local.rglob("*") if self._remote else ():
+                if path.is_file():
+                    storage.write(storage.join(self._remote, str(path.relative_to(self._local))), path.read_bytes())
 
     def close(self) -> None:
         """Flush and end."""

@@ -55,7 +55,7 @@ def make_script(seed: int, index: int, split: str = "train", level: int = 1) -> 
     attempt = 0
     while True:
         rng = random.Random(f"{WORLD}/{seed}/{index}/{split}/{level}/{attempt}")
-        script = _Director(rng, split, LEVELS[level]).direct(seed, index, level)
+        script = Director(rng, split, LEVELS[level]).direct(seed, index, level)
         found = any(held_out(c) for event in script.events for c in combinations(event))
         needs = {"say", "cross"} <= {event.kind for event in script.events}
         if needs and found == (split == "test"):
@@ -63,11 +63,12 @@ def make_script(seed: int, index: int, split: str = "train", level: int = 1) -> 
         attempt += 1
 
 
-def _slots(**values: str) -> tuple[tuple[str, str], ...]:
+def slots_of(**values: str) -> tuple[tuple[str, str], ...]:
+    """The slots of an event, sorted; empty values are left out."""
     return tuple(sorted((name, value) for name, value in values.items() if value))
 
 
-class _Director:
+class Director:
     """Draws one script: the state of the stage while the events are being chosen."""
 
     def __init__(self, rng: random.Random, split: str, level: Level):
@@ -156,7 +157,7 @@ class _Director:
         """Set the stage for scene `number`; returns the pattern of its background."""
         rng, level = self.rng, self.level
         pattern = rng.choice(PATTERNS) if level.fine else "plain"
-        slots = _slots(backdrop=backdrop, pattern=pattern)
+        slots = slots_of(backdrop=backdrop, pattern=pattern)
         self.events.append(Event("cut" if number else "scene", t, t, slots))
         self.now, self.waiting = {}, []
         free = [c + " " + s for c in COLORS[: level.colors] for s in SHAPES[: level.shapes]]
@@ -175,12 +176,12 @@ class _Director:
             who = len(self.actors) - 1
             if k < present:
                 actor, place = self.actors[who], self.free_place()
-                slots = _slots(size=actor.size, who=name, place=place)
+                slots = slots_of(size=actor.size, who=name, place=place)
                 self.accept(Event("present", t, t, slots, who))
             else:
                 self.waiting.append(who)
         if level.fine and rng.random() < 0.7:
-            bed = _slots(bed=rng.choice(BEDS), loudness=self.loudness())
+            bed = slots_of(bed=rng.choice(BEDS), loudness=self.loudness())
             self.accept(Event("bed", t, t, bed))
         return pattern
 
@@ -202,7 +203,7 @@ class _Director:
                 return None
             who = self.waiting[0]
             size, name = self.actors[who].size, self.actors[who].name
-            slots = _slots(size=size, who=name, side=rng.choice(SIDES), place=place)
+            slots = slots_of(size=size, who=name, side=rng.choice(SIDES), place=place)
             return Event(kind, t, round(t + VISUALS[kind], 2), slots, who)
         if not self.now:
             return None
@@ -236,11 +237,11 @@ class _Director:
             other = rng.choice([k for k in self.now if k != who])
             extra["other"] = f"{self.now[other][0]} {self.actors[other].shape}"
         end = round(t + VISUALS[kind], 2)
-        return Event(kind, t, end, _slots(who=name, **extra), who, other)
+        return Event(kind, t, end, slots_of(who=name, **extra), who, other)
 
     def effect(self, t: float) -> Event:
         effect = self.rng.choice(list(EFFECTS)[: self.level.effects])
-        slots = _slots(effect=effect, loudness=self.loudness())
+        slots = slots_of(effect=effect, loudness=self.loudness())
         return Event("effect", t, round(t + EFFECTS[effect], 2), slots)
 
     def cross(self, t: float) -> Event | None:
@@ -261,7 +262,7 @@ class _Director:
         if level.long_lines and rng.random() < 0.3:
             line += " " + self.sentence()
         told = "" if who < 0 or shape in self.voiced else voice  # said of a speaker's first line
-        slots = _slots(who=shape or NARRATOR, line=line, voice=told)
+        slots = slots_of(who=shape or NARRATOR, line=line, voice=told)
         return Event("say", t, round(t + speech_seconds(line, voice), 2), slots, who)
 
     def sentence(self) -> str:
@@ -269,8 +270,8 @@ class _Director:
         return self.rng.choice(line).format(self.rng.choice(noun))
 
     def text(self, t: float) -> Event:
-        slots = _slots(word=self.rng.choice(WORDS), where=self.rng.choice(("top", "bottom")))
+        slots = slots_of(word=self.rng.choice(WORDS), where=self.rng.choice(("top", "bottom")))
         return Event("text", t, round(t + 1.8, 2), slots)
 
     def camera(self, t: float) -> Event:
-        return Event("camera", t, round(t + 1.8, 2), _slots(camera=self.rng.choice(CAMERAS)))
+        return Event("camera", t, round(t + 1.8, 2), slots_of(camera=self.rng.choice(CAMERAS)))

@@ -1,0 +1,63 @@
+"""Runs of other kinds: in a bucket, of adapters, traced, exported."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import gcs
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+from train_runs import kill
+
+
+def avocado(*arguments, expect=0):
+    command = [sys.executable, "-m", "avocado_jax", *map(str, arguments)]
+    done = subprocess.run(
+        command, env=os.environ | {"JAX_PLATFORMS": "cpu"}, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == expect, done.stderr[-2000:]
+    return done.stdout
+
+
+@pytest.mark.slow
+def test_run_in_a_bucket(runs, tmp_path, monkeypatch):
+    """Stopped, killed and finished in a bucket: the metrics there are those of the run on disk."""
+    (tmp_path / "bucket").mkdir()
+    with gcs.storage_server(tmp_path) as port:
+        monkeypatch.setenv("STORAGE_EMULATOR_HOST", f"http://{gcs.HOST}:{port}")
+        monkeypatch.setenv("TENSORSTORE_GCS_HTTP_URL", f"http://{gcs.HOST}:{port}")
+        monkeypatch.setattr(runs, "folder", "gs://bucket")
+        monkeypatch.setattr(runs, "logs", tmp_path)
+        process = runs.start("run")
+        checkpoint = tmp_path / "bucket" / "run" / "checkpoints" / "2" / "commit_success.txt"
+        while not checkpoint.exists():
+            assert process.poll() is None
+        kill(process, signal.SIGKILL)
+        runs.finish("run")
+        lines = [json.loads(line) for line in (tmp_path / "bucket" / "run" / "metrics.jsonl").read_text().splitlines()]
+        avocado("convert", "to-hf", "gs://bucket/run", tmp_path / "exported")
+    monkeypatch.undo()
+    assert [{key: value for key, value in line.items() if key != "perf"} for line in lines] == runs.lines("undisturbed")
+    avocado("convert", "to-hf", runs.folder / "undisturbed", tmp_path / "other")
+    one, other = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("exported", "other"))
+    assert one == other
+
+
+@pytest.mark.slow
+def test_adapters_are_trained_traced_and_exported(runs, tmp_path):
+    runs.finish("lora", "--train", "lora", "--lora.rank", "4", "--profile", "2,3", "--optim.lr", "0.02")
+    lines = runs.lines("lora")
+    assert lines[-1]["loss"] < lines[0]["loss"] - 0.05
+    assert list((runs.folder / "lora" / "profile").rglob("*.xplane.pb"))
+    avocado("convert", "to-hf", runs.folder / "lora", tmp_path / "exported")
+    before, after = (
+        load_file(folder / "model.safetensors") for folder in (runs.folder / "init", tmp_path / "exported")
+    )
+    assert before.keys() == after.keys()
+    changed = {name for name in before if (before[name] != after[name]).any()}
+    assert any("q_proj" in name for name in changed)
+    assert not any("embed_tokens" in name or "conv1" in name or "norm" in name for name in changed)
+    assert all(np.isfinite(leaf).all() for leaf in after.values())
