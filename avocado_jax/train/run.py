@@ -62,7 +62,7 @@ def sft(config: SftConfig, folder: str) -> int:
     plan = plan_batches(source.index, recipe, config.batch, config.data.shapes, config.seed)
     steps = config.steps or max(1, round(config.epochs * plan.epoch_steps))
     rows = local_rows(mesh, config.batch)
-    if len(rows) % (config.accumulate * len(mesh.local_devices)):
+    if config.batch % (config.accumulate * mesh.shape["data"] * mesh.shape["fsdp"]):
         raise InputError(f"accumulate: {config.accumulate} parts do not divide the rows of each device")
 
     _open_folder(config, model, folder, reading)

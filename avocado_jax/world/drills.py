@@ -1,7 +1,7 @@
 """Drills: what a clip is made of, practised apart. Cheap to look at, and nearly every word hangs on the clip.
 
-A model that learns from nothing gets ten times more to learn from a FLOP here than from whole clips: a gallery is one
-picture of many shapes, a talk many sounds and one picture, an act two movements without sound.
+A gallery is one picture of a few shapes, most often of a single one, so that there is no question which is meant; a
+talk is one picture and a few sounds, an act a movement or two without sound.
 """
 
 import math
@@ -70,7 +70,8 @@ def _actors(rng: random.Random, count: int, places: int) -> list[tuple[Actor, st
 
 
 def _gallery(rng: random.Random, _: str) -> tuple:
-    return _actors(rng, rng.randint(3, len(PLACES)), len(PLACES)), [], PICTURE, False
+    places = rng.choice((LEVELS[0].places, len(PLACES)))
+    return _actors(rng, rng.choice((1, 1, 1, 2, 2, 3)), places), [], PICTURE, False
 
 
 def _director(rng: random.Random, split: str, actors: list[tuple[Actor, str]]) -> Director:
@@ -84,7 +85,7 @@ def _talk(rng: random.Random, split: str) -> tuple:
     """One shape that speaks, and effects, one after the other."""
     actors = _actors(rng, 1, LEVELS[0].places)
     director, t = _director(rng, split, actors), 0.1
-    for _ in range(5):
+    for _ in range(rng.choice((1, 1, 2, 3))):
         event = director.effect(t) if rng.random() < 0.3 else director.say(t)
         if event and director.accept(event):
             t = round(event.end + rng.uniform(0.1, 0.3), 2)
@@ -92,10 +93,10 @@ def _talk(rng: random.Random, split: str) -> tuple:
 
 
 def _act(rng: random.Random, split: str) -> tuple:
-    """Two movements of two shapes."""
-    actors = _actors(rng, 2, LEVELS[0].places)
+    """One or two movements of one or two shapes."""
+    actors, count = _actors(rng, rng.choice((1, 2)), LEVELS[0].places), rng.choice((1, 2))
     director, t = _director(rng, split, actors), 0.3
-    while len(director.events) < 2:
+    while len(director.events) < count:
         event = director.visual(t)
         if event and director.accept(event):
             t = round(event.end + rng.uniform(0.2, 0.5), 2)
