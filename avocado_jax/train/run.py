@@ -44,6 +44,9 @@ def sft(config: SftConfig, folder: str) -> int:
         InputError: the config does not hold together, or the folder holds a run of another one.
     """
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, config.mesh.slices)
+    parts = config.accumulate * mesh.shape["data"] * mesh.shape["fsdp"]
+    if config.batch % parts:
+        raise InputError(f"batch: {config.batch} rows are not divided by data x fsdp x accumulate = {parts}")
     if not config.init:
         raise InputError("init: no checkpoint to begin with")
     checkpoint = open_checkpoint(config.init)
@@ -62,8 +65,6 @@ def sft(config: SftConfig, folder: str) -> int:
     plan = plan_batches(source.index, recipe, config.batch, config.data.shapes, config.seed)
     steps = config.steps or max(1, round(config.epochs * plan.epoch_steps))
     rows = local_rows(mesh, config.batch)
-    if config.batch % (config.accumulate * mesh.shape["data"] * mesh.shape["fsdp"]):
-        raise InputError(f"accumulate: {config.accumulate} parts do not divide the rows of each device")
 
     _open_folder(config, model, folder, reading)
     checkpoints = Checkpoints(folder, config.keep)
