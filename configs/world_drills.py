@@ -4,7 +4,7 @@
   avocado sft configs/world_drills.py --workdir runs/world_drills
   avocado sft configs/world_small.py --workdir runs/world_small
 
-Expected: see the README, "Measured".
+Expected: not reached yet what it is for; see the README, "Limits".
 """
 
 from avocado_jax.config import DataConfig, OptimConfig, SftConfig

@@ -1,11 +1,10 @@
-"""The AVWorld captioner from nothing, second half: whole clips. It makes avocado_jax/assets/captioner.
+"""The AVWorld captioner from nothing, second half: whole clips.
 
   python launch/small_checkpoint.py runs/small
   avocado sft configs/world_drills.py --workdir runs/world_drills
   avocado sft configs/world_small.py --workdir runs/world_small
-  avocado convert to-hf runs/world_small avocado_jax/assets/captioner
 
-Expected: see the README, "Measured".
+Expected: not reached yet what it is for; see the README, "Limits".
 """
 
 from avocado_jax.config import DataConfig, OptimConfig, SftConfig

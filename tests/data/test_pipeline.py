@@ -87,7 +87,7 @@ def test_the_input_side_needs_no_jax(source):
     code = f"""
 import sys
 sys.modules["jax"] = None
-sys.path.insert(0, {str(Path(__file__).parent)!r})
+sys.path[:0] = {[str(Path(__file__).parents[up]) for up in (0, 1)]!r}
 import avocado_jax.cli.prepare
 from test_pipeline import *
 source = open_shards({str(folder)!r}, READING)

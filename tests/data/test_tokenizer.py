@@ -77,6 +77,7 @@ def test_other_texts(folder):
     assert chat_prompt(ours, PROMPTS[0]) == chat_prompt(load_words(folder), PROMPTS[0])
 
 
+@pytest.mark.slow
 def test_weights(folder, tmp_path):
     """transformers reads them, a conversion keeps them, another seed draws others, the same seed the same."""
     load_reference(folder)

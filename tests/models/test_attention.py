@@ -94,7 +94,7 @@ KERNELS = {"splash": dict(interpret=True), "cudnn": dict(implementation="xla")}
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
-@pytest.mark.parametrize("clip", [KEYS, 131])  # one block and two; odd
+@pytest.mark.parametrize("clip", [KEYS, pytest.param(131, marks=pytest.mark.slow)])  # one block and two; odd
 def test_kernels_are_the_plain_form(kernel, clip, monkeypatch):
     """Forward and gradients. The GPU's own kernel needs one: here its arguments go to the same function in XLA."""
     monkeypatch.setattr(splash, "BLOCK", 128)
@@ -141,6 +141,7 @@ except InputError as error:
 """
 
 
+@pytest.mark.slow
 def test_splash_runs_in_parts_over_a_mesh():
     """Rows and heads divided; more parts of heads than key heads; a batch too small for the mesh."""
     flags = dict(os.environ, XLA_FLAGS="--xla_force_host_platform_device_count=8", JAX_PLATFORMS="cpu")

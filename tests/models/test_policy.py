@@ -92,6 +92,7 @@ def test_layers_are_recomputed_where_the_config_says_so(scan, remat):
     assert ("scan" in names) == scan
 
 
+@pytest.mark.slow
 def test_what_is_kept_changes_no_gradient():
     clip, captions = (zeros(part) for part in example(TINY, rows=2, group=2))
     params = jax.jit(partial(init, computed(TINY, "float32", scan=True)))(jax.random.key(0))

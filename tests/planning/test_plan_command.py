@@ -107,6 +107,7 @@ def check_slice(step):
     assert 0 < step["residual_bytes_estimate"] < step["hbm_bytes"]["temporaries"]
 
 
+@pytest.mark.slow
 def test_a_step_of_a_tpu_slice():
     """With splash attention: heads and rows divided."""
     status, told = of_slice(*TINY, "--topology", "v5e:2x2", "--mesh.tensor", "2", "--dtype", "bfloat16")

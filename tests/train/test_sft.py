@@ -66,7 +66,14 @@ def alone(batch):
 
 
 @pytest.mark.parametrize(
-    ("sizes", "accumulate"), [((8, 1, 1), 1), ((1, 8, 1), 1), ((1, 4, 2), 1), ((1, 1, 1), 4), ((1, 2, 1), 4)]
+    ("sizes", "accumulate"),
+    [
+        ((1, 4, 2), 1),
+        ((1, 1, 1), 4),
+        pytest.param((8, 1, 1), 1, marks=pytest.mark.slow),
+        pytest.param((1, 8, 1), 1, marks=pytest.mark.slow),
+        pytest.param((1, 2, 1), 4, marks=pytest.mark.slow),
+    ],
 )
 def test_the_same_curve_on_every_mesh_and_in_parts(batch, alone, sizes, accumulate):
     metrics, *_ = trained(batch, sizes, accumulate=accumulate)

@@ -108,7 +108,7 @@ def test_what_is_wrong_is_said_in_one_line(world, tmp_path, capsys):
         ([], "world OUT --clips N"),
         ([out], "world OUT --clips N"),
         ([out, "--clips", "0"], "--clips must be at least 1"),
-        ([out, "--clips", "2", "--references", "0"], "--references must be"),
+        ([out, "--clips", "2", "--references", "-1"], "--references must be"),
         ([out, "--clips", "2", "--workers", "-1"], "--workers must be"),
         ([str(tmp_path / "file"), "--clips", "2"], "cannot make"),
         (["--check", "x.jsonl"], "go together"),
