@@ -84,8 +84,8 @@ def _director(rng: random.Random, split: str, actors: list[tuple[Actor, str]]) -
 def _talk(rng: random.Random, split: str) -> tuple:
     """One shape that speaks, and effects, one after the other."""
     actors = _actors(rng, 1, LEVELS[0].places)
-    director, t = _director(rng, split, actors), 0.1
-    for _ in range(rng.choice((1, 1, 2, 3))):
+    director, t, count = _director(rng, split, actors), 0.1, rng.choice((1, 1, 2, 3))
+    while len(director.events) < count:
         event = director.effect(t) if rng.random() < 0.3 else director.say(t)
         if event and director.accept(event):
             t = round(event.end + rng.uniform(0.1, 0.3), 2)
