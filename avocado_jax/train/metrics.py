@@ -160,8 +160,9 @@ class Teller:
         steps, spent = line["step"] - self._first[0], now - self._first[1]
         left = f", {(self._total - line['step']) * spent / steps / 60:.0f} min left" if steps and not last else ""
         heldout = f", held out {line['heldout_loss']:.4f}" if "heldout_loss" in line else ""
+        loss = "not finite" if line["loss"] is None else f"{line['loss']:.4f}"
         print(
-            f"step {line['step']} of {self._total}: loss {line['loss']}{heldout}, lr {line['lr']:.2e}, "
+            f"step {line['step']} of {self._total}: loss {loss}{heldout}, lr {line['lr']:.2e}, "
             f"{line['perf']['tokens_per_second']:.0f} tokens/s{left}",
             file=sys.stderr,
             flush=True,
