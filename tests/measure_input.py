@@ -16,7 +16,8 @@ import torchvision_ops  # noqa: F401 (must come before the reference's processor
 from qwen_omni_utils import process_vision_info
 from transformers import Qwen2VLVideoProcessor, WhisperFeatureExtractor
 
-from avocado_jax.data.media import Reading, read_media
+from avocado_jax.data.decode import read_media
+from avocado_jax.data.media import Reading
 from avocado_jax.data.prompt import Prompt
 from avocado_jax.data.records import Record, decoded, pack, unpack
 from avocado_jax.data.rows import make_row, rounded, shape_of, stack

@@ -22,7 +22,8 @@ from typing import Any
 import numpy as np
 
 from avocado_jax.checkpoint.load import named_checkpoint
-from avocado_jax.data.media import Media, read_media
+from avocado_jax.data.decode import read_media
+from avocado_jax.data.media import Media
 from avocado_jax.data.prompt import PROMPTS
 from avocado_jax.errors import InputError
 from avocado_jax.eval.captioner import computing_dtype, load_captioner

@@ -9,7 +9,7 @@ import msgpack
 import numpy as np
 
 from avocado_jax.data import storage
-from avocado_jax.data.media import Media, Reading, read_media
+from avocado_jax.data.media import Media, Reading
 from avocado_jax.errors import InputError
 
 VERSION = 1
@@ -88,6 +88,8 @@ def decoded(record: Record, reading: Reading) -> Media:
         with storage.local_errors(file.name):
             file.write(record.clip)
             file.flush()
+        from avocado_jax.data.decode import read_media  # needs PyAV, which training on AVWorld or features does not
+
         try:
             return read_media(file.name, reading)
         except InputError as error:

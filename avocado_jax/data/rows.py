@@ -29,7 +29,7 @@ class Shape(NamedTuple):
     chunks: int  # of sound
 
 
-def make_row(media: Media, prompt: Prompt, config: ThinkerConfig, reading: Reading = Reading()) -> Row:  # noqa: B008
+def make_row(media: Media, prompt: Prompt, config: ThinkerConfig, reading: Reading = Reading()) -> Row:
     """Features, prompt ids, the order of the media and TMRoPE ids of one clip."""
     vision, ids = config.vision, config.tokens
     seen = windows(media.frames, vision)

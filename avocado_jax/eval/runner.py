@@ -20,7 +20,7 @@ from typing import Any, BinaryIO, NamedTuple, TypeVar
 import jax
 import numpy as np
 
-from avocado_jax.data.media import read_media
+from avocado_jax.data.decode import read_media
 from avocado_jax.data.prompt import SYSTEM
 from avocado_jax.data.rows import Row, Shape, rounded, shape_of
 from avocado_jax.errors import InputError

@@ -49,7 +49,7 @@ def captioner_of(
     tokenizer: Words,
     stops: tuple[int, ...],
     text: str,
-    reading: Reading = Reading(),  # noqa: B008
+    reading: Reading = Reading(),
 ) -> Captioner:
     """A captioner of parameters that have their layers apart already.
 
@@ -69,7 +69,7 @@ def captioner_in_training(
     stops: tuple[int, ...],
     text: str,
     dtype: str,
-    reading: Reading = Reading(),  # noqa: B008
+    reading: Reading = Reading(),
 ) -> Captioner:
     """A captioner of a training state's parameters: a copy in `dtype`, layers apart, divided as they are divided.
 

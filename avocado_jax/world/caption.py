@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Iterable
+from functools import cache
 
 from avocado_jax.world import lexicon
 from avocado_jax.world.script import Event, Script
@@ -44,15 +45,17 @@ def clause(event: Event, rng: random.Random | None = None) -> str:
     return text
 
 
-def template_tables(template: str) -> list[str]:
+@cache
+def template_tables(template: str) -> tuple[str, ...]:
     """The names between braces, in order."""
-    return [piece.split("}")[0] for piece in template.split("{")[1:]]
+    return tuple(piece.split("}")[0] for piece in template.split("{")[1:])
 
 
-def template_slots(template: str) -> set[str]:
+@cache
+def template_slots(template: str) -> frozenset[str]:
     """The slots that a clause of this template gives a value, the quoted line aside."""
     tables = (lexicon.TABLES[name] for name in template_tables(template) if name != "line")
-    return {slot for table in tables for slot in table.slots}
+    return frozenset(slot for table in tables for slot in table.slots)
 
 
 def together(event: Event, rng: random.Random | None = None) -> str:

