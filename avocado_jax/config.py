@@ -34,7 +34,8 @@ class MeshConfig:
 @dataclass(frozen=True)
 class DataConfig:
     """What is learned from. A source is a folder of `prepare`, `tfds:FOLDER:SPLIT`, or clips of AVWorld with no file:
-    `world:LEVEL:SPLIT:SEED:CLIPS`, with `:plain` behind it for plain captions, or `:drills` for their parts.
+    `world:LEVEL:SPLIT:SEED:CLIPS`, with `:plain` behind it for plain captions,
+    `:mixed` for these with an eighth of the clips silent, or `:drills` for their parts.
     """
 
     train: str = ""

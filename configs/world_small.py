@@ -1,28 +1,23 @@
-"""The AVWorld captioner from nothing, second half: whole clips.
+"""The AVWorld captioner from nothing, last of three: more clips, some silent. See configs/world_drills.py for the way.
 
-  python launch/small_checkpoint.py runs/small
-  avocado sft configs/world_drills.py --workdir runs/world_drills
-  avocado sft configs/world_small.py --workdir runs/world_small
-
-Expected: not reached yet what it is for; see the README, "Limits".
+Expected: the loss falls to 0.051; 6 minutes on one H100. `convert to-hf` of it is avocado_jax/assets/captioner; what
+it can do stands in the README, "Measured".
 """
 
 from avocado_jax.config import DataConfig, OptimConfig, SftConfig
 
 config = SftConfig(
-    init="runs/world_drills",
-    epochs=1.0,
-    batch=16,
+    init="runs/world_clips",
+    steps=5600,
+    batch=32,
     train="all",
     dtype="float32",
     remat="none",
     data=DataConfig(
-        train="world:0:train:2:16000:plain", heldout="world:0:test:1:64:plain", caption_tokens=128, shapes=4
+        train="world:0:train:3:90000:mixed", heldout="world:0:test:1:64:plain", caption_tokens=128, shapes=2
     ),
-    optim=OptimConfig(lr=1.5e-3, warmup=0.03, weight_decay=0.05),
-    checkpoint_every=100,
-    eval_every=200,
-    eval_rows=64,
+    optim=OptimConfig(lr=1.2e-3, warmup=0.03, weight_decay=0.05),
+    checkpoint_every=200,
     samples=8,
     sample_tokens=128,
 )

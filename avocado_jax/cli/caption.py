@@ -1,5 +1,6 @@
 """Describe video clips in words, picture and sound together.
 
+  avocado caption clip.mp4                          # by the small captioner of AVWorld that comes with the package
   avocado caption clip.mp4 --checkpoint DIR
   avocado caption a.mp4 b.mp4 --checkpoint DIR --json --temperature 0.7 --seed 3
 
@@ -24,7 +25,6 @@ import numpy as np
 from avocado_jax.checkpoint.load import named_checkpoint
 from avocado_jax.data.decode import read_media
 from avocado_jax.data.media import Media
-from avocado_jax.data.prompt import PROMPTS
 from avocado_jax.errors import InputError
 from avocado_jax.eval.captioner import computing_dtype, load_captioner
 from avocado_jax.eval.runner import FAILURES, first_line, read_ahead
@@ -38,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("clips", nargs="+", metavar="CLIP", help="video files")
     parser.add_argument("--checkpoint", metavar="DIR", help="the model (see above; default: the one that is shipped)")
     parser.add_argument("--no-audio", action="store_true", help="look without listening")
-    parser.add_argument("--prompt", default=PROMPTS[0], metavar="TEXT", help="what to ask (default: %(default)s)")
+    parser.add_argument("--prompt", metavar="TEXT", help="what to ask (default: the checkpoint's own, or AVoCaDO's)")
     parser.add_argument("--max-new-tokens", type=int, default=2048, metavar="N", help="default: %(default)s")
     parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 (default): the likeliest")
     parser.add_argument("--top-p", type=float, default=1.0, metavar="P", help="default: %(default)s, all tokens")

@@ -24,7 +24,6 @@ import sys
 from pathlib import Path
 
 from avocado_jax.checkpoint.load import identity, named_checkpoint
-from avocado_jax.data.prompt import PROMPTS
 from avocado_jax.data.words import load_words
 from avocado_jax.errors import InputError
 from avocado_jax.eval.captioner import computing_dtype, load_captioner
@@ -97,7 +96,7 @@ def _made(args: argparse.Namespace, records: dict[str, dict]) -> Outcome:
     for one in records.values():
         if not isinstance(one.get("prompt", ""), str):
             raise InputError(f'{args.data}: the "prompt" of {one["id"]} must be a string')
-    items = [Item(one["id"], folder / one["video"], one.get("prompt") or PROMPTS[0]) for one in records.values()]
+    items = [Item(one["id"], folder / one["video"], one.get("prompt") or None) for one in records.values()]
     if not any(item.video.exists() for item in items):
         raise InputError(f"{items[0].video}: no such file, nor any other video of {args.data}")
     checkpoint = named_checkpoint(args.checkpoint)
@@ -106,7 +105,7 @@ def _made(args: argparse.Namespace, records: dict[str, dict]) -> Outcome:
     file = args.out or folder / f"captions-{digest([known, vars(how)])[:8]}.jsonl"
 
     def load():
-        return load_captioner(checkpoint, PROMPTS[0], how.dtype)
+        return load_captioner(checkpoint, None, how.dtype)
 
     return caption_items(items, load, known, how, file, args.batch, args.max_failed)
 

@@ -5,14 +5,19 @@ import jax
 from avocado_jax.checkpoint.hf_config import stop_ids
 from avocado_jax.checkpoint.load import Checkpoint, load_params
 from avocado_jax.data.media import load_reading
+from avocado_jax.data.prompt import PROMPTS
 from avocado_jax.data.words import load_words
 from avocado_jax.errors import InputError
 from avocado_jax.models.config import computed
 from avocado_jax.sampling.captioner import Captioner, captioner_of
 
+QUESTION = "question.txt"  # in a checkpoint's folder: what a model knows to be asked that knows one question only
 
-def load_captioner(checkpoint: Checkpoint, text: str, dtype: str) -> Captioner:
+
+def load_captioner(checkpoint: Checkpoint, text: str | None, dtype: str) -> Captioner:
     """Load an opened checkpoint onto the default device, computing in `dtype`, with `text` as the question.
+
+    Without a text it is the checkpoint's own (`question.txt` in its folder), else AVoCaDO's first.
 
     Raises:
         InputError: it has no tokenizer, no stop ids, or a tokenizer of another vocabulary.
@@ -22,6 +27,9 @@ def load_captioner(checkpoint: Checkpoint, text: str, dtype: str) -> Captioner:
     config = computed(checkpoint.config, dtype, scan=False)
     stops = stop_ids(folder, tokenizer, config.text.vocab)
     reading = load_reading(folder)
+    if text is None:
+        own = folder / QUESTION
+        text = own.read_text(encoding="utf-8").strip() if own.is_file() else PROMPTS[0]
     try:
         made = captioner_of(config, {}, tokenizer, stops, text, reading)
     except InputError as error:

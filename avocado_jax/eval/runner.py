@@ -46,7 +46,7 @@ class Item(NamedTuple):
 
     id: str
     video: Path
-    text: str  # what is asked
+    text: str | None = None  # what is asked; None for the question of the captioner
     system: str = SYSTEM
 
 

@@ -14,6 +14,7 @@ from avocado_jax.data.records import Record
 from avocado_jax.data.sources import open_shards, open_tfds, prepared_reading
 from avocado_jax.errors import InputError
 from avocado_jax.progress import progress
+from avocado_jax.world.caption import plain_caption, seen
 from avocado_jax.world.clip import PROMPTS, record, row
 from avocado_jax.world.director import make_script
 from avocado_jax.world.drills import Drill, make_drill
@@ -22,6 +23,7 @@ from avocado_jax.world.script import LEVELS, SPLITS, Script
 from avocado_jax.world.sound import mix
 from avocado_jax.world.voice import RATE
 
+MUTED = 8  # of so many clips of `:mixed` one has no sound
 WORLD_PIXELS = 28 * 28  # frames of AVWorld are read as they are rendered, however small
 
 
@@ -32,22 +34,31 @@ class WorldSource:
         index: what the batch plan needs to know of each clip.
     """
 
-    def __init__(self, level: int, split: str, seed: int, clips: int, references: int, fps: float) -> None:
-        self._asked = (seed, split, level, fps, references)
+    def __init__(
+        self, level: int, split: str, seed: int, clips: int, references: int, fps: float, muted: int = 0
+    ) -> None:
+        """Of every `muted` clips one is without its sound, and its plain caption without what is only heard."""
+        self._asked = (seed, split, level, fps, references, muted)
         scripts = [make_script(seed, number, split, level) for number in progress(range(clips), "world: scripts")]
-        self.index = _index(
-            scripts,
-            [record(script, references) for script in scripts],
-            [script.duration for script in scripts],
-            [script.duration for script in scripts],
-            fps,
-        )
+        fields = [record(script, references) for script in scripts]
+        silent = [self._silent(number) for number in range(clips)]
+        for number in np.flatnonzero(silent):
+            fields[number]["caption"] = plain_caption(seen(scripts[number].events))
+        seconds = [script.duration for script in scripts]
+        self.index = _index(scripts, fields, seconds, np.where(silent, 0, seconds), fps)
+
+    def _silent(self, number: int) -> bool:
+        return bool(self._asked[-1]) and number % self._asked[-1] == 0
 
     def __getitem__(self, number: int) -> Record:
         """The record of this number in the index, its clip decoded."""
-        seed, split, level, fps, references = self._asked
+        seed, split, level, fps, references, _ = self._asked
         made = row(seed, number, split, level, fps, references)
-        return Record(made.record, Media(made.frames, made.samples, len(made.samples) / RATE), made.record["id"])
+        media, fields = Media(made.frames, made.samples, len(made.samples) / RATE), made.record
+        if self._silent(number):
+            caption = plain_caption(seen(make_script(seed, number, split, level).events))
+            media, fields = media._replace(samples=None), fields | {"caption": caption}
+        return Record(fields, media, fields["id"])
 
 
 class DrillSource:
@@ -121,13 +132,15 @@ def open_source(name: str, config: DataConfig) -> tuple[Source, Reading]:
 def _world(name: str, config: DataConfig) -> WorldSource | DrillSource:
     try:
         _, level, split, seed, clips, *rest = name.split(":")
-        if rest not in ([], ["plain"], ["drills"]) or (rest == ["drills"] and level != "0"):
+        if rest not in ([], ["plain"], ["mixed"], ["drills"]) or (rest == ["drills"] and level != "0"):
             raise ValueError
         asked = int(level), split, int(seed), int(clips)
     except ValueError:
-        raise InputError(f"{name}: not world:LEVEL:SPLIT:SEED:CLIPS, with :plain or, of level 0, :drills") from None
+        raise InputError(
+            f"{name}: not world:LEVEL:SPLIT:SEED:CLIPS, with :plain, :mixed or, of level 0, :drills"
+        ) from None
     if not 0 <= asked[0] < len(LEVELS) or split not in SPLITS or asked[3] < 1:
         raise InputError(f"{name}: levels are 0 to {len(LEVELS) - 1}, splits {' and '.join(SPLITS)}, and clips from 1")
     if rest == ["drills"]:
         return DrillSource(*asked[1:], Reading().fps)
-    return WorldSource(*asked, 0 if rest else config.references, Reading().fps)
+    return WorldSource(*asked, 0 if rest else config.references, Reading().fps, MUTED if rest == ["mixed"] else 0)

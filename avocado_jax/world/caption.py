@@ -82,6 +82,11 @@ def plain_caption(events: Iterable[Event]) -> str:
     return " ".join(statement(event) for event in sorted(events, key=order))
 
 
+def seen(events: Iterable[Event]) -> list[Event]:
+    """What is left of events for who cannot hear: the pictures, also those of moments with a sound."""
+    return [event.parts[0] if event.parts else event for event in events if event.kind not in ("effect", "bed", "say")]
+
+
 def write_caption(script: Script, which: int = 0) -> str:
     """Reference caption number `which` of a script: a paragraph a scene, all in the order it happens."""
     rng = random.Random(f"caption/{script.id}/{which}")

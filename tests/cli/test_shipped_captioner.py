@@ -1,0 +1,63 @@
+"""The captioner that comes with the package: what it can do, and that the reference says the same with its weights."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from reference import inputs_of, load_reference
+
+from avocado_jax.__main__ import main
+from avocado_jax.checkpoint.load import SHIPPED, open_checkpoint
+from avocado_jax.data.decode import read_media
+from avocado_jax.eval.captioner import load_captioner
+from avocado_jax.sampling.captioner import caption_rows
+from avocado_jax.sampling.logits import Sampling
+
+CLIPS = 12
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory):
+    """Unseen clips of level 0: combinations that no training clip has."""
+    folder = tmp_path_factory.mktemp("world")
+    asked = ("--clips", str(CLIPS), "--seed", "5", "--level", "0", "--split", "test", "--references", "0")
+    assert main(["world", str(folder), *asked]) == 0
+    return folder / "clips.jsonl"
+
+
+def measured(clips, capsys, *options):
+    """Metrics of the default checkpoint."""
+    capsys.readouterr()
+    assert main(["evaluate", "world", "--data", str(clips), "--max-new-tokens", "120", "--json", *options]) == 0
+    return json.loads(capsys.readouterr().out)["metrics"]
+
+
+def test_it_describes_what_is_seen_and_heard(clips, capsys):
+    both, deaf, blind = (measured(clips, capsys, *options) for options in ((), ("--no-audio",), ("--no-picture",)))
+    assert both["event_recall"] >= 0.6
+    assert both["dialogue_f1"] >= 0.4
+    assert both["repcol"] == 0
+    assert deaf["dialogue_f1"] < 0.2
+    assert blind["event_recall"] < 0.5 * both["event_recall"]
+
+
+def test_the_reference_says_the_same_with_its_weights(clips):
+    captioner = load_captioner(open_checkpoint(SHIPPED), None, "float32")
+    paths = [clips.parent / json.loads(line)["video"] for line in clips.read_text().splitlines()[:3]]
+    media = [read_media(path, captioner.reading) for path in paths]
+    rows = [captioner.row(one) for one in media]
+    ours = caption_rows(captioner, rows, np.arange(len(rows)), Sampling(0.0), length=100, group=1)
+    with torch.no_grad():
+        theirs = load_reference(SHIPPED).generate(
+            **inputs_of(media, rows, captioner.config),
+            do_sample=False,
+            max_new_tokens=100,
+            suppress_tokens=np.flatnonzero(captioner.banned).tolist(),
+            eos_token_id=list(captioner.stops),
+            pad_token_id=captioner.stops[0],
+        )
+    produced = theirs[:, max(len(row.prompt_ids) for row in rows) :].numpy()  # prompts are padded on their left
+    for tokens, length, same in zip(ours.tokens[:, 0], ours.lengths[:, 0], produced, strict=True):
+        assert 20 < length < 100
+        np.testing.assert_array_equal(tokens[:length], same[:length])
