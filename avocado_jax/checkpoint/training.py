@@ -90,6 +90,12 @@ class Checkpoints:
         with self._told(f"step {step} cannot be saved"):
             if step in self._manager().all_steps():
                 return
+            needed = sum(leaf.nbytes for leaf in jax.tree.leaves((params, rest)))  # at most: they are compressed
+            free = needed if is_remote(self.folder) else shutil.disk_usage(self.folder).free
+            if free < needed:
+                raise OSError(
+                    f"the disk has {free / 1e6:,.0f} MB left, a checkpoint takes up to {needed / 1e6:,.0f} MB"
+                )
             layout = jax.tree_util.tree_map_with_path(
                 lambda path, _: save_args("layers" in jax.tree_util.keystr(path)), params
             )

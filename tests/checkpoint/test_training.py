@@ -7,6 +7,7 @@ import textwrap
 import time
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import gcs
 import jax
@@ -180,6 +181,20 @@ def test_disk_full(tmp_path):
     assert finished_steps(tmp_path / "run") == [2]
     restores(Checkpoints(tmp_path / "run", keep=1), 2)
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["2"]
+
+
+def test_disk_too_full_to_begin(tmp_path, monkeypatch):
+    """A save that cannot fit is not begun: what is there is told, and stays."""
+    checkpoints = Checkpoints(tmp_path / "run", keep=1)
+    save(checkpoints, 1)
+    checkpoints.wait()
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="step 2 cannot be saved: the disk has 0 MB left"):
+        patch.setattr("shutil.disk_usage", lambda folder: SimpleNamespace(free=10))
+        save(checkpoints, 2)
+    assert checkpoints.latest() == 1
+    save(checkpoints, 2)
+    checkpoints.close()
+    assert finished_steps(tmp_path / "run") == [2]
 
 
 NAMES = f"""
