@@ -188,9 +188,10 @@ def test_disk_too_full_to_begin(tmp_path, monkeypatch):
     checkpoints = Checkpoints(tmp_path / "run", keep=1)
     save(checkpoints, 1)
     checkpoints.wait()
-    with monkeypatch.context() as patch, pytest.raises(OSError, match="step 2 cannot be saved: the disk has 0 MB left"):
+    with monkeypatch.context() as patch:
         patch.setattr("shutil.disk_usage", lambda folder: SimpleNamespace(free=10))
-        save(checkpoints, 2)
+        with pytest.raises(OSError, match="step 2 cannot be saved: the disk has 0 MB left"):
+            save(checkpoints, 2)
     assert checkpoints.latest() == 1
     save(checkpoints, 2)
     checkpoints.close()
