@@ -295,6 +295,21 @@ def _hashes(words: str) -> np.ndarray:
     return np.unique(np.array([hash_word(meaning(word)) for word in words.split()], np.uint32))
 
 
+def letters_of(text: str) -> np.ndarray:
+    """The word characters of a text in lower case, as code points: how R_D compares lines."""
+    page, lower, kind = characters()
+    points = code_points([text])[0][0]
+    points = points[(kind[page[points >> 8], points & (PAGE - 1)] & WORD) > 0]
+    return points + lower[page[points >> 8], points & (PAGE - 1)]
+
+
+def stems_of(table: Table, text: str) -> tuple[np.ndarray, np.ndarray]:
+    """The stem hashes of a text's words, and how much each says."""
+    stems = np.array([hash_word(meaning(word)) for word in words_of(text)], np.uint32)
+    at = np.minimum(np.searchsorted(table.known, stems), len(table.known) - 1)
+    return stems, np.where(table.known[at] == stems, table.weight[at], table.unknown).astype(np.float32)
+
+
 def words_of(text: str) -> list[str]:
     """The words of a text in lower case, as `read` cuts them: apostrophes go, characters of Chinese stand alone."""
     page, lower, kind = characters()
