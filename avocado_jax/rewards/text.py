@@ -33,7 +33,7 @@ SCRIPTS_WITHOUT_SPACES = ((0x3040, 0x30FF), (0x3400, 0x4DBF), (0x4E00, 0x9FFF), 
 PAGE = 256  # code points of a page of the character table
 REPLACEMENT = 0xFFFD
 BASE, SPREAD = 0x01000193, 0x9E3779B1  # both odd: powers of the base have inverses mod 2^32
-BEFORE, AFTER = 12, 8  # words of a speaker phrase before and after its quote
+BEFORE, AFTER = 24, 8  # words of a speaker phrase before and after its quote
 PHRASE = BEFORE + AFTER
 
 # Other forms of a word that no suffix rule finds; each group becomes its first.
@@ -663,7 +663,7 @@ def _sentences(kind: Array, quoted: Array) -> Array:
 def _speakers(table: Table, words: tuple, quoted: Array, sentence: Array, spans: tuple) -> tuple[Array, Array, Array]:
     """The speaker phrase of each quote: stems and weights, and whether the quote is on-screen text.
 
-    The phrase is the words of the quote's sentence outside of quotes: up to 12 before it, back to the quote before,
+    The phrase is the words of the quote's sentence outside of quotes: up to 24 before it, back to the quote before,
     and up to 8 after it, unless another quote follows in the sentence and so owns them. Where these say nothing, up
     to 12 words of the sentence before. Words that only say that something is spoken or written weigh nothing.
     """
