@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from avocado_jax.rewards.text import PHRASE, Caption, Limits, Table, letters_of, read_texts, stems_of
+from avocado_jax.rewards.text import PHRASE, Caption, Limits, Table, letters_of, read_texts, stems_of, words_of
 from avocado_jax.typing import Array, Bool, Float, Int
 
 SIMILAR = 0.6  # least similarity of two lines that may be one (paper)
@@ -107,7 +107,7 @@ def dialogue_references(
 def _given(table: Table, lines: Sequence[Mapping[str, str]]) -> list[_Line]:
     made = []
     for line in lines:
-        stems, weights = stems_of(table, line["speaker"])
+        stems, weights = stems_of(table, " ".join(dict.fromkeys(words_of(line["speaker"]))))
         silent = np.isin(stems, table.spoken) | np.isin(stems, table.written)
         made.append(_Line(letters_of(line["text"]), stems, np.where(silent, 0, weights)))
     return [line for line in made if len(line.letters)]

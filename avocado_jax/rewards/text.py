@@ -710,9 +710,11 @@ def _speakers(table: Table, words: tuple, quoted: Array, sentence: Array, spans:
     bare = (near <= 0)[:, None]
     phrase = jnp.concatenate([jnp.where(bare, third, first), second], -1)
     weight = jnp.concatenate([jnp.where(bare, third_weight, first_weight), second_weight], -1)
+    repeats = jnp.tril(phrase[:, :, None] == phrase[:, None, :], -1).any(-1)
+    weight = jnp.where(repeats, 0.0, weight)
     nearby = jnp.concatenate([first, second], -1)
     is_written = contains(table.written, nearby).any(-1) & ~contains(table.spoken, nearby).any(-1)
-    return phrase, says_who(phrase, weight), is_written
+    return phrase, says_who(phrase, weight), is_written  # a word that stands twice weighs once
 
 
 def _negated(table: Table, stems: Array, quoted: Array) -> Array:

@@ -5,6 +5,8 @@ from typing import NamedTuple
 
 from rapidfuzz.distance import Levenshtein
 
+from avocado_jax.rewards import text as rewards_text  # its lists of words and its stems
+
 DOUBLE = {
     '"': "straight",
     "＂": "straight",
@@ -16,6 +18,9 @@ DOUBLE = {
     "»": "right",
 }
 CORNERS = {"「": "」", "『": "』"}
+CLOSERS = ")]}'’*`" + "".join(DOUBLE) + "「」『』"
+SPOKEN = {rewards_text.meaning(word) for word in rewards_text.SPOKEN.split()}
+WRITTEN = {rewards_text.meaning(word) for word in rewards_text.WRITTEN.split()}
 LINE_BREAKS = "\n\r\u2028\u2029"
 
 
@@ -32,14 +37,60 @@ def normalize(text: str) -> str:
 
 
 def quotes(text: str) -> list[str]:
-    """Quoted spans of a text, on-screen text among them, those without a word character left out."""
-    spans = []
+    """Quoted lines of a text; those without a word character and on-screen text are left out."""
+    spans = [span for span in _spans(text) if normalize(text[span[0] : span[1]])]
+    sentences, every = _sentences(text), _spans(text)
+    words = [
+        (found.start(), rewards_text.meaning(word))
+        for found in re.finditer(r"\w+(?:['’`]\w+)*", text)
+        for word in rewards_text.words_of(found[0])
+        if not any(start <= found.start() < end for start, end in every)
+    ]
+    spoken = []
+    for number, (start, end) in enumerate(spans):
+        after_last = spans[number - 1][0] if number else -1
+        near = [
+            word
+            for place, word in words
+            if after_last < place < start and sentences[place] == sentences[max(start - 1, 0)]
+        ][-rewards_text.BEFORE :]
+        then = sentences[min(end, len(text) - 1)]
+        following = spans[number + 1][0] if number + 1 < len(spans) else len(text)
+        if number + 1 == len(spans) or sentences[following - 1] != then:
+            behind = [word for place, word in words if start < place < following and sentences[place] == then]
+            near += behind[: rewards_text.AFTER]
+        if SPOKEN & set(near) or not WRITTEN & set(near):
+            spoken.append(text[start:end])
+    return spoken
+
+
+def _sentences(text: str) -> list[int]:
+    """The number of the sentence at each place."""
+    spans, number, numbers = _spans(text), 0, []
+    for place, letter in enumerate(text):
+        if letter in LINE_BREAKS:
+            number += 1
+        elif not any(start <= place < end for start, end in spans):
+            back = text[max(place - 3, 0) : place]
+            back = back.rstrip(CLOSERS) if back[-1:] in CLOSERS else back
+            follows = text[place + 1 : place + 2] or " "
+            follows = (text[place + 2 : place + 3] or " ") if follows.isspace() else follows
+            latin = letter.isspace() and back[-1:] in set(".!?…") and not follows.islower()
+            number += latin or (letter not in CLOSERS and back[-1:] in set("。！？"))
+        numbers.append(number)
+    return numbers
+
+
+def _spans(text: str) -> list[tuple[int, int]]:
+    """Where quotes begin and end, without their marks."""
+    spans, first = [], 0
     for line in re.split(f"[{LINE_BREAKS}]", text):
-        spans += _quotes_of_line(line)
-    return [span for span in spans if normalize(span)]
+        spans += [(first + start, first + end) for start, end in _quotes_of_line(line)]
+        first += len(line) + 1
+    return [span for span in spans if span[0] < span[1]]
 
 
-def _quotes_of_line(line: str) -> list[str]:
+def _quotes_of_line(line: str) -> list[tuple[int, int]]:
     spans, start, opener, nested = [], 0, "", False
     for place, mark in enumerate(line):
         before, after = line[place - 1 : place] or " ", line[place + 1 : place + 2] or " "
@@ -76,10 +127,10 @@ def _quotes_of_line(line: str) -> list[str]:
         else:
             closes = True
         if closes:
-            spans.append(line[start:place])
+            spans.append((start, place))
             opener, nested = "", False
     if opener:
-        spans.append(line[start:])
+        spans.append((start, len(line)))
     return spans
 
 

@@ -39,7 +39,23 @@ MARKS = (
     "`",
     "_",
 )
-STUFF = ("The man says", "don't", "dogs' ", "5'10\"", "Stop", "é", "ΟΔΟΣ", "你好。", "世界", "İ", "𝒳", "walking ")
+STUFF = (
+    "The man says",
+    "The text",
+    "reads ",
+    "no",
+    "don't",
+    "dogs' ",
+    "5'10\"",
+    "Stop",
+    "é",
+    "ΟΔΟΣ",
+    "你好。",
+    "世界",
+    "İ",
+    "𝒳",
+    "walking ",
+)
 PIECES = st.sampled_from(MARKS + STUFF)
 TEXTS = st.lists(PIECES, max_size=24).map("".join).filter(lambda made: len(made) <= LIMITS.characters)
 
