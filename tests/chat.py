@@ -27,7 +27,7 @@ class ChatServer:
     """Answers honestly, but for what `fault(number of the request, request)` gives.
 
     That is None, or what happens instead: a text that the model says; bytes, the body; (status, headers, body); or
-    "reset", "hang", "cut" (the body ends early), "trickle" (a byte now and then, for ever).
+    "reset", "hang", "garbage" (not HTTP), "cut" (the body ends early), "trickle" (a byte now and then, for ever).
 
     Attributes:
         requests: what was asked, in order, with the header "Authorization".
@@ -64,6 +64,9 @@ class ChatServer:
                     self.close_connection = True
                 elif fault == "hang":
                     server._ending.wait()
+                    self.close_connection = True
+                elif fault == "garbage":
+                    self.wfile.write(b"\x00\xff and so on\r\n\r\n")
                     self.close_connection = True
                 elif fault in ("cut", "trickle"):
                     body = chat(json.dumps(verdicts(request)))

@@ -31,6 +31,7 @@ INSTRUCTIONS = (
 )
 ANSWER_BYTES = 2**20  # a longer answer is not read on
 FIRST_PAUSE, LAST_PAUSE = 0.5, 30.0  # seconds between calls that failed; each pause is twice the one before
+GIVEN_UP = "; given up after"
 VERDICTS = {"yes": True, "no": False, "true": True, "false": False}
 Verdicts = list[bool | None]  # None: not answered
 
@@ -191,7 +192,8 @@ class RemoteJudge:
         except _Final as error:
             self._count("refused", error)
         except TimeoutError:
-            self._count("late", f"{self.trouble or 'no answer'}; given up after {self.endpoint.patience:g} s")
+            last = self.trouble.partition(GIVEN_UP)[0]
+            self._count("late", f"{last or 'no answer'}{GIVEN_UP} {self.endpoint.patience:g} s")
         return verdicts
 
     async def _call(self, messages: list[dict[str, str]]) -> str:

@@ -74,6 +74,8 @@ def test_nothing_to_ask():
 ONCE = {  # a fault of every caption's first request, and what it is counted as
     "reset": ("reset", "passing"),
     "closed": ("cut", "passing"),
+    "not http": ("garbage", "passing"),
+    "a broken encoding": ((200, {"Content-Encoding": "gzip"}, b"not gzip"), "passing"),
     "500": ((500, {}, b"oops"), "passing"),
     "503 with a page": ((503, {"Content-Type": "text/html"}, b"<html>busy</html>"), "passing"),
     "429": ((429, {}, b"{}"), "passing"),
@@ -117,6 +119,7 @@ def test_what_fails_for_ever_is_missing_in_time(fault, capsys):
     assert judge.counts["late"] == 3
     assert judge.counts["calls"] > 3
     assert seconds < 1.5
+    assert judge.trouble.count("given up") == 1
     assert "judge: passing: " in capsys.readouterr().err
 
 
