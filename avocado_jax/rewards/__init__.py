@@ -1,1 +1,1 @@
-"""What a caption is worth: array programs beside the model, and judges of what it states."""
+"""Rewards as array programs: token ids in, scores out, beside the model. README.md says what each measures."""

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 from avocado_jax.errors import InputError
 from avocado_jax.rewards import judge as module
+from avocado_jax.rewards.checklist import mean_score
 from avocado_jax.rewards.judge import Endpoint, Malformed, RemoteJudge, read_answer
 
 CAPTIONS = ["a dog barks at the red door", "a cat sleeps", ""]
@@ -158,6 +159,19 @@ def test_partial_for_ever_keeps_what_is_known(tmp_path):
         scores, _, _ = judged(server.url, ["x"], [["p", "q", "r"]], cache=tmp_path)
     np.testing.assert_array_equal(scores, [[0, 1, 1]])
     assert json.loads(server.requests[0]["messages"][1]["content"])["statements"] == {"1": "p"}
+
+
+def test_what_is_missing_drops_out_of_the_mean():
+    """Two of four keypoints are answered for ever with nothing: R_C is the mean of the other two."""
+
+    def silent(number, request):
+        statements = json.loads(request["messages"][1]["content"])["statements"]
+        return json.dumps({number: "yes" if text == "dog" else "no" for number, text in statements.items() if text})
+
+    with chat_server(silent) as server:
+        scores, _, _ = judged(server.url, ["a dog", "a cat"], [["dog", "", "cat", ""], ["", ""]])
+    assert mean_score(scores[0], 4) == 0.5
+    assert np.isnan(mean_score(scores[1], 2))  # no answer at all: there is no R_C, rather than none
 
 
 @pytest.mark.parametrize("header", ["1", "date"])
@@ -314,6 +328,7 @@ def test_processes_share_a_cache(tmp_path):
     """Four processes ask the same at once: all get the truth, files are whole, and a fifth asks nothing."""
     program = f"""
 import sys
+from avocado_jax.rewards.checklist import mean_score
 from avocado_jax.rewards.judge import Endpoint, RemoteJudge
 from pathlib import Path
 with RemoteJudge(Endpoint(sys.argv[1], "judge-1", cache=Path({str(tmp_path)!r}))) as judge:
