@@ -30,7 +30,7 @@ from avocado_jax.typing import Array, Float, Int
 Judge = Callable[[Sequence[str], Sequence[Sequence[str]]], Callable[[], Float[np.ndarray, "N K"]]]
 
 BATCH = 8  # captions at once
-# Stretches of a caption that are as long as a keypoint: tests/measure_judges.py says what others are worth.
+# Stretches about as long as a keypoint: a sentence holds several, and its vector is their mean (rewards/README.md).
 WINDOW, STRIDE = 16, 8  # tokens of a stretch, and from the start of one to the next
 LOW, HIGH = 0.45, 0.65  # cosines from which a keypoint counts, and counts in full
 
@@ -44,10 +44,11 @@ def embedding_judge(folder: Path, low: float = LOW, high: float = HIGH) -> Judge
     """The sentence encoder in a folder of sentence-transformers: cosines of `low` and less score 0, of `high` 1.
 
     Raises:
-        InputError: the folder holds none (`read_encoder`), or its tokenizer does not frame a text by two marks.
+        InputError: the folder holds none (`read_encoder`), or its tokenizer is of another vocabulary or does not
+            frame a text by two marks.
     """
     config, params = read_encoder(folder)
-    pieces = _word_pieces(folder)
+    pieces = _word_pieces(folder, config.vocab)
     first, last = pieces("", True)
 
     def framed(ids: list[int]) -> list[int]:
@@ -81,12 +82,16 @@ def lm_judge(folder: str | Path, dtype: str) -> Judge:
     """The language model in a folder, a thinker's or a text model's, asked in Qwen's chat format; computes in `dtype`.
 
     Raises:
-        InputError: the folder holds none, or a tokenizer for which yes and no begin alike.
+        InputError: the folder holds none, or a tokenizer of another vocabulary, or for which yes and no begin alike.
     """
     checkpoint = open_language_model(folder)
     tokenizer = load_words(checkpoint.side_files)
     model = Thinker(computed(checkpoint.config, dtype, scan=False))
     yes, no = ({tokenizer.encode(text)[0] for text in texts} for texts in (YES, NO))
+    if (largest := max(tokenizer.known_ids())) >= checkpoint.config.text.vocab:
+        raise InputError(
+            f"{folder}: the tokenizer makes id {largest}, the vocabulary ends at {model.config.text.vocab}"
+        )
     if yes & no:
         raise InputError(f"{folder}: yes and no begin with the same token")
     answers = [np.array(sorted(ids)) for ids in (yes, no)]
@@ -145,7 +150,7 @@ def _padded(
     return tokens, lengths
 
 
-def _word_pieces(folder: Path) -> Callable[..., list[int]]:
+def _word_pieces(folder: Path, vocab: int) -> Callable[..., list[int]]:
     """Texts to the ids of an encoder's tokenizer, with its two marks if `marks`; nothing is cut or padded."""
     try:
         tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
@@ -158,6 +163,8 @@ def _word_pieces(folder: Path) -> Callable[..., list[int]]:
     def pieces(text: str, marks: bool = False) -> list[int]:
         return tokenizer.encode(text, add_special_tokens=marks).ids
 
+    if tokenizer.get_vocab_size() > vocab:
+        raise InputError(f"{folder}: the tokenizer has {tokenizer.get_vocab_size()} tokens, the vocabulary {vocab}")
     if len(pieces("", True)) != 2:
         raise InputError(f"{folder}: the tokenizer does not frame a text by two marks")
     return pieces

@@ -1,6 +1,7 @@
 """Judges bound to models and tokenizers in folders: every score in its place, whatever shares its batch."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -52,7 +53,7 @@ def encoder(tmp_path_factory):
     tokenizer.enable_padding(length=6)
     tokenizer.save(str(folder / "tokenizer.json"))
     sizes = dict(hidden_size=48, num_hidden_layers=2, num_attention_heads=4, intermediate_size=96)
-    model = BertModel(BertConfig(**sizes, vocab_size=len(vocabulary), max_position_embeddings=32)).eval()
+    model = BertModel(BertConfig(**sizes, vocab_size=len(vocabulary), max_position_embeddings=24)).eval()
     randomise(model)
     model.save_pretrained(folder)
     return folder, model, vocabulary
@@ -88,12 +89,23 @@ def test_nothing_said_states_nothing(encoder):
     assert judge(["a dog barks"], [["a dog barks"]])() == [[1]]
 
 
+def test_long_keypoints_are_cut_to_what_the_encoder_reads(encoder):
+    judge = embedding_judge(encoder[0], low=-1.0, high=1.0)
+    long = " ".join(WORDS * 4)  # of 24 positions, two of them taken by the marks
+    scores = judge(["a dog barks"], [[long, " ".join((WORDS * 4)[:22])]])()
+    assert scores[0, 0] == pytest.approx(scores[0, 1], abs=1e-6)
+
+
 def test_an_encoder_without_its_marks_is_refused(encoder, tmp_path):
     for path in encoder[0].iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
     fields = json.loads((tmp_path / "tokenizer.json").read_text())
     (tmp_path / "tokenizer.json").write_text(json.dumps(fields | {"post_processor": None}))
     with pytest.raises(InputError, match="two marks"):
+        embedding_judge(tmp_path)
+    fields["model"]["vocab"]["extra"] = len(fields["model"]["vocab"])
+    (tmp_path / "tokenizer.json").write_text(json.dumps(fields))
+    with pytest.raises(InputError, match="tokens, the vocabulary"):
         embedding_judge(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(InputError, match="tokenizer cannot be loaded"):
@@ -140,3 +152,10 @@ def test_the_model_is_asked_in_its_chat_format(tmp_path):
         yes, no = (sum(logits[byte[letter]] for letter in pair) for pair in ("Yy", "Nn"))
         assert abs(scores[i, j] - yes / (yes + no)) < 1e-5
     assert abs(scores[0, 0] - scores[0, 1]) > 1e-3
+
+
+def test_a_tokenizer_of_another_vocabulary_is_refused(tmp_path):
+    write_reference(tmp_path, replace(TINY, text=replace(TINY.text, vocab=260)))
+    write_tokenizer(tmp_path)
+    with pytest.raises(InputError, match="makes id 265, the vocabulary ends at 260"):
+        lm_judge(tmp_path, "float32")
