@@ -32,7 +32,7 @@ Judge = Callable[[Sequence[str], Sequence[Sequence[str]]], Callable[[], Float[np
 BATCH = 8  # captions at once
 # Stretches about as long as a keypoint: a sentence holds several, and its vector is their mean (rewards/README.md).
 WINDOW, STRIDE = 16, 8  # tokens of a stretch, and from the start of one to the next
-LOW, HIGH = 0.45, 0.65  # cosines from which a keypoint counts, and counts in full
+LOW, HIGH = 0.45, 0.75  # cosines from which a keypoint counts, and counts in full
 
 SYSTEM = "You check statements against a description of a video. Go by the description alone."
 OPENING = "The description:\n\n"

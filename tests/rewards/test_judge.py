@@ -170,8 +170,8 @@ def test_what_is_missing_drops_out_of_the_mean():
 
     with chat_server(silent) as server:
         scores, _, _ = judged(server.url, ["a dog", "a cat"], [["dog", "", "cat", ""], ["", ""]])
-    assert mean_score(scores[0], 4) == 0.5
-    assert np.isnan(mean_score(scores[1], 2))  # no answer at all: there is no R_C, rather than none
+    assert mean_score(scores[0], np.int32(4)) == 0.5
+    assert np.isnan(mean_score(scores[1], np.int32(2)))  # no answer at all: there is no R_C, rather than none
 
 
 @pytest.mark.parametrize("header", ["1", "date"])
