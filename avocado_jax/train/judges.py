@@ -5,7 +5,8 @@ returns a function that waits for the scores: fp32 [N, K] in 0..1, NaN where a k
 `rewards.judge.RemoteJudge` is one.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from avocado_jax.models.config import computed
 from avocado_jax.models.encoder import Encoder
 from avocado_jax.models.thinker import Thinker
 from avocado_jax.rewards.embedding import embedding_scores
+from avocado_jax.rewards.judge import Endpoint, RemoteJudge
 from avocado_jax.rewards.lm import lm_scores
 from avocado_jax.typing import Array, Float, Int
 
@@ -38,6 +40,27 @@ SYSTEM = "You check statements against a description of a video. Go by the descr
 OPENING = "The description:\n\n"
 QUESTION = '\n\nThe statement: "{}"\n\nDoes the description state this, or plainly imply it? Answer yes or no.'
 YES, NO = ("Yes", "yes"), ("No", "no")
+
+
+@contextmanager
+def open_judge(name: str, model: str, dtype: str, endpoint: Endpoint | None = None) -> Iterator[Judge]:
+    """A judge by its name, "embedding", "lm" or "remote", while the block runs.
+
+    Args:
+        model: the folder of the first two.
+        dtype: what the language model computes in.
+        endpoint: of the last.
+
+    Raises:
+        InputError: as each of them.
+    """
+    if name == "remote":
+        with RemoteJudge(endpoint) as judge:
+            yield judge
+    elif not model:
+        raise InputError(f"the judge {name!r} needs the folder of its model")
+    else:
+        yield embedding_judge(Path(model)) if name == "embedding" else lm_judge(model, dtype)
 
 
 def embedding_judge(folder: Path, low: float = LOW, high: float = HIGH) -> Judge:
