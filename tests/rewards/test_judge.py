@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import socket
 import subprocess
 import sys
@@ -364,6 +365,25 @@ def test_an_outage_delays_and_corrupts_nothing():
         faults = ["reset", (503, {}, b""), "cut", "nonsense"]
         with chat_server(lambda number, _: faults[number] if number < len(faults) else None, port):
             np.testing.assert_array_equal(scores(), [[1, 0]] * 12)
+
+
+def test_any_mixture_of_faults_costs_time_and_answers_but_never_the_truth():
+    rng, lock = random.Random(0), threading.Lock()
+    faults = ["reset", "hang", "cut", "trickle", "garbage", *(what for what, _ in ONCE.values() if what != "cut")]
+
+    def chaos(number, request):
+        with lock:
+            return rng.choice(faults) if rng.random() < 0.5 else None
+
+    captions = [f"clip {number}. dog" for number in range(40)]
+    keypoints = [[f"clip {number}.", f"clip {number + 1}.", "dog", "cat"] for number in range(40)]
+    with chat_server(chaos) as server:
+        scores, judge, _ = judged(server.url, captions, keypoints, timeout=0.3)
+    known = ~np.isnan(scores)
+    np.testing.assert_array_equal(scores[known], np.tile([1, 0, 1, 0], (40, 1))[known])
+    assert known.all(axis=1).mean() > 0.8
+    assert judge.counts["missing"] == (~known).sum()
+    assert min(judge.counts["passing"], judge.counts["malformed"]) > 3
 
 
 def test_closing_ends_what_is_under_way():
