@@ -57,8 +57,6 @@ def open_judge(name: str, model: str, dtype: str, endpoint: Endpoint | None = No
     if name == "remote":
         with RemoteJudge(endpoint) as judge:
             yield judge
-    elif not model:
-        raise InputError(f"the judge {name!r} needs the folder of its model")
     else:
         yield embedding_judge(Path(model)) if name == "embedding" else lm_judge(model, dtype)
 
