@@ -102,7 +102,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def asked(args: argparse.Namespace, lines: list[dict[str, Any]]) -> np.ndarray | None:
-    """Answers of a judge that is asked beforehand, [n, most keypoints], NaN where there is none; None: the lexical one."""
+    """Answers of a judge that is asked beforehand, [n, most keypoints], NaN where it has none; None: lexical."""
     if args.judge == "lexical" or "checklist" not in args.terms.split(","):
         return None
     if not args.judge_model:
