@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from avocado_jax.checkpoint.hf_config import read_config, says_tied
+from avocado_jax.checkpoint.hf_config import read_config, read_text_config, says_tied
 from avocado_jax.checkpoint.safetensors import Tensor, read_header
 from avocado_jax.errors import InputError
 from avocado_jax.models.config import ThinkerConfig
@@ -121,6 +121,11 @@ def table(config: ThinkerConfig) -> dict[str, Entry]:
     return entries
 
 
+def without_towers(entries: Mapping[str, Entry]) -> dict[str, Entry]:
+    """Those of the language model."""
+    return {name: entry for name, entry in entries.items() if entry.path[0] not in ("audio", "vision")}
+
+
 class HfCheckpoint(NamedTuple):
     """An opened folder: nothing is read but headers."""
 
@@ -164,20 +169,25 @@ def read_json(path: PurePath) -> Any:
         raise InputError(f"{path}: not JSON: {error}") from error
 
 
-def open_hf(folder: Path) -> HfCheckpoint:
+def open_hf(folder: Path, text_only: bool = False) -> HfCheckpoint:
     """Open a checkpoint of the thinker alone or of full Omni, with or without an index.
+
+    Args:
+        text_only: the checkpoint is a language model alone (Qwen2), which has no towers.
 
     Raises:
         InputError: a missing, unknown, doubled or misshapen tensor, by name; a config that does not fit;
             remote code, pickles or paths that leave the folder.
     """
     refuse_code(folder)
-    found = _tensors(folder)
+    found = read_tensors(folder)
     prefix = "thinker." if any(name.startswith("thinker.") for name in found) else ""
     fields = read_json(folder / "config.json")
     tied = f"{prefix}lm_head.weight" not in found and says_tied(fields)
-    config = read_config(fields, tied)
+    config = (read_text_config if text_only else read_config)(fields, tied)
     entries = table(config)
+    if text_only:
+        entries = without_towers(entries)
     tensors, carried = {}, {}
     for name, tensor in found.items():
         inner = name.removeprefix(prefix)
@@ -215,7 +225,7 @@ def refuse_code(folder: Path) -> None:
                 raise InputError(f"{path}: a checkpoint with remote code ('auto_map') is not loaded")
 
 
-def _tensors(folder: Path) -> dict[str, Tensor]:
+def read_tensors(folder: Path) -> dict[str, Tensor]:
     """All tensors of a folder's shards by name."""
     index = folder / "model.safetensors.index.json"
     where: Mapping[str, str] | None = None

@@ -9,6 +9,7 @@ from avocado_jax.errors import InputError
 from avocado_jax.models.config import AudioConfig, TextConfig, ThinkerConfig, TokenIds, VisionConfig
 
 MODEL_TYPES = ("qwen2_5_omni", "qwen2_5_omni_thinker")
+TEXT_MODEL = "qwen2"
 
 
 class _Section:
@@ -59,16 +60,8 @@ def read_config(config: Any, tied: bool) -> ThinkerConfig:
     top = _Section(config, "config")
     thinker = top.within("thinker_config") if "thinker_config" in config else top
     text, vision, audio = (thinker.within(f"{part}_config") for part in ("text", "vision", "audio"))
-    kinds = text.fields.get("layer_types") or []
-    if text.get("use_sliding_window", kind=bool, default=False) or "sliding_attention" in kinds:
-        raise InputError("config.json: sliding window attention is not implemented")
-    for section, names, known in (
-        (text, ("hidden_act",), "silu"),
-        (vision, ("hidden_act",), "silu"),
-        (audio, ("activation_function",), "gelu"),
-    ):
-        if section.get(*names, kind=str, default=known) != known:
-            raise InputError(f"config.json: {section.path}.{names[0]} is not '{known}'")
+    for section, name, known in ((vision, "hidden_act", "silu"), (audio, "activation_function", "gelu")):
+        _activation(section, name, known)
     try:
         return ThinkerConfig(
             audio=_audio(audio),
@@ -80,6 +73,27 @@ def read_config(config: Any, tied: bool) -> ThinkerConfig:
         )
     except (ValueError, ZeroDivisionError) as error:
         raise InputError(f"config.json: {error}") from error
+
+
+def read_text_config(config: Any, tied: bool) -> ThinkerConfig:
+    """Read the config.json of a language model alone (Qwen2): a thinker whose towers are not used.
+
+    Raises:
+        InputError: as `read_config`.
+    """
+    section = _Section(config, "config")
+    if section.fields.get("model_type") != TEXT_MODEL:
+        raise InputError(f"config.json: model_type is {section.fields.get('model_type')!r}, not '{TEXT_MODEL}'")
+    try:
+        text = _text(section, tied, line=True)
+        return ThinkerConfig(audio=AudioConfig(out=text.width), vision=VisionConfig(out=text.width), text=text)
+    except (ValueError, ZeroDivisionError) as error:
+        raise InputError(f"config.json: {error}") from error
+
+
+def _activation(section: _Section, name: str, known: str) -> None:
+    if section.get(name, kind=str, default=known) != known:
+        raise InputError(f"config.json: {section.path}.{name} is not '{known}'")
 
 
 def says_tied(config: Any) -> bool:
@@ -119,7 +133,12 @@ def _vision(vision: _Section) -> VisionConfig:
     )
 
 
-def _text(text: _Section, tied: bool) -> TextConfig:
+def _text(text: _Section, tied: bool, line: bool = False) -> TextConfig:
+    """`line`: positions are numbers, the same on all axes, and every frequency may turn with the first."""
+    kinds = text.fields.get("layer_types") or []
+    if text.get("use_sliding_window", kind=bool, default=False) or "sliding_attention" in kinds:
+        raise InputError("config.json: sliding window attention is not implemented")
+    _activation(text, "hidden_act", "silu")
     rope = _rope(text)
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind not in ("default", "mrope"):
@@ -128,7 +147,8 @@ def _text(text: _Section, tied: bool) -> TextConfig:
     theta = rope.get("rope_theta", text.fields.get("rope_theta"))
     if not isinstance(theta, int | float):
         raise InputError(f"config.json: {text.path} lacks 'rope_theta'")
-    sections = _Section(rope, f"{text.path}.rope").get("mrope_section", kind=list)
+    head = text.get("head_dim", default=width // heads)
+    sections = [head // 2, 0, 0] if line else _Section(rope, f"{text.path}.rope").get("mrope_section", kind=list)
     return TextConfig(
         vocab=text.get("vocab_size"),
         width=width,
@@ -136,7 +156,7 @@ def _text(text: _Section, tied: bool) -> TextConfig:
         layers=text.get("num_hidden_layers"),
         heads=heads,
         kv_heads=text.get("num_key_value_heads"),
-        head=text.get("head_dim", default=width // heads),
+        head=head,
         rms_eps=text.get("rms_norm_eps", kind=float),
         rope_theta=float(theta),
         mrope_sections=tuple(sections),

@@ -13,7 +13,8 @@ import numpy as np
 from etils import epath
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from avocado_jax.checkpoint.hf import Entry, HfCheckpoint, is_hf, open_hf
+from avocado_jax.checkpoint.hf import Entry, HfCheckpoint, is_hf, open_hf, read_json, without_towers
+from avocado_jax.checkpoint.hf_config import TEXT_MODEL
 from avocado_jax.checkpoint.orbax import RunCheckpoint, is_run, open_run
 from avocado_jax.errors import InputError
 from avocado_jax.progress import progress
@@ -39,6 +40,21 @@ def open_checkpoint(folder: str | os.PathLike) -> Checkpoint:
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder")
     raise InputError(f"{folder}: neither a checkpoint in Hugging Face format nor a run folder")
+
+
+def open_language_model(folder: str | os.PathLike) -> Checkpoint:
+    """The language model in a folder: that of a thinker, its towers left out, or a text model (Qwen2).
+
+    Raises:
+        InputError: as `open_checkpoint`.
+    """
+    config = Path(folder) / "config.json"
+    if not is_run(folder) and config.is_file():
+        fields = read_json(config)
+        if isinstance(fields, dict) and fields.get("model_type") == TEXT_MODEL:
+            return open_hf(Path(folder), text_only=True)
+    checkpoint = open_checkpoint(folder)
+    return checkpoint._replace(entries=without_towers(checkpoint.entries))
 
 
 def shipped_checkpoint() -> Path:

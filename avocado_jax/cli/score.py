@@ -30,9 +30,11 @@ import numpy as np
 
 from avocado_jax.data.words import Words, load_words
 from avocado_jax.errors import InputError
+from avocado_jax.eval.captioner import computing_dtype
 from avocado_jax.jsonl import read_lines
 from avocado_jax.rewards.combine import DEFAULTS, TERMS, References, make_references, score
 from avocado_jax.rewards.explain import explain
+from avocado_jax.rewards.judge import Endpoint
 from avocado_jax.rewards.text import (
     MARKS,
     Limits,
@@ -44,7 +46,7 @@ from avocado_jax.rewards.text import (
     words_of,
 )
 
-JUDGES = ("lexical",)
+JUDGES = ("lexical", "embedding", "lm", "remote")
 BATCH = 32  # captions at once
 
 
@@ -53,6 +55,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", type=Path, metavar="FILE", help="captions with their references, JSON lines")
     parser.add_argument("--terms", default=",".join(TERMS), metavar="A,B", help="default: %(default)s")
     parser.add_argument("--judge", choices=JUDGES, default="lexical", help="of the keypoints (default: %(default)s)")
+    parser.add_argument("--judge-model", default="", metavar="MODEL", help="its folder, or its name at the endpoint")
+    parser.add_argument("--judge-url", default="", metavar="URL", help="of an OpenAI-compatible API: https://HOST/v1")
+    parser.add_argument(
+        "--judge-key", default="OPENAI_API_KEY", metavar="VARIABLE", help="holds the API key (default: %(default)s)"
+    )
+    parser.add_argument("--judge-cache", type=Path, metavar="DIR", help="keeps the endpoint's answers")
+    parser.add_argument(
+        "--judge-patience",
+        type=float,
+        default=600.0,
+        metavar="SECONDS",
+        help="what is not answered by then is missing (default: %(default)g)",
+    )
     parser.add_argument("--tokenizer", type=Path, metavar="DIR", help="counts the tokens of captions")
     parser.add_argument("--explain", action="store_true", help="say what matched, in words")
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
@@ -66,12 +81,12 @@ def run(args: argparse.Namespace) -> int:
     lines = [checked(where, line) for where, line in read_lines(args.file, {"id": str, "caption": str})]
     tokenizer = load_words(args.tokenizer) if args.tokenizer else None
     told_missing(lines, terms, tokenizer)
+    answers = asked(args, lines)
     references = [line["reference"] for line in lines]
     table = make_table(None, word_weights([document(reference) for reference in references]))
     limits = fitting(lines)
     made, cut = make_references(table, references, limits)
     lengths = [float(len(tokenizer.encode(line["caption"]))) if tokenizer else math.nan for line in lines]
-    answers = asked(args, lines, made.keypoints.weight.shape[1])
     for first in range(0, len(lines), BATCH):
         part = slice(first, first + BATCH)
         own = jax.tree.map(lambda leaf, part=part: leaf[part], made)
@@ -86,11 +101,26 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def asked(args: argparse.Namespace, lines: list[dict[str, Any]], size: int) -> np.ndarray | None:
-    """The answers [n, size] of a judge that is asked beforehand, NaN where it has none; None for the lexical one."""
-    if args.judge == "lexical":
+def asked(args: argparse.Namespace, lines: list[dict[str, Any]]) -> np.ndarray | None:
+    """Answers of a judge that is asked beforehand, [n, most keypoints], NaN where it has none; None: lexical."""
+    if args.judge == "lexical" or "checklist" not in args.terms.split(","):
         return None
-    raise InputError(f'--judge: no judge "{args.judge}"')
+    if not args.judge_model:
+        raise InputError(f"--judge {args.judge} needs --judge-model")
+    from avocado_jax.train.judges import open_judge  # models and network: the lexical judge needs neither
+
+    endpoint = Endpoint(
+        args.judge_url, args.judge_model, args.judge_key, args.judge_cache, patience=args.judge_patience
+    )
+    points = [[one["text"] for one in line["reference"]["keypoints"] or ()] for line in lines]
+    with open_judge(args.judge, args.judge_model, computing_dtype(None), endpoint) as judge:
+        scores = judge([line["caption"] for line in lines], points)()
+    answers = np.full((len(lines), max(1, scores.shape[1])), np.nan, np.float32)
+    answers[:, : scores.shape[1]] = scores
+    total = sum(map(len, points))
+    if missing := total - int((~np.isnan(scores)).sum()):
+        print(f"avocado score: {missing} of {total} keypoints have no answer", file=sys.stderr)
+    return answers
 
 
 def checked(where: str, line: dict[str, Any]) -> dict[str, Any]:

@@ -36,8 +36,10 @@ class Thinker(nn.Module):
         return self.continue_captions(self.prefill(clip), clip, captions.inputs)
 
     def embed(self, clip: Clip) -> Float[Array, "B P D"]:
-        """The clip's tokens with picture and sound in their places, [B P D]."""
+        """The clip's tokens with picture and sound in their places, [B P D]. A batch of texts has neither."""
         rows, patches = clip.tokens.shape[0], clip.patches.shape[1]
+        if not patches and not clip.mel.shape[1]:
+            return self._words(clip.tokens)
         per_frame = (
             jnp.repeat(part[:, None], patches, axis=1).reshape(rows * patches, *part.shape[1:])
             for part in (clip.patch_grid, clip.patch_valid)
@@ -72,11 +74,10 @@ class Thinker(nn.Module):
         x, so_far = self.text(self._words(inputs[..., None]), positions, cache, so_far, step)
         return self.logits(x[:, :, 0]), so_far
 
-    def logits(self, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
-        """Scores of the next token, fp32."""
-        return jnp.einsum(
-            "...D,VD->...V", hidden, self.head.astype(self.config.dtype), preferred_element_type=jnp.float32
-        )
+    def logits(self, hidden: Float[Array, "... D"], ids: Int[Array, "V"] | None = None) -> Float[Array, "... V"]:
+        """Scores of the next token, fp32: of every token, or of `ids` alone."""
+        head = self.head if ids is None else self.head[ids]
+        return jnp.einsum("...D,VD->...V", hidden, head.astype(self.config.dtype), preferred_element_type=jnp.float32)
 
     def _words(self, tokens: Int[Array, "..."]) -> Float[Array, "... D"]:
         return jnp.take(self.embedding, tokens, axis=0).astype(self.config.dtype)

@@ -1,0 +1,76 @@
+"""A sentence encoder: BERT (Devlin et al., 2019), its last layer pooled to one unit vector a text (Sentence-BERT)."""
+
+from dataclasses import dataclass
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+from avocado_jax.models.attention import plain
+from avocado_jax.models.layers import dense, gelu
+from avocado_jax.typing import Array, Bool, Float, Int
+
+
+@dataclass(frozen=True)
+class EncoderConfig:
+    """Sizes of all-MiniLM-L6-v2."""
+
+    vocab: int = 30522
+    width: int = 384
+    ffn: int = 1536
+    layers: int = 6
+    heads: int = 12
+    positions: int = 512  # tokens of a text at most
+    kinds: int = 2  # segments that were told apart in training; a text is of the first
+    eps: float = 1e-12
+    pool: str = "mean"  # of the valid tokens; "first": the first of them
+    dtype: str = "float32"
+    param_dtype: str = "float32"
+
+
+class EncoderLayer(nn.Module):
+    """Post-norm transformer layer: all valid tokens see each other."""
+
+    config: EncoderConfig
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B S D"], valid: Bool[Array, "B S"]) -> Float[Array, "B S D"]:
+        config = self.config
+        q, k, v = (
+            dense(config, config.width, name)(x).reshape(*x.shape[:2], config.heads, -1) for name in ("q", "k", "v")
+        )
+        mixed = plain.attend_block(q, k, v, valid).reshape(x.shape)
+        x = layer_norm(config, "attention_norm")(x + dense(config, config.width, "out")(mixed))
+        y = dense(config, config.width, "down")(gelu(dense(config, config.ffn, "up")(x)))
+        return layer_norm(config, "mlp_norm")(x + y)
+
+
+class Encoder(nn.Module):
+    """Texts to unit vectors, whose inner products say how near their meanings are."""
+
+    config: EncoderConfig
+
+    @nn.compact
+    def __call__(self, tokens: Int[Array, "B S"], valid: Bool[Array, "B S"]) -> Float[Array, "B D"]:
+        """Encode B texts, the marks of begin and end included. A text without a valid token gives zeros."""
+        config = self.config
+        words, places, kinds = (
+            self.param(name, nn.initializers.normal(0.02), (rows, config.width), jnp.dtype(config.param_dtype))
+            for name, rows in (("words", config.vocab), ("places", config.positions), ("kinds", config.kinds))
+        )
+        place = jnp.minimum(jnp.arange(tokens.shape[1]), config.positions - 1)  # only padding may lie beyond
+        x = (words[tokens] + places[place] + kinds[0]).astype(config.dtype)
+        x = layer_norm(config, "norm")(x)
+        for layer in range(config.layers):
+            x = EncoderLayer(config, name=f"layers_{layer}")(x, valid)
+        x = x.astype(jnp.float32)
+        if config.pool == "mean":
+            x = jnp.sum(x, axis=1, where=valid[..., None]) / jnp.maximum(1, jnp.sum(valid, axis=1))[:, None]
+        else:
+            x = jnp.where(valid[:, :1], x[:, 0], 0)
+        return x / jnp.maximum(1e-12, jnp.linalg.norm(x, axis=-1, keepdims=True))
+
+
+def layer_norm(config: EncoderConfig, name: str) -> nn.LayerNorm:
+    """LayerNorm in the dtypes of the encoder."""
+    dtypes = dict(dtype=config.dtype, param_dtype=config.param_dtype)
+    return nn.LayerNorm(config.eps, use_fast_variance=False, **dtypes, name=name)

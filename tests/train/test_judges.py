@@ -1,0 +1,161 @@
+"""Judges bound to models and tokenizers in folders: every score in its place, whatever shares its batch."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+import torchvision_ops  # noqa: F401 (must come before transformers' models)
+from reference import load_reference, randomise, write_reference
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+from transformers import BertConfig, BertModel
+
+from avocado_jax.data.tokenizer import SPECIAL, write_tokenizer
+from avocado_jax.errors import InputError
+from avocado_jax.models.config import TINY
+from avocado_jax.train.judges import BATCH, embedding_judge, lm_judge
+
+WORDS = [
+    "a",
+    "dog",
+    "barks",
+    "at",
+    "the",
+    "red",
+    "door",
+    "cat",
+    "sleeps",
+    "on",
+    "sofa",
+    "says",
+    "hello",
+    "loud",
+    "music",
+]
+CAPTIONS = [" ".join(np.random.default_rng(i).choice(WORDS, 5 + 4 * i)) for i in range(BATCH + 3)]
+KEYPOINTS = [
+    [" ".join(np.random.default_rng(9 * i + j).choice(WORDS, 3 + j)) for j in range(i % 4)] for i in range(BATCH + 3)
+]
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory):
+    """A random BERT of few words with a tokenizer that cuts and pads, as published ones do."""
+    folder = tmp_path_factory.mktemp("encoder")
+    vocabulary = {word: i for i, word in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", *sorted(set(WORDS))])}
+    tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer()
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
+    tokenizer.add_special_tokens(["[CLS]", "[SEP]"])
+    tokenizer.enable_truncation(6)
+    tokenizer.enable_padding(length=6)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    sizes = dict(hidden_size=48, num_hidden_layers=2, num_attention_heads=4, intermediate_size=96)
+    model = BertModel(BertConfig(**sizes, vocab_size=len(vocabulary), max_position_embeddings=24)).eval()
+    randomise(model)
+    model.save_pretrained(folder)
+    return folder, model, vocabulary
+
+
+def test_the_encoder_judges_stretches_of_sixteen_tokens(encoder):
+    folder, model, vocabulary = encoder
+    scores = embedding_judge(folder, low=-1.0, high=1.0)(CAPTIONS, KEYPOINTS)()
+
+    def vector(words):
+        with torch.no_grad():
+            ids = torch.tensor([[2, *(vocabulary[word] for word in words), 3]])
+            mean = model(input_ids=ids)[0][0].mean(axis=0).numpy()
+        return mean / np.linalg.norm(mean)
+
+    assert scores.shape == (BATCH + 3, 3)
+    for caption, keypoints, row in zip(CAPTIONS, KEYPOINTS, scores):
+        words = caption.split()
+        starts = range(0, max(1, len(words) - 8), 8)
+        assert starts[-1] + 16 >= len(words)  # no word is left out
+        windows = [vector(words[start : start + 16]) for start in starts]
+        for keypoint, score in zip(keypoints, row):
+            cosine = max(window @ vector(keypoint.split()) for window in windows)
+            assert abs(score - (cosine + 1) / 2) < 1e-5
+        assert np.isnan(row[len(keypoints) :]).all()
+
+
+def test_nothing_said_states_nothing(encoder):
+    judge = embedding_judge(encoder[0])
+    np.testing.assert_array_equal(judge(["", "\ud83d"], [["a dog", "door"], ["a dog"]])()[0], [0, 0])
+    assert judge([], [])().shape == (0, 0)
+    assert judge(["a dog"], [[]])().shape == (1, 0)
+    assert judge(["a dog barks"], [["a dog barks"]])() == [[1]]
+
+
+def test_long_keypoints_are_cut_to_what_the_encoder_reads(encoder):
+    judge = embedding_judge(encoder[0], low=-1.0, high=1.0)
+    long = " ".join(WORDS * 4)  # of 24 positions, two of them taken by the marks
+    scores = judge(["a dog barks"], [[long, " ".join((WORDS * 4)[:22])]])()
+    assert scores[0, 0] == pytest.approx(scores[0, 1], abs=1e-6)
+
+
+def test_an_encoder_without_its_marks_is_refused(encoder, tmp_path):
+    for path in encoder[0].iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    fields = json.loads((tmp_path / "tokenizer.json").read_text())
+    (tmp_path / "tokenizer.json").write_text(json.dumps(fields | {"post_processor": None}))
+    with pytest.raises(InputError, match="two marks"):
+        embedding_judge(tmp_path)
+    fields["model"]["vocab"]["extra"] = len(fields["model"]["vocab"])
+    (tmp_path / "tokenizer.json").write_text(json.dumps(fields))
+    with pytest.raises(InputError, match="tokens, the vocabulary"):
+        embedding_judge(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(InputError, match="tokenizer cannot be loaded"):
+        embedding_judge(tmp_path)
+
+
+def test_the_model_is_asked_in_its_chat_format(tmp_path):
+    """The reference reads the same words as plain text and answers with the same probability."""
+    write_reference(tmp_path, TINY)
+    write_tokenizer(tmp_path)
+    captions, keypoints = ["a dog <|im_end|> barks", "café \ud83d", ""], [["a dog", "a cat sleeps"], ["coffee"], []]
+    scores = lm_judge(tmp_path, "float32")(captions, keypoints)()
+    np.testing.assert_array_equal(np.isnan(scores), [[False, False], [False, True], [True, True]])
+
+    theirs = load_reference(tmp_path)
+    byte = {letter: i for i, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    split = pre_tokenizers.ByteLevel(False, use_regex=False).pre_tokenize_str
+
+    def letters(text):
+        return [byte[letter] for letter in split(text)[0][0]]
+
+    start, end = (256 + SPECIAL.index(token) for token in ("<|im_start|>", "<|im_end|>"))
+    for i, j in ((0, 0), (0, 1), (1, 0)):
+        caption = captions[i].replace("\ud83d", "?")
+        system = "system\nYou check statements against a description of a video. Go by the description alone."
+        user = (
+            f'user\nThe description:\n\n{caption}\n\nThe statement: "{keypoints[i][j]}"\n\n'
+            "Does the description state this, or plainly imply it? Answer yes or no."
+        )
+        ids = [
+            start,
+            *letters(system),
+            end,
+            *letters("\n"),
+            start,
+            *letters(user),
+            end,
+            *letters("\n"),
+            start,
+            *letters("assistant\n"),
+        ]
+        with torch.no_grad():
+            logits = theirs(input_ids=torch.tensor([ids])).logits[0, -1].double().softmax(-1).numpy()
+        yes, no = (sum(logits[byte[letter]] for letter in pair) for pair in ("Yy", "Nn"))
+        assert abs(scores[i, j] - yes / (yes + no)) < 1e-5
+    assert abs(scores[0, 0] - scores[0, 1]) > 1e-3
+
+
+def test_a_tokenizer_of_another_vocabulary_is_refused(tmp_path):
+    write_reference(tmp_path, replace(TINY, text=replace(TINY.text, vocab=260)))
+    write_tokenizer(tmp_path)
+    with pytest.raises(InputError, match="makes id 265, the vocabulary ends at 260"):
+        lm_judge(tmp_path, "float32")
