@@ -214,7 +214,7 @@ def test_speaker_phrases(table, written, phrases):
 
 def test_the_readme_shows_a_term_that_works(table):
     page = (Path(text.__file__).parent / "README.md").read_text()
-    code = page[page.index("```python") + len("```python") :].split("```")[0]
+    code = page[page.index("## A new term") :].split("```python")[1].split("```")[0]
     names = {"Caption": text.Caption, "Float": text.Float, "Array": text.Array, "jnp": jax.numpy}
     exec(code, names)
     read = text.read_texts(table, ['He asks, "Why?" She says, "So."'], LIMITS)
