@@ -108,10 +108,10 @@ def test_bench_runs_without_the_input_side():
 import sys
 sys.modules.update(dict.fromkeys({blocked!r}))
 from avocado_jax.__main__ import main
-for what in ("prefill", "decode", "sft"):
+for what in ("prefill", "decode", "sft", "grpo"):
     status = main(["bench", what, "--size", "tiny", "--clip-tokens", "1024", "--caption-tokens", "4", "--json"])
     assert status == 0
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count('"step_ms"') == 3
+    assert done.stdout.count('"step_ms"') == 4

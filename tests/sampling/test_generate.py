@@ -39,7 +39,7 @@ def sample(params, rows, numbers, group=2, stops=(258,), allowed=250, seed=3, le
     clip = jax.tree.map(jnp.asarray, stack(clips, shape or fit([shape_of(one) for one in clips])))
     banned = np.arange(CONFIG.text.vocab) >= allowed
     banned[list(stops)] = False
-    keys = caption_keys(seed, np.asarray(numbers), group)
+    keys = caption_keys(jax.random.key(seed), np.asarray(numbers), group)
     options = {"config": CONFIG, "sampling": Sampling(1.0), "stops": stops, "length": length}
     return clip, generate(params, clip, keys, jnp.asarray(banned), **options)
 
