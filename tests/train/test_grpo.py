@@ -241,7 +241,7 @@ def test_the_reference_has_its_own_adapters(train):
         pytest.param((1, 4, 2), "captioner", marks=pytest.mark.slow),
         pytest.param((1, 1, 1), "lora", marks=pytest.mark.slow),
         pytest.param((1, 1, 1), "all", marks=pytest.mark.slow),
-        pytest.param((8, 1, 1), "captioner", marks=pytest.mark.slow),
+        pytest.param((4, 1, 1), "captioner", marks=pytest.mark.slow),
     ],
 )
 def test_sampler_and_trainer_agree_and_rewarded_captions_become_likelier(sizes, train):
@@ -337,7 +337,7 @@ def update_flops(rows, group, attention):
         return flops_of(program.update.trace(program.state, batch).jaxpr.jaxpr), model
 
 
-@pytest.mark.parametrize("attention", ["plain", "splash"])
+@pytest.mark.parametrize("attention", ["plain", pytest.param("splash", marks=pytest.mark.slow)])
 def test_a_group_row_costs_a_fifth_of_separate_rows(attention):
     """7B, 8 captions: counted from the traced program, and near what the shapes say."""
     together, model = update_flops(1, 8, attention)
