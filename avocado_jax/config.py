@@ -105,6 +105,20 @@ class ObjectiveConfig:
 
 
 @dataclass(frozen=True)
+class RewardConfig:
+    """What a caption is rewarded for (rewards/README.md): a weighted sum; a weight of 0 leaves a term out of it."""
+
+    checklist: float = 1.0  # R_C: keypoints of the reference that it states
+    dialogue: float = 1.0  # R_D: lines and speakers
+    length: float = 1.0  # R_L: ending in time
+    repetition: float = 0.0  # taken off where it collapses into repetition
+    low: int = 2048  # tokens from which R_L falls from 1
+    high: int = 4096  # to 0
+    keypoints: int = 64  # of a reference that are looked for, at most
+    lines: int = 32  # of dialogue that are compared, at most
+
+
+@dataclass(frozen=True)
 class RunConfig:
     """What every training run is told."""
 
@@ -151,6 +165,7 @@ class GrpoConfig(RunConfig):
     batch: int = 8  # clips a step, over all devices
     group: int = 8  # captions sampled of each
     sampling: SamplingConfig = SamplingConfig()
+    rewards: RewardConfig = RewardConfig()
     objective: ObjectiveConfig = ObjectiveConfig()
     passes: int = 1  # over each rollout
     minibatches: int = 1  # of a pass, an update each

@@ -15,7 +15,7 @@ from avocado_jax.bench.measure import row
 from avocado_jax.bench.model import FRAME, FRAMES, random_clip
 from avocado_jax.config import GrpoConfig, SamplingConfig
 from avocado_jax.models.config import SIZES
-from avocado_jax.models.flops import decode_bytes, row_flops, train_flops
+from avocado_jax.models.flops import decode_bytes, grpo_flops
 from avocado_jax.parallel.mesh import make_mesh
 from avocado_jax.parallel.place import rows_sharding
 from avocado_jax.train.grpo import Experience, grpo_program
@@ -89,9 +89,7 @@ def bench_grpo(
 
     seconds = {phase: statistics.median(each[1:]) for phase, each in times.items()}
     seconds["decode"] -= seconds["prefill"]
-    one = row_flops(model, shape, group, caption_tokens)
-    flops = train_flops(model, shape, group, caption_tokens, train)  # encoders once
-    flops += 2 * (one.total - one.towers - one.entry)  # rollout and reference
+    flops = grpo_flops(model, shape, group, caption_tokens, train)
     mean = caption_tokens / 2
     nbytes = caption_tokens * decode_bytes(model, clips * clip_tokens, clips * group, mean, jnp.dtype(dtype).itemsize)
     tokens = config.batch * (clip_tokens + group * caption_tokens)

@@ -63,6 +63,7 @@ class Batch(NamedTuple):
     cut: Int[Array, "B"]  # captions of each row that were longer than the bucket
     padded: float  # part of the whole job's FLOPs at this step that is spent on padding
     lost: tuple[Lost, ...]
+    references: Any = None  # of GRPO: what rewards compare with, as arrays of [B, ...]
 
 
 @dataclass(frozen=True)
