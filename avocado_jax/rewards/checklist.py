@@ -23,9 +23,9 @@ DIMENSIONS = ("static", "dynamic", "auditory", "spatiotemporal", "crossmodal")  
 BLOCK, WINDOW = 10, 6  # words of a block, blocks of a window
 PAIRS = 0.6  # weight of a pair, of the mean of its words'
 APART = 2  # content words of a caption this far apart are a pair still
-LOW, HIGH = 0.4, 0.7  # covered share of a keypoint's weight at which it counts for nothing, and in full
+LOW, HIGH = 0.35, 0.65  # covered share of a keypoint's weight at which it counts for nothing, and in full
 PROSE = 0.1  # share of function words that a window of sentences has at least
-ORDER = 0.5  # what a keypoint loses that is told in the wrong order with all others
+ORDER = 1.0  # what a keypoint loses that is told on the wrong side of all others
 KEYPOINT = Limits(characters=512, words=96, quotes=4, line=8)
 CHUNK = 512  # keypoints that are read at once
 

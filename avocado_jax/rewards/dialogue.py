@@ -136,13 +136,16 @@ def dialogue_reward(
     caption: Caption, reference: Dialogue, similar: float = SIMILAR, speaker: float = SPEAKER
 ) -> Float[Array, ""]:
     """R_D of one caption, from 0 to 1; NaN without a reference."""
-    pairs = compare(caption, reference, similar, speaker)
-    content, speakers = align(pairs, caption.quotes, reference.count)
+    return f1(compare(caption, reference, similar, speaker), caption.quotes, reference.count)
+
+
+def f1(pairs: Pairs, quotes: Int[Array, ""], lines: Int[Array, ""]) -> Float[Array, ""]:
+    """R_D from how the lines of both sides compare; NaN where `lines` is -1."""
+    content, speakers = align(pairs, quotes, lines)
     score = (content.astype(jnp.float32) / 2**UNIT + speakers) / 2
-    q, j = caption.quotes, jnp.maximum(reference.count, 0)
-    # F1 of S / Q and S / J is 2 S / (Q + J).
-    f1 = jnp.where(q + j == 0, 1.0, 2 * score / jnp.maximum(q + j, 1))
-    return jnp.where(reference.count < 0, jnp.nan, f1)
+    # The F1 of S / quotes and S / lines is 2 S / (quotes + lines).
+    both = quotes + jnp.maximum(lines, 0)
+    return jnp.where(lines < 0, jnp.nan, jnp.where(both == 0, 1.0, 2 * score / jnp.maximum(both, 1)))
 
 
 def compare(caption: Caption, reference: Dialogue, similar: float = SIMILAR, speaker: float = SPEAKER) -> Pairs:

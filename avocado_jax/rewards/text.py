@@ -36,15 +36,18 @@ BASE, SPREAD = 0x01000193, 0x9E3779B1  # both odd: powers of the base have inver
 BEFORE, AFTER = 24, 8  # words of a speaker phrase before and after its quote
 PHRASE = BEFORE + AFTER
 
-# Other forms of a word that no suffix rule finds; each group becomes its first.
+# Other forms of a word that no suffix rule finds, and the plainest words for the same; a group becomes its first.
 FORMS = """man men he him his himself male guy gentleman|woman women she her hers herself female lady|
 child children kid kids|person people|run ran|stand stood|sit sat|hold held|say said|speak spoke spoken speech|
-tell told|go went gone goes|come came|take took taken|give gave given|begin began begun|fall fell fallen|
+tell told|go went gone goes|come came|take took taken|give gave given|begin began begun start commence|fall fell fallen|
 fly flew flown|see saw seen|wear wore worn|write wrote written|drive drove driven|ride rode ridden|sing sang sung|
 throw threw thrown|catch caught|lie lay lying|rise rose risen|shake shook shaken|hear heard|
 hit hitting|swim swam swum|grey gray|feet foot|hands hand|ring rang rung|blow blew blown|break broke broken|
-bring brought|eat ate eaten|wake woke|make made|show shown|two 2|three 3|four 4|five 5|six 6|seven 7|eight 8|
-nine 9|ten 10|one 1|family families"""
+bring brought|eat ate eaten|wake woke|make made|two 2|three 3|four 4|five 5|six 6|seven 7|eight 8|
+nine 9|ten 10|one 1|family families|
+big large huge|small little tiny|soft quiet faint gentle|screen frame|appear emerge|show shown display|
+jump leap hop|spin rotate turn|bump crash collide|music tune melody song|background backdrop|car vehicle|
+picture image photo photograph|road street|smile grin|look gaze stare|glance peek|happy cheerful joyful"""
 # Words that carry nothing of what is said to be seen or heard.
 FUNCTION = """a an the this that these those it its is are was were be been being am and or but so as of in on at to
 from by with for into onto over under near off out up down then while when where which who whom whose there here i you
@@ -63,7 +66,7 @@ WRITTEN = (
 # One of these in place of another is a contradiction, so none counts for little.
 EXCLUSIVE = """red orange yellow green blue purple violet pink brown black white grey silver gold golden left right top
 bottom upper lower above below up down man woman boy girl two three four five six seven eight nine ten first second
-third large big small tiny loud soft loudly softly high low fast slow open close inside outside day night
+third big small loud soft high low fast slow open close inside outside day night
 红 橙 黄 绿 蓝 紫 黑 白 左 右 男 女"""
 EXCLUSIVE_WEIGHT = 2.5
 NEGATING = "no not never without none nobody nothing dont doesnt didnt isnt arent wasnt werent cant wont 不 没"
@@ -329,16 +332,17 @@ def words_of(text: str) -> list[str]:
 
 
 def word_weights(texts: Iterable[str]) -> dict[str, float]:
-    """How much each stem says: log((n + 1) / (texts with it + 0.5)), function words nothing; "" is any other stem.
+    """How much each stem says: log((n + 20) / (texts with it + 1.6)); function words nothing; "" is any other stem.
 
-    Colours, sides, numbers and the like (EXCLUSIVE), one of which in place of another is an untruth, weigh at least
-    2.5. With no texts all other words weigh the same.
+    It is as if 20 more texts had each word 1.6 times, so that few texts do not make all their words common. Colours,
+    sides, numbers and the like (EXCLUSIVE), one of which in place of another is an untruth, weigh at least 2.5, which
+    is what all words weigh where there are no texts.
     """
     texts = list(texts)
     counts = Counter(one for text in texts for one in {meaning(word) for word in words_of(text)})
-    unknown = max(EXCLUSIVE_WEIGHT, math.log(2 * (len(texts) + 1)))
-    weights = {one: max(math.log((len(texts) + 1) / (count + 0.5)), 0.0) for one, count in counts.items()}
-    exclusive = {one: max(weights.get(one, 0.0), EXCLUSIVE_WEIGHT) for one in map(meaning, EXCLUSIVE.split())}
+    weights = {one: math.log((len(texts) + 20) / (count + 1.6)) for one, count in counts.items()}
+    unknown = math.log((len(texts) + 20) / 1.6)
+    exclusive = {one: max(weights.get(one, unknown), EXCLUSIVE_WEIGHT) for one in map(meaning, EXCLUSIVE.split())}
     return weights | dict.fromkeys(map(meaning, FUNCTION.split()), 0.0) | exclusive | {"": unknown}
 
 
