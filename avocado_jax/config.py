@@ -111,7 +111,9 @@ class RewardConfig:
     checklist: float = 1.0  # R_C: keypoints of the reference that it states
     dialogue: float = 1.0  # R_D: lines and speakers
     length: float = 1.0  # R_L: ending in time
-    repetition: float = 0.0  # taken off where it collapses into repetition
+    repetition: float = 0.0  # -1 where it collapses into repetition
+    normalize: bool = False  # each term over its deviation in the group before it is weighted (GDPO)
+    gate: bool = False  # a caption that collapses has no credit for dialogue
     low: int = 2048  # tokens from which R_L falls from 1
     high: int = 4096  # to 0
     keypoints: int = 64  # of a reference that are looked for, at most
@@ -164,6 +166,7 @@ class GrpoConfig(RunConfig):
     epochs: float = 1.0
     batch: int = 8  # clips a step, over all devices
     group: int = 8  # captions sampled of each
+    split: int = free(1)  # rows that the captions of a clip are spread over, where there are more devices than clips
     sampling: SamplingConfig = SamplingConfig()
     rewards: RewardConfig = RewardConfig()
     objective: ObjectiveConfig = ObjectiveConfig()

@@ -183,8 +183,8 @@ def grpo_update(
         "update_norm": moved,
         "lr": rate(state.step * updates - state.skipped),
         "tokens": jnp.sum(rollout.lengths * weight[:, None]),
-        "clip_tokens": jnp.sum(experience.clip.length * weight),
-        "rows": jnp.sum(weight),
+        "clip_tokens": jnp.sum(experience.clip.length * weight) / config.split,
+        "rows": jnp.sum(weight) / config.split,
         "skipped": after.skipped,
         "skipped_in_row": after.in_row,
     }
@@ -225,9 +225,10 @@ def grpo_program(
     """
     checked(config.objective)
     over = mesh.shape["data"] * mesh.shape["fsdp"] * config.accumulate * config.minibatches
-    if config.batch % over:
+    if config.group % config.split or config.batch * config.split % over:
         raise InputError(
-            f"batch: {config.batch} clips are not divided by data x fsdp x accumulate x minibatches = {over}"
+            f"batch: {config.batch} clips of {config.group} captions, each in {config.split} rows, are not divided by "
+            f"data x fsdp x accumulate x minibatches = {over}"
         )
     updates = steps * config.passes * config.minibatches
     make = optimizer(config.optim, updates)
@@ -246,6 +247,7 @@ def grpo_program(
         model=sampling_model(model),
         sampling=config.sampling,
         group=config.group,
+        split=config.split,
         stops=stops,
         seed=config.seed,
         parts=config.accumulate,

@@ -60,19 +60,22 @@ def roll_out(
     model: ThinkerConfig,
     sampling: SamplingConfig,
     group: int,
+    split: int,
     stops: tuple[int, ...],
     seed: int,
     parts: int = 1,
 ) -> Rollout:
-    """Sample `group` captions of each clip, the clip read once for all.
+    """Sample captions, `group` of each clip, which is `split` rows; a row's clip is read once for all of its own.
 
-    What is drawn depends on (seed, step, row, caption) alone. `model` is `sampling_model`'s; `generate` has the rest.
+    What is drawn depends on (seed, step, clip, caption) alone. `model` is `sampling_model`'s; `generate` has the rest.
     """
     key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), ROLLOUT), step)
+    rows = len(clip.tokens)
+    keys = caption_keys(key, jnp.arange(rows // split), group).reshape(rows, group // split)
     samples = generate(
         view,
         clip,
-        caption_keys(key, jnp.arange(len(clip.tokens)), group),
+        keys,
         banned,
         encoded,
         config=model,

@@ -1,7 +1,7 @@
 """From a config to a run: what is learned from, where it lies on the mesh, and the loop over it."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -48,19 +48,19 @@ class Setup(NamedTuple):
     recipe: Recipe
     plan: Plan
     steps: int
-    rows: range  # of this process
+    rows: Sequence[int]  # of this process
 
 
-def set_up(config: RunConfig) -> Setup:
-    """Open what `config` names, and plan its batches.
+def set_up(config: RunConfig, split: int = 1) -> Setup:
+    """Open what `config` names, and plan its batches. Each record is `split` rows.
 
     Raises:
         InputError: the config does not hold together, or something cannot be read.
     """
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, config.mesh.slices)
     parts = config.accumulate * mesh.shape["data"] * mesh.shape["fsdp"]
-    if config.batch % parts:
-        raise InputError(f"batch: {config.batch} rows are not divided by data x fsdp x accumulate = {parts}")
+    if config.batch * split % parts:
+        raise InputError(f"batch: {config.batch * split} rows are not divided by data x fsdp x accumulate = {parts}")
     if not config.init:
         raise InputError("init: no checkpoint to begin with")
     checkpoint = open_checkpoint(config.init)
@@ -76,7 +76,8 @@ def set_up(config: RunConfig) -> Setup:
     )
     plan = plan_batches(source.index, recipe, config.batch, config.data.shapes, config.seed)
     steps = config.steps or max(1, round(config.epochs * plan.epoch_steps))
-    return Setup(mesh, checkpoint, model, words, source, recipe, plan, steps, local_rows(mesh, config.batch))
+    rows = [row // split for row in local_rows(mesh, config.batch * split)]
+    return Setup(mesh, checkpoint, model, words, source, recipe, plan, steps, rows)
 
 
 def restored(

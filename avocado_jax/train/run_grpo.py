@@ -37,7 +37,7 @@ def grpo(config: GrpoConfig, folder: str) -> int:
     Raises:
         InputError: the config does not hold together, or the folder holds a run of another one.
     """
-    setup = set_up(config)
+    setup = set_up(config, config.split)
     mesh, model, plan = setup.mesh, setup.model, setup.plan
     stops = stop_ids(setup.checkpoint.side_files, setup.words, model.text.vocab)
     with jax.set_mesh(mesh):
@@ -95,13 +95,25 @@ def _step(
 ) -> Callable:
     """One step as the loop takes it: every phase is dispatched, none waited for (a remote judge apart)."""
     phases, whole = Phases(), NamedSharding(setup.mesh, PartitionSpec())
-    everywhere = jax.jit(lambda tree: tree, out_shardings=whole)
+
+    def whole_groups(tree: Any) -> Any:
+        return jax.tree.map(lambda leaf: leaf.reshape(config.batch, config.group, *leaf.shape[2:]), tree)
 
     @jax.jit
     def judged(terms: dict[str, Array], weight: Array) -> tuple[Array, Array, dict[str, Array]]:
-        reward, told = rewards.combine(terms, weight)
-        same = jnp.sum(zero_variance(reward) * weight) / jnp.maximum(jnp.sum(weight), 1)
-        return reward, advantages(reward, config.objective), told | {"zero_variance": same}
+        """Rewards [clips, group], advantages by row, and metrics."""
+        weight = weight[:: config.split]
+        reward, told = rewards.combine(whole_groups(terms), weight)
+        clips = jnp.maximum(jnp.sum(weight), 1)
+        metrics = {
+            "reward": jnp.sum(jnp.mean(reward, axis=1) * weight) / clips,
+            "reward_std": jnp.sum(jnp.std(reward, axis=1) * weight) / clips,
+            "zero_variance": jnp.sum(zero_variance(reward) * weight) / clips,
+        }
+        advantage = advantages(reward, config.objective).reshape(-1, config.group // config.split)
+        return reward, advantage, metrics | {f"reward_{name}": value for name, value in told.items()}
+
+    everywhere = jax.jit(lambda rows, reward: (*whole_groups(rows), reward), out_shardings=whole)
 
     def step(state: State, batch: Batch) -> tuple[State, dict[str, Array], Callable[[], dict[str, Any]]]:
         phases.begin()
@@ -118,7 +130,7 @@ def _step(
         experience = Experience(clip, encoded, rollout, scored, advantage, batch.weight)
         state, metrics = program.update(state, experience)
         phases.end("update", metrics)
-        shown = everywhere((rollout.captions.targets, rollout.lengths, terms, reward, advantage))
+        shown = everywhere((rollout.captions.targets, rollout.lengths, terms, advantage), reward)
         ended = phases.step()
 
         def tell() -> dict[str, Any]:
@@ -139,8 +151,8 @@ def _lines(
     tokens: np.ndarray,
     lengths: np.ndarray,
     terms: dict,
+    advantage: np.ndarray,
     reward: np.ndarray,
-    advantage: Any,
 ) -> Iterator[str]:
     """A line of JSON for each caption of a step, in order."""
     for row, record in enumerate(setup.plan.step(step).records):
@@ -173,13 +185,14 @@ def _heldout(
     if not config.data.heldout:
         return lambda state, step: {}
     kept = heldout(config, setup)
-    greedy = replace(config, group=1, sampling=replace(config.sampling, temperature=0.0))
+    greedy = replace(config, group=config.split, sampling=replace(config.sampling, temperature=0.0))
     likeliest = grpo_program(greedy, setup.model, setup.mesh, setup.steps, stops).roll_out
 
     @jax.jit
     def sums(terms: dict[str, Array], rollout: Rollout, weight: Array) -> dict[str, tuple[Array, Array]]:
         reward, _ = rewards.combine(terms, weight)
-        measured = terms | {"reward": reward, "length": rollout.lengths.astype(jnp.float32)}
+        measured = {f"reward_{name}": value for name, value in terms.items()}
+        measured |= {"reward": reward, "length": rollout.lengths.astype(jnp.float32)}
         known = {name: jnp.isfinite(value) & (weight > 0)[:, None] for name, value in measured.items()}
         return {name: (jnp.sum(value, where=known[name]), jnp.sum(known[name])) for name, value in measured.items()}
 

@@ -281,6 +281,10 @@ def test_rollouts_are_those_of_seed_and_step():
     assert (np.asarray(other.captions.targets) != first.captions.targets).any()
     parts = Run(replace(CONFIG, accumulate=2))
     np.testing.assert_array_equal(parts.rollout(0)[1].captions.targets, first.captions.targets)
+    split = Run(replace(CONFIG, batch=B // 2, split=2))  # the same clips, two rows each
+    split.clip = jax.tree.map(lambda leaf: np.repeat(np.asarray(leaf)[: B // 2], 2, 0), run.clip)
+    spread = split.rollout(0)[1].captions.targets
+    np.testing.assert_array_equal(spread.reshape(B // 2, G, C), first.captions.targets[: B // 2])
     lengths, targets = np.asarray(first.lengths), np.asarray(first.captions.targets)
     for place in np.ndindex(B, G):
         stopped = targets[place][lengths[place] - 1] in STOPS
