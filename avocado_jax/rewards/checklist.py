@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from avocado_jax.rewards.text import Caption, Limits, Table, compact, read_texts
+from avocado_jax.rewards.text import EXCLUSIVE, Caption, Limits, Table, compact, hash_word, meaning, read_texts
 from avocado_jax.typing import Array, Bool, Float, Int
 
 DIMENSIONS = ("static", "dynamic", "auditory", "spatiotemporal", "crossmodal")  # paper, checklist reward
@@ -24,6 +24,7 @@ BLOCK, WINDOW = 10, 6  # words of a block, blocks of a window
 PAIRS = 0.6  # weight of a pair, of the mean of its words'
 APART = 2  # content words of a caption this far apart are a pair still
 LOW, HIGH = 0.35, 0.65  # covered share of a keypoint's weight at which it counts for nothing, and in full
+WRONG = 0.75  # what a keypoint loses none of whose colours, sides, numbers and the like are in the window
 PROSE = 0.1  # share of function words that a window of sentences has at least
 ORDER = 1.0  # what a keypoint loses that is told on the wrong side of all others
 KEYPOINT = Limits(characters=512, words=96, quotes=4, line=8)
@@ -36,6 +37,7 @@ class Keypoints(NamedTuple):
     Attributes:
         features: distinct hashes of all keypoints' features, sorted; the largest number behind them.
         index, weight: of each keypoint, its features' places in `features` and shares of its whole weight.
+        telling: of each keypoint, shares of its colours, sides, numbers and the like (EXCLUSIVE), none for the rest.
         dimension: number in DIMENSIONS, -1 where it is not known.
         place: block of the reference caption at which it has been stated; -1 where there is none.
         count: how many keypoints there are; -1 where that is not known.
@@ -44,6 +46,7 @@ class Keypoints(NamedTuple):
     features: Int[Array, "U"]
     index: Int[Array, "K F"]
     weight: Float[Array, "K F"]
+    telling: Float[Array, "K F"]
     dimension: Int[Array, "K"]
     place: Int[Array, "K"]
     count: Int[Array, ""]
@@ -54,8 +57,8 @@ class Verdict(NamedTuple):
 
     Attributes:
         score: how surely each keypoint is stated.
-        coverage: the share of its weight that the best window holds.
-        place: the block at which that window ends.
+        coverage: the share of its weight that a window holds at most.
+        place: the block at which the window ends where it is told best.
         ordered: of the other stated keypoints, the share that is told on the same side of it as in the reference.
     """
 
@@ -92,6 +95,8 @@ def keypoint_references(
     weight = np.zeros((n, size, features), np.float32)
     dimension = np.full((n, size), -1, np.int32)
     counts = np.array([-1 if own is None else min(len(own), size) for own in keypoints], np.int32)
+    telling = np.zeros_like(weight)
+    exclusive = np.isin(hashes, [hash_word(meaning(word)) for word in EXCLUSIVE.split()]) & (weights > 0)
     several, first = [], 0
     for clip, count in enumerate(np.maximum(counts, 0)):
         own = slice(first, first + count)
@@ -100,15 +105,16 @@ def keypoint_references(
         cut[clip] |= cut_points[own].any()
         index[clip, :count] = np.searchsorted(several[-1], hashes[own])
         weight[clip, :count] = weights[own] / np.maximum(weights[own].sum(-1, keepdims=True), 1e-9)
+        telling[clip, :count] = exclusive[own] / np.maximum(exclusive[own].sum(-1, keepdims=True), 1)
         dimension[clip, :count] = [_dimension(point) for point in (keypoints[clip] or ())[:count]]
     distinct = distinct or max(map(len, several), default=0)
     room = np.full((n, max(1, distinct)), 0xFFFFFFFF, np.uint32)
     for row, one, clip in zip(room, several, range(n)):
         row[: len(one)] = one[:distinct]
         cut[clip] |= len(one) > distinct
-    weight[index >= room.shape[1]] = 0
+    weight[index >= room.shape[1]] = telling[index >= room.shape[1]] = 0
     index = np.minimum(index, room.shape[1] - 1)
-    made = Keypoints(room, index, weight, dimension, np.full((n, size), -1, np.int32), counts)
+    made = Keypoints(room, index, weight, telling, dimension, np.full((n, size), -1, np.int32), counts)
     known = [clip for clip in range(n) if captions[clip] and counts[clip] > 0]
     for start in range(0, len(known), 64):
         clips = known[start : start + 64]
@@ -127,9 +133,10 @@ def _read_keypoints(table: Table, texts: Sequence[str], room: int) -> tuple[np.n
     """Of each text its features' hashes and weights, 0 behind them, and whether it was cut."""
     hashes, weights = np.zeros((len(texts), room), np.uint32), np.zeros((len(texts), room), np.float32)
     cut = np.zeros(len(texts), bool)
-    for first in range(0, len(texts), CHUNK):
-        part = list(texts[first : first + CHUNK])
-        read = read_texts(table, part + [""] * (CHUNK - len(part)), KEYPOINT)
+    chunk = min(CHUNK, max(32, 1 << (len(texts) - 1).bit_length()))
+    for first in range(0, len(texts), chunk):
+        part = list(texts[first : first + chunk])
+        read = read_texts(table, part + [""] * (chunk - len(part)), KEYPOINT)
         made, weight = jax.tree.map(np.asarray, _features(read)[:2])
         for row, (own, much) in enumerate(
             zip(made[: len(part), :2], weight[: len(part), :2]), first
@@ -166,9 +173,9 @@ def lexical(
     """How surely a caption states each keypoint, by its words.
 
     The share of a keypoint's weight that a window of six blocks of words holds, at the best window, goes from nothing
-    at `low` to all at `high`. Windows with hardly a function word are lists, not sentences, and count for less.
-    Negated words are words of their own. Where the reference caption states a keypoint too, it loses up to `order`
-    for being told on the wrong side of the others.
+    at `low` to all at `high`. A window without the keypoint's colours, sides or numbers counts for less, and so does
+    one with hardly a function word: a list, not sentences. Negated words are words of their own. Where the reference
+    caption states a keypoint too, it loses up to `order` for being told on the wrong side of the others.
     """
     hashes, weights, word = features(caption)
     size = len(caption.stems)
@@ -182,13 +189,17 @@ def lexical(
     all_words = _by_block(real, blocks)
     held, function, all_words = _window(jnp.logical_or, held), _window(jnp.add, function), _window(jnp.add, all_words)
     prose = jnp.clip(function / jnp.maximum(PROSE * all_words, 1e-9), 0, 1)
-    count = len(keypoints.index)
-    share = (
-        jnp.zeros((distinct, count), jnp.float32).at[keypoints.index, jnp.arange(count)[:, None]].add(keypoints.weight)
+    each = jnp.arange(len(keypoints.index))[:, None]
+    shares = jnp.zeros((2, distinct, len(keypoints.index)), jnp.float32)
+    shares = (
+        shares.at[0, keypoints.index, each].add(keypoints.weight).at[1, keypoints.index, each].add(keypoints.telling)
     )
-    covered = jnp.matmul(held.astype(jnp.float32), share, precision="highest") * prose[:, None]
-    coverage, place = jnp.max(covered, axis=0), jnp.argmax(covered > jnp.max(covered, axis=0) - 1e-6, axis=0)
-    score = jnp.clip((coverage - low) / (high - low), 0, 1)
+    covered, told = jnp.matmul(held.astype(jnp.float32), shares, precision="highest")
+    wrong = jnp.sum(keypoints.telling, axis=-1) - told
+    answers = jnp.clip((covered * prose[:, None] - low) / (high - low), 0, 1) * (1 - WRONG * wrong)
+    score = jnp.max(answers, axis=0)
+    place = jnp.argmax(answers + covered > jnp.max(answers + covered, axis=0) - 1e-6, axis=0)
+    coverage = jnp.max(covered * prose[:, None], axis=0)
     ordered = _in_order(place, score, keypoints.place)
     return Verdict(score * (1 - order * (1 - ordered)), coverage, place, ordered)
 
