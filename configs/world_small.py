@@ -1,4 +1,6 @@
-"""The AVWorld captioner from nothing, last of three: more clips, some silent. See configs/world_drills.py for the way.
+"""The AVWorld captioner from nothing, last of three: more clips, some silent.
+
+  avocado sft configs/world_small.py --workdir runs/world_small --data.workers 15    # after those in world_drills.py
 
 Expected: the loss falls to 0.051; 6 minutes on one H100. `convert to-hf` of it is avocado_jax/assets/captioner; what
 it can do stands in the README, "Measured".
