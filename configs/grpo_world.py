@@ -1,6 +1,6 @@
 """GRPO of the AVWorld captioner, on a laptop: the machinery of the paper's second stage, with rewards that are exact.
 
-  avocado grpo configs/grpo_world.py --workdir runs/grpo_world --init runs/world_small
+  avocado grpo configs/grpo_world.py --workdir runs/grpo_world
 
 References have 65 tokens (median): R_L falls from 1.5 to 3 times that, and captions may be a little longer still.
 
@@ -10,7 +10,7 @@ Expected: it needs the captioner of configs/world_small.py first; see the README
 from avocado_jax.config import DataConfig, GrpoConfig, ObjectiveConfig, OptimConfig, RewardConfig, SamplingConfig
 
 config = GrpoConfig(
-    init="runs/world_small",
+    init="avocado_jax/assets/captioner",
     steps=200,
     batch=8,
     group=8,
@@ -20,7 +20,7 @@ config = GrpoConfig(
     reference_dtype="float32",
     remat="none",
     data=DataConfig(
-        train="world:0:train:3:1600:plain", heldout="world:0:test:1:64:plain", caption_tokens=128, shapes=4
+        train="world:0:train:7:1600:plain", heldout="world:0:test:1:64:plain", caption_tokens=128, shapes=1
     ),
     sampling=SamplingConfig(tokens=224, temperature=1.0),
     rewards=RewardConfig(low=98, high=195, keypoints=16, lines=4),

@@ -22,7 +22,18 @@ from avocado_jax.planning.program import Program
 # measured ceiling, recomputed ones counted (48% model FLOPs under full remat); no TPU was at hand to measure.
 ATTAINED = 0.65
 UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
-_REFUSED = re.compile(r"Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm")
+_SIZE = r"([\d.]+)([KMGT]?)"
+# What the TPU compiler says of a program that does not fit: of all of it, or of its temporaries alone.
+_REFUSED = re.compile(rf"Used {_SIZE} of {_SIZE} hbm|HLO temporaries \({_SIZE}\) exceeds available HBM \({_SIZE}\)")
+
+
+def memory_refused(message: str, held: int) -> tuple[int, int] | None:
+    """Bytes that a program needs and may have, if `message` refuses it for that; `held`: of its arguments."""
+    if (found := _REFUSED.search(message)) is None:
+        return None
+    parts = [part for part in found.groups() if part is not None]
+    total, limit = (round(float(size) * UNITS[unit]) for size, unit in (parts[:2], parts[2:]))
+    return total + held * message[found.start() :].startswith("HLO temporaries"), limit
 
 
 class Times(NamedTuple):
@@ -52,10 +63,9 @@ def report(config: SftConfig, program: Program) -> dict[str, Any]:
     try:
         compiled, text = _compiled(lowered, device.platform)
     except jax.errors.JaxRuntimeError as error:
-        if (refused := _REFUSED.search(str(error))) is None:
+        if (refused := memory_refused(str(error), held)) is None:
             raise
-        total, limit = (round(float(size) * UNITS[unit]) for size, unit in (refused.group(1, 2), refused.group(3, 4)))
-        fits = False
+        (total, limit), fits = refused, False
     else:
         stats = compiled.memory_analysis()
         total = stats.argument_size_in_bytes + stats.output_size_in_bytes - stats.alias_size_in_bytes
