@@ -102,8 +102,8 @@ def of_slice(*args):
 
 def test_both_ways_of_refusing_a_program_are_read():
     gib = 2**30
-    whole = "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Used 18.50G of 15.75G hbm."
-    parts = "Ran out of memory on HBM, the total memory required for HLO temporaries (28.27G) exceeds available HBM (15.75G)."
+    whole = "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 18.50G of 15.75G hbm."
+    parts = "the total memory required for HLO temporaries (28.27G) exceeds available HBM (15.75G)."
     assert report.memory_refused(whole, gib) == (18.5 * gib, 15.75 * gib)
     assert report.memory_refused(parts, gib) == (round(28.27 * gib) + gib, 15.75 * gib)
     assert report.memory_refused("INTERNAL: something else", gib) is None
