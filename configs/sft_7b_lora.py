@@ -3,7 +3,7 @@
   avocado sft configs/sft_7b_lora.py --workdir RUN --init CHECKPOINT --data.train SHARDS
   avocado convert to-hf RUN OUT          # the adapters are merged
 
-Expected: what `avocado plan configs/sft_7b_lora.py --topology v5e:4x4` says; not run on real weights yet.
+Expected: what `avocado plan configs/sft_7b_lora.py --topology v6e:4x4` says; not run on real weights yet.
 """
 
 from avocado_jax.config import DataConfig, OptimConfig, SftConfig
