@@ -13,9 +13,11 @@ COMMANDS = {
     "caption": "describe video clips in words",
     "prepare": "turn a manifest of videos into shards to train from",
     "sft": "fine-tune a captioner on captions",
+    "grpo": "train a captioner on rewards of its own captions",
     "convert": "take a checkpoint from Hugging Face format to Orbax, or back",
     "plan": "say what a training step takes of its devices, without having them",
     "world": "make clips of a synthetic world with known truth, or check captions against it",
+    "score": "score captions with the rewards that train captioners",
     "evaluate": "measure what a checkpoint can do",
     "bench": "measure the hot paths against the ceilings of this machine",
 }

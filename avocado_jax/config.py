@@ -80,8 +80,50 @@ class NominalConfig:
 
 
 @dataclass(frozen=True)
-class SftConfig:
-    """Supervised fine-tuning on captions (paper, 4.1)."""
+class SamplingConfig:
+    """How captions are sampled from the policy."""
+
+    tokens: int = 4096  # of a caption at most, the stop included
+    temperature: float = 1.0
+    top_k: int = 0  # 0: all
+    top_p: float = 1.0
+
+
+@dataclass(frozen=True)
+class ObjectiveConfig:
+    """What GRPO maximises (train/objective.py has the formulas)."""
+
+    advantage: str = "std"  # of a reward within its group: "std": (r - mean) / std; "mean": r - mean
+    std_floor: float = 1e-3  # under which a group's std is not taken
+    ratio: str = "token"  # of policies: "token", or "sequence" (GSPO)
+    clip_low: float = 0.2  # ratios under 1 - clip_low win nothing more
+    clip_high: float = 0.2  # nor do those over 1 + clip_high
+    kl: str = "k3"  # estimate of the distance to the reference: "k1", "k2", "k3"
+    beta: float = 0.04  # what it counts; 0: there is no reference
+    aggregate: str = "sequence"  # of tokens: "sequence" (GRPO), "token" (DAPO), "constant" (Dr. GRPO)
+    importance_cap: float = 0.0  # of the trainer's over the sampler's probability; 0: not corrected
+    mask_overlong: bool = False  # captions that reached the limit without a stop count for nothing
+
+
+@dataclass(frozen=True)
+class RewardConfig:
+    """What a caption is rewarded for (rewards/README.md): a weighted sum; a weight of 0 leaves a term out of it."""
+
+    checklist: float = 1.0  # R_C: keypoints of the reference that it states
+    dialogue: float = 1.0  # R_D: lines and speakers
+    length: float = 1.0  # R_L: ending in time
+    repetition: float = 0.0  # -1 where it collapses into repetition
+    normalize: bool = False  # each term over its deviation in the group before it is weighted (GDPO)
+    gate: bool = False  # a caption that collapses has no credit for dialogue
+    low: int = 2048  # tokens from which R_L falls from 1
+    high: int = 4096  # to 0
+    keypoints: int = 64  # of a reference that are looked for, at most
+    lines: int = 32  # of dialogue that are compared, at most
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """What every training run is told."""
 
     init: str = ""  # a checkpoint: Hugging Face folder or run
     seed: int = 0
@@ -103,13 +145,38 @@ class SftConfig:
     keep: int = free(2)  # newest checkpoints; the best by held-out loss is kept beside them
     eval_every: int = 500  # steps; it adds to metrics.jsonl, so it is part of what the run is
     eval_rows: int = 128  # held-out clips at most
-    samples: int = 4  # captions of held-out clips that are written at each evaluation
-    sample_tokens: int = 256  # of each at most
     max_skipped: int = 20  # steps in a row whose gradient is not finite, after which the run stops
     profile: tuple[int, ...] = free(())  # steps (first, last) traced by jax.profiler into RUN/profile
     tensorboard: bool = free(True)
     nominal: NominalConfig = NominalConfig()
     wandb: str = free("")  # a project's name; needs `pip install 'avocado-jax[wandb]'`
+
+
+@dataclass(frozen=True)
+class SftConfig(RunConfig):
+    """Supervised fine-tuning on captions (paper, 4.1)."""
+
+    samples: int = 4  # captions of held-out clips that are written at each evaluation
+    sample_tokens: int = 256  # of each at most
+
+
+@dataclass(frozen=True)
+class GrpoConfig(RunConfig):
+    """Group-relative policy optimisation on rewards (paper, 4.2)."""
+
+    epochs: float = 1.0
+    batch: int = 8  # clips a step, over all devices
+    group: int = 8  # captions sampled of each
+    split: int = free(1)  # rows that the captions of a clip are spread over, where there are more devices than clips
+    sampling: SamplingConfig = SamplingConfig()
+    rewards: RewardConfig = RewardConfig()
+    objective: ObjectiveConfig = ObjectiveConfig()
+    passes: int = 1  # over each rollout
+    minibatches: int = 1  # of a pass, an update each
+    reference_dtype: str = "bfloat16"  # of the first policy's parameters, which are kept beside the trained ones
+    optim: OptimConfig = OptimConfig(lr=1e-5)
+    checkpoint_every: int = free(50)  # steps
+    eval_every: int = 50
 
 
 def load(path: str, overrides: Sequence[str] = ()) -> Any:

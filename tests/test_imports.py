@@ -16,7 +16,7 @@ ALLOWED = {
     "rewards": set(),
     "data": {"models.config"},
     "world": {"models.config"},
-    "bench": {"models", "sampling", "data", "parallel", "train"},
+    "bench": {"models", "rewards", "sampling", "data", "parallel", "train"},
     "train": {"sampling", "rewards", "checkpoint", "data", "world", "models", "parallel"},
     "eval": {"sampling", "rewards", "checkpoint", "data", "world", "models", "parallel"},
     "planning": {"train", "checkpoint", "data", "models", "parallel"},
@@ -108,10 +108,10 @@ def test_bench_runs_without_the_input_side():
 import sys
 sys.modules.update(dict.fromkeys({blocked!r}))
 from avocado_jax.__main__ import main
-for what in ("prefill", "decode", "sft"):
-    status = main(["bench", what, "--size", "tiny", "--clip-tokens", "1024", "--caption-tokens", "4", "--json"])
-    assert status == 0
+for what, length in (("prefill", "4"), ("decode", "4"), ("sft", "4"), ("grpo", "4"), ("rewards", "100")):
+    shape = ["--group", "2", "--captions", "2", "--clip-tokens", "1024", "--caption-tokens", length]
+    assert main(["bench", what, "--size", "tiny", *shape, "--json"]) == 0
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count('"step_ms"') == 3
+    assert done.stdout.count('"step_ms"') == 5

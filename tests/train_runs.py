@@ -1,4 +1,4 @@
-"""Small runs of the sft command in processes of their own, as a user starts them."""
+"""Small runs of the commands sft and grpo in processes of their own, as a user starts them."""
 
 import json
 import os
@@ -31,14 +31,40 @@ config = SftConfig(
 )
 """
 
+GRPO = """
+from avocado_jax.config import DataConfig, GrpoConfig, OptimConfig, RewardConfig, SamplingConfig
+
+config = GrpoConfig(
+    init={init!r},
+    steps=5,
+    batch=4,
+    group=4,
+    passes=2,
+    dtype="float32",
+    frozen_dtype="float32",
+    reference_dtype="float32",
+    remat="none",
+    data=DataConfig(
+        train="world:0:train:0:20:plain", heldout="world:0:test:0:4:plain", caption_tokens=48, shapes=1, threads=1
+    ),
+    sampling=SamplingConfig(tokens=24),
+    rewards=RewardConfig(low=8, high=24, keypoints=16, lines=4),
+    optim=OptimConfig(lr=3e-3),
+    checkpoint_every=2,
+    eval_every=3,
+    eval_rows=4,
+)
+"""
+
 
 class Runs:
     """Starts runs of one config; `cache` keeps what XLA compiled, so that starts after the first are quick."""
 
-    def __init__(self, folder: Path, init: Path):
+    def __init__(self, folder: Path, init: Path, command: str = "sft", config: str = CONFIG):
+        self.command = command
         self.folder, self.logs, self.cache = folder, folder, folder / "compiled"
         self.config = folder / "small.py"
-        self.config.write_text(CONFIG.format(init=str(init)))
+        self.config.write_text(config.format(init=str(init)))
 
     def start(self, name, *fields, devices=2, processes=1, cached=True):
         """One process, or a list of several that know each other; output goes to files."""
@@ -46,7 +72,15 @@ class Runs:
         env = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
         if cached:
             env |= {"JAX_COMPILATION_CACHE_DIR": str(self.cache), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
-        command = [sys.executable, "-m", "avocado_jax", "sft", str(self.config), "--workdir", f"{self.folder}/{name}"]
+        command = [
+            sys.executable,
+            "-m",
+            "avocado_jax",
+            self.command,
+            str(self.config),
+            "--workdir",
+            f"{self.folder}/{name}",
+        ]
         if processes > 1:
             with socket.socket() as held:
                 held.bind(("127.0.0.1", 0))

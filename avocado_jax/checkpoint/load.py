@@ -92,13 +92,14 @@ def load_params(checkpoint: Checkpoint, dtype: str) -> dict[str, Any]:
     return params
 
 
-def load_sharded(checkpoint: Checkpoint, like: Mapping[str, Any]) -> dict[str, Any]:
+def load_sharded(checkpoint: Checkpoint, like: Mapping[str, Any], whole: bool = True) -> dict[str, Any]:
     """Stacked parameters, born where they live: each process reads the parts that its devices hold, once.
 
     Host memory holds one leaf's local part, and a few layers on their way into it.
 
     Args:
         like: the tree of ShapeDtypeStructs with shardings and the dtypes that are wanted.
+        whole: see that the checkpoint holds nothing else.
 
     Returns:
         The same tree of arrays, without adapters (`lora_a`, `lora_b`): a checkpoint is read with them merged.
@@ -110,7 +111,7 @@ def load_sharded(checkpoint: Checkpoint, like: Mapping[str, Any]) -> dict[str, A
     for entry in checkpoint.entries.values():
         stacks.setdefault(entry.path, []).append(entry)
     wanted = {path: leaf for path, leaf in flatten_dict(like).items() if not path[-1].startswith("lora_")}
-    if differ := sorted(stacks.keys() ^ wanted.keys()):
+    if differ := sorted(stacks.keys() ^ wanted.keys() if whole else wanted.keys() - stacks.keys()):
         raise InputError(f"{checkpoint.folder}: of another model, which differs in {'/'.join(differ[0])}")
     leaves = progress(list(wanted.items()), "loading parameters")
     return unflatten_dict({path: _leaf(checkpoint, stacks[path], leaf) for path, leaf in leaves})

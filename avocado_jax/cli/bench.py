@@ -3,6 +3,8 @@
   avocado bench prefill --size 7b --clip-tokens 16178
   avocado bench decode --size 7b --group 8 --clip-tokens 16384 --caption-tokens 128
   avocado bench sft --size 3b --group 1 --clip-tokens 8192 --caption-tokens 768
+  avocado bench grpo --size 3b --group 8 --clip-tokens 16384 --caption-tokens 640    # --train lora: adapters only
+  avocado bench rewards --captions 64 --caption-tokens 1000    # against 12 lines and 40 keypoints each
 
 `tflops` and `bytes_per_second` count the work that the shapes imply; `ceiling_*` are a large matrix product and
 a large copy, measured in the same run. Needs jax, flax, optax and numpy only; `input` needs the data side too.
@@ -12,10 +14,13 @@ a large copy, measured in the same run. Needs jax, flax, optax and numpy only; `
 
 import argparse
 import json
+import os
 
 import jax
 
+from avocado_jax.bench.grpo import bench_grpo
 from avocado_jax.bench.model import bench_decode, bench_prefill
+from avocado_jax.bench.rewards import bench_rewards
 from avocado_jax.bench.sft import bench_sft
 from avocado_jax.errors import InputError
 from avocado_jax.models.config import REMAT, SIZES
@@ -23,12 +28,15 @@ from avocado_jax.models.config import REMAT, SIZES
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command."""
-    parser.add_argument("what", choices=("prefill", "decode", "sft", "input"))
+    parser.add_argument("what", choices=("prefill", "decode", "sft", "grpo", "rewards", "input"))
     parser.add_argument("--size", choices=tuple(SIZES), default="tiny", help="default: %(default)s")
     parser.add_argument("--group", type=int, default=8, metavar="G", help="captions of the clip (default: %(default)s)")
     parser.add_argument("--clip-tokens", type=int, default=16178, metavar="N", help="default: %(default)s, 30 s")
     parser.add_argument("--caption-tokens", type=int, default=128, metavar="C", help="default: %(default)s")
-    parser.add_argument("--remat", choices=REMAT, default="full", help="of `sft` (default: %(default)s)")
+    parser.add_argument("--remat", choices=REMAT, default="full", help="of `sft`, `grpo` (default: %(default)s)")
+    parser.add_argument("--train", choices=("captioner", "lora"), default="captioner", help="of `grpo`")
+    parser.add_argument("--clips", type=int, default=1, metavar="B", help="of `grpo`, a device (default: %(default)s)")
+    parser.add_argument("--captions", type=int, default=64, metavar="N", help="of `rewards` (default: %(default)s)")
     parser.add_argument("--data", metavar="SHARDS", help="what `input` reads")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: bfloat16, float32 on a CPU")
     parser.add_argument("--json", action="store_true", help="one JSON object")
@@ -36,8 +44,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Measure one path."""
-    if min(args.group, args.caption_tokens) < 1 or args.clip_tokens < 1024:
-        raise InputError("--group and --caption-tokens start at 1, --clip-tokens at 1024")
+    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.94")  # the default keeps a quarter of a GPU unused
+    if min(args.group, args.caption_tokens, args.clips) < 1 or args.clip_tokens < 1024:
+        raise InputError("--group, --caption-tokens and --clips start at 1, --clip-tokens at 1024")
     dtype = args.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
     if args.what == "input":
         from avocado_jax.bench.input import bench_input  # the other paths must run without what this one needs
@@ -46,8 +55,16 @@ def run(args: argparse.Namespace) -> int:
         if not args.data:
             raise InputError("input: --data is missing")
         result = bench_input(args.data, args.size, Reading())
+    elif args.what == "rewards":
+        if args.captions < args.group or args.caption_tokens < 100:
+            raise InputError("rewards: --captions is at least --group, --caption-tokens at least 100")
+        result = bench_rewards(args.captions, args.group, args.caption_tokens)
     elif args.what == "sft":
         result = bench_sft(args.size, args.group, args.clip_tokens, args.caption_tokens, dtype, args.remat)
+    elif args.what == "grpo":
+        result = bench_grpo(
+            args.size, args.group, args.clip_tokens, args.caption_tokens, dtype, args.remat, args.train, args.clips
+        )
     elif args.what == "prefill":
         result = bench_prefill(args.size, args.clip_tokens, dtype)
     else:

@@ -63,6 +63,7 @@ class Batch(NamedTuple):
     cut: Int[Array, "B"]  # captions of each row that were longer than the bucket
     padded: float  # part of the whole job's FLOPs at this step that is spent on padding
     lost: tuple[Lost, ...]
+    references: Any = None  # of GRPO: what rewards compare with, as arrays of [B, ...]
 
 
 @dataclass(frozen=True)
@@ -116,14 +117,14 @@ def batches(
     recipe: Recipe,
     first: int,
     stop: int,
-    rows: range,
+    rows: Sequence[int],
     workers: int = 0,
     threads: int = 2,
 ) -> Iterator[Batch]:
     """This host's part of steps `first` to `stop` (not included), in order.
 
     Args:
-        rows: this host's rows of the global batch: `place.local_rows`, or `host_rows`.
+        rows: this host's rows of the global batch: `place.local_rows`, or `host_rows`; one may come several times.
         workers: processes that read and decode; 0 for none but this one.
         threads: rows being made at once in each process.
 
@@ -197,7 +198,7 @@ def _joined(parts: list[Any]) -> Any:
 class _MakeRow:
     """The row at a place of this host's stream: place // rows is the step. Runs in the workers."""
 
-    def __init__(self, source: Source, plan: Plan, recipe: Recipe, rows: range) -> None:
+    def __init__(self, source: Source, plan: Plan, recipe: Recipe, rows: Sequence[int]) -> None:
         self.source, self.plan, self.recipe, self.rows = source, plan, recipe, rows
 
     def __call__(self, place: int) -> _Row:

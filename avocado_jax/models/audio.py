@@ -41,12 +41,23 @@ class AudioTower(nn.Module):
 
     config: ThinkerConfig
 
-    @nn.compact
+    def setup(self) -> None:
+        self.proj = nn.Dense(self.config.audio.out, **self.config.dtypes)
+
     def __call__(self, mel: Float[Array, "N 200 M"], length: Int[Array, "N"]) -> Float[Array, "N U D"]:
         """Encode N chunks. `length` counts the valid frames of each; frames past it must be zero.
 
         Returns 50 tokens a chunk, of which ((length - 1) // 2 + 1) // 2 mean something.
         """
+        return self.adapt(self.encode(mel, length))
+
+    def adapt(self, features: Float[Array, "N U Y"]) -> Float[Array, "N U D"]:
+        """Features to tokens: the adapter, which is trained where the encoder is frozen."""
+        return self.proj(features)
+
+    @nn.compact
+    def encode(self, mel: Float[Array, "N 200 M"], length: Int[Array, "N"]) -> Float[Array, "N U Y"]:
+        """Features of 50 positions a chunk, before the adapter."""
         audio, dtypes = self.config.audio, self.config.dtypes
         dtype = dtypes["dtype"]
         conv = dict(kernel_size=(3,), padding=1, **dtypes)
@@ -60,8 +71,7 @@ class AudioTower(nn.Module):
         run = stack_of(AudioLayer, sizes, audio.layers, self.config)
         x, _ = run(x, None, valid)
         x = (x[:, 0::2] + x[:, 1::2]) / 2
-        x = nn.LayerNorm(1e-5, use_fast_variance=False, **dtypes, name="norm")(x)
-        return nn.Dense(audio.out, **dtypes, name="proj")(x)
+        return nn.LayerNorm(1e-5, use_fast_variance=False, **dtypes, name="norm")(x)
 
 
 def layer_norm(module: AudioLayer, name: str) -> nn.LayerNorm:

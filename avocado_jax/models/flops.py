@@ -23,7 +23,7 @@ class RowFlops(NamedTuple):
         return sum(self) - self.tower_attention
 
 
-def row_flops(config: ThinkerConfig, shape: tuple[int, int, int, int], group: int, caption: int) -> RowFlops:
+def row_flops(config: ThinkerConfig, shape: tuple[int, int, int, int], group: int, caption: float) -> RowFlops:
     """The forward pass of a row.
 
     Args:
@@ -62,7 +62,7 @@ def train_flops(
     config: ThinkerConfig,
     shape: tuple[int, int, int, int],
     group: int,
-    caption: int,
+    caption: float,
     trained: str = "captioner",
     recomputed: bool = False,
 ) -> float:
@@ -90,6 +90,26 @@ def train_flops(
         products = row.layers + (row.towers - row.tower_attention if trained == "all" else 0)
         flops += attention + (0 if config.remat == "dots" else products)
     return flops
+
+
+def grpo_flops(
+    config: ThinkerConfig,
+    shape: tuple[int, int, int, int],
+    group: int,
+    caption: float,
+    trained: str = "captioner",
+    updates: int = 1,
+    reference: bool = True,
+) -> float:
+    """Operations of a step of GRPO on one row: rollout, scores of policy and reference, and `updates` of all of it.
+
+    The arguments are as in `train_flops`, with `caption` the mean length. Frozen encoders run once.
+    """
+    row = row_flops(config, shape, group, caption)
+    encoders = 0 if trained == "all" else row.towers + row.entry
+    passes = 1 + (updates > 1) + reference
+    each = train_flops(config, shape, group, caption, trained) - encoders
+    return encoders + passes * (row.total - encoders) + updates * each
 
 
 def vision_flops(config: ThinkerConfig, patches: int, slots: int) -> int:

@@ -1,6 +1,6 @@
 """The thinker: towers, the clip's tokens, its captions. Logits exist at caption positions only."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -14,10 +14,18 @@ from avocado_jax.models.vision import VisionTower
 from avocado_jax.typing import Array, Captions, Clip, Float, Int
 
 
+class Encoded(NamedTuple):
+    """A clip as the encoders see it, before the adapters. It takes the place of encoding it again (`prefill`)."""
+
+    seen: Float[Array, "B T S Y"]  # slots of each temporal patch
+    heard: Float[Array, "B A U Y"] | None  # None without sound
+
+
 class Thinker(nn.Module):
     """Qwen2.5-Omni's thinker for rows of one clip and its G captions (README, "A row").
 
-    Methods are called as `model.apply({"params": params}, ..., method="prefill")`.
+    Methods are called as `model.apply({"params": params}, ..., method="prefill")`. Given `encoded`, the encoders do not
+    run and their parameters may be missing.
     """
 
     config: ThinkerConfig
@@ -31,29 +39,36 @@ class Thinker(nn.Module):
         self.embedding = self.param("embedding", *table)
         self.head = self.embedding if text.tied else self.param("head", *table)
 
-    def __call__(self, clip: Clip, captions: Captions) -> Float[Array, "B G C D"]:
+    def __call__(self, clip: Clip, captions: Captions, encoded: Encoded | None = None) -> Float[Array, "B G C D"]:
         """Normed hidden states at the captions' inputs, [B G C D]: `logits` of them predict the targets."""
-        return self.continue_captions(self.prefill(clip), clip, captions.inputs)
+        return self.continue_captions(self.prefill(clip, encoded), clip, captions.inputs)
 
-    def embed(self, clip: Clip) -> Float[Array, "B P D"]:
-        """The clip's tokens with picture and sound in their places, [B P D]."""
+    def encode(self, clip: Clip) -> Encoded:
+        """What the encoders make of the clip: the part of the model that is frozen in both of the paper's stages."""
         rows, patches = clip.tokens.shape[0], clip.patches.shape[1]
         per_frame = (
             jnp.repeat(part[:, None], patches, axis=1).reshape(rows * patches, *part.shape[1:])
             for part in (clip.patch_grid, clip.patch_valid)
         )
-        seen = self.vision(clip.patches.reshape(rows * patches, *clip.patches.shape[2:]), *per_frame)
-        media = seen.reshape(rows, -1, seen.shape[-1])
+        seen = self.vision.encode(clip.patches.reshape(rows * patches, *clip.patches.shape[2:]), *per_frame)
+        heard = None
         if clip.mel.shape[1]:  # a batch without any sound has no chunk to encode
             chunks = clip.mel.reshape(-1, *clip.mel.shape[2:])
-            heard = self.audio(chunks, clip.mel_length.reshape(-1))
-            media = jnp.concatenate([media, heard.reshape(rows, -1, heard.shape[-1])], axis=1)
+            heard = self.audio.encode(chunks, clip.mel_length.reshape(-1))
+        return jax.tree.map(lambda part: part.reshape(rows, -1, *part.shape[1:]), Encoded(seen, heard))
+
+    def embed(self, clip: Clip, encoded: Encoded | None = None) -> Float[Array, "B P D"]:
+        """The clip's tokens with picture and sound in their places, [B P D]."""
+        encoded, rows = encoded or self.encode(clip), clip.tokens.shape[0]
+        towers = [(self.vision, encoded.seen)] + [(self.audio, encoded.heard)] * (encoded.heard is not None)
+        adapted = [tower.adapt(part.reshape(-1, *part.shape[2:])) for tower, part in towers]
+        media = jnp.concatenate([part.reshape(rows, -1, part.shape[-1]) for part in adapted], axis=1)
         placed = jnp.take_along_axis(media, jnp.maximum(clip.media, 0)[..., None], axis=1)
         return jnp.where((clip.media >= 0)[..., None], placed, self._words(clip.tokens))
 
-    def prefill(self, clip: Clip) -> ClipCache:
+    def prefill(self, clip: Clip, encoded: Encoded | None = None) -> ClipCache:
         """Read the clip once: every layer's keys and values, for any number of captions."""
-        x, positions = self.embed(clip)[:, None], clip.positions[:, None]
+        x, positions = self.embed(clip, encoded)[:, None], clip.positions[:, None]
         _, kv = self.text(x, positions)
         kv = jax.tree.map(lambda part: part.squeeze(-4), kv)  # the clip is a group of one
         return ClipCache(kv, jnp.arange(clip.tokens.shape[1]) < clip.length[:, None])

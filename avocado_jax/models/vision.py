@@ -62,7 +62,10 @@ class VisionTower(nn.Module):
 
     config: ThinkerConfig
 
-    @nn.compact
+    def setup(self) -> None:
+        vision = self.config.vision
+        self.merger = Merger(vision.merge**2, vision.out, **self.config.dtypes)
+
     def __call__(
         self,
         patches: Shaped[Array, "N W U X"],
@@ -73,6 +76,20 @@ class VisionTower(nn.Module):
 
         Returns W * U / 4 tokens a temporal patch, in slot order; those of padding slots mean nothing.
         """
+        return self.adapt(self.encode(patches, grid, valid))
+
+    def adapt(self, features: Float[Array, "N S Y"]) -> Float[Array, "N Z D"]:
+        """Features of slots to tokens: the adapter, which is trained where the encoder is frozen."""
+        return self.merger(features)
+
+    @nn.compact
+    def encode(
+        self,
+        patches: Shaped[Array, "N W U X"],
+        grid: Int[Array, "N W U 2"],
+        valid: Bool[Array, "N W U"],
+    ) -> Float[Array, "N S Y"]:
+        """Features of all slots, before the adapter."""
         vision, dtypes = self.config.vision, self.config.dtypes
         # Pixels travel as bytes and are normalised here: a quarter of the traffic to the device.
         mean, std = (
@@ -88,8 +105,7 @@ class VisionTower(nn.Module):
         full = np.isin(np.arange(vision.layers), vision.full_layers)
         run = stack_of(VisionLayer, sizes, vision.layers, self.config)
         x, _ = run(x, full if self.config.scan else full.tolist(), rope, valid)
-
-        return Merger(vision.merge**2, vision.out, **dtypes, name="merger")(x.reshape(x.shape[0], -1, x.shape[-1]))
+        return x.reshape(x.shape[0], -1, x.shape[-1])
 
 
 class Merger(nn.Module):

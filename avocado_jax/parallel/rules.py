@@ -53,12 +53,13 @@ def spec_of(path: str) -> PartitionSpec:
     return PartitionSpec(None, *found[0]) if "/layers/" in path else found[0]
 
 
-def shardings(tree: Any, mesh: Mesh) -> Any:
-    """A NamedSharding for every leaf of a tree of parameters (or of their shapes)."""
+def shardings(tree: Any, mesh: Mesh, over: tuple[str, ...] = ("fsdp", "tensor")) -> Any:
+    """A NamedSharding for every leaf of a tree of parameters (or of their shapes), divided over these axes only."""
 
     def of(keys: tuple, leaf: Any) -> NamedSharding:
         spec = spec_of(path_of(keys))
         spec = [*spec, *[None] * (len(leaf.shape) - len(spec))]
+        spec = [axis if axis in over else None for axis in spec]
         parts = [axis if axis and size % mesh.shape[axis] == 0 else None for axis, size in zip(spec, leaf.shape)]
         return NamedSharding(mesh, PartitionSpec(*parts))
 

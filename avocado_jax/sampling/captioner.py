@@ -155,7 +155,7 @@ def _samples(
         if len(numbers) % ways == 0:
             clip = jax.lax.with_sharding_constraint(clip, rows_sharding(mesh))
     options = dict(config=config, sampling=sampling, stops=stops, length=length)
-    samples = generate(params, clip, caption_keys(seed, numbers, group), banned, **options)
+    samples = generate(params, clip, caption_keys(jax.random.key(seed), numbers, group), banned, **options)
     return jax.lax.with_sharding_constraint(samples, NamedSharding(mesh, PartitionSpec())) if mesh else samples
 
 

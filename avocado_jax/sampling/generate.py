@@ -8,7 +8,8 @@ import jax.numpy as jnp
 
 from avocado_jax.models.cache import caption_cache
 from avocado_jax.models.config import ThinkerConfig
-from avocado_jax.models.thinker import Thinker
+from avocado_jax.models.thinker import Encoded, Thinker
+from avocado_jax.parallel.parts import by_parts
 from avocado_jax.sampling.logits import Sampling, draw
 from avocado_jax.typing import Array, Bool, Clip, Float, Int
 
@@ -29,27 +30,28 @@ class _Loop(NamedTuple):
     so_far: Any
 
 
-def caption_keys(seed: int | Array, clips: Int[Array, "B"], captions: int) -> jax.Array:
-    """A random key for each caption, [B G], from the seed, its clip's number and its own.
+def caption_keys(key: jax.Array, clips: Int[Array, "B"], captions: int) -> jax.Array:
+    """A random key for each caption, [B G], from one key, its clip's number and its own.
 
     What a caption draws does not depend on which clips share its batch.
     """
-    key = jax.random.key(seed)
     of_clip = jax.vmap(lambda clip: jax.random.fold_in(key, clip))(jnp.asarray(clips))
     return jax.vmap(lambda key: jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(captions)))(of_clip)
 
 
-@partial(jax.jit, static_argnames=("config", "sampling", "stops", "length"))
+@partial(jax.jit, static_argnames=("config", "sampling", "stops", "length", "parts"))
 def generate(
     params: Any,
     clip: Clip,
     keys: jax.Array,
     banned: Bool[Array, "V"],
+    encoded: Encoded | None = None,
     *,
     config: ThinkerConfig,
     sampling: Sampling,
     stops: tuple[int, ...],
     length: int,
+    parts: int = 1,
 ) -> Samples:
     """Sample captions of clips.
 
@@ -58,15 +60,17 @@ def generate(
         clip: B clips.
         keys: one key a caption, [B G] (`caption_keys`).
         banned: ids that are never drawn: media placeholders, special tokens, rows without a token.
+        encoded: the clips behind their encoders, where that is done already.
         stops: ids that end a caption.
         length: most tokens of a caption.
+        parts: the clips are read in so many parts, one after the other, and decoded together; layers are apart then.
     """
     apply = partial(Thinker(config).apply, {"params": params})
-    cache = apply(clip, method="prefill")
+    cache = by_parts(partial(apply, method="prefill"), (clip, encoded), parts)
     rows, group = keys.shape
     stop_ids = jnp.asarray(stops, jnp.int32)
 
-    def step(loop: _Loop) -> _Loop:
+    def step(keys: jax.Array, loop: _Loop) -> _Loop:
         logits, so_far = apply(cache, clip, loop.so_far, loop.step, loop.last, method="decode")
         step_keys = jax.vmap(jax.vmap(lambda key: jax.random.fold_in(key, loop.step)))(keys)
         token, logprob = jax.vmap(jax.vmap(lambda logits, key: draw(logits, banned, key, sampling)))(logits, step_keys)
@@ -81,7 +85,7 @@ def generate(
         stopped = loop.stopped | jnp.any(token[..., None] == stop_ids, axis=-1)
         return _Loop(loop.step + 1, token, stopped, samples, so_far)
 
-    start = _Loop(
+    loop = _Loop(
         jnp.int32(0),
         jnp.repeat(clip.first[:, None], group, axis=1),
         jnp.zeros((rows, group), bool),
@@ -92,4 +96,35 @@ def generate(
         ),
         caption_cache(config, rows, group, length),
     )
-    return jax.lax.while_loop(lambda loop: (loop.step < length) & ~jnp.all(loop.stopped), step, start).samples
+    # Captions that have stopped are left behind: decoding goes on with a quarter of the group once no clip has more
+    # than that still going, then with a quarter of the quarter. Each size is compiled, so there are few.
+    sizes = [size for power in range(10) if (size := group // 4**power)]
+    whole = None  # all samples, once they are not the loop's
+    places = jnp.broadcast_to(jnp.arange(group), (rows, group))  # in the group, of the captions in the loop
+    for fewer in [*sizes[1:], 0]:
+
+        def going(loop: _Loop, fewer: int = fewer) -> Bool[Array, ""]:
+            return (loop.step < length) & (jnp.max(jnp.sum(~loop.stopped, axis=1)) > fewer)
+
+        loop = jax.lax.while_loop(going, partial(step, keys), loop)
+        whole = loop.samples if whole is None else _put(whole, loop.samples, places)
+        if fewer:
+            order = jnp.argsort(loop.stopped, axis=1, stable=True)[:, :fewer]
+            axis = int(config.scan)  # of rows in the caches: stacked layers come first
+            keys, places = (part[jnp.arange(rows)[:, None], order] for part in (keys, places))
+            so_far = jax.tree.map(lambda part, order=order, axis=axis: _taken(part, order, axis), loop.so_far)
+            rest = jax.tree.map(lambda part, order=order: _taken(part, order, 0), loop[1:4])
+            loop = _Loop(loop.step, *rest, so_far)
+    return whole
+
+
+def _taken(part: Array, order: Int[Array, "B F"], axis: int) -> Array:
+    """Some captions of each row, from an array with rows along `axis` and captions behind it."""
+    index = order.reshape((1,) * axis + order.shape + (1,) * (part.ndim - axis - 2))
+    return jnp.take_along_axis(part, index, axis=axis + 1)
+
+
+def _put(whole: Samples, some: Samples, places: Int[Array, "B F"]) -> Samples:
+    """All samples with those of some captions, which have grown, in their places."""
+    rows = jnp.arange(len(places))[:, None]
+    return jax.tree.map(lambda old, new: old.at[rows, places].set(new), whole, some)

@@ -27,18 +27,21 @@ class Job(NamedTuple):
     Attributes:
         steps: of the whole run.
         batches: this host's batches from a step on.
-        step: (state, batch on the mesh) -> (state, scalar metrics), jitted.
+        step: (state, batch on the mesh) -> (state, scalar metrics, told), dispatched and not waited for. `told()` is
+            called once the metrics are there: it writes what else the step leaves, and gives entries for "perf".
         evaluate: (state, step) -> entries for the step's line of metrics, such as `heldout_loss`.
-        flops: model FLOPs of a batch on all devices.
+        flops: model FLOPs of a step on all devices, from its batch and its metrics.
+        rank: of entries that `evaluate` gave, what checkpoints are ranked by; lower is better, None takes no part.
         rows: how many rows of a step the plan asks for, by its number from 0.
         position: what a checkpoint says of the run beside its step.
     """
 
     steps: int
     batches: Callable[[int], Iterator[Batch]]
-    step: Callable[[State, Batch], tuple[State, dict[str, jax.Array]]]
+    step: Callable[[State, Batch], tuple[State, dict[str, jax.Array], Callable[[], dict[str, Any]]]]
     evaluate: Callable[[State, int], dict[str, Any]]
-    flops: Callable[[Batch], float]
+    flops: Callable[[Batch, dict[str, float]], float]
+    rank: Callable[[dict[str, Any]], float | None]
     rows: Callable[[int], int]
     position: dict[str, Any]
     checkpoint_every: int
@@ -53,6 +56,7 @@ class _Pending(NamedTuple):
     number: int  # steps finished with it
     batch: Batch
     metrics: dict[str, jax.Array]
+    told: Callable[[], dict[str, Any]]
     stop: jax.Array | bool
     input_wait: float
 
@@ -76,7 +80,7 @@ def train(job: Job, state: State, mesh: Mesh, checkpoints: Checkpoints, log: Log
         batch, scalars = done.batch, {name: value.item() for name, value in jax.device_get(done.metrics).items()}
         scalars["lost"] = job.rows(done.number - 1) - scalars.pop("rows")
         tokens = scalars["tokens"] + scalars["clip_tokens"]
-        perf = meter.perf(tokens, job.flops(batch), batch.padded, done.input_wait)
+        perf = meter.perf(tokens, job.flops(batch, scalars), batch.padded, done.input_wait) | done.told()
         line = {"step": done.number, "epoch": batch.epoch, **_finite(scalars | more), "perf": perf}
         log.write(line)
         teller.tell(line)
@@ -95,10 +99,10 @@ def train(job: Job, state: State, mesh: Mesh, checkpoints: Checkpoints, log: Log
             waited = time.perf_counter() - begun
             if job.profile and number == job.profile[0]:
                 jax.profiler.start_trace(profile_to)
-            state, metrics = job.step(state, batch)
+            state, metrics, tell = job.step(state, batch)
             asked = pending is not None and finish(pending, {})
-            told = batch._replace(clip=None, captions=None)  # the arrays are the step's, and free to go
-            pending = _Pending(number, told, metrics, stop.flag(), waited)
+            bare = batch._replace(clip=None, captions=None, references=None)  # the arrays are the step's, free to go
+            pending = _Pending(number, bare, metrics, tell, stop.flag(), waited)
 
             # --- where something hangs on this very step, fetch it too
             if job.profile and number == job.profile[-1]:
@@ -112,7 +116,7 @@ def train(job: Job, state: State, mesh: Mesh, checkpoints: Checkpoints, log: Log
                 log.flush()
                 if asked or due(number, job.checkpoint_every):
                     rest = state._replace(params=None)
-                    checkpoints.save(number, state.params, rest, job.position, more.get("heldout_loss"))
+                    checkpoints.save(number, state.params, rest, job.position, job.rank(more))
             if asked:
                 return 75 if number < job.steps else 0
         return 0

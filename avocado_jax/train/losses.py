@@ -7,9 +7,17 @@ import jax
 import jax.numpy as jnp
 
 from avocado_jax.parallel.mesh import parts_of
-from avocado_jax.typing import Array, Captions, Float
+from avocado_jax.typing import Array, Bool, Captions, Float, Int
 
 LOGITS_BYTES = 256 * 2**20  # fp32 logits alive at once on a device
+
+
+class Scores(NamedTuple):
+    """What a model says of caption tokens."""
+
+    logprob: Float[Array, "B G C"]  # of the token, nats
+    entropy: Float[Array, "B G C"]  # of the distribution it was taken from; it has no gradient
+    likeliest: Bool[Array, "B G C"]  # no other token is more probable
 
 
 class Sums(NamedTuple):
@@ -25,13 +33,13 @@ def counted(captions: Captions, weight: Float[Array, "B"]) -> Float[Array, "B G 
     return captions.valid * weight[:, None, None]
 
 
-def caption_sums(
+def caption_scores(
     hidden: Float[Array, "B G C D"],
     logits: Callable[[Array], Array],
-    captions: Captions,
-    weight: Float[Array, "B"],
-) -> Sums:
-    """Next-token cross-entropy, summed. `logits` maps [... D] to fp32 [... V].
+    targets: Int[Array, "B G C"],
+    temperature: float = 1.0,
+) -> Scores:
+    """Scores of the targets where logits are divided by `temperature`. `logits` maps [... D] to fp32 [... V].
 
     Captions are taken in stretches along C, whose logits are recomputed in the backward pass and never kept.
     """
@@ -42,27 +50,39 @@ def caption_sums(
     stretches = -(-length // stretch)
 
     @jax.checkpoint
-    def sums(hidden: Array, targets: Array, counts: Array) -> Sums:
-        scores = logits(hidden)
+    def scores_of(hidden: Array, targets: Array) -> Scores:
+        scores = logits(hidden) / temperature
         top = jax.lax.stop_gradient(jnp.max(scores, axis=-1))
-        lse = jnp.log(jnp.sum(jnp.exp(scores - top[..., None]), axis=-1)) + top
+        weights = jnp.exp(scores - top[..., None])
+        total = jnp.sum(weights, axis=-1)
+        lse = jnp.log(total) + top
         # A sum over the vocabulary, not a gather from it: it may be divided over devices.
         hit = jnp.arange(vocab) == targets[..., None]
         chosen = jnp.sum(jnp.where(hit, scores, 0), axis=-1)
-        return Sums(
-            jnp.sum((lse - chosen) * counts), jnp.sum((chosen >= top) * counts), jnp.sum(counts, dtype=jnp.float32)
-        )
+        mean = jnp.sum(jax.lax.stop_gradient(weights * scores), axis=-1) / jax.lax.stop_gradient(total)
+        return Scores(chosen - lse, jax.lax.stop_gradient(lse) - mean, chosen >= top)
 
-    counts = counted(captions, weight)
     if stretches == 1:
-        return sums(hidden, captions.targets, counts)
+        return scores_of(hidden, targets)
 
     def cut(x: Array) -> Array:
         x = jnp.pad(x, ((0, 0), (0, 0), (0, stretches * stretch - length), *((0, 0),) * (x.ndim - 3)))
         return jnp.moveaxis(x.reshape(rows, group, stretches, stretch, *x.shape[3:]), 2, 0)
 
-    def add(total: Sums, part: tuple) -> tuple[Sums, None]:
-        return jax.tree.map(jnp.add, total, sums(*part)), None
+    def joined(x: Array) -> Array:
+        return jnp.moveaxis(x, 0, 2).reshape(rows, group, -1)[..., :length]
 
-    zero = jax.tree.map(jnp.float32, Sums(0.0, 0.0, 0.0))
-    return jax.lax.scan(add, zero, (cut(hidden), cut(captions.targets), cut(counts)))[0]
+    return jax.tree.map(joined, jax.lax.map(lambda part: scores_of(*part), (cut(hidden), cut(targets))))
+
+
+def caption_sums(
+    hidden: Float[Array, "B G C D"],
+    logits: Callable[[Array], Array],
+    captions: Captions,
+    weight: Float[Array, "B"],
+) -> Sums:
+    """Next-token cross-entropy, summed; see `caption_scores`."""
+    scores, counts = caption_scores(hidden, logits, captions.targets), counted(captions, weight)
+    return Sums(
+        -jnp.sum(scores.logprob * counts), jnp.sum(scores.likeliest * counts), jnp.sum(counts, dtype=jnp.float32)
+    )

@@ -154,15 +154,16 @@ class Teller:
         now = time.monotonic()
         self._first = self._first or (line["step"], now)
         last = line["step"] == self._total
-        if jax.process_index() or (now - self._said < 10 and not last and "heldout_loss" not in line):
+        if jax.process_index() or (now - self._said < 10 and not last and not any("heldout" in name for name in line)):
             return
         self._said = now
         steps, spent = line["step"] - self._first[0], now - self._first[1]
         left = f", {(self._total - line['step']) * spent / steps / 60:.0f} min left" if steps and not last else ""
-        heldout = f", held out {line['heldout_loss']:.4f}" if "heldout_loss" in line else ""
+        shown = {"reward": "reward", "heldout_loss": "held out", "heldout_reward": "held out"}
+        more = "".join(f", {word} {line[name]:.4f}" for name, word in shown.items() if line.get(name) is not None)
         loss = "not finite" if line["loss"] is None else f"{line['loss']:.4f}"
         print(
-            f"step {line['step']} of {self._total}: loss {loss}{heldout}, lr {line['lr']:.2e}, "
+            f"step {line['step']} of {self._total}: loss {loss}{more}, lr {line['lr']:.2e}, "
             f"{line['perf']['tokens_per_second']:.0f} tokens/s{left}",
             file=sys.stderr,
             flush=True,

@@ -1,9 +1,15 @@
-"""The optimizer: clipping by the global norm, AdamW, linear warm-up and cosine decay."""
+"""The optimizer: clipping by the global norm, AdamW, linear warm-up and cosine decay; and gradients in parts."""
+
+from collections.abc import Callable
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from avocado_jax.config import OptimConfig
+from avocado_jax.parallel.parts import in_parts
+from avocado_jax.typing import Array
 
 MATRICES = ("kernel", "embedding", "head", "lora_a", "lora_b")  # leaves that decay; biases and norms do not
 
@@ -23,3 +29,22 @@ def optimizer(config: OptimConfig, steps: int) -> optax.GradientTransformation:
     rate = schedule(config, steps)
     adamw = optax.adamw(rate, config.beta1, config.beta2, config.eps, weight_decay=config.weight_decay, mask=decays)
     return optax.chain(optax.clip_by_global_norm(config.clip_norm), adamw)
+
+
+def gradient(loss: Callable[..., tuple[Array, Any]], trained: Any, batch: tuple, accumulate: int) -> tuple[Any, Any]:
+    """The gradient of `loss(trained, *batch) -> (loss, sums)` with respect to `trained`, and the sums.
+
+    With `accumulate`, the batch is taken in that many parts of its rows, whose gradients and sums are added: losses
+    that are sums over rows have the gradient of the whole batch, whatever the number.
+    """
+    of_part = jax.grad(loss, has_aux=True)
+    if accumulate == 1:
+        return of_part(trained, *batch)
+    parts = in_parts(batch, accumulate)
+
+    def add(total: Any, part: tuple) -> tuple[Any, None]:
+        return jax.tree.map(jnp.add, total, of_part(trained, *part)), None
+
+    _, sums = jax.eval_shape(loss, trained, *jax.tree.map(lambda leaf: leaf[0], parts))
+    zero = jax.tree.map(jnp.zeros_like, trained), jax.tree.map(lambda one: jnp.zeros(one.shape, one.dtype), sums)
+    return jax.lax.scan(add, zero, parts)[0]

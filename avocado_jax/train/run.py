@@ -1,10 +1,10 @@
 """From a config to a run: what is learned from, where it lies on the mesh, and the loop over it."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from jax.experimental import multihost_utils
@@ -12,16 +12,16 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from avocado_jax.checkpoint.convert import begin_run
 from avocado_jax.checkpoint.hf_config import stop_ids
-from avocado_jax.checkpoint.load import load_sharded, open_checkpoint
+from avocado_jax.checkpoint.load import Checkpoint, load_sharded, open_checkpoint
 from avocado_jax.checkpoint.training import Checkpoints
-from avocado_jax.config import SftConfig, as_json, refuse_another
+from avocado_jax.config import RunConfig, SftConfig, as_json, refuse_another
 from avocado_jax.data import storage
 from avocado_jax.data.index import Index
 from avocado_jax.data.media import Reading
 from avocado_jax.data.pipeline import Batch, Recipe, Source, batches, plan_batches
 from avocado_jax.data.plan import Plan
 from avocado_jax.data.records import Record
-from avocado_jax.data.words import load_words
+from avocado_jax.data.words import Words, load_words
 from avocado_jax.errors import InputError
 from avocado_jax.models.config import ThinkerConfig
 from avocado_jax.models.flops import train_flops
@@ -37,22 +37,34 @@ from avocado_jax.train.sft import batch_sums, model_of, sft_program
 from avocado_jax.train.state import State
 
 
-def sft(config: SftConfig, folder: str) -> int:
-    """Start, resume or finish the run in `folder` (local or gs://). Returns its exit status.
+class Setup(NamedTuple):
+    """What a run works on, the same on every process."""
+
+    mesh: Mesh
+    checkpoint: Checkpoint
+    model: ThinkerConfig
+    words: Words
+    source: Source
+    recipe: Recipe
+    plan: Plan
+    steps: int
+    rows: Sequence[int]  # of this process
+
+
+def set_up(config: RunConfig, split: int = 1) -> Setup:
+    """Open what `config` names, and plan its batches. Each record is `split` rows.
 
     Raises:
-        InputError: the config does not hold together, or the folder holds a run of another one.
+        InputError: the config does not hold together, or something cannot be read.
     """
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, config.mesh.slices)
     parts = config.accumulate * mesh.shape["data"] * mesh.shape["fsdp"]
-    if config.batch % parts:
-        raise InputError(f"batch: {config.batch} rows are not divided by data x fsdp x accumulate = {parts}")
+    if config.batch * split % parts:
+        raise InputError(f"batch: {config.batch * split} rows are not divided by data x fsdp x accumulate = {parts}")
     if not config.init:
         raise InputError("init: no checkpoint to begin with")
     checkpoint = open_checkpoint(config.init)
     model, words = model_of(config, checkpoint.config), load_words(checkpoint.side_files)
-
-    # --- what is learned from
     source, reading = open_source(config.data.train, config.data)
     recipe = Recipe(
         config=model,
@@ -64,30 +76,50 @@ def sft(config: SftConfig, folder: str) -> int:
     )
     plan = plan_batches(source.index, recipe, config.batch, config.data.shapes, config.seed)
     steps = config.steps or max(1, round(config.epochs * plan.epoch_steps))
-    rows = local_rows(mesh, config.batch)
+    rows = [row // split for row in local_rows(mesh, config.batch * split)]
+    return Setup(mesh, checkpoint, model, words, source, recipe, plan, steps, rows)
 
-    _open_folder(config, model, folder, reading)
+
+def restored(
+    config: RunConfig, setup: Setup, folder: str, checkpoints: Checkpoints, shapes: State, start: Callable
+) -> State:
+    """Parameters and optimizer of the newest checkpoint of `folder`, or those of `init` begun by `start`.
+
+    Raises:
+        InputError: the folder's run learned from other data.
+    """
+    if (newest := checkpoints.latest()) is None:
+        params = load_sharded(setup.checkpoint, shapes.params)
+        if setup.model.text.lora:
+            params = add_adapters(params, shapes.params, config.seed)
+        return start(params)
+    params, rest, position = checkpoints.restore(newest, shapes.params, shapes._replace(params=None))
+    if position["plan"] != setup.plan.digest:
+        raise InputError(f"{config.data.train}: not the data that {folder} was begun with")
+    return rest._replace(params=params)
+
+
+def sft(config: SftConfig, folder: str) -> int:
+    """Start, resume or finish the run in `folder` (local or gs://). Returns its exit status.
+
+    Raises:
+        InputError: the config does not hold together, or the folder holds a run of another one.
+    """
+    setup = set_up(config)
+    mesh, model, plan = setup.mesh, setup.model, setup.plan
+    open_folder(config, model, folder, setup.recipe.reading)
     checkpoints = Checkpoints(folder, config.keep)
+    stops = stop_ids(setup.checkpoint.side_files, setup.words, model.text.vocab)
     with jax.set_mesh(mesh):
-        # --- parameters and optimizer, of the newest checkpoint or of `init`
-        shapes, step, start = sft_program(config, model, mesh, steps)
-        if (newest := checkpoints.latest()) is None:
-            params = load_sharded(checkpoint, shapes.params)
-            if model.text.lora:
-                params = add_adapters(params, shapes.params, config.seed)
-            state = start(params)
-        else:
-            params, rest, position = checkpoints.restore(newest, shapes.params, shapes._replace(params=None))
-            if position["plan"] != plan.digest:
-                raise InputError(f"{config.data.train}: not the data that {folder} was begun with")
-            state = rest._replace(params=params)
-
+        shapes, step, start = sft_program(config, model, mesh, setup.steps)
+        state = restored(config, setup, folder, checkpoints, shapes, start)
         job = Job(
-            steps=steps,
-            batches=lambda first: _stream(source, plan, recipe, first, steps, rows, config),
-            step=lambda state, batch: step(state, batch.clip, batch.captions, batch.weight, batch.cut),
-            evaluate=_heldout(config, recipe, mesh, stop_ids(checkpoint.side_files, words, model.text.vocab), folder),
-            flops=lambda batch: config.batch * _row_flops(config, model, batch),
+            steps=setup.steps,
+            batches=lambda first: stream(setup, config, first),
+            step=lambda state, batch: (*step(state, batch.clip, batch.captions, batch.weight, batch.cut), dict),
+            evaluate=_heldout(config, setup, stops, folder),
+            flops=lambda batch, _: config.batch * _row_flops(config, model, batch),
+            rank=lambda more: more.get("heldout_loss"),
             rows=lambda number: int((plan.step(number).records >= 0).sum()),
             position={"plan": plan.digest},
             checkpoint_every=config.checkpoint_every,
@@ -99,7 +131,7 @@ def sft(config: SftConfig, folder: str) -> int:
         return train(job, state, mesh, checkpoints, log, storage.join(folder, "profile"))
 
 
-def _open_folder(config: SftConfig, model: ThinkerConfig, folder: str, reading: Reading) -> None:
+def open_folder(config: RunConfig, model: ThinkerConfig, folder: str, reading: Reading) -> None:
     """Begin the run's folder, or see that it is this config's. config.json comes last: what has it is begun."""
     where = storage.join(folder, "config.json")
     if storage.exists(where):
@@ -112,10 +144,25 @@ def _open_folder(config: SftConfig, model: ThinkerConfig, folder: str, reading: 
         multihost_utils.sync_global_devices("the run's folder is there")
 
 
-def _stream(
-    source: Source, plan: Plan, recipe: Recipe, first: int, steps: int, rows: range, config: SftConfig
-) -> Iterator[Batch]:
-    return batches(source, plan, recipe, first, steps, rows, config.data.workers, config.data.threads)
+def stream(setup: Setup, config: RunConfig, first: int) -> Iterator[Batch]:
+    """This process's batches from step `first` to the last."""
+    data = config.data
+    return batches(setup.source, setup.plan, setup.recipe, first, setup.steps, setup.rows, data.workers, data.threads)
+
+
+def heldout(config: RunConfig, setup: Setup) -> Setup:
+    """The same run over one pass of its first `eval_rows` held-out clips.
+
+    Raises:
+        InputError: they are prepared in another way than the training data.
+    """
+    source, reading = open_source(config.data.heldout, config.data)
+    recipe = setup.recipe
+    if reading != recipe.reading:
+        raise InputError(f"{config.data.heldout}: prepared for {reading}, the training data for {recipe.reading}")
+    fewer = _first(source.index, config.eval_rows)
+    plan = plan_batches(fewer, recipe, config.batch, min(4, config.data.shapes), config.seed)
+    return setup._replace(source=source, plan=plan, steps=plan.epoch_steps)
 
 
 def _row_flops(config: SftConfig, model: ThinkerConfig, batch: Batch) -> float:
@@ -125,23 +172,18 @@ def _row_flops(config: SftConfig, model: ThinkerConfig, batch: Batch) -> float:
 
 
 def _heldout(
-    config: SftConfig, recipe: Recipe, mesh: Mesh, stops: tuple[int, ...], folder: str
+    config: SftConfig, setup: Setup, stops: tuple[int, ...], folder: str
 ) -> Callable[[State, int], dict[str, Any]]:
     """Loss and accuracy over the first `eval_rows` held-out clips; captions of the first `samples`, in a file."""
     if not config.data.heldout:
         return lambda state, step: {}
-    source, reading = open_source(config.data.heldout, config.data)
-    if reading != recipe.reading:
-        raise InputError(f"{config.data.heldout}: prepared for {reading}, the training data for {recipe.reading}")
-    fewer = _first(source.index, config.eval_rows)
-    plan = plan_batches(fewer, recipe, config.batch, min(4, config.data.shapes), config.seed)
-    rows, whole = local_rows(mesh, config.batch), NamedSharding(mesh, PartitionSpec())
-    sums = jax.jit(partial(batch_sums, recipe.config), out_shardings=whole)
-    shown = [source[number] for number in range(min(config.samples, len(fewer.ids)))]
+    recipe, kept = setup.recipe, heldout(config, setup)
+    sums = jax.jit(partial(batch_sums, recipe.config), out_shardings=NamedSharding(setup.mesh, PartitionSpec()))
+    shown = [kept.source[number] for number in range(min(config.samples, len(kept.source.index.ids)))]
 
     def evaluate(state: State, step: int) -> dict[str, Any]:
         total = Sums(0.0, 0.0, 0.0)
-        for batch in place(_stream(source, plan, recipe, 0, plan.epoch_steps, rows, config), mesh):
+        for batch in place(stream(kept, config, 0), setup.mesh):
             part = jax.device_get(sums(state.params, batch.clip, batch.captions, batch.weight))
             total = Sums(*(whole + float(one) for whole, one in zip(total, part)))
         if shown:

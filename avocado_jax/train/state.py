@@ -14,7 +14,7 @@ from avocado_jax.errors import InputError
 from avocado_jax.models.config import ThinkerConfig
 from avocado_jax.models.thinker import init
 from avocado_jax.parallel.rules import path_of, shardings
-from avocado_jax.typing import Array, Int
+from avocado_jax.typing import Array, Bool, Float, Int
 
 TRAINED = {  # what `train` in a config names: paths of parameters
     "captioner": r"text/.*|embedding|head|vision/merger/.*|audio/proj/.*",  # paper, 4.1: the encoders are frozen
@@ -30,7 +30,7 @@ class State(NamedTuple):
     step: Int[Array, ""]  # finished steps, skipped ones too
     params: Any  # stacked layers, trained and frozen
     optimizer: Any
-    skipped: Int[Array, ""]  # steps whose gradient was not finite
+    skipped: Int[Array, ""]  # updates whose gradient was not finite
     in_row: Int[Array, ""]  # of them, the last without a good one between
 
 
@@ -51,6 +51,25 @@ def begin(params: Any, optimizer: optax.GradientTransformation, train: str) -> S
     """The state before the first step."""
     zeros = (jnp.zeros((), jnp.int32) for _ in range(3))
     return State(next(zeros), params, optimizer.init(split(params, train)[0]), *zeros)
+
+
+def updated(
+    state: State, gradient: Any, good: Bool[Array, ""], optimizer: optax.GradientTransformation, train: str
+) -> tuple[State, Float[Array, ""]]:
+    """The state behind one update, and the update's norm. Where `good` is not, only the counters of that change."""
+    trained, frozen = split(state.params, train)
+    updates, moments = optimizer.update(gradient, state.optimizer, trained)
+
+    def kept(new: Any, old: Any) -> Any:
+        return jax.tree.map(lambda new, old: jnp.where(good, new, old), new, old)
+
+    after = state._replace(
+        params=join(kept(optax.apply_updates(trained, updates), trained), frozen),
+        optimizer=kept(moments, state.optimizer),
+        skipped=state.skipped + ~good,
+        in_row=jnp.where(good, 0, state.in_row + 1),
+    )
+    return after, optax.tree.norm(updates)
 
 
 def state_shapes(

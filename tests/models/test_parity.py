@@ -174,7 +174,7 @@ def test_logits_positions_and_greedy_tokens(reference, name):
         eos_token_id=list(STOPS),
         **options,
     )
-    keys = caption_keys(0, jnp.arange(len(rows)), 1)
+    keys = caption_keys(jax.random.key(0), jnp.arange(len(rows)), 1)
     ours = generate(
         params, clip, keys, jnp.asarray(banned), config=CONFIG, sampling=Sampling(0.0), stops=STOPS, length=length
     )

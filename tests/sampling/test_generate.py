@@ -39,7 +39,7 @@ def sample(params, rows, numbers, group=2, stops=(258,), allowed=250, seed=3, le
     clip = jax.tree.map(jnp.asarray, stack(clips, shape or fit([shape_of(one) for one in clips])))
     banned = np.arange(CONFIG.text.vocab) >= allowed
     banned[list(stops)] = False
-    keys = caption_keys(seed, np.asarray(numbers), group)
+    keys = caption_keys(jax.random.key(seed), np.asarray(numbers), group)
     options = {"config": CONFIG, "sampling": Sampling(1.0), "stops": stops, "length": length}
     return clip, generate(params, clip, keys, jnp.asarray(banned), **options)
 
@@ -90,6 +90,22 @@ def test_captions_stop(params, rows):
         assert caption[length - 1] in stops or length == LENGTH
         assert (caption[length:] == stops[0]).all()
         assert (logprobs[place][length:] == 0).all()
+
+
+def test_captions_that_are_left_behind_change_nothing(params, rows):
+    """A group of eight goes on as two once six have stopped: each caption is what it is alone."""
+    stops = tuple(range(0, 250, 12))
+    clip, together = sample(params, rows, [0, 1, 2], group=8, stops=stops, length=64)
+    lengths = np.sort(np.asarray(together.lengths), axis=1)
+    assert lengths[:, -3].max() < lengths[:, -1].max()  # the loop of two has run
+    banned = np.arange(CONFIG.text.vocab) >= 250
+    keys = caption_keys(jax.random.key(3), np.arange(3), 8)
+    options = {"config": CONFIG, "sampling": Sampling(1.0), "stops": stops, "length": 64}
+    for i in range(8):
+        alone = generate(params, clip, keys[:, i : i + 1], jnp.asarray(banned), **options)
+        np.testing.assert_array_equal(together.tokens[:, i], alone.tokens[:, 0])
+        np.testing.assert_array_equal(together.lengths[:, i], alone.lengths[:, 0])
+        np.testing.assert_allclose(together.logprobs[:, i], alone.logprobs[:, 0], atol=1e-4)
 
 
 def test_only_allowed_ids_are_drawn(params, rows):

@@ -5,16 +5,24 @@ import sys
 from pathlib import Path
 
 import pytest
-from train_runs import Runs
+from train_runs import GRPO, Runs
 
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.fixture(scope="session")
-def runs(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("runs")
+def made(folder, *options):
     script = ROOT / "launch" / "random_checkpoint.py"
     subprocess.run([sys.executable, script, folder / "init", "--size", "tiny"], check=True, capture_output=True)
-    made = Runs(folder, folder / "init")
-    made.finish("undisturbed")
-    return made
+    runs = Runs(folder, folder / "init", *options)
+    runs.finish("undisturbed")
+    return runs
+
+
+@pytest.fixture(scope="session")
+def runs(tmp_path_factory):
+    return made(tmp_path_factory.mktemp("runs"))
+
+
+@pytest.fixture(scope="session")
+def grpo_runs(tmp_path_factory):
+    return made(tmp_path_factory.mktemp("grpo"), "grpo", GRPO)

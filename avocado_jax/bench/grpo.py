@@ -1,0 +1,122 @@
+"""One step of GRPO with random weights, phase by phase, on all devices of this machine."""
+
+import statistics
+import sys
+import time
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from avocado_jax.bench.measure import row
+from avocado_jax.bench.model import FRAME, FRAMES, random_clip
+from avocado_jax.config import GrpoConfig, SamplingConfig
+from avocado_jax.models.config import SIZES
+from avocado_jax.models.flops import decode_bytes, grpo_flops
+from avocado_jax.parallel.mesh import make_mesh
+from avocado_jax.parallel.place import rows_sharding
+from avocado_jax.train.grpo import Experience, grpo_program
+from avocado_jax.train.objective import advantages
+from avocado_jax.train.sft import model_of
+
+PHASES = ("encode", "view", "prefill", "decode", "reference", "update")
+REPEATS = 3
+
+
+def bench_grpo(
+    size: str, group: int, clip_tokens: int, caption_tokens: int, dtype: str, remat: str, train: str, clips: int = 1
+) -> dict[str, Any]:
+    """The paper's step (frozen encoders, AdamW in fp32, one update a rollout), `clips` clips a device.
+
+    Nothing stops a caption before `caption_tokens`: the most that a step can take. `step_ms` is the sum of the phases;
+    `prefill` is a rollout of one token, `decode` what a whole one takes more. FLOPs are the model's own, without what
+    is recomputed; bytes those that decoding must read.
+    """
+    devices = jax.device_count()
+    config = GrpoConfig(
+        batch=devices * clips,
+        group=group,
+        accumulate=clips,
+        train=train,
+        dtype=dtype,
+        frozen_dtype=dtype,
+        reference_dtype=dtype,
+        remat=remat,
+        sampling=SamplingConfig(tokens=caption_tokens),
+    )
+    model, mesh = model_of(config, SIZES[size]), make_mesh(1, -1, 1)
+    clip = random_clip(model, clip_tokens, FRAMES.get(size, FRAME))
+    shape = (clip_tokens, clip.patches.shape[1], clip.patches.shape[2], clip.mel.shape[1])
+    repeated = jax.tree.map(lambda leaf: np.repeat(np.asarray(leaf), config.batch, 0), clip)
+    stop = jnp.arange(model.text.vocab) == 0  # the one id that ends a caption: banned, or all others are
+    times: dict[str, list[float]] = {phase: [] for phase in PHASES}
+    with jax.set_mesh(mesh):
+        program = grpo_program(config, model, mesh, 1000, (0,))
+        params = _random(program.state.params)
+        reference = _own(params, program.reference)
+        state, rows = program.begin(params), jax.device_put(repeated, rows_sharding(mesh))
+        del params
+
+        def timed(phase: str, run: Any) -> Any:
+            begun = time.perf_counter()
+            result = jax.block_until_ready(run())
+            times[phase].append(time.perf_counter() - begun)
+            # Said as it is measured: a later phase may not fit this machine.
+            print(f"{phase}: {times[phase][-1]:.3f} s", file=sys.stderr, flush=True)
+            return result
+
+        for step in range(1 + REPEATS):  # the first compiles
+            number = jnp.int32(step)
+            encoded = timed("encode", lambda: program.encode(state.params, rows))  # noqa: B023
+            view = timed("view", lambda: program.view(state.params))  # noqa: B023
+            timed("prefill", lambda: program.roll_out(view, rows, encoded, number, ~stop))  # noqa: B023
+            rollout = timed("decode", lambda: program.roll_out(view, rows, encoded, number, stop))  # noqa: B023
+            del view  # its memory is the update's
+            captions = rollout.captions
+            scored = timed("reference", lambda: program.score(state.params, reference, rows, encoded, captions))  # noqa: B023
+            rewards = jax.random.uniform(jax.random.key(step), (config.batch, group))
+            placed = (advantages(rewards, config.objective), jnp.ones(config.batch))
+            placed = jax.device_put(placed, rows_sharding(mesh))
+            experience = Experience(rows, encoded, rollout, scored, *placed)
+            state, metrics = timed("update", lambda: program.update(state, experience))  # noqa: B023
+            if not bool(jnp.isfinite(metrics["loss"])):
+                raise FloatingPointError("the loss of random weights is not finite")
+        gap, length = float(metrics["sampler_gap"]), float(metrics["length"])
+        del state, reference, encoded, rollout, scored, experience, rows  # the ceilings take memory of their own
+
+    seconds = {phase: statistics.median(each[1:]) for phase, each in times.items()}
+    seconds["decode"] -= seconds["prefill"]
+    flops = grpo_flops(model, shape, group, caption_tokens, train)
+    mean = caption_tokens / 2
+    nbytes = caption_tokens * decode_bytes(model, clips * clip_tokens, clips * group, mean, jnp.dtype(dtype).itemsize)
+    tokens = config.batch * (clip_tokens + group * caption_tokens)
+    told = row("grpo", size, sum(seconds.values()), 1, tokens, clips * flops, nbytes, dtype)
+    phases = {f"{phase}_ms": 1e3 * value for phase, value in seconds.items()}
+    decoded = {
+        "decode_step_ms": phases["decode_ms"] / max(1, caption_tokens - 1),
+        "decode_tokens_per_second": config.batch * group * caption_tokens / max(seconds["decode"], 1e-9),
+        "decode_bytes_per_second": nbytes / max(seconds["decode"], 1e-9),
+    }
+    return {**told, "train": train, "clips": clips, **phases, **decoded, "sampler_gap": gap, "length": length}
+
+
+def _random(shapes: Any) -> Any:
+    """Small random parameters, leaf by leaf: `init` would hold all of them twice."""
+    leaves, tree = jax.tree.flatten(shapes)
+    keys = jax.random.split(jax.random.key(0), len(leaves))
+
+    def make(key: jax.Array, leaf: Any) -> jax.Array:
+        draw = partial(jax.random.normal, shape=leaf.shape, dtype=leaf.dtype)
+        return jax.jit(lambda key: 0.02 * draw(key), out_shardings=leaf.sharding)(key)
+
+    return tree.unflatten(make(key, leaf) for key, leaf in zip(keys, leaves))
+
+
+def _own(params: Any, shapes: Any) -> Any:
+    """The reference's own copy of what it does not share."""
+    flat = flatten_dict(params)
+    copy = {path: jnp.array(flat[path], leaf.dtype, copy=True) for path, leaf in flatten_dict(shapes).items()}
+    return unflatten_dict(copy)

@@ -1,0 +1,61 @@
+"""The rewards of a batch of captions, as they run beside the policy."""
+
+import json
+from typing import Any
+
+import jax
+import numpy as np
+
+from avocado_jax.bench.measure import row, seconds_of
+from avocado_jax.rewards.checklist import BLOCK
+from avocado_jax.rewards.combine import make_references, score_captions
+from avocado_jax.rewards.text import limits_for, make_table
+
+LINES, POINTS = 12, 40  # lines of dialogue and keypoints of a clip
+VOCABULARY = 4096
+
+
+def bench_rewards(captions: int, group: int, caption_tokens: int) -> dict[str, Any]:
+    """R_D, R_L, RepCol and the lexical R_C of `captions` captions, `group` of each clip, that hold 12 lines each."""
+    random = np.random.default_rng(0)
+    letters = np.array(list("abcdefghijklmnopqrstuvwxyz"))
+    words = ["".join(random.choice(letters, random.integers(2, 10))) for _ in range(VOCABULARY)]
+    vocab = {"Ġ" + word: number for number, word in enumerate(dict.fromkeys(["the", *words]))}
+    mark, stop = len(vocab), len(vocab) + 1
+    vocab |= {'"': mark, ".": stop}
+    table = make_table(json.dumps({"model": {"type": "BPE", "vocab": vocab}, "decoder": {"type": "ByteLevel"}}))
+    clips = max(1, captions // group)
+    ids = random.integers(0, mark, (clips, group, caption_tokens))
+    ids[..., ::3] = 0  # as often as function words stand in sentences
+    ids[..., 13::13] = stop
+    quoted = caption_tokens // (2 * LINES)
+    places = np.arange(LINES) * 2 * quoted
+    ids[..., places] = ids[..., places + quoted - 1] = mark
+    names = [token.removeprefix("Ġ") for token in vocab]
+
+    def say(tokens: np.ndarray) -> str:
+        return " ".join(names[one] for one in tokens)
+
+    known = [  # lines and keypoints are parts of the first caption of each clip, so that there is much to align
+        {
+            "dialogues": [
+                {"speaker": say(own[max(at - 4, 0) : at]), "text": say(own[at + 1 : at + quoted - 1])} for at in places
+            ],
+            "keypoints": [
+                {"text": say(own[at : at + 9])} for at in np.linspace(0, caption_tokens - 9, POINTS, dtype=int)
+            ],
+        }
+        for own in ids[:, 0]
+    ]
+    limits = limits_for(caption_tokens)
+    references, _ = make_references(table, known, limits._replace(quotes=LINES))
+    lengths = np.full((clips, group), caption_tokens)
+    score = jax.jit(score_captions)
+    placed = jax.device_put((table, ids.astype(np.int32), lengths, references))
+    seconds = seconds_of(lambda: score(*placed))
+    terms = score(*placed)
+    if float(terms["checklist"][:, 0].mean()) < 0.5 or float(terms["dialogue"][:, 0].mean()) < 0.5:
+        raise FloatingPointError("a caption does not score against its own parts")
+    distinct = references.keypoints.features.shape[-1]
+    flops = 2.0 * clips * group * (limits.words // BLOCK) * distinct * POINTS  # the matrix product of the lexical judge
+    return row("rewards", f"{clips * group} captions", seconds, 1, ids.size, flops, 4 * limits.characters, "float32")

@@ -1,0 +1,269 @@
+"""R_D: lines of dialogue and who speaks them, in order (paper, dialogue reward).
+
+    Q  quoted lines of a caption      A  distinct characters of the reference's lines
+    J  lines of the reference         K  words of 32 bits in which a line of the reference fits
+
+Similarity is 1 - edit distance / the longer length on normalised lines. An order-preserving alignment, of pairs whose
+similarity reaches a threshold, maximises the summed similarity and, among such, the pairs with the same speaker
+(within 1e-6 of the sum). S is half of both sums, recall S / J, precision S / Q, and R_D their F1; no line on either
+side gives 1, on one side only 0.
+
+Sums are integers in units of 2^-26, so that ties are the same on every device and in every order of work.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from avocado_jax.rewards.text import PHRASE, Caption, Limits, Table, letters_of, read_texts, stems_of, words_of
+from avocado_jax.typing import Array, Bool, Float, Int
+
+SIMILAR = 0.6  # least similarity of two lines that may be one (paper)
+SPEAKER = 0.55  # least share of what is said of a speaker that the words around the caption's quote must say too
+UNIT = 26  # bits after the point of a similarity
+TIE = round(1e-6 * 2**UNIT)
+CHUNK = 64  # reference captions that are read at once
+
+
+class Dialogue(NamedTuple):
+    """The lines of one reference; of several where stacked.
+
+    Attributes:
+        lines, line_length: each line, normalised.
+        alphabet: the distinct characters of the lines, sorted; the largest number behind them.
+        speakers, speaker_weights: the stems of each speaker and what each says; 0 behind them.
+        derived: whether the lines, and words around them for speakers, were read from a caption.
+        count: how many lines there are; -1 where that is not known.
+    """
+
+    lines: Int[Array, "J line"]
+    line_length: Int[Array, "J"]
+    alphabet: Int[Array, "A"]
+    speakers: Int[Array, "J S"]
+    speaker_weights: Float[Array, "J S"]
+    derived: Bool[Array, ""]
+    count: Int[Array, ""]
+
+
+class _Line(NamedTuple):
+    letters: np.ndarray
+    stems: np.ndarray
+    weights: np.ndarray
+
+
+def dialogue_references(
+    table: Table,
+    dialogues: Sequence[Sequence[Mapping[str, str]] | None],
+    captions: Sequence[str | None],
+    limits: Limits,
+    alphabet: int = 0,
+) -> tuple[Dialogue, np.ndarray]:
+    """References of clips, stacked, and which of them were cut to fit the limits.
+
+    Args:
+        dialogues: of each clip, {"speaker", "text"} in order; None where they are to be read from its caption.
+        captions: reference captions; a clip with neither has no reference.
+        limits: `quotes` and `line` bound the lines of a clip and the characters of a line.
+        alphabet: room for so many distinct characters in a clip's lines; 0 takes what these need.
+    """
+    known: list[list[_Line] | None] = [None if own is None else _given(table, own) for own in dialogues]
+    cut = np.zeros(len(known), bool)
+    unread = [clip for clip, own in enumerate(known) if own is None and captions[clip] is not None]
+    for first in range(0, len(unread), CHUNK):
+        clips = unread[first : first + CHUNK]
+        read = read_texts(table, [captions[clip] or "" for clip in clips], limits)
+        for place, clip in enumerate(clips):
+            known[clip] = _read(jax.tree.map(lambda leaf, place=place: leaf[place], read))
+            cut[clip] = read.truncated[place]
+    cut |= [own is not None and len(own) > limits.quotes for own in known]
+    cut |= [any(len(line.letters) > limits.line or len(line.stems) > PHRASE for line in own or ()) for own in known]
+    fitting = [[line.letters[: limits.line] for line in (own or ())[: limits.quotes]] for own in known]
+    letters = [np.unique(np.concatenate([*own, np.zeros(0, np.int32)])) for own in fitting]
+    alphabet = alphabet or max(map(len, letters), default=0)
+    n, shape = len(known), (len(known), limits.quotes)
+    made = Dialogue(
+        np.zeros((*shape, limits.line), np.int32),
+        np.zeros(shape, np.int32),
+        np.full((n, max(1, alphabet)), np.iinfo(np.int32).max, np.int32),
+        np.zeros((*shape, PHRASE), np.uint32),
+        np.zeros((*shape, PHRASE), np.float32),
+        np.array([own is None for own in dialogues], bool),
+        np.array([-1 if own is None else min(len(own), limits.quotes) for own in known], np.int32),
+    )
+    for clip, own in enumerate(known):
+        cut[clip] |= len(letters[clip]) > alphabet
+        made.alphabet[clip, : len(letters[clip])] = letters[clip][:alphabet]
+        for number, line in enumerate((own or ())[: limits.quotes]):
+            made.line_length[clip, number] = len(fitting[clip][number])
+            made.lines[clip, number, : len(fitting[clip][number])] = fitting[clip][number]
+            made.speakers[clip, number, : len(line.stems)] = line.stems[:PHRASE]
+            made.speaker_weights[clip, number, : len(line.stems)] = line.weights[:PHRASE]
+    return made, cut
+
+
+def _given(table: Table, lines: Sequence[Mapping[str, str]]) -> list[_Line]:
+    made = []
+    for line in lines:
+        stems, weights = stems_of(table, " ".join(dict.fromkeys(words_of(line["speaker"]))))
+        silent = np.isin(stems, table.spoken) | np.isin(stems, table.written)
+        made.append(_Line(letters_of(line["text"]), stems, np.where(silent, 0, weights)))
+    return [line for line in made if len(line.letters)]
+
+
+def _read(caption: Caption) -> list[_Line]:
+    return [
+        _Line(caption.lines[q, : caption.line_length[q]], caption.speakers[q], caption.speaker_weights[q])
+        for q in range(int(caption.quotes))
+    ]
+
+
+class Pairs(NamedTuple):
+    """Every quoted line of a caption beside every line of the reference.
+
+    Attributes:
+        similarity: in units of 2^-26; 0 below the threshold.
+        same: the words around the quote say who the reference says it is.
+    """
+
+    similarity: Int[Array, "Q J"]
+    same: Bool[Array, "Q J"]
+
+
+def dialogue_reward(
+    caption: Caption, reference: Dialogue, similar: float = SIMILAR, speaker: float = SPEAKER
+) -> Float[Array, ""]:
+    """R_D of one caption, from 0 to 1; NaN without a reference."""
+    return f1(compare(caption, reference, similar, speaker), caption.quotes, reference.count)
+
+
+def f1(pairs: Pairs, quotes: Int[Array, ""], lines: Int[Array, ""]) -> Float[Array, ""]:
+    """R_D from how the lines of both sides compare; NaN where `lines` is -1."""
+    content, speakers = align(pairs, quotes, lines)
+    score = (content.astype(jnp.float32) / 2**UNIT + speakers) / 2
+    # The F1 of S / quotes and S / lines is 2 S / (quotes + lines).
+    both = quotes + jnp.maximum(lines, 0)
+    return jnp.where(lines < 0, jnp.nan, jnp.where(both == 0, 1.0, 2 * score / jnp.maximum(both, 1)))
+
+
+def compare(caption: Caption, reference: Dialogue, similar: float = SIMILAR, speaker: float = SPEAKER) -> Pairs:
+    """Similarity and speakers of all pairs of lines."""
+    distance = edit_distances(caption.lines, caption.line_length, reference)
+    longest = jnp.maximum(caption.line_length[:, None], reference.line_length)
+    most = max(caption.lines.shape[-1], reference.lines.shape[-1])
+    # How many characters must agree, in the arithmetic of the host: 1 - 2/5 >= 0.6 has to hold everywhere.
+    enough = [next(k for k in range(n + 2) if n == 0 or k > n or 1 - (n - k) / n >= similar) for n in range(most + 1)]
+    agree = longest - distance
+    fits = (agree >= jnp.asarray(enough)[longest]) & (longest > 0)
+    divisor = jnp.maximum(longest, 1)
+    high, rest = jnp.divmod(agree << UNIT // 2, divisor)
+    units = (high << UNIT // 2) + ((rest << UNIT // 2) + divisor // 2) // divisor
+    return Pairs(jnp.where(fits, units, 0).astype(jnp.uint32), same_speaker(caption, reference, speaker))
+
+
+def edit_distances(lines: Int[Array, "Q L"], length: Int[Array, "Q"], reference: Dialogue) -> Int[Array, "Q J"]:
+    """Levenshtein distances of all pairs of lines, bit-parallel (Myers 1999, Hyyrö 2003).
+
+    A column of the dynamic programme is its differences from row to row, +1 in `rises` and -1 in `falls`, a bit for
+    each character of the reference's line; a column takes a few operations on words of 32 bits.
+    """
+    lines_ref, columns, j = reference.lines, lines.shape[-1], len(reference.lines)
+    words = -(-lines_ref.shape[-1] // 32)
+    alphabet = reference.alphabet
+    other = len(alphabet)  # a character that the reference does not have
+    place = jnp.arange(lines_ref.shape[-1])
+    symbol = jnp.where(place < reference.line_length[:, None], jnp.searchsorted(alphabet, lines_ref), other + 1)
+    masks = jnp.zeros((words, other + 1, j), jnp.uint32)
+    bit = jnp.left_shift(jnp.uint32(1), (place % 32).astype(jnp.uint32))
+    masks = masks.at[place // 32, symbol, jnp.arange(j)[:, None]].add(bit, mode="drop")
+    at = jnp.minimum(jnp.searchsorted(alphabet, lines), other - 1)
+    text = jnp.where(alphabet[at] == lines, at, other)
+
+    def column(step: jax.Array, state: tuple) -> tuple:
+        rises, falls = state
+        match = masks[:, text[:, step]]  # [K, Q, J]
+        goes = (step < length)[:, None]
+        carry = jnp.zeros((len(lines), j), jnp.uint32)
+        rise_in, fall_in = jnp.ones((), jnp.uint32), jnp.zeros((), jnp.uint32)  # row 0 rises by one a column
+        new_rises, new_falls = [], []
+        for k in range(words):
+            up, down, equal = rises[k], falls[k], match[k]
+            both = equal & up
+            total = both + up
+            with_carry = total + carry
+            carry = ((total < both) | (with_carry < total)).astype(jnp.uint32)
+            across = (with_carry ^ up) | equal
+            rise, fall = down | ~(across | up), up & across
+            rise_next, fall_next = rise >> 31, fall >> 31
+            rise, fall = (rise << 1) | rise_in, (fall << 1) | fall_in
+            rise_in, fall_in = rise_next, fall_next
+            vertical = equal | down
+            new_rises.append(jnp.where(goes, fall | ~(vertical | rise), up))
+            new_falls.append(jnp.where(goes, rise & vertical, down))
+        return tuple(new_rises), tuple(new_falls)
+
+    full = jnp.full((len(lines), j), 0xFFFFFFFF, jnp.uint32)
+    start = ((full,) * words, (jnp.zeros_like(full),) * words)
+    rises, falls = jax.lax.fori_loop(0, jnp.minimum(jnp.max(length, initial=0), columns), column, start)
+    distance = jnp.broadcast_to(length[:, None], (len(lines), j))
+    for k in range(words):
+        bits = jnp.clip(reference.line_length - 32 * k, 0, 32).astype(jnp.uint32)
+        inside = jnp.where(bits == 32, jnp.uint32(0xFFFFFFFF), jnp.left_shift(jnp.uint32(1), bits) - 1)
+        count = jax.lax.population_count(rises[k] & inside).astype(jnp.int32)
+        distance = distance + count - jax.lax.population_count(falls[k] & inside).astype(jnp.int32)
+    return distance
+
+
+def same_speaker(caption: Caption, reference: Dialogue, least: float = SPEAKER) -> Bool[Array, "Q J"]:
+    """Whether the words around each quote say who speaks each line of the reference.
+
+    They do if they hold at least a share of what the reference says of the speaker, by weight, and no more of any
+    other speaker of it. Where the reference's speakers are phrases of a caption, the share is of the phrase that says
+    less. A line whose speaker the reference leaves open agrees with any.
+    """
+    found = caption.speakers[:, :, None, None] == reference.speakers  # [Q, S, J, S]
+    found = jnp.any(found & (caption.speaker_weights > 0)[:, :, None, None], axis=1)
+    overlap = jnp.sum(found * reference.speaker_weights, axis=-1)
+    whole = jnp.broadcast_to(jnp.sum(reference.speaker_weights, axis=-1), overlap.shape)
+    told = jnp.sum(caption.speaker_weights, axis=-1)[:, None]
+    against = jnp.where(reference.derived, jnp.minimum(whole, told), whole)
+    share = jnp.where(against > 0, overlap / jnp.maximum(against, 1e-9), 0.0)
+    best = jnp.max(share, axis=-1, keepdims=True, initial=0.0)
+    return (whole == 0) | ((share >= least) & (share >= best - 1e-6))
+
+
+def align(pairs: Pairs, quotes: Int[Array, ""], lines: Int[Array, ""]) -> tuple[Int[Array, ""], Int[Array, ""]]:
+    """Summed similarity (units) and same-speaker pairs of the best alignment, anti-diagonal by anti-diagonal."""
+    rows, columns = pairs.similarity.shape
+    row = jnp.arange(rows)
+
+    def later(values: jax.Array) -> jax.Array:  # what the row above holds; above the first are zeros
+        return jnp.concatenate([jnp.zeros(1, values.dtype), values[:-1]])
+
+    def diagonal(state: tuple, number: jax.Array) -> tuple:
+        last, before, result = state  # of the two diagonals before: (content, speakers) by row
+        column = number - row
+        inside = (column >= 0) & (column < columns)
+        at = jnp.clip(column, 0, columns - 1)
+        gain = jnp.where(inside, pairs.similarity[row, at], 0)
+        up, match = (later(last[0]), later(last[1])), (later(before[0]), later(before[1]))
+        options = [up, last, (match[0] + gain, match[1] + pairs.same[row, at])]
+        possible = [jnp.ones(rows, bool), jnp.ones(rows, bool), gain > 0]
+        most = jnp.max(jnp.stack([jnp.where(may, one[0], 0) for one, may in zip(options, possible)]), axis=0)
+        content, speakers = jnp.zeros(rows, jnp.uint32), jnp.full(rows, -1)
+        for one, may in zip(options, possible):
+            near = may & (one[0] + TIE >= most)
+            better = near & ((one[1] > speakers) | ((one[1] == speakers) & (one[0] > content)))
+            content, speakers = jnp.where(better, one[0], content), jnp.where(better, one[1], speakers)
+        here = (jnp.where(inside, content, 0), jnp.where(inside, speakers, 0))
+        ends = (number == quotes + lines - 2) & (row == quotes - 1)
+        result = tuple(old + jnp.sum(jnp.where(ends, new, 0), dtype=old.dtype) for old, new in zip(result, here))
+        return (here, last, result), None
+
+    nothing = (jnp.zeros(rows, jnp.uint32), jnp.zeros(rows, jnp.int32))
+    start = (nothing, nothing, (jnp.uint32(0), jnp.int32(0)))
+    (_, _, result), _ = jax.lax.scan(diagonal, start, jnp.arange(rows + columns - 1))
+    some = (quotes > 0) & (lines > 0)
+    return jnp.where(some, result[0], 0), jnp.where(some, result[1], 0)

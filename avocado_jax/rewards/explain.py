@@ -1,0 +1,86 @@
+"""What a score was given for, in words."""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from avocado_jax.rewards.checklist import BLOCK, DIMENSIONS, WINDOW, dimension_scores
+from avocado_jax.rewards.combine import References, Scored
+from avocado_jax.rewards.dialogue import TIE, UNIT
+from avocado_jax.rewards.text import Caption
+
+SHOWN = 60  # characters of a quotation
+
+
+def explain(
+    caption: Caption, reference: References, scored: Scored, keypoints: Sequence[Mapping[str, str]]
+) -> list[str]:
+    """Sentences that say what matched: lines with their speakers, keypoints with the words they were found in.
+
+    Args:
+        caption, reference, scored: of one caption, as numpy arrays.
+        keypoints: {"text"} of the reference.
+    """
+    terms = {name: float(value) for name, value in scored.terms.items()}
+    said = [f"R_C {_number(terms['checklist'])}, R_D {_number(terms['dialogue'])}, R_L {_number(terms['length'])}."]
+    said += ["The caption falls into repetition."] * (terms["repetition"] < 0)
+    said += ["Something did not fit the limits and was left out."] * (terms["truncated"] > 0)
+    said += _dialogue(caption, reference, scored)
+    by_dimension = zip(DIMENSIONS, np.asarray(dimension_scores(scored.keypoints, reference.keypoints)))
+    said += [f"Keypoints, {name}: {value:.2f}." for name, value in by_dimension if not np.isnan(value)]
+    for number, point in enumerate(keypoints[: int(reference.keypoints.count)]):
+        answer, place = float(scored.keypoints[number]), int(scored.verdict.place[number])
+        told = f'Keypoint {number + 1}, "{_short(point["text"])}": {_number(answer)}'
+        if answer > 0:
+            first, last = max(place - WINDOW + 1, 0) * BLOCK, (place + 1) * BLOCK
+            end = caption.word_start[last] if last < caption.words else caption.length
+            found = _short(_text(caption, caption.word_start[first], end))
+            told += f', {float(scored.verdict.coverage[number]):.2f} of it in "{found}"'
+            if scored.verdict.ordered[number] < 1:
+                told += f", {float(scored.verdict.ordered[number]):.2f} of the others on its right side"
+        said.append(told + ".")
+    return said
+
+
+def _dialogue(caption: Caption, reference: References, scored: Scored) -> list[str]:
+    quotes, lines = int(caption.quotes), int(reference.dialogue.count)
+    if lines < 0:
+        return ["There is no dialogue to compare with."]
+    spoken = [_text(caption, *span) for span in zip(caption.quote_start[:quotes], caption.quote_end[:quotes])]
+    matched = alignment(scored.pairs.similarity[:quotes, :lines], scored.pairs.same[:quotes, :lines])
+    said = [f"Dialogue: {quotes} quoted, {lines} in the reference, {len(matched)} aligned."]
+    for quote, line in matched:
+        alike = float(scored.pairs.similarity[quote, line]) / 2**UNIT
+        who = "the same speaker" if scored.pairs.same[quote, line] else "another speaker"
+        said.append(f'Line {line + 1} as "{_short(spoken[quote])}": similarity {alike:.2f}, {who}.')
+    said += [f'Not in the reference: "{_short(one)}".' for q, one in enumerate(spoken) if q not in dict(matched)]
+    unsaid = sorted(set(range(lines)) - {line for _, line in matched})
+    letters = [reference.dialogue.lines[line, : reference.dialogue.line_length[line]] for line in unsaid]
+    return said + [f'Not said, line {n + 1}: "{_short("".join(map(chr, one)))}".' for n, one in zip(unsaid, letters)]
+
+
+def alignment(similarity: np.ndarray, same: np.ndarray) -> list[tuple[int, int]]:
+    """The aligned (quote, line) pairs that `dialogue.align` counts."""
+    rows, columns = similarity.shape
+    best = [[(0, 0, ())] * (columns + 1) for _ in range(rows + 1)]
+    for i in range(rows):
+        for j in range(columns):
+            options = [best[i][j + 1], best[i + 1][j]]
+            if similarity[i, j]:
+                content, speakers, pairs = best[i][j]
+                options.append((content + int(similarity[i, j]), speakers + int(same[i, j]), (*pairs, (i, j))))
+            most = max(option[0] for option in options)
+            best[i + 1][j + 1] = max((o for o in options if o[0] + TIE >= most), key=lambda o: (o[1], o[0]))
+    return list(best[-1][-1][2])
+
+
+def _text(caption: Caption, start: int, end: int) -> str:
+    return " ".join("".join(map(chr, caption.points[int(start) : int(end)])).split())
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= SHOWN else f"{text[: SHOWN - 1]}…"
+
+
+def _number(value: float) -> str:
+    return "unknown" if np.isnan(value) else f"{value:.2f}"

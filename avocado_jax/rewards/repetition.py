@@ -1,0 +1,48 @@
+"""RepCol: whether a caption falls into repetition, on the device."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from avocado_jax.typing import Array, Bool, Int
+
+MIN_SPAN = 24  # characters of a stretch that counts: good captions hold "00000" and "mmmmm"
+LONGEST_UNIT = 99
+
+
+def collapses(points: Int[Array, "N"], length: Int[Array, ""], min_span: int = MIN_SPAN) -> Bool[Array, ""]:
+    """Whether a unit of 1-49 code points stands five times in a row, or one of 50-99 four times, in enough of them.
+
+    The stretch must have at least `min_span` code points; `min_span=0` is the cleaning rule of the paper's official
+    evaluation. With 99 passes over the text: in each, places that equal what stands a unit later, 32 of them in a
+    word, and among these the starts of a run that is long enough, found by doubling.
+    """
+    units = np.arange(1, LONGEST_UNIT + 1)
+    spans = np.maximum(np.where(units < 50, 5, 4) * units, min_span)
+    runs = jnp.asarray(spans - units)  # equal places in a row that make the stretch
+    longest = int((spans - units).max())
+    words = -(-len(points) // 32)
+    places = jnp.arange(32 * words)
+    here = jnp.pad(points, (0, 32 * words - len(points)))
+    ahead = jnp.pad(here, (0, LONGEST_UNIT))
+
+    def one(unit: jax.Array) -> jax.Array:
+        later = jax.lax.dynamic_slice_in_dim(ahead, unit, len(here))
+        equal = (here == later) & (places + unit < length)  # beyond the text nothing equals anything
+        starts = jnp.sum(equal.reshape(words, 32).astype(jnp.uint32) << np.arange(32, dtype=np.uint32), -1, jnp.uint32)
+        run, have = runs[unit - 1], jnp.int32(1)
+        for _ in range(max(1, longest - 1).bit_length()):
+            by = jnp.minimum(have, run - have)  # 0 once the run is whole
+            starts &= _bits_from(starts, by, longest)
+            have += by
+        return starts.any()
+
+    return jax.lax.fori_loop(1, LONGEST_UNIT + 1, lambda unit, found: found | one(unit), jnp.array(False))
+
+
+def _bits_from(words: Int[Array, "W"], by: Int[Array, ""], most: int) -> Int[Array, "W"]:
+    """A row of bits less its first `by`, at most `most`; zeros come in behind."""
+    padded = jnp.pad(words, (0, most // 32 + 2))
+    low, high = (jax.lax.dynamic_slice_in_dim(padded, by // 32 + k, len(words)) for k in (0, 1))
+    bit = (by % 32).astype(jnp.uint32)
+    return (low >> bit) | jnp.where(bit > 0, high << (32 - bit), 0)

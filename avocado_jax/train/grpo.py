@@ -1,0 +1,277 @@
+"""Group-relative policy optimisation: rollouts and their rewards to updates (paper, 4.2; Shao et al. 2024).
+
+A row is one clip and its G captions: the clip is read once for all of them, with the loss and gradient of G rows of
+one caption. Where the encoders are frozen they see the clip once a step, for sampler, policy and reference alike; each
+of these applies its own adapters.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from avocado_jax.config import GrpoConfig
+from avocado_jax.errors import InputError
+from avocado_jax.models.config import ThinkerConfig
+from avocado_jax.models.thinker import Encoded, Thinker
+from avocado_jax.parallel.parts import by_parts, in_parts
+from avocado_jax.parallel.place import rows_sharding
+from avocado_jax.train.losses import Scores, caption_scores
+from avocado_jax.train.objective import SHARES, Sums, checked, objective, without_overlong
+from avocado_jax.train.optim import gradient, optimizer, schedule
+from avocado_jax.train.rollout import Rollout, policy_view, roll_out, sampling_model
+from avocado_jax.train.state import State, begin, join, split, state_shapes, updated
+from avocado_jax.typing import Array, Captions, Clip, Float
+
+Metrics = dict[str, Array]
+
+
+class Scored(NamedTuple):
+    """Log-probabilities of sampled tokens, by the trainer's own program, before the first update."""
+
+    old: Float[Array, "B G C"] | None  # of the policy; None where one update follows, whose own they are
+    reference: Float[Array, "B G C"] | None  # None where beta is 0
+
+
+class Experience(NamedTuple):
+    """What an update learns from."""
+
+    clip: Clip
+    encoded: Encoded | None  # None where the encoders are trained
+    rollout: Rollout
+    scored: Scored
+    advantage: Float[Array, "B G"]
+    weight: Float[Array, "B"]  # 0 for a row that is not to count
+
+
+class _Sums(NamedTuple):
+    """Over the tokens that count."""
+
+    objective: Sums
+    entropy: Float[Array, ""]
+    gap: Float[Array, ""]  # |log p_trainer - log p_sampler| of the policy that sampled
+
+
+def caption_logprobs(
+    model: ThinkerConfig,
+    params: Any,
+    clip: Clip,
+    encoded: Encoded | None,
+    captions: Captions,
+    temperature: float,
+) -> Scores:
+    """What a policy at this temperature says of captions, [B G C]."""
+    apply = partial(Thinker(model).apply, {"params": params})
+    hidden = apply(clip, captions, encoded)
+    return caption_scores(hidden, partial(apply, method="logits"), captions.targets, temperature)
+
+
+def reference_part(params: Any, train: str, dtype: str) -> Any:
+    """What the reference must have of its own: the first policy's trained parameters, without low-rank adapters.
+
+    All else it shares with the policy, which never changes it.
+    """
+    flat = flatten_dict(split(params, train)[0])
+    kept = {path: leaf.astype(dtype) for path, leaf in flat.items() if path[-1] not in ("lora_a", "lora_b")}
+    return unflatten_dict(kept)
+
+
+def score(
+    params: Any,
+    reference: Any,
+    clip: Clip,
+    encoded: Encoded | None,
+    captions: Captions,
+    *,
+    model: ThinkerConfig,
+    config: GrpoConfig,
+) -> Scored:
+    """Log-probabilities of the captions under the policy, if it will be updated more than once, and the reference."""
+
+    def of(model: ThinkerConfig, params: Any) -> Array:
+        def run(*rows: Any) -> Array:
+            return caption_logprobs(model, params, *rows, config.sampling.temperature).logprob
+
+        return by_parts(run, (clip, encoded, captions), config.accumulate)
+
+    base = replace(model, text=replace(model.text, lora=None))
+    frozen = split(params, config.train)[1]
+    return Scored(
+        of(model, params) if config.passes * config.minibatches > 1 else None,
+        of(base, join(reference, frozen)) if config.objective.beta else None,
+    )
+
+
+def batch_gradient(
+    params: Any, experience: Experience, *, model: ThinkerConfig, config: GrpoConfig
+) -> tuple[Any, Array, _Sums]:
+    """The gradient of the trained parameters, the loss, and what it is made of."""
+    trained, frozen = split(params, config.train)
+    _, _, rollout, _, _, weight = experience
+    counted = jnp.broadcast_to(weight[:, None], rollout.truncated.shape)
+    valid = rollout.captions.valid & (weight > 0)[:, None, None]
+    if config.objective.mask_overlong:
+        valid = without_overlong(valid, rollout.truncated)
+    shares = SHARES[config.objective.aggregate](valid, counted, config.sampling.tokens)
+
+    def loss(trained: Any, rows: Experience, valid: Array, shares: Array) -> tuple[Array, tuple[Array, _Sums]]:
+        captions, sampled = rows.rollout.captions, rows.rollout.sampled
+        temperature = config.sampling.temperature
+        new = caption_logprobs(model, join(trained, frozen), rows.clip, rows.encoded, captions, temperature)
+        here = jax.lax.stop_gradient(new.logprob)
+        old, reference = (here if one is None else one for one in rows.scored)
+        total, sums = objective(new.logprob, old, sampled, reference, rows.advantage, valid, shares, config.objective)
+        entropy = jnp.sum(new.entropy, where=valid)
+        gap = jnp.sum(jnp.abs(old - sampled), where=valid)
+        return total, (jax.lax.stop_gradient(total), _Sums(sums, entropy, gap))
+
+    grads, (total, sums) = gradient(loss, trained, (experience, valid, shares), config.accumulate)
+    return grads, total, sums
+
+
+def grpo_update(
+    state: State,
+    experience: Experience,
+    *,
+    model: ThinkerConfig,
+    config: GrpoConfig,
+    adamw: optax.GradientTransformation,
+    rate: optax.Schedule,
+) -> tuple[State, Metrics]:
+    """All updates of one rollout: `passes` over it, in `minibatches` of its rows.
+
+    An update whose loss or gradient is not finite changes nothing but the counters. Returns the next state and fp32
+    scalars: `loss` and its `policy_loss`; `kl` to the reference and `moved` from the policy that sampled (k3, nats a
+    token), `entropy`, `ratio`, shares of tokens `clipped_low` and `clipped_high`, and `sampler_gap`, all means over
+    tokens and updates; `length` and share `truncated` of captions; the rest as `sft_step`.
+    """
+
+    def once(state: State, part: Experience) -> tuple[State, tuple]:
+        grads, loss, sums = batch_gradient(state.params, part, model=model, config=config)
+        norm = optax.tree.norm(grads)
+        state, moved = updated(state, grads, jnp.isfinite(norm) & jnp.isfinite(loss), adamw, config.train)
+        return state, (loss, norm, moved, sums)
+
+    if (updates := config.passes * config.minibatches) == 1:
+        after, told = once(state, experience)
+    else:
+        minibatches = in_parts(experience, config.minibatches)
+        after, told = jax.lax.scan(lambda state, _: jax.lax.scan(once, state, minibatches), state, length=config.passes)
+    loss, norm, moved, (sums, entropy, gap) = jax.tree.map(lambda leaf: jnp.sum(leaf) / updates, told)
+    tokens = jnp.maximum(sums.tokens, 1e-9)
+    rollout, weight = experience.rollout, experience.weight
+    captions = jnp.maximum(jnp.sum(weight) * rollout.lengths.shape[1], 1)
+    metrics = {
+        "loss": loss,
+        "policy_loss": sums.policy,
+        "kl": sums.kl / tokens,
+        "moved": sums.moved / tokens,
+        "entropy": entropy / tokens,
+        "ratio": sums.ratio / tokens,
+        "clipped_low": sums.clipped_low / tokens,
+        "clipped_high": sums.clipped_high / tokens,
+        "sampler_gap": gap / tokens,
+        "length": jnp.sum(rollout.lengths * weight[:, None]) / captions,
+        "truncated": jnp.sum(rollout.truncated * weight[:, None]) / captions,
+        "gradient_norm": norm,
+        "update_norm": moved,
+        "lr": rate(state.step * updates - state.skipped),
+        "tokens": jnp.sum(rollout.lengths * weight[:, None]),
+        "clip_tokens": jnp.sum(experience.clip.length * weight) / config.split,
+        "rows": jnp.sum(weight) / config.split,
+        "skipped": after.skipped,
+        "skipped_in_row": after.in_row,
+    }
+    return after._replace(step=state.step + 1), metrics
+
+
+class GrpoProgram(NamedTuple):
+    """The phases of a step, jitted: what a run calls, what is measured and compiled ahead of time.
+
+    Attributes:
+        state: shapes with shardings.
+        reference: likewise, of what the reference has of its own.
+        begin: parameters -> state; it takes their memory over.
+        encode: (parameters, clip) -> encoded; None where the encoders are trained.
+        view: parameters -> the sampler's.
+        roll_out: (view, clip, encoded, step, banned) -> rollout.
+        score: (parameters, reference, clip, encoded, captions) -> scored.
+        update: (state, experience) -> (state, metrics); it takes the state's memory over.
+    """
+
+    state: State
+    reference: Any
+    begin: Callable
+    encode: Callable | None
+    view: Callable
+    roll_out: Callable
+    score: Callable
+    update: Callable
+
+
+def grpo_program(
+    config: GrpoConfig, model: ThinkerConfig, mesh: Mesh, steps: int, stops: tuple[int, ...]
+) -> GrpoProgram:
+    """The phases of `config` on a mesh.
+
+    Raises:
+        InputError: the config does not hold together.
+    """
+    checked(config.objective)
+    over = mesh.shape["data"] * mesh.shape["fsdp"] * config.accumulate * config.minibatches
+    if config.group % config.split or config.batch * config.split % over:
+        raise InputError(
+            f"batch: {config.batch} clips of {config.group} captions, each in {config.split} rows, are not divided by "
+            f"data x fsdp x accumulate x minibatches = {over}"
+        )
+    updates = steps * config.passes * config.minibatches
+    make = optimizer(config.optim, updates)
+    shapes = state_shapes(model, config.train, config.frozen_dtype, make, mesh)
+    spread = jax.tree.map(lambda leaf: leaf.sharding, shapes)
+    rows, whole = rows_sharding(mesh), NamedSharding(mesh, PartitionSpec())
+    frozen_encoders = config.train != "all"
+
+    def encode(params: Any, clip: Clip) -> Encoded:
+        run = partial(Thinker(model).apply, {"params": params}, method="encode")
+        return by_parts(run, (clip,), config.accumulate)
+
+    bound = dict(model=model, config=config)
+    sample = partial(
+        roll_out,
+        model=sampling_model(model),
+        sampling=config.sampling,
+        group=config.group,
+        split=config.split,
+        stops=stops,
+        seed=config.seed,
+        parts=config.accumulate,
+    )
+    update = partial(grpo_update, **bound, adamw=make, rate=schedule(config.optim, updates))
+    reference = partial(reference_part, train=config.train, dtype=config.reference_dtype)
+    return GrpoProgram(
+        state=shapes,
+        reference=_placed(jax.eval_shape(reference, shapes.params), shapes.params),
+        begin=jax.jit(partial(begin, optimizer=make, train=config.train), donate_argnums=0, out_shardings=spread),
+        encode=jax.jit(encode, out_shardings=rows) if frozen_encoders else None,
+        view=jax.jit(partial(policy_view, model=model, mesh=mesh, encoders=not frozen_encoders)),
+        roll_out=jax.jit(sample, out_shardings=rows),
+        score=jax.jit(partial(score, **bound), out_shardings=rows),
+        update=jax.jit(update, donate_argnums=0, out_shardings=(spread, whole)),
+    )
+
+
+def _placed(shapes: Any, like: Any) -> Any:
+    """Shapes with the shardings of the leaves of the same paths in `like`."""
+    known = flatten_dict(like)
+    return unflatten_dict(
+        {
+            path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=known[path].sharding)
+            for path, leaf in flatten_dict(shapes).items()
+        }
+    )

@@ -1,0 +1,196 @@
+"""What GRPO maximises, in small pieces: advantages, ratios, clipping, distance to the reference, shares of tokens.
+
+    loss = sum over tokens of share x (-min(ratio x A, clipped ratio x A) x correction + beta x KL)
+
+All arrays are fp32 of [B G C] (clips, captions of each, tokens) or [B G]. Log-probabilities at positions that do not
+count may be anything finite. Nothing here knows the model.
+
+GRPO: Shao et al. 2024, arXiv 2402.03300. DAPO: Yu et al. 2025, arXiv 2503.14476. Dr. GRPO: Liu et al. 2025, arXiv
+2503.20783. GSPO: Zheng et al. 2025, arXiv 2507.18071. KL estimators: Schulman 2020, "Approximating KL divergence".
+Truncated importance correction: Yao et al. 2025, "Your efficient RL framework secretly brings you off-policy RL".
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from avocado_jax.config import ObjectiveConfig
+from avocado_jax.errors import InputError
+from avocado_jax.typing import Array, Bool, Float
+
+# --- advantages
+
+
+def zero_variance(rewards: Float[Array, "B G"]) -> Bool[Array, "B"]:
+    """Groups whose captions all have the same reward: there is nothing to learn from them."""
+    return jnp.max(rewards, axis=1) == jnp.min(rewards, axis=1)
+
+
+def mean_advantage(rewards: Float[Array, "B G"]) -> Float[Array, "B G"]:
+    """A_i = r_i - mean(r) (Dr. GRPO, 3.1); exactly 0 where all rewards of a group are the same."""
+    centred = rewards - jnp.mean(rewards, axis=1, keepdims=True)
+    return jnp.where(zero_variance(rewards)[:, None], 0, centred)
+
+
+def std_advantage(rewards: Float[Array, "B G"], floor: float) -> Float[Array, "B G"]:
+    """A_i = (r_i - mean(r)) / max(std(r), floor) (GRPO, 4.1.2), with the unbiased std.
+
+    The floor keeps a rounding residue in a group of equal rewards from becoming an advantage.
+    """
+    if rewards.shape[1] == 1:
+        return jnp.zeros_like(rewards)
+    std = jnp.std(rewards, axis=1, ddof=1, keepdims=True)
+    return mean_advantage(rewards) / jnp.maximum(std, floor)
+
+
+# --- ratios: their logarithm, [B G C]
+
+
+def token_log_ratio(new: Array, old: Array, valid: Array) -> Float[Array, "B G C"]:
+    """log r_t = log p_new(t) - log p_old(t) (GRPO, eq. 3); 0 at tokens that do not count."""
+    return jnp.where(valid, new - old, 0)
+
+
+def sequence_log_ratio(new: Array, old: Array, valid: Array) -> Float[Array, "B G C"]:
+    """log s = 1/|o| sum_t (log p_new(t) - log p_old(t)), the same for all tokens of a caption (GSPO, eq. 7)."""
+    length = jnp.maximum(jnp.sum(valid, axis=-1, keepdims=True), 1)
+    mean = jnp.sum(token_log_ratio(new, old, valid), axis=-1, keepdims=True) / length
+    return jnp.broadcast_to(mean, new.shape)
+
+
+# --- the surrogate and the correction of its sampling
+
+
+def clipped(ratio: Array, advantage: Array, low: float, high: float) -> Float[Array, "B G C"]:
+    """min(r A, clip(r, 1 - low, 1 + high) A): pessimistic (GRPO, eq. 3), with bounds of their own (DAPO, 3.1)."""
+    return jnp.minimum(ratio * advantage, jnp.clip(ratio, 1 - low, 1 + high) * advantage)
+
+
+def truncated_importance(old: Array, sampled: Array, valid: Array, cap: float) -> Float[Array, "B G C"]:
+    """min(p_trainer(t) / p_sampler(t), cap), a constant: what the sampler drew is weighted as the trainer would have.
+
+    `old` are the trainer's log-probabilities of the policy that sampled, `sampled` the sampler's own.
+    """
+    return jax.lax.stop_gradient(jnp.minimum(jnp.exp(jnp.where(valid, old - sampled, 0)), cap))
+
+
+# --- distance to the reference, per token (Schulman 2020), from d = log p_ref - log p
+
+
+def k1(d: Array) -> Array:
+    """-d: unbiased, of either sign; its gradient is 0 in expectation."""
+    return -d
+
+
+def k2(d: Array) -> Array:
+    """d^2 / 2: biased, never negative."""
+    return jnp.square(d) / 2
+
+
+def k3(d: Array) -> Array:
+    """exp(d) - d - 1: unbiased, never negative (GRPO, eq. 4)."""
+    return jnp.exp(d) - d - 1
+
+
+# --- what a token counts: shares, [B G C], of captions [B G] that are in the batch at all
+
+
+def sequence_shares(valid: Array, counted: Array, limit: int) -> Float[Array, "B G C"]:
+    """1 / (N |o_i|): the mean over captions of the mean over tokens (GRPO, eq. 3)."""
+    length = jnp.maximum(jnp.sum(valid, axis=-1, keepdims=True), 1)
+    return valid / length / jnp.maximum(jnp.sum(counted), 1)
+
+
+def token_shares(valid: Array, counted: Array, limit: int) -> Float[Array, "B G C"]:
+    """1 / sum_i |o_i|: every token the same, so that long captions count more (DAPO, 3.3)."""
+    return valid / jnp.maximum(jnp.sum(valid), 1.0)
+
+
+def constant_shares(valid: Array, counted: Array, limit: int) -> Float[Array, "B G C"]:
+    """1 / (N L) with L the longest that may be sampled: no caption's length changes a token's part (Dr. GRPO, 3.1)."""
+    return valid / (jnp.maximum(jnp.sum(counted), 1) * limit)
+
+
+def without_overlong(valid: Array, truncated: Bool[Array, "B G"]) -> Bool[Array, "B G C"]:
+    """Tokens that count where a caption that reached the limit without stopping does not (DAPO, 3.4)."""
+    return valid & ~truncated[..., None]
+
+
+RATIOS = {"token": token_log_ratio, "sequence": sequence_log_ratio}
+KLS = {"k1": k1, "k2": k2, "k3": k3}
+SHARES = {"sequence": sequence_shares, "token": token_shares, "constant": constant_shares}
+
+
+def checked(config: ObjectiveConfig) -> None:
+    """See that names mean something and numbers make sense.
+
+    Raises:
+        InputError: they do not.
+    """
+    named = {"advantage": ("std", "mean"), "ratio": RATIOS, "kl": KLS, "aggregate": SHARES}
+    for field, names in named.items():
+        if getattr(config, field) not in names:
+            raise InputError(f"objective.{field}: {getattr(config, field)!r} is none of {', '.join(names)}")
+    if not 0 <= config.clip_low <= 1 or config.clip_high < 0:
+        raise InputError("objective: clip_low is from 0 to 1, clip_high from 0")
+    if min(config.beta, config.importance_cap) < 0 or config.std_floor <= 0:
+        raise InputError("objective: beta and importance_cap are from 0, std_floor is more than 0")
+
+
+def advantages(rewards: Float[Array, "B G"], config: ObjectiveConfig) -> Float[Array, "B G"]:
+    """What each caption's reward is worth within its group."""
+    return mean_advantage(rewards) if config.advantage == "mean" else std_advantage(rewards, config.std_floor)
+
+
+class Sums(NamedTuple):
+    """Over the tokens that count, so that parts of a batch add up."""
+
+    policy: Float[Array, ""]  # the clipped objective's loss, shares applied
+    kl: Float[Array, ""]  # k3 of each token against the reference
+    ratio: Float[Array, ""]
+    clipped_low: Float[Array, ""]  # tokens held at 1 - low: pushed down far enough
+    clipped_high: Float[Array, ""]  # tokens held at 1 + high: pushed up far enough
+    moved: Float[Array, ""]  # k3 of each token against the policy that sampled
+    tokens: Float[Array, ""]
+
+
+def objective(
+    new: Float[Array, "B G C"],
+    old: Float[Array, "B G C"],
+    sampled: Float[Array, "B G C"],
+    reference: Float[Array, "B G C"],
+    advantage: Float[Array, "B G"],
+    valid: Bool[Array, "B G C"],
+    shares: Float[Array, "B G C"],
+    config: ObjectiveConfig,
+) -> tuple[Float[Array, ""], Sums]:
+    """The loss, and what it is made of.
+
+    Args:
+        new: log-probabilities of the sampled tokens under the policy; the only argument that is differentiated.
+        old: under the policy that sampled, by the trainer.
+        sampled: the same by the sampler.
+        reference: under the reference.
+        shares: what each token's loss counts; 0 where `valid` is not.
+    """
+    ratio = jnp.exp(RATIOS[config.ratio](new, old, valid))
+    advantage = jnp.broadcast_to(advantage[..., None], new.shape)
+    gain = clipped(ratio, advantage, config.clip_low, config.clip_high)
+    if config.importance_cap:
+        gain *= truncated_importance(old, sampled, valid, config.importance_cap)
+    policy = -jnp.sum(gain * shares)
+    d = jnp.where(valid, reference - new, 0)  # masked here: what is not a token must not reach an exponential
+    kl_loss = jnp.sum(KLS[config.kl](d) * shares)
+    held_low = (ratio < 1 - config.clip_low) & (advantage < 0)
+    held_high = (ratio > 1 + config.clip_high) & (advantage > 0)
+    sums = Sums(
+        policy=policy,
+        kl=jnp.sum(k3(d)),
+        ratio=jnp.sum(ratio, where=valid),
+        clipped_low=jnp.sum(held_low & valid, dtype=jnp.float32),
+        clipped_high=jnp.sum(held_high & valid, dtype=jnp.float32),
+        moved=jnp.sum(k3(jnp.where(valid, old - new, 0))),
+        tokens=jnp.sum(valid, dtype=jnp.float32),
+    )
+    return policy + config.beta * kl_loss, jax.lax.stop_gradient(sums)

@@ -1,0 +1,37 @@
+"""How long each phase of a step takes, seen by a thread that waits for its results: the step itself never does."""
+
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import jax
+
+
+class Phases:
+    """The phases of one step after another.
+
+    A phase begins when the one before it has ended, or when it was dispatched, whichever is later.
+    """
+
+    def __init__(self) -> None:
+        self._waiting = ThreadPoolExecutor(1, thread_name_prefix="phases")
+        self._ended = self._dispatched = 0.0
+        self._step: dict[str, Future] = {}
+
+    def begin(self) -> None:
+        """A new step."""
+        self._dispatched, self._step = time.perf_counter(), {}
+
+    def end(self, name: str, results: Any) -> None:
+        """A phase was dispatched, whose results are these. None of them may be donated to what follows."""
+        self._step[name] = self._waiting.submit(self._wait, results, self._dispatched)
+        self._dispatched = time.perf_counter()
+
+    def _wait(self, results: Any, dispatched: float) -> float:
+        jax.block_until_ready(results)
+        begun, self._ended = max(self._ended, dispatched), time.perf_counter()
+        return self._ended - begun
+
+    def step(self) -> dict[str, Future]:
+        """The phases of the step so far, in the order they were dispatched; their values are seconds."""
+        return self._step

@@ -1,0 +1,32 @@
+"""GRPO of the AVWorld captioner, on a laptop: the machinery of the paper's second stage, with rewards that are exact.
+
+  avocado grpo configs/grpo_world.py --workdir runs/grpo_world --init runs/world_small
+
+References have 65 tokens (median): R_L falls from 1.5 to 3 times that, and captions may be a little longer still.
+
+Expected: it needs the captioner of configs/world_small.py first; see the README, "Limits".
+"""
+
+from avocado_jax.config import DataConfig, GrpoConfig, ObjectiveConfig, OptimConfig, RewardConfig, SamplingConfig
+
+config = GrpoConfig(
+    init="runs/world_small",
+    steps=200,
+    batch=8,
+    group=8,
+    train="captioner",
+    dtype="float32",
+    frozen_dtype="float32",
+    reference_dtype="float32",
+    remat="none",
+    data=DataConfig(
+        train="world:0:train:3:1600:plain", heldout="world:0:test:1:64:plain", caption_tokens=128, shapes=4
+    ),
+    sampling=SamplingConfig(tokens=224, temperature=1.0),
+    rewards=RewardConfig(low=98, high=195, keypoints=16, lines=4),
+    objective=ObjectiveConfig(beta=0.04),
+    optim=OptimConfig(lr=1e-4, warmup=0.05, final=0.1),
+    checkpoint_every=25,
+    eval_every=50,
+    eval_rows=64,
+)

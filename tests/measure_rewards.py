@@ -1,0 +1,124 @@
+"""What the rewards say of real captions with gold events: FILE is a list of {"conversations", "events"}.
+
+  python tests/measure_rewards.py video_salmonn2.json
+
+The file is that of the video-SALMONN-2 test set; captions and events are the references, and captions of other clips,
+halves of captions and loops are scored against them.
+"""
+
+import json
+import sys
+from functools import partial
+from pathlib import Path
+
+import jax
+import numpy as np
+import oracles
+
+from avocado_jax.rewards import checklist, dialogue, repetition, text
+from avocado_jax.rewards.text import Limits
+
+LIMITS = Limits(8192, 1536, 48, 512)
+CHUNK = 40
+
+
+def in_chunks(of, *trees):
+    """A vmapped function over chunks of the leading axis, so that memory stays small."""
+    run = jax.jit(jax.vmap(of))
+    count = len(jax.tree.leaves(trees)[0])
+    slices = [slice(first, first + CHUNK) for first in range(0, count, CHUNK)]
+    parts = [run(*jax.tree.map(lambda leaf, part=part: leaf[part], trees)) for part in slices]
+    return jax.tree.map(lambda *leaves: np.concatenate([np.asarray(leaf) for leaf in leaves]), *parts)
+
+
+def area(positive, negative):
+    """The probability that one of the first ranks above one of the second, ties half."""
+    below = np.searchsorted(np.sort(negative), positive, "left")
+    upto = np.searchsorted(np.sort(negative), positive, "right")
+    return float((below + upto).mean() / 2 / len(negative))
+
+
+def main(path):
+    """Measure and print."""
+    records = json.loads(Path(path).read_text())
+    captions = [text.unicodedata.normalize("NFC", one["conversations"][1]["value"]) for one in records]
+    events = [one["events"] for one in records]
+    n = len(captions)
+    table = text.make_table(None, text.word_weights(captions))
+    read = partial(text.read_texts, table, limits=LIMITS)
+    whole = read(captions)
+    print(f"{n} captions, {sum(map(len, events))} events; truncated {int(whole.truncated.sum())}")
+
+    # Quotes: the device against the parser in plain Python.
+    found = expected = right = 0
+    for clip, caption in enumerate(captions):
+        spans = zip(whole.quote_start[clip][: whole.quotes[clip]], whole.quote_end[clip])
+        told, truth = [caption[a:b] for a, b in spans], oracles.quotes(caption)
+        found, expected = found + len(told), expected + len(truth)
+        right += sum(min(told.count(one), truth.count(one)) for one in set(told))
+    print(f"quotes: {expected}, precision {right / found:.4f}, recall {right / expected:.4f}")
+
+    lines, cut = dialogue.dialogue_references(table, [None] * n, captions, LIMITS)
+    own = in_chunks(dialogue.dialogue_reward, whole, lines)
+    speak = whole.quotes > 0
+    print(f"R_D of a caption against itself: least {own.min():.6f}; references cut {int(cut.sum())}")
+    others = [in_chunks(dialogue.dialogue_reward, roll(whole, by), lines) for by in (1, 37, 101)]
+    both = [speak & np.roll(speak, by) for by in (1, 37, 101)]
+    mean = np.mean(np.concatenate([one[use] for one, use in zip(others, both)]))
+    every = np.mean(np.concatenate(others))
+    print(f"R_D against another clip's: {mean:.4f} where both have lines, {every:.4f} over all pairs (1: none has)")
+
+    points, cut = checklist.keypoint_references(
+        table, [[{"text": event} for event in one] for one in events], captions, LIMITS, max(map(len, events))
+    )
+    print(f"keypoints: references cut {int(cut.sum())}")
+    verdict = in_chunks(checklist.lexical, whole, points)
+    means = partial(in_chunks, checklist.mean_score)
+    self_score = means(verdict.score, points.count)
+    print(f"R_C of a caption against its own events: mean {self_score.mean():.4f}, least {self_score.min():.4f}")
+    other = np.concatenate(
+        [means(in_chunks(checklist.lexical, roll(whole, by), points).score, points.count) for by in (1, 37, 101)]
+    )
+    print(f"R_C against another clip's: mean {other.mean():.4f}, highest {other.max():.4f}")
+
+    half = read([caption[: len(caption) // 2] for caption in captions])
+    halves = in_chunks(checklist.lexical, half, points)
+    rank = [(np.arange(len(one)) + 0.5) / len(one) for one in events]
+    for name in ("coverage", "score"):
+        values = [getattr(halves, name)[clip, : len(one)] for clip, one in enumerate(events)]
+        first, last = ([v[pick(r)] for v, r in zip(values, rank)] for pick in (early, late))
+        pooled = area(np.concatenate(first), np.concatenate(last))
+        clips = np.mean([area(a, b) for a, b in zip(first, last)])
+        print(
+            f"half the caption kept, first 40% of events above last 40%, by {name}: {pooled:.4f}, by clip {clips:.4f}"
+        )
+
+    collapsed = in_chunks(repetition.collapses, whole.points, whole.length)
+    print(f"references that collapse: {int(collapsed.sum())} of {n}")
+    loops = []
+    for number, caption in enumerate(captions):
+        unit = 1 + number % 99
+        begin = number * 7 % max(1, len(caption) - unit)
+        loops.append(caption[:300] + caption[begin : begin + unit] * max(5, -(-24 // unit)))
+    looping = read(loops)
+    collapsed = in_chunks(repetition.collapses, looping.points, looping.length)
+    print(f"loops that collapse: {int(collapsed.sum())} of {n}")
+
+
+def roll(caption, by):
+    """Captions of other clips."""
+    return jax.tree.map(lambda leaf: np.roll(leaf, by, axis=0), caption)
+
+
+def early(rank):
+    """The first 40% of the events."""
+    return rank < 0.4
+
+
+def late(rank):
+    """The last 40%."""
+    return rank > 0.6
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

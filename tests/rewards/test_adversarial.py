@@ -1,0 +1,161 @@
+"""Captions that try to be paid for what they are not: the honest one scores higher.
+
+On clips of AVWorld with their plain captions. Each trick names the terms in which it must lose; where only the sum
+loses, the README says which term is fooled.
+"""
+
+import random
+import re
+
+import jax
+import numpy as np
+import pytest
+
+from avocado_jax.rewards import text
+from avocado_jax.rewards.combine import DEFAULTS, make_references, score
+from avocado_jax.rewards.text import Limits
+from avocado_jax.world.clip import record
+from avocado_jax.world.director import make_script
+
+CLIPS = 8
+LIMITS = Limits(9216, 4608, 64, 64)
+SIDES = (("left", "right"), ("upper", "lower"), ("top", "bottom"), ("above", "below"))
+COLOURS = (("red", "green"), ("blue", "yellow"), ("purple", "orange"))
+SPECIAL = "<|im_end|><|endoftext|><|im_start|>assistant\n"
+CHINESE = "视频开始时，背景是条纹状的白色。一个红色的大方块在右下角。它说：“你听到房子了吗？”然后铃声轻轻响起。"
+
+
+class World:
+    """Clips, their honest captions, and rewards of captions of them."""
+
+    def __init__(self):
+        talking = (record(make_script(11, index), 0) for index in range(200))
+        self.records = [one for one in talking if len({line["speaker"] for line in one["dialogues"]}) > 1][:CLIPS]
+        self.honest = [one["caption"] for one in self.records]
+        self.table = text.make_table(None, text.word_weights(self.honest))
+        self.references, cut = make_references(self.table, self.records, LIMITS._replace(quotes=16))
+        assert not cut.any()
+        self.score = jax.jit(
+            jax.vmap(lambda table, caption, tokens, own: score(caption, tokens, own, DEFAULTS).terms, (None, 0, 0, 0))
+        )
+        self.terms = self.of(self.honest)
+
+    def of(self, captions, tokens=None):
+        """Each term of captions, one of each clip."""
+        read = text.read_texts(self.table, captions, LIMITS)
+        tokens = np.array([len(text.words_of(one)) if tokens is None else tokens for one in captions])
+        return {name: np.asarray(term) for name, term in self.score(self.table, read, tokens, self.references).items()}
+
+
+@pytest.fixture(scope="module")
+def world():
+    return World()
+
+
+def total(terms):
+    return terms["checklist"] + terms["dialogue"] + terms["length"] + terms["repetition"]
+
+
+def swapped(caption, pairs):
+    """The caption with each word of a pair in place of the other."""
+    other = dict(pairs) | {b: a for a, b in pairs}
+    return re.sub(rf"\b({'|'.join(other)})\b", lambda found: other[found[0]], caption)
+
+
+def shuffled(parts):
+    parts = list(parts)
+    random.Random(len(parts)).shuffle(parts)
+    return parts
+
+
+def keywords(clip):
+    return " ".join(shuffled(word for word in text.words_of(clip["caption"]) if len(word) > 3))
+
+
+def pasted(clip):
+    return " ".join(shuffled(point["text"] for point in clip["keypoints"]))
+
+
+def tenfold(clip):
+    return re.sub(r'"[^"]*"', lambda found: " ".join([found[0]] * 10), clip["caption"])
+
+
+def one_speaker(clip):
+    first = clip["dialogues"][0]["speaker"]
+    return respoken(clip, [first] * len(clip["dialogues"]))
+
+
+def other_speakers(clip):
+    who = [line["speaker"] for line in clip["dialogues"]]
+    names = list(dict.fromkeys(who))
+    return respoken(clip, [names[(names.index(one) + 1) % len(names)] for one in who])
+
+
+def respoken(clip, speakers):
+    """The caption with other speakers before its lines."""
+    caption = clip["caption"]
+    for line, speaker in zip(clip["dialogues"], speakers):
+        caption = re.sub(
+            rf"{line['speaker']} (?=[^.]*\"{re.escape(line['text'][:-1])})",
+            f"@{speaker[4:]} ",
+            caption,
+            count=1,
+            flags=re.IGNORECASE,
+        )
+    assert caption.count("@") == len(clip["dialogues"])
+    return caption.replace("@", "The ")
+
+
+def shuffled_quotes(clip):
+    quotes = re.findall(r'"[^"]*"', clip["caption"])
+    moved = iter(quotes[1:] + quotes[:1])
+    return re.sub(r'"[^"]*"', lambda _: next(moved), clip["caption"])
+
+
+BOTH, CONTENT, SPEECH = ("checklist", "dialogue"), ("checklist",), ("dialogue",)
+TRICKS = {
+    "bag of keywords": (keywords, BOTH),
+    "keypoints pasted in random order": (pasted, CONTENT),
+    "every line of dialogue ten times": (tenfold, SPEECH),
+    "all quotes by one speaker": (one_speaker, SPEECH),
+    "speakers swapped": (other_speakers, SPEECH),
+    "quotes shuffled": (shuffled_quotes, SPEECH),
+    "opposite colours": (lambda clip: swapped(clip["caption"], COLOURS), CONTENT),
+    "left for right": (lambda clip: swapped(clip["caption"], SIDES), CONTENT),
+    "an endless loop": (lambda clip: clip["caption"] + " The dog barks." * 300, ("repetition",)),
+    "empty": (lambda clip: "", BOTH),
+    "another language": (lambda clip: CHINESE, BOTH),
+}
+
+
+@pytest.mark.parametrize("name", TRICKS)
+def test_the_honest_caption_scores_higher(world, name):
+    trick, terms = TRICKS[name]
+    found = world.of([trick(clip) for clip in world.records])
+    lower = total(found) < total(world.terms) - 1e-3
+    # A clip that speaks of both sides within 60 words holds the right word somewhere: see the README.
+    assert lower.mean() >= (0.7 if name == "left for right" else 1)
+    for term in terms:
+        assert (found[term] <= world.terms[term]).all(), term
+        assert found[term].mean() < world.terms[term].mean() - (0.03 if name == "left for right" else 0.1), term
+
+
+def test_honest_captions_score(world):
+    assert world.terms["dialogue"].min() == 1
+    assert world.terms["checklist"].mean() > 0.9
+    assert world.terms["repetition"].max() == 0
+    assert world.terms["truncated"].max() == 0
+
+
+def test_padding_costs_the_reward_of_length(world):
+    words = " ".join(chr(ord("b") + place * place % 23) for place in range(4000))
+    found = world.of([f"{caption} {words}" for caption in world.honest], tokens=4096)
+    assert (found["length"] == 0).all()
+    assert (total(found) < total(world.terms) - 0.9).all()
+
+
+def test_special_tokens_spelled_out_are_text(world):
+    found = world.of([SPECIAL + caption + SPECIAL for caption in world.honest])
+    for term in ("checklist", "dialogue"):
+        assert (found[term] <= world.terms[term] + 1e-6).all()
+    assert (total(found) <= total(world.terms) + 1e-6).all()

@@ -1,0 +1,151 @@
+"""R_C: the lexical judge against a plain count of words in windows, and what missing answers do."""
+
+from itertools import pairwise
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from avocado_jax.rewards import text
+from avocado_jax.rewards.checklist import (
+    BLOCK,
+    HIGH,
+    LOW,
+    PAIRS,
+    WINDOW,
+    WRONG,
+    dimension_scores,
+    keypoint_references,
+    lexical,
+    mean_score,
+)
+from avocado_jax.rewards.text import Limits
+
+LIMITS = Limits(2048, 320, 8, 64)
+WORDS = (
+    "the",
+    "a",
+    "is",
+    "of",
+    "dog",
+    "barks",
+    "red",
+    "car",
+    "left",
+    "moves",
+    "girl",
+    "sings",
+    "tree",
+    "quickly",
+    "door",
+)
+SENTENCES = st.lists(st.sampled_from(WORDS), min_size=1, max_size=200).map(" ".join)
+POINTS = st.lists(st.lists(st.sampled_from(WORDS), min_size=1, max_size=8).map(" ".join), min_size=1, max_size=5)
+
+
+@pytest.fixture(scope="module")
+def table():
+    return text.make_table()
+
+
+@jax.jit
+def judge(caption, keypoints):
+    return jax.vmap(lexical)(caption, keypoints)
+
+
+def judged(table, caption, points, reference=None):
+    keypoints, cut = keypoint_references(
+        table, [[{"text": point} for point in points]], [reference], LIMITS, 8, distinct=64
+    )
+    assert not cut[0]
+    verdict = judge(text.read_texts(table, [caption], LIMITS), keypoints)
+    return jax.tree.map(lambda leaf: np.asarray(leaf)[0, : len(points)], verdict)
+
+
+def by_hand(caption, point):
+    """Coverage and score of a keypoint, window by window."""
+    weights = text.word_weights([])
+    exclusive = set(map(text.meaning, text.EXCLUSIVE.split()))
+    words = [text.meaning(word) for word in text.words_of(caption)]
+    weigh = [weights.get(word, weights[""]) for word in words]
+    content = [(place, word) for place, (word, weight) in enumerate(zip(words, weigh)) if weight > 0]
+    held = [(place // BLOCK, word) for place, word in content]
+    for apart in (1, 2):
+        held += [(one[0] // BLOCK, (one[1], other[1])) for one, other in zip(content, content[apart:])]
+    own = [word for word in map(text.meaning, text.words_of(point)) if weights.get(word, weights[""]) > 0]
+    much = {word: weights.get(word, weights[""]) for word in own}
+    wanted = [(word, much[word]) for word in own]
+    wanted += [((one, other), PAIRS * (much[one] + much[other]) / 2) for one, other in pairwise(own)]
+    telling = [word for word in own if word in exclusive]
+    best, answer = 0.0, 0.0
+    for last in range(-(-LIMITS.words // BLOCK)):
+        window = range(last - WINDOW + 1, last + 1)
+        inside = {what for block, what in held if block in window}
+        there = weigh[max(window[0], 0) * BLOCK : (last + 1) * BLOCK]
+        prose = min(1.0, sum(weight <= 0 for weight in there) / max(0.1 * len(there), 1e-9))
+        covered = prose * sum(w for what, w in wanted if what in inside) / max(sum(w for _, w in wanted), 1e-9)
+        wrong = sum(word not in inside for word in telling) / max(len(telling), 1)
+        best = max(best, covered)
+        answer = max(answer, min(max((covered - LOW) / (HIGH - LOW), 0), 1) * (1 - WRONG * wrong))
+    return best, answer
+
+
+@settings(max_examples=40)
+@given(SENTENCES, POINTS)
+def test_against_windows_by_hand(table, caption, points):
+    verdict = judged(table, caption, points)
+    expected = [by_hand(caption, point) for point in points]
+    np.testing.assert_allclose(verdict.coverage, [one for one, _ in expected], atol=1e-5)
+    np.testing.assert_allclose(verdict.score, [one for _, one in expected], atol=1e-4)
+
+
+SAID = "The red car moves to the left. A girl sings behind the door. The dog barks at a tree."
+
+
+@pytest.mark.parametrize(
+    ("point", "contrary"),
+    [
+        ("The red car moves to the left.", "The green car moves to the left."),
+        ("The red car moves to the left.", "The red car moves to the right."),
+        ("A girl sings behind the door.", "A boy sings behind the door."),
+        ("The dog barks at a tree.", "No dog barks at a tree."),
+        ("The dog barks at a tree.", "The dog never barks at a tree."),
+    ],
+)
+def test_the_contrary_is_worth_less(table, point, contrary):
+    true, untrue = judged(table, SAID, [point, contrary]).score
+    assert true == 1
+    assert untrue < 0.7
+
+
+def test_order_counts_where_the_reference_tells_it(table):
+    pairs = {"stone": "desk", "lamp": "bed", "chair": "roof", "book": "sea"}
+    points = [f"A {thing} falls on the {place}." for thing, place in pairs.items()]
+    between = " It is what it is and so it was, and it will be what it was, as it is here and there."
+    told = "".join(point + between for point in points)
+    backwards = "".join(point + between for point in reversed(points))
+    assert judged(table, told, points, told).score.tolist() == [1, 1, 1, 1]
+    assert judged(table, backwards, points).score.tolist() == [1, 1, 1, 1]  # no order is known
+    assert judged(table, backwards, points, told).score.max() < 0.1
+
+
+def test_no_answer_is_missing_not_zero():
+    nan = float("nan")
+    scores = jnp.array([1.0, nan, 0.0, nan, 5.0])
+    assert float(mean_score(scores, 4)) == 0.5
+    assert np.isnan(mean_score(scores, 0))
+    assert np.isnan(mean_score(jnp.full(5, nan), 5))
+
+
+def test_dimensions(table):
+    points = [
+        {"text": "A dog barks.", "dimension": "auditory"},
+        {"text": "A car.", "dimension": "static"},
+        {"text": "x"},
+    ]
+    keypoints, _ = keypoint_references(table, [points], [None], LIMITS, 4)
+    found = dimension_scores(jnp.array([1.0, float("nan"), 0.0, 7.0]), jax.tree.map(lambda leaf: leaf[0], keypoints))
+    np.testing.assert_array_equal(found, [np.nan, np.nan, 1, np.nan, np.nan])

@@ -1,0 +1,160 @@
+"""R_D against its equations in plain Python, and on what AVWorld's clips say."""
+
+from functools import partial
+
+import jax
+import numpy as np
+import oracles
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from oracles import Line
+from rapidfuzz.distance import Levenshtein
+
+from avocado_jax.rewards import text
+from avocado_jax.rewards.dialogue import UNIT, align, compare, dialogue_references, dialogue_reward, edit_distances
+from avocado_jax.rewards.text import Limits
+from avocado_jax.world.check import measure
+from avocado_jax.world.clip import record
+from avocado_jax.world.director import make_script
+
+LIMITS = Limits(2048, 256, 30, 400)
+WHO = ("the red circle", "the blue square", "a green star")
+FEW = st.text("ab你é", max_size=9)
+ANY = st.one_of(st.text(max_size=400), st.text("abc", min_size=380, max_size=400), FEW)
+
+
+@pytest.fixture(scope="module")
+def table():
+    return text.make_table()
+
+
+@partial(jax.jit, static_argnums=0)
+def pairwise(of, caption, reference):
+    return jax.vmap(of)(caption, reference)
+
+
+def as_caption(lines, speakers=()):
+    """A caption that was read to have these lines: arrays with a leading axis of one."""
+    made = [text.letters_of(line) for line in lines]
+    made = [(line, who) for line, who in zip(made, speakers or [0] * len(made)) if len(line)]
+    caption = text.Caption(*[None] * len(text.Caption._fields))
+    shape = (1, LIMITS.quotes)
+    caption = caption._replace(
+        lines=np.zeros((*shape, LIMITS.line), np.int32),
+        line_length=np.zeros(shape, np.int32),
+        quotes=np.array([len(made)], np.int32),
+        speakers=np.zeros((*shape, text.PHRASE), np.uint32),
+        speaker_weights=np.zeros((*shape, text.PHRASE), np.float32),
+    )
+    for number, (line, who) in enumerate(made):
+        caption.lines[0, number, : len(line)] = line
+        caption.line_length[0, number] = len(line)
+        caption.speakers[0, number, 0], caption.speaker_weights[0, number, 0] = 7 + who, 1.0
+    return caption
+
+
+def as_reference(table, lines, speakers=()):
+    speakers = speakers or [0] * len(lines)
+    given_lines = [{"speaker": "", "text": line} for line in lines]
+    reference, cut = dialogue_references(table, [given_lines], [None], LIMITS, alphabet=LIMITS.quotes * LIMITS.line)
+    kept = [who for line, who in zip(lines, speakers) if len(text.letters_of(line))]
+    for number, who in enumerate(kept):
+        reference.speakers[0, number, 0], reference.speaker_weights[0, number, 0] = 7 + who, 1.0
+    assert not cut[0]
+    return reference
+
+
+def distances(caption, reference):
+    return edit_distances(caption.lines, caption.line_length, reference)
+
+
+def composed(line):
+    return text.unicodedata.normalize("NFC", line)[: LIMITS.line]
+
+
+@settings(max_examples=60)
+@given(st.lists(ANY, max_size=6), st.lists(ANY, max_size=6))
+@example(["a" * 400], ["b" * 400])
+@example(["ab" * 200], ["ba" * 200])
+@example(["a" * 32, "a" * 33, "a" * 64, "b" + "a" * 31], ["a" * 31, "a" * 32, "a" * 65, "a" * 399 + "b"])
+def test_edit_distances(table, told, truth):
+    told, truth = ([one for one in map(composed, lines) if oracles.normalize(one)] for lines in (told, truth))
+    found = np.asarray(pairwise(distances, as_caption(told), as_reference(table, truth)))[0]
+    for i, one in enumerate(told):
+        for j, other in enumerate(truth):
+            assert found[i, j] == Levenshtein.distance(oracles.normalize(one), oracles.normalize(other))
+
+
+def scores(caption, reference):
+    content, speakers = align(compare(caption, reference), caption.quotes, reference.count)
+    return content, speakers, dialogue_reward(caption, reference)
+
+
+SIMILAR = st.sampled_from(
+    ["hello there", "hello here", "hallo there!", "good bye", "goodbye", "ab", "abcde", "abc", "?"]
+)
+SPOKEN = st.lists(st.tuples(st.one_of(SIMILAR, FEW), st.integers(0, 2)), max_size=30)
+
+
+@settings(max_examples=100)
+@given(SPOKEN, SPOKEN)
+@example([("abcde", 0)] * 30, [("abc", 0)] * 30)
+@example([], [])
+@example([("a", 0)], [])
+@example([], [("a", 0)])
+@example([("?", 0)], [("...", 1)])
+@example([("abcdefghij" * 40, 1)] * 30, [("abcdefghij" * 40, 1)] * 30)
+def test_alignment_and_f1(table, told, truth):
+    told, truth = ([Line(composed(line), who) for line, who in lines] for lines in (told, truth))
+    caption = as_caption(*zip(*told)) if told else as_caption([])
+    reference = as_reference(table, *map(list, zip(*truth))) if truth else as_reference(table, [])
+    content, speakers, f1 = (float(one[0]) for one in pairwise(scores, caption, reference))
+    expected = oracles.dialogue(told, truth)
+    assert content / 2**UNIT == pytest.approx(expected[0], abs=1e-6)
+    assert speakers == expected[1]
+    assert f1 == pytest.approx(expected[2], abs=1e-6)
+
+
+def test_a_line_at_the_threshold_counts(table):
+    """1 - 2/5 is 0.6 and counts; 1 - 41/100 does not."""
+    for n, wrong, fits in (
+        (5, 2, True),
+        (10, 4, True),
+        (15, 6, True),
+        (400, 160, True),
+        (100, 41, False),
+        (7, 3, False),
+    ):
+        pairs = pairwise(compare, as_caption(["a" * n]), as_reference(table, ["a" * (n - wrong) + "b" * wrong]))
+        assert bool(pairs.similarity[0, 0, 0] > 0) is fits, n
+
+
+def test_as_avworld_measures_it():
+    """On the captions of clips R_D is what the world's own checker says; on those of others it may be kinder.
+
+    The checker asks for the very speaker, and words around a quote make a yellow star pass for a yellow diamond.
+    """
+    records = [record(make_script(5, index)) for index in range(48)]
+    captions = [one["caption"] for one in records]
+    table = text.make_table(None, text.word_weights(captions))
+    limits = Limits(2048, 320, 16, 100)
+    reference, cut = dialogue_references(table, [one["dialogues"] for one in records], [None] * 48, limits)
+    assert not cut.any()
+    for shift in (0, 1):
+        told = captions[shift:] + captions[:shift]
+        found = np.asarray(pairwise(dialogue_reward, text.read_texts(table, told, limits), reference))
+        expected = np.array([measure(caption, one).dialogue_f1 for caption, one in zip(told, records)])
+        if shift == 0:
+            np.testing.assert_allclose(found, expected, atol=1e-6)
+        else:
+            assert (found > expected - 1e-6).all()
+            assert found.mean() < expected.mean() + 0.05
+
+
+def test_no_reference_is_missing_not_zero(table):
+    reference, _ = dialogue_references(table, [None, []], [None, None], LIMITS)
+    caption = jax.tree.map(lambda leaf: None if leaf is None else np.repeat(leaf, 2, 0), as_caption(["a"]))
+    found = np.asarray(pairwise(dialogue_reward, caption, reference))
+    assert np.isnan(found[0])
+    assert found[1] == 0

@@ -1,0 +1,211 @@
+"""Reading captions on the device, against tokenizers and against a parser in plain Python."""
+
+import itertools
+import json
+from functools import partial
+
+import jax
+import numpy as np
+import oracles
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizer import _ranks, special_ids, write_tokenizer
+
+from avocado_jax.rewards import text
+from avocado_jax.rewards.text import Limits
+
+LIMITS = Limits(256, 64, 12, 64)
+MARKS = (
+    " ",
+    " ",
+    ", ",
+    ". ",
+    "! ",
+    "\n",
+    '"',
+    '"',
+    '"',
+    "“",
+    "”",
+    "“",
+    "”",
+    "「",
+    "」",
+    "『",
+    "』",
+    "«",
+    "»",
+    "`",
+    "_",
+)
+STUFF = (
+    "The man says",
+    "The text",
+    "reads ",
+    "no",
+    "don't",
+    "dogs' ",
+    "5'10\"",
+    "Stop",
+    "é",
+    "ΟΔΟΣ",
+    "你好。",
+    "世界",
+    "İ",
+    "𝒳",
+    "walking ",
+)
+PIECES = st.sampled_from(MARKS + STUFF)
+TEXTS = st.lists(PIECES, max_size=24).map("".join).filter(lambda made: len(made) <= LIMITS.characters)
+
+
+@pytest.fixture(scope="module")
+def table():
+    return text.make_table()
+
+
+@pytest.fixture(scope="module")
+def qwen(tmp_path_factory):
+    folder = write_tokenizer(tmp_path_factory.mktemp("qwen"))
+    return (folder / "tokenizer.json").read_text()
+
+
+@pytest.fixture(scope="module")
+def qwen_table(qwen):
+    return text.make_table(qwen)
+
+
+def quoted(table, written, limits=LIMITS):
+    """The quoted lines of one text as strings."""
+    read = text.read_texts(table, [written], limits)
+    points = read.points[0]
+    spans = zip(read.quote_start[0][: read.quotes[0]], read.quote_end[0])
+    return ["".join(map(chr, points[start:end])) for start, end in spans], bool(read.truncated[0])
+
+
+def test_bytes_of_every_entry(qwen_table):
+    starts, data = qwen_table.starts, qwen_table.data
+    made = [bytes(data[a:b]) for a, b in itertools.pairwise(starts)]
+    ranks = _ranks()
+    assert len(ranks) == 151_643
+    for token, rank in ranks.items():
+        assert made[rank] == token
+    for name, number in special_ids().items():
+        assert made[number] == b"", name
+    assert b"<tool_call>" in made[151_643:]
+
+
+def test_bytes_of_a_sentencepiece_vocabulary():
+    vocab = {"<unk>": 0, "</s>": 1, "<0x0A>": 2, "<0xE4>": 3, "▁the": 4, "é": 5, "<0xBD>": 6, "<0xA0>": 7}
+    decoder = {"type": "Sequence", "decoders": [{"type": "ByteFallback"}, {"type": "Fuse"}]}
+    added = [{"id": one, "content": name, "special": True} for name, one in (("<unk>", 0), ("</s>", 1))]
+    content = json.dumps({"model": {"type": "BPE", "vocab": vocab}, "decoder": decoder, "added_tokens": added})
+    table = text.make_table(content)
+    points, count = jax.jit(text.decode, static_argnums=3)(table, np.array([4, 5, 3, 6, 7, 2, 1]), np.int32(7), 32)
+    assert "".join(map(chr, points[: int(count)])) == " theé你\n"
+    with pytest.raises(ValueError, match="byte-level"):
+        text.token_bytes(json.dumps({"model": {"type": "WordPiece", "vocab": {}}}))
+
+
+def test_ids_to_text_across_borders(qwen_table):
+    table = qwen_table
+    decode = jax.jit(jax.vmap(partial(text.decode, size=512), in_axes=(None, 0, 0)))
+    random = np.random.default_rng(0)
+    starts, data = table.starts, table.data
+    broken = [one for one in range(len(starts) - 1) if data[starts[one] : starts[one + 1]].max(initial=0) >= 0x80]
+    ids = random.integers(0, len(starts) + 50, (200, 24))
+    ids[100:] = random.choice(broken, (100, 24))  # parts of characters, put together at random
+    ids[190:] = random.integers(0, 256, (10, 24))
+    lengths = random.integers(0, 25, 200)
+    points, counts = decode(table, ids, lengths)
+    for row, length, got, count in zip(ids, lengths, np.asarray(points), np.asarray(counts)):
+        raw = b"".join(bytes(data[starts[one] : starts[one + 1]]) for one in row[:length] if one + 1 < len(starts))
+        expected = raw.decode("utf-8", "replace")
+        assert "".join(map(chr, got[: min(count, 512)])) == expected[:512]
+        assert count == len(expected)
+
+
+def test_what_does_not_fit_is_told(table, qwen_table):
+    assert not quoted(table, 'a "b" c "d"')[1]
+    for written in ("x" * 257, "a " * 65, '"a" ' * 13, '"' + "x" * 65 + '"'):
+        assert quoted(table, written)[1], written
+    ids = np.full(4000, 0)  # "!"
+    decode = jax.jit(text.decode, static_argnums=3)
+    assert decode(qwen_table, ids, np.int32(4000), 256)[1] > 256
+    assert decode(qwen_table, ids, np.int32(256), 256)[1] == 256
+
+
+@given(TEXTS)
+def test_quotes_against_the_parser(table, written):
+    written = text.unicodedata.normalize("NFC", written)
+    found, truncated = quoted(table, written, LIMITS)
+    expected = list(oracles.quotes(written))
+    assert truncated or found == expected
+
+
+@given(st.lists(st.text(max_size=40), max_size=3))
+def test_words_against_the_host(table, several):
+    written = text.unicodedata.normalize("NFC", " walking'S ".join(several))
+    read = text.read_texts(table, [written], LIMITS)
+    expected = [text.hash_word(text.meaning(word)) for word in text.words_of(written)]
+    assert read.truncated[0] or list(read.stems[0][: read.words[0]]) == expected
+    letters = "".join(map(chr, read.letters[0])).rstrip("\0")
+    assert read.truncated[0] or letters == oracles.normalize(written)
+
+
+FORMS = (
+    "walked walking|runs running|cities city|carried carrying|moves moving|quietly quiet|he man|children child|"
+    "watches watch|falls falling|replies reply"
+)
+
+
+@pytest.mark.parametrize("pair", FORMS.split("|"))
+def test_forms_of_a_word_are_one(pair):
+    one, other = pair.split()
+    assert text.meaning(one) == text.meaning(other)
+
+
+@pytest.mark.parametrize(("one", "other"), [("car", "carry"), ("bus", "but"), ("glass", "glas"), ("sing", "s")])
+def test_other_words_stay_apart(one, other):
+    assert text.meaning(one) != text.meaning(other)
+
+
+@pytest.mark.parametrize(
+    ("written", "expected"),
+    [
+        ('He says, "Stop. Now!" and leaves.', ["Stop. Now!"]),
+        ("It's the dogs' bowl, isn't it?", []),
+        ("He says, “It's mine.”", ["It's mine."]),
+        ('A 27" screen. She says, "Hi."', ["Hi."]),
+        ('He says, "I never\nShe asks, "Why?"', ["I never", "Why?"]),
+        ('She says, "He said “no” to me" and stops.', ["He said “no” to me"]),
+        ("他说：“你好。”然后她说：「再见」", ["你好。", "再见"]),
+        ('The word "MOON" appears. He says, "Sun."', ["Sun."]),
+        ('The sign reads "EXIT". "Go!" shouts a man.', ["Go!"]),
+        ('"" "..." "a"', ["a"]),
+    ],
+)
+def test_quotes_of_known_texts(table, written, expected):
+    assert quoted(table, written)[0] == expected
+
+
+@pytest.mark.parametrize(
+    ("written", "phrases"),
+    [
+        ('The red circle says, "Hi." The blue square replies, "Hello."', ["red circle", "blue square"]),
+        ('"Hi," says the red circle. A dog barks. "Go," it hears.', ["red circle", "dog barks"]),
+        ('The red circle waves. "Hi." Then it goes.', ["red circle wave"]),
+        ('The man says "A" and the woman says, "B"', ["man", "woman"]),
+        ('As it rains, "Hi," says the girl.', ["rain girl"]),
+        ('"Hi."', [""]),
+    ],
+)
+def test_speaker_phrases(table, written, phrases):
+    read = text.read_texts(table, [written], LIMITS)
+    names = {text.hash_word(text.meaning(word)): text.meaning(word) for word in text.words_of(written)}
+    made = []
+    for stems, weights in zip(read.speakers[0][: read.quotes[0]], read.speaker_weights[0]):
+        front = [names[int(one)] for one, weight in zip(stems, weights) if weight > 0]
+        made.append(set(front))
+    assert made == [{text.meaning(word) for word in phrase.split()} for phrase in phrases]

@@ -1,0 +1,100 @@
+"""The grpo command: what it writes, and that kills leave no trace."""
+
+import json
+import random
+import signal
+import subprocess
+import time
+from contextlib import suppress
+
+import jax
+import numpy as np
+import pytest
+from train_runs import kill
+
+pytestmark = pytest.mark.slow  # a step has five programs to compile
+
+
+def rollouts(runs, name):
+    """Every rollout file, as its bytes."""
+    files = sorted((runs.folder / name / "rollouts").iterdir(), key=lambda path: int(path.stem))
+    return [path.read_bytes() for path in files]
+
+
+def same(runs, name):
+    assert runs.lines(name) == runs.lines("undisturbed")
+    assert rollouts(runs, name) == rollouts(runs, "undisturbed")
+    jax.tree.map(np.testing.assert_array_equal, runs.files(name), runs.files("undisturbed"))
+
+
+def test_undisturbed_run_tells_every_step(grpo_runs):
+    lines = grpo_runs.lines("undisturbed")
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5]
+    assert ["heldout_reward" in line for line in lines] == [False, False, True, False, True]
+    assert all(line["lost"] == line["skipped"] == 0 for line in lines)
+    assert all(line["sampler_gap"] < 1e-4 for line in lines)
+    assert lines[0]["kl"] < 1e-6 < lines[-1]["kl"]
+    perf = json.loads((grpo_runs.folder / "undisturbed" / "metrics.jsonl").read_text().splitlines()[1])["perf"]
+    assert {"rollout_seconds", "score_seconds", "reward_seconds", "update_seconds"} < perf.keys()
+    phases = sum(value for name, value in perf.items() if name.endswith("_seconds"))
+    assert 0 < phases <= perf["seconds"] + 0.5
+
+
+def test_rollouts_are_written_with_their_rewards_and_advantages(grpo_runs):
+    for number, (text, told) in enumerate(zip(rollouts(grpo_runs, "undisturbed"), grpo_runs.lines("undisturbed"))):
+        lines = [json.loads(line) for line in text.splitlines()]
+        assert [line["group"] for line in lines] == [0, 1, 2, 3] * 4
+        assert {line["step"] for line in lines} == {number + 1}
+        rewards = np.array([line["reward"] for line in lines]).reshape(4, 4)
+        for line in lines:
+            terms = line["rewards"]
+            known = [terms[name] for name in ("checklist", "dialogue", "length") if terms[name] is not None]
+            assert line["reward"] == pytest.approx(sum(known), abs=1e-6)
+            assert line["length"] == len(line["token_ids"]) <= 24
+            assert terms["length"] == pytest.approx(min(1, max(0, (24 - line["length"]) / 16)), abs=1e-6)
+        std = np.maximum(rewards.std(axis=1, ddof=1, keepdims=True), 1e-3)
+        expected = (rewards - rewards.mean(axis=1, keepdims=True)) / std
+        assert np.array([line["advantage"] for line in lines]) == pytest.approx(expected.reshape(-1), abs=1e-5)
+        assert told["reward"] == pytest.approx(rewards.mean(), abs=1e-6)
+        assert told["zero_variance"] == np.mean(np.ptp(rewards, axis=1) == 0)
+        assert told["length"] == pytest.approx(np.mean([line["length"] for line in lines]))
+
+
+def test_killed_at_random_moments(grpo_runs):
+    """kill -9 and SIGTERM over the time of a whole run: in rollouts, rewards, updates, evaluation and saves."""
+    draw, name, kills = random.Random(0), "killed", 0
+    begun = time.monotonic()
+    grpo_runs.finish("timed")
+    whole = time.monotonic() - begun
+    same(grpo_runs, "timed")
+    while kills < 6:
+        process = grpo_runs.start(name)
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=draw.uniform(0.4, 1.0) * whole)
+        if process.poll() is not None:  # it finished before the blow: begin another run
+            assert process.returncode == 0
+            same(grpo_runs, name)
+            name = f"{name}+"
+            continue
+        kills += 1
+        # 0: asked to stop in its last step, it finished
+        assert kill(process, signal.SIGTERM if kills % 3 == 0 else signal.SIGKILL) in (-9, 75, 0)
+    grpo_runs.finish(name)
+    same(grpo_runs, name)
+
+
+def test_two_processes_roll_out_the_same(grpo_runs):
+    grpo_runs.finish("two", "--steps", "2", processes=2, devices=1)
+    first, expected = (json.loads(rollouts(grpo_runs, name)[0].splitlines()[5]) for name in ("two", "undisturbed"))
+    assert first["token_ids"] == expected["token_ids"]
+    assert first["advantage"] == pytest.approx(expected["advantage"], abs=1e-4)
+    assert len(grpo_runs.lines("two")) == 2
+
+
+def test_another_kind_of_config_is_refused(grpo_runs, runs):
+    log = runs.finish("undisturbed", "--group", "4", expect=2)
+    assert "--group: no such field" in log
+    log = grpo_runs.finish("wrong", "--objective.kl", "k9", expect=2)
+    assert "objective.kl: 'k9' is none of k1, k2, k3" in log
+    log = grpo_runs.finish("undisturbed", "--objective.beta", "0.1", expect=2)
+    assert "objective.beta (0.04 there, 0.1 here)" in log
