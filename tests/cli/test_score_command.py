@@ -26,6 +26,7 @@ def scored(tmp_path, capsys):
     return run
 
 
+@pytest.mark.slow
 def test_scores_in_order(tmp_path, scored):
     records = [record(make_script(4, index), 2) for index in range(3)]
     full = [

@@ -65,21 +65,23 @@ def judged(table, caption, points, reference=None):
     return jax.tree.map(lambda leaf: np.asarray(leaf)[0, : len(points)], verdict)
 
 
+WEIGHTS = text.word_weights([])
+EXCLUSIVE = set(map(text.meaning, text.EXCLUSIVE.split()))
+
+
 def by_hand(caption, point):
     """Coverage and score of a keypoint, window by window."""
-    weights = text.word_weights([])
-    exclusive = set(map(text.meaning, text.EXCLUSIVE.split()))
     words = [text.meaning(word) for word in text.words_of(caption)]
-    weigh = [weights.get(word, weights[""]) for word in words]
+    weigh = [WEIGHTS.get(word, WEIGHTS[""]) for word in words]
     content = [(place, word) for place, (word, weight) in enumerate(zip(words, weigh)) if weight > 0]
     held = [(place // BLOCK, word) for place, word in content]
     for apart in (1, 2):
         held += [(one[0] // BLOCK, (one[1], other[1])) for one, other in zip(content, content[apart:])]
-    own = [word for word in map(text.meaning, text.words_of(point)) if weights.get(word, weights[""]) > 0]
-    much = {word: weights.get(word, weights[""]) for word in own}
+    own = [word for word in map(text.meaning, text.words_of(point)) if WEIGHTS.get(word, WEIGHTS[""]) > 0]
+    much = {word: WEIGHTS.get(word, WEIGHTS[""]) for word in own}
     wanted = [(word, much[word]) for word in own]
     wanted += [((one, other), PAIRS * (much[one] + much[other]) / 2) for one, other in pairwise(own)]
-    telling = [word for word in own if word in exclusive]
+    telling = [word for word in own if word in EXCLUSIVE]
     best, answer = 0.0, 0.0
     for last in range(-(-LIMITS.words // BLOCK)):
         window = range(last - WINDOW + 1, last + 1)

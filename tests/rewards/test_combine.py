@@ -1,5 +1,7 @@
 """All terms in one program: the same numbers however it is mapped, compiled or laid out; and their sum."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,20 +10,21 @@ from tokenizer import write_tokenizer
 from tokenizers import Tokenizer
 
 from avocado_jax.rewards import text
-from avocado_jax.rewards.combine import DEFAULTS, combine, make_references, missing, score, score_captions
+from avocado_jax.rewards.combine import combine, make_references, missing, score, score_captions
 from avocado_jax.world.check import measure
 from avocado_jax.world.clip import record
 from avocado_jax.world.director import make_script
 
-CLIPS, GROUP, TOKENS = 8, 2, 320
+CLIPS, GROUP, TOKENS = 8, 2, 1536
 TERMS = ("checklist", "dialogue", "length", "repetition", "truncated")
+LIMITS = text.Limits(1536, 320, 8, 64)
 NAN = float("nan")
 
 
 @pytest.fixture(scope="module")
 def batch(tmp_path_factory):
     """(table, ids, lengths, references, captions, records): two captions of each clip, the second another clip's."""
-    folder = write_tokenizer(tmp_path_factory.mktemp("qwen"))
+    folder = write_tokenizer(tmp_path_factory.mktemp("bytes"), small=True)
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     records = [record(make_script(3, index)) for index in range(CLIPS)]
     own = [one["caption"] for one in records]
@@ -33,29 +36,18 @@ def batch(tmp_path_factory):
             row = [*tokenizer.encode(caption).ids, tokenizer.token_to_id("<|im_end|>")]
             lengths[clip, number] = len(row)
             ids[clip, number, : len(row)] = row
-    references, cut = make_references(table, records, text.limits_for(TOKENS)._replace(quotes=8, line=64))
+    references, cut = make_references(table, records, LIMITS)
     assert not cut.any()
     return table, ids, lengths, references, captions, records
 
 
 @pytest.fixture(scope="module")
 def terms(batch):
-    return jax.tree.map(np.asarray, jax.jit(score_captions)(*batch[:4]))
+    return jax.tree.map(np.asarray, jax.jit(partial(score_captions, limits=LIMITS))(*batch[:4]))
 
 
-def test_from_token_ids_as_from_text(batch, terms):
-    table, _, lengths, references, captions, records = batch
-    limits = text.limits_for(TOKENS)
-    for clip, group in enumerate(captions):
-        own = jax.tree.map(lambda leaf, clip=clip: leaf[clip], references)
-        of_text = jax.jit(lambda caption, tokens, own: score(caption, tokens, own, DEFAULTS).terms)
-        if clip:
-            break  # one is enough: the others are held by the world's own checker
-        read = text.read_texts(table, group, limits)
-        for number in range(GROUP):
-            expected = of_text(jax.tree.map(lambda leaf, n=number: leaf[n], read), lengths[clip, number], own)
-            for name in TERMS:
-                np.testing.assert_allclose(terms[name][clip, number], expected[name], atol=1e-6)
+def test_from_token_ids(batch, terms):
+    _, _, _, _, captions, records = batch
     honest = [measure(group[0], one).dialogue_f1 for group, one in zip(captions, records)]
     np.testing.assert_allclose(terms["dialogue"][:, 0], honest, atol=1e-6)
     assert terms["checklist"][:, 0].mean() > 0.5 > terms["checklist"][:, 1].mean()
@@ -63,29 +55,39 @@ def test_from_token_ids_as_from_text(batch, terms):
     assert not terms["truncated"].any()
 
 
+@pytest.mark.slow
 def test_on_eight_devices_the_same(batch, terms):
     mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     rows = jax.NamedSharding(mesh, jax.P("data"))
     everywhere = jax.NamedSharding(mesh, jax.P())
     placed = [jax.device_put(batch[0], everywhere), *(jax.device_put(one, rows) for one in batch[1:4])]
-    spread = jax.jit(score_captions, out_shardings=rows)(*placed)
+    spread = jax.jit(partial(score_captions, limits=LIMITS), out_shardings=rows)(*placed)
     assert len(spread["dialogue"].sharding.device_set) == 8
+    alone = jax.jit(jax.vmap(partial(one_caption, placed[0]), (0, 0, None)))  # without the outer vmap
+    by_clip = [alone(*(jax.tree.map(lambda leaf, n=n: leaf[n], one) for one in batch[1:4])) for n in range(CLIPS)]
     for name in TERMS:
         np.testing.assert_array_equal(spread[name], terms[name])
+        np.testing.assert_array_equal(np.stack([one[name] for one in by_clip]), terms[name])
 
 
+def one_caption(table, ids, length, reference):
+    """The terms of one caption, mapped by nothing."""
+    return score(text.read(table, ids, length, LIMITS), length, reference).terms
+
+
+@pytest.mark.slow
 def test_answers_of_another_judge(batch):
     answers = np.full((CLIPS, GROUP, batch[3].keypoints.weight.shape[1]), NAN, np.float32)
     answers[:, :, 0], answers[:, :, 1] = 1, 0
     answers[3, 1] = NAN
-    found = np.asarray(jax.jit(score_captions)(*batch[:4], answers=answers)["checklist"])
+    found = np.asarray(jax.jit(partial(score_captions, limits=LIMITS))(*batch[:4], answers=answers)["checklist"])
     assert np.isnan(found[3, 1])
     assert np.nansum(found) == 0.5 * (CLIPS * GROUP - 1)
 
 
 def test_missing_references_are_told(batch):
     clips = [{"keypoints": [{"text": "A dog."}]}, {"dialogues": []}, {"caption": "A dog."}, {"keypoints": []}]
-    references, _ = make_references(batch[0], clips, text.limits_for(TOKENS))
+    references, _ = make_references(batch[0], clips, LIMITS)
     told = missing(references)
     assert told["checklist"].tolist() == [False, True, True, True]
     assert told["dialogue"].tolist() == [True, False, False, True]

@@ -130,6 +130,7 @@ def test_a_line_at_the_threshold_counts(table):
         assert bool(pairs.similarity[0, 0, 0] > 0) is fits, n
 
 
+@pytest.mark.slow
 def test_as_avworld_measures_it():
     """On the captions of clips R_D is what the world's own checker says; on those of others it may be kinder.
 

@@ -3,6 +3,7 @@
 import itertools
 import json
 from functools import partial
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -209,3 +210,12 @@ def test_speaker_phrases(table, written, phrases):
         front = [names[int(one)] for one, weight in zip(stems, weights) if weight > 0]
         made.append(set(front))
     assert made == [{text.meaning(word) for word in phrase.split()} for phrase in phrases]
+
+
+def test_the_readme_shows_a_term_that_works(table):
+    page = (Path(text.__file__).parent / "README.md").read_text()
+    code = page[page.index("```python") + len("```python") :].split("```")[0]
+    names = {"Caption": text.Caption, "Float": text.Float, "Array": text.Array, "jnp": jax.numpy}
+    exec(code, names)
+    read = text.read_texts(table, ['He asks, "Why?" She says, "So."'], LIMITS)
+    assert float(names["questions"](jax.tree.map(lambda leaf: leaf[0], read))) == 0.5

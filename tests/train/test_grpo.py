@@ -220,6 +220,7 @@ def test_the_reference_has_its_own_adapters(train):
     before = run.score(encoded, rollout)
     valid = np.asarray(rollout.captions.valid)
     np.testing.assert_allclose(before.old, before.reference, atol=1e-4)  # the first policy is the reference
+    np.testing.assert_allclose(np.where(valid, before.old, 0), rollout.sampled, atol=1e-4)  # the sampler is the policy
     flat = flatten_dict(run.state.params)
     adapters = [path for path in flat if "merger" in path or "proj" in path]
     assert len(adapters) == 7
@@ -237,7 +238,7 @@ def test_the_reference_has_its_own_adapters(train):
 @pytest.mark.parametrize(
     ("sizes", "train"),
     [
-        ((1, 1, 1), "captioner"),
+        pytest.param((1, 1, 1), "captioner", marks=pytest.mark.slow),
         pytest.param((1, 4, 2), "captioner", marks=pytest.mark.slow),
         pytest.param((1, 1, 1), "lora", marks=pytest.mark.slow),
         pytest.param((1, 1, 1), "all", marks=pytest.mark.slow),
