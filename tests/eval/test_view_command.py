@@ -5,11 +5,13 @@ import shutil
 import unicodedata
 from pathlib import Path
 
+import gcs
 import pytest
 from chromium import browser
 from fake_run import TERMS, references, write_run
 
 from avocado_jax.__main__ import main
+from avocado_jax.data import storage
 from avocado_jax.eval.report import curves, page
 from avocado_jax.world.clip import write_clip
 from avocado_jax.world.director import make_script
@@ -112,7 +114,12 @@ def test_rollouts_are_sorted_and_filtered_by_any_term(run, opened):
     def listed(value):
         return sorted((sum(map(value, group)) / GROUP for group in groups), reverse=True)
 
+    first = page.texts(".row[aria-current=true] .clip")
     page.click("th:nth-child(4) button")  # dialogue: high first, then low first
+    assert page.texts(".row[aria-current=true] .clip") == first  # the group stays open
+    assert page.texts("th[aria-sort=descending]") == ["dialogue ↓"]
+    column = [float(text) for text in page.texts("td[data-term=dialogue]")]
+    assert column == sorted(column, reverse=True)
     means = listed(lambda line: line["rewards"]["dialogue"])
     assert [float(text) for text in page.texts(".row .num:last-child")] == pytest.approx(means, abs=6e-4)
     page.click("#order")
@@ -125,6 +132,7 @@ def test_rollouts_are_sorted_and_filtered_by_any_term(run, opened):
 
     page.choose("#term", "checklist")
     page.write("#least", "0.9")
+    assert page.texts(".row[aria-current=true]") == page.texts(".row:first-child")
     few = [[line for line in group if line["rewards"]["checklist"] >= 0.9] for group in groups]
     count = sum(map(len, few)), sum(map(bool, few))
     assert 0 < count[0] < len(lines)
@@ -193,7 +201,7 @@ def test_text_from_outside_stays_text(tmp_path, opened):
             "video": f"javascript:window.hacked=5//{number}",
             "caption": text,
             "dialogues": [{"speaker": text, "text": "<b>Hello"}],
-            "keypoints": [{"text": "<i>A cow", "dimension": "<u>"}],
+            "keypoints": [{"text": "<i>A cow", "dimension": "<u>"}] * 8,
         }
         for number, (name, text) in enumerate(zip(names, allowed))
     ]
@@ -276,7 +284,7 @@ def test_a_long_run_stays_usable(tmp_path, opened):
     view(tmp_path, "--last", 3)
     assert (tmp_path / "report.html").stat().st_size < 12e6
     page = opened(tmp_path / "report.html")
-    assert "Rollouts of 3 steps from 4998 to 5000: there are more, see --last 3." in page.texts("#notes li")
+    assert "Rollouts of 3 steps from 4998 to 5000; there are more" in page.texts("#notes li")[0]
     assert page.texts("#count") == ["384 clips, 3072 captions"]
     assert "mean of up to 5 steps" in page.texts("#thinned")[0]
     assert len(page.texts(".row")) == 200
@@ -330,3 +338,19 @@ def test_a_line_that_is_being_written_is_left_out(tmp_path):
     view(tmp_path, "--out", tmp_path / "page.html")
     held = json.loads(Path(tmp_path / "page.html").read_text().split('id="data">')[1].split("</script>")[0])
     assert held["steps"] == 4
+
+
+def test_a_run_in_a_bucket(tmp_path, monkeypatch, capsys):
+    write_run(tmp_path / "run", 4, 3, clips=1, world="")
+    (tmp_path / "root" / "bucket").mkdir(parents=True)
+    with gcs.storage_server(tmp_path / "root") as port:
+        monkeypatch.setenv("STORAGE_EMULATOR_HOST", f"http://127.0.0.1:{port}")
+        storage._client.cache_clear()
+        for path in filter(Path.is_file, (tmp_path / "run").rglob("*")):
+            storage.write(f"gs://bucket/{path.relative_to(tmp_path)}", path.read_bytes())
+        view("gs://bucket/run", "--last", 2)
+        assert capsys.readouterr().out == "gs://bucket/run/report.html\n"
+        text = storage.read("gs://bucket/run/report.html").decode()
+    storage._client.cache_clear()
+    held = json.loads(text.split('id="data">')[1].split("</script>")[0])
+    assert [group["step"] for group in held["groups"]] == [3, 4]

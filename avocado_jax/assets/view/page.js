@@ -4,6 +4,7 @@ const data = JSON.parse(document.getElementById("data").textContent);
 const at = (id) => document.getElementById(id);
 const SVG = "http://www.w3.org/2000/svg";
 const LISTED = 200; // groups that are listed at once
+const FEW = 40; // values that are drawn as dots, and not smoothed
 const FIXED = ["reward", "advantage", "tokens"]; // values that stand first and last; the terms are between
 
 /** An element. What is inside goes in as text, never as markup. */
@@ -131,11 +132,11 @@ function chart(curve) {
     });
     return text;
   };
-  const keep = Number(at("smooth").value);
+  const keep = known.length > FEW ? Number(at("smooth").value) : 0;
   const shown = keep ? smoothed(curve.values, keep) : curve.values;
   picture.append(draw("path", { class: keep ? "raw faint" : "raw", d: path(curve.values) }));
   if (keep) picture.append(draw("path", { class: "smooth", d: path(shown) }));
-  if (known.length <= 40) {
+  if (known.length <= FEW) {
     curve.values.forEach((value, k) => {
       if (value !== null) picture.append(draw("circle", { cx: x(curve.steps[k]), cy: y(value), r: 2.5 }));
     });
@@ -249,7 +250,8 @@ const prefix = names.length > 1 ? common.search(/[^-_./]*$/) : 0;
 const brief = (id) => (prefix > 4 ? `…${id.slice(prefix)}` : id);
 
 let listed = [];
-function list() {
+/** List what is asked for, and open the first of it, or keep what is open. */
+function list(keep = false) {
   listed = found();
   const name = state.sort === "step" ? terms[0] : state.sort;
   const how = state.sort === "step" ? "mean" : state.how;
@@ -265,12 +267,13 @@ function list() {
   at("more").hidden = listed.length <= state.listed;
   const captions = listed.reduce((sum, group) => sum + group.captions.filter((caption) => counts(group, caption)).length, 0);
   at("count").textContent = `${listed.length} clips, ${captions} captions`;
-  if (!listed.includes(state.group)) open(listed[0] ?? null);
-  else open(state.group);
+  open(keep && listed.includes(state.group) ? state.group : listed[0] ?? null);
+  if (keep) at("groups").querySelector("[aria-current=true]")?.scrollIntoView({ block: "nearest" });
+  else at("groups").scrollTop = 0;
   at("order").textContent = state.down ? "↓ high first" : "↑ low first";
   at("how").disabled = state.sort === "step";
 }
-at("more").onclick = () => { state.listed += LISTED; list(); };
+at("more").onclick = () => { state.listed += LISTED; list(true); };
 
 function open(group) {
   const other = group !== state.group;
@@ -338,7 +341,7 @@ function table(group) {
     button.onclick = () => {
       state.down = state.sort === name ? !state.down : true;
       at("sort").value = state.sort = name;
-      list();
+      list(true);
     };
     head.append(make("th", { class: "num", ...(state.sort === name && { "aria-sort": state.down ? "descending" : "ascending" }) }, button));
   }
