@@ -24,7 +24,7 @@ ROLLOUT = {"step": int, "id": str, "group": int, "caption": str, "length": int, 
 SAMPLE = {"step": int, "id": str, "caption": str, "reference": str}
 # Curves that are shown at first, those that there are.
 SHOWN = ("reward", "heldout_reward", "reward_checklist", "reward_dialogue", "reward_length", "length", "kl", "entropy")
-SHOWN += ("loss", "heldout_loss", "accuracy", "heldout_accuracy", "lr", "grad_norm")
+SHOWN += ("loss", "heldout_loss", "accuracy", "heldout_accuracy", "lr", "gradient_norm")
 FIRST = 8
 
 

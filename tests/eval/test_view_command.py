@@ -13,6 +13,7 @@ from fake_run import TERMS, references, write_run
 from avocado_jax.__main__ import main
 from avocado_jax.data import storage
 from avocado_jax.eval.report import curves, page
+from avocado_jax.world.check import measure
 from avocado_jax.world.clip import write_clip
 from avocado_jax.world.director import make_script
 
@@ -177,6 +178,21 @@ def test_what_matched_is_marked(run, opened):
         assert row[0] in captions  # all of it, emoji before what is marked
         assert row[1] == ["Not in there."]
         assert all(word.replace("-", "").isalnum() for word in row[2])
+
+
+def test_marks_are_what_the_rewards_count(run):
+    """R_D worked out from the marks is that of the world's own check."""
+    held = json.loads((run / "report.html").read_text().split('id="data">')[1].split("</script>")[0])
+    known, kinds = {one["id"]: one for one in references(CLIPS)}, set()
+    for group in held["groups"]:
+        clip = held["clips"][group["clip"]]
+        for caption in group["captions"]:
+            matched = [alike + same for _, _, line, alike, same in caption["quotes"] if line >= 0]
+            both = len(caption["quotes"]) + len(clip["dialogues"])
+            score = sum(matched) / both if both else 1.0
+            assert score == pytest.approx(measure(caption["text"], known[clip["id"]]).dialogue_f1, abs=1e-3)
+            kinds.add(round(score, 1))
+    assert len(kinds) >= 3
 
 
 def test_clip_plays(run, opened):
