@@ -221,9 +221,17 @@ function found() {
 }
 
 const range = {}; // of each term, over all captions
+const whole = {}; // whether all its values are integers
 for (const name of terms) {
   const known = data.groups.flatMap((group) => group.captions.map((caption) => caption.values[name] ?? null)).filter((value) => value !== null);
+  whole[name] = known.every(Number.isInteger);
   range[name] = known.reduce(([low, high], value) => [Math.min(low, value), Math.max(high, value)], [Infinity, -Infinity]);
+}
+
+/** A term's value, with as many decimals as the others in its column. */
+function even(name, value) {
+  const decimals = whole[name] ? (Number.isInteger(value) ? 0 : 1) : 3;
+  return value === null ? "–" : (value + 0).toFixed(decimals).replace("-", "−");
 }
 
 /** A group's captions as dots between the least and the most of all. */
@@ -260,7 +268,7 @@ function list(keep = false) {
       make("span", { class: "num quiet" }, String(group.step)),
       make("bdi", { class: "clip", title: names[group.clip] }, brief(names[group.clip])),
       dots(group, name),
-      make("span", { class: "num" }, name ? short(valueOf(group, name, how)) : ""));
+      make("span", { class: "num" }, name ? even(name, valueOf(group, name, how)) : ""));
     row.onclick = () => open(group);
     return row;
   }));
@@ -353,7 +361,7 @@ function table(group) {
     for (const name of terms) {
       const value = caption.values[name] ?? null;
       const sign = name !== "advantage" || !value ? "" : value > 0 ? " plus" : " minus";
-      numbers.append(make("td", { class: `num${sign}`, "data-term": name }, (sign === " plus" ? "+" : "") + short(value)));
+      numbers.append(make("td", { class: `num${sign}`, "data-term": name }, (sign === " plus" ? "+" : "") + even(name, value)));
     }
     numbers.append(make("td", { style: "width:100%" }));
     const said = make("td", { colspan: terms.length + 2 });
