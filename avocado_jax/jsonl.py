@@ -8,23 +8,33 @@ from typing import Any
 from avocado_jax.errors import InputError
 
 NUMBER = int | float
-_NAMES = {str: "a string", list: "a list", NUMBER: "a number"}
+_NAMES = {str: "a string", list: "a list", dict: "an object", int: "a whole number", NUMBER: "a number"}
 
 
 def read_lines(path: Path, fields: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Each JSON object of a file with its "file:line", checked to have the fields, of these types.
+    """The lines of a file, as `parse_lines` gives them.
 
     Raises:
-        InputError: the file cannot be read or holds nothing, or a line is not as asked for.
+        InputError: the file cannot be read, or as `parse_lines`.
     """
     try:
-        lines = path.read_bytes().splitlines()
+        data = path.read_bytes()
     except OSError as error:
         raise InputError(f"{path}: {error.strerror}") from None
+    yield from parse_lines(data, str(path), fields)
+
+
+def parse_lines(data: bytes, name: str, fields: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Each JSON object of a file's content with its "name:line", checked to have the fields, of these types.
+
+    Raises:
+        InputError: it holds nothing, or a line is not as asked for.
+    """
+    lines = data.splitlines()
     if not any(map(bytes.strip, lines)):
-        raise InputError(f"{path} holds no lines")
+        raise InputError(f"{name} holds no lines")
     for number, raw in enumerate(lines, start=1):
-        where = f"{path}:{number}"
+        where = f"{name}:{number}"
         if not raw.strip():
             continue
         try:
@@ -33,9 +43,9 @@ def read_lines(path: Path, fields: Mapping[str, Any]) -> Iterator[tuple[str, dic
             raise InputError(f"{where}: not JSON: {error}") from None
         if not isinstance(line, dict):
             raise InputError(f"{where}: not a JSON object")
-        for name, kind in fields.items():
-            if not isinstance(line.get(name), kind):
-                raise InputError(f'{where}: "{name}" must be {_NAMES[kind]}')
+        for field, kind in fields.items():
+            if not isinstance(line.get(field), kind):
+                raise InputError(f'{where}: "{field}" must be {_NAMES[kind]}')
         yield where, line
 
 

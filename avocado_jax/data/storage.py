@@ -147,6 +147,18 @@ def exists(path: str) -> bool:
     return Path(path).is_file()
 
 
+def names(folder: str) -> list[str]:
+    """The names of the files that lie directly in a folder; none where there is no such folder."""
+    if is_remote(folder):
+        prefix = f"{folder.rstrip('/')}/"
+        found = _remote(
+            prefix,
+            lambda blob: list(blob.bucket.list_blobs(prefix=blob.name, delimiter="/", timeout=TIMEOUT, retry=None)),
+        )
+        return sorted(one.name.rsplit("/", 1)[-1] for one in found)
+    return sorted(path.name for path in Path(folder).iterdir() if path.is_file()) if Path(folder).is_dir() else []
+
+
 def fingerprint(path: str) -> str | None:
     """The MD5 sum of a file in hexadecimal, as storage knows it; None where there is no such file."""
     if is_remote(path):

@@ -1,6 +1,8 @@
 """Clips to use: manifest records, mp4 files, and arrays straight from the generator."""
 
 import os
+from collections.abc import Iterable
+from fractions import Fraction
 from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
@@ -110,30 +112,45 @@ def write_clip(script: Script, path: Path) -> None:
     """Write a clip as an mp4 of one h264 stream and one AAC stream (mono, 16 kHz).
 
     The file appears under its name only when it is whole. The same clip gives the same bytes in every run and
-    however many cores there are.
+    however many cores there are. Raises as `write_mp4`.
+    """
+    level = LEVELS[script.level]
+    write_mp4(path, render(script), level.size, level.fps, mix(script))
+
+
+def write_mp4(
+    path: Path, pictures: Iterable[np.ndarray], size: tuple[int, int], fps: int | Fraction, samples: np.ndarray | None
+) -> None:
+    """Write pictures (uint8 [H, W, 3], of this size) at `fps`, and mono sound of 16 kHz where there is some, as an mp4.
+
+    The file appears under its name only when it is whole.
 
     Raises:
-      InputError: PyAV or `espeakng-loader` is not installed.
+      InputError: PyAV is not installed.
     """
     try:
         import av
     except ImportError:
         raise InputError("writing mp4 files needs PyAV: pip install av") from None
-    fps, (height, width) = LEVELS[script.level].fps, LEVELS[script.level].size
-    samples, per_frame = mix(script), RATE / fps
+    (height, width), per_frame = size, RATE / fps
     part = path.with_name(path.name + ".part")
     with av.open(str(part), "w", format="mp4") as container:
         picture = container.add_stream("libx264", rate=fps, options=H264)
         picture.width, picture.height, picture.pix_fmt = width, height, "yuv420p"
-        sound = container.add_stream("aac", rate=RATE, layout="mono", bit_rate=64000)
-        for stream in (picture, sound):
+        streams = [picture]
+        if samples is not None:
+            sound = container.add_stream("aac", rate=RATE, layout="mono", bit_rate=64000)
+            streams.append(sound)
+        for stream in streams:
             stream.codec_context.thread_count = 1
-        for k, pixels in enumerate(render(script)):
+        for k, pixels in enumerate(pictures):
             container.mux(picture.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+            if samples is None:
+                continue
             begin, stop = round(k * per_frame), round((k + 1) * per_frame)
             heard = av.AudioFrame.from_ndarray(samples[None, begin:stop].copy(), format="fltp", layout="mono")
             heard.sample_rate, heard.pts = RATE, begin
             container.mux(sound.encode(heard))
-        for stream in (picture, sound):
+        for stream in streams:
             container.mux(stream.encode(None))
     os.replace(part, path)

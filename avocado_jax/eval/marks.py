@@ -1,0 +1,156 @@
+"""Where captions say what their references ask for: what the rewards matched, as places in the text."""
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any, TypeVar
+
+import jax
+import numpy as np
+
+from avocado_jax.progress import progress
+from avocado_jax.rewards.checklist import BLOCK, WINDOW, features
+from avocado_jax.rewards.combine import References, Scored, make_references, score
+from avocado_jax.rewards.dialogue import UNIT
+from avocado_jax.rewards.explain import alignment
+from avocado_jax.rewards.text import (
+    MARKS,
+    Caption,
+    Limits,
+    Table,
+    code_points,
+    letters_of,
+    make_table,
+    parse,
+    read_texts,
+    words_of,
+)
+
+T = TypeVar("T")
+ASKED = ("caption", "dialogues", "keypoints")
+BATCH = 32  # captions at once
+LETTERS, FEATURES = 512, 1024  # room for the distinct letters of a clip's lines, and features of its keypoints
+
+
+def as_compared(table: Table, references: Sequence[Mapping[str, Any]], limits: Limits) -> list[dict[str, Any]]:
+    """References with the lines of dialogue that R_D compares: those that hold words, or are quoted in the caption."""
+    made = [{name: one.get(name) for name in ASKED} for one in references]
+    unread = [one for one in made if one["dialogues"] is None and one["caption"] is not None]
+    if unread:
+        read = read_texts(table, _filled([one["caption"] for one in unread]), limits)
+        for number, one in enumerate(unread):
+            own = jax.tree.map(lambda leaf, n=number: leaf[n], read)
+            spans = zip(own.quote_start[: own.quotes], own.quote_end[: own.quotes])
+            texts = ["".join(map(chr, own.points[first:last])) for first, last in spans]
+            one["dialogues"] = [{"speaker": "", "text": text} for text in texts]
+    for one in made:
+        one["dialogues"] = one["dialogues"] and [line for line in one["dialogues"] if len(letters_of(line["text"]))]
+    return made
+
+
+def mark(
+    captions: Sequence[str], owners: Sequence[int], references: Sequence[Mapping[str, Any]]
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """What each caption says of its reference, and the references as they were compared (`as_compared`).
+
+    Args:
+        captions: composed (NFC).
+        owners: of each caption, the number of its reference.
+        references: {"caption"?, "dialogues"?, "keypoints"?} of clips.
+
+    Returns:
+        For each caption {"quotes": [[first, end, line or -1, similarity, same speaker]], "points": [[score, covered
+        share, first, end, ...]]}: places are code points; of a keypoint they are its words in the window where the
+        lexical judge found it. Either is None without a reference.
+    """
+    known = [k for k, of in enumerate(owners) if any(references[of].get(name) is not None for name in ASKED)]
+    table, limits = make_table(), _fitting([captions[k] for k in known], references)
+    asked = as_compared(table, references, limits)
+    told = [{"quotes": None, "points": None} for _ in captions]
+    if known:
+        room = _rounded(max(16, *(len(one["keypoints"] or ()) for one in asked)))
+        made, _ = make_references(table, _filled(references), limits, room, FEATURES, LETTERS)
+    for first in progress(range(0, len(known), BATCH), "captions compared, in batches"):
+        part = known[first : first + BATCH]
+        full = _filled(part)
+        points, sizes = code_points([captions[k] for k in full], limits.characters)
+        of = np.array([owners[k] for k in full])
+        own = jax.tree.map(lambda leaf, of=of: leaf[of], made)
+        read, scored, words = jax.tree.map(np.asarray, _score(table, points, sizes, own, limits))
+        for number, k in enumerate(part):
+            told[k] = _marks(*jax.tree.map(lambda leaf, n=number: leaf[n], (read, own, scored, words)))
+    return told, asked
+
+
+def _filled(items: Sequence[T]) -> list[T]:
+    """The items and copies of the last, up to whole batches: one program serves any number of them."""
+    return [*items, *items[-1:] * (-len(items) % BATCH)]
+
+
+def _fitting(captions: Sequence[str], references: Sequence[Mapping[str, Any]]) -> Limits:
+    """Limits that the texts stay within, of few sizes."""
+    texts = [*captions, *(one.get("caption") or "" for one in references)]
+    lines = [len(one.get("dialogues") or ()) for one in references]
+    quotes = max([8, *(sum(text.count(letter) for letter in MARKS) for text in texts), *lines])
+    words = max([256, *(len(words_of(text)) for text in texts)])
+    return Limits(_rounded(max([1024, *map(len, texts)])), _rounded(words), min(_rounded(quotes), 64), 400)
+
+
+def _rounded(number: int) -> int:
+    return 1 << (number - 1).bit_length()
+
+
+@partial(jax.jit, static_argnums=4)
+def _score(table: Table, points: jax.Array, sizes: jax.Array, references: References, limits: Limits) -> Any:
+    """(Caption, Scored, hashes of each word) of captions."""
+
+    def one(points: jax.Array, size: jax.Array, reference: References) -> Any:
+        caption = parse(table, points, size, limits)
+        hashes, weights, places = features(caption)
+        return caption, score(caption, size, reference), (hashes[0], weights[0], places)
+
+    return jax.vmap(one)(points, sizes, references)
+
+
+def _marks(caption: Caption, reference: References, scored: Scored, words: tuple) -> dict[str, Any]:
+    quotes, lines, points = int(caption.quotes), int(reference.dialogue.count), int(reference.keypoints.count)
+    return {
+        "quotes": None if lines < 0 else _quotes(caption, scored, quotes, lines),
+        "points": None if points <= 0 else [_point(caption, reference, scored, words, k) for k in range(points)],
+    }
+
+
+def _quotes(caption: Caption, scored: Scored, quotes: int, lines: int) -> list[list[Any]]:
+    matched = dict(alignment(scored.pairs.similarity[:quotes, :lines], scored.pairs.same[:quotes, :lines]))
+    told = []
+    for quote in range(quotes):
+        span, line = [int(caption.quote_start[quote]), int(caption.quote_end[quote])], matched.get(quote)
+        if line is None:
+            told.append([*span, -1, 0, 0])
+        else:
+            alike = round(float(scored.pairs.similarity[quote, line]) / 2**UNIT, 3)
+            told.append([*span, line, alike, int(scored.pairs.same[quote, line])])
+    return told
+
+
+def _point(caption: Caption, reference: References, scored: Scored, words: tuple, number: int) -> list[float]:
+    """Score and covered share of a keypoint, and the places of its words where it was found."""
+    verdict, (hashes, weights, order) = scored.verdict, words
+    told = [round(float(scored.keypoints[number]), 3), round(float(verdict.coverage[number]), 3)]
+    if told[0] <= 0:
+        return told
+    wanted = reference.keypoints.features[reference.keypoints.index[number][reference.keypoints.weight[number] > 0]]
+    block = order // BLOCK
+    window = (block <= verdict.place[number]) & (block > verdict.place[number] - WINDOW)
+    for word in order[(weights > 0) & window & np.isin(hashes, wanted)]:
+        told += _word(caption, int(word))
+    return told
+
+
+def _word(caption: Caption, word: int) -> tuple[int, int]:
+    """Where a word begins and ends: at what is no letter, or at the next word."""
+    first = int(caption.word_start[word])
+    end = int(caption.word_start[word + 1]) if word + 1 < caption.words else int(caption.length)
+    last = first + 1
+    while last < end and (letter := chr(caption.points[last])) and (letter.isalnum() or letter in "'’"):
+        last += 1
+    return first, last
