@@ -29,6 +29,7 @@ def score(capsys, *arguments):
     return status, [json.loads(line) for line in said.out.splitlines()], said.err
 
 
+@pytest.mark.slow
 def test_an_endpoint_judges(captions, tmp_path, capsys):
     """Answers are scores and are kept; what is not answered is null, and told with its cause."""
 
