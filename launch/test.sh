@@ -22,4 +22,4 @@ if [[ ${1-} == --slow ]]; then
 fi
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
-exec .venv/bin/python -m pytest --numprocesses auto --dist loadfile ${marks[@]+"${marks[@]}"} "$@"
+exec .venv/bin/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder ${marks[@]+"${marks[@]}"} "$@"

@@ -182,6 +182,7 @@ def test_stop_ids_are_the_checkpoint_s(checkpoint, tmp_path):
             stop_ids(tmp_path, tokenizer, 512)
 
 
+@pytest.mark.slow
 def test_a_batch_of_clips_in_groups(checkpoint, tmp_path):
     """From Python, as the README shows: several clips at once, several captions each, as one by one."""
     captioner = load_captioner(open_checkpoint(checkpoint), "What happens?", "float32")

@@ -68,6 +68,7 @@ def test_reductions_are_fp32_and_products_bf16(scan):
     assert all(dtypes == {"bfloat16"} for dtypes, _ in seen["conv_general_dilated"])
 
 
+@pytest.mark.slow
 def test_bf16_is_near_fp32():
     config = computed(TINY, "float32", scan=False)
     params = jax.jit(partial(init, config))(jax.random.key(0))

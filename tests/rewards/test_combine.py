@@ -85,6 +85,7 @@ def test_answers_of_another_judge(batch):
     assert np.nansum(found) == 0.5 * (CLIPS * GROUP - 1)
 
 
+@pytest.mark.slow
 def test_missing_references_are_told(batch):
     clips = [{"keypoints": [{"text": "A dog."}]}, {"dialogues": []}, {"caption": "A dog."}, {"keypoints": []}]
     references, _ = make_references(batch[0], clips, LIMITS)
