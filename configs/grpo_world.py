@@ -1,4 +1,4 @@
-"""GRPO of the AVWorld captioner, on a laptop: the machinery of the paper's second stage, with rewards that are exact.
+"""GRPO of the AVWorld captioner, on a laptop: the paper's second stage where the truth is known.
 
   avocado grpo configs/grpo_world.py --workdir runs/grpo_world
 
