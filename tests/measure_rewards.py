@@ -8,6 +8,7 @@ halves of captions and loops are scored against them.
 
 import json
 import sys
+import unicodedata
 from functools import partial
 from pathlib import Path
 
@@ -15,7 +16,7 @@ import jax
 import numpy as np
 import oracles
 
-from avocado_jax.rewards import checklist, dialogue, repetition, text
+from avocado_jax.rewards import checklist, dialogue, repetition, text, vocabulary
 from avocado_jax.rewards.text import Limits
 
 LIMITS = Limits(8192, 1536, 48, 512)
@@ -41,10 +42,10 @@ def area(positive, negative):
 def main(path):
     """Measure and print."""
     records = json.loads(Path(path).read_text())
-    captions = [text.unicodedata.normalize("NFC", one["conversations"][1]["value"]) for one in records]
+    captions = [unicodedata.normalize("NFC", one["conversations"][1]["value"]) for one in records]
     events = [one["events"] for one in records]
     n = len(captions)
-    table = text.make_table(None, text.word_weights(captions))
+    table = vocabulary.make_table(None, vocabulary.word_weights(captions))
     read = partial(text.read_texts, table, limits=LIMITS)
     whole = read(captions)
     print(f"{n} captions, {sum(map(len, events))} events; truncated {int(whole.truncated.sum())}")

@@ -9,7 +9,8 @@ import numpy as np
 from avocado_jax.bench.measure import row, seconds_of
 from avocado_jax.rewards.checklist import BLOCK
 from avocado_jax.rewards.combine import make_references, score_captions
-from avocado_jax.rewards.text import limits_for, make_table
+from avocado_jax.rewards.text import limits_for
+from avocado_jax.rewards.vocabulary import make_table
 
 LINES, POINTS = 12, 40  # lines of dialogue and keypoints of a clip
 VOCABULARY = 4096

@@ -26,7 +26,7 @@ def run(args: argparse.Namespace) -> int:
     """Train."""
     config = load(args.config, args.fields)
     if not isinstance(config, GrpoConfig):
-        raise InputError(f"{args.config}: a {type(config).__name__}; grpo takes a GrpoConfig")
+        raise InputError(f"{args.config}: its config is of type {type(config).__name__}; grpo takes a GrpoConfig")
     start_processes(args.coordinator, args.processes, args.process)
     from avocado_jax.train.run_grpo import grpo  # after the processes have met: it may touch devices
 

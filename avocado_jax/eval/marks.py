@@ -12,18 +12,8 @@ from avocado_jax.rewards.checklist import BLOCK, WINDOW, features
 from avocado_jax.rewards.combine import References, Scored, make_references, score
 from avocado_jax.rewards.dialogue import UNIT
 from avocado_jax.rewards.explain import alignment
-from avocado_jax.rewards.text import (
-    MARKS,
-    Caption,
-    Limits,
-    Table,
-    code_points,
-    letters_of,
-    make_table,
-    parse,
-    read_texts,
-    words_of,
-)
+from avocado_jax.rewards.text import Caption, Limits, parse, read_texts
+from avocado_jax.rewards.vocabulary import MARKS, Table, code_points, letters_of, make_table, words_of
 
 T = TypeVar("T")
 ASKED = ("caption", "dialogues", "keypoints")

@@ -16,7 +16,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from avocado_jax.rewards.text import EXCLUSIVE, Caption, Limits, Table, compact, hash_word, meaning, read_texts
+from avocado_jax.rewards.text import Caption, Limits, compact, read_texts
+from avocado_jax.rewards.vocabulary import EXCLUSIVE, Table, hash_word, meaning
 from avocado_jax.typing import Array, Bool, Float, Int
 
 DIMENSIONS = ("static", "dynamic", "auditory", "spatiotemporal", "crossmodal")  # paper, checklist reward
@@ -243,8 +244,3 @@ def dimension_scores(scores: Float[Array, "K"], keypoints: Keypoints) -> Float[A
     here = answered & (keypoints.dimension == jnp.arange(len(DIMENSIONS))[:, None])
     total = jnp.sum(jnp.where(here, jnp.nan_to_num(scores), 0), axis=-1)
     return jnp.where(here.any(-1), total / jnp.maximum(here.sum(-1), 1), jnp.nan)
-
-
-def checklist_reward(caption: Caption, keypoints: Keypoints, low: float = LOW, high: float = HIGH) -> Float[Array, ""]:
-    """R_C of one caption by the lexical judge, from 0 to 1; NaN without keypoints."""
-    return mean_score(lexical(caption, keypoints, low, high).score, keypoints.count)

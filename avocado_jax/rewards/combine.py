@@ -14,7 +14,8 @@ from avocado_jax.rewards.checklist import HIGH, LOW, ORDER, Keypoints, Verdict, 
 from avocado_jax.rewards.dialogue import SIMILAR, SPEAKER, Dialogue, Pairs, compare, dialogue_references, f1
 from avocado_jax.rewards.length import length_reward
 from avocado_jax.rewards.repetition import MIN_SPAN, collapses
-from avocado_jax.rewards.text import Caption, Limits, Table, limits_for, read
+from avocado_jax.rewards.text import Caption, Limits, limits_for, read
+from avocado_jax.rewards.vocabulary import Table
 from avocado_jax.typing import Array, Float, Int
 
 TERMS = ("checklist", "dialogue", "length", "repetition")

@@ -18,7 +18,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from avocado_jax.rewards.text import PHRASE, Caption, Limits, Table, letters_of, read_texts, stems_of, words_of
+from avocado_jax.rewards.text import PHRASE, Caption, Limits, read_texts
+from avocado_jax.rewards.vocabulary import Table, letters_of, stems_of, words_of
 from avocado_jax.typing import Array, Bool, Float, Int
 
 SIMILAR = 0.6  # least similarity of two lines that may be one (paper)

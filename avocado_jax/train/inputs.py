@@ -40,12 +40,10 @@ class WorldSource:
         """Of every `muted` clips one is without its sound, and its plain caption without what is only heard."""
         self._asked = (seed, split, level, fps, references, muted)
         scripts = [make_script(seed, number, split, level) for number in progress(range(clips), "world: scripts")]
-        fields = [record(script, references) for script in scripts]
-        silent = [self._silent(number) for number in range(clips)]
-        for number in np.flatnonzero(silent):
-            fields[number]["caption"] = plain_caption(seen(scripts[number].events))
+        fields = [self._fields(number, record(script, references), script) for number, script in enumerate(scripts)]
         seconds = [script.duration for script in scripts]
-        self.index = _index(scripts, fields, seconds, np.where(silent, 0, seconds), fps)
+        heard = [script.duration * (not self._silent(number)) for number, script in enumerate(scripts)]
+        self.index = _index(scripts, fields, seconds, heard, fps)
 
     def _silent(self, number: int) -> bool:
         return bool(self._asked[-1]) and number % self._asked[-1] == 0
@@ -56,9 +54,15 @@ class WorldSource:
         made = row(seed, number, split, level, fps, references)
         media, fields = Media(made.frames, made.samples, len(made.samples) / RATE), made.record
         if self._silent(number):
-            caption = plain_caption(seen(make_script(seed, number, split, level).events))
-            media, fields = media._replace(samples=None), fields | {"caption": caption}
+            media = media._replace(samples=None)
+            fields = self._fields(number, fields, make_script(seed, number, split, level))
         return Record(fields, media, fields["id"])
+
+    def _fields(self, number: int, fields: dict[str, Any], script: Script) -> dict[str, Any]:
+        """Of a silent clip what can be seen, and none of the references that tell more."""
+        if not self._silent(number):
+            return fields
+        return {"id": fields["id"], "prompt": fields["prompt"], "caption": plain_caption(seen(script.events))}
 
 
 class DrillSource:

@@ -147,7 +147,7 @@ class Teller:
     """Progress for people, on stderr: every step while they are few, then every ten seconds."""
 
     def __init__(self, total: int) -> None:
-        self._total, self._said, self._begun, self._first = total, 0.0, time.monotonic(), None
+        self._total, self._said, self._first = total, 0.0, None
 
     def tell(self, line: dict[str, Any]) -> None:
         """Say how a step went, if it is time."""

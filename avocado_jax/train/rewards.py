@@ -10,7 +10,8 @@ import jax.numpy as jnp
 
 from avocado_jax.config import GrpoConfig
 from avocado_jax.rewards.combine import TERMS, References, Thresholds, combine, make_references, missing, score_captions
-from avocado_jax.rewards.text import limits_for, make_table
+from avocado_jax.rewards.text import limits_for
+from avocado_jax.rewards.vocabulary import make_table
 from avocado_jax.train.rollout import Rollout
 from avocado_jax.train.run import Setup
 from avocado_jax.typing import Array

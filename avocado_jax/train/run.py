@@ -106,29 +106,53 @@ def sft(config: SftConfig, folder: str) -> int:
         InputError: the config does not hold together, or the folder holds a run of another one.
     """
     setup = set_up(config)
-    mesh, model, plan = setup.mesh, setup.model, setup.plan
+    mesh, model = setup.mesh, setup.model
     open_folder(config, model, folder, setup.recipe.reading)
     checkpoints = Checkpoints(folder, config.keep)
     stops = stop_ids(setup.checkpoint.side_files, setup.words, model.text.vocab)
     with jax.set_mesh(mesh):
         shapes, step, start = sft_program(config, model, mesh, setup.steps)
         state = restored(config, setup, folder, checkpoints, shapes, start)
-        job = Job(
-            steps=setup.steps,
-            batches=lambda first: stream(setup, config, first),
+        return run(
+            config,
+            setup,
+            folder,
+            checkpoints,
+            state,
             step=lambda state, batch: (*step(state, batch.clip, batch.captions, batch.weight, batch.cut), dict),
             evaluate=_heldout(config, setup, stops, folder),
             flops=lambda batch, _: config.batch * _row_flops(config, model, batch),
             rank=lambda more: more.get("heldout_loss"),
-            rows=lambda number: int((plan.step(number).records >= 0).sum()),
-            position={"plan": plan.digest},
-            checkpoint_every=config.checkpoint_every,
-            eval_every=config.eval_every,
-            max_skipped=config.max_skipped,
-            profile=config.profile,
         )
-        log = Log(folder, int(state.step), config.tensorboard, config.wandb, as_json(config))
-        return train(job, state, mesh, checkpoints, log, storage.join(folder, "profile"))
+
+
+def run(
+    config: RunConfig,
+    setup: Setup,
+    folder: str,
+    checkpoints: Checkpoints,
+    state: State,
+    batches: Callable[[int], Iterator[Batch]] | None = None,
+    **told: Callable,
+) -> int:
+    """The loop over what a stage computes: `told` is `Job`'s step, evaluate, flops and rank. Returns the exit status.
+
+    Args:
+        batches: from a step on; by default the plain `stream`.
+    """
+    job = Job(
+        steps=setup.steps,
+        batches=batches or (lambda first: stream(setup, config, first)),
+        rows=lambda number: int((setup.plan.step(number).records >= 0).sum()),
+        position={"plan": setup.plan.digest},
+        checkpoint_every=config.checkpoint_every,
+        eval_every=config.eval_every,
+        max_skipped=config.max_skipped,
+        profile=config.profile,
+        **told,
+    )
+    log = Log(folder, int(state.step), config.tensorboard, config.wandb, as_json(config))
+    return train(job, state, setup.mesh, checkpoints, log, storage.join(folder, "profile"))
 
 
 def open_folder(config: RunConfig, model: ThinkerConfig, folder: str, reading: Reading) -> None:

@@ -13,20 +13,18 @@ from jax.sharding import NamedSharding, PartitionSpec
 from avocado_jax.checkpoint.hf_config import stop_ids
 from avocado_jax.checkpoint.load import load_sharded
 from avocado_jax.checkpoint.training import Checkpoints
-from avocado_jax.config import GrpoConfig, as_json
+from avocado_jax.config import GrpoConfig
 from avocado_jax.data import storage
 from avocado_jax.data.pipeline import Batch
 from avocado_jax.models.flops import grpo_flops
 from avocado_jax.parallel.place import place
 from avocado_jax.sampling.captioner import banned_ids
 from avocado_jax.train.grpo import Experience, GrpoProgram, grpo_program
-from avocado_jax.train.loop import Job, train
-from avocado_jax.train.metrics import Log
 from avocado_jax.train.objective import advantages, zero_variance
 from avocado_jax.train.phases import Phases
 from avocado_jax.train.rewards import Rewards, open_rewards
 from avocado_jax.train.rollout import Rollout
-from avocado_jax.train.run import Setup, heldout, open_folder, restored, set_up, stream
+from avocado_jax.train.run import Setup, heldout, open_folder, restored, run, set_up, stream
 from avocado_jax.train.state import State
 from avocado_jax.typing import Array
 
@@ -38,7 +36,7 @@ def grpo(config: GrpoConfig, folder: str) -> int:
         InputError: the config does not hold together, or the folder holds a run of another one.
     """
     setup = set_up(config, config.split)
-    mesh, model, plan = setup.mesh, setup.model, setup.plan
+    mesh, model = setup.mesh, setup.model
     stops = stop_ids(setup.checkpoint.side_files, setup.words, model.text.vocab)
     with jax.set_mesh(mesh):
         program = grpo_program(config, model, mesh, setup.steps, stops)
@@ -56,22 +54,18 @@ def grpo(config: GrpoConfig, folder: str) -> int:
             row = grpo_flops(model, shape, config.group, length, config.train, updates, beta)
             return config.batch * row * (1 - batch.padded)
 
-        job = Job(
-            steps=setup.steps,
+        return run(
+            config,
+            setup,
+            folder,
+            checkpoints,
+            state,
             batches=lambda first: _with_references(stream(setup, config, first), rewards),
             step=_step(config, setup, program, rewards, reference, banned, stops, folder),
             evaluate=_heldout(config, setup, program, rewards, banned, stops),
             flops=flops,
             rank=lambda more: -more["heldout_reward"] if "heldout_reward" in more else None,
-            rows=lambda number: int((plan.step(number).records >= 0).sum()),
-            position={"plan": plan.digest},
-            checkpoint_every=config.checkpoint_every,
-            eval_every=config.eval_every,
-            max_skipped=config.max_skipped,
-            profile=config.profile,
         )
-        log = Log(folder, int(state.step), config.tensorboard, config.wandb, as_json(config))
-        return train(job, state, mesh, checkpoints, log, storage.join(folder, "profile"))
 
 
 def _with_references(batches: Iterator[Batch], rewards: Rewards) -> Iterator[Batch]:

@@ -13,6 +13,7 @@ from avocado_jax.data.decode import read_media
 from avocado_jax.eval.captioner import load_captioner
 from avocado_jax.sampling.captioner import caption_rows
 from avocado_jax.sampling.logits import Sampling
+from avocado_jax.world.clip import PROMPTS
 
 CLIPS = 12
 
@@ -45,6 +46,13 @@ def test_each_sense_counts(clips, capsys):
     both, deaf, blind = (measured(clips, capsys, *options) for options in ((), ("--no-audio",), ("--no-picture",)))
     assert deaf["dialogue_f1"] < 0.2
     assert blind["event_recall"] < 0.5 * both["event_recall"]
+
+
+def test_it_is_asked_its_own_question_unless_told_otherwise():
+    own, asked, other = (
+        load_captioner(open_checkpoint(SHIPPED), text, "float32").prompt for text in (None, PROMPTS[0], "What?")
+    )
+    assert own == asked != other
 
 
 def test_the_reference_says_the_same_with_its_weights(clips):

@@ -5,7 +5,8 @@ from typing import NamedTuple
 
 from rapidfuzz.distance import Levenshtein
 
-from avocado_jax.rewards import text as rewards_text  # its lists of words and its stems
+from avocado_jax.rewards import vocabulary  # its lists of words and its stems
+from avocado_jax.rewards.text import AFTER, BEFORE
 
 DOUBLE = {
     '"': "straight",
@@ -19,8 +20,8 @@ DOUBLE = {
 }
 CORNERS = {"「": "」", "『": "』"}
 CLOSERS = ")]}'’*`" + "".join(DOUBLE) + "「」『』"
-SPOKEN = {rewards_text.meaning(word) for word in rewards_text.SPOKEN.split()}
-WRITTEN = {rewards_text.meaning(word) for word in rewards_text.WRITTEN.split()}
+SPOKEN = {vocabulary.meaning(word) for word in vocabulary.SPOKEN.split()}
+WRITTEN = {vocabulary.meaning(word) for word in vocabulary.WRITTEN.split()}
 LINE_BREAKS = "\n\r\u2028\u2029"
 
 
@@ -41,9 +42,9 @@ def quotes(text: str) -> list[str]:
     spans = [span for span in _spans(text) if normalize(text[span[0] : span[1]])]
     sentences, every = _sentences(text), _spans(text)
     words = [
-        (found.start(), rewards_text.meaning(word))
+        (found.start(), vocabulary.meaning(word))
         for found in re.finditer(r"\w+(?:['’`]\w+)*", text)
-        for word in rewards_text.words_of(found[0])
+        for word in vocabulary.words_of(found[0])
         if not any(start <= found.start() < end for start, end in every)
     ]
     spoken = []
@@ -53,12 +54,12 @@ def quotes(text: str) -> list[str]:
             word
             for place, word in words
             if after_last < place < start and sentences[place] == sentences[max(start - 1, 0)]
-        ][-rewards_text.BEFORE :]
+        ][-BEFORE:]
         then = sentences[min(end, len(text) - 1)]
         following = spans[number + 1][0] if number + 1 < len(spans) else len(text)
         if number + 1 == len(spans) or sentences[following - 1] != then:
             behind = [word for place, word in words if start < place < following and sentences[place] == then]
-            near += behind[: rewards_text.AFTER]
+            near += behind[:AFTER]
         if SPOKEN & set(near) or not WRITTEN & set(near):
             spoken.append(text[start:end])
     return spoken

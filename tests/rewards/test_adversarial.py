@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import pytest
 
-from avocado_jax.rewards import text
+from avocado_jax.rewards import text, vocabulary
 from avocado_jax.rewards.combine import DEFAULTS, make_references, score
 from avocado_jax.rewards.text import Limits
 from avocado_jax.world.clip import record
@@ -32,7 +32,7 @@ class World:
         talking = (record(make_script(11, index), 0) for index in range(200))
         self.records = [one for one in talking if len({line["speaker"] for line in one["dialogues"]}) > 1][:CLIPS]
         self.honest = [one["caption"] for one in self.records]
-        self.table = text.make_table(None, text.word_weights(self.honest))
+        self.table = vocabulary.make_table(None, vocabulary.word_weights(self.honest))
         self.references, cut = make_references(self.table, self.records, LIMITS._replace(quotes=16))
         assert not cut.any()
         self.score = jax.jit(
@@ -43,7 +43,7 @@ class World:
     def of(self, captions, tokens=None):
         """Each term of captions, one of each clip."""
         read = text.read_texts(self.table, captions, LIMITS)
-        tokens = np.array([len(text.words_of(one)) if tokens is None else tokens for one in captions])
+        tokens = np.array([len(vocabulary.words_of(one)) if tokens is None else tokens for one in captions])
         return {name: np.asarray(term) for name, term in self.score(self.table, read, tokens, self.references).items()}
 
 
@@ -69,7 +69,7 @@ def shuffled(parts):
 
 
 def keywords(clip):
-    return " ".join(shuffled(word for word in text.words_of(clip["caption"]) if len(word) > 3))
+    return " ".join(shuffled(word for word in vocabulary.words_of(clip["caption"]) if len(word) > 3))
 
 
 def pasted(clip):

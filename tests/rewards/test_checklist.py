@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from avocado_jax.rewards import text
+from avocado_jax.rewards import text, vocabulary
 from avocado_jax.rewards.checklist import (
     BLOCK,
     HIGH,
@@ -48,7 +48,7 @@ POINTS = st.lists(st.lists(st.sampled_from(WORDS), min_size=1, max_size=8).map("
 
 @pytest.fixture(scope="module")
 def table():
-    return text.make_table()
+    return vocabulary.make_table()
 
 
 @jax.jit
@@ -65,19 +65,19 @@ def judged(table, caption, points, reference=None):
     return jax.tree.map(lambda leaf: np.asarray(leaf)[0, : len(points)], verdict)
 
 
-WEIGHTS = text.word_weights([])
-EXCLUSIVE = set(map(text.meaning, text.EXCLUSIVE.split()))
+WEIGHTS = vocabulary.word_weights([])
+EXCLUSIVE = set(map(vocabulary.meaning, vocabulary.EXCLUSIVE.split()))
 
 
 def by_hand(caption, point):
     """Coverage and score of a keypoint, window by window."""
-    words = [text.meaning(word) for word in text.words_of(caption)]
+    words = [vocabulary.meaning(word) for word in vocabulary.words_of(caption)]
     weigh = [WEIGHTS.get(word, WEIGHTS[""]) for word in words]
     content = [(place, word) for place, (word, weight) in enumerate(zip(words, weigh)) if weight > 0]
     held = [(place // BLOCK, word) for place, word in content]
     for apart in (1, 2):
         held += [(one[0] // BLOCK, (one[1], other[1])) for one, other in zip(content, content[apart:])]
-    own = [word for word in map(text.meaning, text.words_of(point)) if WEIGHTS.get(word, WEIGHTS[""]) > 0]
+    own = [word for word in map(vocabulary.meaning, vocabulary.words_of(point)) if WEIGHTS.get(word, WEIGHTS[""]) > 0]
     much = {word: WEIGHTS.get(word, WEIGHTS[""]) for word in own}
     wanted = [(word, much[word]) for word in own]
     wanted += [((one, other), PAIRS * (much[one] + much[other]) / 2) for one, other in pairwise(own)]

@@ -9,7 +9,7 @@ import pytest
 from tokenizer import write_tokenizer
 from tokenizers import Tokenizer
 
-from avocado_jax.rewards import text
+from avocado_jax.rewards import text, vocabulary
 from avocado_jax.rewards.combine import combine, make_references, missing, score, score_captions
 from avocado_jax.world.check import measure
 from avocado_jax.world.clip import record
@@ -29,7 +29,7 @@ def batch(tmp_path_factory):
     records = [record(make_script(3, index)) for index in range(CLIPS)]
     own = [one["caption"] for one in records]
     captions = [[own[clip], own[clip - 1]] for clip in range(CLIPS)]
-    table = text.make_table((folder / "tokenizer.json").read_text(), text.word_weights(own))
+    table = vocabulary.make_table((folder / "tokenizer.json").read_text(), vocabulary.word_weights(own))
     ids, lengths = np.zeros((CLIPS, GROUP, TOKENS), np.int32), np.zeros((CLIPS, GROUP), np.int32)
     for clip, group in enumerate(captions):
         for number, caption in enumerate(group):

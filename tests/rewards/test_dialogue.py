@@ -1,5 +1,6 @@
 """R_D against its equations in plain Python, and on what AVWorld's clips say."""
 
+import unicodedata
 from functools import partial
 
 import jax
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 from oracles import Line
 from rapidfuzz.distance import Levenshtein
 
-from avocado_jax.rewards import text
+from avocado_jax.rewards import text, vocabulary
 from avocado_jax.rewards.dialogue import UNIT, align, compare, dialogue_references, dialogue_reward, edit_distances
 from avocado_jax.rewards.text import Limits
 from avocado_jax.world.check import measure
@@ -26,7 +27,7 @@ ANY = st.one_of(st.text(max_size=400), st.text("abc", min_size=380, max_size=400
 
 @pytest.fixture(scope="module")
 def table():
-    return text.make_table()
+    return vocabulary.make_table()
 
 
 @partial(jax.jit, static_argnums=0)
@@ -36,7 +37,7 @@ def pairwise(of, caption, reference):
 
 def as_caption(lines, speakers=()):
     """A caption that was read to have these lines: arrays with a leading axis of one."""
-    made = [text.letters_of(line) for line in lines]
+    made = [vocabulary.letters_of(line) for line in lines]
     made = [(line, who) for line, who in zip(made, speakers or [0] * len(made)) if len(line)]
     caption = text.Caption(*[None] * len(text.Caption._fields))
     shape = (1, LIMITS.quotes)
@@ -58,7 +59,7 @@ def as_reference(table, lines, speakers=()):
     speakers = speakers or [0] * len(lines)
     given_lines = [{"speaker": "", "text": line} for line in lines]
     reference, cut = dialogue_references(table, [given_lines], [None], LIMITS, alphabet=LIMITS.quotes * LIMITS.line)
-    kept = [who for line, who in zip(lines, speakers) if len(text.letters_of(line))]
+    kept = [who for line, who in zip(lines, speakers) if len(vocabulary.letters_of(line))]
     for number, who in enumerate(kept):
         reference.speakers[0, number, 0], reference.speaker_weights[0, number, 0] = 7 + who, 1.0
     assert not cut[0]
@@ -70,7 +71,7 @@ def distances(caption, reference):
 
 
 def composed(line):
-    return text.unicodedata.normalize("NFC", line)[: LIMITS.line]
+    return unicodedata.normalize("NFC", line)[: LIMITS.line]
 
 
 @settings(max_examples=60)
@@ -138,7 +139,7 @@ def test_as_avworld_measures_it():
     """
     records = [record(make_script(5, index)) for index in range(48)]
     captions = [one["caption"] for one in records]
-    table = text.make_table(None, text.word_weights(captions))
+    table = vocabulary.make_table(None, vocabulary.word_weights(captions))
     limits = Limits(2048, 320, 16, 100)
     reference, cut = dialogue_references(table, [one["dialogues"] for one in records], [None] * 48, limits)
     assert not cut.any()

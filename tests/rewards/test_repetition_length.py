@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from avocado_jax.eval import metrics
 from avocado_jax.rewards.length import length_reward
 from avocado_jax.rewards.repetition import collapses
-from avocado_jax.rewards.text import code_points
+from avocado_jax.rewards.vocabulary import code_points
 
 SIZE = 1024
 LOOPS = st.builds(

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import unicodedata
 from functools import partial
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizer import _ranks, special_ids, write_tokenizer
 
-from avocado_jax.rewards import text
+from avocado_jax.rewards import text, vocabulary
 from avocado_jax.rewards.text import Limits
 
 LIMITS = Limits(256, 64, 12, 64)
@@ -63,7 +64,7 @@ TEXTS = st.lists(PIECES, max_size=24).map("".join).filter(lambda made: len(made)
 
 @pytest.fixture(scope="module")
 def table():
-    return text.make_table()
+    return vocabulary.make_table()
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +75,7 @@ def qwen(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def qwen_table(qwen):
-    return text.make_table(qwen)
+    return vocabulary.make_table(qwen)
 
 
 def quoted(table, written, limits=LIMITS):
@@ -102,11 +103,11 @@ def test_bytes_of_a_sentencepiece_vocabulary():
     decoder = {"type": "Sequence", "decoders": [{"type": "ByteFallback"}, {"type": "Fuse"}]}
     added = [{"id": one, "content": name, "special": True} for name, one in (("<unk>", 0), ("</s>", 1))]
     content = json.dumps({"model": {"type": "BPE", "vocab": vocab}, "decoder": decoder, "added_tokens": added})
-    table = text.make_table(content)
+    table = vocabulary.make_table(content)
     points, count = jax.jit(text.decode, static_argnums=3)(table, np.array([4, 5, 3, 6, 7, 2, 1]), np.int32(7), 32)
     assert "".join(map(chr, points[: int(count)])) == " theé你\n"
     with pytest.raises(ValueError, match="byte-level"):
-        text.token_bytes(json.dumps({"model": {"type": "WordPiece", "vocab": {}}}))
+        vocabulary.token_bytes(json.dumps({"model": {"type": "WordPiece", "vocab": {}}}))
 
 
 def test_ids_to_text_across_borders(qwen_table):
@@ -139,7 +140,7 @@ def test_what_does_not_fit_is_told(table, qwen_table):
 
 @given(TEXTS)
 def test_quotes_against_the_parser(table, written):
-    written = text.unicodedata.normalize("NFC", written)
+    written = unicodedata.normalize("NFC", written)
     found, truncated = quoted(table, written, LIMITS)
     expected = list(oracles.quotes(written))
     assert truncated or found == expected
@@ -147,9 +148,9 @@ def test_quotes_against_the_parser(table, written):
 
 @given(st.lists(st.text(max_size=40), max_size=3))
 def test_words_against_the_host(table, several):
-    written = text.unicodedata.normalize("NFC", " walking'S ".join(several))
+    written = unicodedata.normalize("NFC", " walking'S ".join(several))
     read = text.read_texts(table, [written], LIMITS)
-    expected = [text.hash_word(text.meaning(word)) for word in text.words_of(written)]
+    expected = [vocabulary.hash_word(vocabulary.meaning(word)) for word in vocabulary.words_of(written)]
     assert read.truncated[0] or list(read.stems[0][: read.words[0]]) == expected
     letters = "".join(map(chr, read.letters[0])).rstrip("\0")
     assert read.truncated[0] or letters == oracles.normalize(written)
@@ -164,12 +165,12 @@ FORMS = (
 @pytest.mark.parametrize("pair", FORMS.split("|"))
 def test_forms_of_a_word_are_one(pair):
     one, other = pair.split()
-    assert text.meaning(one) == text.meaning(other)
+    assert vocabulary.meaning(one) == vocabulary.meaning(other)
 
 
 @pytest.mark.parametrize(("one", "other"), [("car", "carry"), ("bus", "but"), ("glass", "glas"), ("sing", "s")])
 def test_other_words_stay_apart(one, other):
-    assert text.meaning(one) != text.meaning(other)
+    assert vocabulary.meaning(one) != vocabulary.meaning(other)
 
 
 @pytest.mark.parametrize(
@@ -204,12 +205,15 @@ def test_quotes_of_known_texts(table, written, expected):
 )
 def test_speaker_phrases(table, written, phrases):
     read = text.read_texts(table, [written], LIMITS)
-    names = {text.hash_word(text.meaning(word)): text.meaning(word) for word in text.words_of(written)}
+    names = {
+        vocabulary.hash_word(vocabulary.meaning(word)): vocabulary.meaning(word)
+        for word in vocabulary.words_of(written)
+    }
     made = []
     for stems, weights in zip(read.speakers[0][: read.quotes[0]], read.speaker_weights[0]):
         front = [names[int(one)] for one, weight in zip(stems, weights) if weight > 0]
         made.append(set(front))
-    assert made == [{text.meaning(word) for word in phrase.split()} for phrase in phrases]
+    assert made == [{vocabulary.meaning(word) for word in phrase.split()} for phrase in phrases]
 
 
 def test_the_readme_shows_a_term_that_works(table):

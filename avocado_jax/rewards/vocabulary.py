@@ -1,0 +1,299 @@
+"""What ids, characters and words mean, as arrays: made once on the host, from a tokenizer and Python's own tables.
+
+Words are hashes of stems: a polynomial over code points, mod 2^32, so that the hash of any prefix of a word (which is
+what a stem is) comes from one running sum on the device. `hash_word` and `stem` are the same here.
+"""
+
+import json
+import math
+import unicodedata
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+
+from avocado_jax.typing import Array, Float, Int
+
+WORD, SPACE, LOWER, ALONE, STOP, STOP_CJK, CLOSER, APOSTROPHE, DIGIT, NEWLINE = (1 << bit for bit in range(10))
+MARK = 10  # the kinds of quotation marks stand above this bit
+STRAIGHT, LEFT, RIGHT, CORNER, CORNER_END, WHITE, WHITE_END = range(1, 8)
+MARKS = {'"': STRAIGHT, "＂": STRAIGHT, "“": LEFT, "„": LEFT, "‟": LEFT, "«": LEFT, "”": RIGHT, "»": RIGHT}
+MARKS |= {"「": CORNER, "」": CORNER_END, "『": WHITE, "』": WHITE_END}
+SCRIPTS_WITHOUT_SPACES = ((0x3040, 0x30FF), (0x3400, 0x4DBF), (0x4E00, 0x9FFF), (0xF900, 0xFAFF), (0x20000, 0x323AF))
+PAGE = 256  # code points of a page of the character table
+BASE, SPREAD = 0x01000193, 0x9E3779B1  # both odd: powers of the base have inverses mod 2^32
+
+# Other forms of a word that no suffix rule finds, and the plainest words for the same; a group becomes its first.
+FORMS = """man men he him his himself male guy gentleman|woman women she her hers herself female lady|
+child children kid kids|person people|run ran|stand stood|sit sat|hold held|say said|speak spoke spoken speech|
+tell told|go went gone goes|come came|take took taken|give gave given|begin began begun start commence|fall fell fallen|
+fly flew flown|see saw seen|wear wore worn|write wrote written|drive drove driven|ride rode ridden|sing sang sung|
+throw threw thrown|catch caught|lie lay lying|rise rose risen|shake shook shaken|hear heard|
+hit hitting|swim swam swum|grey gray|feet foot|hands hand|ring rang rung|blow blew blown|break broke broken|
+bring brought|eat ate eaten|wake woke|make made|two 2|three 3|four 4|five 5|six 6|seven 7|eight 8|
+nine 9|ten 10|one 1|family families|
+big large huge|small little tiny|soft quiet faint gentle|screen frame|appear emerge|show shown display|
+jump leap hop|spin rotate turn|bump crash collide|music tune melody song|background backdrop|car vehicle|
+picture image photo photograph|road street|smile grin|look gaze stare|glance peek|happy cheerful joyful"""
+# Words that carry nothing of what is said to be seen or heard.
+FUNCTION = """a an the this that these those it its is are was were be been being am and or but so as of in on at to
+from by with for into onto over under near off out up down then while when where which who whom whose there here i you
+we they them their our your my me us do does did have has had having can could will would shall should may might must
+if than also too very just not no nor s t re ve ll d m one some any each other another both such only own same more
+most now how what why all because until during after before between through about against again further once
+的 了 在 是 和 着 与 也 就 都 而 及 一 个 这 那 有 他 她 它 们 为 以 上 中 到 地 得"""
+# Words that say that something is spoken, and words that say that it is written: neither says who speaks.
+SPOKEN = """say says speak tell ask reply respond answer state exclaim narrate continue add shout yell whisper call
+cry explain announce declare remark comment murmur mutter sing repeat insist claim note mention warn suggest wonder
+want know question inquire introduce conclude laugh scream voice hear audio sound narration dialogue speech remind
+agree greet chant utter instruct 说 道 问 答 喊 叫 讲 唱"""
+WRITTEN = (
+    "text word title caption subtitle sign label letter lettering logo banner overlay headline written read 字 写 幕"
+)
+# One of these in place of another is a contradiction, so none counts for little.
+EXCLUSIVE = """red orange yellow green blue purple violet pink brown black white grey silver gold golden left right top
+bottom upper lower above below up down man woman boy girl two three four five six seven eight nine ten first second
+third big small loud soft high low fast slow open close inside outside day night
+红 橙 黄 绿 蓝 紫 黑 白 左 右 男 女"""
+EXCLUSIVE_WEIGHT = 2.5
+NEGATING = "no not never without none nobody nothing dont doesnt didnt isnt arent wasnt werent cant wont 不 没"
+
+
+class Table(NamedTuple):
+    """What ids and characters mean, as arrays: an argument of every function that reads text.
+
+    Attributes:
+        starts: where each id's bytes begin in `data`; special ids and ids that stand for nothing have none.
+        page: the page of each 256 code points.
+        lower, kind: code points in lower case, and what they are (bits), by page and place.
+        forms, becomes: sorted stem hashes that are read as another.
+        known, weight: sorted stem hashes and how much each says (idf); `unknown` is the weight of all others.
+        spoken, written, negating: sorted stem hashes.
+    """
+
+    starts: Int[Array, "V+1"]
+    data: Int[Array, "bytes"]
+    page: Int[Array, "pages"]
+    lower: Int[Array, "distinct 256"]
+    kind: Int[Array, "distinct 256"]
+    forms: Int[Array, "forms"]
+    becomes: Int[Array, "forms"]
+    known: Int[Array, "known"]
+    weight: Float[Array, "known"]
+    unknown: Float[Array, ""]
+    spoken: Int[Array, "spoken"]
+    written: Int[Array, "written"]
+    negating: Int[Array, "negating"]
+
+
+def make_table(tokenizer: str | None = None, weights: Mapping[str, float] | None = None) -> Table:
+    """The table of a tokenizer and of word weights.
+
+    Args:
+        tokenizer: the text of a Hugging Face tokenizer.json with a BPE model; None where no ids are read.
+        weights: how much each stem says (`word_weights`); by default function words nothing and all others alike.
+
+    Raises:
+        ValueError: the tokenizer is of a kind whose bytes are not known.
+    """
+    starts, data = (np.zeros(2, np.int32), np.zeros(1, np.uint8)) if tokenizer is None else token_bytes(tokenizer)
+    page, lower, kind = characters()
+    weights = word_weights([]) if weights is None else weights
+    hashed = {hash_word(word): weight for word, weight in weights.items() if word}
+    known = np.sort(np.fromiter(hashed, np.uint32))
+    forms = {hash_word(form): hash_word(base) for form, base in _forms().items()}
+    sources = np.sort(np.fromiter(forms, np.uint32))
+    return Table(
+        starts,
+        data,
+        page,
+        lower,
+        kind,
+        sources,
+        np.array([forms[int(one)] for one in sources], np.uint32),
+        known,
+        np.array([hashed[int(one)] for one in known], np.float32),
+        np.float32(weights[""]),
+        _hashes(SPOKEN),
+        _hashes(WRITTEN),
+        _hashes(NEGATING),
+    )
+
+
+def token_bytes(tokenizer: str) -> tuple[np.ndarray, np.ndarray]:
+    """The bytes of every id, end to end: (starts [V+1], bytes), from the text of a tokenizer.json.
+
+    Both kinds of BPE are read: byte-level ones (GPT-2's spelling of bytes) and those of SentencePiece, where "▁" is a
+    space and "<0x0A>" a byte. Special ids have no bytes; other added tokens have those of their text.
+    """
+    content = json.loads(tokenizer)
+    model = content["model"]
+    decoder = json.dumps(content.get("decoder") or {})
+    if model.get("type", "BPE") != "BPE" or not ("ByteLevel" in decoder or "ByteFallback" in decoder):
+        raise ValueError("a byte-level or byte-fallback BPE tokenizer is asked for")
+    spelled = _byte_letters() if "ByteLevel" in decoder else None
+    pieces: dict[int, bytes] = {}
+    for token, number in model["vocab"].items():
+        if spelled is None:
+            byte = len(token) == 6 and token.startswith("<0x") and token.endswith(">")
+            pieces[number] = bytes([int(token[3:5], 16)]) if byte else token.replace("▁", " ").encode()
+        elif all(letter in spelled for letter in token):
+            pieces[number] = bytes(spelled[letter] for letter in token)
+        else:  # not a spelling of bytes: the decoder leaves it as it is
+            pieces[number] = token.encode()
+    for added in content.get("added_tokens", ()):
+        pieces[added["id"]] = b"" if added["special"] else added["content"].encode()
+    every = [pieces.get(number, b"") for number in range(max(pieces) + 1)]
+    starts = np.concatenate([[0], np.cumsum([len(piece) for piece in every])]).astype(np.int32)
+    return starts, np.frombuffer(b"".join(every) or b"\0", np.uint8)
+
+
+def _byte_letters() -> dict[str, int]:
+    """GPT-2's letters for bytes: printable Latin-1 stands for itself, the rest for U+0100 onwards."""
+    plain = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    rest = [byte for byte in range(256) if byte not in plain]
+    return {chr(byte): byte for byte in plain} | {chr(256 + place): byte for place, byte in enumerate(rest)}
+
+
+@lru_cache(maxsize=1)
+def characters() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Lower case and kinds of all code points, from Python's own tables: (page, lower, kind), distinct pages once.
+
+    Lower-casing is by code point: a capital sigma is always "σ", and so is the final one; "İ" is "i".
+    """
+    every = list(map(chr, range(0x110000)))
+    lower = np.fromiter((ord(one.lower()[0]) for one in every), np.int32)
+    lower[ord("ς")] = ord("σ")
+    kind = WORD * np.fromiter(map(str.isalnum, every), np.int32)
+    kind[ord("_")] = WORD  # as \w of `re`
+    kind |= SPACE * np.fromiter(map(str.isspace, every), np.int32)
+    kind |= LOWER * np.fromiter(map(str.islower, every), np.int32)
+    kind |= DIGIT * np.fromiter(map(str.isdecimal, every), np.int32)
+    for first, last in SCRIPTS_WITHOUT_SPACES:
+        kind[first : last + 1] |= ALONE * (kind[first : last + 1] & WORD)
+    for letters, bit in (
+        (".!?…", STOP),
+        ("。！？", STOP_CJK),
+        (")]}'’*`", CLOSER),
+        ("'’`", APOSTROPHE),
+        ("\n\r\u2028\u2029", NEWLINE),
+    ):
+        kind[[ord(one) for one in letters]] |= bit
+    for mark, number in MARKS.items():
+        kind[ord(mark)] |= number << MARK
+        kind[ord(mark)] |= CLOSER
+    both = np.concatenate([(lower - np.arange(len(lower))).reshape(-1, PAGE), kind.reshape(-1, PAGE)], axis=1)
+    distinct, page = np.unique(both, axis=0, return_inverse=True)
+    return page.reshape(-1).astype(np.int32), distinct[:, :PAGE].astype(np.int32), distinct[:, PAGE:].astype(np.int32)
+
+
+def hash_word(word: str) -> int:
+    """The hash of a word as it stands, 32 bits."""
+    total = 0
+    for place, letter in enumerate(word):
+        total += _spread(ord(letter)) * pow(BASE, place, 1 << 32)
+    return (total & 0xFFFFFFFF) or 1
+
+
+def _spread(point: int) -> int:
+    mixed = (point + 1) * SPREAD & 0xFFFFFFFF
+    return mixed ^ (mixed >> 15)
+
+
+def stem(word: str) -> str:
+    """The stem of a word in lower case: endings of plural, past, -ing, -ly, and a last e or y go. Always a prefix."""
+
+    def shorten(ending: str, least: int, keeps: str = "") -> bool:
+        nonlocal word
+        if len(word) < least or not word.endswith(ending) or word[-len(ending) - 1] in keeps:
+            return False
+        word = word[: -len(ending)]
+        return True
+
+    shorten("s", 4, "sui")
+    if (shorten("ing", 6) or shorten("ed", 5)) and word[-1] == word[-2] and word[-1] not in "lsz":
+        word = word[:-1]
+    else:
+        shorten("ly", 6)
+    shorten("e", 4)
+    shorten("y", 4) or shorten("i", 4)
+    return word
+
+
+@lru_cache(maxsize=1)
+def _forms() -> dict[str, str]:
+    groups = [group.split() for group in FORMS.split("|")]
+    return {stem(form): stem(group[0]) for group in groups for form in group[1:] if stem(form) != stem(group[0])}
+
+
+def meaning(word: str) -> str:
+    """What a word of a caption, in lower case, is known by: its stem, or the stem of what that is a form of."""
+    return _forms().get(stem(word), stem(word))
+
+
+def _hashes(words: str) -> np.ndarray:
+    return np.unique(np.array([hash_word(meaning(word)) for word in words.split()], np.uint32))
+
+
+def letters_of(text: str) -> np.ndarray:
+    """The word characters of a text in lower case, as code points: how R_D compares lines."""
+    page, lower, kind = characters()
+    points = code_points([text])[0][0]
+    points = points[(kind[page[points >> 8], points & (PAGE - 1)] & WORD) > 0]
+    return points + lower[page[points >> 8], points & (PAGE - 1)]
+
+
+def stems_of(table: Table, text: str) -> tuple[np.ndarray, np.ndarray]:
+    """The stem hashes of a text's words, and how much each says."""
+    stems = np.array([hash_word(meaning(word)) for word in words_of(text)], np.uint32)
+    at = np.minimum(np.searchsorted(table.known, stems), len(table.known) - 1)
+    return stems, np.where(table.known[at] == stems, table.weight[at], table.unknown).astype(np.float32)
+
+
+def words_of(text: str) -> list[str]:
+    """The words of a text in lower case, as `read` cuts them: apostrophes go, characters of Chinese stand alone."""
+    page, lower, kind = characters()
+    words, before = [], 0
+    points = [ord(one) for one in text]
+    kinds = [int(kind[page[point >> 8], point & 255]) for point in points]
+    for place, (point, here) in enumerate(zip(points, kinds)):
+        if here & WORD:
+            letter = chr(point + int(lower[page[point >> 8], point & 255]))
+            joined = before & WORD or (place > 1 and before & APOSTROPHE and kinds[place - 2] & WORD)
+            if words and joined and not here & ALONE and not kinds[place - 1 if before & WORD else place - 2] & ALONE:
+                words[-1] += letter
+            else:
+                words.append(letter)
+        before = here
+    return words
+
+
+def word_weights(texts: Iterable[str]) -> dict[str, float]:
+    """How much each stem says: log((n + 20) / (texts with it + 1.6)); function words nothing; "" is any other stem.
+
+    It is as if 20 more texts had each word 1.6 times, so that few texts do not make all their words common. Colours,
+    sides, numbers and the like (EXCLUSIVE), one of which in place of another is an untruth, weigh at least 2.5, which
+    is what all words weigh where there are no texts.
+    """
+    texts = list(texts)
+    counts = Counter(one for text in texts for one in {meaning(word) for word in words_of(text)})
+    weights = {one: math.log((len(texts) + 20) / (count + 1.6)) for one, count in counts.items()}
+    unknown = math.log((len(texts) + 20) / 1.6)
+    exclusive = {one: max(weights.get(one, unknown), EXCLUSIVE_WEIGHT) for one in map(meaning, EXCLUSIVE.split())}
+    return weights | dict.fromkeys(map(meaning, FUNCTION.split()), 0.0) | exclusive | {"": unknown}
+
+
+def code_points(texts: Sequence[str], size: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """Texts as padded code points [n, size], composed (NFC) as tokenizers do, and their lengths, not cut."""
+    points = [
+        np.frombuffer(unicodedata.normalize("NFC", text).encode("utf-32-le", "surrogatepass"), np.uint32)
+        for text in texts
+    ]
+    lengths = np.array([len(one) for one in points], np.int32)
+    size = size or max(1, *lengths)
+    padded = np.zeros((len(points), size), np.int32)
+    for row, one in zip(padded, points):
+        row[: len(one)] = one[:size]
+    return padded, lengths
