@@ -35,7 +35,8 @@ class MeshConfig:
 class DataConfig:
     """What is learned from. A source is a folder of `prepare`, `tfds:FOLDER:SPLIT`, or clips of AVWorld with no file:
     `world:LEVEL:SPLIT:SEED:CLIPS`, with `:plain` behind it for plain captions,
-    `:mixed` for these with an eighth of the clips silent, or `:drills` for their parts.
+    `:mixed` for these with an eighth of the clips silent, `:habits` for these with the faults of world/habits.py (the
+    references of rewards stay whole), or `:drills` for their parts.
     """
 
     train: str = ""
@@ -117,6 +118,8 @@ class RewardConfig:
     gate: bool = False  # a caption that collapses has no credit for dialogue
     low: int = 2048  # tokens from which R_L falls from 1
     high: int = 4096  # to 0
+    covered_low: float = 0.35  # share of a keypoint's words from which the lexical judge finds it stated in part
+    covered_high: float = 0.65  # and in full
     keypoints: int = 64  # of a reference that are looked for, at most
     lines: int = 32  # of dialogue that are compared, at most
 
@@ -177,6 +180,11 @@ class GrpoConfig(RunConfig):
     optim: OptimConfig = OptimConfig(lr=1e-5)
     checkpoint_every: int = free(50)  # steps
     eval_every: int = 50
+
+
+def as_sft(config: RunConfig) -> SftConfig:
+    """Fine-tuning on the captions of the clips that `config` learns from: as many steps of as many clips."""
+    return SftConfig(**{one.name: getattr(config, one.name) for one in fields(RunConfig)})
 
 
 def load(path: str, overrides: Sequence[str] = ()) -> Any:

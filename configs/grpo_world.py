@@ -23,8 +23,8 @@ config = GrpoConfig(
     data=DataConfig(
         train="world:0:train:7:1600:plain", heldout="world:0:test:1:64:plain", caption_tokens=128, shapes=1
     ),
-    sampling=SamplingConfig(tokens=224, temperature=1.0),
-    rewards=RewardConfig(low=98, high=195, keypoints=16, lines=4),
+    sampling=SamplingConfig(tokens=208, temperature=1.0),
+    rewards=RewardConfig(low=98, high=195, covered_low=0.95, covered_high=1.0, keypoints=16, lines=4),
     objective=ObjectiveConfig(beta=0.04),
     optim=OptimConfig(lr=1e-4, warmup=0.05, final=0.1),
     checkpoint_every=25,

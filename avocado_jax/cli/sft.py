@@ -12,8 +12,9 @@ RUN/metrics.jsonl has a line a step; RUN/checkpoints is what `caption`, `evaluat
 """
 
 import argparse
+import sys
 
-from avocado_jax.config import SftConfig, load
+from avocado_jax.config import GrpoConfig, SftConfig, as_sft, load
 from avocado_jax.errors import InputError
 from avocado_jax.parallel.mesh import start_processes
 
@@ -31,6 +32,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Train."""
     config = load(args.config, args.fields)
+    if isinstance(config, GrpoConfig):
+        print(f"sft: {args.config} is of GRPO: fine-tuning on its clips, with its steps and optimizer", file=sys.stderr)
+        config = as_sft(config)
     if not isinstance(config, SftConfig):
         raise InputError(f"{args.config}: a {type(config).__name__}; sft takes an SftConfig")
     start_processes(args.coordinator, args.processes, args.process)

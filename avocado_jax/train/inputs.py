@@ -18,12 +18,14 @@ from avocado_jax.world.caption import plain_caption, seen
 from avocado_jax.world.clip import PROMPTS, record, row
 from avocado_jax.world.director import make_script
 from avocado_jax.world.drills import Drill, make_drill
+from avocado_jax.world.habits import habitual_caption
 from avocado_jax.world.render import render
 from avocado_jax.world.script import LEVELS, SPLITS, Script
 from avocado_jax.world.sound import mix
 from avocado_jax.world.voice import RATE
 
 MUTED = 8  # of so many clips of `:mixed` one has no sound
+TOLD = ("plain", "mixed", "habits", "drills")
 WORLD_PIXELS = 28 * 28  # frames of AVWorld are read as they are rendered, however small
 
 
@@ -35,10 +37,10 @@ class WorldSource:
     """
 
     def __init__(
-        self, level: int, split: str, seed: int, clips: int, references: int, fps: float, muted: int = 0
+        self, level: int, split: str, seed: int, clips: int, references: int, fps: float, told: str = ""
     ) -> None:
-        """Of every `muted` clips one is without its sound, and its plain caption without what is only heard."""
-        self._asked = (seed, split, level, fps, references, muted)
+        """Clips that are `told` in full (""), "mixed" or with "habits", as `DataConfig` says."""
+        self._asked = (seed, split, level, fps, references, told)
         scripts = [make_script(seed, number, split, level) for number in progress(range(clips), "world: scripts")]
         fields = [self._fields(number, record(script, references), script) for number, script in enumerate(scripts)]
         seconds = [script.duration for script in scripts]
@@ -46,7 +48,7 @@ class WorldSource:
         self.index = _index(scripts, fields, seconds, heard, fps)
 
     def _silent(self, number: int) -> bool:
-        return bool(self._asked[-1]) and number % self._asked[-1] == 0
+        return self._asked[-1] == "mixed" and number % MUTED == 0
 
     def __getitem__(self, number: int) -> Record:
         """The record of this number in the index, its clip decoded."""
@@ -55,11 +57,13 @@ class WorldSource:
         media, fields = Media(made.frames, made.samples, len(made.samples) / RATE), made.record
         if self._silent(number):
             media = media._replace(samples=None)
-            fields = self._fields(number, fields, make_script(seed, number, split, level))
+        fields = self._fields(number, fields, make_script(seed, number, split, level))
         return Record(fields, media, fields["id"])
 
     def _fields(self, number: int, fields: dict[str, Any], script: Script) -> dict[str, Any]:
         """Of a silent clip what can be seen, and none of the references that tell more."""
+        if self._asked[-1] == "habits":
+            return fields | {"caption": habitual_caption(script)}
         if not self._silent(number):
             return fields
         return {"id": fields["id"], "prompt": fields["prompt"], "caption": plain_caption(seen(script.events))}
@@ -136,15 +140,15 @@ def open_source(name: str, config: DataConfig) -> tuple[Source, Reading]:
 def _world(name: str, config: DataConfig) -> WorldSource | DrillSource:
     try:
         _, level, split, seed, clips, *rest = name.split(":")
-        if rest not in ([], ["plain"], ["mixed"], ["drills"]) or (rest == ["drills"] and level != "0"):
+        if rest not in ([], *([kind] for kind in TOLD)) or (rest == ["drills"] and level != "0"):
             raise ValueError
         asked = int(level), split, int(seed), int(clips)
     except ValueError:
         raise InputError(
-            f"{name}: not world:LEVEL:SPLIT:SEED:CLIPS, with :plain, :mixed or, of level 0, :drills"
+            f"{name}: not world:LEVEL:SPLIT:SEED:CLIPS, with :plain, :mixed, :habits or, of level 0, :drills"
         ) from None
     if not 0 <= asked[0] < len(LEVELS) or split not in SPLITS or asked[3] < 1:
         raise InputError(f"{name}: levels are 0 to {len(LEVELS) - 1}, splits {' and '.join(SPLITS)}, and clips from 1")
     if rest == ["drills"]:
         return DrillSource(*asked[1:], Reading().fps)
-    return WorldSource(*asked, 0 if rest else config.references, Reading().fps, MUTED if rest == ["mixed"] else 0)
+    return WorldSource(*asked, 0 if rest else config.references, Reading().fps, *rest)

@@ -38,7 +38,9 @@ def open_rewards(config: GrpoConfig, setup: Setup) -> Rewards:
     """The rewards that `config` names. Says which terms have no reference in the first records."""
     asked, table = config.rewards, make_table(setup.words.json)
     limits = limits_for(config.sampling.tokens)._replace(quotes=asked.lines)
-    thresholds = Thresholds(length_low=asked.low, length_high=asked.high)
+    thresholds = Thresholds(
+        low=asked.covered_low, high=asked.covered_high, length_low=asked.low, length_high=asked.high
+    )
     weights = {name: getattr(asked, name) for name in TERMS}
     scored = jax.jit(partial(score_captions, thresholds=thresholds, limits=limits))
 

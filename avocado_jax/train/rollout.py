@@ -18,6 +18,7 @@ from avocado_jax.sampling.logits import Sampling
 from avocado_jax.typing import Array, Bool, Captions, Clip, Float, Int
 
 ROLLOUT = 5  # the purpose of these random numbers
+WIDTHS = 3  # that captions are cut to: all of the limit, half, a quarter; each is compiled
 
 
 class Rollout(NamedTuple):
@@ -96,3 +97,15 @@ def as_rollout(samples: Samples, clip: Clip, stops: tuple[int, ...]) -> Rollout:
     last = jnp.take_along_axis(samples.tokens, jnp.maximum(samples.lengths - 1, 0)[..., None], axis=-1)
     stopped = jnp.any(last == jnp.asarray(stops), axis=-1)
     return Rollout(Captions(inputs, samples.tokens, valid), samples.logprobs, samples.lengths, ~stopped)
+
+
+def fitting(longest: int, limit: int) -> int:
+    """The least of the few widths that holds captions of up to `longest` tokens."""
+    widths = [-(-limit // 2**power) for power in range(WIDTHS)]
+    return min(width for width in widths if width >= longest)
+
+
+def cut(rollout: Rollout, width: int) -> Rollout:
+    """Without the columns from `width` on, where no caption reaches: scores and gradients cost by the column."""
+    captions = Captions(*(part[..., :width] for part in rollout.captions))
+    return rollout._replace(captions=captions, sampled=rollout.sampled[..., :width])

@@ -23,7 +23,7 @@ from avocado_jax.train.grpo import Experience, GrpoProgram, grpo_program
 from avocado_jax.train.objective import advantages, zero_variance
 from avocado_jax.train.phases import Phases
 from avocado_jax.train.rewards import Rewards, open_rewards
-from avocado_jax.train.rollout import Rollout
+from avocado_jax.train.rollout import Rollout, cut, fitting
 from avocado_jax.train.run import Setup, heldout, open_folder, restored, run, set_up, stream
 from avocado_jax.train.state import State
 from avocado_jax.typing import Array
@@ -87,7 +87,11 @@ def _step(
     stops: tuple[int, ...],
     folder: str,
 ) -> Callable:
-    """One step as the loop takes it: every phase is dispatched, none waited for (a remote judge apart)."""
+    """One step as the loop takes it.
+
+    Phases are dispatched and not waited for, the rollout apart: how long its captions are decides the width at which
+    they are scored and learned from.
+    """
     phases, whole = Phases(), NamedSharding(setup.mesh, PartitionSpec())
 
     def whole_groups(tree: Any) -> Any:
@@ -108,6 +112,8 @@ def _step(
         return reward, advantage, metrics | {f"reward_{name}": value for name, value in told.items()}
 
     everywhere = jax.jit(lambda rows, reward: (*whole_groups(rows), reward), out_shardings=whole)
+    longest = jax.jit(jnp.max, out_shardings=whole)
+    narrowed = jax.jit(cut, static_argnums=1)
 
     def step(state: State, batch: Batch) -> tuple[State, dict[str, Array], Callable[[], dict[str, Any]]]:
         phases.begin()
@@ -115,13 +121,14 @@ def _step(
         encoded = program.encode and program.encode(state.params, clip)
         rollout = program.roll_out(program.view(state.params), clip, encoded, state.step, banned)
         phases.end("rollout", rollout.lengths)
+        narrow = narrowed(rollout, fitting(int(longest(rollout.lengths)), config.sampling.tokens))
         # Dispatched before the rewards: the device scores while a remote judge is asked.
-        scored = program.score(state.params, reference, clip, encoded, rollout.captions)
+        scored = program.score(state.params, reference, clip, encoded, narrow.captions)
         phases.end("score", scored)
         terms = rewards.terms(rollout, batch.references)
         reward, advantage, told = judged(terms, batch.weight)
         phases.end("reward", advantage)
-        experience = Experience(clip, encoded, rollout, scored, advantage, batch.weight)
+        experience = Experience(clip, encoded, narrow, scored, advantage, batch.weight)
         state, metrics = program.update(state, experience)
         phases.end("update", metrics)
         shown = everywhere((rollout.captions.targets, rollout.lengths, terms, advantage), reward)

@@ -1,0 +1,156 @@
+"""What each reward term is worth: arms of training with some of them, several seeds each, measured on AVWorld.
+
+  avocado ablate configs/grpo_world.py --init runs/world_habits --out runs/ablation
+  avocado ablate configs/grpo_world.py --out OUT --arm "SFT=init" --arm "R_C=checklist" --arm "half=checklist:0.5"
+  avocado ablate configs/grpo_7b.py --init gs://B/sft --data.train gs://B/shards --out gs://B/ablation --configs
+
+An arm is NAME=init (the captioner that `init` names as it is), NAME=sft (fine-tuned further on the same clips, as
+often) or NAME=TERM[:WEIGHT],... of checklist, dialogue, length, repetition. By default they are the paper's five rows.
+Seeds are the config's and those after it; arms share them, and are compared seed by seed: bold is what lies beyond two
+standard errors. Every run is a run folder, OUT/ARM/SEED; the greedy captions of all clips of `data.heldout`
+(world:...) are compared with the truth. Killed at any moment, the same command goes on.
+
+OUT/table.md, arms.png, curves.png and results.json hold what came out; OUT/ARM/SEED/heldout.json each run's captions.
+With --configs nothing is run: the commands that train the arms are printed, a JSON object a line, for a launcher.
+"""
+
+import argparse
+import json
+import shlex
+import sys
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import jax
+
+from avocado_jax.config import GrpoConfig, as_json, as_sft, load, refuse_another
+from avocado_jax.data import storage
+from avocado_jax.errors import InputError
+from avocado_jax.eval.ablation import PAPER, Arm, parse_arms, summary, table
+from avocado_jax.rewards.combine import TERMS
+
+TOGETHER = 25  # held-out clips that are captioned at once
+
+
+class Job(NamedTuple):
+    """One arm with one seed."""
+
+    arm: Arm
+    seed: int
+    folder: str
+    fields: list[str]  # what it changes of the config
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command; what it does not know are fields of the config."""
+    parser.add_argument("config", metavar="CONFIG", help="a Python file that defines a GrpoConfig, as in configs/")
+    parser.add_argument("--out", metavar="OUT", required=True, help="folder of all runs and of what came out")
+    parser.add_argument("--seeds", type=int, default=5, metavar="N", help="runs of each arm (default: %(default)s)")
+    parser.add_argument("--arm", action="append", metavar="ARM", help="an arm; several: give it again")
+    parser.add_argument("--configs", action="store_true", help="print the commands that train the arms, and end")
+    parser.add_argument("--json", action="store_true", help="print the summary as JSON")
+    parser.set_defaults(fields=[])
+
+
+def run(args: argparse.Namespace) -> int:
+    """Train, caption and measure what has not been, then compare. Returns the exit status."""
+    config = load(args.config, args.fields)
+    if not isinstance(config, GrpoConfig):
+        raise InputError(f"{args.config}: a {type(config).__name__}; ablate takes a GrpoConfig")
+    if args.seeds < 1:
+        raise InputError(f"--seeds is {args.seeds}, at least 1 is asked for")
+    arms = parse_arms(args.arm or PAPER)
+    jobs = [_job(arm, config.seed + seed, args.out) for arm in arms for seed in range(args.seeds)]
+    jobs = [job for job in jobs if job.arm.stage != "init" or job.seed == config.seed]
+    if args.configs:
+        for job in jobs:
+            if job.arm.stage != "init":
+                command = ["avocado", job.arm.stage, args.config, "--workdir", job.folder, *args.fields, *job.fields]
+                print(json.dumps({"arm": job.arm.name, "seed": job.seed, "command": shlex.join(command)}))
+        return 0
+    if not config.data.heldout.startswith("world:"):
+        raise InputError(
+            f"data.heldout: {config.data.heldout!r} has no known truth: arms are measured on world:...; for other "
+            "data --configs prints the runs"
+        )
+    _begun(config, args.out)
+    measured: dict[str, list[dict[str, Any]]] = {arm.name: [] for arm in arms}
+    for number, job in enumerate(jobs, start=1):
+        where = storage.join(job.folder, "heldout.json")
+        if not storage.exists(where):
+            print(f"ablate: run {number} of {len(jobs)}: {job.arm.name}, seed {job.seed}", file=sys.stderr)
+            mine = load(args.config, [*args.fields, *job.fields])
+            if status := _train(job, mine):
+                return status
+            told = _measured(mine, config.init if job.arm.stage == "init" else job.folder)
+            storage.write(where, json.dumps(told, ensure_ascii=False).encode())
+            jax.clear_caches()  # the next run's programs are its own
+        measured[job.arm.name].append(json.loads(storage.read(where)))
+    rows = _write(args.out, arms, jobs, measured)
+    print(json.dumps({"arms": rows}) if args.json else table(rows), end="\n" if args.json else "")
+    return 0
+
+
+def _job(arm: Arm, seed: int, out: str) -> Job:
+    fields = ["--seed", str(seed)]
+    if arm.stage == "grpo":
+        fields += [part for term in TERMS for part in (f"--rewards.{term}", f"{arm.weights.get(term, 0.0):g}")]
+    return Job(arm, seed, storage.join(out, f"{arm.slug}/{seed}"), fields)
+
+
+def _begun(config: GrpoConfig, out: str) -> None:
+    """Begin the folder, or see that it is this config's; programs that are compiled once serve all its runs."""
+    where = storage.join(out, "ablation.json")
+    if storage.exists(where):
+        refuse_another(config, json.loads(storage.read(where)), out)
+    else:
+        storage.write(where, json.dumps(as_json(config), indent=2).encode())
+    if not jax.config.jax_compilation_cache_dir:
+        jax.config.update("jax_compilation_cache_dir", storage.join(out, "compiled"))
+
+
+def _train(job: Job, config: GrpoConfig) -> int:
+    """The run of a job: start, resume or finish it. Returns its exit status."""
+    from avocado_jax.train.run import sft
+    from avocado_jax.train.run_grpo import grpo
+
+    if job.arm.stage == "init":
+        return 0
+    return grpo(config, job.folder) if job.arm.stage == "grpo" else sft(as_sft(config), job.folder)
+
+
+def _measured(config: GrpoConfig, checkpoint: str) -> dict[str, Any]:
+    """Metrics of the likeliest captions of all held-out clips, and the captions."""
+    from avocado_jax.checkpoint.load import open_checkpoint
+    from avocado_jax.eval.captioner import load_captioner
+    from avocado_jax.eval.metrics import world_metrics
+    from avocado_jax.sampling.captioner import caption_records
+    from avocado_jax.train.inputs import open_source
+
+    source, _ = open_source(config.data.heldout, replace(config.data, references=0))
+    records = [source[number] for number in range(len(source.index.ids))]
+    captioner = load_captioner(open_checkpoint(checkpoint), None, config.dtype)
+    captions = caption_records(captioner, records, config.sampling.tokens, TOGETHER)
+    lengths = [len(captioner.tokenizer.encode(caption)) for caption in captions]
+    metrics = world_metrics(captions, lengths, [record.fields for record in records])
+    return {"metrics": metrics, "captions": {one.fields["id"]: said for one, said in zip(records, captions)}}
+
+
+def _write(out: str, arms: list[Arm], jobs: list[Job], measured: dict[str, list[dict[str, Any]]]) -> list[dict]:
+    """What came out, as files; returns the summary."""
+    from avocado_jax.eval.plots import arms_plot, curves_plot
+
+    results = {name: [one["metrics"] for one in each] for name, each in measured.items()}
+    curves: dict[str, list[list[dict[str, Any]]]] = {}
+    for job in jobs:
+        if job.arm.stage == "grpo":
+            lines = storage.read(storage.join(job.folder, "metrics.jsonl")).splitlines()
+            curves.setdefault(job.arm.name, []).append([json.loads(line) for line in lines])
+    rows = summary(arms, results)
+    seeds = {arm.name: [job.seed for job in jobs if job.arm == arm] for arm in arms}
+    raw = {"summary": rows, "seeds": seeds, "results": results}
+    storage.write(storage.join(out, "results.json"), json.dumps(raw, indent=1).encode())
+    storage.write(storage.join(out, "table.md"), table(rows).encode())
+    storage.write(storage.join(out, "arms.png"), arms_plot(arms, results))
+    storage.write(storage.join(out, "curves.png"), curves_plot(arms, curves))
+    return rows

@@ -1,0 +1,161 @@
+"""The ablation of the reward terms: its arms, what came out of them, and what that shows.
+
+An arm is what a captioner goes through after its fine-tuning; it is run with several seeds, which arms share: the same
+clips in the same order, so that arms are compared seed by seed.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from avocado_jax.errors import InputError
+from avocado_jax.rewards.combine import TERMS
+
+PAPER = (  # the rows of the paper's ablation
+    "SFT=init",
+    "SFT + SFT=sft",
+    "R_D=dialogue",
+    "R_D + R_C=dialogue,checklist",
+    "R_D + R_C + R_L=dialogue,checklist,length",
+)
+METRICS = {  # as `evaluate world` names them, and as they are headed
+    "event_recall": "event recall",
+    "hallucination": "hallucination",
+    "order": "order",
+    "dialogue_f1": "Dlg.F1",
+    "repcol": "RepCol",
+    "length": "length",
+}
+ERRORS = 2.0  # standard errors of a mean difference beyond which it is shown
+Results = Mapping[str, Sequence[Mapping[str, float]]]  # of each arm, metrics by seed; of one that has no seeds, once
+
+
+class Arm(NamedTuple):
+    """What follows on the fine-tuning.
+
+    Attributes:
+        stage: "init": nothing; "sft": more of it, on the same clips; "grpo".
+        weights: of GRPO's reward terms.
+    """
+
+    name: str
+    stage: str
+    weights: dict[str, float]
+
+    @property
+    def slug(self) -> str:
+        """The name as a folder."""
+        return re.sub(r"[^a-z0-9]+", "_", self.name.lower()).strip("_")
+
+
+def parse_arms(texts: Sequence[str]) -> list[Arm]:
+    """Arms from `NAME=init`, `NAME=sft` or `NAME=TERM[:WEIGHT],...`.
+
+    Raises:
+        InputError: one is not so, or two would share a folder.
+    """
+    arms = [_parse(text) for text in texts]
+    slugs = [arm.slug for arm in arms]
+    for arm in arms:
+        if not arm.slug or slugs.count(arm.slug) > 1:
+            raise InputError(f"--arm {arm.name}: arms need names of their own, with letters or digits")
+    return arms
+
+
+def _parse(text: str) -> Arm:
+    name, equals, told = text.partition("=")
+    if not equals:
+        raise InputError(f"--arm {text}: not NAME=init, NAME=sft or NAME=TERM[:WEIGHT],...")
+    if told in ("init", "sft"):
+        return Arm(name.strip(), told, {})
+    weights = {}
+    for part in told.split(","):
+        term, _, weight = part.strip().partition(":")
+        if term not in TERMS or term in weights:
+            raise InputError(f"--arm {text}: {term!r} is not one of {', '.join(TERMS)}, each once")
+        try:
+            weights[term] = float(weight or 1)
+        except ValueError:
+            raise InputError(f"--arm {text}: {weight!r} is no weight") from None
+    return Arm(name.strip(), "grpo", weights)
+
+
+def base_of(arm: Arm, arms: Sequence[Arm]) -> Arm | None:
+    """The arm that this one adds to: the latest before it with fewer of its terms and no others."""
+    before = [one for one in arms[: arms.index(arm)] if one.stage != "sft"]
+    if arm.stage == "grpo":
+        before = [one for one in before if one.weights.items() < arm.weights.items()]
+    return before[-1] if before else None
+
+
+class Difference(NamedTuple):
+    """Of an arm to the one it adds to, the mean over seeds.
+
+    Attributes:
+        error: of the mean; None with a single seed.
+        shown: whether the mean is beyond two standard errors.
+    """
+
+    mean: float
+    error: float | None
+    shown: bool
+
+
+def difference(arm: Sequence[Mapping[str, float]], base: Sequence[Mapping[str, float]], metric: str) -> Difference:
+    """Paired by seed; a base without seeds stands against each."""
+    apart = np.array([one[metric] - base[seed % len(base)][metric] for seed, one in enumerate(arm)])
+    if len(apart) < 2:
+        return Difference(float(apart.mean()), None, False)
+    error = float(apart.std(ddof=1) / np.sqrt(len(apart)))
+    return Difference(float(apart.mean()), error, bool(abs(apart.mean()) > ERRORS * error))
+
+
+def summary(arms: Sequence[Arm], results: Results) -> list[dict[str, Any]]:
+    """Of each arm its mean and standard deviation over seeds, and its differences to the arm it adds to."""
+    rows = []
+    for arm in arms:
+        values, base = results[arm.name], base_of(arm, arms)
+        row: dict[str, Any] = {"arm": arm.name, "stage": arm.stage, "weights": arm.weights, "runs": len(values)}
+        each = {metric: np.array([one[metric] for one in values]) for metric in METRICS}
+        row["mean"] = {metric: float(value.mean()) for metric, value in each.items()}
+        row["std"] = {metric: float(value.std(ddof=1)) if len(value) > 1 else None for metric, value in each.items()}
+        if base:
+            row["over"] = base.name
+            found = {metric: difference(values, results[base.name], metric) for metric in METRICS}
+            row["difference"] = {metric: one._asdict() for metric, one in found.items()}
+        rows.append(row)
+    return rows
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Markdown: the arms, then what each adds; bold where it is shown."""
+
+    def line(cells: Sequence[str]) -> str:
+        return "| " + " | ".join(cells) + " |"
+
+    head = [line(["", *METRICS.values()]), line(["---"] * (len(METRICS) + 1))]
+    values = [line([row["arm"], *(_spread(metric, row) for metric in METRICS)]) for row in rows]
+    added = [
+        line([f"{row['arm']} over {row['over']}", *(_added(metric, row["difference"][metric]) for metric in METRICS)])
+        for row in rows
+        if "over" in row
+    ]
+    return "\n".join([*head, *values, *added]) + "\n"
+
+
+def _number(metric: str, value: float, sign: str = "") -> str:
+    return format(value, f"{sign}.1f" if metric == "length" else f"{sign}.3f")
+
+
+def _spread(metric: str, row: Mapping[str, Any]) -> str:
+    mean, std = row["mean"][metric], row["std"][metric]
+    return _number(metric, mean) + ("" if std is None else f" ± {_number(metric, std)}")
+
+
+def _added(metric: str, one: Mapping[str, Any]) -> str:
+    text = _number(metric, one["mean"], "+")
+    if one["error"] is not None:
+        text += f" ± {_number(metric, ERRORS * one['error'])}"
+    return f"**{text}**" if one["shown"] else text

@@ -1,0 +1,84 @@
+"""The arms of an ablation, and when a difference between them counts as shown."""
+
+import numpy as np
+import pytest
+
+from avocado_jax.errors import InputError
+from avocado_jax.eval.ablation import METRICS, PAPER, base_of, difference, parse_arms, summary, table
+from avocado_jax.eval.plots import arms_plot, curves_plot
+
+
+def results(**values):
+    """Of each arm by seed, the value of every metric."""
+    return {name.replace("_", " "): [dict.fromkeys(METRICS, one) for one in each] for name, each in values.items()}
+
+
+def test_the_papers_arms():
+    arms = parse_arms(PAPER)
+    assert [(arm.slug, arm.stage, sorted(arm.weights)) for arm in arms] == [
+        ("sft", "init", []),
+        ("sft_sft", "sft", []),
+        ("r_d", "grpo", ["dialogue"]),
+        ("r_d_r_c", "grpo", ["checklist", "dialogue"]),
+        ("r_d_r_c_r_l", "grpo", ["checklist", "dialogue", "length"]),
+    ]
+    bases = [base_of(arm, arms) for arm in arms]
+    assert [base and base.name for base in bases] == [None, "SFT", "SFT", "R_D", "R_D + R_C"]
+
+
+def test_weights_and_what_is_no_arm():
+    (arm,) = parse_arms(["half=checklist:0.5, repetition:2"])
+    assert arm.weights == {"checklist": 0.5, "repetition": 2.0}
+    for wrong, why in {
+        "dialogue": "not NAME=",
+        "a=speech": "'speech' is not one of",
+        "a=length,length": "each once",
+        "a=length:x": "'x' is no weight",
+        "=init": "names of their own",
+        "../x": "not NAME=",
+    }.items():
+        with pytest.raises(InputError, match=why):
+            parse_arms([wrong])
+    with pytest.raises(InputError, match="names of their own"):
+        parse_arms(["a b=init", "A-B=sft"])
+
+
+def test_a_difference_is_paired_by_seed():
+    base, arm = np.array([0.1, 0.5, 0.9]), np.array([0.2, 0.61, 0.99])
+    found = difference([{"m": v} for v in arm], [{"m": v} for v in base], "m")
+    assert found.mean == pytest.approx(0.1)
+    assert found.error == pytest.approx(np.std(arm - base, ddof=1) / np.sqrt(3))
+    assert found.shown
+    unpaired = difference([{"m": v} for v in arm], [{"m": v} for v in base[::-1]], "m")
+    assert unpaired.mean == pytest.approx(0.1)
+    assert not unpaired.shown
+    assert difference([{"m": 0.3}, {"m": 0.5}], [{"m": 0.1}], "m").mean == pytest.approx(0.3)  # one base for all
+    assert difference([{"m": 0.3}], [{"m": 0.1}], "m")[1:] == (None, False)  # one seed shows nothing
+
+
+def test_the_table_says_what_each_arm_adds():
+    arms = parse_arms(["SFT=init", "R_D=dialogue", "both=dialogue,length"])
+    held = results(SFT=[0.5], R_D=[0.7, 0.72], both=[0.6, 0.84])
+    rows = summary(arms, {"SFT": held["SFT"], "R_D": held["R D"], "both": held["both"]})
+    lines = table(rows).splitlines()
+    assert lines[0] == "|  | event recall | hallucination | order | Dlg.F1 | RepCol | length |"
+    assert [line.split(" | ")[0] for line in lines[2:]] == [
+        "| SFT",
+        "| R_D",
+        "| both",
+        "| R_D over SFT",
+        "| both over R_D",
+    ]
+    assert lines[2].split(" | ")[1] == "0.500"
+    assert lines[3].split(" | ")[1] == "0.710 ± 0.014"
+    assert lines[5].split(" | ")[1] == "**+0.210 ± 0.020**"
+    assert lines[6].split(" | ")[1] == "+0.010 ± 0.220"
+
+
+def test_plots_are_pictures():
+    arms = parse_arms(["SFT=init", "R_D=dialogue"])
+    held = results(SFT=[0.5], R_D=[0.7, 0.72])
+    assert arms_plot(arms, {"SFT": held["SFT"], "R_D": held["R D"]}).startswith(b"\x89PNG")
+    names = ("reward_dialogue", "reward_checklist", "reward_length", "reward_repetition", "length", "kl")
+    runs = [[dict.fromkeys(names, step / 10) for step in range(4)] for _ in range(2)]
+    assert curves_plot(arms, {"R_D": runs}).startswith(b"\x89PNG")
