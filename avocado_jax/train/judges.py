@@ -24,8 +24,9 @@ from avocado_jax.errors import InputError
 from avocado_jax.models.config import computed
 from avocado_jax.models.encoder import Encoder
 from avocado_jax.models.thinker import Thinker
+from avocado_jax.remote.chat import Endpoint
 from avocado_jax.rewards.embedding import embedding_scores
-from avocado_jax.rewards.judge import Endpoint, RemoteJudge
+from avocado_jax.rewards.judge import RemoteJudge
 from avocado_jax.rewards.lm import lm_scores
 from avocado_jax.typing import Array, Float, Int
 

@@ -18,9 +18,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from avocado_jax.errors import InputError
-from avocado_jax.rewards import judge as module
+from avocado_jax.remote import chat as module
+from avocado_jax.remote.call import Malformed
+from avocado_jax.remote.chat import Endpoint
 from avocado_jax.rewards.checklist import mean_score
-from avocado_jax.rewards.judge import Endpoint, Malformed, RemoteJudge, read_answer
+from avocado_jax.rewards.judge import RemoteJudge, read_answer
 
 CAPTIONS = ["a dog barks at the red door", "a cat sleeps", ""]
 KEYPOINTS = [["a dog", "a cat", "red door"], ["a dog", "cat"], ["a dog"]]
@@ -297,7 +299,16 @@ def test_equal_questions_are_one_call():
 
 
 @pytest.mark.parametrize(
-    "damage", [b"", b'{"verdicts": [tr', b"[]", b'{"verdicts": [true]}', b'{"verdicts": [1, 0, 1]}', b"\xff"]
+    "damage",
+    [
+        b"",
+        b'{"answer": "{',
+        b"[]",
+        b'{"answer": 1}',
+        b'{"answer": "{\\"9\\": \\"yes\\"}"}',
+        b'{"verdicts": [true]}',
+        b"\xff",
+    ],
 )
 def test_damaged_cache_files_are_nothing(tmp_path, damage):
     with chat_server() as server:
@@ -330,7 +341,8 @@ def test_processes_share_a_cache(tmp_path):
     program = f"""
 import sys
 from avocado_jax.rewards.checklist import mean_score
-from avocado_jax.rewards.judge import Endpoint, RemoteJudge
+from avocado_jax.remote.chat import Endpoint
+from avocado_jax.rewards.judge import RemoteJudge
 from pathlib import Path
 with RemoteJudge(Endpoint(sys.argv[1], "judge-1", cache=Path({str(tmp_path)!r}))) as judge:
     scores = judge([f"clip {{n}}" for n in range(30)], [[f"clip {{n}}", "x"] for n in range(30)])()
@@ -348,7 +360,8 @@ with RemoteJudge(Endpoint(sys.argv[1], "judge-1", cache=Path({str(tmp_path)!r}))
     assert int(last.stdout) == 0
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert len(files) == 30
-    assert all(json.loads(path.read_text())["verdicts"] == [True, False] for path in files)
+    kept = [json.loads(path.read_text()) for path in files]
+    assert all(json.loads(one["answer"]) == {"1": "yes", "2": "no"} for one in kept)
 
 
 def test_an_outage_delays_and_corrupts_nothing():

@@ -1,0 +1,291 @@
+"""The client: questions to an OpenAI-compatible chat endpoint, many at once, each asked until its answer is read."""
+
+import asyncio
+import hashlib
+import json
+import os
+import random
+import sys
+import threading
+from collections import Counter
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+from urllib.parse import urlsplit
+
+import aiohttp
+
+from avocado_jax.errors import InputError
+from avocado_jax.remote.cache import Cache
+from avocado_jax.remote.call import Final, Malformed, Passing, call, content, usage
+
+T = TypeVar("T")
+Messages = Sequence[Mapping[str, Any]]  # "content" is a text, or a list of the protocol's parts
+FIRST_PAUSE, LAST_PAUSE = 0.5, 30.0  # seconds between calls that failed; each pause is twice the one before
+ANSWER_TOKENS = 1024  # of an answer, where the request does not limit it and the endpoint does not tell
+IMAGE_TOKENS = 1024  # of a picture
+AUDIO_BYTES = 4096  # of sound in base64 to a token: 16 kHz, 16 bits, ten tokens a second
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """Who is asked, and how long, how often and at what cost."""
+
+    url: str  # of the API: https://api.openai.com/v1
+    model: str
+    key_variable: str = "OPENAI_API_KEY"  # the environment variable that holds the key; unset or empty: none is sent
+    cache: Path | None = None  # a folder that any number of processes may share
+    concurrency: int = 16  # calls at once
+    timeout: float = 60.0  # seconds that a call may take, to its last byte
+    patience: float = 600.0  # seconds after which a question is given up, if it has no deadline of its own
+    tries: int = 3  # answers taken to a question until one can be read
+    max_calls: int = 1_000_000  # of one client: what it may cost
+    max_tokens: int | None = None  # of one client, questions and answers together: the other bound of what it may cost
+    options: Mapping[str, Any] = field(default_factory=lambda: {"temperature": 0})  # more fields of every request
+    name: str = "judge"  # what messages on stderr call it
+
+
+@dataclass(frozen=True)
+class Reply(Generic[T]):
+    """What became of a question."""
+
+    value: T | None  # what was read; None: nothing was
+    text: str = ""  # the answer it was read from, else the last one that could not be read
+    why: str = ""  # there is no value
+
+
+class ChatClient:
+    """Asks an endpoint on a thread of its own.
+
+    A question is asked for once: the raw answer, once it could be read, is cached by the hash of all that decides it,
+    and equal questions in flight are one. What may pass (429, 5xx, time-outs, lost connections) is tried again with
+    pauses that grow, as long as Retry-After says and patience lasts. The key is sent in the header and nowhere else.
+
+    Attributes:
+        counts: "calls"; "cached" answers; "passing" errors, after which the call was made again; "malformed" answers;
+            "refused" calls, which are not made again, and those over budget; questions given up as "late"; answers
+            "not cached" for want of space.
+        tokens: taken so far, as the endpoint says, else as `estimate` does.
+        trouble: the latest error, in words. The first of each kind is told on stderr.
+
+    Raises:
+        InputError: the URL is none; or, from a question, the endpoint has never answered, and refuses for a reason
+            that is the caller's (key, model or address).
+    """
+
+    def __init__(self, endpoint: Endpoint):
+        parts = urlsplit(endpoint.url)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise InputError(f"the {endpoint.name}'s URL is {endpoint.url!r}, not http://HOST/... or https://HOST/...")
+        self.endpoint = endpoint
+        self.counts: Counter[str] = Counter()
+        self.tokens = 0
+        self.trouble = ""
+        self._key = os.environ.get(endpoint.key_variable, "").strip()
+        self._cache = Cache(endpoint.cache)
+        self._asking: dict[str, asyncio.Task[Reply]] = {}
+        self._reserved = 0  # tokens of the calls in flight
+        self._answered = False
+        self._unformatted = False  # the endpoint does not know `response_format`
+        self._session: aiohttp.ClientSession | None = None
+        self._slots = asyncio.Semaphore(endpoint.concurrency)
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name=endpoint.name, daemon=True)
+        self._thread.start()
+
+    async def ask(
+        self,
+        messages: Messages,
+        read: Callable[[str], T],
+        *,
+        options: Mapping[str, Any] | None = None,
+        sample: int = 0,
+        deadline: float | None = None,
+    ) -> Reply[T]:
+        """Ask one question; to be awaited on the client's loop, by what `start` or `each` run there.
+
+        Args:
+            messages: of the chat protocol, with any content parts: text, image_url, input_audio.
+            read: the answer's text to a value, which is not None; raises Malformed if it is not what was asked for.
+                The question is then asked again, up to `tries` times.
+            options: more fields of this request, such as `answers.response_format`.
+            sample: the same question with another number is another question: for repeated measurements.
+            deadline: of the loop's clock; default: `patience` from now.
+        """
+        body = {"model": self.endpoint.model, "messages": list(messages), **self.endpoint.options, **(options or {})}
+        name = hashlib.sha256(json.dumps([body, sample], sort_keys=True).encode()).hexdigest()
+        task = self._asking.get(name)
+        if task is None:
+            if (known := self._cache.get(name)) is not None:
+                try:
+                    value = read(known)
+                    self.counts["cached"] += 1
+                    return Reply(value, known)
+                except Malformed:
+                    pass  # another reader took it; ours asks again
+            if deadline is None:
+                deadline = self._loop.time() + self.endpoint.patience
+            task = self._asking[name] = asyncio.create_task(self._complete(name, body, read, deadline))
+            task.add_done_callback(lambda _: self._asking.pop(name))
+        return await task
+
+    def start(self, work: Coroutine[Any, Any, T]) -> Future[T]:
+        """Run something that asks on the client's loop; it must not block there (`asyncio.to_thread`)."""
+        return asyncio.run_coroutine_threadsafe(work, self._loop)
+
+    def each(self, works: Iterable[Coroutine[Any, Any, T]], at_once: int | None = None) -> Iterator[tuple[int, T]]:
+        """Run many and give (number, result) of each as it ends; `works` is drawn from as places become free.
+
+        At once run as many as there may be calls, unless said otherwise. What raises ends all; so does leaving early.
+        """
+        running: dict[Future[T], int] = {}
+        waiting = enumerate(works)
+        try:
+            while True:
+                for number, work in islice(waiting, (at_once or self.endpoint.concurrency) - len(running)):
+                    running[self.start(work)] = number
+                if not running:
+                    return
+                for future in wait(running, return_when=FIRST_COMPLETED).done:
+                    yield running.pop(future), future.result()
+        finally:
+            for future in running:
+                future.cancel()
+
+    def now(self) -> float:
+        """The loop's clock, for deadlines."""
+        return self._loop.time()
+
+    def count(self, kind: str, error: object) -> str:
+        """Count an error, tell the first of its kind on stderr, and return its words: one line, without the key."""
+        self.trouble = self._told(f"{error}")
+        if not self.counts[kind]:
+            print(f"{self.endpoint.name}: {kind}: {self.trouble}", file=sys.stderr)
+        self.counts[kind] += 1
+        return self.trouble
+
+    def close(self) -> None:
+        """Give up what is under way and end the thread."""
+        asyncio.run_coroutine_threadsafe(self._end(), self._loop).result()
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+    def __enter__(self) -> "ChatClient":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    async def _end(self) -> None:
+        tasks = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        if self._session:
+            await self._session.close()
+
+    async def _complete(self, name: str, body: dict, read: Callable[[str], T], deadline: float) -> Reply[T]:
+        """Ask until an answer can be read, or nothing more is to be had."""
+        tries, pause, text, why = 0, FIRST_PAUSE, "", ""
+        try:
+            async with asyncio.timeout_at(deadline):
+                while tries < self.endpoint.tries:
+                    try:
+                        text, tokens = await self._call(body)
+                        value = read(text)
+                        self._keep(name, {"model": self.endpoint.model, "answer": text, "tokens": tokens})
+                        return Reply(value, text)
+                    except Malformed as error:
+                        why, text = self.count("malformed", error), error.text or text
+                        tries += 1
+                    except Passing as error:
+                        why = self.count("passing", error)
+                        seconds = max(error.wait, pause * random.uniform(0.5, 1.5))
+                        if self._loop.time() + seconds > deadline:
+                            raise TimeoutError from None
+                        await asyncio.sleep(seconds)
+                        pause = min(2 * pause, LAST_PAUSE)
+        except Final as error:
+            why = self.count("refused", error)
+        except TimeoutError:
+            why = self.count("late", f"{why or 'no answer'}; given up")
+        return Reply(None, text, why)
+
+    async def _call(self, body: dict[str, Any]) -> tuple[str, int]:
+        """One call: the text that the model answers, and the tokens it took.
+
+        Raises:
+            Passing, Final, Malformed: it did not.
+            InputError: the endpoint has never answered, and says that it will not.
+        """
+        endpoint = self.endpoint
+        url = endpoint.url.rstrip("/") + "/chat/completions"
+        if self._unformatted:
+            body = {name: value for name, value in body.items() if name != "response_format"}
+        expected = estimate(body)
+        async with self._slots:
+            if self.counts["calls"] >= endpoint.max_calls:
+                raise Final(f"the budget of {endpoint.max_calls} calls is spent")
+            if endpoint.max_tokens is not None and self.tokens + self._reserved + expected > endpoint.max_tokens:
+                raise Final(
+                    f"the budget of {endpoint.max_tokens} tokens: {self.tokens} are spent, about "
+                    f"{self._reserved} on their way, and a call of about {expected} would exceed it"
+                )
+            self.counts["calls"] += 1
+            self._reserved += expected
+            try:
+                raw = await call(self._connected(), url, body, endpoint.timeout)
+            except Passing as error:
+                self.tokens += expected if error.late else 0
+                raise
+            except Final as error:
+                if error.status in (400, 422) and "response_format" in body and "response_format" in str(error):
+                    self._unformatted = True  # the answer is asked for in words too, and checked all the same
+                    raise Passing(str(error)) from None
+                if error.status in (401, 403, 404) and not self._answered:
+                    raise InputError(self._told(str(error))) from None
+                raise
+            finally:
+                self._reserved -= expected
+        tokens = usage(raw)
+        self.tokens += tokens if tokens is not None else expected
+        text = content(raw)
+        self._answered = True
+        return text, tokens if tokens is not None else expected
+
+    def _connected(self) -> aiohttp.ClientSession:
+        if self._session is None:
+            headers = {"Authorization": f"Bearer {self._key}"} if self._key else {}
+            self._session = aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0), headers=headers)
+        return self._session
+
+    def _told(self, words: str) -> str:
+        """One line without the key, which servers like to repeat."""
+        words = " ".join(words.split())
+        return words.replace(self._key, "***") if self._key else words
+
+    def _keep(self, name: str, kept: dict[str, Any]) -> None:
+        try:
+            self._cache.put(name, kept)
+        except OSError as error:  # the answer is good all the same
+            self.count("not cached", error)
+
+
+def estimate(body: Mapping[str, Any]) -> int:
+    """About how many tokens a request and its answer take: before it is made, and where the endpoint does not tell."""
+    limit = body.get("max_completion_tokens", body.get("max_tokens"))
+    total = limit if isinstance(limit, int) else ANSWER_TOKENS
+    for message in body["messages"]:
+        parts = message["content"]
+        for part in [{"type": "text", "text": parts}] if isinstance(parts, str) else parts:
+            if part["type"] == "text":
+                total += len(part["text"].encode(errors="replace")) // 3 + 8
+            elif part["type"] == "input_audio":
+                total += len(part["input_audio"]["data"]) // AUDIO_BYTES + 8
+            else:
+                total += IMAGE_TOKENS
+    return total
