@@ -35,8 +35,8 @@ class MeshConfig:
 class DataConfig:
     """What is learned from. A source is a folder of `prepare`, `tfds:FOLDER:SPLIT`, or clips of AVWorld with no file:
     `world:LEVEL:SPLIT:SEED:CLIPS`, with `:plain` behind it for plain captions,
-    `:mixed` for these with an eighth of the clips silent, `:habits` for these with the faults of world/habits.py (the
-    references of rewards stay whole), or `:drills` for their parts.
+    `:mixed` for these with an eighth of the clips silent, `:habits` for these with the faults of world/habits.py
+    (keypoints and dialogues stay whole), or `:drills` for their parts.
     """
 
     train: str = ""
@@ -118,6 +118,12 @@ class RewardConfig:
     gate: bool = False  # a caption that collapses has no credit for dialogue
     low: int = 2048  # tokens from which R_L falls from 1
     high: int = 4096  # to 0
+    judge: str = "lexical"  # of R_C: by their words, or "remote", "lm", "embedding" (rewards/README.md)
+    judge_model: str = ""  # the folder of the last two; what the remote one is called where it is asked
+    judge_url: str = free("")  # of the remote one: https://HOST/v1; its key is in OPENAI_API_KEY
+    judge_cache: str = free("")  # a folder that keeps its answers; with it a resumed run asks nothing twice
+    judge_patience: float = free(600.0)  # seconds that the captions of a step wait for it
+    max_unjudged: float = free(0.1)  # share of a step's keypoints without an answer, past which the run stops
     covered_low: float = 0.35  # share of a keypoint's words from which the lexical judge finds it stated in part
     covered_high: float = 0.65  # and in full
     keypoints: int = 64  # of a reference that are looked for, at most

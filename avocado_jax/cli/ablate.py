@@ -1,6 +1,6 @@
 """What each reward term is worth: arms of training with some of them, several seeds each, measured on AVWorld.
 
-  avocado ablate configs/grpo_world.py --init runs/world_habits --out runs/ablation
+  avocado ablate configs/grpo_world.py --out runs/ablation
   avocado ablate configs/grpo_world.py --out OUT --arm "SFT=init" --arm "R_C=checklist" --arm "half=checklist:0.5"
   avocado ablate configs/grpo_7b.py --init gs://B/sft --data.train gs://B/shards --out gs://B/ablation --configs
 
@@ -60,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
     if args.seeds < 1:
         raise InputError(f"--seeds is {args.seeds}, at least 1 is asked for")
     arms = parse_arms(args.arm or PAPER)
-    jobs = [_job(arm, config.seed + seed, args.out) for arm in arms for seed in range(args.seeds)]
+    jobs = [_job(arm, config.seed + seed, args.out) for seed in range(args.seeds) for arm in arms]
     jobs = [job for job in jobs if job.arm.stage != "init" or job.seed == config.seed]
     if args.configs:
         for job in jobs:

@@ -33,12 +33,11 @@ from avocado_jax.errors import InputError
 from avocado_jax.eval.captioner import computing_dtype
 from avocado_jax.jsonl import read_lines
 from avocado_jax.remote.chat import Endpoint
-from avocado_jax.rewards.combine import DEFAULTS, TERMS, References, make_references, score
+from avocado_jax.rewards.combine import DEFAULTS, JUDGES, TERMS, References, make_references, score
 from avocado_jax.rewards.explain import explain
 from avocado_jax.rewards.text import Limits, parse
 from avocado_jax.rewards.vocabulary import MARKS, Table, code_points, make_table, word_weights, words_of
 
-JUDGES = ("lexical", "embedding", "lm", "remote")
 BATCH = 32  # captions at once
 
 

@@ -19,6 +19,7 @@ from avocado_jax.rewards.vocabulary import Table
 from avocado_jax.typing import Array, Float, Int
 
 TERMS = ("checklist", "dialogue", "length", "repetition")
+JUDGES = ("lexical", "embedding", "lm", "remote")  # of R_C; the first needs no model
 
 
 class Thresholds(NamedTuple):

@@ -63,7 +63,7 @@ class WorldSource:
     def _fields(self, number: int, fields: dict[str, Any], script: Script) -> dict[str, Any]:
         """Of a silent clip what can be seen, and none of the references that tell more."""
         if self._asked[-1] == "habits":
-            return fields | {"caption": habitual_caption(script)}
+            return fields | {"caption": (caption := habitual_caption(script)), "references": [caption]}
         if not self._silent(number):
             return fields
         return {"id": fields["id"], "prompt": fields["prompt"], "caption": plain_caption(seen(script.events))}

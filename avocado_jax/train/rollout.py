@@ -18,7 +18,7 @@ from avocado_jax.sampling.logits import Sampling
 from avocado_jax.typing import Array, Bool, Captions, Clip, Float, Int
 
 ROLLOUT = 5  # the purpose of these random numbers
-WIDTHS = 3  # that captions are cut to: all of the limit, half, a quarter; each is compiled
+WIDTHS = 4  # that captions are cut to: quarters of the limit; each that occurs is compiled
 
 
 class Rollout(NamedTuple):
@@ -101,8 +101,8 @@ def as_rollout(samples: Samples, clip: Clip, stops: tuple[int, ...]) -> Rollout:
 
 def fitting(longest: int, limit: int) -> int:
     """The least of the few widths that holds captions of up to `longest` tokens."""
-    widths = [-(-limit // 2**power) for power in range(WIDTHS)]
-    return min(width for width in widths if width >= longest)
+    quarter = -(-limit // WIDTHS)
+    return min(limit, max(1, -(-longest // quarter)) * quarter)
 
 
 def cut(rollout: Rollout, width: int) -> Rollout:

@@ -22,7 +22,7 @@ from avocado_jax.sampling.captioner import banned_ids
 from avocado_jax.train.grpo import Experience, GrpoProgram, grpo_program
 from avocado_jax.train.objective import advantages, zero_variance
 from avocado_jax.train.phases import Phases
-from avocado_jax.train.rewards import Rewards, open_rewards
+from avocado_jax.train.rewards import Rewards, caption_text, open_rewards
 from avocado_jax.train.rollout import Rollout, cut, fitting
 from avocado_jax.train.run import Setup, heldout, open_folder, restored, run, set_up, stream
 from avocado_jax.train.state import State
@@ -38,9 +38,8 @@ def grpo(config: GrpoConfig, folder: str) -> int:
     setup = set_up(config, config.split)
     mesh, model = setup.mesh, setup.model
     stops = stop_ids(setup.checkpoint.side_files, setup.words, model.text.vocab)
-    with jax.set_mesh(mesh):
+    with jax.set_mesh(mesh), open_rewards(config, setup, stops) as rewards:
         program = grpo_program(config, model, mesh, setup.steps, stops)
-        rewards = open_rewards(config, setup)
         open_folder(config, model, folder, setup.recipe.reading)
         checkpoints = Checkpoints(folder, config.keep)
         state = restored(config, setup, folder, checkpoints, program.state, program.begin)
@@ -122,10 +121,10 @@ def _step(
         rollout = program.roll_out(program.view(state.params), clip, encoded, state.step, banned)
         phases.end("rollout", rollout.lengths)
         narrow = narrowed(rollout, fitting(int(longest(rollout.lengths)), config.sampling.tokens))
-        # Dispatched before the rewards: the device scores while a remote judge is asked.
+        asked = rewards.ask(rollout, batch.records)
         scored = program.score(state.params, reference, clip, encoded, narrow.captions)
         phases.end("score", scored)
-        terms = rewards.terms(rollout, batch.references)
+        terms = rewards.terms(rollout, batch.references, asked)  # the device scores while a remote judge is waited for
         reward, advantage, told = judged(terms, batch.weight)
         phases.end("reward", advantage)
         experience = Experience(clip, encoded, narrow, scored, advantage, batch.weight)
@@ -164,7 +163,7 @@ def _lines(
                 "step": step + 1,
                 "id": setup.source.index.ids[record],
                 "group": caption,
-                "caption": setup.words.decode([one for one in ids if one not in stops]).strip(),
+                "caption": caption_text(setup, stops, ids),
                 "token_ids": ids,
                 "length": int(lengths[at]),
                 "rewards": {name: _number(value[at]) for name, value in terms.items()},
@@ -202,7 +201,8 @@ def _heldout(
         for batch in place(_with_references(stream(kept, config, 0), rewards), setup.mesh):
             encoded = program.encode and program.encode(state.params, batch.clip)
             rollout = likeliest(view, batch.clip, encoded, jnp.int32(0), banned)
-            part = sums(rewards.terms(rollout, batch.references), rollout, batch.weight)
+            asked = rewards.ask(rollout, batch.records)
+            part = sums(rewards.terms(rollout, batch.references, asked), rollout, batch.weight)
             for name, (value, count) in jax.device_get(part).items():
                 before = total.get(name, (0.0, 0))
                 total[name] = before[0] + float(value), before[1] + int(count)

@@ -20,7 +20,7 @@ from avocado_jax.parallel.mesh import make_mesh
 from avocado_jax.parallel.place import rows_sharding
 from avocado_jax.train.grpo import Experience, Scored, batch_gradient, caption_logprobs, grpo_program
 from avocado_jax.train.objective import advantages
-from avocado_jax.train.rollout import Rollout
+from avocado_jax.train.rollout import Rollout, cut, fitting
 from avocado_jax.train.sft import model_of
 from avocado_jax.typing import Captions
 
@@ -317,6 +317,27 @@ def test_an_update_that_is_not_finite_changes_nothing():
     assert (told["skipped"], told["skipped_in_row"]) == (1, 1)
     for one, other in zip(*map(jax.tree.leaves, ((run.state.params, run.state.optimizer), before[1:3])), strict=True):
         np.testing.assert_array_equal(one, other)
+
+
+def test_captions_are_cut_to_the_least_width_that_holds_them():
+    wide = {0: 1024, 1024: 1024, 1025: 2048, 2049: 3072, 3073: 4096, 4096: 4096}
+    assert {longest: fitting(longest, 4096) for longest in wide} == wide
+    assert [fitting(longest, 5) for longest in (1, 3, 5)] == [2, 4, 5]
+    assert [fitting(longest, 3) for longest in (1, 2, 3)] == [1, 2, 3]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_a_narrower_rollout_has_the_same_gradient(name):
+    """What a column without captions costs is saved; what captions count by the limit stays."""
+    config, params, batch = replace(CONFIG, objective=OBJECTIVES[name]), random_params(MODEL), experience()
+    lengths = np.minimum(batch.rollout.lengths, C // 2)
+    captions = batch.rollout.captions._replace(valid=np.arange(C) < lengths[..., None])
+    rollout = batch.rollout._replace(captions=captions, lengths=lengths)
+    scored = Scored(*(part[..., : C // 2] for part in batch.scored))
+    narrow = batch._replace(rollout=cut(rollout, fitting(C // 2, C)), scored=scored)
+    assert narrow.rollout.captions.targets.shape[-1] == C // 2
+    same(gradients_of(params, narrow, config), gradients_of(params, batch._replace(rollout=rollout), config))
 
 
 def test_a_batch_that_is_not_divided_is_told():

@@ -1,0 +1,99 @@
+"""GRPO with a remote judge, over real sockets: what it does while the judge is away."""
+
+import json
+import threading
+import time
+import zlib
+
+import pytest
+from chat import ChatServer, chat_server
+from test_grpo_runs import rollouts
+
+pytestmark = pytest.mark.slow  # a step has five programs to compile
+
+DOWN = 60.0  # seconds
+
+
+def verdict(number, request):
+    """As arbitrary as the captions of random weights, and always the same of the same question."""
+    asked = json.loads(request["messages"][1]["content"])
+    said = {
+        key: "yes" if zlib.crc32(f"{asked['description']}|{text}".encode()) % 3 else "no"
+        for key, text in asked["statements"].items()
+    }
+    return json.dumps(said)
+
+
+def fields(server, *more):
+    return ["--rewards.judge", "remote", "--rewards.judge_model", "any", "--rewards.judge_url", server.url, *more]
+
+
+@pytest.fixture(scope="module")
+def judged(grpo_runs):
+    """An undisturbed run, which others must equal."""
+    with chat_server(verdict) as server:
+        grpo_runs.finish("judged", *fields(server))
+    lines = grpo_runs.lines("judged")
+    assert all(line["reward_checklist_missing"] == 0 < line["reward_checklist_std"] for line in lines)
+    return grpo_runs
+
+
+def same(runs, name):
+    assert runs.lines(name) == runs.lines("judged")
+    assert rollouts(runs, name) == rollouts(runs, "judged")
+
+
+def test_a_judge_that_is_down_for_a_minute_delays_and_changes_nothing(judged):
+    at = threading.Event()
+
+    def fault(number, request):
+        if number == 40:
+            at.set()
+        return verdict(number, request)
+
+    first = ChatServer(fault)
+    process = judged.start("down", *fields(first))
+    assert at.wait(300)
+    first.close()
+    began = time.monotonic()
+    while time.monotonic() - began < DOWN:
+        assert process.poll() is None
+        time.sleep(0.5)
+    before = len(judged.lines("down")) if (judged.folder / "down" / "metrics.jsonl").exists() else 0
+    assert before < 5  # it waits
+    with chat_server(verdict, first.port):
+        assert process.wait(timeout=400) == 0
+    same(judged, "down")
+
+
+def test_a_judge_that_is_gone_stops_the_run_which_goes_on_later(judged):
+    with chat_server(lambda number, request: (503, {}, b"") if number > 60 else verdict(number, request)) as server:
+        log = judged.finish("gone", *fields(server, "--rewards.judge_patience", "4"), expect=1)
+    assert "keypoints of a step without an answer" in log
+    assert "Traceback" not in log
+    with chat_server(verdict) as server:
+        judged.finish("gone", *fields(server))
+    same(judged, "gone")
+
+
+def test_what_is_cached_is_not_asked_again(judged, tmp_path):
+    cache = ["--rewards.judge_cache", str(tmp_path / "answers")]
+    with chat_server(verdict) as server:
+        judged.finish("cached", *fields(server, *cache))
+        asked = len(server.requests)
+        assert asked > 0
+        judged.finish("again", *fields(server, *cache))
+        assert len(server.requests) == asked
+    same(judged, "cached")
+    same(judged, "again")
+
+
+def test_what_is_wrong_with_a_judge_is_said(judged):
+    log = judged.finish("wrong", "--rewards.judge", "oracle", expect=2)
+    assert "rewards.judge: 'oracle' is none of lexical, embedding, lm, remote" in log
+    log = judged.finish("wrong", "--rewards.judge", "remote", expect=2)
+    assert "rewards.judge_model" in log
+    with chat_server(lambda number, request: (401, {}, b"no such key")) as server:
+        log = judged.finish("wrong", *fields(server), expect=2)
+    assert "401" in log
+    assert "Traceback" not in log
