@@ -37,8 +37,15 @@ def plain(q, k, v, valid=None, causal=False):
     return jnp.einsum("bqhs,bhse->bqhe", jax.nn.softmax(scores), v), jax.nn.logsumexp(scores, axis=-1)
 
 
-@pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize(
+    ("masked", "causal"),
+    [
+        (False, False),
+        (True, True),
+        pytest.param(False, True, marks=pytest.mark.slow),
+        pytest.param(True, False, marks=pytest.mark.slow),
+    ],
+)
 @pytest.mark.parametrize("score_bytes", [1, 2**28])  # in chunks of 16 queries, or at once
 def test_is_the_formula(monkeypatch, causal, masked, score_bytes):
     monkeypatch.setattr(attention, "SCORE_BYTES", score_bytes)

@@ -264,6 +264,7 @@ def test_captions_of_a_group_are_separate_rows(reference):
         assert np.linalg.norm(ours - theirs) <= 1e-5 * np.linalg.norm(theirs)
 
 
+@pytest.mark.slow
 def test_stacked_layers_compute_what_separate_ones_do(reference):
     _, params = reference
     scanned = computed(TINY, "float32", scan=True, remat="full")

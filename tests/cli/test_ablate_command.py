@@ -1,0 +1,99 @@
+"""The ablate command: what it would run, what it runs and measures, and that a kill changes nothing."""
+
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from train_runs import GRPO
+
+from avocado_jax.__main__ import main
+from avocado_jax.config import load
+
+ROOT = Path(__file__).parents[2]
+PAPER = str(ROOT / "configs" / "grpo_7b.py")
+ARMS = ["--arm", "before=init", "--arm", "more=sft", "--arm", "R_L=length", "--arm", "R_L + R_D=length,dialogue:0.5"]
+
+
+def test_the_jobs_of_the_papers_arms(capsys):
+    options = ["--configs", "--seeds", "2", "--out", "gs://b/out", "--init", "gs://b/sft", "--data.train", "gs://b/d"]
+    assert main(["ablate", PAPER, *options]) == 0
+    jobs = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    named = [(job["arm"], job["seed"]) for job in jobs]
+    arms = ["SFT + SFT", "R_D", "R_D + R_C", "R_D + R_C + R_L"]
+    assert named == [(arm, seed) for seed in (0, 1) for arm in arms]
+    for job in jobs:
+        program, stage, path, flag, folder, *fields = shlex.split(job["command"])
+        assert (program, path, flag) == ("avocado", PAPER, "--workdir")
+        assert stage == ("sft" if job["arm"] == "SFT + SFT" else "grpo")
+        config = load(path, fields)
+        assert (config.seed, config.init, config.data.train) == (job["seed"], "gs://b/sft", "gs://b/d")
+        assert folder.startswith("gs://b/out/")
+        if stage == "grpo":
+            weights = config.rewards.dialogue, config.rewards.checklist, config.rewards.length
+            assert weights == tuple(float(term in job["arm"]) for term in ("R_D", "R_C", "R_L"))
+    assert len({shlex.split(job["command"])[4] for job in jobs}) == len(jobs)
+
+
+def test_bad_input_is_one_line(capsys, tmp_path):
+    out = ["--out", str(tmp_path)]
+    for options, why in (
+        ([str(ROOT / "configs" / "sft_7b.py"), *out], "ablate takes a GrpoConfig"),
+        ([PAPER, *out, "--seeds", "0"], "--seeds is 0"),
+        ([PAPER, *out, "--arm", "x=charm"], "'charm' is not one of"),
+        ([PAPER, *out], "has no known truth"),
+    ):
+        assert main(["ablate", *options]) == 2
+        told = capsys.readouterr().err
+        assert why in told
+        assert told.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_killed_and_finished(tmp_path):
+    """Arms of a tiny model, killed in the middle of one: the same table as undisturbed, and nothing done twice."""
+    script = ROOT / "launch" / "random_checkpoint.py"
+    subprocess.run([sys.executable, script, tmp_path / "init", "--size", "tiny"], check=True, capture_output=True)
+    config = tmp_path / "small.py"
+    config.write_text(GRPO.format(init=str(tmp_path / "init")).replace("steps=5", "steps=3"))
+    env = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "compiled"), "JAX_PLATFORMS": "cpu"}
+
+    def start(out):
+        command = [sys.executable, "-m", "avocado_jax", "ablate", str(config), "--out", str(tmp_path / out)]
+        log = (tmp_path / f"{out}.log").open("a")
+        return subprocess.Popen([*command, "--seeds", "2", *ARMS], env=env, stdout=log, stderr=log)
+
+    assert start("whole").wait(timeout=900) == 0
+    out = tmp_path / "whole"
+    results = json.loads((out / "results.json").read_text())
+    assert {name: len(each) for name, each in results["results"].items()} == {
+        "before": 1,
+        "more": 2,
+        "R_L": 2,
+        "R_L + R_D": 2,
+    }
+    bases = {row["arm"]: row.get("over") for row in results["summary"]}
+    assert bases == {"before": None, "more": "before", "R_L": "before", "R_L + R_D": "R_L"}
+    assert (out / "arms.png").read_bytes().startswith(b"\x89PNG")
+    assert (out / "curves.png").read_bytes().startswith(b"\x89PNG")
+    held = json.loads((out / "r_l_r_d" / "1" / "heldout.json").read_text())
+    assert len(held["captions"]) == 4
+    assert json.loads((out / "r_l_r_d" / "1" / "config.json").read_text())["rewards"]["dialogue"] == 0.5
+
+    process, where = start("killed"), tmp_path / "killed" / "r_l" / "0" / "metrics.jsonl"
+    while not (where.exists() and where.read_text().count("\n")):
+        assert process.poll() is None, (tmp_path / "killed.log").read_text()[-3000:]
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    before = (tmp_path / "killed" / "before" / "0" / "heldout.json").stat().st_mtime_ns
+    assert start("killed").wait(timeout=900) == 0
+    assert (tmp_path / "killed" / "before" / "0" / "heldout.json").stat().st_mtime_ns == before
+    assert json.loads((tmp_path / "killed" / "results.json").read_text()) == results
+    assert (tmp_path / "killed" / "table.md").read_text() == (out / "table.md").read_text()
