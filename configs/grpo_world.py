@@ -5,7 +5,9 @@
   avocado ablate configs/grpo_world.py --out runs/ablation        # what each reward term is worth
 
 References have 65 tokens (median): R_L falls from 1.5 to 3 times that, and captions may be a little longer still. A
-keypoint of this world has few words and each of them counts, so the lexical judge asks for all of them.
+keypoint of this world has few words and each of them counts, so the lexical judge asks for all of them. The captions of
+the clips have the same habits as before, so that more fine-tuning on them is more of the same; keypoints and dialogues
+are whole.
 
 Expected: see the README, "Measured".
 """
@@ -23,7 +25,7 @@ config = GrpoConfig(
     reference_dtype="float32",
     remat="none",
     data=DataConfig(
-        train="world:0:train:7:1600:plain", heldout="world:0:test:1:200:plain", caption_tokens=128, shapes=1
+        train="world:0:train:7:1600:habits", heldout="world:0:test:1:200:plain", caption_tokens=128, shapes=1
     ),
     sampling=SamplingConfig(tokens=208, temperature=1.0),
     rewards=RewardConfig(low=98, high=195, covered_low=0.95, covered_high=1.0, keypoints=16, lines=4),
