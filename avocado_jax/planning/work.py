@@ -37,7 +37,7 @@ def flops_of(program: Program, phase: Phase) -> Flops:
     return Flops(of_rows(config.batch, config.group, False), of_rows(program.rows, program.group, True))
 
 
-def parts_of(program: Program, phase: Phase) -> int:
+def in_turn(program: Program, phase: Phase) -> int:
     """How many parts of the batch a phase takes one after the other."""
     config = program.config
     return config.accumulate * (config.minibatches if phase.name == "update" else 1)
@@ -46,7 +46,7 @@ def parts_of(program: Program, phase: Phase) -> int:
 def local_rows(program: Program, phase: Phase) -> int:
     """Rows of a phase that a device holds at once."""
     over = int(np.prod([program.mesh.shape[axis] for axis in ROWS]))
-    return program.rows // parts_of(program, phase) // over
+    return program.rows // in_turn(program, phase) // over
 
 
 def residual_bytes(program: Program, phase: Phase) -> int:
@@ -94,7 +94,7 @@ def traffic_bytes(program: Program, phase: Phase) -> float:
         trees = (config.passes * config.minibatches > 1) + (config.objective.beta > 0)
         return _text(program, phase, trees, shape.tokens + said)
     passes = config.passes if phase.name == "update" else 1
-    updates = parts_of(program, phase) // config.accumulate * passes
+    updates = in_turn(program, phase) // config.accumulate * passes
     state = bytes_per_device((phase.alive["parameters"], phase.alive["optimizer"]))
     return _text(program, phase, passes * again, shape.tokens + said) + 2 * state * updates
 
@@ -102,7 +102,7 @@ def traffic_bytes(program: Program, phase: Phase) -> float:
 def _text(program: Program, phase: Phase, passes: int, tokens: int, gathered: bool = True) -> float:
     """So many passes of the language model over all rows, of so many tokens each."""
     text, mesh, size = program.model.text, program.mesh, np.dtype(program.model.dtype).itemsize
-    tensor, parts = mesh.shape["tensor"], parts_of(program, phase)
+    tensor, parts = mesh.shape["tensor"], in_turn(program, phase)
     weights = (text.layers * text_layer_parameters(program.model) + 2 * text.vocab * text.width) * size / tensor
     weights *= 2 if gathered and mesh.shape["fsdp"] > 1 else 1
     activations = local_rows(program, phase) * tokens * text.layers * _layer(text.width, text.ffn, tensor) * size
@@ -112,7 +112,7 @@ def _text(program: Program, phase: Phase, passes: int, tokens: int, gathered: bo
 def _towers(program: Program, phase: Phase) -> float:
     """A pass of both encoders over all rows."""
     model, mesh, shape = program.model, program.mesh, program.bucket.shape
-    size, tensor, parts = np.dtype(model.dtype).itemsize, mesh.shape["tensor"], parts_of(program, phase)
+    size, tensor, parts = np.dtype(model.dtype).itemsize, mesh.shape["tensor"], in_turn(program, phase)
     vision, audio = model.vision, model.audio
     leaves = jax.tree.leaves([phase.args[0][name] for name in ("vision", "audio")])
     weights = sum(leaf.size for leaf in leaves) * size / tensor * (1 + (mesh.shape["fsdp"] > 1))
@@ -130,7 +130,7 @@ def _layer(width: int, ffn: int, tensor: int) -> float:
 def _decoding(program: Program, phase: Phase) -> float:
     """A token of every caption: weights once for all rows, which decode together."""
     model, (shape, caption) = program.model, program.bucket
-    rows, size = local_rows(program, phase) * parts_of(program, phase), np.dtype(model.dtype).itemsize
+    rows, size = local_rows(program, phase) * in_turn(program, phase), np.dtype(model.dtype).itemsize
     tensor = program.mesh.shape["tensor"]
     weights = decode_bytes(model, 0, 0, 0, size)
     caches = decode_bytes(model, rows * shape.tokens, rows * program.group, caption, size) - weights

@@ -15,6 +15,7 @@ from avocado_jax.config import load
 from avocado_jax.data.plan import Bucket
 from avocado_jax.data.rows import Shape
 from avocado_jax.errors import InputError
+from avocado_jax.models.config import SEVEN_B
 from avocado_jax.models.config import TINY as TINY_MODEL
 from avocado_jax.models.thinker import init
 from avocado_jax.planning import report, search
@@ -86,6 +87,10 @@ def test_a_search_passes_over_what_cannot_fit(monkeypatch):
     assert all(8 % (one.mesh.fsdp * one.accumulate) == 0 for one in tried)
     with pytest.raises(InputError, match="7 rows are divided over no mesh of 8 devices"):
         search.candidates(replace(config, batch=7), model, 8)
+
+    # A clip's captions are spread over as few rows as the chips allow: it is read once for each.
+    first = search.candidates(load("configs/grpo_7b.py"), SEVEN_B, 64)[0]
+    assert (first.split, first.mesh.fsdp, first.mesh.tensor, first.accumulate) == (2, 16, 4, 1)
 
     monkeypatch.setattr(search, "report", lambda program, phase: {"name": phase.name, "fits": True})
     found = {}
