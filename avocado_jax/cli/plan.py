@@ -6,9 +6,9 @@
   avocado plan configs/grpo_7b.py --topology v6e:8x8
 
 The real step is compiled by libtpu for the named slice (v5e, v5p or v6e; chips as AxB or AxBxC), or, without
---topology, for this machine; a step of GRPO is five programs, each an entry of its own: encode, view, rollout, score,
-update. Any field of the config is changed as `--a.b value`. Memory is what the compiler says, by part, with all that
-lies on the device beside the program; FLOPs come from the shapes, bytes between devices from the compiled program, and
+--topology, for this machine; of GRPO five programs, an entry each: encode, view, rollout, score, update (not rewards).
+Any field of the config is changed as `--a.b value`. Memory is what the compiler says, by part, with all that lies on
+the device beside the program; FLOPs come from the shapes, bytes between devices from the compiled program, and
 the time is the slowest of compute, memory and interconnect at 65% of its ceiling. Where the checkpoint (`init`) or the
 data are not at hand, the config's `nominal` says what to assume. Exit status 1: it does not fit.
 """
