@@ -6,12 +6,17 @@ One epoch, 8 captions of each of 8 clips a step at temperature 1, beta 0.04, lr 
 bounds of the ratio, warm-up, decay, clipping of the gradient) is that of the closest published recipe, one update a
 rollout; the estimate of the KL and the aggregation are GRPO's own. Captions may be as long as R_L looks at.
 
+The mesh is for up to 64 chips: each holds a quarter of the weights for decoding, whose time is reading them, and a
+clip's captions are two rows, a row for every four chips (more chips: `--split 4`). What it takes stands in
+launch/README.md; `avocado plan configs/grpo_7b.py --topology v6e:8x8` finds it for another slice.
+
 Expected: the paper's last row: video-SALMONN-2 total 37.3, Daily-Omni 50.1, RepCol 0.4 and 1.0 (not run here).
 """
 
 from avocado_jax.config import (
     DataConfig,
     GrpoConfig,
+    MeshConfig,
     NominalConfig,
     ObjectiveConfig,
     OptimConfig,
@@ -23,6 +28,8 @@ config = GrpoConfig(
     epochs=1.0,
     batch=8,
     group=8,
+    split=2,
+    mesh=MeshConfig(tensor=4),
     train="captioner",
     remat="full",
     data=DataConfig(caption_tokens=4096),

@@ -89,7 +89,7 @@ def bench_grpo(
 
     seconds = {phase: statistics.median(each[1:]) for phase, each in times.items()}
     seconds["decode"] -= seconds["prefill"]
-    flops = grpo_flops(model, shape, group, caption_tokens, train)
+    flops = sum(grpo_flops(model, shape, group, caption_tokens, train))
     mean = caption_tokens / 2
     nbytes = caption_tokens * decode_bytes(model, clips * clip_tokens, clips * group, mean, jnp.dtype(dtype).itemsize)
     tokens = config.batch * (clip_tokens + group * caption_tokens)

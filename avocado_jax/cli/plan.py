@@ -3,12 +3,14 @@
   avocado plan configs/sft_7b.py --topology v5p:4x4x4
   avocado plan configs/sft_7b.py --topology v5e:8x16 --mesh.tensor 2 --remat offload
   avocado plan configs/sft_7b.py --topology v6e:8x8 --search 6
+  avocado plan configs/grpo_7b.py --topology v6e:8x8
 
 The real step is compiled by libtpu for the named slice (v5e, v5p or v6e; chips as AxB or AxBxC), or, without
---topology, for this machine. Any field of the config is changed as `--a.b value`. Memory is what the compiler says,
-by part; FLOPs come from the shapes, bytes between devices from the compiled program, and the time is the slowest of
-compute, memory and interconnect at 65% of its ceiling. Where the checkpoint (`init`) or the data are not at hand, the
-config's `nominal` says what to assume. Exit status 1: it does not fit.
+--topology, for this machine; of GRPO five programs, an entry each: encode, view, rollout, score, update (not rewards).
+Any field of the config is changed as `--a.b value`. Memory is what the compiler says, by part, with all that lies on
+the device beside the program; FLOPs come from the shapes, bytes between devices from the compiled program, and
+the time is the slowest of compute, memory and interconnect at 65% of its ceiling. Where the checkpoint (`init`) or the
+data are not at hand, the config's `nominal` says what to assume. Exit status 1: it does not fit.
 """
 
 import argparse
@@ -16,8 +18,9 @@ import json
 import os
 from typing import Any
 
-from avocado_jax.config import SftConfig, load
+from avocado_jax.config import GrpoConfig, RunConfig, load
 from avocado_jax.errors import InputError
+from avocado_jax.progress import progress
 
 GIB = 2**30
 
@@ -40,8 +43,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Plan. Returns 0, or 1 if a step (or every one searched) does not fit."""
     config = load(args.config, args.fields)
-    if not isinstance(config, SftConfig):
-        raise InputError(f"{args.config}: a {type(config).__name__}; plan takes an SftConfig")
+    if not isinstance(config, RunConfig):
+        raise InputError(f"{args.config}: a {type(config).__name__}, which is no training run")
     if args.topology:
         os.environ["JAX_PLATFORMS"] = "cpu"  # before jax looks for devices: this machine's own are left alone
     from avocado_jax.planning.program import devices_of, model_and_buckets, program_of
@@ -54,46 +57,68 @@ def run(args: argparse.Namespace) -> int:
     told: dict[str, Any] = {"config": args.config, "topology": topology}
     if args.search is not None:
         found = []
-        for one, entry in search(config, model, buckets[0], devices, args.search):
-            mesh = dict(data=1, fsdp=one.mesh.fsdp, tensor=one.mesh.tensor)
-            found.append({"mesh": mesh, "remat": one.remat, "accumulate": one.accumulate, **entry})
+        for one, entries in search(config, model, buckets[0], devices, args.search):
+            free = _free(one)
+            fits = all(entry["fits"] for entry in entries)
+            seconds = sum(entry["seconds"] or 0 for entry in entries)
+            found.append({**free, "fits": fits, "seconds": seconds or None, "steps": entries})
             if not args.json:
-                print(f"tried {_choice(found[-1])}: {_memory(entry)}", flush=True)
+                print(f"tried {_choice(free)}: {_memory(max(entries, key=_total))}", flush=True)
         fitting = sorted((one for one in found if one["fits"]), key=lambda one: one["seconds"] or 0)
         if args.json:
             print(json.dumps(told | {"fits": bool(fitting), "choices": fitting}))
         for one in [] if args.json else fitting:
-            print(f"{_choice(one)}\n  {_time(one)}")
+            print("\n".join([_choice(one), *(f"  {entry['name']}: {_time(entry)}" for entry in one["steps"])]))
         return 0 if fitting else 1
 
-    steps, lines = [], []
+    steps = []
     for bucket in buckets if args.all_shapes else buckets[:1]:
-        entry = report(config, program_of(config, model, bucket, devices))
-        steps.append(entry)
-        sizes = ", ".join(f"{value} {name}" for name, value in entry["bucket"].items())
-        lines += [
-            f"{entry['name']} on {topology}: {config.batch} rows of {sizes}",
-            f"  {_memory(entry)}",
-            f"  {_time(entry)}",
-        ]
-        if not entry["fits"]:
-            lines.append(f"  {entry['advice']}")
+        program = program_of(config, model, bucket, devices)
+        for phase in progress(program.phases, "compiled"):
+            entry = report(program, phase)
+            steps.append(entry)
+            if not args.json:
+                _print(entry, topology, program.rows)
     fits = all(entry["fits"] for entry in steps)
-    print(json.dumps(told | {"fits": fits, "steps": steps}) if args.json else "\n".join(lines))
+    if args.json:
+        print(json.dumps(told | {"fits": fits, "steps": steps}))
     return 0 if fits else 1
 
 
+def _print(entry: dict[str, Any], topology: str, rows: int) -> None:
+    sizes = ", ".join(f"{value} {name}" for name, value in entry["bucket"].items())
+    print(f"{entry['name']} on {topology}: {rows} rows of {sizes}\n  {_memory(entry)}\n  {_time(entry)}", flush=True)
+    if not entry["fits"]:
+        print(f"  {entry['advice']}", flush=True)
+
+
+def _free(config: RunConfig) -> dict[str, Any]:
+    """The fields that a search chooses, by name."""
+    mesh = config.mesh
+    fields = {"mesh": {"data": mesh.data, "fsdp": mesh.fsdp, "tensor": mesh.tensor}}
+    fields |= {"remat": config.remat, "accumulate": config.accumulate}
+    return fields | ({"split": config.split} if isinstance(config, GrpoConfig) else {})
+
+
 def _choice(one: dict[str, Any]) -> str:
+    """The same fields as they are given."""
     mesh = " ".join(f"--mesh.{name} {size}" for name, size in one["mesh"].items())
-    return f"{mesh} --remat {one['remat']} --accumulate {one['accumulate']}"
+    split = f" --split {one['split']}" if "split" in one else ""
+    return f"{mesh} --remat {one['remat']} --accumulate {one['accumulate']}{split}"
+
+
+def _total(entry: dict[str, Any]) -> int:
+    return entry["hbm_bytes"]["total"]
 
 
 def _memory(entry: dict[str, Any]) -> str:
     hbm, limit = entry["hbm_bytes"], entry["hbm_limit_bytes"]
     parts = ", ".join(f"{name} {size / GIB:.2f}" for name, size in hbm.items() if name != "total")
+    if entry["residual_bytes_estimate"]:
+        parts += f"; of which kept activations about {entry['residual_bytes_estimate'] / GIB:.2f}"
     return (
         f"{'fits' if entry['fits'] else 'does not fit'}: {hbm['total'] / GIB:.2f} of {limit / GIB:.2f} GiB a device "
-        f"({parts}; of which kept activations about {entry['residual_bytes_estimate'] / GIB:.2f})"
+        f"({parts})"
     )
 
 

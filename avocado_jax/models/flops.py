@@ -92,6 +92,15 @@ def train_flops(
     return flops
 
 
+class GrpoFlops(NamedTuple):
+    """Operations of the phases of a step of GRPO on one row."""
+
+    encode: float
+    rollout: float
+    score: float
+    update: float
+
+
 def grpo_flops(
     config: ThinkerConfig,
     shape: tuple[int, int, int, int],
@@ -100,16 +109,17 @@ def grpo_flops(
     trained: str = "captioner",
     updates: int = 1,
     reference: bool = True,
-) -> float:
+    recomputed: bool = False,
+) -> GrpoFlops:
     """Operations of a step of GRPO on one row: rollout, scores of policy and reference, and `updates` of all of it.
 
     The arguments are as in `train_flops`, with `caption` the mean length. Frozen encoders run once.
     """
     row = row_flops(config, shape, group, caption)
     encoders = 0 if trained == "all" else row.towers + row.entry
-    passes = 1 + (updates > 1) + reference
-    each = train_flops(config, shape, group, caption, trained) - encoders
-    return encoders + passes * (row.total - encoders) + updates * each
+    each = train_flops(config, shape, group, caption, trained, recomputed) - encoders
+    once = row.total - encoders
+    return GrpoFlops(encoders, once, ((updates > 1) + reference) * once, updates * each)
 
 
 def vision_flops(config: ThinkerConfig, patches: int, slots: int) -> int:

@@ -23,14 +23,17 @@ class _Use(NamedTuple):
     times: int
 
 
-def collective_bytes(hlo: str) -> dict[str, float]:
+def collective_bytes(hlo: str, most: int = 1) -> dict[str, float]:
     """Bytes that one device sends in one run of the program, by kind of collective.
+
+    Args:
+        most: how often a loop counts whose end hangs on what it computes.
 
     Of n devices that share a result of R bytes, each sends (n - 1) / n of R in an all-gather, of its own n parts in a
     reduce-scatter or all-to-all, twice that in an all-reduce. The branches of a conditional all count.
     """
     bodies, entry = _computations(hlo)
-    uses = {name: list(_uses(lines, bodies)) for name, lines in bodies.items()}
+    uses = {name: list(_uses(lines, bodies, most)) for name, lines in bodies.items()}
     sent: dict[object, tuple[str, float]] = {}  # by channel: a fused asynchronous one is written down several times
     waiting = [_Use(entry, 1)]
     while waiting:
@@ -65,12 +68,12 @@ def _computations(hlo: str) -> tuple[dict[str, list[str]], str]:
     return bodies, entry
 
 
-def _uses(lines: list[str], bodies: dict[str, list[str]]) -> list[_Use]:
+def _uses(lines: list[str], bodies: dict[str, list[str]], most: int) -> list[_Use]:
     """The computations that a computation runs, and how often."""
     found = []
     for line in lines:
         if loop := _WHILE.search(line):
-            found.append(_Use(loop[2], _trips(line, bodies.get(loop[1], []))))
+            found.append(_Use(loop[2], _trips(line, bodies.get(loop[1], []), most)))
         elif "-done(" not in line and "-update(" not in line:
             found += [_Use(name, 1) for name in _CALLS.findall(line)]
         for several, one in _BRANCHES.findall(line):
@@ -78,14 +81,14 @@ def _uses(lines: list[str], bodies: dict[str, list[str]]) -> list[_Use]:
     return [use for use in found if use.computation in bodies]
 
 
-def _trips(line: str, condition: list[str]) -> int:
-    """How often a loop runs: what XLA says, or the constant that a scan's counter is compared with."""
+def _trips(line: str, condition: list[str], most: int) -> int:
+    """How often a loop runs: what XLA says, the constant that a scan's counter is compared with, or `most`."""
     if known := _TRIPS.search(line):
         return int(known[1])
     constants = dict(found.groups() for text in condition if (found := _LIMIT.search(text)))
     root = next((text for text in condition if text.lstrip().startswith("ROOT")), "")
     limits = [int(value) for name, value in constants.items() if re.search(rf"%{re.escape(name)}\b", root)]
-    return limits[0] if limits and "direction=LT" in root else 1
+    return limits[0] if limits and "direction=LT" in root else most
 
 
 def _sent(kind: str, started: bool, shape: str, line: str) -> float:

@@ -1,30 +1,25 @@
-"""The step of a config, as shapes on a mesh: what it is compiled from, on a machine that has none of the devices."""
+"""A config on named devices, as shapes: what its step is compiled from, on a machine that has none of them."""
 
 import os
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh
 
 from avocado_jax.checkpoint.load import open_checkpoint
-from avocado_jax.config import SftConfig
+from avocado_jax.config import GrpoConfig, RunConfig
 from avocado_jax.data.pipeline import Recipe, plan_batches
 from avocado_jax.data.plan import Bucket
 from avocado_jax.data.rows import Shape
 from avocado_jax.data.words import load_words
 from avocado_jax.errors import InputError
 from avocado_jax.models.config import SIZES, ThinkerConfig
-from avocado_jax.models.thinker import example
-from avocado_jax.parallel.mesh import ROWS, make_mesh
-from avocado_jax.parallel.place import rows_sharding
+from avocado_jax.parallel.mesh import make_mesh
+from avocado_jax.planning.phases import Phase, grpo_phases, sft_phases
 from avocado_jax.train.inputs import open_source
-from avocado_jax.train.sft import model_of, sft_program
-from avocado_jax.train.state import State
+from avocado_jax.train.sft import model_of
 
 # For libtpu, before it is loaded: ask no metadata server, take no lock from a run on this machine, say little.
 QUIET = {
@@ -41,19 +36,15 @@ GENERATIONS = ("v5e", "v5p", "v6e")  # one device a chip
 
 
 class Program(NamedTuple):
-    """One step of a run for one shape of rows; every leaf is a ShapeDtypeStruct with its sharding."""
+    """The step of a run for one shape of rows."""
 
-    bucket: Bucket
+    config: RunConfig
+    bucket: Bucket  # of the clips, and the longest caption of this step
+    rows: int
+    group: int  # captions a row
     model: ThinkerConfig
     mesh: Mesh
-    state: State
-    batch: tuple[Any, ...]  # clip, captions, weight, cut
-    step: Callable  # jitted: (state, *batch) -> (state, metrics)
-
-    def lower(self) -> jax.stages.Lowered:
-        """Trace the step for the mesh's devices, into what their compiler takes."""
-        with jax.set_mesh(self.mesh):
-            return self.step.lower(self.state, *self.batch)
+    phases: tuple[Phase, ...]  # in their order; a step of fine-tuning is one
 
 
 def devices_of(topology: str | None, slices: int = 1) -> list[Any]:
@@ -78,7 +69,7 @@ def devices_of(topology: str | None, slices: int = 1) -> list[Any]:
         ) from error
 
 
-def model_and_buckets(config: SftConfig) -> tuple[ThinkerConfig, list[Bucket]]:
+def model_and_buckets(config: RunConfig) -> tuple[ThinkerConfig, list[Bucket]]:
     """The model of `init` and the shapes of `data.train`, the dearest first; without them, what `nominal` says.
 
     Raises:
@@ -101,26 +92,19 @@ def model_and_buckets(config: SftConfig) -> tuple[ThinkerConfig, list[Bucket]]:
     return model, [Bucket(Shape(*nominal.clip), data.caption_tokens)]
 
 
-def program_of(config: SftConfig, model: ThinkerConfig, bucket: Bucket, devices: list[Any]) -> Program:
+def program_of(config: RunConfig, model: ThinkerConfig, bucket: Bucket, devices: list[Any]) -> Program:
     """The step of `config` on `devices`.
 
     Raises:
         InputError: the mesh is not that of the devices, or does not divide the rows.
     """
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, config.mesh.slices, devices)
-    over = int(np.prod([mesh.shape[axis] for axis in ROWS]))
-    if config.batch % (over * config.accumulate):
-        raise InputError(
-            f"batch: {config.batch} rows are not divided by {over} parts of the mesh"
-            + (f" times accumulate {config.accumulate}" if config.accumulate > 1 else "")
-        )
     if model.attention == "auto":  # of the devices, not of this machine
         kernel = {"tpu": "splash", "gpu": "cudnn" if model.dtype == "bfloat16" else "plain"}
         model = replace(model, attention=kernel.get(devices[0].platform, "plain"))
-
-    state, step, _ = sft_program(config, model, mesh, config.steps or 1000)
-    shapes = example(model, config.batch, config.data.references, tuple(bucket.shape), bucket.caption)
-    per_row = [jax.ShapeDtypeStruct((config.batch,), dtype) for dtype in (jnp.float32, jnp.int32)]
-    rows = rows_sharding(mesh)
-    batch = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=rows), (*shapes, *per_row))
-    return Program(bucket, model, mesh, state, batch, step)
+    if isinstance(config, GrpoConfig):
+        bucket = bucket._replace(caption=config.sampling.tokens)
+        rows, group, make = config.batch * config.split, config.group // config.split, grpo_phases
+    else:
+        rows, group, make = config.batch, config.data.references, sft_phases
+    return Program(config, bucket, rows, group, model, mesh, make(config, model, bucket, mesh))

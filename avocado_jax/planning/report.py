@@ -1,4 +1,4 @@
-"""Compile a step and say what it takes: memory by part, work, traffic, and which of them bounds its time."""
+"""Compile a phase of a step and say what it takes: memory by part, work, traffic, and which of them bounds its time."""
 
 import os
 import re
@@ -8,15 +8,16 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
+import jax.numpy as jnp
+from jax.sharding import Mesh
 
-from avocado_jax.config import SftConfig
-from avocado_jax.models.flops import kv_bytes, text_layer_parameters, train_flops
+from avocado_jax.config import GrpoConfig
 from avocado_jax.parallel.chips import CHIPS, GIB
-from avocado_jax.parallel.mesh import ROWS
 from avocado_jax.parallel.rules import bytes_per_device
 from avocado_jax.planning.collectives import collective_bytes
+from avocado_jax.planning.phases import Phase
 from avocado_jax.planning.program import Program
+from avocado_jax.planning.work import flops_of, local_rows, residual_bytes, traffic_bytes
 
 # The share of a ceiling that a step is predicted to reach. Products of the text model's step reached 64% of an H100's
 # measured ceiling, recomputed ones counted (48% model FLOPs under full remat); no TPU was at hand to measure.
@@ -44,47 +45,44 @@ class Times(NamedTuple):
     interconnect: float
 
 
-def report(config: SftConfig, program: Program) -> dict[str, Any]:
-    """Compile `program` and describe it: an entry of `steps` (README, "plan").
+def report(program: Program, phase: Phase) -> dict[str, Any]:
+    """Compile a phase and describe it: an entry of `steps` (README, "plan").
 
-    Bytes are those of one device, FLOPs of the whole step with what is recomputed. `seconds` is the bound at
+    Bytes are those of one device: of everything that lies there while the phase runs, whether the phase reads it or
+    not, and what the phase makes. FLOPs are of the whole phase with what is recomputed. `seconds` is the bound at
     ATTAINED of its ceiling; it and `mfu` are null where the device's ceilings are not known.
     """
-    device, chips = program.mesh.devices.flat[0], program.mesh.size
-    chip = CHIPS.get(device.device_kind)
-    hbm = {
-        "parameters": bytes_per_device(program.state.params),
-        "optimizer": bytes_per_device(program.state._replace(params=None)),
-        "inputs": bytes_per_device(program.batch),
-    }
+    mesh, (shape, caption) = program.mesh, program.bucket
+    device, chip = mesh.devices.flat[0], CHIPS.get(mesh.devices.flat[0].device_kind)
+    hbm = {part: bytes_per_device(tree) for part, tree in phase.alive.items()}
     held = sum(hbm.values())
-    lowered, begun = program.lower(), time.perf_counter()
+    lowered, begun = phase.lower(mesh), time.perf_counter()
     limit, traffic, fits = memory_of(device), None, True
     try:
         compiled, text = _compiled(lowered, device.platform)
     except jax.errors.JaxRuntimeError as error:
-        if (refused := memory_refused(str(error), held)) is None:
+        arguments = bytes_per_device(phase.args)
+        if (refused := memory_refused(str(error), arguments)) is None:
             raise
         (total, limit), fits = refused, False
+        total += held - arguments
     else:
         stats = compiled.memory_analysis()
-        total = stats.argument_size_in_bytes + stats.output_size_in_bytes - stats.alias_size_in_bytes
+        total = _stored(phase.alive, mesh) + stats.output_size_in_bytes - stats.alias_size_in_bytes
         total += stats.temp_size_in_bytes + stats.generated_code_size_in_bytes
-        traffic = collective_bytes(text)
+        traffic = collective_bytes(text, caption if phase.name == "rollout" else 1)
         fits = total <= limit
     hbm |= {"temporaries": total - held, "total": total}
 
-    rows, group, (shape, caption) = config.batch, config.data.references, program.bucket
-    model_flops = rows * train_flops(program.model, shape, group, caption, config.train)
-    flops = rows * train_flops(program.model, shape, group, caption, config.train, recomputed=True)
+    flops = flops_of(program, phase)
     entry: dict[str, Any] = {
-        "name": "sft",
-        "bucket": {**shape._asdict(), "captions": group, "caption": caption},
+        "name": phase.name,
+        "bucket": {**shape._asdict(), "captions": program.group, "caption": caption},
         "fits": fits,
         "hbm_bytes": hbm,
         "hbm_limit_bytes": limit,
-        "residual_bytes_estimate": residual_bytes(config, program),
-        "flops": flops,
+        "residual_bytes_estimate": residual_bytes(program, phase),
+        "flops": flops.machine,
         "collective_bytes": traffic,
         "bound": None,
         "seconds": None,
@@ -93,85 +91,52 @@ def report(config: SftConfig, program: Program) -> dict[str, Any]:
         "advice": None,
     }
     if not fits:
-        entry["advice"] = _advice(config, program, entry)
+        entry["advice"] = _advice(program, phase, entry)
     if chip and traffic is not None:
         times = Times(
-            flops / chips / chip.flops,
-            traffic_bytes(config, program) / chip.bandwidth,
+            flops.machine / mesh.size / chip.flops,
+            traffic_bytes(program, phase) / chip.bandwidth,
             sum(traffic.values()) / chip.links,
         )
         entry["roofline_seconds"] = times._asdict()
         entry["bound"] = max(times._fields, key=lambda name: getattr(times, name))
         entry["seconds"] = max(times) / ATTAINED
-        entry["mfu"] = model_flops / chips / chip.flops / entry["seconds"]
+        entry["mfu"] = flops.model / mesh.size / chip.flops / entry["seconds"]
     return entry
 
 
-def residual_bytes(config: SftConfig, program: Program) -> int:
-    """What the layers of the language model keep for the backward pass, on one device, from shapes.
-
-    The clip's keys and values are kept whatever `remat` is; of each layer its input ("full"), nothing ("offload"), its
-    input and products ("dots"), or those and what lies between them ("none").
-    """
-    text, size = program.model.text, np.dtype(program.model.dtype).itemsize
-    rows, tokens = _local(config, program)
-    tensor = program.mesh.shape["tensor"]
-    heads = (text.heads + 2 * text.kv_heads) * text.head
-    products = 2 * text.width + (heads + 2 * text.ffn) / tensor  # out and down are whole on every chip
-    between = 4 * text.width + (2 * text.heads * text.head + 2 * text.ffn) / tensor
-    kept = {
-        "full": text.width,
-        "offload": 0,
-        "dots": text.width + products,
-        "none": text.width + products + between,
-    }[program.model.remat]
-    clip = rows * program.bucket.shape.tokens * kv_bytes(program.model, size) / min(tensor, text.kv_heads)
-    return round(text.layers * rows * tokens * kept * size + clip)
-
-
-def traffic_bytes(config: SftConfig, program: Program) -> float:
-    """Bytes that one device moves between its memory and its cores in a step, about, from shapes.
-
-    Weights in each pass over each part of the batch, once gathered and once read; state and gradients in the update;
-    activations as often as the layers' operations write and read them. Kernels keep scores on the chip.
-    """
-    text, mesh = program.model.text, program.mesh
-    rows, tokens = _local(config, program)
-    size = np.dtype(program.model.dtype).itemsize
-    again = program.model.remat != "none"
-    weights = (text.layers * text_layer_parameters(program.model) + 2 * text.vocab * text.width) * size
-    weights *= (3 + again) * config.accumulate * (2 if mesh.shape["fsdp"] > 1 else 1) / mesh.shape["tensor"]
-    state = 2 * bytes_per_device(program.state)
-    a_token = 13 * text.width + 5 * text.ffn / mesh.shape["tensor"]  # forward: norms, residual sums, q to out, SwiGLU
-    activations = config.accumulate * rows * tokens * text.layers * a_token * size * (3 + again)
-    return weights + state + activations
-
-
-def _advice(config: SftConfig, program: Program, entry: dict[str, Any]) -> str:
-    """By how much a step does not fit, and which fields would help, the cheapest first."""
+def _advice(program: Program, phase: Phase, entry: dict[str, Any]) -> str:
+    """By how much a phase does not fit, and which fields would help, the cheapest first."""
+    config = program.config
     over = (entry["hbm_bytes"]["total"] - entry["hbm_limit_bytes"]) / GIB
     hbm, shape = entry["hbm_bytes"], program.mesh.shape
-    rows, _ = _local(config, program)
-    ways = []
-    if rows > 1:
+    rows, ways = local_rows(program, phase), []
+    if rows > 1 and phase.name != "view":
         ways.append(f"--accumulate {2 * config.accumulate} halves the {rows} rows that a device holds at once")
-    if program.model.remat in ("none", "dots"):
+    if entry["residual_bytes_estimate"] and program.model.remat in ("none", "dots"):
         ways.append("--remat full keeps only the layers' inputs")
-    if program.model.remat != "offload" and program.mesh.devices.flat[0].platform != "cpu":
+    offloads = program.model.remat != "offload" and program.mesh.devices.flat[0].platform != "cpu"
+    if entry["residual_bytes_estimate"] and offloads:
         ways.append("--remat offload keeps the layers' inputs in the host's memory")
     if hbm["parameters"] + hbm["optimizer"] > hbm["total"] / 4 and shape["data"] > 1:
         ways.append(f"--mesh.data 1 --mesh.fsdp {shape['data'] * shape['fsdp']} stores one copy of the state, not more")
     if program.model.text.heads % (2 * shape["tensor"]) == 0:
         ways.append(f"--mesh.tensor {2 * shape['tensor']} divides heads, hidden widths and logits further")
-    ways.append("a larger slice, or a smaller data.caption_tokens or clip")
+    longest = "sampling.tokens" if isinstance(config, GrpoConfig) else "data.caption_tokens"
+    ways.append(f"a larger slice, or a smaller {longest} or clip")
     return f"does not fit by {over:.2f} GiB; what would help: " + "; ".join(ways)
 
 
-def _local(config: SftConfig, program: Program) -> tuple[int, int]:
-    """Rows that a device holds at once, and the tokens of each, captions too."""
-    over = int(np.prod([program.mesh.shape[axis] for axis in ROWS]))
-    shape, caption = program.bucket
-    return config.batch // config.accumulate // over, shape.tokens + config.data.references * caption
+def _stored(tree: Any, mesh: Mesh) -> int:
+    """Bytes that a tree takes of one device, with the padding of its layouts: the compiler's word again."""
+    try:
+        with jax.set_mesh(mesh):
+            reading = jax.jit(lambda tree: jnp.int32(0), keep_unused=True).lower(tree).compile()
+    except jax.errors.JaxRuntimeError as error:
+        if (refused := memory_refused(str(error), 0)) is None:
+            raise
+        return refused[0]
+    return reading.memory_analysis().argument_size_in_bytes
 
 
 def _compiled(lowered: jax.stages.Lowered, platform: str) -> tuple[jax.stages.Compiled, str]:

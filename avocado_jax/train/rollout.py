@@ -19,6 +19,7 @@ from avocado_jax.typing import Array, Bool, Captions, Clip, Float, Int
 
 ROLLOUT = 5  # the purpose of these random numbers
 WIDTHS = 4  # that captions are cut to: quarters of the limit; each that occurs is compiled
+VIEW_OVER = ("tensor",)  # the axes that divide the sampler's weights
 
 
 class Rollout(NamedTuple):
@@ -38,7 +39,7 @@ def sampling_model(model: ThinkerConfig) -> ThinkerConfig:
 def policy_view(params: Any, model: ThinkerConfig, mesh: Mesh, encoders: bool) -> Any:
     """A copy of the policy as decoding wants it: cast, unstacked, adapters merged.
 
-    Every step of decoding reads all weights, so each device of `fsdp` has them whole; `tensor` still divides them.
+    Each device of `fsdp` has it whole, since every step of decoding reads all weights; `tensor` still divides it.
 
     Args:
         encoders: keep the towers too; not needed where clips come encoded.
@@ -48,7 +49,7 @@ def policy_view(params: Any, model: ThinkerConfig, mesh: Mesh, encoders: bool) -
     if not encoders:
         params = params | {"vision": {"merger": params["vision"]["merger"]}, "audio": {"proj": params["audio"]["proj"]}}
     view = jax.tree.map(lambda leaf: leaf.astype(model.dtype), unstacked(params))
-    return jax.lax.with_sharding_constraint(view, shardings(view, mesh, over=("tensor",)))
+    return jax.lax.with_sharding_constraint(view, shardings(view, mesh, over=VIEW_OVER))
 
 
 def roll_out(

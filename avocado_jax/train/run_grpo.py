@@ -50,7 +50,7 @@ def grpo(config: GrpoConfig, folder: str) -> int:
 
         def flops(batch: Batch, told: dict[str, float]) -> float:
             shape, length, beta = batch.bucket.shape, told["length"], config.objective.beta > 0
-            row = grpo_flops(model, shape, config.group, length, config.train, updates, beta)
+            row = sum(grpo_flops(model, shape, config.group, length, config.train, updates, beta))
             return config.batch * row * (1 - batch.padded)
 
         return run(

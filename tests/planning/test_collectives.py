@@ -86,3 +86,29 @@ def test_what_runs_beside_counts_once():
         "all-to-all": 0.0,
         "collective-permute": 32 * 128 * 2.0,
     }
+
+
+DECODING = """
+HloModule decoding
+
+%token (x: f32[32,128]) -> f32[32,128] {
+  %x = f32[32,128]{1,0} parameter(0)
+  ROOT %sum = f32[32,128]{1,0} all-reduce(%x), channel_id=1, replica_groups={{0,1,2,3}}, to_apply=%add
+}
+
+%going (x: f32[32,128]) -> pred[] {
+  %x = f32[32,128]{1,0} parameter(0)
+  %length = s32[] constant(4096)
+  %early = pred[] compare(%step, %length), direction=LT
+  ROOT %both = pred[] and(%early, %unfinished)
+}
+
+ENTRY %main (a: f32[32,128]) -> f32[32,128] {
+  %a = f32[32,128]{1,0} parameter(0)
+  ROOT %done = f32[32,128]{1,0} while(%a), condition=%going, body=%token
+}
+"""
+
+
+def test_a_loop_that_ends_by_its_data_counts_as_often_as_it_may_run():
+    assert collective_bytes(DECODING, 4096)["all-reduce"] == 4096 * collective_bytes(DECODING)["all-reduce"] > 0

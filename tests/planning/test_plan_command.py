@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 
 import jax
 import pytest
@@ -14,10 +15,13 @@ from avocado_jax.config import load
 from avocado_jax.data.plan import Bucket
 from avocado_jax.data.rows import Shape
 from avocado_jax.errors import InputError
+from avocado_jax.models.config import SEVEN_B
 from avocado_jax.models.config import TINY as TINY_MODEL
+from avocado_jax.models.thinker import init
 from avocado_jax.planning import report, search
 from avocado_jax.planning.collectives import KINDS
 from avocado_jax.train.run import model_of
+from avocado_jax.train.state import split
 
 TINY = [
     "configs/world_tiny.py",
@@ -29,6 +33,11 @@ TINY = [
     "64",
 ]
 PARTS = ("parameters", "optimizer", "inputs", "temporaries")
+GRPO = [
+    "configs/grpo_7b.py",
+    *("--nominal.model", "tiny", "--nominal.clip", "256,2,1,1"),
+    *("--sampling.tokens", "16", "--data.caption_tokens", "8", "--mesh.tensor", "1", "--split", "1", "--group", "2"),
+]
 
 
 def test_a_step_that_does_not_fit_this_machine(capsys, monkeypatch):
@@ -79,12 +88,45 @@ def test_a_search_passes_over_what_cannot_fit(monkeypatch):
     with pytest.raises(InputError, match="7 rows are divided over no mesh of 8 devices"):
         search.candidates(replace(config, batch=7), model, 8)
 
-    monkeypatch.setattr(search, "report", lambda config, program: {"residual": report.residual_bytes(config, program)})
+    # A clip's captions are spread over as few rows as the chips allow: it is read once for each.
+    first = search.candidates(load("configs/grpo_7b.py"), SEVEN_B, 64)[0]
+    assert (first.split, first.mesh.fsdp, first.mesh.tensor, first.accumulate) == (2, 16, 4, 1)
+
+    monkeypatch.setattr(search, "report", lambda program, phase: {"name": phase.name, "fits": True})
     found = {}
     for limit in (2**30, 10 * 2**20):
         monkeypatch.setattr(search, "memory_of", lambda device, limit=limit: limit)
         found[limit] = [one.remat for one, _ in search.search(config, model, bucket, jax.devices(), 2)]
     assert found == {2**30: ["dots", "full"], 10 * 2**20: ["full", "offload"]}
+
+
+def test_every_phase_of_grpo_is_a_step(capsys):
+    """Each is compiled, and what lies on the devices beside it counts, whether it reads it or not."""
+    assert main(["plan", *GRPO, "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    steps = {step["name"]: step for step in told["steps"]}
+    assert list(steps) == ["encode", "view", "rollout", "score", "update"]
+    model = model_of(load("configs/grpo_7b.py"), TINY_MODEL)
+    trained, _ = split(jax.eval_shape(partial(init, model), jax.random.key(0)), "captioner")
+    weights = sum(leaf.size for leaf in jax.tree.leaves(trained))
+    for name, step in steps.items():
+        hbm = step["hbm_bytes"]
+        assert step["fits"]
+        assert set(step["collective_bytes"]) == set(KINDS)
+        assert step["bucket"] == dict(tokens=256, patches=2, windows=1, chunks=1, captions=2, caption=16)
+        assert hbm["total"] == sum(size for part, size in hbm.items() if part != "total")
+        # Eight devices store a part each, some small leaves whole: policy, two moments, the reference in bf16.
+        assert weights * (4 + 8 + 2) / 8 < hbm["parameters"] + hbm["optimizer"] + hbm["reference"]
+        assert hbm["optimizer"] == pytest.approx(4 * hbm["reference"], abs=100)
+        assert ("encoded" in hbm, "view" in hbm, "captions" in hbm) == {
+            "encode": (False, False, False),
+            "view": (True, False, False),
+            "rollout": (True, True, False),
+            "score": (True, False, True),
+            "update": (True, False, True),
+        }[name]
+        assert (step["flops"] > 0) == (name != "view")
+        assert (step["residual_bytes_estimate"] > 0) == (name == "update")
 
 
 def of_slice(*args):
@@ -125,6 +167,20 @@ def test_a_step_of_a_tpu_slice():
     assert step["hbm_limit_bytes"] == 16 * 2**30
     assert step["advice"] is None
     check_slice(step)
+
+
+@pytest.mark.slow
+def test_every_phase_of_grpo_on_a_tpu_slice():
+    """With splash attention, heads and rows divided, and a group over two rows, as configs/grpo_7b.py has it."""
+    status, told = of_slice(*GRPO, "--topology", "v5e:2x2", "--mesh.tensor", "2", "--split", "2", "--group", "4")
+    assert (status, told["fits"]) == (0, True)
+    assert [step["name"] for step in told["steps"]] == ["encode", "view", "rollout", "score", "update"]
+    for step in told["steps"]:
+        assert step["bucket"]["captions"] == 2
+        assert step["bound"] in ("compute", "hbm", "interconnect")
+        assert (0 < step["mfu"] <= 0.65) == (step["name"] != "view")
+        assert sum(step["collective_bytes"].values()) > 0
+        assert step["hbm_bytes"]["temporaries"] > 0
 
 
 @pytest.mark.slow

@@ -1,0 +1,79 @@
+"""What a plan says lies on the devices beside each phase of GRPO, against what a step really holds there."""
+
+from types import SimpleNamespace
+
+import jax
+import numpy as np
+import pytest
+
+from avocado_jax.config import load
+from avocado_jax.parallel.rules import bytes_per_device
+from avocado_jax.planning.program import model_and_buckets, program_of
+from avocado_jax.planning.report import report
+from avocado_jax.train import run_grpo
+from avocado_jax.train.grpo import GrpoProgram
+
+FIELDS = ["--nominal.model", "tiny", "--nominal.clip", "256,2,1,1", "--sampling.tokens", "16"]
+SMALL = 4096  # bytes of a device: advantages, rewards, banned ids
+
+
+@pytest.fixture(scope="module")
+def plan():
+    config = load("configs/grpo_7b.py", FIELDS)
+    model, (bucket,) = model_and_buckets(config)
+    return program_of(config, model, bucket, jax.devices())
+
+
+def made(shapes):
+    """Arrays of these shapes, where they say."""
+    return jax.tree.map(lambda leaf: jax.device_put(np.zeros(leaf.shape, leaf.dtype), leaf.sharding), shapes)
+
+
+def test_what_a_phase_does_not_read_counts(plan):
+    (phase,) = (phase for phase in plan.phases if phase.name == "view")
+    other = {**phase.alive, "other": plan.phases[-1].alive["parameters"]}
+    alone, beside = (report(plan, one)["hbm_bytes"] for one in (phase, phase._replace(alive=other)))
+    assert beside["total"] - alone["total"] == beside["other"] == alone["parameters"] > 0
+
+
+def test_a_step_holds_what_its_plan_says(plan):
+    """The step of a run, with phases that only make what the real ones would return, and see what is there."""
+    phases = {phase.name: phase for phase in plan.phases}
+    alive = phases["rollout"].alive | phases["update"].alive
+    rollout, scored = alive["captions"]
+    before, held = bytes_per_device(jax.live_arrays()), {}
+
+    def phase(name, returned):
+        def run(*args):
+            held[name] = bytes_per_device(jax.live_arrays()) - before
+            return returned(*args)
+
+        return run
+
+    program = GrpoProgram(
+        state=None,
+        reference=None,
+        begin=None,
+        encode=phase("encode", lambda *_: made(alive["encoded"])),
+        view=phase("view", lambda *_: made(alive["view"])),
+        roll_out=phase("rollout", lambda *_: made(rollout)),
+        score=phase("score", lambda *_: made(scored)),
+        update=phase("update", lambda state, experience: (state, {})),
+    )
+    rewards = SimpleNamespace(
+        ask=lambda *_: None,
+        terms=lambda rollout, *_: {"length": rollout.lengths.astype("float32")},
+        combine=lambda terms, _: (terms["length"], {}),
+    )
+    (clip, captions, weight, cut), waiting = (made(batch) for batch in alive["inputs"])
+    state, reference = made(phases["update"].args[0]), made(alive["reference"])
+    batch = SimpleNamespace(clip=clip, captions=captions, weight=weight, cut=cut, records=(), references=None, step=0)
+    with jax.set_mesh(plan.mesh):
+        setup = SimpleNamespace(mesh=plan.mesh)
+        run_grpo._step(plan.config, setup, program, rewards, reference, None, (), "")(state, batch)
+    del waiting
+    assert list(held) == list(phases)
+    for name, bytes_held in held.items():
+        assert abs(bytes_held - bytes_per_device(phases[name].alive)) < SMALL, name
+    # what comes and goes is larger than what is overlooked
+    assert min(bytes_per_device(alive[part]) for part in ("encoded", "view", "reference")) > 2 * SMALL
