@@ -19,6 +19,7 @@ COMMANDS = {
     "world": "make clips of a synthetic world with known truth, or check captions against it",
     "score": "score captions with the rewards that train captioners",
     "evaluate": "measure what a checkpoint can do",
+    "report": "put results of evaluate together, as the paper's ablation does",
     "view": "write a run as a page: its curves, its captions beside clips and references",
     "bench": "measure the hot paths against the ceilings of this machine",
 }
