@@ -48,7 +48,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from avocado_jax.checkpoint.load import identity, named_checkpoint
+from avocado_jax.checkpoint.load import identity, named_checkpoint, open_language_model
 from avocado_jax.data.words import load_words
 from avocado_jax.errors import InputError
 from avocado_jax.eval.benchmarks import BENCHMARKS
@@ -166,6 +166,10 @@ def _public(args: argparse.Namespace, benchmark: Benchmark) -> int:
     if args.captions and args.shard:
         raise InputError("--shard is for captions that are made, --captions for such as there are")
     prompts = read_prompts(benchmark, args.prompts)
+    if args.judge:  # its mistakes are told before hours of captioning
+        ChatClient(Endpoint(args.judge, args.judge_model)).close()
+    elif args.judge_model:
+        open_language_model(args.judge_model)
     every = benchmark.read(args.data)
     records = every[: args.limit]
     videos = {one.id: find_video(args.videos, one) for one in records} if args.videos else {}
@@ -173,7 +177,7 @@ def _public(args: argparse.Namespace, benchmark: Benchmark) -> int:
         named = args.captions.with_suffix("")
         folder = args.out or args.data.parent / f"{benchmark.name}-{named.name}"
         outcome = _given(args, {one.id: one for one in every}, [one.id for one in records])
-        model = named.name
+        model = named.name.encode(errors="replace").decode()
     else:
         outcome, folder = _captioned(args, benchmark, records, videos)
         model = args.checkpoint or "the shipped captioner"

@@ -2,6 +2,7 @@
 
 import json
 import re
+import threading
 
 import pytest
 from benchmark_judge import CAPTIONS, CLIPS, EVENTS, honest, official, write_official
@@ -113,14 +114,15 @@ def test_figures_by_type_and_duration(tmp_path, capsys):
 
 def test_the_median_round_is_reported_with_the_spread(tmp_path, capsys):
     """Rounds that miss 1, 2, 3, 4 and 5 of ten events: what is reported is a round, not a mean of some."""
-    seen = {}
+    seen, lock = {}, threading.Lock()
 
     def rising(number, request):
         asked = request["messages"][-1]["content"]
         if "thunder" not in asked:
             return None
-        seen[asked] = seen.get(asked, 0) + 1
-        return json.dumps({"missed": seen[asked], "incorrect": 0, "hallucination": 0})
+        with lock:
+            seen[asked] = missed = seen.get(asked, 0) + 1
+        return json.dumps({"missed": missed, "incorrect": 0, "hallucination": 0})
 
     result, server = evaluate(capsys, tmp_path, "video-salmonn-2", CAPTIONS, "--rounds", 5, fault=rising)
     assert len(server.requests) == 15

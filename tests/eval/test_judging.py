@@ -6,6 +6,7 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -116,12 +117,14 @@ def test_whatever_fails_first_every_figure_is_there():
     """The first call of every question fails, each in another way; none hangs, and none is lost."""
     records = [Record(f"c{number}", (), None, None, ["a dog", "a cat"]) for number in range(36)]
     captions = {record.id: f"{record.id}: a dog" for record in records}
-    seen = {}
+    seen, lock = {}, threading.Lock()
 
     def faulty(number, request):
         asked = request["messages"][-1]["content"]
-        first = asked not in seen
-        return FAULTS[seen.setdefault(asked, len(seen)) % len(FAULTS)] if first else honest(request)
+        with lock:
+            first = asked not in seen
+            which = seen.setdefault(asked, len(seen))
+        return FAULTS[which % len(FAULTS)] if first else honest(request)
 
     benchmark = BENCHMARKS["video-salmonn-2"]
     with chat_server(faulty) as server, ChatClient(Endpoint(server.url, "m", timeout=0.5)) as judge:
