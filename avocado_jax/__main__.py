@@ -20,6 +20,7 @@ COMMANDS = {
     "score": "score captions with the rewards that train captioners",
     "evaluate": "measure what a checkpoint can do",
     "ablate": "measure what each reward term is worth, over arms and seeds",
+    "report": "put results of evaluate together, as the paper's ablation does",
     "view": "write a run as a page: its curves, its captions beside clips and references",
     "bench": "measure the hot paths against the ceilings of this machine",
 }

@@ -8,7 +8,7 @@ from typing import Any
 from avocado_jax.errors import InputError
 
 NUMBER = int | float
-_NAMES = {str: "a string", list: "a list", dict: "an object", int: "a whole number", NUMBER: "a number"}
+NAMES = {str: "a string", list: "a list", dict: "an object", int: "a whole number", NUMBER: "a number"}
 
 
 def read_lines(path: Path, fields: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -45,7 +45,7 @@ def parse_lines(data: bytes, name: str, fields: Mapping[str, Any]) -> Iterator[t
             raise InputError(f"{where}: not a JSON object")
         for field, kind in fields.items():
             if not isinstance(line.get(field), kind):
-                raise InputError(f'{where}: "{field}" must be {_NAMES[kind]}')
+                raise InputError(f'{where}: "{field}" must be {NAMES[kind]}')
         yield where, line
 
 
@@ -60,5 +60,5 @@ def check_entries(where: str, line: Mapping[str, Any], entries: Mapping[str, Map
             if not (
                 isinstance(entry, dict) and all(isinstance(entry.get(field), kind) for field, kind in wants.items())
             ):
-                fields = " and ".join(f'"{field}" ({_NAMES[kind]})' for field, kind in wants.items())
+                fields = " and ".join(f'"{field}" ({NAMES[kind]})' for field, kind in wants.items())
                 raise InputError(f'{where}: each of "{name}" needs {fields}')

@@ -16,34 +16,89 @@ an empty caption; past the share --max-failed the run stops with exit status 1.
 With --captions FILE, lines {"id", "caption"} that were made elsewhere are measured, and no model is needed. `length`
 is then the mean of their "tokens" if they have it, else counted with the tokenizer of --checkpoint if it is named,
 else null. A clip without a caption counts as one that failed.
+
+  avocado evaluate daily-omni --checkpoint DIR --data daily_omni.json --videos DIR --judge https://HOST/v1 \\
+      --judge-model gpt-4.1
+
+The public benchmarks: --data is their official file, --videos the folder of their clips.
+
+  video-salmonn-2  miss, hallucination, total per hundred events    worldsense  as daily-omni
+  ugc-videocap     audio, visual, detail, average of a hundred      vdc         accuracy of a hundred, score 0 to 5
+  daily-omni       accuracy of a hundred, by type and duration      dream-1k    f1, precision, recall of a hundred
+
+All have dialogue_f1 (where there are reference captions with dialogue), repcol, both of a hundred, and length, and
+need no judge for them. The judge is an OpenAI-compatible endpoint (--judge URL, its key in the environment), or with
+--judge-model DIR alone a text or thinker checkpoint on this machine. Answers are checked; what is not answered as it
+was asked is counted under "missing" and left out of the figures. With --rounds N (7 for video-salmonn-2, as published)
+the judge is asked as often, and the round of the median is reported with the spread of all. The judge's prompts are
+our own words; --prompts DIR takes others, without which figures are not comparable to published ones.
+
+Into --out DIR go captions.jsonl, answers/ (raw answers: no question is asked again), result.json, table.md beside the
+published figures, items.jsonl and page.html, to read captions with their verdicts. --shard I/N, from 1/N to N/N on
+several hosts with one --out, makes captions only, each host its own; a run without it then goes on from all of them.
+`avocado report DIR...` puts results together.
 """
 
 import argparse
 import json
 import sys
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-from avocado_jax.checkpoint.load import identity, named_checkpoint
+from avocado_jax.checkpoint.load import identity, named_checkpoint, open_language_model
 from avocado_jax.data.words import load_words
 from avocado_jax.errors import InputError
+from avocado_jax.eval.benchmarks import BENCHMARKS
+from avocado_jax.eval.benchmarks.benchmark import Benchmark, Record
 from avocado_jax.eval.captioner import computing_dtype, load_captioner
+from avocado_jax.eval.judging import Judge, judge_captions, read_prompts
+from avocado_jax.eval.local_judge import LocalJudge
 from avocado_jax.eval.metrics import world_metrics
+from avocado_jax.eval.public import find_video, results, write
 from avocado_jax.eval.runner import Caption, How, Item, Outcome, TooManyFailed, caption_items, digest, read_captions
+from avocado_jax.eval.tables import result_table
+from avocado_jax.remote.chat import ChatClient, Endpoint
 from avocado_jax.world.truth import read_truth
 
-BENCHMARKS = ("world",)
 EMPTY = Caption("", 0)
+JUDGED = ("videos", "judge", "judge_model", "prompts", "rounds", "shard")  # of the public benchmarks alone
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command."""
-    parser.add_argument("benchmark", choices=BENCHMARKS, metavar="BENCHMARK", help="world")
-    parser.add_argument("--data", required=True, type=Path, metavar="FILE", help="clips.jsonl of `avocado world`")
+    names = ("world", *BENCHMARKS)
+    parser.add_argument("benchmark", choices=names, metavar="BENCHMARK", help=", ".join(names))
+    parser.add_argument(
+        "--data", required=True, type=Path, metavar="FILE", help="clips.jsonl of `avocado world`, or the official file"
+    )
     parser.add_argument("--checkpoint", metavar="DIR", help="the model (default: the one that is shipped)")
     parser.add_argument("--captions", type=Path, metavar="FILE", help="measure these instead of asking a model")
     parser.add_argument(
-        "--out", type=Path, metavar="FILE", help="where captions are kept (default: captions-*.jsonl beside the data)"
+        "--out",
+        type=Path,
+        metavar="PATH",
+        help="world: the file of captions (default: captions-*.jsonl beside the data); else a folder for all that is "
+        "made (default: BENCHMARK-* beside the data)",
     )
+    parser.add_argument("--videos", type=Path, metavar="DIR", help="holds the clips of a public benchmark")
+    parser.add_argument("--judge", metavar="URL", help="of an OpenAI-compatible API: https://HOST/v1")
+    parser.add_argument("--judge-model", metavar="MODEL", help="its name there, or a checkpoint's folder here")
+    parser.add_argument(
+        "--judge-key", default="OPENAI_API_KEY", metavar="VARIABLE", help="holds the API key (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--judge-patience",
+        type=float,
+        default=600.0,
+        metavar="SECONDS",
+        help="after which a question without an answer is missing (default: %(default)g)",
+    )
+    parser.add_argument("--prompts", type=Path, metavar="DIR", help="of the judge: see eval/prompts/README.md")
+    parser.add_argument("--rounds", type=int, metavar="N", help="of the judge (default: as published, 1 for a folder)")
+    parser.add_argument("--shard", metavar="I/N", help="make the captions of every Nth clip and no more")
     parser.add_argument("--no-audio", action="store_true", help="look without listening")
     parser.add_argument("--no-picture", action="store_true", help="listen without looking: every frame is grey")
     parser.add_argument("--max-new-tokens", type=int, default=2048, metavar="N", help="default: %(default)s")
@@ -60,26 +115,39 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Caption, measure, print. Returns the exit status."""
-    for name in ("max_new_tokens", "batch", "limit"):
+    for name in ("max_new_tokens", "batch", "limit", "rounds"):
         if (value := getattr(args, name)) is not None and value < 1:
             raise InputError(f"--{name.replace('_', '-')} is {value}, at least 1 is asked for")
     if not 0 <= args.max_failed <= 1:
         raise InputError(f"--max-failed is {args.max_failed}, a share from 0 to 1 is asked for")
+    try:
+        return _world(args) if args.benchmark == "world" else _public(args, BENCHMARKS[args.benchmark])
+    except TooManyFailed as error:
+        print(f"avocado evaluate: {error}", file=sys.stderr)
+        return 1
+
+
+def _world(args: argparse.Namespace) -> int:
+    if given := [name for name in JUDGED if getattr(args, name) is not None]:
+        raise InputError(f"--{given[0].replace('_', '-')} is for the public benchmarks, world needs no judge")
     if args.captions and args.out:
         raise InputError("--out is for captions that are made, --captions for such as there are")
     every = read_truth(args.data, None if args.captions else {"video": str})
     records = dict(list(every.items())[: args.limit])
-    try:
-        outcome = _given(args, every, list(records)) if args.captions else _made(args, records)
-    except TooManyFailed as error:
-        print(f"avocado evaluate: {error}", file=sys.stderr)
-        return 1
+    if args.captions:
+        outcome = _given(args, every, list(records))
+    else:
+        for one in records.values():
+            if not isinstance(one.get("prompt", ""), str):
+                raise InputError(f'{args.data}: the "prompt" of {one["id"]} must be a string')
+        folder = args.data.parent
+        items = [Item(one["id"], folder / one["video"], one.get("prompt") or None) for one in records.values()]
+        how = How(args.max_new_tokens, computing_dtype(args.dtype), not args.no_audio, not args.no_picture)
+        outcome = _made(args, items, how, lambda known: args.out or folder / f"captions-{known}.jsonl")
     captions = [outcome.captions.get(name, EMPTY) for name in records]
     texts, lengths = zip(*captions)
     metrics = world_metrics(texts, lengths, list(records.values()))
-    if outcome.failed:
-        told = f"{len(outcome.failed)} of {len(records)} clips failed; their captions count as empty"
-        print(f"avocado evaluate: {told}", file=sys.stderr)
+    _told(outcome, len(records))
     if args.json:
         failed = {"failed": list(outcome.failed)} if outcome.failed else {}
         print(json.dumps({"metrics": metrics, "n": len(records), **failed}))
@@ -90,27 +158,111 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _made(args: argparse.Namespace, records: dict[str, dict]) -> Outcome:
-    """Captions of the checkpoint."""
-    folder = args.data.parent
-    for one in records.values():
-        if not isinstance(one.get("prompt", ""), str):
-            raise InputError(f'{args.data}: the "prompt" of {one["id"]} must be a string')
-    items = [Item(one["id"], folder / one["video"], one.get("prompt") or None) for one in records.values()]
-    if not any(item.video.exists() for item in items):
+def _public(args: argparse.Namespace, benchmark: Benchmark) -> int:
+    if args.judge and not args.judge_model:
+        raise InputError("--judge needs --judge-model, the model's name there")
+    if args.captions is None and args.videos is None:
+        raise InputError("--videos DIR is asked for, where the clips are, or --captions FILE")
+    if args.captions and args.shard:
+        raise InputError("--shard is for captions that are made, --captions for such as there are")
+    prompts = read_prompts(benchmark, args.prompts)
+    if args.judge:  # its mistakes are told before hours of captioning
+        ChatClient(Endpoint(args.judge, args.judge_model)).close()
+    elif args.judge_model:
+        open_language_model(args.judge_model)
+    every = benchmark.read(args.data)
+    records = every[: args.limit]
+    videos = {one.id: find_video(args.videos, one) for one in records} if args.videos else {}
+    if args.captions:
+        named = args.captions.with_suffix("")
+        folder = args.out or args.data.parent / f"{benchmark.name}-{named.name}"
+        outcome = _given(args, {one.id: one for one in every}, [one.id for one in records])
+        model = named.name.encode(errors="replace").decode()
+    else:
+        outcome, folder = _captioned(args, benchmark, records, videos)
+        model = args.checkpoint or "the shipped captioner"
+        if args.shard:
+            return 0
+    _told(outcome, len(records))
+    folder.mkdir(parents=True, exist_ok=True)
+    captions = {one.id: outcome.captions.get(one.id, EMPTY) for one in records}
+    texts = {name: caption.text for name, caption in captions.items()}
+    rounds, asked = [], None
+    if args.judge_model:
+        asked = {"model": args.judge_model, "prompts": str(args.prompts) if args.prompts else "our own"}
+        count = args.rounds or (benchmark.rounds if args.judge else 1)
+        with _judge(args, folder) as judge:
+            rounds = judge_captions(benchmark, records, texts, judge, prompts, count)
+    result, lines = results(benchmark, records, captions, list(outcome.failed), rounds, asked, model)
+    write(folder, result, lines, videos)
+    print(json.dumps(result) if args.json else result_table(result) + f"\n{folder / 'page.html'}")
+    if asked and result["missing"] == result["asked"]:
+        why = next(iter(result["why"]), "nothing was asked")
+        print(f"avocado evaluate: no answer of the judge is valid: {why}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _captioned(
+    args: argparse.Namespace, benchmark: Benchmark, records: Sequence[Record], videos: dict[str, Path]
+) -> tuple[Outcome, Path]:
+    """Captions of the checkpoint, those that other hosts made among them, and the folder they are kept in."""
+    sound = benchmark.sound and not args.no_audio
+    how = How(args.max_new_tokens, computing_dtype(args.dtype), sound, not args.no_picture)
+    items = [Item(one.id, videos[one.id], one.prompt) for one in records]
+    part, parts = _shard(args.shard)
+    name = f"captions.{part}-of-{parts}.jsonl" if args.shard else "captions.jsonl"
+    made: list[Path] = []
+
+    def file(known: str) -> Path:
+        made.append(args.out or args.data.parent / f"{benchmark.name}-{known}")
+        return made[0] / name
+
+    outcome = _made(args, items[part - 1 :: parts], how, file, benchmark.frames)
+    return outcome, made[0]
+
+
+def _shard(given: str | None) -> tuple[int, int]:
+    """Which part of how many."""
+    if given is None:
+        return 1, 1
+    numbers = given.split("/")
+    if len(numbers) == 2 and all(number.isdecimal() for number in numbers):
+        part, parts = map(int, numbers)
+        if 1 <= part <= parts:
+            return part, parts
+    raise InputError(f"--shard is {given!r}, not I/N with I from 1 to N")
+
+
+def _judge(args: argparse.Namespace, folder: Path) -> AbstractContextManager[Judge]:
+    """Who is asked: the endpoint, or a checkpoint here."""
+    cache = folder / "answers"
+    if not args.judge:
+        return LocalJudge(args.judge_model, computing_dtype(args.dtype), cache, args.batch)
+    return ChatClient(Endpoint(args.judge, args.judge_model, args.judge_key, cache, patience=args.judge_patience))
+
+
+def _made(args: argparse.Namespace, items: list[Item], how: How, file: Any, frames: int | None = None) -> Outcome:
+    """Captions of the checkpoint, kept in `file(digest of what makes them)`; clips of so many frames at most."""
+    if items and not any(item.video.exists() for item in items):
         raise InputError(f"{items[0].video}: no such file, nor any other video of {args.data}")
     checkpoint = named_checkpoint(args.checkpoint)
-    how = How(args.max_new_tokens, computing_dtype(args.dtype), not args.no_audio, not args.no_picture)
     known = identity(checkpoint)
-    file = args.out or folder / f"captions-{digest([known, vars(how)])[:8]}.jsonl"
+    if frames:
+        known = f"{known} {frames}"
+    place = file(digest([known, vars(how)])[:8])
 
     def load():
-        return load_captioner(checkpoint, None, how.dtype)
+        captioner = load_captioner(checkpoint, None, how.dtype)
+        reading = captioner.reading
+        most = min(reading.most_frames, frames or reading.most_frames)
+        return captioner._replace(reading=replace(reading, most_frames=most))
 
-    return caption_items(items, load, known, how, file, args.batch, args.max_failed)
+    others = [] if args.benchmark == "world" else sorted(set(place.parent.glob("captions*.jsonl")) - {place})
+    return caption_items(items, load, known, how, place, args.batch, args.max_failed, others)
 
 
-def _given(args: argparse.Namespace, every: dict[str, dict], wanted: list[str]) -> Outcome:
+def _given(args: argparse.Namespace, every: dict[str, Any], wanted: list[str]) -> Outcome:
     """Captions made elsewhere."""
     captions = read_captions(args.captions, every)
     tokenizer = load_words(named_checkpoint(args.checkpoint).side_files) if args.checkpoint else None
@@ -126,3 +278,9 @@ def _given(args: argparse.Namespace, every: dict[str, dict], wanted: list[str]) 
             f"the share of {args.max_failed:g} is allowed (--max-failed)"
         )
     return Outcome(captions, failed)
+
+
+def _told(outcome: Outcome, count: int) -> None:
+    if outcome.failed:
+        told = f"{len(outcome.failed)} of {count} clips failed; their captions count as empty"
+        print(f"avocado evaluate: {told}", file=sys.stderr)

@@ -1,5 +1,6 @@
 """Rows: a clip and its prompt as the arrays the model reads, and padding of rows to one shape."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -76,6 +77,26 @@ def make_row(media: Media, prompt: Prompt, config: ThinkerConfig, reading: Readi
         patch_valid=seen.valid,
         mel=(chunked := mel_chunks(mel, 2 * config.audio.window))[0],
         mel_length=chunked[1],
+    )
+    return Row(clip, tokens)
+
+
+def text_row(ids: Sequence[int]) -> Row:
+    """A prompt of text alone, media neither seen nor heard. It is batched with others of its kind."""
+    tokens = np.asarray(ids, np.int32)
+    many = len(tokens) - 1
+    clip = Clip(
+        tokens=tokens[:-1],
+        positions=_line(0, many).astype(np.int32),
+        length=np.int32(many),
+        media=np.full(many, -1, np.int32),
+        first=tokens[-1],
+        start=np.int32(many),
+        patches=np.zeros((0, 1, 4, 0), np.uint8),
+        patch_grid=np.zeros((1, 4, 2), np.int32),
+        patch_valid=np.zeros((1, 4), bool),
+        mel=np.zeros((0, 0, 0), np.float32),
+        mel_length=np.zeros(0, np.int32),
     )
     return Row(clip, tokens)
 

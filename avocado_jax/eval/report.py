@@ -189,9 +189,9 @@ def _checked(name: str, value: Any) -> Any:
     return [{key: one[key] for key in (*wanted, "dimension") if isinstance(one.get(key), str)} for one in whole]
 
 
-def page(data: Mapping[str, Any]) -> str:
-    """The page. No text of `data` can end its script, or become markup."""
-    html, style, script = ((PARTS / f"page.{kind}").read_text(encoding="utf-8") for kind in ("html", "css", "js"))
+def page(data: Mapping[str, Any], parts: Path = PARTS) -> str:
+    """The page of which `parts` holds html, css and js. No text of `data` can end its script, or become markup."""
+    html, style, script = ((parts / f"page.{kind}").read_text(encoding="utf-8") for kind in ("html", "css", "js"))
     hashed = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     held = json.dumps(data, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
     for name, text in {"hash": f"sha256-{hashed}", "style": style, "script": script}.items():

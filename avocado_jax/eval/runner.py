@@ -24,13 +24,14 @@ from avocado_jax.data.decode import read_media
 from avocado_jax.data.prompt import SYSTEM
 from avocado_jax.data.rows import Row, Shape, rounded, shape_of
 from avocado_jax.errors import InputError
-from avocado_jax.jsonl import read_lines
+from avocado_jax.jsonl import parse_lines, read_lines
 from avocado_jax.progress import progress
 from avocado_jax.sampling.captioner import GREEDY, Captioner, caption_rows, words
 
 T = TypeVar("T")
 R = TypeVar("R")
 SHAPE_BITS = 2  # of each size that clips are padded to: fewer programs to compile than `rounded` makes by default
+KEPT = {"id": str, "caption": str, "tokens": int, "key": str}
 HELD = 4  # batches' worth of clips that wait for others of their shape, at most
 GREY = 128
 FAILURES = (InputError, MemoryError, jax.errors.JaxRuntimeError)  # of one clip: the others are still captioned
@@ -86,6 +87,7 @@ def caption_items(
     file: Path,
     batch: int,
     max_failed: float,
+    others: Sequence[Path] = (),
 ) -> Outcome:
     """Greedy captions of all items, those that `file` holds among them.
 
@@ -96,6 +98,7 @@ def caption_items(
         load: makes the captioner; not called where nothing is left to do.
         identity: of the checkpoint.
         max_failed: share of the items.
+        others: more files that hold captions, such as those of other hosts; they are only read.
 
     Raises:
         InputError: `file` cannot be written, is in use or holds other things.
@@ -103,9 +106,10 @@ def caption_items(
     """
     keys = {item.id: caption_key(item, identity, how) for item in items}
     with _kept(file) as (out, lines):
+        every = [*(line for other in others for line in _whole(other)), *lines]
         made = {
             line["id"]: Caption(line["caption"], line["tokens"])
-            for line in lines
+            for line in every
             if keys.get(line["id"]) == line["key"]
         }
         left = [item for item in items if item.id not in made]
@@ -164,8 +168,14 @@ def _kept(file: Path) -> Iterator[tuple[BinaryIO, list[dict[str, Any]]]]:
         out.seek(0)
         whole = out.read().rfind(b"\n") + 1
         os.truncate(out.fileno(), whole)
-        wanted = {"id": str, "caption": str, "tokens": int, "key": str}
-        yield out, [line for _, line in read_lines(file, wanted)] if whole else []
+        yield out, [line for _, line in read_lines(file, KEPT)] if whole else []
+
+
+def _whole(file: Path) -> list[dict[str, Any]]:
+    """The lines of a file of captions that another run may be writing to."""
+    data = file.read_bytes()
+    whole = data[: data.rfind(b"\n") + 1]
+    return [line for _, line in parse_lines(whole, str(file), KEPT)] if whole else []
 
 
 def _captioned(

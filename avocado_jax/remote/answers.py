@@ -12,8 +12,8 @@ ATTEMPTS = 256  # openings of an object that are tried: a hostile answer may hol
 
 
 def response_format(schema: type[BaseModel]) -> dict[str, Any]:
-    """The field of a request that asks for an answer of this shape."""
-    named = {"name": schema.__name__, "schema": schema.model_json_schema(), "strict": True}
+    """The field of a request that asks for an answer of this shape, and of nothing beside it."""
+    named = {"name": schema.__name__, "schema": _closed(schema.model_json_schema()), "strict": True}
     return {"response_format": {"type": "json_schema", "json_schema": named}}
 
 
@@ -48,6 +48,16 @@ def objects(text: str) -> list[dict[str, Any]]:
         except (ValueError, RecursionError):
             place += 1
     return found
+
+
+def _closed(schema: Any) -> Any:
+    """The schema with no field but its own in any object, as strict endpoints ask for; answers may have more."""
+    if isinstance(schema, list):
+        return [_closed(one) for one in schema]
+    if not isinstance(schema, dict):
+        return schema
+    closed = {name: _closed(value) for name, value in schema.items()}
+    return {**closed, "additionalProperties": False} if schema.get("type") == "object" else closed
 
 
 def _fields(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

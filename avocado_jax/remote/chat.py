@@ -40,7 +40,7 @@ class Endpoint:
     cache: Path | None = None  # a folder that any number of processes may share
     concurrency: int = 16  # calls at once
     timeout: float = 60.0  # seconds that a call may take, to its last byte
-    patience: float = 600.0  # seconds after which a question is given up, if it has no deadline of its own
+    patience: float = 600.0  # seconds, once its turn has come, after which a question without a deadline is given up
     tries: int = 3  # answers taken to a question until one can be read
     max_calls: int = 1_000_000  # of one client: what it may cost
     max_tokens: int | None = None  # of one client, questions and answers together: the other bound of what it may cost
@@ -91,7 +91,8 @@ class ChatClient:
         self._answered = False
         self._unformatted = False  # the endpoint does not know `response_format`
         self._session: aiohttp.ClientSession | None = None
-        self._slots = asyncio.Semaphore(endpoint.concurrency)
+        self._slots = asyncio.Semaphore(endpoint.concurrency)  # calls
+        self._turns = asyncio.Semaphore(endpoint.concurrency)  # questions without a deadline of their own
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name=endpoint.name, daemon=True)
         self._thread.start()
@@ -113,7 +114,7 @@ class ChatClient:
                 The question is then asked again, up to `tries` times.
             options: more fields of this request, such as `answers.response_format`.
             sample: the same question with another number is another question: for repeated measurements.
-            deadline: of the loop's clock; default: `patience` from now.
+            deadline: of the loop's clock; default: `patience` from when the question's turn has come.
         """
         body = {"model": self.endpoint.model, "messages": list(messages), **self.endpoint.options, **(options or {})}
         name = hashlib.sha256(json.dumps([body, sample], sort_keys=True).encode()).hexdigest()
@@ -126,8 +127,6 @@ class ChatClient:
                     return Reply(value, known)
                 except Malformed:
                     pass  # another reader took it; ours asks again
-            if deadline is None:
-                deadline = self._loop.time() + self.endpoint.patience
             task = self._asking[name] = asyncio.create_task(self._complete(name, body, read, deadline))
             task.add_done_callback(lambda _: self._asking.pop(name))
         return await task
@@ -188,8 +187,11 @@ class ChatClient:
         if self._session:
             await self._session.close()
 
-    async def _complete(self, name: str, body: dict, read: Callable[[str], T], deadline: float) -> Reply[T]:
+    async def _complete(self, name: str, body: dict, read: Callable[[str], T], deadline: float | None) -> Reply[T]:
         """Ask until an answer can be read, or nothing more is to be had."""
+        if deadline is None:
+            async with self._turns:  # waiting for the others is no reason to be given up
+                return await self._complete(name, body, read, self._loop.time() + self.endpoint.patience)
         tries, pause, text, why = 0, FIRST_PAUSE, "", ""
         try:
             async with asyncio.timeout_at(deadline):

@@ -3,6 +3,7 @@
 import json
 import os
 import runpy
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,12 +12,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from avocado_jax.__main__ import main
 from avocado_jax.checkpoint import load
 from avocado_jax.data.rows import rounded, shape_of
 from avocado_jax.eval import runner
 from avocado_jax.eval.captioner import load_captioner
+from avocado_jax.eval.local_judge import LocalJudge
 from avocado_jax.models.config import SIZES, TINY
 from avocado_jax.sampling.generate import Samples
 
@@ -279,6 +282,75 @@ def test_what_is_wrong_is_said_in_one_line(world, checkpoint, capsys, tmp_path, 
         assert main(["evaluate", "world", "--data", data, *model, "--out", str(tmp_path / "x.jsonl")]) == 2
         assert message in capsys.readouterr().err
     reading.write_text(held)
+
+
+ANSWER, SAYS = '{"answer": "A"}', 266  # the first id that the tokenizer leaves free
+
+
+def one_sided(checkpoint, folder):
+    """A checkpoint that answers A, whatever it is asked: no layer adds anything, and each token has its successor."""
+    shutil.copytree(checkpoint, folder)
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": False}
+    tokenizer["added_tokens"].append({"id": SAYS, "content": ANSWER, **plain})
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    line_end = tokenizer["model"]["vocab"]["\u010a"]
+    stop = next(token["id"] for token in tokenizer["added_tokens"] if token["content"] == "<|im_end|>")
+    for file in folder.glob("*.safetensors"):
+        tensors = load_file(file)
+        for name, tensor in tensors.items():
+            if name.endswith(("o_proj.weight", "down_proj.weight")):
+                tensor[:] = 0
+            if name.endswith("model.norm.weight"):
+                tensor[:] = 1
+        known = {name: tensor for name, tensor in tensors.items() if "embed_tokens" in name or "lm_head" in name}
+        for name, head in known.items():
+            if "lm_head" in name:
+                embedding = next(tensor for other, tensor in known.items() if "embed_tokens" in other)
+                head[:] = 0
+                head[SAYS], head[stop] = 9 * embedding[line_end], 9 * embedding[SAYS]
+        save_file(tensors, file, {"format": "pt"})
+    return folder
+
+
+def test_a_public_benchmark_from_clips_to_figures_without_a_network(world, checkpoint, capsys, tmp_path):
+    """Captions by one model and answers by another, in two shards: A is right in four questions of six."""
+    clips = [json.loads(line) for line in (world / "clips.jsonl").read_text().splitlines()]
+    questions = [
+        {
+            "video_id": Path(clip["video"]).stem,
+            "video_duration": "30s",
+            "questions": [{"Question": "Which?", "Choice": ["A. x", "B. y"], "Answer": "AAB"[n % 3], "Type": "Any"}],
+        }
+        for n, clip in enumerate(clips)
+    ]
+    data, out = tmp_path / "questions.json", tmp_path / "out"
+    data.write_text(json.dumps(questions))
+    command = ["evaluate", "daily-omni", "--data", str(data), "--videos", str(world / "clips"), "--out", str(out)]
+    command += ["--checkpoint", str(checkpoint), *OPTIONS]
+    capsys.readouterr()
+    for shard in ("1/2", "2/2"):
+        assert main([*command, "--shard", shard]) == 0
+    assert capsys.readouterr().out == ""
+    assert sorted(path.name for path in out.iterdir()) == ["captions.1-of-2.jsonl", "captions.2-of-2.jsonl"]
+    assert [len(path.read_text().splitlines()) for path in sorted(out.iterdir())] == [3, 3]
+    judge = ["--judge-model", str(one_sided(checkpoint, tmp_path / "judge"))]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runner, "_captioned", None)  # what the shards made is all there is to make
+        assert main([*command, *judge]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert (result["n"], result["asked"], result["missing"], result["failed"]) == (CLIPS, CLIPS, 0, [])
+    assert result["metrics"]["accuracy"] == pytest.approx(100 * 4 / 6)
+    assert result["metrics"]["length"] > 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(LocalJudge, "_answers", None)  # answers are kept
+        assert main([*command, *judge]) == 0
+    assert json.loads(capsys.readouterr().out) == result
+    # A model that babbles gives no answer that could be read: all are missing, and the run has failed.
+    assert main([*command, "--limit", "1", "--judge-model", str(checkpoint)]) == 1
+    said = capsys.readouterr()
+    assert json.loads(said.out)["missing"] == 1
+    assert "no answer of the judge is valid" in said.err
 
 
 def test_two_runs_do_not_share_a_file(world, checkpoint, capsys, tmp_path):

@@ -140,6 +140,17 @@ def test_many_are_asked_a_few_at_once_as_they_are_drawn():
     assert server.most <= 4
 
 
+def test_waiting_for_a_turn_is_not_held_against_a_question():
+    """Of two that are asked at once, one at a time, the first is never answered; the second has its own patience."""
+    with (
+        chat_server(lambda number, _: "hang" if number == 0 else '{"dogs": 1}') as server,
+        ChatClient(Endpoint(server.url, "m", concurrency=1, patience=2.0)) as client,
+    ):
+        replies = dict(client.each((client.ask(DOG, count, sample=number) for number in range(2)), at_once=2))
+    assert sorted(reply.value is None for reply in replies.values()) == [False, True]
+    assert client.counts["late"] == 1
+
+
 @pytest.mark.parametrize(
     ("text", "dogs"),
     [

@@ -1,0 +1,141 @@
+"""What a public benchmark is: records from its official file, questions to a judge, and what the answers come to."""
+
+import json
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol, TypeVar
+
+from pydantic import BaseModel, model_validator
+
+from avocado_jax.errors import InputError
+from avocado_jax.jsonl import NAMES
+from avocado_jax.remote.chat import Reply
+
+A = TypeVar("A", bound=BaseModel)
+Unit = dict[
+    str, Any
+]  # one thing that was asked: what came of it, or "why" there is no valid answer; perhaps its "type"
+
+
+@dataclass(frozen=True)
+class Record:
+    """One clip of a benchmark."""
+
+    id: str  # as the official file has it
+    videos: tuple[str, ...]  # file names under which the clip may lie; without a suffix: any
+    prompt: str | None  # what a captioner is asked; None: its own question
+    reference: str | None  # a caption, if the benchmark has any
+    truth: Any  # what the judge compares with
+    groups: Mapping[str, str] = field(default_factory=dict)  # such as its duration: figures are given for each
+
+
+class Judged(NamedTuple):
+    """A record and what the judge said of its caption in one round."""
+
+    record: Record
+    units: list[Unit]
+
+
+class Ask(Protocol):
+    """Asks the judge in the words of a prompt's file."""
+
+    def __call__(
+        self, prompt: str, fields: Mapping[str, Any], schema: type[A], check: Callable[[A], Any] = ...
+    ) -> Awaitable[Reply[Any]]:
+        """The answer as `check` gives it, which raises Malformed where it is not as it must be."""
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """One public benchmark."""
+
+    name: str
+    title: str
+    prompts: tuple[str, ...]  # the judge's, files of eval/prompts
+    read: Callable[[Path], list[Record]]  # the official file; InputError: it is not
+    judge: Callable[[Record, str, Ask], Awaitable[list[Unit]]]
+    measure: Callable[[Sequence[Judged]], dict[str, float | None]]  # answers that are not valid left out
+    headline: str  # the measure by which the median round is chosen
+    rounds: int = 1  # how often the judge is asked, as published
+    sound: bool = True
+    frames: int | None = None  # of a clip at most, where that is less than usual
+
+
+class Answer(BaseModel):
+    """A judge's answer. Upper and lower case of its fields is one: official prompts write them as they like."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _lower(cls, held: Any) -> Any:
+        if not isinstance(held, dict):
+            return held
+        lowered = {name.strip().lower(): value for name, value in held.items()}
+        if len(lowered) < len(held):
+            raise ValueError("a field twice")
+        return lowered
+
+
+def read_json(path: Path, kind: type) -> Any:
+    """The JSON value of a file.
+
+    Raises:
+        InputError: the file cannot be read, is cut or otherwise no JSON, or holds another kind of value.
+    """
+    try:
+        held = json.loads(path.read_bytes())
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path}: not JSON, or not all of it: {error}") from None
+    if not isinstance(held, kind):
+        raise InputError(f"{path}: must be {NAMES[kind]} of the benchmark's clips")
+    return held
+
+
+def checked(where: str, held: Any, fields: Mapping[str, Any]) -> dict[str, Any]:
+    """An object of an official file, seen to have these fields, of these types; a list holds what its list names.
+
+    Raises:
+        InputError: it is not so.
+    """
+    if not isinstance(held, dict):
+        raise InputError(f"{where}: not an object")
+    for name, kind in fields.items():
+        inner = kind[0] if isinstance(kind, list) else None
+        value = held.get(name)
+        if not isinstance(value, list if inner else kind) or (inner and not all(isinstance(v, inner) for v in value)):
+            wanted = f"a list of which each is {NAMES[inner]}" if inner else NAMES[kind]
+            raise InputError(f'{where}: "{name}" must be {wanted}')
+    return held
+
+
+def all_different(path: Path, records: Iterator[Record]) -> list[Record]:
+    """The records of a file, which are some and have ids of their own.
+
+    Raises:
+        InputError: they do not.
+    """
+    found: dict[str, Record] = {}
+    for record in records:
+        if record.id in found:
+            raise InputError(f"{path}: a second clip {json.dumps(record.id)}")
+        found[record.id] = record
+    if not found:
+        raise InputError(f"{path}: holds no clip")
+    return list(found.values())
+
+
+def valid(judged: Sequence[Judged]) -> list[Unit]:
+    """All units with a valid answer."""
+    return [unit for one in judged for unit in one.units if "why" not in unit]
+
+
+def percent(part: float, whole: float) -> float | None:
+    """Of a hundred; None of nothing."""
+    return 100 * part / whole if whole else None
+
+
+def mean(values: Sequence[float]) -> float | None:
+    """None of nothing."""
+    return sum(values) / len(values) if values else None

@@ -1,0 +1,29 @@
+"""Daily-Omni: questions on what is seen and heard together, answered from the caption alone."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from avocado_jax.eval.benchmarks.benchmark import Benchmark, Record, all_different, checked, read_json
+from avocado_jax.eval.benchmarks.choices import judge, measure, question
+
+
+def read(path: Path) -> list[Record]:
+    """The official file: a list of {"video_id", "video_duration", "questions": [{"Question", "Choice", "Answer"}]}."""
+    return all_different(path, _records(path))
+
+
+def _records(path: Path) -> Iterator[Record]:
+    fields = {"Question": str, "Choice": [str], "Answer": str, "Type": str}
+    for number, held in enumerate(read_json(path, list), start=1):
+        where = f"{path}: clip {number}"
+        one = checked(where, held, {"video_id": str, "video_duration": str, "questions": [dict]})
+        asked = [
+            question(where, own["Question"], own["Choice"], own["Answer"], own["Type"])
+            for own in (checked(where, own, fields) for own in one["questions"])
+        ]
+        name = one["video_id"]
+        places = (name, f"{name}/{name}_video.mp4")
+        yield Record(name, places, None, None, asked, {"duration": one["video_duration"]})
+
+
+BENCHMARK = Benchmark("daily-omni", "Daily-Omni", ("multiple-choice",), read, judge, measure, "accuracy", frames=256)

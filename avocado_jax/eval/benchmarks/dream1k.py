@@ -1,0 +1,111 @@
+"""DREAM-1K: events of the reference that a caption entails, and events of the caption that the reference entails."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path, PurePosixPath
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from avocado_jax.errors import InputError
+from avocado_jax.eval.benchmarks.benchmark import (
+    Answer,
+    Ask,
+    Benchmark,
+    Judged,
+    Record,
+    Unit,
+    all_different,
+    checked,
+    mean,
+    valid,
+)
+from avocado_jax.jsonl import read_lines
+from avocado_jax.remote.call import Malformed
+
+MOST = 10  # events of a caption that count
+
+
+class Told(Answer):
+    """The events of a caption."""
+
+    events: list[Annotated[str, Field(min_length=1)]]
+
+
+class Verdict(Answer):
+    """Of one event."""
+
+    number: int
+    verdict: Literal["entailment", "neutral", "contradiction"]
+
+
+class Verdicts(Answer):
+    """Of every event."""
+
+    verdicts: list[Verdict]
+
+
+def read(path: Path) -> list[Record]:
+    """The official file: lines {"messages": [user, assistant], "dataset", "extra_info": {"events"}}."""
+    return all_different(path, _records(path))
+
+
+def _records(path: Path) -> Iterator[Record]:
+    for where, line in read_lines(path, {"messages": list, "extra_info": dict}):
+        events = checked(where, line["extra_info"], {"events": [str]})["events"]
+        parts = [
+            checked(where, part, {})
+            for turn in line["messages"]
+            for part in checked(where, turn, {"content": [dict]})["content"]
+        ]
+        videos = [held["video"] for held in parts if isinstance(held.get("video"), Mapping)]
+        names = [video["video_file"] for video in videos if isinstance(video.get("video_file"), str)]
+        texts = [part["reference"] for part in parts if isinstance(part.get("reference"), str)]
+        asked = [part["text"] for part in parts if isinstance(part.get("text"), str)]
+        if len(names) != 1 or len(texts) != 1 or not events or not asked:
+            raise InputError(f'{where}: it must have one "video_file", one "reference", a question and events')
+        subset = line.get("dataset")
+        groups = {"subset": subset} if isinstance(subset, str) else {}
+        yield Record(PurePosixPath(names[0]).stem, (names[0],), asked[0], texts[0], events, groups)
+
+
+async def judge(record: Record, caption: str, ask: Ask) -> list[Unit]:
+    """Two units, {"what": "recall" or "precision", "events", "verdicts"}: the shares are over the events of each."""
+    units = [await _entailed(ask, "recall", record.truth, caption)]
+    told = await ask("dream-1k-events", {"caption": caption}, Told)
+    if told.value is None:
+        return [*units, {"what": "precision", "why": told.why}]
+    return [*units, await _entailed(ask, "precision", told.value.events[:MOST], record.reference)]
+
+
+async def _entailed(ask: Ask, what: str, events: Sequence[str], text: str) -> Unit:
+    unit = {"what": what, "events": list(events)}
+    if not events:  # a caption that tells of no event
+        return unit | {"verdicts": []}
+
+    def check(answer: Verdicts) -> list[str]:
+        by_number = {one.number: one.verdict for one in answer.verdicts}
+        if len(by_number) < len(answer.verdicts) or by_number.keys() != set(range(1, len(events) + 1)):
+            raise Malformed(f"{len(events)} events were asked about, the answer has {sorted(by_number)[:50]}")
+        return [by_number[number] for number in range(1, len(events) + 1)]
+
+    fields: dict[str, Any] = {"events": {str(n): event for n, event in enumerate(events, start=1)}, "text": text}
+    reply = await ask("dream-1k-entailment", fields, Verdicts, check)
+    return unit | ({"why": reply.why} if reply.value is None else {"verdicts": reply.value})
+
+
+def measure(judged: Sequence[Judged]) -> dict[str, float | None]:
+    """Means over clips of both shares, of a hundred, and the F1 of the means. No event told is a precision of 0."""
+    shares: dict[str, list[float]] = {"precision": [], "recall": []}
+    for unit in valid(judged):
+        entailed = unit["verdicts"].count("entailment")
+        shares[unit["what"]].append(100 * entailed / max(1, len(unit["verdicts"])))
+    precision, recall = mean(shares["precision"]), mean(shares["recall"])
+    f1 = None
+    if precision is not None and recall is not None:
+        f1 = 2 * precision * recall / (precision + recall) if precision + recall else 0.0
+    return {"f1": f1, "precision": precision, "recall": recall}
+
+
+BENCHMARK = Benchmark(
+    "dream-1k", "DREAM-1K", ("dream-1k-events", "dream-1k-entailment"), read, judge, measure, "f1", sound=False
+)

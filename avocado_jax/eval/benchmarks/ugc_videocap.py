@@ -1,0 +1,60 @@
+"""UGC-VideoCap: a judge grades what a caption says of sound, picture and details, beside the reference."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field
+
+from avocado_jax.eval.benchmarks.benchmark import (
+    Answer,
+    Ask,
+    Benchmark,
+    Judged,
+    Record,
+    Unit,
+    all_different,
+    checked,
+    mean,
+    read_json,
+    valid,
+)
+
+GRADES = ("audio", "visual", "detail")
+Grade = Annotated[int, Field(ge=1, le=5)]
+
+
+class Grades(Answer):
+    """From 1 to 5 each."""
+
+    audio: Grade
+    visual: Grade
+    detail: Grade
+
+
+def read(path: Path) -> list[Record]:
+    """The official file: {"question", "samples": [{"video_id", "path", "answer"}]}."""
+    held = checked(str(path), read_json(path, dict), {"question": str, "samples": list})
+    return all_different(path, _records(path, held))
+
+
+def _records(path: Path, held: dict) -> Iterator[Record]:
+    for number, sample in enumerate(held["samples"], start=1):
+        one = checked(f"{path}: sample {number}", sample, {"video_id": str, "answer": str})
+        yield Record(one["video_id"], (one["video_id"],), held["question"].strip(), one["answer"], None)
+
+
+async def judge(record: Record, caption: str, ask: Ask) -> list[Unit]:
+    """One unit: the three grades."""
+    reply = await ask("ugc-videocap", {"reference": record.reference, "caption": caption}, Grades)
+    return [{"why": reply.why} if reply.value is None else reply.value.model_dump()]
+
+
+def measure(judged: Sequence[Judged]) -> dict[str, float | None]:
+    """The mean of each grade as a share of 5, of a hundred, and the mean of the three."""
+    units = valid(judged)
+    means = {name: mean([20.0 * unit[name] for unit in units]) for name in GRADES}
+    return {**means, "average": mean(list(means.values())) if units else None}
+
+
+BENCHMARK = Benchmark("ugc-videocap", "UGC-VideoCap", ("ugc-videocap",), read, judge, measure, "average")

@@ -1,0 +1,97 @@
+"""video-SALMONN-2 test set: which gold events a caption misses or gets wrong, and what it invents."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import Field
+
+from avocado_jax.errors import InputError
+from avocado_jax.eval.benchmarks.benchmark import (
+    Answer,
+    Ask,
+    Benchmark,
+    Judged,
+    Record,
+    Unit,
+    all_different,
+    checked,
+    percent,
+    read_json,
+    valid,
+)
+from avocado_jax.remote.call import Malformed
+
+MOST = 500  # inventions of a caption: more is no count
+Count = Annotated[int, Field(ge=0)]
+
+
+class Events(Answer):
+    """Events by their numbers, or how many; a prompt may ask for either."""
+
+    missed: list[int] | Count
+    incorrect: list[int] | Count
+    hallucination: list[str] | Count
+
+
+def read(path: Path) -> list[Record]:
+    """The official file: a list of {"video", "conversations": [human, gpt], "events"}."""
+    return all_different(path, _records(path))
+
+
+def _records(path: Path) -> Iterator[Record]:
+    for number, held in enumerate(read_json(path, list), start=1):
+        where = f"{path}: clip {number}"
+        one = checked(where, held, {"video": str, "conversations": [dict], "events": [str]})
+        said = {
+            turn["from"]: turn["value"]
+            for turn in (checked(where, turn, {"from": str, "value": str}) for turn in one["conversations"])
+        }
+        if not {"human", "gpt"} <= said.keys() or not one["events"]:
+            raise InputError(f'{where}: "conversations" must hold a turn of "human" and of "gpt", "events" an event')
+        prompt = said["human"].replace("<image>\n", "").replace("<video>\n", "").strip()
+        yield Record(one["video"], (one["video"],), prompt, said["gpt"], one["events"])
+
+
+async def judge(record: Record, caption: str, ask: Ask) -> list[Unit]:
+    """One unit: {"events" (how many), "missed", "incorrect", "hallucination"}, each as the judge gave it."""
+    events = record.truth
+    numbered = {str(number): text for number, text in enumerate(events, start=1)}
+
+    def check(answer: Events) -> Events:
+        own = [answer.missed, answer.incorrect]
+        named = [number for part in own if isinstance(part, list) for number in part]
+        if len(set(named)) < len(named) or not set(named) <= set(range(1, len(events) + 1)):
+            raise Malformed(f"of {len(events)} events the answer names {named[:50]}")
+        if sum(map(count, own)) > len(events) or count(answer.hallucination) > MOST:
+            raise Malformed(f"{len(events)} events were asked about, the answer counts {answer!r:.200}")
+        return answer
+
+    reply = await ask("video-salmonn-2", {"events": numbered, "caption": caption}, Events, check)
+    if reply.value is None:
+        return [{"why": reply.why}]
+    return [{"events": len(events), **reply.value.model_dump()}]
+
+
+def count(part: list[Any] | int) -> int:
+    """How many, of a count or a list."""
+    return part if isinstance(part, int) else len(part)
+
+
+def measure(judged: Sequence[Judged]) -> dict[str, float | None]:
+    """Sums over sums: events missed; events told wrongly and inventions; both together, per hundred events."""
+    units = valid(judged)
+    events = sum(unit["events"] for unit in units)
+    missed, wrong, invented = (
+        sum(count(unit[name]) for unit in units) for name in ("missed", "incorrect", "hallucination")
+    )
+    return {
+        "miss": percent(missed, events),
+        "hallucination": percent(wrong + invented, events),
+        "total": percent(missed + wrong + invented, events),
+    }
+
+
+BENCHMARK = Benchmark(
+    "video-salmonn-2", "video-SALMONN-2 test set", ("video-salmonn-2",), read, judge, measure, "total", rounds=7
+)

@@ -1,0 +1,34 @@
+"""WorldSense: questions on clips of the real world, answered from the caption alone."""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from avocado_jax.errors import InputError
+from avocado_jax.eval.benchmarks.benchmark import Benchmark, Record, all_different, checked, read_json
+from avocado_jax.eval.benchmarks.choices import judge, measure, question
+
+FIELDS = {"task_type": str, "question": str, "answer": str, "candidates": [str]}
+
+
+def read(path: Path) -> list[Record]:
+    """The official file: {video id: {..., "task0": {"task_type", "question", "answer", "candidates"}, "task1"?}}."""
+    return all_different(path, _records(path))
+
+
+def _records(path: Path) -> Iterator[Record]:
+    for name, held in read_json(path, dict).items():
+        where = f"{path}: clip {name[:80]!r}"
+        one = checked(where, held, {})
+        tasks = [checked(where, one[key], FIELDS) for key in one if re.fullmatch(r"task\d+", key)]
+        if not tasks:
+            raise InputError(f'{where}: no "task0"')
+        asked = [question(where, own["question"], own["candidates"], own["answer"], own["task_type"]) for own in tasks]
+        # Either field may be there; the first is a class of lengths, the second a length.
+        known = [one[key] for key in ("duration", "video_duration") if isinstance(one.get(key), str)]
+        told = one.get("video_caption")
+        groups = {"duration": known[0]} if known else {}
+        yield Record(name, (name,), None, told if isinstance(told, str) else None, asked, groups)
+
+
+BENCHMARK = Benchmark("worldsense", "WorldSense", ("multiple-choice",), read, judge, measure, "accuracy", frames=256)

@@ -1,0 +1,161 @@
+"""A checkpoint on this machine as the judge: it takes the place of an endpoint, and its answers are kept as well."""
+
+import asyncio
+import hashlib
+import json
+import sys
+from collections import Counter
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
+
+from avocado_jax.checkpoint.load import identity, open_language_model
+from avocado_jax.data.prompt import chat_prompt
+from avocado_jax.data.rows import Row, Shape, rounded, shape_of, text_row
+from avocado_jax.eval.captioner import load_captioner
+from avocado_jax.remote.cache import Cache
+from avocado_jax.remote.call import Malformed
+from avocado_jax.remote.chat import Reply
+from avocado_jax.sampling.captioner import GREEDY, Captioner, caption_rows, words
+
+T = TypeVar("T")
+ANSWER_TOKENS = 512
+QUIET = 3  # turns of the loop without a new question after which those that wait are answered
+
+
+class _Waiting(NamedTuple):
+    row: Row
+    answer: asyncio.Future[str]
+
+
+class LocalJudge:
+    """Any text or thinker checkpoint, asked in Qwen's chat format through the product's own sampler, greedily.
+
+    Questions that wait together are answered in batches of one shape. Where an answer cannot be read there is none
+    to be had by asking again: decoding is greedy. The round of a question makes no difference for the same reason.
+
+    Attributes:
+        counts: "calls", "cached" and "malformed" answers.
+        trouble: the latest malformed answer, in words.
+
+    Raises:
+        InputError: the folder holds no language model, or no tokenizer of its vocabulary.
+    """
+
+    def __init__(self, folder: str, dtype: str, cache: Path | None, batch: int = 8, length: int = ANSWER_TOKENS):
+        checkpoint = open_language_model(folder)
+        self.counts: Counter[str] = Counter()
+        self.trouble = ""
+        self._length, self._batch = length, batch
+        self._identity = identity(checkpoint)
+        self._cache = Cache(cache)
+        self._dtype = dtype
+        self._checkpoint, self._model = checkpoint, None
+        self._waiting: list[_Waiting] = []
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    async def ask(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        read: Callable[[str], T],
+        *,
+        options: Mapping[str, Any] | None = None,
+        sample: int = 0,
+    ) -> Reply[T]:
+        """As `remote.chat.ChatClient.ask`; `options` and `sample` change nothing."""
+        held = [self._identity, self._dtype, self._length, list(messages)]
+        name = hashlib.sha256(json.dumps(held, sort_keys=True).encode()).hexdigest()
+        text = self._cache.get(name)
+        if text is not None:
+            self.counts["cached"] += 1
+        else:
+            row = self._row(messages)
+            future = asyncio.get_running_loop().create_future()
+            self._waiting.append(_Waiting(row, future))
+            if len(self._waiting) == 1:
+                asyncio.get_running_loop().call_soon(self._settle, 1, 0)
+            text = await future
+            self.counts["calls"] += 1
+            self._cache.put(name, {"model": "local", "answer": text})
+        try:
+            return Reply(read(text), text)
+        except Malformed as error:
+            self.trouble = " ".join(str(error).split())
+            if not self.counts["malformed"]:
+                print(f"judge: malformed: {self.trouble}", file=sys.stderr)
+            self.counts["malformed"] += 1
+            return Reply(None, text, self.trouble)
+
+    def each(self, works: Iterable[Coroutine[Any, Any, T]]) -> Iterator[tuple[int, T]]:
+        """Run many that ask, a few batches' worth at once; (number, result) of each as it ends."""
+        loop = asyncio.new_event_loop()
+        running: dict[asyncio.Task[T], int] = {}
+        waiting = enumerate(works)
+        try:
+            while True:
+                for number, work in islice(waiting, 4 * self._batch - len(running)):
+                    running[loop.create_task(work)] = number
+                if not running:
+                    return
+                done, _ = loop.run_until_complete(asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED))
+                for task in done:
+                    yield running.pop(task), task.result()
+        finally:
+            for task in running:
+                task.cancel()
+            if running:
+                loop.run_until_complete(asyncio.wait(running))
+            self._waiting.clear()
+            loop.close()
+
+    def __enter__(self) -> "LocalJudge":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def _row(self, messages: Sequence[Mapping[str, Any]]) -> Row:
+        texts = {one["role"]: one["content"].encode(errors="replace").decode() for one in messages}
+        prompt = chat_prompt(self._captioner().tokenizer, texts["user"], texts.get("system", ""))
+        return text_row([*prompt.before, *prompt.after])
+
+    def _captioner(self) -> Captioner:
+        if self._model is None:
+            self._model = load_captioner(self._checkpoint, "", self._dtype)
+        return self._model
+
+    def _settle(self, known: int, turns: int) -> None:
+        """Answer what waits once no more has come for a few turns, so that batches are full."""
+        loop = asyncio.get_running_loop()
+        if turns < QUIET:
+            count = len(self._waiting)
+            loop.call_soon(self._settle, count, turns + 1 if count == known else 0)
+            return
+        shapes: dict[Shape, list[_Waiting]] = {}
+        for one in self._waiting:
+            shapes.setdefault(rounded(shape_of(one.row.clip), 2), []).append(one)
+        shape = max(shapes, key=lambda each: len(shapes[each]))
+        part = shapes[shape][: self._batch]
+        taken = {id(one) for one in part}
+        self._waiting = [one for one in self._waiting if id(one) not in taken]
+        if self._waiting:
+            loop.call_soon(self._settle, len(self._waiting), 0)
+        try:
+            texts = self._answers([one.row for one in part], shape)
+        except Exception as error:  # of whatever kind: who waits is told, or would wait for ever
+            for one in part:
+                one.answer.set_exception(error)
+            return
+        for one, text in zip(part, texts):
+            one.answer.set_result(text)
+
+    def _answers(self, rows: list[Row], shape: Shape) -> list[str]:
+        captioner = self._captioner()
+        full = rows + rows[-1:] * (self._batch - len(rows))
+        numbers = np.zeros(self._batch, np.int32)
+        samples = caption_rows(captioner, full, numbers, GREEDY, self._length, shape=shape)
+        lengths = samples.lengths[: len(rows), 0]
+        return [words(captioner, tokens[:size]) for tokens, size in zip(samples.tokens[:, 0], lengths)]

@@ -1,0 +1,192 @@
+"""A public benchmark, from captions to results: figures, what the judge said of each clip, a page to read it."""
+
+import json
+import os
+import statistics
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path, PurePosixPath
+from typing import Any
+from urllib.parse import quote
+
+from avocado_jax.errors import InputError
+from avocado_jax.eval.benchmarks.benchmark import Benchmark, Judged, Record
+from avocado_jax.eval.metrics import collapses, text_metrics
+from avocado_jax.eval.report import page
+from avocado_jax.eval.runner import Caption
+from avocado_jax.eval.scoring import dialogue_scores
+from avocado_jax.eval.tables import notes, result_table
+
+SUFFIXES = (".mp4", ".mkv", ".webm", ".mov", ".avi")
+PARTS = Path(__file__).parents[1] / "assets" / "evaluate"
+REASONS = 5  # why answers are missing: the most frequent ones
+
+
+def find_video(folder: Path, record: Record) -> Path:
+    """Where a clip lies below a folder: under one of its names, whole or without folders, any suffix if it has none.
+
+    Where none is there, the first place that was looked at. Names that lead out of the folder are not followed.
+    """
+    places = []
+    for name in record.videos:
+        pure = PurePosixPath(name)
+        for path in (pure, PurePosixPath(pure.name)):
+            if path.is_absolute() or ".." in path.parts or "\0" in name:
+                continue
+            known = path.suffix.lower() in SUFFIXES
+            places += [folder / path] if known else [folder / f"{path}{suffix}" for suffix in SUFFIXES]
+    return next((place for place in places if place.is_file()), places[0] if places else folder / "no file name")
+
+
+def results(
+    benchmark: Benchmark,
+    records: Sequence[Record],
+    captions: Mapping[str, Caption],
+    failed: Sequence[str],
+    rounds: Sequence[Sequence[Judged]],
+    judge: Mapping[str, str] | None,
+    model: str,
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """The figures of a benchmark and a line for each clip.
+
+    Args:
+        captions: of each record.
+        failed: records whose clip has no caption: theirs are empty.
+        rounds: what the judge said, [rounds][records]; empty where none was asked.
+        judge: "model" and "prompts", whose they are.
+        model: what the captions are of.
+    """
+    texts = [captions[record.id].text for record in records]
+    dialogue = dialogue_scores(texts, [record.reference for record in records])
+    known = [value for value in dialogue if value is not None]
+    plain = text_metrics(texts, [captions[record.id].tokens for record in records])
+    measured = [benchmark.measure(judged) for judged in rounds]
+    chosen = _median([one[benchmark.headline] for one in measured]) if rounds else None
+    metrics = dict(measured[chosen]) if rounds else {}
+    metrics["dialogue_f1"] = 100 * sum(known) / len(known) if known else None
+    metrics |= {"repcol": 100 * plain["repcol"], "length": plain["length"]}
+    result: dict[str, Any] = {
+        "benchmark": benchmark.name,
+        "title": benchmark.title,
+        "model": model,
+        "judge": dict(judge) if judge else None,
+        "n": len(records),
+        "metrics": metrics,
+        "failed": list(failed),
+    }
+    if rounds:
+        units = [unit for judged in rounds for one in judged for unit in one.units]
+        why = Counter(unit["why"] for unit in units if "why" in unit)
+        result |= {
+            "asked": len(units),
+            "missing": why.total(),
+            "why": dict(why.most_common(REASONS)),
+            "rounds": measured,
+            "by": by_group(benchmark.measure, rounds[chosen]),
+        }
+        if len(rounds) > 1:
+            result["spread"] = {
+                name: [min(values), max(values)]
+                for name in measured[0]
+                if (values := [one[name] for one in measured if one[name] is not None])
+            }
+    lines = []
+    for number, (record, text, score) in enumerate(zip(records, texts, dialogue)):
+        own = [judged[number] for judged in rounds]
+        figure = benchmark.measure([own[chosen]])[benchmark.headline] if rounds else None
+        lines.append(
+            {
+                "id": record.id,
+                "caption": text,
+                "tokens": captions[record.id].tokens,
+                "reference": record.reference,
+                "figure": figure,
+                "dialogue_f1": None if score is None else 100 * score,
+                "repcol": collapses(text),
+                "failed": record.id in result["failed"],
+                "chosen": chosen,
+                "rounds": [one.units for one in own],
+            }
+        )
+    return result, lines
+
+
+def by_group(
+    measure: Callable[[Sequence[Judged]], dict[str, float | None]], judged: Sequence[Judged]
+) -> dict[str, dict[str, dict[str, float | None]]]:
+    """{kind: {group: {"n", ...measures}}}: clips by their groups, questions by their type; n answers were asked for."""
+    parts: dict[str, dict[str, list[Judged]]] = {}
+    for one in judged:
+        for kind, group in one.record.groups.items():
+            parts.setdefault(kind, {}).setdefault(group, []).append(one)
+        for group in dict.fromkeys(unit["type"] for unit in one.units if "type" in unit):
+            own = one._replace(units=[unit for unit in one.units if unit["type"] == group])
+            parts.setdefault("type", {}).setdefault(group, []).append(own)
+    return {
+        kind: {
+            group: {"n": sum(len(one.units) for one in own), **measure(own)} for group, own in sorted(groups.items())
+        }
+        for kind, groups in parts.items()
+    }
+
+
+def write(
+    folder: Path, result: Mapping[str, Any], lines: Sequence[Mapping[str, Any]], videos: Mapping[str, Path]
+) -> None:
+    """result.json, table.md, items.jsonl and page.html; a file has its name only once it is whole.
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
+    shown = [
+        {
+            **{name: line[name] for name in ("id", "caption", "reference", "figure", "dialogue_f1", "repcol")},
+            "video": _address(videos[line["id"]], folder) if line["id"] in videos else None,
+            "units": line["rounds"][line["chosen"]] if line["rounds"] else [],
+        }
+        for line in lines
+    ]
+    data = {"title": result["title"], "model": result["model"], "metrics": result["metrics"], "notes": notes(result)}
+    texts = {
+        "result.json": json.dumps(result, indent=1),
+        "table.md": result_table(result),
+        "items.jsonl": "".join(json.dumps(line) + "\n" for line in lines),
+        "page.html": page(data | {"items": shown}, PARTS),
+    }
+    for name, text in texts.items():
+        part = folder / f"{name}.part"
+        part.write_text(text, encoding="utf-8", errors="replace")
+        os.replace(part, folder / name)
+
+
+def read_result(path: Path) -> dict[str, Any]:
+    """A result as `write` wrote it.
+
+    Raises:
+        InputError: it is none.
+    """
+    try:
+        held = json.loads(path.read_bytes())
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path}: not JSON: {error}") from None
+    sound = isinstance(held, dict) and isinstance(held.get("metrics"), dict)
+    if not sound or not all(isinstance(held.get(name), str) for name in ("benchmark", "model")):
+        raise InputError(f"{path}: not a result of `avocado evaluate`")
+    if not all(value is None or type(value) in (int, float) for value in held["metrics"].values()):
+        raise InputError(f'{path}: "metrics" must be numbers or null')
+    return held
+
+
+def _median(values: Sequence[float | None]) -> int:
+    """The round of the median, the lower of two; of those without any figure the first."""
+    known = [value for value in values if value is not None]
+    return values.index(statistics.median_low(known)) if known else 0
+
+
+def _address(video: Path, folder: Path) -> str | None:
+    """A clip's address as seen from the page, which no browser takes for anything else."""
+    if not video.is_file():
+        return None
+    return "./" + quote(os.path.relpath(video.resolve(), folder.resolve()))

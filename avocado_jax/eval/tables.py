@@ -1,0 +1,85 @@
+"""Results as Markdown: one beside what was published, several in the layout of the paper's ablation."""
+
+import html
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from avocado_jax.eval.published import ABLATION, ABLATION_COLUMNS, PUBLISHED
+
+NO_JUDGE = ("dialogue_f1", "repcol", "length")
+SHARED = {"dialogue_f1": "Dlg.F1", "repcol": "RepCol"}
+
+
+def result_table(result: Mapping[str, Any]) -> str:
+    """A benchmark's result under the published ones, its spread over rounds, and its figures by group."""
+    metrics, published = result["metrics"], PUBLISHED[result["benchmark"]]
+    lines = [f"# {_safe(result['title'])}", ""]
+    rows = [[f"{name} (published)", *(_number(row.get(one)) for one in metrics)] for name, row in published.items()]
+    rows.append([f"**{_safe(result['model'])}**", *map(_number, metrics.values())])
+    if spread := result.get("spread"):
+        ends = [spread.get(name) for name in metrics]
+        told = [f"{_number(two[0])} to {_number(two[1])}" if two else "" for two in ends]
+        rows.append([f"over {len(result['rounds'])} rounds", *told])
+    lines += _table(["", *metrics], rows)
+    for kind, groups in result.get("by", {}).items():
+        names = list(next(iter(groups.values())))
+        rows = [[_safe(group), *(_number(of[name]) for name in names)] for group, of in groups.items()]
+        lines += ["", *_table([f"by {kind}", *names], rows)]
+    lines += ["", *(f"- {_safe(told)}" for told in notes(result))]
+    return "\n".join(lines) + "\n"
+
+
+def notes(result: Mapping[str, Any]) -> list[str]:
+    """What figures do not say."""
+    judge, told = result["judge"], [f"{result['n']} clips"]
+    if judge is None:
+        told.append("no judge was asked")
+    else:
+        told.append(f"judge {judge['model']}, {judge['prompts']} prompts, {len(result['rounds'])} rounds")
+        told.append(f"{result['missing']} of {result['asked']} answers are missing and left out of the figures")
+        told += [f"{count} times: {why}" for why, count in result["why"].items()]
+        if judge["prompts"] == "our own":
+            told.append("published figures were judged with other prompts; wording moves the numbers")
+    if result["failed"]:
+        told.append(f"{len(result['failed'])} clips have no caption and count as empty ones")
+    return told
+
+
+def ablation_table(results: Sequence[Mapping[str, Any]]) -> str:
+    """Results by model in the layout of the paper's Table 4, its own rows above."""
+    header = ["model"]
+    for benchmark, _, title in ABLATION_COLUMNS:
+        header += [f"{benchmark} {title}", *SHARED.values()]
+    rows = [[f"{name} (published)", *map(_number, values)] for name, values in ABLATION.items()]
+    rows += [[_safe(name), *map(_number, values)] for name, values in ablation_rows(results).items()]
+    return "\n".join(_table(header, rows)) + "\n"
+
+
+def ablation_rows(results: Sequence[Mapping[str, Any]]) -> dict[str, list[float | None]]:
+    """The figures of Table 4 for each model, None where there is no result."""
+    models = list(dict.fromkeys(result["model"] for result in results))
+    found = {(result["model"], result["benchmark"]): result["metrics"] for result in results}
+    return {
+        model: [
+            found.get((model, benchmark), {}).get(name)
+            for benchmark, measure, _ in ABLATION_COLUMNS
+            for name in (measure, *SHARED)
+        ]
+        for model in models
+    }
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of a Markdown table."""
+    return [f"| {' | '.join(row)} |" for row in (header, ["---"] * len(header), *rows)]
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.1f}"
+
+
+def _safe(text: str) -> str:
+    """A text that Markdown and HTML show as it is, in one line."""
+    escaped = html.escape(" ".join(text.split()), quote=False)
+    return re.sub(r"([\\`*_\[\]|~#])", r"\\\1", escaped)
