@@ -1,8 +1,10 @@
 """Answers of models: whatever is done to them, they are read as they were meant or refused in words."""
 
+import asyncio
 import json
 import random
 import wave
+from collections import Counter
 from functools import partial
 from io import BytesIO
 
@@ -13,6 +15,7 @@ from hypothesis import strategies as st
 from teller import decoded
 
 from avocado_jax.curation.answers import (
+    Completeness,
     read_caption,
     read_dialogues,
     read_fused,
@@ -20,12 +23,14 @@ from avocado_jax.curation.answers import (
     read_plain_caption,
     read_score,
 )
+from avocado_jax.curation.asking import Asker, Question
 from avocado_jax.curation.content import jpeg, silent, wav
 from avocado_jax.curation.journal import open_journal
 from avocado_jax.curation.words import Sentence
 from avocado_jax.data.media import Media
 from avocado_jax.errors import InputError
 from avocado_jax.remote.call import Malformed
+from avocado_jax.remote.chat import Endpoint, Reply
 
 VISUAL = [Sentence("A man in a red coat waves.", 0.0), Sentence("A bus drives past him.", 3.5)]
 AUDIO = [Sentence('The man shouts, "Wait for me!"', 1.0)]
@@ -174,6 +179,37 @@ def test_what_is_never_loud_is_silent():
     assert silent(clip)
     assert silent(clip._replace(samples=np.full(100, 1e-4, np.float32)))
     assert not silent(clip._replace(samples=np.array([0, 0.01, 0], np.float32)))
+
+
+def test_questions_keep_to_the_rate(tmp_path, monkeypatch):
+    """On a clock of its own: from one call to the next there is a pause, however many ask at once."""
+    clock, asked = [100.0], []
+
+    class Client:
+        endpoint = Endpoint("http://host", "m")
+        counts, tokens = Counter(), 0
+
+        def now(self):
+            return clock[0]
+
+        async def ask(self, messages, read, options):
+            asked.append(clock[0])
+            return Reply('{"score": 5}', '{"score": 5}')
+
+    async def sleep(seconds):
+        clock[0] += seconds
+
+    async def content():
+        return "text"
+
+    async def ask_all(asker):
+        for number in range(4):
+            assert await asker.ask("clip", Question("completeness", number, content, Completeness, read_score)) == 5
+
+    monkeypatch.setattr(asyncio, "sleep", sleep)
+    with open_journal(tmp_path / "answers.jsonl") as journal:
+        asyncio.run(ask_all(Asker(Client(), journal, 2.0, 8)))
+    assert asked == [100.0, 102.0, 104.0, 106.0]
 
 
 def test_a_journal_keeps_whole_answers_for_one_run_at_a_time(tmp_path):
