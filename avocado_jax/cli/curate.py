@@ -143,7 +143,7 @@ def request_options(args: argparse.Namespace) -> dict[str, Any]:
 
 def endpoint(args: argparse.Namespace, journal: Journal, options: dict[str, Any]) -> Endpoint:
     """The endpoint with what is left of the folder's budget."""
-    tokens = None if args.budget_tokens is None else max(0, args.budget_tokens - journal.tokens)
+    tokens = None if args.budget_tokens is None else max(0, args.budget_tokens - journal.before["tokens"])
     return Endpoint(
         args.url,
         args.model,
@@ -151,7 +151,7 @@ def endpoint(args: argparse.Namespace, journal: Journal, options: dict[str, Any]
         concurrency=args.concurrency,
         timeout=args.timeout,
         patience=args.patience,
-        max_calls=max(0, args.budget_calls - journal.calls),
+        max_calls=max(0, args.budget_calls - journal.before["calls"]),
         max_tokens=tokens,
         options=options,
         name="curator",

@@ -101,8 +101,7 @@ class Asker:
                     *earlier,
                 ]
                 answer = await self._answer(question.stage, messages, options)
-                spent = self.spent()
-                self.journal.put(key, clip, question.stage, attempt, answer, spent["calls"], spent["tokens"])
+                self.journal.put(key, clip, question.stage, attempt, answer, **self.spent())
             try:
                 return question.read(answer)
             except Malformed as error:
@@ -118,11 +117,17 @@ class Asker:
         """Whether a question has been answered before."""
         return self.journal.get(self._key_of(question, [])) is not None
 
+    def note_spent(self) -> None:
+        """Put down what calls have cost that had no answer, for the budget of later runs."""
+        if self.spent() != self.journal.spent:
+            self.journal.put("", "", "end", 0, "", **self.spent())
+
     def spent(self) -> dict[str, int]:
         """What the folder has cost so far, earlier runs included."""
+        before = self.journal.before
         return {
-            "calls": self.journal.calls + self.client.counts["calls"],
-            "tokens": self.journal.tokens + self.client.tokens,
+            "calls": before["calls"] + self.client.counts["calls"],
+            "tokens": before["tokens"] + self.client.tokens,
         }
 
     def _key_of(self, question: Question[Any], earlier: list[dict[str, str]]) -> str:

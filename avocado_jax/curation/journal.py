@@ -1,7 +1,7 @@
 """The raw answers of a folder, kept as they come: what is in it is never asked again, in this run or a later one.
 
 A line is {"key", "clip", "stage", "attempt", "answer", "calls", "tokens"}: `key` is a digest of all that decides the
-answer, the last two what the folder has cost so far.
+answer, the last two what the folder has cost so far. A line of the stage "end" has no answer: it tells the cost alone.
 """
 
 import fcntl
@@ -10,7 +10,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from avocado_jax.errors import InputError
 
@@ -21,21 +21,23 @@ class Journal:
     """Answers by key; only their places are held in memory. For one thread.
 
     Attributes:
-        calls, tokens: what the folder had cost when it was opened.
+        before: "calls" and "tokens" that the folder had cost when it was opened.
+        spent: the same now.
     """
 
     def __init__(self, file: BinaryIO, name: str) -> None:
         self._file = file
         self._places: dict[str, tuple[int, int]] = {}
-        self._end = self.calls = self.tokens = 0
+        self._end = 0
+        self.spent = {"calls": 0, "tokens": 0}
         file.seek(0)
         for number, raw in enumerate(file, start=1):
             if not raw.endswith(b"\n"):
                 break  # a kill came between
             line = _checked(raw, f"{name}:{number}")
-            self._note(line["key"], len(raw))
-            self.calls, self.tokens = max(self.calls, line["calls"]), max(self.tokens, line["tokens"])
+            self._note(line, len(raw))
         os.truncate(file.fileno(), self._end)
+        self.before = dict(self.spent)
 
     def get(self, key: str) -> str | None:
         """The answer to a question, if it was given."""
@@ -46,17 +48,19 @@ class Journal:
 
     def put(self, key: str, clip: str, stage: str, attempt: int, answer: str, calls: int, tokens: int) -> None:
         """Keep an answer. Raises OSError where the disk is full; what was kept before stays."""
-        raw = json.dumps(dict(zip(FIELDS, (key, clip, stage, attempt, answer, calls, tokens)))).encode() + b"\n"
+        line = dict(zip(FIELDS, (key, clip, stage, attempt, answer, calls, tokens)))
+        raw = json.dumps(line).encode() + b"\n"
         self._file.write(raw)
         self._file.flush()
-        self._note(key, len(raw))
+        self._note(line, len(raw))
 
-    def _note(self, key: str, size: int) -> None:
-        self._places[key] = (self._end, size)
+    def _note(self, line: dict[str, Any], size: int) -> None:
+        self._places[line["key"]] = (self._end, size)
         self._end += size
+        self.spent = {name: max(value, line[name]) for name, value in self.spent.items()}
 
 
-def _checked(raw: bytes, where: str) -> dict:
+def _checked(raw: bytes, where: str) -> dict[str, Any]:
     try:
         line = json.loads(raw)
     except (ValueError, RecursionError) as error:

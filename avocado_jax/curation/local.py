@@ -7,16 +7,16 @@ from collections.abc import Callable
 import numpy as np
 
 from avocado_jax.curation.answers import Faulty, read_plain_caption
-from avocado_jax.curation.asking import Rejected, digest, prompt
+from avocado_jax.curation.asking import Rejected, Unanswered, digest, prompt
 from avocado_jax.curation.content import silent
 from avocado_jax.curation.journal import Journal
 from avocado_jax.curation.pipeline import Captions, Source
 from avocado_jax.curation.words import Sentence
 from avocado_jax.data.media import Media
+from avocado_jax.eval.runner import FAILURES, first_line
 from avocado_jax.sampling.captioner import GREEDY, Captioner, caption_rows, words
 
 GREY = 128
-STAGES = ("local_visual", "local_audio")
 
 
 def local_captions(load: Callable[[], Captioner], identity: str, length: int, journal: Journal) -> Captions:
@@ -37,8 +37,11 @@ def local_captions(load: Callable[[], Captioner], identity: str, length: int, jo
             if not loaded:
                 loaded.append(load())
             captioner = loaded[0]
-            row = captioner.row(media, prompt(stage))
-            samples = caption_rows(captioner, [row], np.zeros(1, np.int32), GREEDY, length)
+            try:
+                row = captioner.row(media, prompt(stage))
+                samples = caption_rows(captioner, [row], np.zeros(1, np.int32), GREEDY, length)
+            except FAILURES as error:  # of this clip: the others are still captioned
+                raise Unanswered(stage.removeprefix("local_"), first_line(error)) from error
         return words(captioner, samples.tokens[0, 0, : samples.lengths[0, 0]])
 
     async def caption(source: Source, known: str, stage: str) -> list[Sentence]:
@@ -49,7 +52,7 @@ def local_captions(load: Callable[[], Captioner], identity: str, length: int, jo
             if stage == "local_audio" and silent(media):
                 return []
             text = await asyncio.to_thread(write, media, stage)
-            journal.put(key, source.name, stage, 1, text, journal.calls, journal.tokens)
+            journal.put(key, source.name, stage, 1, text, **journal.spent)
         try:
             return read_plain_caption(text)
         except Faulty as fault:

@@ -24,6 +24,7 @@ from avocado_jax.curation.answers import (
 from avocado_jax.curation.asking import Asker, Question, Rejected
 from avocado_jax.curation.content import Parts, picture_parts, silent, sound_parts
 from avocado_jax.curation.words import Sentence, joined
+from avocado_jax.data import storage
 from avocado_jax.data.decode import Probe, probe_media, read_media
 from avocado_jax.data.media import Media, Reading
 from avocado_jax.data.words import Words
@@ -31,6 +32,7 @@ from avocado_jax.errors import InputError
 
 T = TypeVar("T")
 COMPLETE = 4  # of 5: the least score that is kept
+READ_SECONDS = 300.0  # to read one clip, before it is given up: decoders may hang
 BYTES = 3  # of text to a token, where there is no tokenizer
 
 
@@ -90,9 +92,13 @@ class Source:
         """What is heard of it."""
         return await asyncio.to_thread(sound_parts, await self.media(), self.reading)
 
+    def forget(self) -> None:
+        """Let go of what was decoded."""
+        self._media = None
+
     async def _read(self, call: Callable[..., T], *args: Any) -> T:
         try:
-            return await asyncio.to_thread(call, *args)
+            return await asyncio.to_thread(storage.within, READ_SECONDS, partial(call, *args))
         except (InputError, MemoryError) as error:
             reason = str(error).removeprefix(f"{self.path}: ") or "needs more memory than there is"
             raise Rejected("read", reason) from error
@@ -108,6 +114,7 @@ async def curate_clip(asker: Asker, source: Source, settings: Settings, local: C
         Unanswered, Stopped: as `Asker.ask`.
     """
     visual, audio = await (local(source) if local else seen_and_heard(asker, source))
+    source.forget()
     within(settings, joined([*visual, *audio]), "the visual and the audio caption", most_only=True)
     caption = await fused(asker, source.name, visual, audio) if audio else joined(visual)
     within(settings, caption, "the fused caption")

@@ -65,6 +65,10 @@ def clips_of(given: Sequence[Path]) -> list[Clip]:
             raise InputError(f"{path}: no such file")
     stems, seen = Counter(path.stem for path in paths), set()
     for path in paths:
+        try:
+            str(path.resolve()).encode()
+        except UnicodeEncodeError:
+            raise InputError(f"{str(path)!a}: its name is not UTF-8, and a manifest must be") from None
         if path.resolve() in seen:
             raise InputError(f"{path}: given twice")
         seen.add(path.resolve())
@@ -98,6 +102,7 @@ def curate(asker: Asker, clips: Sequence[Clip], settings: Settings, local: Capti
 
     for _ in progress(asker.client.each(works(), at_once), "curate: clips", len(clips)):
         pass
+    asker.note_spent()
     return done
 
 
@@ -112,7 +117,7 @@ def write_outcome(out: Path, clips: Sequence[Clip], done: Curated) -> None:
             rejects.append({"id": clip.id, "video": video} | done.rejects[clip.id])
     for name, held in (("manifest.jsonl", lines), ("rejects.jsonl", rejects)):
         text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in held)
-        storage.write(str(out / name), text.encode(errors="replace"))
+        storage.write(str(out / name), text.encode(errors="backslashreplace"))
 
 
 def relative(path: Path, folder: Path) -> str:

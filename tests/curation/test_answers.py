@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import os
 import random
 import wave
 from collections import Counter
@@ -26,6 +27,7 @@ from avocado_jax.curation.answers import (
 from avocado_jax.curation.asking import Asker, Question
 from avocado_jax.curation.content import jpeg, silent, wav
 from avocado_jax.curation.journal import open_journal
+from avocado_jax.curation.run import clips_of
 from avocado_jax.curation.words import Sentence
 from avocado_jax.data.media import Media
 from avocado_jax.errors import InputError
@@ -223,7 +225,13 @@ def test_a_journal_keeps_whole_answers_for_one_run_at_a_time(tmp_path):
     whole = path.read_bytes()
     path.write_bytes(whole[:-10])
     with open_journal(path) as journal:
-        assert (journal.calls, journal.tokens, journal.get("b")) == (1, 10, None)
+        assert (journal.before, journal.get("b")) == ({"calls": 1, "tokens": 10}, None)
         journal.put("b", "clip", "audio", 1, "y", 2, 30)
     with open_journal(path) as journal:
-        assert (journal.calls, journal.tokens, journal.get("b")) == (2, 30, "y")
+        assert (journal.before, journal.get("b")) == ({"calls": 2, "tokens": 30}, "y")
+
+
+def test_names_that_are_not_utf8_are_told_before_anything_is_asked(tmp_path):
+    (tmp_path / os.fsdecode(b"bad\xff.mp4")).write_bytes(b"x")
+    with pytest.raises(InputError, match="not UTF-8"):
+        clips_of([tmp_path])
