@@ -1,7 +1,7 @@
 """What models answer at each stage: its shape, and what a program can check of its truth."""
 
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, Field, StringConstraints
 
@@ -12,7 +12,6 @@ from avocado_jax.remote.answers import read_object
 from avocado_jax.remote.call import Malformed
 from avocado_jax.world.check import split_sentences
 
-A = TypeVar("A", bound=BaseModel)
 LATE = 1.0  # seconds past the end of the clip that a time may lie
 ROOM = 1.5  # times the words of both captions that a fused one may have, and some more
 KEYPOINT_WORDS = 60  # of one keypoint, at most
@@ -86,7 +85,7 @@ def read_caption(text: str, seconds: float, least: int) -> list[Sentence]:
     Raises:
         Malformed: it is none, or has a time outside the clip.
     """
-    told = _read(text, TimedCaption).sentences
+    told = read_object(text, TimedCaption).sentences
     if len(told) < least:
         raise Faulty("there is no sentence in it")
     if wrong := [one for one in told if not 0 <= one.start <= seconds + LATE]:
@@ -117,7 +116,7 @@ def read_fused(text: str, visual: Sequence[Sentence], audio: Sequence[Sentence])
     Raises:
         Malformed: it is none, or does not; says which sentences.
     """
-    caption = _read(text, FusedCaption).caption
+    caption = read_object(text, FusedCaption).caption
     if collapses(caption):
         raise Faulty("the fused caption repeats itself over and over", "repetition")
     most = ROOM * sum(len(words_of(one.text)) for one in (*visual, *audio)) + 50
@@ -130,7 +129,7 @@ def read_fused(text: str, visual: Sequence[Sentence], audio: Sequence[Sentence])
 
 def read_score(text: str) -> int:
     """How complete a fused caption is, 1 to 5. Raises Malformed where it does not say."""
-    return _read(text, Completeness).score
+    return read_object(text, Completeness).score
 
 
 def read_keypoints(text: str, caption: str) -> list[dict[str, str]]:
@@ -141,7 +140,7 @@ def read_keypoints(text: str, caption: str) -> list[dict[str, str]]:
     """
     found: dict[tuple[str, ...], dict[str, str]] = {}
     known = set(words_of(caption))
-    for one in _read(text, Keypoints).keypoints:
+    for one in read_object(text, Keypoints).keypoints:
         point = " ".join(one.text.split())
         words = words_of(point)
         if len(list(split_sentences(point))) != 1 or not 0 < len(words) <= KEYPOINT_WORDS:
@@ -161,7 +160,7 @@ def read_dialogues(text: str, caption: str) -> list[dict[str, str]]:
         Malformed: it is no such list, or a line is not in the caption, or not in this place.
     """
     lines, held, place = [], Words(caption), -1
-    for one in _read(text, Dialogues).dialogues:
+    for one in read_object(text, Dialogues).dialogues:
         said = " ".join(one.text.split()).strip('"“”')
         places = held.places(words_of(said))
         if not places:
@@ -170,13 +169,3 @@ def read_dialogues(text: str, caption: str) -> list[dict[str, str]]:
             raise Faulty(f"a line that stands earlier in the caption than the line before it: «{said[:200]}»")
         lines.append({"speaker": " ".join(one.speaker.split()), "text": said})
     return lines
-
-
-def _read(text: str, schema: type[A]) -> A:
-    """As `read_object`; what cannot be written as UTF-8 is refused."""
-    made: Any = read_object(text, schema)
-    try:
-        made.model_dump_json().encode()
-    except ValueError as error:  # half of a surrogate pair
-        raise Malformed(f"not a text: {str(error).splitlines()[0]}") from None
-    return made

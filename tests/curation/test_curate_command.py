@@ -320,6 +320,13 @@ def test_a_budget_of_calls_is_never_exceeded_over_all_runs(teller, tmp_path, cap
     check_truth(manifest, teller.truths, out)
 
 
+def test_calls_without_an_answer_count_in_the_budget(teller, tmp_path, capsys):
+    with chat_server(lambda *_: (400, {}, b"no")) as server:
+        for _ in range(2):
+            _, counts, *_ = curate(capsys, teller, tmp_path / "out", server.url, "--budget-calls", "3")
+            assert (counts["calls"], len(server.requests)) == (3, 3)
+
+
 def test_a_budget_of_tokens_is_kept_and_the_dry_run_tells_it(teller, tmp_path, capsys):
     """With as many tokens as it is said to take at most, a run ends; with fewer it stops before."""
     out, spent = tmp_path / "out", []
