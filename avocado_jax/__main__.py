@@ -11,6 +11,7 @@ from avocado_jax.errors import InputError
 
 COMMANDS = {
     "caption": "describe video clips in words",
+    "curate": "turn raw videos into a training manifest, by models behind an endpoint",
     "prepare": "turn a manifest of videos into shards to train from",
     "sft": "fine-tune a captioner on captions",
     "grpo": "train a captioner on rewards of its own captions",

@@ -24,6 +24,25 @@ class _Packets(NamedTuple):
     times: list[int] | None  # each frame's presentation time, in order; None where packets do not tell
 
 
+class Probe(NamedTuple):
+    """What a clip's file says of itself, with nothing decoded."""
+
+    seconds: float
+    frames: int  # that would be chosen
+    sound: bool  # whether there is an audio stream
+
+
+def probe_media(path: str | Path, reading: Reading = Reading()) -> Probe:
+    """Look at a clip's packets. Raises as `read_media`, for what shows without decoding."""
+    path = Path(path)
+    with _one_line(path):
+        packets = _demux(path)
+        with _open(path) as container:
+            rate, sound = _rate(_video(container)), container.streams.best("audio") is not None
+        chosen = choose_frames(packets.frames, rate, reading.fps, reading.fewest_frames, reading.most_frames)
+    return Probe(packets.seconds, len(chosen), sound)
+
+
 def read_media(path: str | Path, reading: Reading = Reading(), sound: bool = True) -> Media:
     """Read a clip: chosen frames, upright and resized, and its sound if there is any and it is wanted.
 

@@ -1,0 +1,177 @@
+"""Turn raw videos into a training manifest: captions, keypoints and dialogues by models that see, hear and write.
+
+  avocado curate videos/ --out curated --url https://HOST/v1 --model M --dry-run
+  avocado curate videos/ --out curated --url https://HOST/v1 --model M --budget-tokens 2000000
+  avocado prepare curated/manifest.jsonl gs://bucket/shards
+
+VIDEOS are files, or folders that are searched for them. Each goes through these stages, and is left out at the first
+that it does not pass:
+
+  read          the file can be decoded
+  visual        what is seen, scene by scene: subjects, setting, texts, camera (frames are sent as JPEG images)
+  audio         what is heard: speech with its tone, music, effects (sound is sent as WAV); not asked of silent clips
+  fusion        both in one text in order of time; a program checks that every sentence of both is kept word for word,
+                and nothing added; what is wrong is told to the model, which is asked twice more
+  length        tokens, --fewest-tokens to --most-tokens          repetition    no caption falls into repetition
+  completeness  1 to 5 by comparison with the captions before fusion, kept from 4
+  keypoints     atomic facts in five dimensions, each once        dialogues     lines as the caption quotes them
+
+The endpoint speaks the OpenAI chat protocol, and M takes images and sound; with --checkpoint a thinker at hand writes
+the captions of picture and sound, and M need only read and write. The key comes from the environment.
+
+OUT gets manifest.jsonl, rejects.jsonl (stage and reason) and answers.jsonl, the raw answers as they come. What is in
+there is never asked again: a run that was stopped goes on with the same command. Budgets hold for the folder, over all
+runs. Exit status: 0 done, 1 the budget would be exceeded or some clips had no answer (the same command goes on),
+2 bad input, 75 stopped.
+"""
+
+import argparse
+import json
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+from avocado_jax.checkpoint.load import Checkpoint, identity, named_checkpoint
+from avocado_jax.curation.asking import Asker
+from avocado_jax.curation.estimate import expected
+from avocado_jax.curation.journal import Journal, open_journal
+from avocado_jax.curation.local import local_captions
+from avocado_jax.curation.pipeline import Captions, Settings
+from avocado_jax.curation.run import clips_of, curate, write_outcome
+from avocado_jax.data.media import Reading, load_reading
+from avocado_jax.data.words import load_words
+from avocado_jax.errors import InputError
+from avocado_jax.eval.captioner import computing_dtype, load_captioner
+from avocado_jax.remote.chat import ChatClient, Endpoint
+
+UNLIMITED = 10**9  # calls
+SILENCE = 8  # questions in a row without an answer that end a run, or as many as there are at once
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command."""
+    add = parser.add_argument
+    add("videos", nargs="+", type=Path, metavar="VIDEO", help="files, or folders of them")
+    add("--out", required=True, type=Path, metavar="DIR", help="folder to write")
+    add("--url", required=True, metavar="URL", help="of an OpenAI-compatible API: https://HOST/v1")
+    add("--model", required=True, metavar="M", help="its name at the endpoint")
+    add("--key", default="OPENAI_API_KEY", metavar="VARIABLE", help="holds the API key (default: %(default)s)")
+    add("--checkpoint", metavar="DIR", help="a thinker that captions picture and sound instead of M")
+    add("--dtype", choices=("float32", "bfloat16"), help="it computes in (default: bfloat16, on a CPU float32)")
+    add("--fps", type=float, default=1.0, metavar="F", help="frames a second that M is shown (default: %(default)g)")
+    add("--frames", type=int, default=64, metavar="N", help="frames at most (default: %(default)s)")
+    add("--pixels", type=int, default=200_704, metavar="N", help="of a frame, at most (default: %(default)s)")
+    add("--tokenizer", type=Path, metavar="DIR", help="counts the tokens of captions (else three bytes are one)")
+    add("--fewest-tokens", type=int, default=16, metavar="N", help="of a caption (default: %(default)s)")
+    add("--most-tokens", type=int, default=4096, metavar="N", help="of a caption (default: %(default)s)")
+    add("--answer-tokens", type=int, default=8192, metavar="N", help="of an answer, at most (default: %(default)s)")
+    add("--request", default="{}", metavar="JSON", help="more fields of every request; null takes one out")
+    add("--concurrency", type=int, default=16, metavar="N", help="clips and calls at once (default: %(default)s)")
+    add("--per-minute", type=float, default=math.inf, metavar="N", help="questions a minute (default: no limit)")
+    add("--timeout", type=float, default=180.0, metavar="S", help="seconds to a call (default: %(default)g)")
+    add("--patience", type=float, default=600.0, metavar="S", help="seconds to a question (default: %(default)g)")
+    add("--budget-calls", type=int, default=UNLIMITED, metavar="N", help="calls for this folder (default: no limit)")
+    add("--budget-tokens", type=int, metavar="N", help="tokens for this folder (default: no limit)")
+    add("--dry-run", action="store_true", help="print the number of calls and tokens; nothing is asked or written")
+    add("--json", action="store_true", help="print the result as a JSON object")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Curate, write, print. Returns the exit status."""
+    check(args)
+    clips = clips_of(args.videos)
+    checkpoint = named_checkpoint(args.checkpoint) if args.checkpoint else None
+    tokenizer = load_words(args.tokenizer) if args.tokenizer else None
+    settings = Settings(reading_of(args, checkpoint), args.fewest_tokens, args.most_tokens, tokenizer)
+    options = request_options(args)
+    if args.dry_run:
+        tell(expected(clips, settings, args.answer_tokens, bool(checkpoint)), args.json)
+        return 0
+    with open_journal(args.out / "answers.jsonl") as journal, ChatClient(endpoint(args, journal, options)) as client:
+        asker = Asker(client, journal, 60 / args.per_minute, max(SILENCE, args.concurrency))
+        done = curate(asker, clips, settings, local(args, checkpoint, journal), args.concurrency)
+    write_outcome(args.out, clips, done)
+    left = len(clips) - len(done.lines) - len(done.rejects)
+    if asker.why:
+        print(f"avocado curate: stopped: {asker.why}; what is done is kept, run it again to go on", file=sys.stderr)
+    counts = {"clips": len(clips), "kept": len(done.lines), "rejected": done.stages()}
+    tell(counts | {"unanswered": done.unanswered(), "left": left} | asker.spent(), args.json)
+    return 1 if left or done.unanswered() else 0
+
+
+def check(args: argparse.Namespace) -> None:
+    """Raises InputError where a number makes no sense."""
+    above = ("fps", "per_minute", "timeout", "patience")
+    least = dict.fromkeys(("frames", "pixels", "most_tokens", "answer_tokens", "concurrency"), 1)
+    for name in (*above, *least, "fewest_tokens", "budget_calls", "budget_tokens"):
+        value = getattr(args, name)
+        if value is not None and not (value > 0 if name in above else value >= least.get(name, 0)):
+            asked = "more than 0" if name in above else f"at least {least.get(name, 0)}"
+            raise InputError(f"--{name.replace('_', '-')} is {value}, {asked} is asked for")
+    if args.out.exists() and not args.out.is_dir():
+        raise InputError(f"--out {args.out} is not a folder")
+    if args.dtype and not args.checkpoint:
+        raise InputError("--dtype is what a --checkpoint computes in; none is named")
+
+
+def reading_of(args: argparse.Namespace, checkpoint: Checkpoint | None) -> Reading:
+    """How clips are sampled: a checkpoint's own way, or as the command says."""
+    if checkpoint:
+        return load_reading(checkpoint.side_files)
+    fewest = min(Reading.fewest_pixels, args.pixels)
+    return Reading(fps=args.fps, most_frames=args.frames, asked_pixels=args.pixels, fewest_pixels=fewest)
+
+
+def request_options(args: argparse.Namespace) -> dict[str, Any]:
+    """The fields of every request beside its messages.
+
+    Raises:
+        InputError: --request is no JSON object, or names what is not for it to say.
+    """
+    try:
+        more = json.loads(args.request)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"--request is not JSON: {error}") from None
+    if not isinstance(more, dict):
+        raise InputError("--request is no JSON object")
+    if taken := {"model", "messages", "stream", "n", "response_format"} & more.keys():
+        raise InputError(f'--request may not set "{min(taken)}"')
+    fields = {"temperature": 0, "max_tokens": args.answer_tokens} | more
+    return {name: value for name, value in fields.items() if value is not None}
+
+
+def endpoint(args: argparse.Namespace, journal: Journal, options: dict[str, Any]) -> Endpoint:
+    """The endpoint with what is left of the folder's budget."""
+    tokens = None if args.budget_tokens is None else max(0, args.budget_tokens - journal.before["tokens"])
+    return Endpoint(
+        args.url,
+        args.model,
+        args.key,
+        concurrency=args.concurrency,
+        timeout=args.timeout,
+        patience=args.patience,
+        max_calls=max(0, args.budget_calls - journal.before["calls"]),
+        max_tokens=tokens,
+        options=options,
+        name="curator",
+    )
+
+
+def local(args: argparse.Namespace, checkpoint: Checkpoint | None, journal: Journal) -> Captions | None:
+    """The checkpoint as the captioner of picture and sound, if there is one."""
+    if checkpoint is None:
+        return None
+    dtype = computing_dtype(args.dtype)
+    known = f"{identity(checkpoint)} {dtype}"
+    return local_captions(lambda: load_captioner(checkpoint, None, dtype), known, args.most_tokens, journal)
+
+
+def tell(counts: dict[str, Any], as_json: bool) -> None:
+    """Print what came of it."""
+    if as_json:
+        print(json.dumps(counts))
+        return
+    for name, value in counts.items():
+        told = ", ".join(f"{part} {number}" for part, number in value.items()) if isinstance(value, dict) else value
+        print(f"{name.replace('_', ' '):16} {told if told != '' else 0}")

@@ -1,0 +1,171 @@
+"""What models answer at each stage: its shape, and what a program can check of its truth."""
+
+from collections.abc import Sequence
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, Field, StringConstraints
+
+from avocado_jax.curation.fusion import fusion_faults
+from avocado_jax.curation.words import Sentence, Words, words_of
+from avocado_jax.eval.metrics import collapses
+from avocado_jax.remote.answers import read_object
+from avocado_jax.remote.call import Malformed
+from avocado_jax.world.check import split_sentences
+
+LATE = 1.0  # seconds past the end of the clip that a time may lie
+ROOM = 1.5  # times the words of both captions that a fused one may have, and some more
+KEYPOINT_WORDS = 60  # of one keypoint, at most
+GROUNDED = 0.6  # least share of a keypoint's words that stand in the caption
+
+Text = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1, max_length=20_000)]
+
+
+class Faulty(Malformed):
+    """An answer of the right shape that is not true to what it was made from. `stage` is where it is rejected."""
+
+    def __init__(self, what: str, stage: str = "") -> None:
+        super().__init__(what)
+        self.stage = stage
+
+
+class TimedSentence(BaseModel):
+    """A sentence and when what it tells of begins."""
+
+    start: float = Field(allow_inf_nan=False)
+    text: Text
+
+
+class TimedCaption(BaseModel):
+    """What is seen, or heard."""
+
+    sentences: list[TimedSentence]
+
+
+class FusedCaption(BaseModel):
+    """Both in one."""
+
+    caption: Text
+
+
+class Completeness(BaseModel):
+    """How much of both captions the fused one holds."""
+
+    score: int = Field(ge=1, le=5)  # strictly: a Literal would take true for 1
+
+
+class Keypoint(BaseModel):
+    """One atomic fact."""
+
+    text: Text
+    dimension: Literal["static", "dynamic", "auditory", "spatiotemporal", "crossmodal"]
+
+
+class Keypoints(BaseModel):
+    """All facts of a caption."""
+
+    keypoints: list[Keypoint]
+
+
+class Line(BaseModel):
+    """One line of dialogue."""
+
+    speaker: Text
+    text: Text
+
+
+class Dialogues(BaseModel):
+    """All lines of a caption."""
+
+    dialogues: list[Line]
+
+
+def read_caption(text: str, seconds: float, least: int) -> list[Sentence]:
+    """The sentences of a visual or audio caption by their times, at least so many.
+
+    Raises:
+        Malformed: it is none, or has a time outside the clip.
+    """
+    told = read_object(text, TimedCaption).sentences
+    if len(told) < least:
+        raise Faulty("there is no sentence in it")
+    if wrong := [one for one in told if not 0 <= one.start <= seconds + LATE]:
+        raise Faulty(f"{wrong[0].start:g} s is not within the {seconds:.1f} s of the clip: «{wrong[0].text[:200]}»")
+    made = [Sentence(" ".join(one.text.split()), one.start) for one in told]
+    if collapses("\n".join(one.text for one in made)):
+        raise Faulty("the caption repeats itself over and over", "repetition")
+    return sorted(made, key=lambda one: one.start)
+
+
+def read_plain_caption(text: str) -> list[Sentence]:
+    """The sentences of a caption in plain words, in order; their times are not known.
+
+    Raises:
+        Malformed: there is none.
+    """
+    if collapses(text):
+        raise Faulty("the caption repeats itself over and over", "repetition")
+    sentences = [Sentence(one) for one in split_sentences(text) if words_of(one)]
+    if not sentences:
+        raise Faulty("there is no sentence in it")
+    return sentences
+
+
+def read_fused(text: str, visual: Sequence[Sentence], audio: Sequence[Sentence]) -> str:
+    """The fused caption, if it keeps every sentence of both.
+
+    Raises:
+        Malformed: it is none, or does not; says which sentences.
+    """
+    caption = read_object(text, FusedCaption).caption
+    if collapses(caption):
+        raise Faulty("the fused caption repeats itself over and over", "repetition")
+    most = ROOM * sum(len(words_of(one.text)) for one in (*visual, *audio)) + 50
+    if (count := len(words_of(caption))) > most:
+        raise Faulty(f"the fused caption has {count} words, the two captions allow {most:.0f}")
+    if told := fusion_faults(caption, visual, audio).told():
+        raise Faulty(told)
+    return caption
+
+
+def read_score(text: str) -> int:
+    """How complete a fused caption is, 1 to 5. Raises Malformed where it does not say."""
+    return read_object(text, Completeness).score
+
+
+def read_keypoints(text: str, caption: str) -> list[dict[str, str]]:
+    """Keypoints of a caption, each once.
+
+    Raises:
+        Malformed: there are none, or one is not atomic or not in the caption.
+    """
+    found: dict[tuple[str, ...], dict[str, str]] = {}
+    known = set(words_of(caption))
+    for one in read_object(text, Keypoints).keypoints:
+        point = " ".join(one.text.split())
+        words = words_of(point)
+        if len(list(split_sentences(point))) != 1 or not 0 < len(words) <= KEYPOINT_WORDS:
+            raise Faulty(f"a keypoint that is not one short statement: «{point[:200]}»")
+        if sum(word in known for word in words) < GROUNDED * len(words):
+            raise Faulty(f"a keypoint that the caption does not state: «{point[:200]}»")
+        found.setdefault(tuple(words), {"text": point, "dimension": one.dimension})
+    if not found:
+        raise Faulty("there is no keypoint in it")
+    return list(found.values())
+
+
+def read_dialogues(text: str, caption: str) -> list[dict[str, str]]:
+    """Lines of dialogue of a caption and who speaks them, in order.
+
+    Raises:
+        Malformed: it is no such list, or a line is not in the caption, or not in this place.
+    """
+    lines, held, place = [], Words(caption), -1
+    for one in read_object(text, Dialogues).dialogues:
+        said = " ".join(one.text.split()).strip('"“”')
+        places = held.places(words_of(said))
+        if not places:
+            raise Faulty(f"a line that the caption does not hold in these words: «{said[:200]}»")
+        if (place := next((later for later in places if later > place), None)) is None:
+            raise Faulty(f"a line that stands earlier in the caption than the line before it: «{said[:200]}»")
+        lines.append({"speaker": " ".join(one.speaker.split()), "text": said})
+    return lines

@@ -1,0 +1,72 @@
+"""What curating clips would take, before anything is asked: calls and tokens, as the client will count them."""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from avocado_jax.curation.asking import TRIES, prompt
+from avocado_jax.curation.content import text_part
+from avocado_jax.curation.pipeline import BYTES, Settings
+from avocado_jax.curation.run import Clip
+from avocado_jax.data.decode import Probe, probe_media
+from avocado_jax.errors import InputError
+from avocado_jax.progress import progress
+from avocado_jax.remote.chat import AUDIO_BYTES, estimate
+
+# Tokens of an ordinary answer (the paper's captions have at most 1,437 on average), and what each stage reads of them.
+ANSWERS = {"visual": 900, "audio": 450, "fusion": 1200, "completeness": 16, "keypoints": 1500, "dialogues": 200}
+READS = {
+    "fusion": ("visual", "audio"),
+    "completeness": ("visual", "audio", "fusion"),
+    "keypoints": ("fusion",),
+    "dialogues": ("fusion",),
+}
+OF_SOUND = ("audio", "fusion", "completeness", "dialogues")  # stages that a clip without sound does not have
+PICTURE = {"type": "image_url"}
+
+
+def expected(clips: Sequence[Clip], settings: Settings, limit: int, local: bool) -> dict[str, int]:
+    """Calls and tokens of clips that pass every stage at the first answer, and the most they can come to.
+
+    Args:
+        limit: tokens of an answer.
+        local: the endpoint is not asked for captions of picture and sound.
+    """
+
+    def look(clip: Clip) -> Probe | None:
+        try:
+            return probe_media(clip.path, settings.reading)
+        except InputError:
+            return None
+
+    total = Counter(clips=len(clips), unreadable=0, calls=0, tokens=0, calls_at_most=0, tokens_at_most=0)
+    with ThreadPoolExecutor() as pool:
+        for probe in progress(pool.map(look, clips), "curate: clips", len(clips)):
+            if probe is None:
+                total["unreadable"] += 1
+                continue
+            for stage in ANSWERS:
+                if (local and stage in ("visual", "audio")) or (stage in OF_SOUND and not probe.sound):
+                    continue
+                total["calls"] += 1
+                total["calls_at_most"] += TRIES
+                total["tokens"] += _tokens(stage, probe, ANSWERS, ANSWERS[stage])
+                most = _tokens(stage, probe, dict.fromkeys(ANSWERS, settings.most), limit)
+                total["tokens_at_most"] += (
+                    TRIES * most + TRIES * (TRIES - 1) // 2 * limit
+                )  # bad answers are shown again
+    return dict(total)
+
+
+def _tokens(stage: str, probe: Probe, lengths: Mapping[str, int], answer: int) -> int:
+    """Of one call, by the client's own reckoning."""
+    sound = 0
+    if stage == "visual":
+        parts: list[dict[str, Any]] = [text_part(" " * 32), *[text_part("0.00 s"), PICTURE] * probe.frames]
+    else:
+        parts = [text_part(" " * (BYTES * sum(lengths[name] for name in READS.get(stage, ())) + 32))]
+    if stage == "audio":
+        sound = int(probe.seconds * 16_000 * 2 * 4 / 3) // AUDIO_BYTES + 8
+    messages = [{"role": "system", "content": prompt(stage)}, {"role": "user", "content": parts}]
+    return estimate({"messages": messages, "max_tokens": answer}) + sound

@@ -1,0 +1,156 @@
+"""Whether a fused caption keeps every sentence of the captions it was made from, in the order of time.
+
+A sentence is kept where its words stand in the fused caption one after another, each place counting once; marks and
+case may change, so that two sentences can become one. Between kept sentences there may be words that connect
+them in time, and nothing else.
+"""
+
+import re
+from collections import defaultdict
+from collections.abc import Sequence
+from difflib import SequenceMatcher
+from typing import NamedTuple
+
+from avocado_jax.curation.words import Sentence, Words, words_of
+
+ALIKE = 0.6  # share of a sentence's words, in order, by which it is altered rather than lost
+SLACK = 1.0  # seconds by which the order of two sentences may be wrong: captioners tell times roughly
+LINK = 8  # words between two sentences, at most
+LINKS = frozenset(
+    words_of(
+        "a after afterward afterwards again all along also and as at before beneath briefly but during end "
+        "eventually finally first followed following from here immediately in instant it just last lastly "
+        "later meantime meanwhile moment moments next now of on once over point right same second seconds "
+        "shortly simultaneously since slightly so soon still subsequently suddenly that the then there this "
+        "throughout time together until when where while which with"
+    )
+)
+SHOWN = 5  # faults of a kind that are told
+
+
+class Faults(NamedTuple):
+    """What is wrong with a fused caption."""
+
+    lost: list[str]  # sentences
+    altered: list[str]
+    misplaced: list[str]
+    added: list[str]  # stretches of the fused caption
+
+    def told(self) -> str:
+        """All of it in words; empty where nothing is wrong."""
+        said = {
+            "lost": "these sentences are missing",
+            "altered": "the words of these sentences were changed",
+            "misplaced": "these sentences stand too late for their time",
+            "added": "these words are in neither caption",
+        }
+        parts = [
+            f"{words}: {'; '.join(f'«{one[:300]}»' for one in found[:SHOWN])}"
+            + (f" and {len(found) - SHOWN} more" if len(found) > SHOWN else "")
+            for words, found in zip(said.values(), self)
+            if found
+        ]
+        return ". ".join(parts)
+
+
+class _Kept(NamedTuple):
+    """A sentence and the words of the fused caption that are it: first and end."""
+
+    first: int
+    end: int
+    source: int
+    number: int
+    sentence: Sentence
+
+
+def fusion_faults(fused: str, *sources: Sequence[Sentence]) -> Faults:
+    """Compare a fused caption with the captions it was made from, each in the order it was told."""
+    text = Words(fused)
+    kept, missing = _found(text, sources)
+    kept.sort()
+    lost, altered, gaps = [], [], _gaps(text, kept)
+    for sentence in missing:
+        words = words_of(sentence.text)
+        near = max(gaps, key=lambda gap: _alike(words, text.words[gap[0] : gap[1]]), default=(0, 0))
+        changed = _alike(words, text.words[near[0] : near[1]]) >= ALIKE
+        (altered if changed else lost).append(sentence.text)
+        if changed:
+            gaps.remove(near)
+    added = [stretch for gap in gaps if (stretch := _added(text, *gap))]
+    return Faults(lost, altered, _misplaced(kept), added)
+
+
+def _found(text: Words, sources: Sequence[Sequence[Sentence]]) -> tuple[list[_Kept], list[Sentence]]:
+    """Where the sentences stand, and those that stand nowhere. Longer ones choose first, since they may hold others.
+
+    A sentence that both captions have may stand once for both.
+    """
+    alike: dict[tuple[str, ...], list[tuple[int, int, Sentence]]] = defaultdict(list)
+    for source, sentences in enumerate(sources):
+        for number, sentence in enumerate(sentences):
+            if words := tuple(words_of(sentence.text)):
+                alike[words].append((source, number, sentence))
+    taken = [False] * len(text.words)
+    kept: list[_Kept] = []
+    missing: list[Sentence] = []
+    for words in sorted(alike, key=len, reverse=True):
+        places = []
+        for place in text.places(words):
+            if len(places) < len(alike[words]) and not any(taken[place : place + len(words)]):
+                taken[place : place + len(words)] = [True] * len(words)
+                places.append(place)
+        whole = len(places) == len(alike[words])
+        members = sorted(alike[words], key=lambda one: (one[2].start or 0.0, one[:2])) if whole else alike[words]
+        used: dict[int, int] = defaultdict(int)
+        for source, number, sentence in members:
+            which = sum(used.values()) if whole else used[source]
+            used[source] += 1
+            if which < len(places):
+                kept.append(_Kept(places[which], places[which] + len(words), source, number, sentence))
+            else:
+                missing.append(sentence)
+    return kept, missing
+
+
+def _gaps(text: Words, kept: Sequence[_Kept]) -> list[tuple[int, int]]:
+    """Stretches of words that are no kept sentence's: first and end of each."""
+    gaps, reached = [], 0
+    for one in kept:
+        if one.first > reached:
+            gaps.append((reached, one.first))
+        reached = max(reached, one.end)
+    return gaps + [(reached, len(text.words))] * (reached < len(text.words))
+
+
+def _alike(words: Sequence[str], stretch: Sequence[str]) -> float:
+    """The share of the words that stand in a stretch in the same order."""
+    matched = SequenceMatcher(None, words, stretch, autojunk=False).get_matching_blocks()
+    return sum(block.size for block in matched) / max(1, len(words))
+
+
+def _added(text: Words, first: int, end: int) -> str:
+    """What a stretch between kept sentences adds beyond connecting them; empty where it only connects."""
+    stretch = text.text[text.spans[first][0] : text.spans[end - 1][1]]
+    connects = (
+        end < len(text.words)  # something follows
+        and end - first <= LINK
+        and set(text.words[first:end]) <= LINKS
+        and not re.search(r"[.?!。！？\n\"“”«»]", stretch)
+    )
+    return "" if connects else stretch
+
+
+def _misplaced(kept: Sequence[_Kept]) -> list[str]:
+    """Sentences that come after later ones: by their times, else by their places in their own caption."""
+    wrong, latest = [], 0.0
+    last: dict[int, int] = defaultdict(int)
+    for one in kept:
+        if one.sentence.start is None:
+            late = one.number < last[one.source]
+        else:
+            late = one.sentence.start < latest - SLACK
+            latest = max(latest, one.sentence.start)
+        last[one.source] = max(last[one.source], one.number)
+        if late:
+            wrong.append(one.sentence.text)
+    return wrong

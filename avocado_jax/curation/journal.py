@@ -1,0 +1,90 @@
+"""The raw answers of a folder, kept as they come: what is in it is never asked again, in this run or a later one.
+
+A line is {"key", "clip", "stage", "attempt", "answer", "calls", "tokens"}: `key` is a digest of all that decides the
+answer, the last two what the folder has cost so far. A line of the stage "end" has no answer: it tells the cost alone.
+"""
+
+import fcntl
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from avocado_jax.errors import InputError
+
+FIELDS = {"key": str, "clip": str, "stage": str, "attempt": int, "answer": str, "calls": int, "tokens": int}
+
+
+class Journal:
+    """Answers by key; only their places are held in memory. For one thread.
+
+    Attributes:
+        before: "calls" and "tokens" that the folder had cost when it was opened.
+        spent: the same now.
+    """
+
+    def __init__(self, file: BinaryIO, name: str) -> None:
+        self._file = file
+        self._places: dict[str, tuple[int, int]] = {}
+        self._end = 0
+        self.spent = {"calls": 0, "tokens": 0}
+        file.seek(0)
+        for number, raw in enumerate(file, start=1):
+            if not raw.endswith(b"\n"):
+                break  # a kill came between
+            line = _checked(raw, f"{name}:{number}")
+            self._note(line, len(raw))
+        os.truncate(file.fileno(), self._end)
+        self.before = dict(self.spent)
+
+    def get(self, key: str) -> str | None:
+        """The answer to a question, if it was given."""
+        if (place := self._places.get(key)) is None:
+            return None
+        first, size = place
+        return json.loads(os.pread(self._file.fileno(), size, first))["answer"]
+
+    def put(self, key: str, clip: str, stage: str, attempt: int, answer: str, calls: int, tokens: int) -> None:
+        """Keep an answer. Raises OSError where the disk is full; what was kept before stays."""
+        line = dict(zip(FIELDS, (key, clip, stage, attempt, answer, calls, tokens)))
+        raw = json.dumps(line).encode() + b"\n"
+        self._file.write(raw)
+        self._file.flush()
+        self._note(line, len(raw))
+
+    def _note(self, line: dict[str, Any], size: int) -> None:
+        self._places[line["key"]] = (self._end, size)
+        self._end += size
+        self.spent = {name: max(value, line[name]) for name, value in self.spent.items()}
+
+
+def _checked(raw: bytes, where: str) -> dict[str, Any]:
+    try:
+        line = json.loads(raw)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{where}: not JSON: {error}") from None
+    if not isinstance(line, dict) or not all(isinstance(line.get(name), kind) for name, kind in FIELDS.items()):
+        raise InputError(f"{where}: no line of answers; --out names a folder of `avocado curate`, or a new one")
+    return line
+
+
+@contextmanager
+def open_journal(path: Path) -> Iterator[Journal]:
+    """The journal of a folder, while the block runs; what a kill left of a last line is cut.
+
+    Raises:
+        InputError: it cannot be written, is in use, or holds other things.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = path.open("a+b")
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}") from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise InputError(f"{path}: another run writes to it") from error
+        yield Journal(file, str(path))

@@ -1,0 +1,177 @@
+"""One clip through all stages: seen, heard, woven together, filtered, scored, taken apart (paper, Figure 1)."""
+
+import asyncio
+import hashlib
+import json
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+from avocado_jax.curation.answers import (
+    Completeness,
+    Dialogues,
+    FusedCaption,
+    Keypoints,
+    TimedCaption,
+    read_caption,
+    read_dialogues,
+    read_fused,
+    read_keypoints,
+    read_score,
+)
+from avocado_jax.curation.asking import Asker, Question, Rejected
+from avocado_jax.curation.content import Parts, picture_parts, silent, sound_parts
+from avocado_jax.curation.words import Sentence, joined
+from avocado_jax.data import storage
+from avocado_jax.data.decode import Probe, probe_media, read_media
+from avocado_jax.data.media import Media, Reading
+from avocado_jax.data.words import Words
+from avocado_jax.errors import InputError
+
+T = TypeVar("T")
+COMPLETE = 4  # of 5: the least score that is kept
+READ_SECONDS = 300.0  # to read one clip, before it is given up: decoders may hang
+BYTES = 3  # of text to a token, where there is no tokenizer
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is kept, and how clips are looked at."""
+
+    reading: Reading
+    fewest: int  # tokens of a caption
+    most: int
+    tokenizer: Words | None = None
+
+    def tokens(self, text: str) -> int:
+        """The length of a text."""
+        return len(self.tokenizer.encode(text)) if self.tokenizer else len(text.encode()) // BYTES
+
+
+# Captions of a clip's picture and of its sound by a model at hand, in place of the endpoint's.
+Captions = Callable[["Source"], Awaitable[tuple[list[Sentence], list[Sentence]]]]
+
+
+class Source:
+    """A clip's file. It is decoded once, and not before something must be shown. All raise Rejected: it is damaged."""
+
+    def __init__(self, name: str, path: Path, reading: Reading) -> None:
+        self.name, self.path, self.reading = name, path, reading
+        self._media: asyncio.Task[Media] | None = None
+
+    async def probe(self) -> Probe:
+        """What the file says of itself."""
+        probe = await self._read(probe_media, self.path, self.reading)
+        if probe.sound and probe.seconds > self.reading.sound_seconds:
+            listened = f"{self.reading.sound_seconds} s are listened to at most"
+            raise Rejected("read", f"{probe.seconds:.0f} s long; {listened}")
+        return probe
+
+    async def digest(self) -> str:
+        """Of the file's bytes."""
+
+        def of_file() -> str:
+            with self.path.open("rb") as file:
+                return hashlib.file_digest(file, "sha256").hexdigest()
+
+        return await self._read(of_file)
+
+    async def media(self) -> Media:
+        """The clip in memory."""
+        if self._media is None:
+            self._media = asyncio.create_task(self._read(read_media, self.path, self.reading))
+        return await self._media
+
+    async def pictures(self) -> Parts:
+        """What is shown of it."""
+        return await asyncio.to_thread(picture_parts, await self.media())
+
+    async def sound(self) -> Parts:
+        """What is heard of it."""
+        return await asyncio.to_thread(sound_parts, await self.media(), self.reading)
+
+    def forget(self) -> None:
+        """Let go of what was decoded."""
+        self._media = None
+
+    async def _read(self, call: Callable[..., T], *args: Any) -> T:
+        try:
+            return await asyncio.to_thread(storage.within, READ_SECONDS, partial(call, *args))
+        except (InputError, MemoryError) as error:
+            reason = str(error).removeprefix(f"{self.path}: ") or "needs more memory than there is"
+            raise Rejected("read", reason) from error
+        except OSError as error:
+            raise Rejected("read", error.strerror or str(error)) from error
+
+
+async def curate_clip(asker: Asker, source: Source, settings: Settings, local: Captions | None) -> dict[str, Any]:
+    """Caption, keypoints and dialogues of a clip: its manifest line, but for "id" and "video".
+
+    Raises:
+        Rejected: it is no training clip.
+        Unanswered, Stopped: as `Asker.ask`.
+    """
+    visual, audio = await (local(source) if local else seen_and_heard(asker, source))
+    source.forget()
+    within(settings, joined([*visual, *audio]), "the visual and the audio caption", most_only=True)
+    caption = await fused(asker, source.name, visual, audio) if audio else joined(visual)
+    within(settings, caption, "the fused caption")
+    ask = partial(asker.ask, source.name)
+    if audio:  # else nothing could be lost
+        score = await ask(question("completeness", both(visual, audio) | {"fused": caption}, Completeness, read_score))
+        if score < COMPLETE:
+            raise Rejected("completeness", f"completeness {score} of 5, {COMPLETE} is the least")
+    held = {"caption": caption}
+    keypoints = await ask(question("keypoints", held, Keypoints, partial(read_keypoints, caption=caption)))
+    dialogues: list[dict[str, str]] = []
+    if audio:
+        dialogues = await ask(question("dialogues", held, Dialogues, partial(read_dialogues, caption=caption)))
+    return held | {"dialogues": dialogues, "keypoints": keypoints}
+
+
+async def seen_and_heard(asker: Asker, source: Source) -> tuple[list[Sentence], list[Sentence]]:
+    """The visual and the audio caption by the endpoint; the second is empty where there is nothing to hear."""
+    probe, known = await source.probe(), await source.digest()
+    about = [known, asdict(source.reading)]
+    read = partial(read_caption, seconds=probe.seconds)
+    visual = Question("visual", about, source.pictures, TimedCaption, partial(read, least=1))
+    audio = Question("audio", about, source.sound, TimedCaption, partial(read, least=0))
+    seen = await asker.ask(source.name, visual)
+    if not probe.sound or (not asker.knows(audio) and silent(await source.media())):
+        return seen, []
+    return seen, await asker.ask(source.name, audio)
+
+
+async def fused(asker: Asker, name: str, visual: Sequence[Sentence], audio: Sequence[Sentence]) -> str:
+    """Both captions as one, in the order of time, with every sentence of both."""
+    read = partial(read_fused, visual=visual, audio=audio)
+    return await asker.ask(name, question("fusion", both(visual, audio), FusedCaption, read))
+
+
+def both(visual: Sequence[Sentence], audio: Sequence[Sentence]) -> dict[str, Any]:
+    """Both captions as a model is shown them."""
+
+    def told(sentences: Sequence[Sentence]) -> list[dict[str, Any]]:
+        return [{"text": text} | ({} if start is None else {"start": start}) for text, start in sentences]
+
+    return {"visual": told(visual), "audio": told(audio)}
+
+
+def question(stage: str, held: dict[str, Any], schema: Any, read: Callable[[str], Any]) -> Question:
+    """A question about texts. They are JSON, so that no text can pass for another, or for what is asked."""
+
+    async def content() -> str:
+        return json.dumps(held, ensure_ascii=False, indent=1)
+
+    return Question(stage, held, content, schema, read)
+
+
+def within(settings: Settings, text: str, what: str, most_only: bool = False) -> None:
+    """Raises Rejected where a text is too long, or too short."""
+    length = settings.tokens(text)
+    if length > settings.most:
+        raise Rejected("length", f"{what} has {length} tokens, {settings.most} is the most")
+    if length < settings.fewest and not most_only:
+        raise Rejected("length", f"{what} has {length} tokens, {settings.fewest} is the fewest")
