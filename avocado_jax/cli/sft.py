@@ -15,7 +15,7 @@ import argparse
 
 from avocado_jax.config import SftConfig, load
 from avocado_jax.errors import InputError
-from avocado_jax.parallel.mesh import start_processes
+from avocado_jax.parallel.processes import joined
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -25,6 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--coordinator", metavar="HOST:PORT", help="of process 0; auto: known to the platform")
     parser.add_argument("--processes", type=int, metavar="N", help="how many there are")
     parser.add_argument("--process", type=int, metavar="I", help="which this is, from 0")
+    parser.add_argument("--devices", type=int, metavar="N", help="that all processes must have together")
     parser.set_defaults(fields=[])
 
 
@@ -33,7 +34,7 @@ def run(args: argparse.Namespace) -> int:
     config = load(args.config, args.fields)
     if not isinstance(config, SftConfig):
         raise InputError(f"{args.config}: a {type(config).__name__}; sft takes an SftConfig")
-    start_processes(args.coordinator, args.processes, args.process)
-    from avocado_jax.train.run import sft  # after the processes have met: it may touch devices
+    with joined(args.coordinator, args.processes, args.process, args.devices):
+        from avocado_jax.train.run import sft  # after the processes have met: it may touch devices
 
-    return sft(config, args.workdir)
+        return sft(config, args.workdir)
