@@ -1,8 +1,8 @@
 """A pod rehearsed on one machine: four hosts, a bucket, the launchers' own command; a host is lost, two go on.
 
-  python tests/launch/rehearse.py [sft|grpo] FOLDER
+  python tests/launch/rehearse.py FOLDER
 
-Checkpoint and shards are made and put into a bucket of a real storage server. An undisturbed run (of sft) is the
+Checkpoint and shards are made and put into a bucket of a real storage server. An undisturbed run is the
 measure. The other one loses a host: all others must end by themselves, with 75; then the job is started on two
 hosts, as on a smaller slice, and finishes. Prints what it found, as JSON.
 """
@@ -29,22 +29,17 @@ RECORDS, BATCH, EPOCHS = 20, 8, 2
 STEPS = EPOCHS * -(-RECORDS // BATCH)
 FIELDS = ["--init", "gs://bucket/base", "--data.train", "gs://bucket/train", "--data.caption_tokens", "48"]
 FIELDS += ["--data.shapes", "1", "--batch", str(BATCH), "--steps", str(STEPS), "--checkpoint_every", "2"]
-HELD_OUT = ["--data.heldout", "gs://bucket/test", "--eval_every", str(STEPS), "--eval_rows", "8", "--samples", "0"]
-SAMPLED = ["--group", "2", "--sampling.tokens", "24", "--rewards.low", "8", "--rewards.high", "24"]
-CONFIGS = {
-    "sft": ("configs/world_tiny.py", HELD_OUT),
-    "grpo": ("configs/grpo_world.py", [*SAMPLED, "--data.heldout", ""]),
-}
+FIELDS += ["--data.heldout", "gs://bucket/test", "--eval_every", str(STEPS), "--eval_rows", "8", "--samples", "0"]
+CONFIG = "configs/world_tiny.py"
 FOUR, TWO = "v6e:2x4", "v6e:2x2"  # slices of eight chips and of four: a host has two
 CHIPS = 2
 PYTHON = sys.executable
 
 
-def job(stage, workdir, topology):
+def job(workdir, topology):
     """The command of every host, as each of the launchers would give it."""
-    config, more = CONFIGS[stage]
-    args = Namespace(stage=stage, config=config, workdir=workdir, topology=topology, slices=1, unplanned=True, name="r")
-    return list(job_of(args, [*FIELDS, *more]).words)
+    args = Namespace(stage="sft", config=CONFIG, workdir=workdir, topology=topology, slices=1, unplanned=True, name="r")
+    return list(job_of(args, FIELDS).words)
 
 
 def python(*words):
@@ -111,7 +106,7 @@ class Pod:
         return [{key: value for key, value in json.loads(line).items() if key != "perf"} for line in text.splitlines()]
 
 
-def rehearse(stage, folder):
+def rehearse(folder):
     """Play it through; gives what was found."""
     (folder / "storage" / "bucket").mkdir(parents=True)
     with hosts(4, folder) as made, gcs.storage_server(folder / "storage", made.outside) as port:
@@ -120,10 +115,9 @@ def rehearse(stage, folder):
         pod = Pod(made, folder)
         fill(folder)
 
-        if stage == "sft":  # what is sampled hangs on the last bits, which differ between meshes
-            pod.finish("whole", pod.start("whole", job(stage, "gs://bucket/whole", FOUR), 1, chips=4 * CHIPS))
+        pod.finish("whole", pod.start("whole", job("gs://bucket/whole", FOUR), 1, chips=4 * CHIPS))
 
-        processes = pod.start("broken", job(stage, "gs://bucket/broken", FOUR), 4)
+        processes = pod.start("broken", job("gs://bucket/broken", FOUR), 4)
         saved = pod.bucket / "broken" / "checkpoints" / "2" / "commit_success.txt"
         while not saved.exists():
             assert all(process.poll() is None for process in processes), pod.log("broken").read_text()[-3000:]
@@ -134,24 +128,17 @@ def rehearse(stage, folder):
         detected = time.monotonic() - lost
 
         again = time.monotonic()
-        processes = pod.start("again", job(stage, "gs://bucket/broken", TWO), 2)
+        processes = pod.start("again", job("gs://bucket/broken", TWO), 2)
         while "step " not in pod.log("again").read_text():
             assert all(process.poll() is None for process in processes), pod.log("again").read_text()[-3000:]
             time.sleep(0.05)
         recovered = time.monotonic() - again
         pod.finish("again", processes)
 
-        found = {"stage": stage, "apart": made.apart, "statuses": statuses, "said": pod.log("broken").read_text()}
+        found = {"apart": made.apart, "statuses": statuses, "said": pod.log("broken").read_text()}
         found |= {"seconds_to_detect": round(detected, 1), "seconds_to_recover": round(recovered, 1)}
         found |= {"resumed_after": _first_step(pod.log("again").read_text()) - 1}
-        found["broken"] = pod.lines("broken")
-        if stage == "sft":
-            found["whole"] = pod.lines("whole")
-        else:
-            found["rollouts"] = [
-                [json.loads(line) for line in (pod.bucket / "broken" / f"rollouts/{step + 1}.jsonl").open()]
-                for step in range(STEPS)
-            ]
+        found |= {"whole": pod.lines("whole"), "broken": pod.lines("broken")}
         return found
 
 
@@ -161,4 +148,4 @@ def _first_step(log):
 
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # by way of what leaves nothing behind
-    print(json.dumps(rehearse(sys.argv[1], Path(sys.argv[2]))))
+    print(json.dumps(rehearse(Path(sys.argv[1]))))
