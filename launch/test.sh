@@ -9,10 +9,10 @@ install tests --requirement tests/requirements.txt
 # The page of `avocado view` is tested in a real browser, which comes with the system's packages.
 if ! command -v chromium-headless-shell chromium chromium-browser google-chrome >/dev/null; then
   echo "installing: apt-get install chromium"
-  apt-get update -qq && apt-get install -qq --yes --no-install-recommends chromium >/dev/null || {
+  if ! { apt-get update -qq && apt-get install -qq --yes --no-install-recommends chromium >/dev/null; }; then
     echo "the tests of avocado view need Chromium: install it, or run this as root where there is apt-get" >&2
     exit 2
-  }
+  fi
 fi
 
 marks=(-m "not slow")

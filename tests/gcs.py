@@ -19,12 +19,12 @@ FAULTS = ("unavailable", "reset", "truncated", "slow")
 
 
 @contextmanager
-def storage_server(root: Path):
+def storage_server(root: Path, host: str = HOST):
     """Run the server over the folders (buckets) in `root`; gives its port."""
-    port = _free_port()
-    url = f"http://{HOST}:{port}"
+    port = _free_port(host)
+    url = f"http://{host}:{port}"
     command = [_server._get_binary_path(), "-scheme", "http", "-backend", "filesystem", "-filesystem-root", root]
-    command += ["-host", HOST, "-port", str(port), "-external-url", url, "-public-host", f"{HOST}:{port}"]
+    command += ["-host", host, "-port", str(port), "-external-url", url, "-public-host", f"{host}:{port}"]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         for _ in range(200):
@@ -140,7 +140,7 @@ class Proxy:
         return data
 
 
-def _free_port() -> int:
+def _free_port(host: str) -> int:
     with socket.socket() as held:
-        held.bind((HOST, 0))
+        held.bind((host, 0))
         return held.getsockname()[1]

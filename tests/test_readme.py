@@ -13,7 +13,7 @@ def test_tree_names_every_file():
     for line in tree.splitlines():
         if found := re.match(r"(\S+/)(?:\s|$)", line):
             folder = found[1]
-        elif found := re.match(r"  (\S+\.(?:py|sh|md))\s", line):
+        elif found := re.match(r"  (\S+\.(?:py|sh|md)|Containerfile)\s", line):
             named.add(folder + found[1])
     places = [
         path for place in ("avocado_jax", "launch", "configs") for path in (ROOT / place).rglob("*") if path.is_file()

@@ -66,8 +66,11 @@ class Runs:
         self.config = folder / "small.py"
         self.config.write_text(config.format(init=str(init)))
 
-    def start(self, name, *fields, devices=2, processes=1, cached=True):
-        """One process, or a list of several that know each other; output goes to files."""
+    def start(self, name, *fields, devices=2, processes=1, cached=True, last=()):
+        """One process, or a list of several that know each other; output goes to files.
+
+        `last`: more fields, of the last process alone.
+        """
         flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=1"
         env = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
         if cached:
@@ -89,7 +92,8 @@ class Runs:
         for number in range(processes):
             which = ["--process", str(number)] if processes > 1 else []
             out = (self.logs / f"{name}-{number}.log").open("a")
-            started.append(subprocess.Popen([*command, *which, *fields], env=env, stdout=out, stderr=out))
+            more = last if number == processes - 1 else ()
+            started.append(subprocess.Popen([*command, *which, *fields, *more], env=env, stdout=out, stderr=out))
         return started if processes > 1 else started[0]
 
     def finish(self, name, *fields, expect=0, **options):

@@ -17,7 +17,7 @@ import argparse
 from avocado_jax.cli.sft import add_arguments
 from avocado_jax.config import GrpoConfig, load
 from avocado_jax.errors import InputError
-from avocado_jax.parallel.mesh import start_processes
+from avocado_jax.parallel.processes import joined
 
 __all__ = ["add_arguments", "run"]
 
@@ -27,7 +27,7 @@ def run(args: argparse.Namespace) -> int:
     config = load(args.config, args.fields)
     if not isinstance(config, GrpoConfig):
         raise InputError(f"{args.config}: its config is of type {type(config).__name__}; grpo takes a GrpoConfig")
-    start_processes(args.coordinator, args.processes, args.process)
-    from avocado_jax.train.run_grpo import grpo  # after the processes have met: it may touch devices
+    with joined(args.coordinator, args.processes, args.process, args.devices):
+        from avocado_jax.train.run_grpo import grpo  # after the processes have met: it may touch devices
 
-    return grpo(config, args.workdir)
+        return grpo(config, args.workdir)

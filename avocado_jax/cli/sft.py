@@ -16,7 +16,7 @@ import sys
 
 from avocado_jax.config import GrpoConfig, SftConfig, as_sft, load
 from avocado_jax.errors import InputError
-from avocado_jax.parallel.mesh import start_processes
+from avocado_jax.parallel.processes import joined
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,6 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--coordinator", metavar="HOST:PORT", help="of process 0; auto: known to the platform")
     parser.add_argument("--processes", type=int, metavar="N", help="how many there are")
     parser.add_argument("--process", type=int, metavar="I", help="which this is, from 0")
+    parser.add_argument("--devices", type=int, metavar="N", help="that all processes must have together")
     parser.set_defaults(fields=[])
 
 
@@ -37,7 +38,7 @@ def run(args: argparse.Namespace) -> int:
         config = as_sft(config)
     if not isinstance(config, SftConfig):
         raise InputError(f"{args.config}: a {type(config).__name__}; sft takes an SftConfig")
-    start_processes(args.coordinator, args.processes, args.process)
-    from avocado_jax.train.run import sft  # after the processes have met: it may touch devices
+    with joined(args.coordinator, args.processes, args.process, args.devices):
+        from avocado_jax.train.run import sft  # after the processes have met: it may touch devices
 
-    return sft(config, args.workdir)
+        return sft(config, args.workdir)

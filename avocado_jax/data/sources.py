@@ -70,6 +70,19 @@ class Shards:
             raise InputError(f"{self._name(shard)} holds {record.fields['id']} at {position}: not what the index says")
         return record
 
+    def check(self) -> None:
+        """See that every shard is there, whole.
+
+        Raises:
+            InputError: one is missing, or has another size than manifest.json says.
+            StorageError: storage fails.
+        """
+        held = storage.sizes(self._folder)
+        for shard in self._shards:
+            if (size := held.get(shard.file)) != shard.bytes:
+                found = "is missing" if size is None else f"has {size} bytes, where manifest.json says {shard.bytes}"
+                raise InputError(f"{storage.join(self._folder, shard.file)}: {found}")
+
     def _name(self, shard: int) -> str:
         return storage.join(self._folder, self._shards[shard].file)
 

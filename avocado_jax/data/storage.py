@@ -147,16 +147,22 @@ def exists(path: str) -> bool:
     return Path(path).is_file()
 
 
-def names(folder: str) -> list[str]:
-    """The names of the files that lie directly in a folder; none where there is no such folder."""
+def sizes(folder: str) -> dict[str, int]:
+    """The files that lie directly in a folder, and their bytes; none where there is no such folder."""
     if is_remote(folder):
         prefix = f"{folder.rstrip('/')}/"
         found = _remote(
             prefix,
             lambda blob: list(blob.bucket.list_blobs(prefix=blob.name, delimiter="/", timeout=TIMEOUT, retry=None)),
         )
-        return sorted(one.name.rsplit("/", 1)[-1] for one in found)
-    return sorted(path.name for path in Path(folder).iterdir() if path.is_file()) if Path(folder).is_dir() else []
+        return {one.name.rsplit("/", 1)[-1]: one.size for one in found}
+    found = Path(folder).iterdir() if Path(folder).is_dir() else ()
+    return {path.name: path.stat().st_size for path in found if path.is_file()}
+
+
+def names(folder: str) -> list[str]:
+    """The names of the files that lie directly in a folder; none where there is no such folder."""
+    return sorted(sizes(folder))
 
 
 def fingerprint(path: str) -> str | None:

@@ -1,4 +1,4 @@
-"""The device mesh, the processes behind it, and constraints on activations.
+"""The device mesh, and constraints on activations.
 
 Axes: `data` (copies of the parameters), `fsdp` (parts of the parameters, gathered where they are used) and `tensor`
 (parts of heads, hidden widths and the vocabulary). Rows are divided over data and fsdp.
@@ -14,28 +14,6 @@ from avocado_jax.typing import Array
 
 AXES = ("data", "fsdp", "tensor")
 ROWS = ("data", "fsdp")  # axes that rows are divided over
-HEARTBEAT_SECONDS = 10  # after which a lost process ends the others (facts: 6 s measured; jax's default 95 s)
-START_SECONDS = 300  # for all processes to come
-
-
-def start_processes(coordinator: str | None, processes: int | None, process: int | None) -> None:
-    """Join the other processes of the job; does nothing for a job of one.
-
-    On TPU pods and under Slurm jax knows all three by itself: pass "auto" as the coordinator.
-
-    Raises:
-        InputError: the three do not belong together.
-    """
-    if coordinator is None and processes is None and process is None:
-        return
-    jax.config.update("jax_cpu_collectives_implementation", "gloo")  # of processes without accelerators
-    times = dict(heartbeat_timeout_seconds=HEARTBEAT_SECONDS, initialization_timeout=START_SECONDS)
-    if coordinator == "auto":
-        jax.distributed.initialize(**times)
-        return
-    if coordinator is None or processes is None or process is None or not 0 <= process < processes:
-        raise InputError("--coordinator HOST:PORT, --processes N and --process I (0..N-1) go together")
-    jax.distributed.initialize(coordinator, processes, process, **times)
 
 
 def make_mesh(data: int, fsdp: int, tensor: int, slices: int = 1, devices: list | None = None) -> Mesh:

@@ -134,7 +134,9 @@ def open_source(name: str, config: DataConfig) -> tuple[Source, Reading]:
             raise InputError(f"{name}: data.cache_dir says where its measurements are kept; it is not set")
         return open_tfds(folder, split, Reading(), Path(config.cache_dir)), Reading()
     reading = prepared_reading(name)
-    return open_shards(name, reading, Path(config.cache_dir) if config.cache_dir else None), reading
+    shards = open_shards(name, reading, Path(config.cache_dir) if config.cache_dir else None)
+    shards.check()
+    return shards, reading
 
 
 def _world(name: str, config: DataConfig) -> WorldSource | DrillSource:

@@ -34,6 +34,7 @@ from avocado_jax.train.loop import Job, train
 from avocado_jax.train.losses import Sums
 from avocado_jax.train.metrics import Log
 from avocado_jax.train.sft import batch_sums, model_of, sft_program
+from avocado_jax.train.startup import ready
 from avocado_jax.train.state import State
 
 
@@ -105,7 +106,7 @@ def sft(config: SftConfig, folder: str) -> int:
     Raises:
         InputError: the config does not hold together, or the folder holds a run of another one.
     """
-    setup = set_up(config)
+    setup = ready(config, folder, lambda: set_up(config))
     mesh, model = setup.mesh, setup.model
     open_folder(config, model, folder, setup.recipe.reading)
     checkpoints = Checkpoints(folder, config.keep)

@@ -25,6 +25,7 @@ from avocado_jax.train.phases import Phases
 from avocado_jax.train.rewards import Rewards, caption_text, open_rewards
 from avocado_jax.train.rollout import Rollout, cut, fitting
 from avocado_jax.train.run import Setup, heldout, open_folder, restored, run, set_up, stream
+from avocado_jax.train.startup import ready
 from avocado_jax.train.state import State
 from avocado_jax.typing import Array
 
@@ -35,7 +36,7 @@ def grpo(config: GrpoConfig, folder: str) -> int:
     Raises:
         InputError: the config does not hold together, or the folder holds a run of another one.
     """
-    setup = set_up(config, config.split)
+    setup = ready(config, folder, lambda: set_up(config, config.split))
     mesh, model = setup.mesh, setup.model
     stops = stop_ids(setup.checkpoint.side_files, setup.words, model.text.vocab)
     with jax.set_mesh(mesh), open_rewards(config, setup, stops) as rewards:

@@ -1,0 +1,133 @@
+"""What is seen to before the first step: by one host for itself, and by all of them together."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from avocado_jax.config import SftConfig
+from avocado_jax.data import storage
+from avocado_jax.data.index import load_index
+from avocado_jax.data.sources import Shard, Shards
+from avocado_jax.errors import InputError
+from avocado_jax.parallel.processes import joined
+from avocado_jax.train import startup
+from avocado_jax.train.startup import TOLD_BYTES, Host, disagreement, everyone, ready
+
+GOOD = [Host(f"host-{number}", "code", "config", "", False) for number in range(4)]
+
+
+def test_hosts_that_agree_begin():
+    assert disagreement(GOOD) is None
+
+
+@pytest.mark.parametrize(
+    ("change", "text", "passing"),
+    [
+        (dict(code="other"), "host 2 (host-2) and host 0 (host-0) run different code: install one commit", False),
+        (dict(config="other"), "were started with different configs, fields or folders", False),
+        (dict(lacks="gs://b/x: no access", for_good=True), "host 2 (host-2): gs://b/x: no access", False),
+        (dict(lacks="gs://b/x: 503", for_good=False), "host 2 (host-2): gs://b/x: 503", True),
+    ],
+)
+def test_what_one_host_lacks_all_say(change, text, passing):
+    told = disagreement([*GOOD[:2], GOOD[2]._replace(**change), GOOD[3]])
+    assert text in told.text
+    assert told.passing is passing
+
+
+def test_the_longest_complaint_still_fits():
+    lacks = startup._short('"\\\n\x00é' * 1000)
+    assert everyone(Host("h" * 64, "c" * 32, "d" * 32, lacks, True))[0].lacks == lacks
+    assert len(json.dumps(Host("h" * 64, "c" * 32, "d" * 32, '"' * 600, True))) < TOLD_BYTES
+
+
+def test_a_host_looks_for_itself(tmp_path):
+    def missing():
+        raise InputError("data: none")
+
+    with pytest.raises(InputError, match="data: none"):
+        ready(SftConfig(), str(tmp_path / "run"), missing)
+    assert not (tmp_path / "run").exists()
+    assert ready(SftConfig(), str(tmp_path / "run"), lambda: 5) == 5
+    assert not list((tmp_path / "run").iterdir())  # the probe is gone
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises((InputError, OSError), match="file"):
+        ready(SftConfig(), str(tmp_path / "file" / "run"), lambda: 5)
+
+
+def test_a_folder_that_does_not_keep_what_is_written(tmp_path, monkeypatch):
+    monkeypatch.setattr(storage, "read", lambda path: b"something else")
+    with pytest.raises(InputError, match="reads otherwise than it was written"):
+        startup.probe(str(tmp_path))
+
+
+def test_code_is_told_by_its_sources(tmp_path, monkeypatch):
+    (tmp_path / "one.py").write_text("x = 1")
+    monkeypatch.setattr(startup, "PACKAGE", tmp_path)
+    before = startup.code()
+    assert startup.code() == before
+    (tmp_path / "one.py").write_text("x = 2")
+    assert startup.code() != before
+    (tmp_path / "one.py").write_text("x = 1")
+    (tmp_path / "two.py").touch()
+    assert startup.code() != before
+    (tmp_path / "two.py").unlink()
+    monkeypatch.setattr(startup, "version", lambda name: "0.0")
+    assert startup.code() != before
+
+
+def test_shards_that_are_missing_or_short(tmp_path):
+    (tmp_path / "one").write_bytes(b"12345")
+    (tmp_path / "two").write_bytes(b"123")
+    shards = [Shard("one", 1, 5, ""), Shard("two", 1, 3, "")]
+    index = load_index(b"", "byte", "nothing")
+    Shards(str(tmp_path), shards, index, None, 1.0).check()
+    (tmp_path / "two").write_bytes(b"12")
+    with pytest.raises(InputError, match="two: has 2 bytes, where manifest"):
+        Shards(str(tmp_path), shards, index, None, 1.0).check()
+    (tmp_path / "two").unlink()
+    with pytest.raises(InputError, match="two: is missing"):
+        Shards(str(tmp_path), shards, index, None, 1.0).check()
+
+
+def test_devices_are_counted():
+    with joined(None, None, None, 8):
+        pass
+    with pytest.raises(InputError, match="--devices 16: 1 processes have 8 together"), joined(None, None, None, 16):
+        pass
+    with pytest.raises(InputError, match="go together"), joined("host:1", 2, None):
+        pass
+
+
+def test_a_wait_ends_with_one_line():
+    program = """
+from avocado_jax.parallel.processes import deadline
+import threading
+with deadline(60, "not this one"):
+    pass
+with deadline(0.01, "host 0: the others have not come"):
+    threading.Event().wait()
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, timeout=120)
+    assert (done.returncode, done.stderr) == (75, "host 0: the others have not come (waited 0.01 s)\n")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("fields", "complaint"),
+    [
+        (["--batch", "16"], "were started with different configs, fields or folders"),
+        (["--data.train", "/nowhere"], "/nowhere/manifest.json: No such file or directory"),
+    ],
+)
+def test_what_the_second_host_lacks_both_say(runs, fields, complaint):
+    processes = runs.start(f"apart{fields[0]}", processes=2, last=fields)
+    assert [process.wait(timeout=400) for process in processes] == [2, 2]
+    for number in range(2):
+        log = (runs.logs / f"apart{fields[0]}-{number}.log").read_text()
+        (line,) = [line for line in log.splitlines() if line.startswith("avocado sft:")]
+        assert complaint in line
+        assert "host 1 (" in line
+        assert "Traceback" not in log
