@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # From a fresh clone to a captioner that learns a new world, on a CPU, with no download but packages.
-# Clips of AVWorld -> prepare -> the shipped captioner -> fine-tuning -> what it makes of unseen clips, before and after
+# Clips of AVWorld -> prepare -> the shipped captioner -> fine-tuning -> GRPO -> what each makes of unseen clips
 # -> to Hugging Face format. Can be stopped and started again at any moment.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -28,8 +28,15 @@ say "The same clips after it"
 .venv/bin/avocado evaluate world --checkpoint "$out/run" --data "$out/test/clips.jsonl" --max-new-tokens 160 \
   --out "$out/captions-after.jsonl" | tee "$out/after.txt"
 
-say "Before and after"
-paste "$out/before.txt" "$out/after.txt" | awk '{ printf "%-16s %8s -> %s\n", $1, $2, $4 }'
+say "GRPO: captions of its own, rewarded for keypoints, dialogue and length"
+.venv/bin/avocado grpo configs/grpo_quick.py --workdir "$out/grpo"
+
+say "The same clips after that"
+.venv/bin/avocado evaluate world --checkpoint "$out/grpo" --data "$out/test/clips.jsonl" --max-new-tokens 160 \
+  --out "$out/captions-grpo.jsonl" | tee "$out/grpo.txt"
+
+say "Before, after fine-tuning, after GRPO"
+paste "$out/before.txt" "$out/after.txt" "$out/grpo.txt" | awk '{ printf "%-16s %8s -> %8s -> %s\n", $1, $2, $4, $6 }'
 
 say "Two of these clips"
 .venv/bin/python - "$out" <<'PYTHON'
@@ -37,18 +44,19 @@ import json, sys
 from pathlib import Path
 
 out = Path(sys.argv[1])
-before, after = (
+before, after, grpo = (
     {one["id"]: one["caption"] for one in map(json.loads, (out / f"captions-{when}.jsonl").open()) if "caption" in one}
-    for when in ("before", "after")
+    for when in ("before", "after", "grpo")
 )
 for line in list((out / "test" / "clips.jsonl").open())[:2]:
     record = json.loads(line)
     name = record["id"]
-    print(f"{name}\n  before: {before.get(name)}\n  after:  {after.get(name)}\n  truth:  {record['caption']}")
+    told = {"before": before, "after": after, "GRPO": grpo, "truth": {name: record["caption"]}}
+    print(name, *(f"  {when + ':':8}{captions.get(name)}" for when, captions in told.items()), sep="\n")
 PYTHON
 
 say "To Hugging Face format"
 if [[ ! -d $out/captioner ]]; then
-  .venv/bin/avocado convert to-hf "$out/run" "$out/captioner"
+  .venv/bin/avocado convert to-hf "$out/grpo" "$out/captioner"
 fi
 echo "$out/captioner: transformers loads it, and so does: .venv/bin/avocado caption clip.mp4 --checkpoint $out/captioner"
