@@ -1,8 +1,8 @@
 """A pod rehearsed on one machine: four hosts, a bucket, the launchers' own command; a host is lost, two go on.
 
-  python tests/launch/rehearse.py FOLDER
+  python tests/launch/rehearse.py [sft|grpo] FOLDER
 
-Checkpoint and shards are made and put into a bucket of a real storage server. An undisturbed run is the
+Checkpoint and shards are made and put into a bucket of a real storage server. An undisturbed run (of sft) is the
 measure. The other one loses a host: all others must end by themselves, with 75; then the job is started on two
 hosts, as on a smaller slice, and finishes. Prints what it found, as JSON.
 """
@@ -29,17 +29,22 @@ RECORDS, BATCH, EPOCHS = 20, 8, 2
 STEPS = EPOCHS * -(-RECORDS // BATCH)
 FIELDS = ["--init", "gs://bucket/base", "--data.train", "gs://bucket/train", "--data.caption_tokens", "48"]
 FIELDS += ["--data.shapes", "1", "--batch", str(BATCH), "--steps", str(STEPS), "--checkpoint_every", "2"]
-FIELDS += ["--data.heldout", "gs://bucket/test", "--eval_every", str(STEPS), "--eval_rows", "8", "--samples", "0"]
-CONFIG = "configs/world_tiny.py"
+HELD_OUT = ["--data.heldout", "gs://bucket/test", "--eval_every", str(STEPS), "--eval_rows", "8", "--samples", "0"]
+SAMPLED = ["--group", "2", "--sampling.tokens", "24", "--rewards.low", "8", "--rewards.high", "24"]
+CONFIGS = {
+    "sft": ("configs/world_tiny.py", HELD_OUT),
+    "grpo": ("configs/grpo_world.py", [*SAMPLED, "--data.heldout", ""]),
+}
 FOUR, TWO = "v6e:2x4", "v6e:2x2"  # slices of eight chips and of four: a host has two
 CHIPS = 2
 PYTHON = sys.executable
 
 
-def job(workdir, topology):
+def job(stage, workdir, topology):
     """The command of every host, as each of the launchers would give it."""
-    args = Namespace(stage="sft", config=CONFIG, workdir=workdir, topology=topology, slices=1, unplanned=True, name="r")
-    return list(job_of(args, FIELDS).words)
+    config, more = CONFIGS[stage]
+    args = Namespace(stage=stage, config=config, workdir=workdir, topology=topology, slices=1, unplanned=True, name="r")
+    return list(job_of(args, [*FIELDS, *more]).words)
 
 
 def python(*words):
@@ -85,6 +90,7 @@ class Pod:
         """Start a command on the first `count` hosts; GKE tells each its number and all names in the same way."""
         flags = f"--xla_force_host_platform_device_count={chips} --xla_backend_optimization_level=0"
         flags += " --xla_llvm_disable_expensive_passes=true"  # nearly all of the time is compilation
+        flags += " --xla_cpu_collective_timeout_seconds=600"  # 30 by default: hosts that share two cores part by more
         peers = {"TPU_WORKER_HOSTNAMES": ",".join(self.hosts.names[:count]), "XLA_FLAGS": flags}
         return [
             self.hosts.start(number, command, self.env | peers | {"TPU_WORKER_ID": str(number)}, self.log(name, number))
@@ -106,7 +112,7 @@ class Pod:
         return [{key: value for key, value in json.loads(line).items() if key != "perf"} for line in text.splitlines()]
 
 
-def rehearse(folder):
+def rehearse(stage, folder):
     """Play it through; gives what was found."""
     (folder / "storage" / "bucket").mkdir(parents=True)
     with hosts(4, folder) as made, gcs.storage_server(folder / "storage", made.outside) as port:
@@ -115,9 +121,10 @@ def rehearse(folder):
         pod = Pod(made, folder)
         fill(folder)
 
-        pod.finish("whole", pod.start("whole", job("gs://bucket/whole", FOUR), 1, chips=4 * CHIPS))
+        if stage == "sft":  # what is sampled hangs on the last bits, which differ between meshes
+            pod.finish("whole", pod.start("whole", job(stage, "gs://bucket/whole", FOUR), 1, chips=4 * CHIPS))
 
-        processes = pod.start("broken", job("gs://bucket/broken", FOUR), 4)
+        processes = pod.start("broken", job(stage, "gs://bucket/broken", FOUR), 4)
         saved = pod.bucket / "broken" / "checkpoints" / "2" / "commit_success.txt"
         while not saved.exists():
             assert all(process.poll() is None for process in processes), pod.log("broken").read_text()[-3000:]
@@ -128,17 +135,24 @@ def rehearse(folder):
         detected = time.monotonic() - lost
 
         again = time.monotonic()
-        processes = pod.start("again", job("gs://bucket/broken", TWO), 2)
+        processes = pod.start("again", job(stage, "gs://bucket/broken", TWO), 2)
         while "step " not in pod.log("again").read_text():
             assert all(process.poll() is None for process in processes), pod.log("again").read_text()[-3000:]
             time.sleep(0.05)
         recovered = time.monotonic() - again
         pod.finish("again", processes)
 
-        found = {"apart": made.apart, "statuses": statuses, "said": pod.log("broken").read_text()}
+        found = {"stage": stage, "apart": made.apart, "statuses": statuses, "said": pod.log("broken").read_text()}
         found |= {"seconds_to_detect": round(detected, 1), "seconds_to_recover": round(recovered, 1)}
         found |= {"resumed_after": _first_step(pod.log("again").read_text()) - 1}
-        found |= {"whole": pod.lines("whole"), "broken": pod.lines("broken")}
+        found["broken"] = pod.lines("broken")
+        if stage == "sft":
+            found["whole"] = pod.lines("whole")
+        else:
+            found["rollouts"] = [
+                [json.loads(line) for line in (pod.bucket / "broken" / f"rollouts/{step + 1}.jsonl").open()]
+                for step in range(STEPS)
+            ]
         return found
 
 
@@ -148,4 +162,4 @@ def _first_step(log):
 
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # by way of what leaves nothing behind
-    print(json.dumps(rehearse(Path(sys.argv[1]))))
+    print(json.dumps(rehearse(sys.argv[1], Path(sys.argv[2]))))
