@@ -58,7 +58,7 @@ def curves_plot(arms: Sequence[Arm], runs: Mapping[str, Sequence[Sequence[Mappin
         axes.set_title(title, fontsize=10)
         axes.spines[["top", "right"]].set_visible(False)
     handles, labels = axes.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels) or 1, fontsize=9, frameon=False)
+    figure.legend(handles, labels, loc="outside upper center", ncols=len(labels) or 1, fontsize=9, frameon=False)
     figure.supxlabel(f"step (means of {SMOOTHED})", fontsize=9)
     return _png(figure)
 

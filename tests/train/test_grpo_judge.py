@@ -44,16 +44,17 @@ def same(runs, name):
 
 
 def test_a_judge_that_is_down_for_a_minute_delays_and_changes_nothing(judged):
-    at = threading.Event()
+    at, down = threading.Event(), threading.Event()
 
     def fault(number, request):
         if number == 40:
             at.set()
-        return verdict(number, request)
+        return "reset" if down.is_set() else verdict(number, request)  # connections outlive the server
 
     first = ChatServer(fault)
     process = judged.start("down", *fields(first))
     assert at.wait(300)
+    down.set()
     first.close()
     began = time.monotonic()
     while time.monotonic() - began < DOWN:
