@@ -191,10 +191,12 @@ def test_sky_field_by_field(launch):
     ]
 
 
-def test_the_rehearsal_runs_the_launchers_command(launch):
-    words = rehearse.job("gs://bucket/broken", rehearse.FOUR)
-    given = f"sft {rehearse.CONFIG} --workdir gs://bucket/broken --topology {rehearse.FOUR} --unplanned "
-    given += shlex.join(rehearse.FIELDS)
+@pytest.mark.parametrize("stage", rehearse.CONFIGS)
+def test_the_rehearsal_runs_the_launchers_command(launch, stage):
+    words = rehearse.job(stage, "gs://bucket/broken", rehearse.FOUR)
+    config, more = rehearse.CONFIGS[stage]
+    given = f"{stage} {config} --workdir gs://bucket/broken --topology {rehearse.FOUR} --unplanned "
+    given += shlex.join([*rehearse.FIELDS, *more])
     _, out, _ = launch("sky", f"start --name run1 --dry-run {given}")
     assert yaml.safe_load(out.partition("\n")[2])["run"] == shlex.join(words)
     _, out, _ = launch("gcloud", f"start {WHERE} --dry-run {given}")
