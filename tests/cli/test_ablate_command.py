@@ -63,6 +63,7 @@ def test_killed_and_finished(tmp_path):
     config = tmp_path / "small.py"
     config.write_text(GRPO.format(init=str(tmp_path / "init")).replace("steps=5", "steps=3"))
     env = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "compiled"), "JAX_PLATFORMS": "cpu"}
+    env["XLA_FLAGS"] = "--xla_backend_optimization_level=1"  # and one device
 
     def start(out):
         command = [sys.executable, "-m", "avocado_jax", "ablate", str(config), "--out", str(tmp_path / out)]
