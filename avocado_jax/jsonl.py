@@ -1,9 +1,12 @@
-"""JSON lines from outside: each checked to have the fields that are asked for."""
+"""JSON lines: those from outside are checked to have the fields asked for, those that are kept outlive a kill."""
 
+import fcntl
 import json
+import os
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from avocado_jax.errors import InputError
 
@@ -62,3 +65,25 @@ def check_entries(where: str, line: Mapping[str, Any], entries: Mapping[str, Map
             ):
                 fields = " and ".join(f'"{field}" ({NAMES[kind]})' for field, kind in wants.items())
                 raise InputError(f'{where}: each of "{name}" needs {fields}')
+
+
+@contextmanager
+def appending(path: Path) -> Iterator[BinaryIO]:
+    """A file to read and append whole lines to, which is this process's alone; what a kill left of a last one is cut.
+
+    Raises:
+        InputError: it cannot be written, or another process appends to it.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = path.open("a+b")
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}: --out says where this is kept") from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise InputError(f"{path}: another run writes to it") from error
+        file.seek(0)
+        os.truncate(file.fileno(), sum(len(line) for line in file if line.endswith(b"\n")))
+        yield file

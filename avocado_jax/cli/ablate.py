@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 
 import jax
 
+from avocado_jax.checkpoint.load import open_checkpoint
 from avocado_jax.config import GrpoConfig, as_json, as_sft, load, refuse_another
 from avocado_jax.data import storage
 from avocado_jax.errors import InputError
@@ -73,6 +74,9 @@ def run(args: argparse.Namespace) -> int:
             f"data.heldout: {config.data.heldout!r} has no known truth: arms are measured on world:...; for other "
             "data --configs prints the runs"
         )
+    if not config.init:
+        raise InputError("init: no checkpoint to begin with")
+    open_checkpoint(config.init)  # a mistake is told before the folder is this config's
     _begun(config, args.out)
     measured: dict[str, list[dict[str, Any]]] = {arm.name: [] for arm in arms}
     for number, job in enumerate(jobs, start=1):
@@ -121,7 +125,6 @@ def _train(job: Job, config: GrpoConfig) -> int:
 
 def _measured(config: GrpoConfig, checkpoint: str) -> dict[str, Any]:
     """Metrics of the likeliest captions of all held-out clips, and the captions."""
-    from avocado_jax.checkpoint.load import open_checkpoint
     from avocado_jax.eval.captioner import load_captioner
     from avocado_jax.eval.metrics import world_metrics
     from avocado_jax.sampling.captioner import caption_records

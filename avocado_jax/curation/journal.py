@@ -4,7 +4,6 @@ A line is {"key", "clip", "stage", "attempt", "answer", "calls", "tokens"}: `key
 answer, the last two what the folder has cost so far. A line of the stage "end" has no answer: it tells the cost alone.
 """
 
-import fcntl
 import json
 import os
 from collections.abc import Iterator
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from avocado_jax.errors import InputError
+from avocado_jax.jsonl import appending
 
 FIELDS = {"key": str, "clip": str, "stage": str, "attempt": int, "answer": str, "calls": int, "tokens": int}
 
@@ -32,11 +32,8 @@ class Journal:
         self.spent = {"calls": 0, "tokens": 0}
         file.seek(0)
         for number, raw in enumerate(file, start=1):
-            if not raw.endswith(b"\n"):
-                break  # a kill came between
             line = _checked(raw, f"{name}:{number}")
             self._note(line, len(raw))
-        os.truncate(file.fileno(), self._end)
         self.before = dict(self.spent)
 
     def get(self, key: str) -> str | None:
@@ -77,14 +74,5 @@ def open_journal(path: Path) -> Iterator[Journal]:
     Raises:
         InputError: it cannot be written, is in use, or holds other things.
     """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file = path.open("a+b")
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror}") from error
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise InputError(f"{path}: another run writes to it") from error
+    with appending(path) as file:
         yield Journal(file, str(path))

@@ -4,10 +4,8 @@ A line of the file is {"id", "caption", "tokens", "key"}; `key` is a digest of a
 lines with another key are left alone. Clips that failed are not kept: the next run tries them again.
 """
 
-import fcntl
 import hashlib
 import json
-import os
 import sys
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -24,7 +22,7 @@ from avocado_jax.data.decode import read_media
 from avocado_jax.data.prompt import SYSTEM
 from avocado_jax.data.rows import Row, Shape, rounded, shape_of
 from avocado_jax.errors import InputError
-from avocado_jax.jsonl import parse_lines, read_lines
+from avocado_jax.jsonl import appending, parse_lines, read_lines
 from avocado_jax.progress import progress
 from avocado_jax.sampling.captioner import GREEDY, Captioner, caption_rows, words
 
@@ -155,20 +153,8 @@ def digest(held: Any) -> str:
 @contextmanager
 def _kept(file: Path) -> Iterator[tuple[BinaryIO, list[dict[str, Any]]]]:
     """The file of captions, ready to append to, and the lines it holds; what a kill left of a last line is cut."""
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        out = file.open("a+b")
-    except OSError as error:
-        raise InputError(f"{file}: {error.strerror}: name a file to keep captions in with --out") from error
-    with out:
-        try:
-            fcntl.flock(out, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise InputError(f"{file}: another run writes to it") from error
-        out.seek(0)
-        whole = out.read().rfind(b"\n") + 1
-        os.truncate(out.fileno(), whole)
-        yield out, [line for _, line in read_lines(file, KEPT)] if whole else []
+    with appending(file) as out:
+        yield out, [line for _, line in read_lines(file, KEPT)] if file.stat().st_size else []
 
 
 def _whole(file: Path) -> list[dict[str, Any]]:

@@ -7,7 +7,6 @@ from typing import Any
 
 from avocado_jax.eval.published import ABLATION, ABLATION_COLUMNS, PUBLISHED
 
-NO_JUDGE = ("dialogue_f1", "repcol", "length")
 SHARED = {"dialogue_f1": "Dlg.F1", "repcol": "RepCol"}
 
 

@@ -47,6 +47,8 @@ def test_bad_input_is_one_line(capsys, tmp_path):
         ([PAPER, *out, "--seeds", "0"], "--seeds is 0"),
         ([PAPER, *out, "--arm", "x=charm"], "'charm' is not one of"),
         ([PAPER, *out], "has no known truth"),
+        ([PAPER, *out, "--data.heldout", "world:0:test:1:4"], "init: no checkpoint"),
+        ([PAPER, *out, "--data.heldout", "world:0:test:1:4", "--init", "no/such"], "no/such: no such folder"),
     ):
         assert main(["ablate", *options]) == 2
         told = capsys.readouterr().err
