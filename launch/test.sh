@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Lint, then every test that is not marked slow (under 10 minutes on two cores); with --slow all of them.
-# Other arguments go to pytest.
+# Lint, then every test that is not marked slow (under 12 minutes on two idle cores); with --slow all of them (under 75).
+# Other arguments go to pytest. A run past its time limit prints the stacks of its processes and fails.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source launch/environment.sh
@@ -15,11 +15,20 @@ if ! command -v chromium-headless-shell chromium chromium-browser google-chrome 
   fi
 fi
 
-marks=(-m "not slow")
+marks=() minutes=45
 if [[ ${1-} == --slow ]]; then
-  marks=()
+  marks=(-m "") minutes=85
   shift
 fi
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
-exec .venv/bin/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder ${marks[@]+"${marks[@]}"} "$@"
+
+# SIGUSR1 makes every test process print its stacks (tests/conftest.py); half a minute later all of them are killed.
+status=0
+timeout --signal=USR1 --kill-after=30 "${TEST_MINUTES-$minutes}m" \
+  .venv/bin/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder --max-worker-restart=0 \
+  --durations=20 ${marks[@]+"${marks[@]}"} "$@" || status=$?
+if ((status == 124 || status == 137)); then
+  echo "launch/test.sh: stopped after ${TEST_MINUTES-$minutes} minutes; the stacks of its processes are above" >&2
+fi
+exit "$status"

@@ -1,6 +1,15 @@
-"""Every annotated function on arrays has its shapes and types checked while the tests run."""
+"""Set-up of the test processes: simulated devices, run-time shape checks, bounded memory maps, stack dumps.
 
+A process maps each program that XLA compiles for the CPU into memory. Linux allows 65,530 maps (vm.max_map_count);
+past that, LLVM cannot allocate memory and the process dies of a segmentation fault inside `backend_compile_and_load`.
+So compiled programs are dropped behind each module, and the summary reports the peaks (measure_maps.py shows both).
+"""
+
+import faulthandler
+import gc
 import os
+import resource
+import signal
 import sys
 
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -20,21 +29,85 @@ from jaxtyping import install_import_hook
 CHECKED = ("models", "sampling", "checkpoint", "data", "parallel")  # where arrays have axes
 install_import_hook([f"avocado_jax.{folder}" for folder in CHECKED], "typechecked.check")
 
+import jax  # noqa: E402
+import pytest  # noqa: E402
 import torch  # noqa: E402
+from hypothesis import settings  # noqa: E402
+from maps import memory_maps  # noqa: E402
 
 torch.set_num_threads(2)
-
-from hypothesis import settings  # noqa: E402
-
 settings.register_profile("repeatable", derandomize=True, deadline=None, database=None)
 settings.load_profile("repeatable")
 
+PEAKS = pytest.StashKey[dict[str, dict[str, float]]]()  # of each test process, by its name
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """SIGUSR1, which launch/test.sh sends at its time limit, prints the stacks of every thread."""
+    config.stash[PEAKS] = {}
+    faulthandler.register(signal.SIGUSR1, file=os.dup(sys.__stderr__.fileno()), all_threads=True)
+
 
 def pytest_collection_modifyitems(items: list) -> None:
-    """Training first: its files are the longest, and a long one at the end would leave the other core idle."""
+    """Run the modules in tests/train first: they take longest, and a long one at the end leaves the other core idle."""
     items.sort(key=lambda item: item.path.parent.name != "train")
 
 
-def pytest_sessionfinish() -> None:
-    """decord and array_record in one process crash it: the reference's reader has its own (reference_clips.py)."""
+@pytest.fixture(scope="module", autouse=True)
+def _release_programs(request: pytest.FixtureRequest):
+    """Drop the compiled programs of a module, and record the peak number of maps, which only grows in a module."""
+    yield
+    peaks = request.config.stash[PEAKS].setdefault("this process", {"maps": 0})
+    peaks["maps"] = max(peaks["maps"], memory_maps())
+    peaks["GiB"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    jax.clear_caches()
+    gc.collect()
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Pass the peaks to the controller, and check that decord is not loaded beside array_record.
+
+    Both in one process crash it: the reference's reader has a process of its own (reference_clips.py).
+    """
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["peaks"] = session.config.stash[PEAKS].get("this process", {})
     assert "decord" not in sys.modules
+
+
+class TestProcesses:
+    """What the controller of pytest-xdist does when a test process ends."""
+
+    def __init__(self) -> None:
+        self.died = ""
+
+    def pytest_testnodedown(self, node, error) -> None:
+        """Keep the peaks of a test process that ended, and note one that died."""
+        output = getattr(node, "workeroutput", None) or {}
+        node.config.stash[PEAKS][node.gateway.id] = output.get("peaks", {})
+        if error:
+            self.died = f"test process {node.gateway.id} died"
+
+    def pytest_handlecrashitem(self, crashitem) -> None:
+        """Name the test that was running."""
+        self.died += f" in {crashitem}"
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_runtest_logreport(self, report) -> None:
+        """End the run at once: the other processes would first finish the modules that they have begun."""
+        if self.died:
+            pytest.exit(self.died, returncode=1)
+
+
+def pytest_plugin_registered(plugin, manager) -> None:
+    """Register the hooks of pytest-xdist only where it is loaded."""
+    if manager.hasplugin("dsession") and not manager.hasplugin("test-processes"):
+        manager.register(TestProcesses(), "test-processes")
+
+
+def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
+    """Print the peaks of each test process."""
+    for name, peaks in config.stash[PEAKS].items():
+        if peaks:
+            terminalreporter.write_line(
+                f"{name}: peak {peaks['maps']} memory maps (limit 65530), peak memory {peaks['GiB']:.1f} GiB"
+            )
