@@ -33,7 +33,8 @@ import jax  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 from hypothesis import settings  # noqa: E402
-from maps import memory_maps  # noqa: E402
+
+from avocado_jax.parallel.programs import memory_maps  # noqa: E402
 
 torch.set_num_threads(2)
 settings.register_profile("repeatable", derandomize=True, deadline=None, database=None)

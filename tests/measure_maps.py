@@ -13,12 +13,12 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-from maps import memory_maps
 
 from avocado_jax.config import SftConfig
 from avocado_jax.models.config import SIZES
 from avocado_jax.models.thinker import example
 from avocado_jax.parallel.mesh import make_mesh
+from avocado_jax.parallel.programs import memory_maps
 from avocado_jax.train.sft import model_of, sft_program
 
 

@@ -9,6 +9,7 @@ from avocado_jax.data.prompt import PROMPTS
 from avocado_jax.data.words import load_words
 from avocado_jax.errors import InputError
 from avocado_jax.models.config import computed
+from avocado_jax.parallel.programs import bound_compiled_programs
 from avocado_jax.sampling.captioner import Captioner, captioner_of
 
 QUESTION = "question.txt"  # in a checkpoint's folder: what a model knows to be asked that knows one question only
@@ -22,6 +23,7 @@ def load_captioner(checkpoint: Checkpoint, text: str | None, dtype: str) -> Capt
     Raises:
         InputError: it has no tokenizer, no stop ids, or a tokenizer of another vocabulary.
     """
+    bound_compiled_programs()
     folder = checkpoint.side_files
     tokenizer = load_words(folder)
     config = computed(checkpoint.config, dtype, scan=False)

@@ -28,6 +28,7 @@ from avocado_jax.models.flops import train_flops
 from avocado_jax.models.lora import add_adapters, merge
 from avocado_jax.parallel.mesh import make_mesh
 from avocado_jax.parallel.place import local_rows, place
+from avocado_jax.parallel.programs import bound_compiled_programs
 from avocado_jax.sampling.captioner import caption_records, captioner_in_training
 from avocado_jax.train.inputs import open_source
 from avocado_jax.train.loop import Job, train
@@ -58,6 +59,7 @@ def set_up(config: RunConfig, split: int = 1) -> Setup:
     Raises:
         InputError: the config does not hold together, or something cannot be read.
     """
+    bound_compiled_programs()
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, config.mesh.slices)
     parts = config.accumulate * mesh.shape["data"] * mesh.shape["fsdp"]
     if config.batch * split % parts:
