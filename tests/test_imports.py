@@ -14,7 +14,7 @@ ALLOWED = {
     "models": {"parallel"},
     "parallel": set(),
     "sampling": {"models", "data", "parallel"},
-    "checkpoint": {"models"},
+    "checkpoint": {"models", "data.storage"},
     "remote": set(),
     "rewards": set(),
     "rewards/judge.py": {"remote"},  # the one reward that does I/O
@@ -52,8 +52,8 @@ def imports_of(path):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: relative import"
-            whole = node.module.count(".") == 0  # `from avocado_jax import x` imports x
-            yield from ([f"{node.module}.{alias.name}" for alias in node.names] if whole else [node.module])
+            package = (PACKAGE.parent / node.module.replace(".", "/")).is_dir()  # `from package import x` imports x
+            yield from ([f"{node.module}.{alias.name}" for alias in node.names] if package else [node.module])
 
 
 def files():

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import ml_dtypes
 import numpy as np
-from etils import epath
 
 from avocado_jax.checkpoint.hf import SAME, Entry, HfCheckpoint, copied_files, open_hf, read_json, refuse_code
 from avocado_jax.checkpoint.hf_config import declare_dtype
@@ -28,6 +27,7 @@ from avocado_jax.checkpoint.orbax import (
     save_pieces,
 )
 from avocado_jax.checkpoint.safetensors import SHARD_BYTES, Spec, Tensor, read_header, write_shards
+from avocado_jax.data import storage
 from avocado_jax.errors import InputError
 from avocado_jax.models.config import Lora
 from avocado_jax.progress import progress
@@ -113,9 +113,7 @@ def begin_run(init: str | os.PathLike, folder: str | os.PathLike, lora: Lora | N
         if lora is not None:
             (scratch / "lora.json").write_text(json.dumps(asdict(lora)) + "\n")
         for path in sorted(path for path in scratch.rglob("*") if path.is_file()):
-            target = run / path.relative_to(scratch)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            epath.Path(path).copy(target, overwrite=True) if is_remote(run) else path.replace(target)
+            storage.upload(path, str(run / path.relative_to(scratch)))
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 
@@ -137,7 +135,8 @@ def _beside(checkpoint: Checkpoint) -> tuple[str, dict[str, Tensor]]:
     """The prefix of the modelled tensors' names in Hugging Face format, and the tensors that are not modelled."""
     if isinstance(checkpoint, HfCheckpoint):
         return checkpoint.prefix, checkpoint.carried
-    written = read_json(checkpoint.folder / "source.json")
+    with storage.library_errors(str(checkpoint.folder)):
+        written = read_json(checkpoint.folder / "source.json")
     prefix = written.get("prefix") if isinstance(written, dict) else None
     if prefix not in ("", "thinker."):
         raise InputError(f"{checkpoint.folder / 'source.json'}: no prefix of tensor names")

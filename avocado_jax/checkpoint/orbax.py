@@ -10,6 +10,7 @@ RUN is local or gs://. Parameters are read with adapters merged.
 """
 
 import atexit
+import json
 import os
 import re
 import shutil
@@ -28,6 +29,7 @@ from etils import epath
 
 from avocado_jax.checkpoint.hf import Entry, read_json, table
 from avocado_jax.checkpoint.hf_config import read_config
+from avocado_jax.data import storage
 from avocado_jax.errors import InputError
 from avocado_jax.models.config import Lora, ThinkerConfig
 from avocado_jax.models.lora import merged
@@ -107,13 +109,13 @@ def is_remote(path: epath.Path) -> bool:
 
 
 def fetched(folder: epath.Path) -> Path:
-    """The files of `folder` as local ones: itself, or a copy for as long as the process lives."""
+    """A local folder with the files of `folder`: itself, or a copy that lives as long as the process."""
     if not is_remote(folder):
         return Path(folder)
     local = Path(tempfile.mkdtemp(prefix="avocado-"))
     atexit.register(shutil.rmtree, local, ignore_errors=True)
-    for path in folder.iterdir() if folder.is_dir() else ():
-        path.copy(local / path.name)
+    for name in storage.names(str(folder)):
+        storage.download(storage.join(str(folder), name), local / name)
     return local
 
 
@@ -183,28 +185,37 @@ class RunCheckpoint(NamedTuple):
 
 def is_run(folder: str | os.PathLike) -> bool:
     """Whether `folder` looks like a run."""
-    return (run_path(folder) / "checkpoints").is_dir()
+    steps = run_path(folder) / "checkpoints"
+    return bool(storage.folders(str(steps))) if is_remote(steps) else steps.is_dir()
 
 
 def finished_steps(folder: str | os.PathLike) -> list[int]:
-    """Steps that Orbax has committed, oldest first: by a rename on disk, by a file of that name in a bucket."""
-    steps, found = run_path(folder) / "checkpoints", []
-    for path in steps.iterdir() if steps.is_dir() else ():
-        committed = not is_remote(path) or (path / "commit_success.txt").is_file()
-        if re.fullmatch(r"\d+", path.name) and committed and (path / "params" / "_METADATA").is_file():
-            found.append(int(path.name))
-    return sorted(found)
+    """Steps that Orbax has committed, oldest first: by a rename on disk, by `commit_success.txt` in a bucket.
+
+    Raises:
+        InputError: no permission. (gcsfs would report that there are no steps, and a run would start again from 0.)
+        StorageError: storage failed.
+    """
+    steps = str(run_path(folder) / "checkpoints")
+
+    def committed(step: str) -> bool:
+        files = ["params/_METADATA"] + ["commit_success.txt"] * storage.is_remote(steps)
+        return all(storage.exists(storage.join(steps, f"{step}/{name}")) for name in files)
+
+    names = [name for name in storage.folders(steps) if re.fullmatch(r"\d+", name)]
+    return sorted(int(name) for name in names if committed(name))
 
 
 def open_run(folder: str | os.PathLike, step: int | None = None) -> RunCheckpoint:
     """Open a run at `step`, or at its newest finished one.
 
     Raises:
-        InputError: no such step, or no finished one; no config beside the parameters.
+        InputError: no such step, or no finished one; no config beside the parameters; no permission.
+        StorageError: storage failed.
     """
     path = run_path(folder)
     steps = finished_steps(path)
-    if not path.is_dir():
+    if not is_remote(path) and not path.is_dir():
         raise InputError(f"{folder}: no such folder")
     if not steps:
         raise InputError(f"{folder}: no finished step under checkpoints/")
@@ -213,8 +224,10 @@ def open_run(folder: str | os.PathLike, step: int | None = None) -> RunCheckpoin
     if step not in steps:
         raise InputError(f"{folder}: no finished step {step}; there are {', '.join(map(str, steps))}")
     metadata = path / "checkpoints" / str(step) / "params" / "_METADATA"
-    tied = "('head',)" not in read_json(metadata).get("tree_metadata", {})
+    with storage.library_errors(str(path)):
+        tied = "('head',)" not in read_json(metadata).get("tree_metadata", {})
     side_files = fetched(path / "hf")
     config = read_config(read_json(side_files / "config.json"), tied)
-    lora = Lora(**read_json(path / "lora.json")) if (path / "lora.json").is_file() else None
+    adapters = str(path / "lora.json")
+    lora = Lora(**json.loads(storage.read(adapters))) if storage.exists(adapters) else None
     return RunCheckpoint(path, step, config, table(config), side_files, lora)

@@ -1,12 +1,15 @@
-"""Checkpoints of a training run: saved while training goes on, sharded, restored onto any mesh and host count.
+"""Checkpoints of a training run: saved asynchronously, sharded, restored onto any mesh and host count.
 
-RUN/checkpoints/STEP/params/    the parameters, as `orbax.py` reads them
-RUN/checkpoints/STEP/rest/      everything else on the devices: optimizer state, counters
-RUN/checkpoints/STEP/position/  where the run stands, as JSON: step, batch plan, config, ...
-RUN/checkpoints/STEP/metrics/   what a checkpoint is ranked by
+RUN/checkpoints/STEP/params/    the parameters, in the format of `orbax.py`
+RUN/checkpoints/STEP/rest/      optimizer state and counters
+RUN/checkpoints/STEP/position/  the state of the run as JSON: step, batch plan, config, ...
+RUN/checkpoints/STEP/metrics/   the metric that ranks the checkpoint
 
-A step is finished when Orbax has committed the whole of STEP: by a rename on disk, by `commit_success.txt` in a
-bucket. RUN is local (on a disk that all hosts share) or gs://.
+Orbax commits a step when all of it is written: by a rename on disk, by `commit_success.txt` in a bucket. RUN is local
+(on a disk that all hosts share) or gs://.
+
+In a bucket, Orbax calls storage.buckets.get when it opens a folder that has steps and when it deletes an old step. The
+start-up check requires that permission (train/startup.py).
 """
 
 import gc
@@ -25,33 +28,38 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
 from avocado_jax.checkpoint.orbax import finished_steps, is_remote, run_path, save_args
+from avocado_jax.data import storage
 from avocado_jax.errors import InputError
 
 METRIC = "metric"
-UNFINISHED = ".orbax-checkpoint-tmp"  # how Orbax calls a step until it is renamed
-RESTORE_GB = 32  # of what is restored, in a host's memory at once; more than the part of any parameter on a device
+UNFINISHED = ".orbax-checkpoint-tmp"  # in the name of a step until Orbax commits it
+RESTORE_GB = 32  # limit on a host's memory during a restore; larger than any device's part of a parameter
 TIMEOUT = 600  # seconds that hosts wait for each other in a save
 
 
 class Checkpoints:
-    """The checkpoints of the run in `folder`. Every process makes one and calls its methods in the same order.
+    """The checkpoints of one run. Every process creates one and calls its methods in the same order.
 
     Args:
-        folder: of the run. What killed saves left in it is removed.
-        keep: how many of the newest steps stay.
-        keep_best: how many more stay that have the lowest metric.
+        folder: the run's folder. Unfinished saves of earlier processes are removed from it.
+        keep: number of newest steps to keep.
+        keep_best: number of further steps to keep, those with the lowest metric.
+
+    Raises:
+        InputError: access to the bucket is denied.
+        OSError: storage failed.
     """
 
     def __init__(self, folder: str | os.PathLike, keep: int, keep_best: int = 1) -> None:
-        logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs the traceback of what we tell in a line
+        logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs tracebacks of errors that we report
         self.folder = run_path(folder)
         self._keep, self._keep_best = keep, keep_best
         self._opened: ocp.CheckpointManager | None = None
-        with self._told("cannot be used"):
+        with self._errors("cannot be used"):
             self._manager()
 
     def _manager(self) -> ocp.CheckpointManager:
-        """Orbax's manager; a new one after a failure, which removes what was left half-written."""
+        """Orbax's manager. A new one is created after a failure; it removes unfinished saves."""
         if self._opened is None:
             rank = itemgetter(METRIC)
             best = BestN(get_metric_fn=rank, reverse=True, n=self._keep_best, keep_checkpoints_without_metrics=False)
@@ -73,21 +81,22 @@ class Checkpoints:
         return self._opened
 
     def save(self, step: int, params: Any, rest: Any, position: dict[str, Any], metric: float | None = None) -> None:
-        """Begin to save a step: returns when the arrays are copied off the devices, and may then be donated.
+        """Start to save a step. Returns when the arrays are copied off the devices, so that they may be donated.
 
-        A save still going on is waited for. A step that is already saved stays as it is.
+        Waits for the previous save first. Does nothing if the step is already saved.
 
         Args:
-            params, rest: trees of `jax.Array`; each process writes the shards that it holds.
+            params, rest: trees of `jax.Array`; each process writes its shards.
             position: JSON, the same on every process.
-            metric: what the step is ranked by, lower is better; None takes no part.
+            metric: ranks the step, lower is better; None: the step is not ranked.
 
         Raises:
-            OSError: this save could not begin, or the one before it failed, in one line. What was saved earlier is
-                whole, and the next save may work.
+            InputError: access to the bucket is denied.
+            OSError: this save could not start, or the previous one failed. Earlier steps are intact, and the next
+                save may succeed.
         """
         self.wait()
-        with self._told(f"step {step} cannot be saved"):
+        with self._errors(f"step {step} cannot be saved"):
             if step in self._manager().all_steps():
                 return
             needed = sum(leaf.nbytes for leaf in jax.tree.leaves((params, rest)))  # at most: they are compressed
@@ -108,18 +117,19 @@ class Checkpoints:
             self._manager().save(step, args=items, metrics=metrics, force=True)
 
     def latest(self) -> int | None:
-        """The newest finished step on disk; None where there is none."""
+        """The newest finished step; None if there is none. Raises as `finished_steps`."""
         return max(finished_steps(self.folder), default=None)
 
     def restore(self, step: int, params_like: Any, rest_like: Any) -> tuple[Any, Any, dict[str, Any]]:
         """The parameters, the rest and the position of a finished step.
 
         Args:
-            params_like, rest_like: trees of `jax.ShapeDtypeStruct` with shardings, on any mesh: each process reads
-                what its devices hold.
+            params_like, rest_like: trees of `jax.ShapeDtypeStruct` with shardings, on any mesh. Each process reads
+                the shards of its devices.
 
         Raises:
-            InputError: what is stored has other leaves or shapes, or its files are damaged.
+            InputError: the checkpoint has other leaves or shapes, its files are damaged, or access is denied.
+            StorageError: storage failed.
         """
         trees = {"params": params_like, "rest": rest_like}
         restore_args = {name: ocp.checkpoint_utils.construct_restore_args(like) for name, like in trees.items()}
@@ -128,60 +138,69 @@ class Checkpoints:
             differences = [line for name, like in trees.items() for line in self._differences(step, name, like)]
             if not differences:
                 got = self._manager().restore(step, args=ocp.args.Composite(**items, position=ocp.args.JsonRestore()))
-        except Exception as error:  # what tensorstore says of damaged files comes as a bare Exception
-            raise InputError(f"{self.folder}: step {step} cannot be restored: {_one_line(error)}") from error
+        except jax.errors.JaxRuntimeError:  # a lost peer, or no memory: not the checkpoint's fault
+            raise
+        except Exception as error:  # Orbax raises a bare Exception for damaged files
+            failed = storage.failure(str(self.folder), error) if is_remote(self.folder) else None
+            raise failed or InputError(f"{self.folder}: step {step} cannot be restored: {_one_line(error)}") from error
         if differences:
             more = f" (and {len(differences) - 1} more)" if len(differences) > 1 else ""
             raise InputError(f"{self.folder}: step {step} is of another model: {differences[0]}{more}")
         return got.params, got.rest, got.position
 
     def wait(self) -> None:
-        """Wait until the save that is going on is finished. Raises as `save` does."""
+        """Wait for the save in progress. Raises as `save` does."""
         if self._opened is not None:
-            with self._told("a checkpoint was not saved"):
+            with self._errors("a checkpoint was not saved"):
                 self._opened.wait_until_finished()
 
     def close(self) -> None:
-        """Wait, and end the threads. Raises as `save` does."""
+        """Wait for the save in progress and stop the threads. Raises as `save` does."""
         if self._opened is not None:
-            with self._told("a checkpoint was not saved"):
+            with self._errors("a checkpoint was not saved"):
                 self._opened.close()
             self._opened = None
 
     def _differences(self, step: int, name: str, like: Any) -> list[str]:
-        """How the stored tree `name` differs from the one asked for, a leaf a line."""
+        """Differences between the stored tree `name` and the requested one, one line per leaf."""
         stored = _shapes(ocp.PyTreeCheckpointHandler().metadata(self.folder / "checkpoints" / str(step) / name).tree)
-        asked = _shapes(like)
+        wanted = _shapes(like)
         return [
-            f"{name}/{path} is {stored.get(path, 'not stored')}, asked for as {asked.get(path, 'nothing')}"
-            for path in sorted(stored.keys() | asked.keys())
-            if stored.get(path) != asked.get(path)
+            f"{name}/{path} is {stored.get(path, 'not stored')}, expected {wanted.get(path, 'nothing')}"
+            for path in sorted(stored.keys() | wanted.keys())
+            if stored.get(path) != wanted.get(path)
         ]
 
     @contextmanager
-    def _told(self, what: str) -> Iterator[None]:
-        """What Orbax and tensorstore raise when storage fails, as one line."""
-        reason = None
+    def _errors(self, action: str) -> Iterator[None]:
+        """Raise errors of Orbax and the storage libraries as one line, and discard the manager."""
+        failed: Exception | None = None
         try:
             yield
-        except (OSError, ValueError, RuntimeError) as error:
-            reason = _one_line(error)
-        if reason is not None:
-            self._give_up()
-            raise OSError(f"{self.folder / 'checkpoints'}: {what}: {reason}")
+        except jax.errors.JaxRuntimeError:  # a lost peer, or no memory: the caller decides by its status
+            raise
+        except Exception as error:
+            failed = storage.failure(str(self.folder), error) if is_remote(self.folder) else None
+            if failed is None and not isinstance(error, OSError | ValueError | RuntimeError):
+                raise
+            if not isinstance(failed, InputError):
+                failed = OSError(f"{self.folder / 'checkpoints'}: {action}: {_one_line(error)}")
+        if failed is not None:
+            self._discard_manager()
+            raise failed
 
-    def _give_up(self) -> None:
-        """Let go of a failed save, whose error is told. Its unfinished writes would complain one by one."""
+    def _discard_manager(self) -> None:
+        """Drop the manager of a failed save, and what it has written."""
         failed, self._opened = self._opened, None
         if failed is not None:
             with suppress(Exception):
                 failed.close()
         del failed
-        logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+        logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # each unfinished write would log its own error
         gc.collect()
         if is_remote(self.folder) or jax.process_index() != 0:
             return
-        for _ in range(20):  # a full disk gets its space back; writes under way may make files a moment longer
+        for _ in range(20):  # free the space of a full disk; writes in flight may create files for a moment longer
             leftovers = list((self.folder / "checkpoints").glob(f"*{UNFINISHED}"))
             if not leftovers:
                 break
@@ -191,7 +210,7 @@ class Checkpoints:
 
 
 def _one_line(error: BaseException) -> str:
-    """The reason of an error; tensorstore buries the system's own, such as a full disk, in pages of detail."""
+    """The reason of an error in one line. tensorstore surrounds the system's reason with pages of detail."""
     text = " ".join(str(error).split())
     system = re.search(r": ([^:]+) \[os_error_code", text)
     return system[1] if system else text[:300] or type(error).__name__

@@ -1,13 +1,14 @@
-"""Files here and in Google Cloud Storage under the same few verbs; remote ones with time-outs and back-off.
+"""Files on local disk and in Google Cloud Storage behind one set of functions, with timeouts and retries.
 
-Paths are strings: `gs://bucket/name` or local. `STORAGE_EMULATOR_HOST` is honoured, and where the machine has no
-credentials public buckets are read without.
+Paths are strings: `gs://bucket/name` or local. `STORAGE_EMULATOR_HOST` is honoured. A machine without credentials
+reads public buckets anonymously.
 """
 
 import base64
 import hashlib
 import os
 import queue
+import re
 import shutil
 import tempfile
 import threading
@@ -22,27 +23,41 @@ from avocado_jax.errors import InputError
 
 T = TypeVar("T")
 TIMEOUT = (10.0, 60.0)  # seconds to connect, and between bytes
-PATIENCE = 120.0  # seconds of trying again before a storage error stands
+PATIENCE = 120.0  # seconds of retries before a storage error is raised
+PERMISSION = re.compile(r"\bstorage\.(?:buckets|objects|folders|multipartUploads)\.\w+")  # as IAM names them
+LIBRARIES = ("google", "gcsfs", "aiohttp", "requests", "urllib3")  # whose errors are storage errors
+UNAVAILABLE = ("UNAVAILABLE:", "ABORTED:", "DEADLINE_EXCEEDED:")  # tensorstore, after its retries
 
 
 class StorageError(OSError):
-    """Storage did not answer, or not with what was stored, for as long as we were willing to try."""
+    """Storage failed, or returned other bytes than were stored, until the retries ran out. A later retry may work."""
 
 
 def is_remote(path: str) -> bool:
-    """Whether `path` lies in Google Cloud Storage."""
+    """Whether `path` is in Google Cloud Storage."""
     return path.startswith("gs://")
 
 
+def local_folder(field: str, path: str) -> Path | None:
+    """The local folder that a config field or option names; None if the field is empty.
+
+    Raises:
+        InputError: the path is in a bucket.
+    """
+    if is_remote(path):
+        raise InputError(f"{field}: {path} is in a bucket; this must be a local folder (a mounted one works)")
+    return Path(path) if path else None
+
+
 def join(folder: str, name: str) -> str:
-    """`name` as seen from `folder`; absolute and remote names stay."""
+    """`name` relative to `folder`. Absolute and remote names stay as they are."""
     if is_remote(name) or not folder:
         return name
     return f"{folder.rstrip('/')}/{name}" if is_remote(folder) else str(Path(folder) / name)
 
 
 def retried(call: Callable[[], T], what: str, transient: tuple[type[BaseException], ...], patience: float) -> T:
-    """Call until it works, waiting 0.1 s, 0.2 s, ... up to 10 s between tries.
+    """Call until it succeeds, with waits of 0.1 s, 0.2 s, ... up to 10 s between attempts.
 
     Raises:
         StorageError: it still failed after `patience` seconds.
@@ -59,19 +74,19 @@ def retried(call: Callable[[], T], what: str, transient: tuple[type[BaseExceptio
 
 
 def within(seconds: float, call: Callable[[], T]) -> T:
-    """Run `call` in a thread of its own, and give up on it after `seconds`.
+    """Run `call` in a thread of its own with a timeout.
 
-    Decoders and storage clients may hang in C, where nothing can interrupt them: the thread is left behind.
+    Decoders and storage clients may hang in C code, which nothing can interrupt. Such a thread is abandoned.
 
     Raises:
-        TimeoutError: it did not end in time.
+        TimeoutError: it did not return in time.
     """
     answer: queue.SimpleQueue = queue.SimpleQueue()
 
     def run() -> None:
         try:
             answer.put((call(), None))
-        except BaseException as error:  # handed over to the caller's thread and raised there
+        except BaseException as error:  # re-raised in the caller's thread
             answer.put((None, error))
 
     threading.Thread(target=run, daemon=True).start()
@@ -85,11 +100,11 @@ def within(seconds: float, call: Callable[[], T]) -> T:
 
 
 def read(path: str) -> bytes:
-    """All of a file.
+    """The content of a file.
 
     Raises:
-        InputError: there is none, or it may not be read.
-        StorageError: remote storage fails.
+        InputError: there is no such file, or no permission to read it.
+        StorageError: storage failed.
     """
     if is_remote(path):
         return _remote(path, lambda blob: blob.download_as_bytes(timeout=TIMEOUT, retry=None))
@@ -98,7 +113,7 @@ def read(path: str) -> bytes:
 
 
 def write(path: str, data: bytes) -> None:
-    """Write a file whole: it has its name only when it is complete. Raises as `read` does."""
+    """Write a file atomically: no reader sees a part of it. Raises as `read` does."""
     if is_remote(path):
         _remote(path, lambda blob: blob.upload_from_string(data, timeout=TIMEOUT, retry=None, checksum="md5"))
         return
@@ -110,7 +125,7 @@ def write(path: str, data: bytes) -> None:
 
 
 def upload(local: Path, path: str) -> None:
-    """Move a local file to `path`, which has its name only when it is complete. Raises as `read` does."""
+    """Move a local file to `path` atomically. Raises as `read` does."""
     if is_remote(path):
         _remote(path, lambda blob: blob.upload_from_filename(local, timeout=TIMEOUT, retry=None, checksum="md5"))
         local.unlink()
@@ -123,7 +138,7 @@ def upload(local: Path, path: str) -> None:
 
 
 def download(path: str, local: Path) -> None:
-    """Copy a file here. Raises as `read` does."""
+    """Copy a file to a local path. Raises as `read` does."""
     if is_remote(path):
         _remote(path, lambda blob: blob.download_to_filename(local, timeout=TIMEOUT, retry=None))
         return
@@ -132,7 +147,7 @@ def download(path: str, local: Path) -> None:
 
 
 def delete(path: str) -> None:
-    """Remove a file, if it is there."""
+    """Remove a file if it exists. Raises as `read` does."""
     if exists(path):
         if is_remote(path):
             _remote(path, lambda blob: blob.delete(timeout=TIMEOUT, retry=None))
@@ -141,14 +156,14 @@ def delete(path: str) -> None:
 
 
 def exists(path: str) -> bool:
-    """Whether there is a file of this name."""
+    """Whether a file of this name exists. Raises as `read` does."""
     if is_remote(path):
         return _remote(path, lambda blob: blob.exists(timeout=TIMEOUT, retry=None))
     return Path(path).is_file()
 
 
 def sizes(folder: str) -> dict[str, int]:
-    """The files that lie directly in a folder, and their bytes; none where there is no such folder."""
+    """Names and bytes of the files directly in a folder; empty without such a folder. Raises as `read` does."""
     if is_remote(folder):
         prefix = f"{folder.rstrip('/')}/"
         found = _remote(
@@ -161,12 +176,37 @@ def sizes(folder: str) -> dict[str, int]:
 
 
 def names(folder: str) -> list[str]:
-    """The names of the files that lie directly in a folder; none where there is no such folder."""
+    """Sorted names of the files directly in a folder. Raises as `read` does."""
     return sorted(sizes(folder))
 
 
+def folders(folder: str) -> list[str]:
+    """Sorted names of the folders directly in a folder. Raises as `read` does."""
+    if not is_remote(folder):
+        found = Path(folder).iterdir() if Path(folder).is_dir() else ()
+        return sorted(path.name for path in found if path.is_dir())
+
+    def prefixes(blob: Any) -> set[str]:
+        listing = blob.bucket.list_blobs(prefix=blob.name, delimiter="/", timeout=TIMEOUT, retry=None)
+        for _ in listing.pages:  # fills `prefixes`
+            pass
+        return listing.prefixes
+
+    return sorted(name.rstrip("/").rsplit("/", 1)[-1] for name in _remote(f"{folder.rstrip('/')}/", prefixes))
+
+
+def check_bucket(path: str) -> None:
+    """Read the metadata of the bucket that holds `path`: Orbax does so, and it needs a permission of its own.
+
+    Raises:
+        InputError: no such bucket, or no permission.
+        StorageError: storage failed.
+    """
+    _remote(f"{path.rstrip('/')}/", lambda blob: blob.bucket.reload(timeout=TIMEOUT, retry=None))
+
+
 def fingerprint(path: str) -> str | None:
-    """The MD5 sum of a file in hexadecimal, as storage knows it; None where there is no such file."""
+    """The MD5 sum of a file in hexadecimal; None without such a file. Storage computes that of a remote file."""
     if is_remote(path):
 
         def sum_of(blob: Any) -> str | None:
@@ -184,7 +224,7 @@ def fingerprint(path: str) -> str | None:
 
 @contextmanager
 def here(path: str) -> Iterator[Path]:
-    """A local path with the content of `path`, for readers that know no other."""
+    """A local path with the content of `path`, for readers of local files only."""
     if not is_remote(path):
         yield Path(path)
         return
@@ -196,7 +236,7 @@ def here(path: str) -> Iterator[Path]:
 
 @contextmanager
 def local_errors(path: str) -> Iterator[None]:
-    """A local file's troubles as one line; a full disk is storage's fault, the rest the user's."""
+    """Raise errors of a local file as one line: an InputError for a wrong path, otherwise a StorageError."""
     try:
         yield
     except (FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError) as error:
@@ -209,7 +249,7 @@ def local_errors(path: str) -> Iterator[None]:
 
 @lru_cache
 def _client() -> Any:
-    """One client a process. Slow to import, and needed only for gs://."""
+    """One client per process. Slow to import, and needed only for gs://."""
     import google.auth
     from google.api_core.client_options import ClientOptions
     from google.auth.credentials import AnonymousCredentials
@@ -226,17 +266,17 @@ def _client() -> Any:
 
 
 def _remote(path: str, call: Callable[[Any], T]) -> T:
-    """`call` of the object at `path`, tried again while its failures are of the passing kind."""
+    """`call` with the object at `path`; transient errors are retried."""
     import requests
     import urllib3
     from google.api_core import exceptions
-    from google.auth.exceptions import GoogleAuthError, TransportError
+    from google.auth.exceptions import TransportError
     from google.cloud.storage.exceptions import DataCorruption
 
     bucket, _, name = path.removeprefix("gs://").partition("/")
     if not bucket or not name:
         raise InputError(f"{path}: not of the form gs://bucket/name")
-    passing = (
+    transient = (
         exceptions.ServerError,
         exceptions.TooManyRequests,
         requests.RequestException,
@@ -246,13 +286,64 @@ def _remote(path: str, call: Callable[[Any], T]) -> T:
         ConnectionError,
     )
     try:
-        return retried(lambda: call(_client().bucket(bucket).blob(name)), path, passing, PATIENCE)
-    except exceptions.NotFound as error:
-        raise InputError(f"{path}: no such object or bucket") from error
-    except (exceptions.Forbidden, exceptions.Unauthorized, GoogleAuthError) as error:
-        raise InputError(f"{path}: no access ({_first_line(error)})") from error
-    except exceptions.GoogleAPICallError as error:
-        raise StorageError(f"{path}: {_first_line(error)}") from error
+        return retried(lambda: call(_client().bucket(bucket).blob(name)), path, transient, PATIENCE)
+    except Exception as error:
+        if (failed := failure(path, error)) is None:
+            raise
+        raise failed from error
+
+
+def failure(path: str, error: Exception) -> InputError | StorageError | None:
+    """What to raise for an error of google-cloud-storage, gcsfs or tensorstore about `path` in a bucket.
+
+    Returns:
+        An InputError of one line where access is denied or an object or its bucket is missing; a StorageError where
+        storage or the network failed; None for every other error.
+    """
+    if isinstance(error, InputError | StorageError):
+        return error
+    text, module = " ".join(str(error).split()), type(error).__module__
+    code = str(getattr(error, "code", ""))
+    if module.startswith("google.auth"):
+        from google.auth.exceptions import TransportError
+
+        denied = not isinstance(error.__cause__ or error, TransportError)
+    else:  # the texts are those of gcsfs and tensorstore
+        denied = code in ("401", "403") or text.startswith(("Forbidden:", "PERMISSION_DENIED:"))
+    if denied:
+        return InputError(_denied(path, text))
+    if code == "404":
+        return InputError(f"{path}: no such object or bucket")
+    if module.partition(".")[0] in LIBRARIES or text.startswith(UNAVAILABLE):
+        return StorageError(f"{path}: {text[:200] or type(error).__name__}")
+    return None
+
+
+@contextmanager
+def library_errors(path: str) -> Iterator[None]:
+    """Raise what `failure` makes of the errors of storage libraries about `path`; for local paths, do nothing."""
+    try:
+        yield
+    except Exception as error:
+        if not is_remote(path) or (failed := failure(path, error)) is None:
+            raise
+        raise failed from error
+
+
+def _denied(path: str, text: str) -> str:
+    """One line on a refused request: the permission that is missing, and a role that includes it."""
+    if "Anonymous caller" in text:
+        return f"{path}: no credentials; use a service account or `gcloud auth application-default login`"
+    bucket = "/".join(path.split("/")[:3])
+    if (found := PERMISSION.search(text)) is None:
+        return f"{path}: no access ({text[:200]})"
+    if found[0].startswith("storage.buckets."):
+        role = "roles/storage.legacyBucketReader beside roles/storage.objectUser"
+    elif found[0] in ("storage.objects.get", "storage.objects.list"):
+        role = "roles/storage.objectViewer, or roles/storage.objectUser for the bucket of a run"
+    else:
+        role = "roles/storage.objectUser"
+    return f"{bucket}: no {found[0]} permission; grant {role}"
 
 
 def _first_line(error: BaseException) -> str:

@@ -106,17 +106,24 @@ def code() -> str:
 
 
 def probe(folder: str) -> None:
-    """See that this host may write to the run's folder, and reads back what it wrote.
+    """Check that this host can use the run's folder as a run does.
+
+    It creates, reads, lists and deletes a file. In a bucket it also reads the bucket's metadata, as Orbax does when
+    it lists steps and when it deletes an old checkpoint.
 
     Raises:
-        InputError, StorageError: it may not, or storage fails.
+        InputError: a permission is missing; the message names a role that includes it.
+        StorageError: storage failed.
     """
-    path = storage.join(folder, f".probe-{jax.process_index()}")
-    told = f"{socket.gethostname()} {jax.process_index()}".encode()
-    storage.write(path, told)
-    if storage.read(path) != told:
-        raise InputError(f"{path}: reads otherwise than it was written; is another job at work in {folder}?")
+    name = f".probe-{jax.process_index()}"
+    path = storage.join(folder, name)
+    content = f"{socket.gethostname()} {jax.process_index()}".encode()
+    storage.write(path, content)
+    if storage.read(path) != content or name not in storage.names(folder):
+        raise InputError(f"{path}: reads otherwise than it was written; does another job use {folder}?")
     storage.delete(path)
+    if storage.is_remote(folder):
+        storage.check_bucket(folder)
 
 
 def _short(text: str) -> str:

@@ -1,5 +1,6 @@
 """Training checkpoints: any mesh to any other, to the bit; killed, out of space, in a bucket, over processes."""
 
+import gc
 import random
 import resource
 import signal
@@ -9,17 +10,21 @@ from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
+import aiohttp
 import gcs
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from google.api_core.exceptions import Forbidden, NotFound, ServiceUnavailable
+from google.auth.exceptions import RefreshError, TransportError
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from processes import several, start
 
 from avocado_jax.checkpoint.orbax import finished_steps
 from avocado_jax.checkpoint.training import Checkpoints
+from avocado_jax.data import storage
 from avocado_jax.errors import InputError
 
 AXES = ("data", "fsdp", "tensor")
@@ -143,11 +148,11 @@ def test_a_saved_step_stays(checkpoints):
     restores(checkpoints, 5)
 
 
-def test_another_model_is_told(checkpoints):
+def test_checkpoint_of_another_model_is_refused(checkpoints):
     save(checkpoints, 1)
     checkpoints.wait()
     params, rest = (like(tree, mesh_of(1, 4, 2)) for tree in values(1, rows=32))
-    with pytest.raises(InputError, match=r"params/embedding is \[64, 16\], asked for as \[64, 32\]"):
+    with pytest.raises(InputError, match=r"params/embedding is \[64, 16\], expected \[64, 32\]"):
         checkpoints.restore(1, params, rest)
     params, rest = (like(tree, mesh_of(1, 4, 2)) for tree in values(1))
     with pytest.raises(InputError, match="params/head is not stored"):
@@ -236,13 +241,15 @@ def test_killed_at_any_moment(tmp_path):
 
 
 @pytest.fixture
-def bucket(tmp_path, monkeypatch):
+def proxy(tmp_path, monkeypatch):
+    with gcs.proxied_bucket(tmp_path / "root", monkeypatch) as proxy:
+        yield proxy
+
+
+@pytest.fixture
+def bucket(proxy):
     """A bucket of a real storage server."""
-    (tmp_path / "root" / "bucket").mkdir(parents=True)
-    with gcs.storage_server(tmp_path / "root") as port:
-        monkeypatch.setenv("STORAGE_EMULATOR_HOST", f"http://{gcs.HOST}:{port}")
-        monkeypatch.setenv("TENSORSTORE_GCS_HTTP_URL", f"http://{gcs.HOST}:{port}")
-        yield "gs://bucket"
+    return "gs://bucket"
 
 
 def test_bucket(bucket, tmp_path):
@@ -266,6 +273,95 @@ def test_bucket(bucket, tmp_path):
     assert checkpoints.latest() == 3
     restores(checkpoints, 3)
     checkpoints.close()
+
+
+BUCKETS_GET = "gs://bucket: no storage.buckets.get permission; grant roles/storage.legacyBucketReader beside"
+
+
+def test_bucket_metadata_is_needed_from_the_second_save_on(proxy, bucket):
+    """Why the start-up check reads it: Orbax does when it deletes a step and when it opens a folder with steps."""
+    proxy.denied = {"storage.buckets.get"}
+    checkpoints = Checkpoints(f"{bucket}/run", keep=1)
+    save(checkpoints, 1)
+    checkpoints.wait()
+    with pytest.raises(InputError, match=BUCKETS_GET) as error:  # noqa: PT012
+        save(checkpoints, 2)
+        checkpoints.wait()
+    assert "\n" not in str(error.value)
+    with pytest.raises(InputError, match=BUCKETS_GET):
+        Checkpoints(f"{bucket}/run", keep=1)
+
+
+def test_a_refused_or_failing_listing_is_not_an_empty_run(proxy, bucket, monkeypatch):
+    """A run that took it for one would start again from step 0."""
+    checkpoints = Checkpoints(f"{bucket}/run", keep=1)
+    save(checkpoints, 1)
+    checkpoints.wait()
+    for permission in ("storage.objects.list", "storage.objects.get"):
+        proxy.denied = {permission}
+        with pytest.raises(InputError, match=f"gs://bucket: no {permission} permission; grant roles/storage.object"):
+            checkpoints.latest()
+    proxy.denied = set()
+    proxy.faulty, proxy.every, proxy.faults = lambda method, path: True, 1, ("unavailable",)
+    monkeypatch.setattr(storage, "PATIENCE", 0.2)
+    with pytest.raises(OSError, match="503"):
+        checkpoints.latest()
+    proxy.faulty = lambda method, path: False
+    assert checkpoints.latest() == 1
+
+
+def test_errors_of_storage_libraries(monkeypatch):
+    """Each is one line: an InputError if a retry cannot help, an OSError if it may."""
+    monkeypatch.setattr(gc, "collect", lambda: 0)  # takes long in a process with so many modules
+    monkeypatch.setattr(Checkpoints, "_manager", lambda self: None)
+    checkpoints = Checkpoints("gs://b/run", keep=1)  # configures gcsfs, which may be imported from now on
+    from gcsfs.retry import HttpError
+
+    for error, kind, text in [
+        (Forbidden("Permission 'storage.objects.create' denied"), InputError, "gs://b: no storage.objects.create"),
+        (NotFound("no bucket"), InputError, "no such object or bucket"),
+        (ServiceUnavailable("try later"), OSError, "try later"),
+        (HttpError({"code": 503, "message": "backend"}), OSError, "backend"),
+        (HttpError({"code": 401, "message": "Invalid Credentials"}), InputError, "no access"),
+        (OSError("Forbidden: https://x\n'storage.objects.delete'"), InputError, "no storage.objects.delete"),
+        (aiohttp.ClientPayloadError("cut off"), OSError, "cut off"),
+        (ValueError("ABORTED: All 32 retry attempts failed: Service Unavailable"), OSError, "32 retry"),
+        (ValueError("PERMISSION_DENIED: storage.objects.get"), InputError, "no storage.objects.get"),
+        (RefreshError("revoked"), InputError, "no access"),
+        (TransportError("metadata server"), OSError, "metadata server"),
+    ]:
+
+        def fails(*_, error=error):
+            raise error
+
+        monkeypatch.setattr(Checkpoints, "_manager", fails)
+        monkeypatch.setattr(Checkpoints, "_differences", fails)
+        for call in (
+            partial(Checkpoints, "gs://b/run", keep=1),
+            partial(checkpoints.save, 1, {}, {}, {}),
+            partial(checkpoints.restore, 1, {}, {}),
+        ):
+            with pytest.raises(kind, match=text) as raised:
+                call()
+            assert "\n" not in str(raised.value)
+
+
+def test_other_errors_pass_through_a_save(monkeypatch):
+    """A lost peer or a device without memory is not a storage fault: its own status decides about a restart."""
+    monkeypatch.setattr(Checkpoints, "_manager", lambda self: None)
+    checkpoints = Checkpoints("gs://b/run", keep=1)
+    for error in (jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory"), TypeError("a bug")):
+
+        def fails(*_, error=error):
+            raise error
+
+        monkeypatch.setattr(Checkpoints, "_manager", fails)
+        with pytest.raises(type(error)):
+            checkpoints.save(1, {}, {}, {})
+    monkeypatch.setattr(Checkpoints, "_differences", lambda *_: checkpoints.save(1, {}, {}, {}))
+    monkeypatch.setattr(Checkpoints, "_manager", lambda self: (_ for _ in ()).throw(jax.errors.JaxRuntimeError("x")))
+    with pytest.raises(jax.errors.JaxRuntimeError):
+        checkpoints.restore(1, {}, {})
 
 
 def test_several_processes(tmp_path):

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 
+import gcs
 import pytest
 
 from avocado_jax.config import SftConfig
@@ -61,6 +62,25 @@ def test_a_folder_that_does_not_keep_what_is_written(tmp_path, monkeypatch):
     monkeypatch.setattr(storage, "read", lambda path: b"something else")
     with pytest.raises(InputError, match="reads otherwise than it was written"):
         startup.probe(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("permission", "role"),
+    [
+        ("storage.buckets.get", "roles/storage.legacyBucketReader beside roles/storage.objectUser"),
+        ("storage.objects.create", "roles/storage.objectUser"),
+        ("storage.objects.get", "roles/storage.objectViewer, or roles/storage.objectUser for the bucket of a run"),
+        ("storage.objects.list", "roles/storage.objectViewer, or roles/storage.objectUser for the bucket of a run"),
+        ("storage.objects.delete", "roles/storage.objectUser"),
+    ],
+)
+def test_a_missing_permission_is_named_with_its_role(permission, role, tmp_path, monkeypatch):
+    with gcs.proxied_bucket(tmp_path, monkeypatch) as proxy:
+        assert ready(SftConfig(), "gs://bucket/run", lambda: 5) == 5
+        proxy.denied = {permission}
+        with pytest.raises(InputError) as error:
+            ready(SftConfig(), "gs://bucket/run", lambda: 5)
+    assert str(error.value) == f"gs://bucket: no {permission} permission; grant {role}"
 
 
 def test_code_is_told_by_its_sources(tmp_path, monkeypatch):
