@@ -16,8 +16,8 @@ from avocado_jax.bench.model import FRAME, FRAMES, random_clip
 from avocado_jax.config import GrpoConfig, SamplingConfig
 from avocado_jax.models.config import SIZES
 from avocado_jax.models.flops import decode_bytes, grpo_flops
+from avocado_jax.parallel.batches import rows_sharding
 from avocado_jax.parallel.mesh import make_mesh
-from avocado_jax.parallel.place import rows_sharding
 from avocado_jax.train.grpo import Experience, grpo_program
 from avocado_jax.train.objective import advantages
 from avocado_jax.train.sft import model_of

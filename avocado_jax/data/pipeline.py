@@ -124,7 +124,7 @@ def batches(
     """This host's part of steps `first` to `stop` (not included), in order.
 
     Args:
-        rows: this host's rows of the global batch: `place.local_rows`, or `host_rows`; one may come several times.
+        rows: this host's rows of the global batch, in any pattern: `process_rows`. A row may occur several times.
         workers: processes that read and decode; 0 for none but this one.
         threads: rows being made at once in each process.
 

@@ -12,8 +12,8 @@ from avocado_jax.data.plan import Bucket
 from avocado_jax.errors import InputError
 from avocado_jax.models.config import ThinkerConfig
 from avocado_jax.models.thinker import example
+from avocado_jax.parallel.batches import rows_sharding
 from avocado_jax.parallel.mesh import ROWS
-from avocado_jax.parallel.place import rows_sharding
 from avocado_jax.parallel.rules import shardings
 from avocado_jax.train.grpo import Experience, grpo_program
 from avocado_jax.train.rollout import VIEW_OVER
@@ -111,7 +111,7 @@ def grpo_phases(config: GrpoConfig, model: ThinkerConfig, bucket: Bucket, mesh: 
 
 
 def _batch(config: RunConfig, model: ThinkerConfig, bucket: Bucket, mesh: Mesh, rows: int) -> tuple[Any, ...]:
-    """What `parallel.place` puts of a batch: clip, captions of the data, weight, tokens cut."""
+    """What `parallel.batches` puts of a batch: clip, captions of the data, weight, tokens cut."""
     shapes = example(model, rows, config.data.references, tuple(bucket.shape), config.data.caption_tokens)
     per_row = (jax.ShapeDtypeStruct((rows,), dtype) for dtype in (jnp.float32, jnp.int32))
     return _placed((*shapes, *per_row), rows_sharding(mesh))

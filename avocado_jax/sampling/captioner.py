@@ -17,7 +17,7 @@ from avocado_jax.data.words import Words
 from avocado_jax.errors import InputError
 from avocado_jax.models.config import ThinkerConfig, computed
 from avocado_jax.models.layers import unstacked
-from avocado_jax.parallel.place import ROWS, rows_sharding
+from avocado_jax.parallel.batches import ROWS, rows_sharding
 from avocado_jax.parallel.rules import shardings
 from avocado_jax.sampling.generate import Samples, caption_keys, generate
 from avocado_jax.sampling.logits import Sampling

@@ -20,8 +20,8 @@ from avocado_jax.config import GrpoConfig
 from avocado_jax.errors import InputError
 from avocado_jax.models.config import ThinkerConfig
 from avocado_jax.models.thinker import Encoded, Thinker
+from avocado_jax.parallel.batches import rows_sharding
 from avocado_jax.parallel.parts import by_parts, in_parts
-from avocado_jax.parallel.place import rows_sharding
 from avocado_jax.train.losses import Scores, caption_scores
 from avocado_jax.train.objective import SHARES, Sums, checked, objective, without_overlong
 from avocado_jax.train.optim import gradient, optimizer, schedule

@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 
 from avocado_jax.checkpoint.training import Checkpoints
 from avocado_jax.data.pipeline import Batch
-from avocado_jax.parallel.place import place
+from avocado_jax.parallel.batches import prefetch_to_mesh
 from avocado_jax.train.metrics import Log, Meter, Teller
 from avocado_jax.train.state import State
 from avocado_jax.train.stop import Stop
@@ -90,7 +90,7 @@ def train(job: Job, state: State, mesh: Mesh, checkpoints: Checkpoints, log: Log
             raise FloatingPointError(f"{job.max_skipped} steps in a row without a finite gradient; last: {done.number}")
         return bool(done.stop)
 
-    stream = place(job.batches(first), mesh)
+    stream = prefetch_to_mesh(job.batches(first), mesh)
     try:
         for number in range(first + 1, job.steps + 1):
             # --- dispatch a step, and fetch the metrics of the one before while it runs

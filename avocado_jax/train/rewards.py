@@ -14,7 +14,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from avocado_jax.config import GrpoConfig, RewardConfig
 from avocado_jax.errors import InputError
-from avocado_jax.parallel.place import local_rows, rows_sharding
+from avocado_jax.parallel.batches import process_rows, rows_sharding
 from avocado_jax.remote.chat import Endpoint
 from avocado_jax.rewards.combine import (
     JUDGES,
@@ -107,7 +107,7 @@ def _rewards(config: GrpoConfig, setup: Setup, stops: Sequence[int], judge: Judg
         if judge is None:
             return None
         tokens, lengths = jax.device_get(whole((rollout.captions.targets, rollout.lengths)))
-        mine = local_rows(setup.mesh, len(tokens))
+        mine = process_rows(setup.mesh, len(tokens), jax.process_index())
         points = [[one["text"] for one in (record.get("keypoints") or ())[: asked.keypoints]] for record in records]
         texts = [
             [caption_text(setup, stops, ids[:length]) for ids, length in zip(tokens[row].tolist(), lengths[row])]

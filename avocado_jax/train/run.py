@@ -26,8 +26,8 @@ from avocado_jax.errors import InputError
 from avocado_jax.models.config import ThinkerConfig
 from avocado_jax.models.flops import train_flops
 from avocado_jax.models.lora import add_adapters, merge
+from avocado_jax.parallel.batches import prefetch_to_mesh, process_rows
 from avocado_jax.parallel.mesh import make_mesh
-from avocado_jax.parallel.place import local_rows, place
 from avocado_jax.parallel.programs import bound_compiled_programs
 from avocado_jax.sampling.captioner import caption_records, captioner_in_training
 from avocado_jax.train.inputs import open_source
@@ -79,7 +79,7 @@ def set_up(config: RunConfig, split: int = 1) -> Setup:
     )
     plan = plan_batches(source.index, recipe, config.batch, config.data.shapes, config.seed)
     steps = config.steps or max(1, round(config.epochs * plan.epoch_steps))
-    rows = [row // split for row in local_rows(mesh, config.batch * split)]
+    rows = [row // split for row in process_rows(mesh, config.batch * split, jax.process_index())]
     return Setup(mesh, checkpoint, model, words, source, recipe, plan, steps, rows)
 
 
@@ -210,7 +210,7 @@ def _heldout(
 
     def evaluate(state: State, step: int) -> dict[str, Any]:
         total = Sums(0.0, 0.0, 0.0)
-        for batch in place(stream(kept, config, 0), setup.mesh):
+        for batch in prefetch_to_mesh(stream(kept, config, 0), setup.mesh):
             part = jax.device_get(sums(state.params, batch.clip, batch.captions, batch.weight))
             total = Sums(*(whole + float(one) for whole, one in zip(total, part)))
         if shown:

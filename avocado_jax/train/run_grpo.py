@@ -17,7 +17,7 @@ from avocado_jax.config import GrpoConfig
 from avocado_jax.data import storage
 from avocado_jax.data.pipeline import Batch
 from avocado_jax.models.flops import grpo_flops
-from avocado_jax.parallel.place import place
+from avocado_jax.parallel.batches import prefetch_to_mesh
 from avocado_jax.sampling.captioner import banned_ids
 from avocado_jax.train.grpo import Experience, GrpoProgram, grpo_program
 from avocado_jax.train.objective import advantages, zero_variance
@@ -199,7 +199,7 @@ def _heldout(
 
     def evaluate(state: State, step: int) -> dict[str, Any]:
         view, total = program.view(state.params), {}
-        for batch in place(_with_references(stream(kept, config, 0), rewards), setup.mesh):
+        for batch in prefetch_to_mesh(_with_references(stream(kept, config, 0), rewards), setup.mesh):
             encoded = program.encode and program.encode(state.params, batch.clip)
             rollout = likeliest(view, batch.clip, encoded, jnp.int32(0), banned)
             asked = rewards.ask(rollout, batch.records)

@@ -16,8 +16,8 @@ from avocado_jax.errors import InputError
 from avocado_jax.models.config import SEVEN_B, TINY
 from avocado_jax.models.flops import row_flops, train_flops
 from avocado_jax.models.thinker import Encoded, Thinker, example, init
+from avocado_jax.parallel.batches import rows_sharding
 from avocado_jax.parallel.mesh import make_mesh
-from avocado_jax.parallel.place import rows_sharding
 from avocado_jax.train.grpo import Experience, Scored, batch_gradient, caption_logprobs, grpo_program
 from avocado_jax.train.objective import advantages
 from avocado_jax.train.rollout import Rollout, cut, fitting

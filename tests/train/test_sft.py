@@ -13,8 +13,8 @@ from avocado_jax.config import OptimConfig, SftConfig
 from avocado_jax.models.config import SIZES, TINY
 from avocado_jax.models.flops import train_flops
 from avocado_jax.models.thinker import init
+from avocado_jax.parallel.batches import rows_sharding
 from avocado_jax.parallel.mesh import make_mesh
-from avocado_jax.parallel.place import rows_sharding
 from avocado_jax.parallel.rules import RULES, path_of, shardings, spec_of
 from avocado_jax.train.optim import optimizer
 from avocado_jax.train.sft import sft_program

@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType
 
-from avocado_jax.parallel.place import place
+from avocado_jax.parallel.batches import prefetch_to_mesh
 
 
 class Held(NamedTuple):
-    """A batch as `place` sees them: arrays, and things that stay on the host."""
+    """A batch as `prefetch_to_mesh` receives it: arrays, and things that stay on the host."""
 
     step: int
     ids: tuple[str, ...]
@@ -35,7 +35,7 @@ def mesh():
 
 
 def test_arrays_move_and_the_rest_stays(mesh):
-    for step, batch in enumerate(place(map(held, range(5)), mesh)):
+    for step, batch in enumerate(prefetch_to_mesh(map(held, range(5)), mesh)):
         assert (batch.step, batch.ids) == (step, ("a", "b"))
         assert isinstance(batch.x, jax.Array)
         np.testing.assert_array_equal(batch.x, held(step).x)
@@ -51,7 +51,7 @@ def test_one_batch_ahead_and_no_more(mesh):
             event.set()
             yield held(step)
 
-    placed = place(batches(), mesh)
+    placed = prefetch_to_mesh(batches(), mesh)
     for step in range(3):
         assert next(placed).step == step
         assert made[step + 1].wait(60)  # made while this one is in use
@@ -69,7 +69,7 @@ def test_errors_come_through_in_their_place(mesh):
         finally:
             closed.append(True)
 
-    placed = place(batches(), mesh)
+    placed = prefetch_to_mesh(batches(), mesh)
     assert next(placed).step == 0
     with pytest.raises(ValueError, match="out of clips"):
         next(placed)
@@ -86,7 +86,7 @@ def test_closing_early_closes_the_source(mesh):
         finally:
             closed.append(True)
 
-    placed = place(batches(), mesh)
+    placed = prefetch_to_mesh(batches(), mesh)
     next(placed)
     placed.close()
     assert closed
@@ -97,11 +97,11 @@ def test_rows_lie_where_the_mesh_says():
     code = """
 import jax, numpy as np
 from jax.sharding import AxisType
-from avocado_jax.parallel.place import local_rows, place
+from avocado_jax.parallel.batches import prefetch_to_mesh, process_rows
 mesh = jax.make_mesh((2, 2, 2), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
-assert local_rows(mesh, 8) == range(8)
+assert process_rows(mesh, 8, 0) == list(range(8))
 x = np.arange(16.0).reshape(8, 2)
-(placed,) = place(iter([(x,)]), mesh)
+(placed,) = prefetch_to_mesh(iter([(x,)]), mesh)
 assert placed[0].shape == (8, 2) and len(placed[0].addressable_shards) == 8
 rows = sorted(tuple(shard.data[:, 0].tolist()) for shard in placed[0].addressable_shards)
 assert rows == sorted([(0.0, 2.0), (4.0, 6.0), (8.0, 10.0), (12.0, 14.0)] * 2), rows
@@ -121,13 +121,13 @@ jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType
-from test_place import held
-from avocado_jax.parallel.place import local_rows, place
+from test_batches import held
+from avocado_jax.parallel.batches import prefetch_to_mesh, process_rows
 mesh = jax.make_mesh((2, 2), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2)
-rows = local_rows(mesh, 4)
-assert rows == range(2 * jax.process_index(), 2 * jax.process_index() + 2), rows
-mine = (held(step)._replace(x=held(step).x[rows.start : rows.stop], flag=held(step).flag[:2]) for step in range(3))
-for step, batch in enumerate(place(mine, mesh)):
+rows = process_rows(mesh, 4, jax.process_index())
+assert rows == [2 * jax.process_index(), 2 * jax.process_index() + 1], rows
+mine = (held(step)._replace(x=held(step).x[rows], flag=held(step).flag[:2]) for step in range(3))
+for step, batch in enumerate(prefetch_to_mesh(mine, mesh)):
     np.testing.assert_array_equal(multihost_utils.process_allgather(batch.x, tiled=True), held(step).x)
 print("good", flush=True)
 """
