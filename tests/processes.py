@@ -8,17 +8,21 @@ import textwrap
 from pathlib import Path
 
 
-def start(program, *arguments, devices=8):
-    """Start a Python program that sees the tests' helpers, on so many simulated devices."""
+def start(program, *arguments, devices=8, optimization=1):
+    """Start a Python program that can import the tests' helpers, on simulated devices.
+
+    Args:
+        optimization: level of the compiler; 0 compiles fastest.
+    """
     program = f"import sys\nsys.path[:0] = {[str(Path(__file__).parent)]!r}\n" + textwrap.dedent(program)
-    flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=1"
+    flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level={optimization}"
     env = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, "-c", program, *map(str, arguments)]
     return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def several(program, count, devices, *arguments):
-    """Run a program in `count` processes of `devices` devices each, which know each other; gives their outputs."""
+def several(program, count, devices, *arguments, timeout=120, **options):
+    """Run a program in `count` connected processes of `devices` devices each. Returns their outputs."""
     with socket.socket() as held:
         held.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{held.getsockname()[1]}"
@@ -29,10 +33,10 @@ def several(program, count, devices, *arguments):
         jax.distributed.initialize({address!r}, {count}, int(sys.argv[-1]))
     """
     program = textwrap.dedent(connect) + textwrap.dedent(program)
-    processes = [start(program, *arguments, number, devices=devices) for number in range(count)]
+    processes = [start(program, *arguments, number, devices=devices, **options) for number in range(count)]
     outputs = []
     for process in processes:
-        said, complained = process.communicate(timeout=120)
+        said, complained = process.communicate(timeout=timeout)
         assert process.returncode == 0, complained
         outputs.append(said)
     return outputs

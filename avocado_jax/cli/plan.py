@@ -1,16 +1,18 @@
-"""Compile a config's step ahead of time and say what it takes of its devices, without having them.
+"""Compile the training step of a config ahead of time and report its memory, FLOPs, communication and time.
 
   avocado plan configs/sft_7b.py --topology v5p:4x4x4
   avocado plan configs/sft_7b.py --topology v5e:8x16 --mesh.tensor 2 --remat offload
   avocado plan configs/sft_7b.py --topology v6e:8x8 --search 6
   avocado plan configs/grpo_7b.py --topology v6e:8x8
 
-The real step is compiled by libtpu for the named slice (v5e, v5p or v6e; chips as AxB or AxBxC), or, without
---topology, for this machine; of GRPO five programs, an entry each: encode, view, rollout, score, update (not rewards).
-Any field of the config is changed as `--a.b value`. Memory is what the compiler says, by part, with all that lies on
-the device beside the program; FLOPs come from the shapes, bytes between devices from the compiled program, and
-the time is the slowest of compute, memory and interconnect at 65% of its ceiling. Where the checkpoint (`init`) or the
-data are not at hand, the config's `nominal` says what to assume. Exit status 1: it does not fit.
+libtpu compiles the step for the slice (v5e, v5p or v6e; chips as AxB or AxBxC), which this machine need not have.
+Without --topology, the step is compiled for this machine. A GRPO step is five programs with an entry each: encode,
+view, rollout, score, update (rewards are not compiled). Override any config field with `--a.b value`. Memory is the
+compiler's figure, by part, and includes arrays that stay on the device beside the program. FLOPs follow from the
+shapes, communication from the compiled program. The time is the largest of compute, memory and interconnect time at
+65% of the respective ceiling. `hosts` lists the rows of a batch that each process loads. Where the checkpoint (`init`)
+or the data do not exist on this machine, the config's `nominal` supplies model and shapes. Exit status 1: the step
+does not fit.
 """
 
 import argparse
@@ -26,27 +28,27 @@ GIB = 2**30
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the command; what it does not know are fields of the config."""
+    """Declare the arguments; unknown ones are config fields."""
     parser.add_argument("config", metavar="CONFIG", help="a Python file that defines `config`, as in configs/")
     parser.add_argument("--topology", metavar="SLICE", help="v5e:8x16, v5p:4x4x4, v6e:8x8 (default: this machine)")
-    parser.add_argument("--all-shapes", action="store_true", help="every shape of the data, not only the dearest")
+    parser.add_argument("--all-shapes", action="store_true", help="all shapes of the data, not only the most expensive")
     parser.add_argument(
         "--search",
         type=int,
         metavar="N",
-        help="compile up to N choices of mesh, remat and accumulation; print those that fit, the fastest first",
+        help="compile up to N choices of mesh, remat and accumulation; print those that fit, fastest first",
     )
     parser.add_argument("--json", action="store_true", help="one JSON object")
     parser.set_defaults(fields=[])
 
 
 def run(args: argparse.Namespace) -> int:
-    """Plan. Returns 0, or 1 if a step (or every one searched) does not fit."""
+    """Run the command. Returns 0, or 1 if the step, or every choice of a search, does not fit."""
     config = load(args.config, args.fields)
     if not isinstance(config, RunConfig):
-        raise InputError(f"{args.config}: a {type(config).__name__}, which is no training run")
+        raise InputError(f"{args.config}: a {type(config).__name__}, not a training config")
     if args.topology:
-        os.environ["JAX_PLATFORMS"] = "cpu"  # before jax looks for devices: this machine's own are left alone
+        os.environ["JAX_PLATFORMS"] = "cpu"  # set before jax starts: leaves this machine's accelerators free
     from avocado_jax.planning.program import devices_of, model_and_buckets, program_of
     from avocado_jax.planning.report import report
     from avocado_jax.planning.search import search
@@ -54,19 +56,19 @@ def run(args: argparse.Namespace) -> int:
     devices = devices_of(args.topology, config.mesh.slices)
     model, buckets = model_and_buckets(config)
     topology = args.topology or f"{devices[0].device_kind} x {len(devices)}"
-    told: dict[str, Any] = {"config": args.config, "topology": topology}
+    plan: dict[str, Any] = {"config": args.config, "topology": topology}
     if args.search is not None:
         found = []
         for one, entries in search(config, model, buckets[0], devices, args.search):
-            free = _free(one)
+            fields = _search_fields(one)
             fits = all(entry["fits"] for entry in entries)
             seconds = sum(entry["seconds"] or 0 for entry in entries)
-            found.append({**free, "fits": fits, "seconds": seconds or None, "steps": entries})
+            found.append({**fields, "fits": fits, "seconds": seconds or None, "steps": entries})
             if not args.json:
-                print(f"tried {_choice(free)}: {_memory(max(entries, key=_total))}", flush=True)
+                print(f"tried {_choice(fields)}: {_memory(max(entries, key=_total))}", flush=True)
         fitting = sorted((one for one in found if one["fits"]), key=lambda one: one["seconds"] or 0)
         if args.json:
-            print(json.dumps(told | {"fits": bool(fitting), "choices": fitting}))
+            print(json.dumps(plan | {"fits": bool(fitting), "choices": fitting}))
         for one in [] if args.json else fitting:
             print("\n".join([_choice(one), *(f"  {entry['name']}: {_time(entry)}" for entry in one["steps"])]))
         return 0 if fitting else 1
@@ -79,9 +81,12 @@ def run(args: argparse.Namespace) -> int:
             steps.append(entry)
             if not args.json:
                 _print(entry, topology, program.rows)
+    hosts = [{"process": process, "rows": rows} for process, rows in program.hosts.items()]
     fits = all(entry["fits"] for entry in steps)
     if args.json:
-        print(json.dumps(told | {"fits": fits, "steps": steps}))
+        print(json.dumps(plan | {"fits": fits, "steps": steps, "hosts": hosts}))
+    else:
+        print(_hosts(hosts))
     return 0 if fits else 1
 
 
@@ -92,8 +97,21 @@ def _print(entry: dict[str, Any], topology: str, rows: int) -> None:
         print(f"  {entry['advice']}", flush=True)
 
 
-def _free(config: RunConfig) -> dict[str, Any]:
-    """The fields that a search chooses, by name."""
+def _hosts(hosts: list[dict[str, Any]]) -> str:
+    """The rows of the first process in compact form; those of all processes are in the JSON output."""
+    first, *_ = hosts
+    ranges: list[list[int]] = []
+    for row in first["rows"]:
+        if ranges and row == ranges[-1][1] + 1:
+            ranges[-1][1] = row
+        else:
+            ranges.append([row, row])
+    text = ", ".join(f"{start}-{end}" if end > start else str(start) for start, end in ranges)
+    return f"{len(hosts)} hosts load {len(first['rows'])} rows each; host {first['process']}: {text}"
+
+
+def _search_fields(config: RunConfig) -> dict[str, Any]:
+    """The fields that a search varies."""
     mesh = config.mesh
     fields = {"mesh": {"data": mesh.data, "fsdp": mesh.fsdp, "tensor": mesh.tensor}}
     fields |= {"remat": config.remat, "accumulate": config.accumulate}
@@ -101,7 +119,7 @@ def _free(config: RunConfig) -> dict[str, Any]:
 
 
 def _choice(one: dict[str, Any]) -> str:
-    """The same fields as they are given."""
+    """The same fields as command-line arguments."""
     mesh = " ".join(f"--mesh.{name} {size}" for name, size in one["mesh"].items())
     split = f" --split {one['split']}" if "split" in one else ""
     return f"{mesh} --remat {one['remat']} --accumulate {one['accumulate']}{split}"

@@ -1,7 +1,8 @@
-"""The device mesh, and constraints on activations.
+"""The device mesh, and sharding constraints on activations.
 
-Axes: `data` (copies of the parameters), `fsdp` (parts of the parameters, gathered where they are used) and `tensor`
-(parts of heads, hidden widths and the vocabulary). Rows are divided over data and fsdp.
+Axes: `data` (replicas of the parameters), `fsdp` (parameter shards, gathered where they are used) and `tensor` (shards
+of heads, hidden widths and the vocabulary). Rows are sharded over data and fsdp. The device order is the one that
+`mesh_utils` chooses for the interconnect: consecutive devices of the mesh may belong to different processes.
 """
 
 import jax
@@ -13,17 +14,17 @@ from avocado_jax.errors import InputError
 from avocado_jax.typing import Array
 
 AXES = ("data", "fsdp", "tensor")
-ROWS = ("data", "fsdp")  # axes that rows are divided over
+ROWS = ("data", "fsdp")  # axes that rows are sharded over
 
 
 def make_mesh(data: int, fsdp: int, tensor: int, slices: int = 1, devices: list | None = None) -> Mesh:
-    """The mesh of these sizes over all devices (or `devices`); one size may be -1, for all that are left.
+    """Create a mesh of these sizes over `devices`, by default all; one size may be -1 to take the remaining devices.
 
-    With several `slices`, copies over slices talk through the data-center network and all else inside a slice:
-    `data` is then `slices` times as long.
+    With several `slices`, the `data` axis has `slices` x `data` entries: replicas in different slices communicate
+    over the data-center network, everything else over the interconnect of one slice.
 
     Raises:
-        InputError: the sizes do not use up the devices.
+        InputError: the sizes do not match the number of devices.
     """
     devices = jax.devices() if devices is None else devices
     sizes = [data, fsdp, tensor]
@@ -33,29 +34,27 @@ def make_mesh(data: int, fsdp: int, tensor: int, slices: int = 1, devices: list 
     if -1 in sizes:
         sizes[sizes.index(-1)] = max(1, len(devices) // known)
     if int(np.prod(sizes)) * slices != len(devices):
-        told = " x ".join(f"{name} {size}" for name, size in zip(AXES, sizes))
-        raise InputError(f"mesh: {told}{f' x slices {slices}' if slices > 1 else ''} is not {len(devices)} devices")
+        product = " x ".join(f"{name} {size}" for name, size in zip(AXES, sizes))
+        raise InputError(f"mesh: {product}{f' x slices {slices}' if slices > 1 else ''} is not {len(devices)} devices")
     if slices > 1:
         grid = mesh_utils.create_hybrid_device_mesh(sizes, (slices, 1, 1), devices, allow_split_physical_axes=True)
-    elif devices[0].platform == "cpu":
-        grid = np.array(devices).reshape(sizes)  # in the order of processes: each holds one stretch of rows
     else:
         grid = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def parts_of(axis: str | tuple[str, ...]) -> int:
-    """How many parts an axis ("rows": data and fsdp together) makes on the mesh in use; 1 where there is none."""
+    """Number of shards of an axis ("rows": data and fsdp) of the current mesh; 1 without a mesh."""
     mesh = jax.sharding.get_abstract_mesh()
     names = ROWS if axis == "rows" else (axis,) if isinstance(axis, str) else axis
     return 1 if mesh.empty else int(np.prod([mesh.shape[name] for name in names]))
 
 
 def constrain(x: Array, *axes: str | None) -> Array:
-    """Divide an activation over mesh axes, one entry a leading dimension; those not named stay whole.
+    """Constrain the sharding of an activation: one mesh axis, "rows" or None for each leading dimension.
 
-    Holds inside `jax.set_mesh`; without a mesh there is nothing to divide. Dimensions that an axis does not divide
-    evenly stay whole too.
+    Remaining dimensions, and those that their axis does not divide evenly, are replicated. A no-op outside of
+    `jax.set_mesh`.
     """
     if jax.sharding.get_abstract_mesh().empty:
         return x

@@ -1,6 +1,6 @@
-"""A batch in parts, one after the other: less is alive at once.
+"""Microbatches: process a batch in sequential parts to reduce peak memory.
 
-Row r is in part r % parts, so that each device keeps its own rows, whatever the number of parts.
+Row r belongs to part r % parts, so that each device keeps its rows for any number of parts.
 """
 
 from collections.abc import Callable
@@ -13,16 +13,25 @@ from avocado_jax.typing import Array
 
 
 def in_parts(batch: Any, parts: int) -> Any:
-    """A tree of [rows, ...] as [parts, rows / parts, ...]."""
+    """Reshape a tree of [rows, ...] to [parts, rows / parts, ...]."""
     return jax.tree.map(lambda leaf: jnp.moveaxis(leaf.reshape(-1, parts, *leaf.shape[1:]), 1, 0), batch)
 
 
 def by_parts(run: Callable, batch: tuple, parts: int) -> Any:
-    """`run(*batch)` where every leaf of `batch` and of what comes out is [rows, ...]."""
+    """Compute `run(*batch)` part by part.
+
+    Args:
+        run: function of which every input and output leaf is [rows, ...].
+        batch: its arguments.
+        parts: number of sequential parts; it divides the rows.
+
+    Returns:
+        What `run(*batch)` returns, with rows in their original order.
+    """
     if parts == 1:
         return run(*batch)
 
-    def joined(leaf: Array) -> Array:
+    def merge(leaf: Array) -> Array:
         return jnp.moveaxis(leaf, 0, 1).reshape(-1, *leaf.shape[2:])
 
-    return jax.tree.map(joined, jax.lax.map(lambda part: run(*part), in_parts(batch, parts)))
+    return jax.tree.map(merge, jax.lax.map(lambda part: run(*part), in_parts(batch, parts)))

@@ -1,4 +1,4 @@
-"""A config on named devices, as shapes: what its step is compiled from, on a machine that has none of them."""
+"""The programs of a training step for named devices, as shapes: compiled ahead of time, without the devices."""
 
 import os
 from dataclasses import replace
@@ -16,12 +16,13 @@ from avocado_jax.data.rows import Shape
 from avocado_jax.data.words import load_words
 from avocado_jax.errors import InputError
 from avocado_jax.models.config import SIZES, ThinkerConfig
+from avocado_jax.parallel.batches import process_rows
 from avocado_jax.parallel.mesh import make_mesh
 from avocado_jax.planning.phases import Phase, grpo_phases, sft_phases
 from avocado_jax.train.inputs import open_source
 from avocado_jax.train.sft import model_of
 
-# For libtpu, before it is loaded: ask no metadata server, take no lock from a run on this machine, say little.
+# Environment of libtpu, read when it loads: no metadata server, no lock on this machine's TPU, few logs.
 QUIET = {
     "TPU_SKIP_MDS_QUERY": "1",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
@@ -36,22 +37,35 @@ GENERATIONS = ("v5e", "v5p", "v6e")  # one device a chip
 
 
 class Program(NamedTuple):
-    """The step of a run for one shape of rows."""
+    """A training step of a run for one bucket of clip shapes.
+
+    Attributes:
+        bucket: shape of the clips, and length of the longest caption of the step.
+        rows: rows of the step on all devices.
+        group: captions per row.
+        phases: the programs of the step in execution order; SFT has one.
+        hosts: process index -> rows that the process loads.
+    """
 
     config: RunConfig
-    bucket: Bucket  # of the clips, and the longest caption of this step
+    bucket: Bucket
     rows: int
-    group: int  # captions a row
+    group: int
     model: ThinkerConfig
     mesh: Mesh
-    phases: tuple[Phase, ...]  # in their order; a step of fine-tuning is one
+    phases: tuple[Phase, ...]
+    hosts: dict[int, list[int]]
 
 
 def devices_of(topology: str | None, slices: int = 1) -> list[Any]:
-    """The devices of a TPU slice named as `v5p:4x4x4`, or this machine's.
+    """Devices of a TPU slice, described by libtpu, or the devices of this machine.
+
+    Args:
+        topology: generation and chips of a slice, as in `v5p:4x4x4`; None for this machine.
+        slices: number of such slices.
 
     Raises:
-        InputError: no such slice, or no libtpu to know it by.
+        InputError: libtpu is missing or does not know the slice.
     """
     if topology is None:
         return jax.devices()
@@ -62,18 +76,18 @@ def devices_of(topology: str | None, slices: int = 1) -> list[Any]:
     several = {"num_slices": slices} if slices > 1 else {}
     try:
         return list(topologies.get_topology_desc(platform="tpu", topology_name=topology, **several).devices)
-    except Exception as error:  # libtpu's own kinds
+    except Exception as error:  # libtpu raises types of its own
         first = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise InputError(
-            f"--topology {topology}: {first} (it takes libtpu: pip install 'avocado-jax[plan]')"
-        ) from error
+        raise InputError(f"--topology {topology}: {first} (needs libtpu: pip install 'avocado-jax[plan]')") from error
 
 
 def model_and_buckets(config: RunConfig) -> tuple[ThinkerConfig, list[Bucket]]:
-    """The model of `init` and the shapes of `data.train`, the dearest first; without them, what `nominal` says.
+    """Model of the checkpoint `init` and buckets of the data `data.train`, the most expensive bucket first.
+
+    Where the checkpoint or the data do not exist on this machine, `nominal` supplies them.
 
     Raises:
-        InputError: `nominal` is not understood, or what is at hand cannot be read.
+        InputError: `nominal` is invalid, or an existing checkpoint or data set cannot be read.
     """
     nominal, checkpoint = config.nominal, None
     if config.init and (config.init.startswith("gs://") or os.path.exists(config.init)):
@@ -93,13 +107,14 @@ def model_and_buckets(config: RunConfig) -> tuple[ThinkerConfig, list[Bucket]]:
 
 
 def program_of(config: RunConfig, model: ThinkerConfig, bucket: Bucket, devices: list[Any]) -> Program:
-    """The step of `config` on `devices`.
+    """The training step of `config` on `devices`.
 
     Raises:
-        InputError: the mesh is not that of the devices, or does not divide the rows.
+        InputError: the mesh does not match the devices or does not divide the rows, or the processes cannot load
+            their rows.
     """
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, config.mesh.slices, devices)
-    if model.attention == "auto":  # of the devices, not of this machine
+    if model.attention == "auto":  # resolved for these devices, not for this machine
         kernel = {"tpu": "splash", "gpu": "cudnn" if model.dtype == "bfloat16" else "plain"}
         model = replace(model, attention=kernel.get(devices[0].platform, "plain"))
     if isinstance(config, GrpoConfig):
@@ -107,4 +122,7 @@ def program_of(config: RunConfig, model: ThinkerConfig, bucket: Bucket, devices:
         rows, group, make = config.batch * config.split, config.group // config.split, grpo_phases
     else:
         rows, group, make = config.batch, config.data.references, sft_phases
-    return Program(config, bucket, rows, group, model, mesh, make(config, model, bucket, mesh))
+    phases = make(config, model, bucket, mesh)
+    processes = sorted({device.process_index for device in devices})
+    hosts = {process: process_rows(mesh, rows, process) for process in processes}
+    return Program(config, bucket, rows, group, model, mesh, phases, hosts)

@@ -1,0 +1,199 @@
+"""Rows of each process for the device orders of TPU slices, and training where devices of processes interleave."""
+
+import json
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+from device_order import process_order
+from jax._src import sharding_impls
+from jax.sharding import Mesh
+from processes import several
+from train_runs import CONFIG
+
+from avocado_jax.config import GrpoConfig, load
+from avocado_jax.errors import InputError
+from avocado_jax.parallel.batches import process_rows, rows_sharding
+from avocado_jax.parallel.mesh import AXES, make_mesh
+from avocado_jax.planning.program import devices_of
+
+ROOT = Path(__file__).parents[2]
+sys.path.append(str(ROOT / "launch"))
+
+from job import plans  # noqa: E402
+
+SLICES = ("v6e:8x8", "v5p:4x4x4", "v5e:8x16", "v5e:8x8", "v6e:4x4", "v5e:4x4", "v5p:2x2x2", "v5p:2x2x4", "v6e:2x4")
+
+
+def planned_configs():
+    """(slice, config) of every line in the table of plans."""
+    for (path, *fields), _ in plans():
+        at = fields.index("--topology")
+        yield fields[at + 1], load(str(ROOT / path), fields[:at] + fields[at + 2 :])
+
+
+class OfProcess:
+    """A sharding as one of its processes sees it: the attributes that jax reads to place process-local data."""
+
+    is_fully_addressable = False
+
+    def __init__(self, sharding, process):
+        self.sharding, self.num_devices = sharding, sharding.num_devices
+        self.is_fully_replicated = sharding.is_fully_replicated
+        self.addressable_devices = [one for one in sharding.mesh.devices.flat if one.process_index == process]
+        self.devices_indices_map, self.shard_shape = sharding.devices_indices_map, sharding.shard_shape
+
+    def addressable_devices_indices_map(self, shape):
+        return {one: self.devices_indices_map(shape)[one] for one in self.addressable_devices}
+
+
+def check(mesh, batch):
+    """Each process has the rows of its devices, as many as jax expects; together they have all rows."""
+    sharding, holders = rows_sharding(mesh), Counter()
+    processes = {device.process_index for device in mesh.devices.flat}
+    for process in processes:
+        rows = process_rows(mesh, batch, process)
+        mine = OfProcess(sharding, process)
+        shards = [index[0] for index in mine.addressable_devices_indices_map((batch,)).values()]
+        assert rows == sorted({row for shard in shards for row in range(batch)[shard]})
+        assert len(rows) == sharding_impls.num_addressable_indices(mine, 0, (batch,))
+        assert sharding_impls.local_to_global_shape(mine, (len(rows), 3)) == (batch, 3)
+        holders.update(rows)
+    assert sorted(holders) == list(range(batch))
+    # A row's devices are those of its position on data and fsdp: their processes hold it, and no others.
+    parts = mesh.devices.reshape(-1, mesh.shape["tensor"])
+    for row in range(batch):
+        devices = parts[row * len(parts) // batch]
+        assert holders[row] == len({device.process_index for device in devices})
+
+
+@pytest.mark.parametrize("topology", SLICES)
+def test_rows_of_every_config_on_a_slice(topology):
+    """The meshes of the table of plans, where they match the number of devices and the batch."""
+    devices, checked = devices_of(topology), []
+    for planned_for, config in planned_configs():
+        sizes, rows = config.mesh, config.batch * (config.split if isinstance(config, GrpoConfig) else 1)
+        if rows % (len(devices) // sizes.tensor):
+            continue
+        check(make_mesh(sizes.data, sizes.fsdp, sizes.tensor, sizes.slices, devices), rows)
+        checked.append(planned_for)
+    assert checked
+    assert checked.count(topology) == sum(planned_for == topology for planned_for, _ in planned_configs())
+
+
+def test_rows_of_several_slices():
+    devices = devices_of("v5e:4x4", 2)
+    check(make_mesh(1, -1, 2, 2, devices), 32)
+    assert len({device.process_index for device in devices}) == 8
+
+
+def test_rows_interleave_and_repeat():
+    """The orders that a contiguous range of rows per process cannot express."""
+    devices = devices_of("v5p:4x4x4")
+    assert process_rows(make_mesh(1, 64, 1, 1, devices), 128, 0) == [0, 1, 8, 9, 32, 33, 40, 41]
+    mesh = make_mesh(1, 16, 4, 1, devices)
+    rows = [process_rows(mesh, 16, process) for process in range(16)]
+    assert rows[0] == rows[1] == [0, 4]
+    assert process_order("v5p:2x2x2") == [0, 1] * 4
+
+
+def test_rows_that_no_process_can_load_are_refused():
+    devices = np.array(devices_of("v5p:2x2x2"))
+
+    def mesh(order):
+        of = [[one for one in devices if one.process_index == process] for process in range(2)]
+        return Mesh(np.array([of[process].pop() for process in order]).reshape(1, 4, -1), AXES)
+
+    with pytest.raises(InputError, match="processes 1 and 0 share some of their rows but not all"):
+        process_rows(mesh([0, 0, 0, 1, 1, 1, 1, 0]), 4, 1)
+    with pytest.raises(InputError, match="process 2 has no device"):
+        process_rows(mesh([0, 1] * 4), 4, 2)
+    with pytest.raises(InputError, match="batch: 6 rows are not divided by data x fsdp = 4"):
+        process_rows(mesh([0, 1] * 4), 6, 0)
+
+
+PLACED = """
+import json, sys
+import numpy as np
+from device_order import reorder, row_values
+from avocado_jax.parallel.batches import prefetch_to_mesh, process_rows
+from avocado_jax.parallel.mesh import AXES, make_mesh
+for order, sizes in json.loads(sys.argv[1]):
+    reorder(order)
+    mesh = make_mesh(*sizes)
+    rows = process_rows(mesh, 16, jax.process_index())
+    (placed,) = prefetch_to_mesh(iter([np.array(rows)]), mesh)
+    print(json.dumps({"rows": rows, "placed": row_values(mesh, placed)}))
+"""
+
+
+def test_two_processes_place_rows_of_any_pattern():
+    """The global array has row r at r, whichever process loaded it."""
+    sizes = [(1, 8, 1), (2, 4, 1), (1, 4, 2), (1, 2, 4), (1, 1, 8)]
+    cases = [(process_order("v5p:2x2x2", *size), size) for size in sizes]
+    cases += [([0, 1] * 4, (1, 4, 2)), ([0, 1, 1, 0, 0, 1, 1, 0], (1, 8, 1)), ([1] * 4 + [0] * 4, (1, 8, 1))]
+    one, other = map(printed, several(PLACED, 2, 4, json.dumps(cases), timeout=300, optimization=0))
+    for case, mine, theirs in zip(cases, one, other, strict=True):
+        assert mine["placed"] == theirs["placed"] == list(range(16)), case
+        assert sorted({*mine["rows"], *theirs["rows"]}) == list(range(16)), case
+    assert one[0]["rows"] == [0, 1, 4, 5, 8, 9, 12, 13]  # interleaved
+    assert one[4]["rows"] == other[4]["rows"] == list(range(16))  # both processes load all rows
+    assert one[7]["rows"] == list(range(8, 16))
+
+
+def printed(output):
+    """The objects that a program has printed; gloo prints lines of its own."""
+    return [json.loads(line) for line in output.splitlines() if line.startswith("{")]
+
+
+TRAINED = """
+import json, sys
+from device_order import reorder, row_values
+from avocado_jax.config import GrpoConfig, load
+from avocado_jax.parallel.batches import prefetch_to_mesh
+from avocado_jax.train.run import set_up, sft, stream
+
+config, folder, order = sys.argv[1:4]
+for name, order in (("contiguous", [0] * 4 + [1] * 4), ("interleaved", json.loads(order))):
+    reorder(order)
+    run = load(config, [])
+    found = {"order": order}
+    for split in (1, 2):
+        setup = set_up(run, split)
+        batch = next(prefetch_to_mesh(stream(setup, run, 0), setup.mesh))
+        found[f"rows {split}"] = list(setup.rows)
+        found[f"tokens {split}"] = row_values(setup.mesh, batch.captions.targets)
+    found["status"] = sft(run, f"{folder}/{name}")
+    print(json.dumps(found))
+"""
+
+
+def test_interleaved_devices_give_the_curve_of_the_contiguous_order(tmp_path):
+    """Two processes with the device order of v5p:2x2x2, and in the order of processes."""
+    script, order = ROOT / "launch" / "random_checkpoint.py", process_order("v5p:2x2x2")
+    subprocess.run([sys.executable, script, tmp_path / "init", "--size", "tiny"], check=True, capture_output=True)
+    config = CONFIG.format(init=str(tmp_path / "init")).replace("steps=6", "steps=3").replace("samples=1", "samples=0")
+    (tmp_path / "small.py").write_text(config)
+    arguments = tmp_path / "small.py", tmp_path, json.dumps(order)
+    found = list(map(printed, several(TRAINED, 2, 4, *arguments, timeout=600, optimization=0)))
+    for contiguous, interleaved in found:
+        assert contiguous["status"] == interleaved["status"] == 0
+        for split in (1, 2):  # the same captions at the same rows, whichever process loads them
+            assert contiguous[f"tokens {split}"] == interleaved[f"tokens {split}"]
+            assert len(set(map(str, contiguous[f"tokens {split}"]))) == 8
+        assert contiguous["tokens 2"] == [row for row in contiguous["tokens 1"] for _ in range(2)]
+    assert [one[1]["rows 1"] for one in found] == [[0, 2, 4, 6], [1, 3, 5, 7]]
+    assert [one[1]["rows 2"] for one in found] == [[0, 0, 2, 2, 4, 4, 6, 6], [1, 1, 3, 3, 5, 5, 7, 7]]
+    one, other = (curve(tmp_path / name / "metrics.jsonl") for name in ("contiguous", "interleaved"))
+    assert len(one) == 3
+    assert "heldout_loss" in one[-1]
+    for expected, line in zip(one, other, strict=True):
+        assert line == pytest.approx(expected, rel=1e-4, abs=1e-6)
+
+
+def curve(path):
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    return [{name: value for name, value in line.items() if name != "perf"} for line in lines]
