@@ -163,7 +163,7 @@ for name, order in (("contiguous", [0] * 4 + [1] * 4), ("interleaved", json.load
     found = {"order": order}
     for split in (1, 2):
         setup = set_up(run, split)
-        batch = next(prefetch_to_mesh(stream(setup, run, 0), setup.mesh))
+        batch = next(prefetch_to_mesh(stream(setup, run, 1), setup.mesh))  # step 0 is the short batch of an epoch
         found[f"rows {split}"] = list(setup.rows)
         found[f"tokens {split}"] = row_values(setup.mesh, batch.captions.targets)
     found["status"] = sft(run, f"{folder}/{name}")
