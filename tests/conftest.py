@@ -2,7 +2,8 @@
 
 A process maps each program that XLA compiles for the CPU into memory. Linux allows 65,530 maps (vm.max_map_count);
 past that, LLVM cannot allocate memory and the process dies of a segmentation fault inside `backend_compile_and_load`.
-So compiled programs are dropped behind each module, and the summary reports the peaks (measure_maps.py shows both).
+So compiled programs are dropped behind each module, as in the product where a module compiles many, and the summary
+reports the peaks. `python tests/measure_maps.py` shows the growth.
 """
 
 import faulthandler
@@ -34,7 +35,7 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 from hypothesis import settings  # noqa: E402
 
-from avocado_jax.parallel.programs import memory_maps  # noqa: E402
+from avocado_jax.parallel.programs import bound_compiled_programs, memory_maps  # noqa: E402
 
 torch.set_num_threads(2)
 settings.register_profile("repeatable", derandomize=True, deadline=None, database=None)
@@ -46,6 +47,7 @@ PEAKS = pytest.StashKey[dict[str, dict[str, float]]]()  # of each test process, 
 def pytest_configure(config: pytest.Config) -> None:
     """SIGUSR1, which launch/test.sh sends at its time limit, prints the stacks of every thread."""
     config.stash[PEAKS] = {}
+    bound_compiled_programs()
     faulthandler.register(signal.SIGUSR1, file=os.dup(sys.__stderr__.fileno()), all_threads=True)
 
 

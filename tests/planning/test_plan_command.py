@@ -183,7 +183,7 @@ def test_every_phase_of_grpo_on_a_tpu_slice():
         assert step["hbm_bytes"]["temporaries"] > 0
 
 
-@pytest.mark.slow
+@pytest.mark.soak  # compiles for ten minutes
 def test_the_paper_s_step_fits_a_slice():
     status, told = of_slice("configs/sft_7b.py", "--topology", "v5p:4x4x4", "--accumulate", "2")
     assert (status, told["fits"]) == (0, True)

@@ -69,26 +69,32 @@ def test_another_config_or_other_data_is_refused(runs):
     assert "did you mean batch?" in log
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("first_cached", [True, False])
-def test_killed_at_random_moments(runs, first_cached):
-    """kill -9 and SIGTERM at moments drawn over the time of a whole run: in start-up, compilation, loop and saves."""
-    draw, name, kills = random.Random(int(first_cached)), f"killed-{first_cached}", 0
-    begun = time.monotonic()
-    runs.finish("timed", cached=first_cached)
-    whole = time.monotonic() - begun
-    while kills < 10:
-        process = runs.start(name, cached=first_cached)
+@pytest.mark.parametrize(
+    ("cached", "kills"),
+    [
+        pytest.param(True, 3, marks=pytest.mark.slow),
+        pytest.param(True, 10, marks=pytest.mark.soak),
+        pytest.param(False, 10, marks=pytest.mark.soak),
+    ],
+)
+def test_killed_at_random_moments(runs, cached, kills):
+    """SIGKILL and SIGTERM at moments drawn over the time of a run: in start-up, compilation, loop and saves."""
+    draw, name, done = random.Random(kills + cached), f"killed-{cached}-{kills}", 0
+    start = time.monotonic()
+    runs.finish(f"timed-{cached}-{kills}", cached=cached)
+    duration = time.monotonic() - start
+    while done < kills:
+        process = runs.start(name, cached=cached)
         with suppress(subprocess.TimeoutExpired):
-            process.wait(timeout=draw.uniform(0.2, 1.0) * whole)
-        if process.poll() is not None:  # it finished before the blow: begin another run
+            process.wait(timeout=draw.uniform(0.2, 1.0) * duration)
+        if process.poll() is not None:  # it finished before the signal: start another run
             assert process.returncode == 0
             assert runs.lines(name) == runs.lines("undisturbed")
             name = f"{name}+"
             continue
-        kills += 1
-        # 0: asked to stop in its last step, it finished
-        assert kill(process, signal.SIGTERM if kills % 5 == 0 else signal.SIGKILL) in (-9, 75, 0)
-    runs.finish(name, cached=first_cached)
+        done += 1
+        # 0: SIGTERM came in its last step, and it finished
+        assert kill(process, signal.SIGTERM if done % 3 == 0 else signal.SIGKILL) in (-9, 75, 0)
+    runs.finish(name, cached=cached)
     assert runs.lines(name) == runs.lines("undisturbed")
     same_parameters(runs, name)
