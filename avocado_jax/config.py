@@ -6,6 +6,7 @@ the run computes, and a run folder that holds another value is refused.
 
 import difflib
 import importlib.util
+import math
 import types
 import typing
 from collections.abc import Iterator, Sequence
@@ -151,6 +152,7 @@ class RunConfig:
     data: DataConfig = DataConfig()
     optim: OptimConfig = OptimConfig()
     checkpoint_every: int = free(500)  # steps
+    checkpoint_minutes: float = free(0.0)  # a checkpoint also after so many minutes without one; 0: off
     keep: int = free(2)  # newest checkpoints; the best by held-out loss is kept beside them
     eval_every: int = 500  # steps; it adds to metrics.jsonl, so it is part of what the run is
     eval_rows: int = 128  # held-out clips at most
@@ -215,7 +217,23 @@ def load(path: str, overrides: Sequence[str] = ()) -> Any:
         raise InputError(f"{path}: defines no `config`")
     for name, value in _pairs(overrides):
         config = _changed(config, name, name.split("."), value)
+    if isinstance(config, RunConfig):
+        _check(config)
     return config
+
+
+def _check(config: RunConfig) -> None:
+    """Check values that their types do not check.
+
+    Raises:
+        InputError: a value is out of its domain.
+    """
+    if not 0 <= config.checkpoint_minutes < math.inf:
+        raise InputError(f"checkpoint_minutes: {config.checkpoint_minutes} is not a number of minutes from 0 (off)")
+    if (window := config.profile) and (len(window) > 2 or not 1 <= window[0] <= window[-1]):
+        raise InputError(f"profile: {','.join(map(str, window))} is not FIRST,LAST with 1 <= FIRST <= LAST")
+    if config.data.cache_dir.startswith("gs://"):
+        raise InputError(f"data.cache_dir: {config.data.cache_dir} must be a local folder: it has copies of a bucket")
 
 
 def _pairs(overrides: Sequence[str]) -> Iterator[tuple[str, str]]:

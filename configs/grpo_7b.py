@@ -36,6 +36,7 @@ config = GrpoConfig(
     sampling=SamplingConfig(tokens=4096, temperature=1.0),
     rewards=RewardConfig(checklist=1.0, dialogue=1.0, length=1.0, low=2048, high=4096),
     objective=ObjectiveConfig(beta=0.04, clip_low=0.2, clip_high=0.2, kl="k3", aggregate="sequence"),
+    checkpoint_minutes=20,  # what a lost host costs at most
     optim=OptimConfig(lr=1e-5, warmup=0.05, beta2=0.95, weight_decay=0.1, clip_norm=1.0),
     nominal=NominalConfig(model="7b", clip=(28032, 99, 30, 50)),
 )

@@ -18,6 +18,7 @@ config = SftConfig(
     train="captioner",
     remat="full",
     data=DataConfig(caption_tokens=4096),  # captions of the paper's set are rarely longer than 3,982
+    checkpoint_minutes=20,  # what a lost host costs at most
     optim=OptimConfig(lr=2e-5, warmup=0.05, beta2=0.95, weight_decay=0.1, clip_norm=1.0),
     nominal=NominalConfig(model="7b", clip=(28032, 99, 30, 50)),  # 99 s; of eight shapes for clips of 4-100 s
 )

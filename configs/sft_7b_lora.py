@@ -12,5 +12,6 @@ config = SftConfig(
     train="lora",
     batch=16,
     data=DataConfig(caption_tokens=1024, shapes=16, workers=4),
+    checkpoint_minutes=20,  # what a lost host costs at most
     optim=OptimConfig(lr=1e-4),
 )

@@ -38,6 +38,11 @@ def test_overrides_take_the_type_of_their_field(path):
         (["--optim", "adam"], "--optim.lr"),
         (["--steps.more", "1"], "no fields of its own"),
         (["steps", "1"], "--name value"),
+        (["--checkpoint_minutes", "-1"], "checkpoint_minutes: -1.0 is not a number of minutes"),
+        (["--checkpoint_minutes", "nan"], "checkpoint_minutes"),
+        (["--profile", "5,3"], "profile: 5,3 is not FIRST,LAST"),
+        (["--profile", "0,3"], "profile"),
+        (["--data.cache_dir", "gs://bucket/cache"], "data.cache_dir: gs://bucket/cache must be a local folder"),
     ],
 )
 def test_mistakes_are_told_in_a_line(path, given, told):

@@ -141,7 +141,8 @@ def _beside(checkpoint: Checkpoint) -> tuple[str, dict[str, Tensor]]:
     if prefix not in ("", "thinker."):
         raise InputError(f"{checkpoint.folder / 'source.json'}: no prefix of tensor names")
     carried: dict[str, Tensor] = {}
-    for path in sorted(fetched(checkpoint.folder / "carried").glob("*.safetensors")):
+    folder = checkpoint.folder / "carried"
+    for path in sorted(fetched(folder).glob("*.safetensors")) if storage.names(str(folder)) else ():
         carried |= read_header(path)
     return prefix, carried
 

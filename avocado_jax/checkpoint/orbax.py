@@ -109,12 +109,19 @@ def is_remote(path: epath.Path) -> bool:
 
 
 def fetched(folder: epath.Path) -> Path:
-    """A local folder with the files of `folder`: itself, or a copy that lives as long as the process."""
+    """A local folder with the files of `folder`: itself, or a copy that lives as long as the process.
+
+    Raises:
+        InputError: there are no such files in the bucket, or no permission to read them.
+        StorageError: storage failed.
+    """
     if not is_remote(folder):
         return Path(folder)
+    if not (names := storage.names(str(folder))):
+        raise InputError(f"{folder}: no such folder, or no files in it")
     local = Path(tempfile.mkdtemp(prefix="avocado-"))
     atexit.register(shutil.rmtree, local, ignore_errors=True)
-    for name in storage.names(str(folder)):
+    for name in names:
         storage.download(storage.join(str(folder), name), local / name)
     return local
 

@@ -38,17 +38,6 @@ def is_remote(path: str) -> bool:
     return path.startswith("gs://")
 
 
-def local_folder(field: str, path: str) -> Path | None:
-    """The local folder that a config field or option names; None if the field is empty.
-
-    Raises:
-        InputError: the path is in a bucket.
-    """
-    if is_remote(path):
-        raise InputError(f"{field}: {path} is in a bucket; this must be a local folder (a mounted one works)")
-    return Path(path) if path else None
-
-
 def join(folder: str, name: str) -> str:
     """`name` relative to `folder`. Absolute and remote names stay as they are."""
     if is_remote(name) or not folder:

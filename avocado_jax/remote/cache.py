@@ -1,4 +1,4 @@
-"""Raw answers on disk by the hash of all that was asked. Any number of processes may share a folder."""
+"""An on-disk cache of a model's raw answers, by a hash of the request. Any number of processes may share a folder."""
 
 import json
 import os
@@ -6,15 +6,24 @@ import uuid
 from pathlib import Path
 from typing import Any
 
+from avocado_jax.errors import InputError
+
 
 class Cache:
-    """Answers as files FOLDER/ab/abcdef....json: {"model", "answer", "tokens"}. Without a folder it keeps nothing."""
+    """Answers as files FOLDER/ab/abcdef....json: {"model", "answer", "tokens"}. Without a folder it stores nothing.
+
+    Raises:
+        InputError: the folder is in a bucket.
+    """
 
     def __init__(self, folder: Path | None):
+        if folder is not None and folder.parts[:1] == ("gs:",):
+            name = f"gs://{'/'.join(folder.parts[1:])}"
+            raise InputError(f"{name}: the judge's cache must be a local folder; to keep it in a bucket, mount it")
         self.folder = folder
 
     def get(self, name: str) -> str | None:
-        """The answer kept under a name; None if there is no file, or it is not sound."""
+        """The answer stored under a name; None if there is no file or it is damaged."""
         if self.folder is None:
             return None
         try:
@@ -23,8 +32,8 @@ class Cache:
             return None
         return answer if isinstance(answer, str) else None
 
-    def put(self, name: str, kept: dict[str, Any]) -> None:
-        """Keep an answer. The file has its name only when it is whole, so that others may read at any moment.
+    def put(self, name: str, entry: dict[str, Any]) -> None:
+        """Store an answer atomically: other processes may read at any moment.
 
         Raises:
             OSError: it cannot be written.
@@ -35,7 +44,7 @@ class Cache:
         part = path.with_name(f"{uuid.uuid4().hex}.part")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            part.write_text(json.dumps(kept))
+            part.write_text(json.dumps(entry))
             os.replace(part, path)
         except OSError:
             part.unlink(missing_ok=True)

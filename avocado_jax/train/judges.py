@@ -18,6 +18,7 @@ from tokenizers import Tokenizer
 
 from avocado_jax.checkpoint.hf_encoder import read_encoder
 from avocado_jax.checkpoint.load import load_params, open_language_model
+from avocado_jax.checkpoint.orbax import fetched, run_path
 from avocado_jax.data.prompt import chat_prompt
 from avocado_jax.data.words import load_words
 from avocado_jax.errors import InputError
@@ -48,7 +49,7 @@ def open_judge(name: str, model: str, dtype: str, endpoint: Endpoint | None = No
     """A judge by its name, "embedding", "lm" or "remote", while the block runs.
 
     Args:
-        model: the folder of the first two.
+        model: the folder of the first two, local or gs://.
         dtype: what the language model computes in.
         endpoint: of the last.
 
@@ -59,7 +60,7 @@ def open_judge(name: str, model: str, dtype: str, endpoint: Endpoint | None = No
         with RemoteJudge(endpoint) as judge:
             yield judge
     else:
-        yield embedding_judge(Path(model)) if name == "embedding" else lm_judge(model, dtype)
+        yield embedding_judge(fetched(run_path(model))) if name == "embedding" else lm_judge(model, dtype)
 
 
 def embedding_judge(folder: Path, low: float = LOW, high: float = HIGH) -> Judge:

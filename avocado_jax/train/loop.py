@@ -16,7 +16,8 @@ from jax.sharding import Mesh
 from avocado_jax.checkpoint.training import Checkpoints
 from avocado_jax.data.pipeline import Batch
 from avocado_jax.parallel.batches import prefetch_to_mesh
-from avocado_jax.train.metrics import Log, Meter, Teller
+from avocado_jax.train.metrics import Log, Meter, ProgressLog
+from avocado_jax.train.profile import Profile
 from avocado_jax.train.state import State
 from avocado_jax.train.stop import Stop
 
@@ -68,7 +69,8 @@ def train(job: Job, state: State, mesh: Mesh, checkpoints: Checkpoints, log: Log
         FloatingPointError: `max_skipped` steps in a row had no finite gradient.
         OSError: a checkpoint cannot be saved; those before it are whole.
     """
-    meter, teller, stop = Meter(), Teller(job.steps), Stop(mesh)
+    meter, progress_log, stop = Meter(), ProgressLog(job.steps), Stop(mesh)
+    profile = Profile(job.profile, profile_to)
     pending: _Pending | None = None
     first = int(state.step)
 
@@ -83,7 +85,7 @@ def train(job: Job, state: State, mesh: Mesh, checkpoints: Checkpoints, log: Log
         perf = meter.perf(tokens, job.flops(batch, scalars), batch.padded, done.input_wait) | done.told()
         line = {"step": done.number, "epoch": batch.epoch, **_finite(scalars | more), "perf": perf}
         log.write(line)
-        teller.tell(line)
+        progress_log.write(line)
         for lost in batch.lost:
             print(f"step {done.number}: {lost.id} is lost: {lost.reason}", file=sys.stderr)
         if scalars["skipped_in_row"] >= job.max_skipped:
@@ -97,17 +99,14 @@ def train(job: Job, state: State, mesh: Mesh, checkpoints: Checkpoints, log: Log
             begun = time.perf_counter()
             batch = next(stream)
             waited = time.perf_counter() - begun
-            if job.profile and number == job.profile[0]:
-                jax.profiler.start_trace(profile_to)
+            profile.before_step(number)
             state, metrics, tell = job.step(state, batch)
             asked = pending is not None and finish(pending, {})
             bare = batch._replace(clip=None, captions=None, references=None)  # the arrays are the step's, free to go
             pending = _Pending(number, bare, metrics, tell, stop.flag(), waited)
 
             # --- where something hangs on this very step, fetch it too
-            if job.profile and number == job.profile[-1]:
-                jax.block_until_ready(metrics)
-                jax.profiler.stop_trace()
+            profile.after_step(number, metrics)
             evaluated = due(number, job.eval_every)
             if evaluated or asked or due(number, job.checkpoint_every):
                 more = job.evaluate(state, number) if evaluated else {}
@@ -121,6 +120,7 @@ def train(job: Job, state: State, mesh: Mesh, checkpoints: Checkpoints, log: Log
                 return 75 if number < job.steps else 0
         return 0
     finally:
+        profile.close()
         stream.close()
         log.close()
         checkpoints.close()

@@ -1,14 +1,16 @@
-"""What a run tells of each step: metrics.jsonl, TensorBoard, wandb, and a line on stderr.
+"""Metrics of a run: metrics.jsonl, TensorBoard, W&B, and progress lines on stderr.
 
-metrics.jsonl holds one line a finished step. All that depends on the clock or the machine is under "perf": two runs
-of one config write the same bytes otherwise.
+metrics.jsonl has one line per finished step. Everything that depends on the clock or the machine is under "perf": two
+runs of one config write the same bytes otherwise.
 """
 
+import hashlib
 import json
 import os
 import resource
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -19,26 +21,29 @@ from avocado_jax.data import storage
 from avocado_jax.errors import InputError
 from avocado_jax.parallel.chips import CHIPS
 
+UPLOAD_SECONDS = 30.0  # between uploads of changed files to a bucket
+BOARD_SECONDS = 10  # between writes of TensorBoard's files
+
 
 class Meter:
-    """Counts what a process does beside its results: time by step, compilations, memory."""
+    """Measures what is not a result: time per step, compilations, memory."""
 
     def __init__(self) -> None:
         self.compilations, self._at = 0, time.perf_counter()
-        jax.monitoring.register_event_duration_secs_listener(self._heard)
+        jax.monitoring.register_event_duration_secs_listener(self._count_compilation)
         device = jax.devices()[0]
         chip = CHIPS.get(device.device_kind)
         self._peak = chip.flops * jax.device_count() if chip else float("nan")
 
-    def _heard(self, event: str, _: float, **__: Any) -> None:
+    def _count_compilation(self, event: str, _: float, **__: Any) -> None:
         self.compilations += event == "/jax/core/compile/backend_compile_duration"
 
     def perf(self, tokens: float, flops: float, padded: float, input_wait: float) -> dict[str, Any]:
-        """The "perf" of a step that ended now and began when the one before it ended.
+        """The "perf" entry of a step that has just ended and started when the one before it ended.
 
-        `seconds` is the time between two steps, `mfu` the share of the devices' peak that the model's own work
-        took (null where the peak is not known), `memory_bytes` the most that was in use on a device (of the process,
-        on a CPU), `compilations` those of the process so far.
+        `seconds` is the time since the previous step, `mfu` the model FLOPs per second over the peak of the devices
+        (null where the peak is unknown), `memory_bytes` the peak use of a device (on a CPU, of the process),
+        `compilations` the count in this process so far.
         """
         now = time.perf_counter()
         seconds, self._at = now - self._at, now
@@ -59,25 +64,34 @@ class Meter:
 class Log:
     """The metrics of a run, written by process 0 only.
 
-    A folder in a bucket gets its files when `flush` is called, which comes before every checkpoint.
+    For a run in a bucket the files are local and a background thread uploads those that have changed, every
+    `UPLOAD_SECONDS`. `flush` uploads them at once: call it before a checkpoint is saved, so that a resumed run finds
+    the metrics of every step up to its checkpoint.
     """
 
     def __init__(self, folder: str, step: int, tensorboard: bool, wandb: str, config: dict[str, Any]) -> None:
-        """Go on behind `step`: lines past it, and a line that was cut short, are removed.
+        """Continue after `step`. Lines of later steps, and an incomplete last line, are removed.
+
+        Args:
+            folder: the run's folder, local or gs://.
+            step: the last finished step.
+            tensorboard: whether to write TensorBoard events.
+            wandb: a W&B project; empty: none.
+            config: shown by W&B.
 
         Raises:
-            InputError: wandb is asked for and not installed.
+            InputError: wandb is not installed.
         """
         self._remote = folder if storage.is_remote(folder) else None
-        self._here = jax.process_index() == 0
-        self._board = self._wandb = self._file = None
-        if not self._here:
+        self._active = jax.process_index() == 0
+        self._board = self._wandb = None
+        if not self._active:
             return
         self._local = local = Path(tempfile.mkdtemp(prefix="avocado-")) if self._remote else Path(folder)
         self.path = local / "metrics.jsonl"
-        if self._remote and storage.exists(there := storage.join(folder, self.path.name)):
-            storage.download(there, self.path)
-        kept = _lines(self.path, step)
+        if self._remote and storage.exists(stored := storage.join(folder, self.path.name)):
+            storage.download(stored, self.path)
+        kept = _complete_lines(self.path, step)
         part = self.path.with_suffix(".part")
         part.write_text("".join(line + "\n" for line in kept))
         os.replace(part, self.path)
@@ -85,17 +99,22 @@ class Log:
         if tensorboard:
             from tensorboardX import SummaryWriter
 
-            self._board = SummaryWriter(str(local / "tensorboard"), purge_step=step + 1, flush_secs=30)
+            self._board = SummaryWriter(str(local / "tensorboard"), purge_step=step + 1, flush_secs=BOARD_SECONDS)
         if wandb:
             try:
                 import wandb as library
             except ImportError:
                 raise InputError("wandb is not installed: pip install 'avocado-jax[wandb]'") from None
-            self._wandb = library.init(project=wandb, config=config, id=Path(folder).name, resume="allow")
+            name = Path(folder).name
+            self._wandb = library.init(project=wandb, config=config, id=wandb_id(folder), name=name, resume="allow")
+        self._uploaded: dict[Path, tuple[int, int]] = {}  # size and time of change of each file in the bucket
+        self._uploading, self._closed = threading.Lock(), threading.Event()
+        if self._remote:
+            threading.Thread(target=self._upload_regularly, name="metrics upload", daemon=True).start()
 
     def write(self, line: dict[str, Any]) -> None:
-        """One finished step."""
-        if not self._here:
+        """Write the metrics of a finished step. Does not wait for uploads."""
+        if not self._active:
             return
         self._file.write(json.dumps(line) + "\n")
         self._file.flush()
@@ -107,29 +126,65 @@ class Log:
             self._wandb.log(scalars, step=line["step"])
 
     def flush(self) -> None:
-        """Make what was written last: a checkpoint of this step may follow."""
-        if self._here:
-            self._file.flush()
-            os.fsync(self._file.fileno())
-            if self._board:
-                self._board.flush()
-            for path in self._local.rglob("*") if self._remote else ():
-                if path.is_file():
-                    storage.write(storage.join(self._remote, str(path.relative_to(self._local))), path.read_bytes())
+        """Make every step written so far durable, in the bucket too. A checkpoint may follow.
+
+        Raises:
+            InputError, OSError: the upload failed.
+        """
+        if not self._active:
+            return
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        if self._board:
+            self._board.flush()
+        if self._remote:
+            self._upload()
 
     def close(self) -> None:
-        """Flush and end."""
-        self.flush()
-        if self._here:
+        """Flush and close the files. Raises as `flush` does."""
+        if not self._active:
+            return
+        self._closed.set()
+        try:
+            self.flush()
+        finally:
             self._file.close()
             if self._board:
                 self._board.close()
             if self._wandb:
                 self._wandb.finish()
 
+    def _upload(self) -> None:
+        """Upload the files that have changed since their last upload."""
+        with self._uploading:  # an older version must not replace a newer one
+            for path in self._local.rglob("*"):
+                if not path.is_file():
+                    continue
+                version = (path.stat().st_size, path.stat().st_mtime_ns)
+                if self._uploaded.get(path) == version:
+                    continue
+                data = path.read_bytes()
+                if path == self.path:
+                    data = data[: data.rfind(b"\n") + 1]  # a step may be half-written
+                storage.write(storage.join(self._remote, str(path.relative_to(self._local))), data)
+                self._uploaded[path] = version
 
-def _lines(path: Path, step: int) -> list[str]:
-    """The whole lines of steps 1 to `step`."""
+    def _upload_regularly(self) -> None:
+        while not self._closed.wait(UPLOAD_SECONDS):
+            try:
+                self._upload()
+            except (InputError, OSError) as error:
+                print(f"metrics are not uploaded, will retry: {error}", file=sys.stderr, flush=True)
+
+
+def wandb_id(folder: str) -> str:
+    """The W&B run of a folder: the same in every start, different for folders of one name in different parents."""
+    where = folder.rstrip("/") if storage.is_remote(folder) else str(Path(folder).resolve())
+    return hashlib.sha256(where.encode()).hexdigest()[:16]
+
+
+def _complete_lines(path: Path, step: int) -> list[str]:
+    """The lines of steps 1 to `step`, up to the first that is damaged."""
     if not path.exists():
         return []
     kept = []
@@ -143,20 +198,22 @@ def _lines(path: Path, step: int) -> list[str]:
     return kept[:step]
 
 
-class Teller:
-    """Progress for people, on stderr: every step while they are few, then every ten seconds."""
+class ProgressLog:
+    """Progress on stderr of process 0: every step while steps are slow, otherwise a line every ten seconds."""
 
     def __init__(self, total: int) -> None:
-        self._total, self._said, self._first = total, 0.0, None
+        self._total, self._printed, self._first = total, 0.0, None
 
-    def tell(self, line: dict[str, Any]) -> None:
-        """Say how a step went, if it is time."""
+    def write(self, line: dict[str, Any]) -> None:
+        """Print a step's metrics if ten seconds have passed, or it is the last one or has held-out metrics."""
         now = time.monotonic()
         self._first = self._first or (line["step"], now)
         last = line["step"] == self._total
-        if jax.process_index() or (now - self._said < 10 and not last and not any("heldout" in name for name in line)):
+        if jax.process_index() or (
+            now - self._printed < 10 and not last and not any("heldout" in name for name in line)
+        ):
             return
-        self._said = now
+        self._printed = now
         steps, spent = line["step"] - self._first[0], now - self._first[1]
         left = f", {(self._total - line['step']) * spent / steps / 60:.0f} min left" if steps and not last else ""
         shown = {"reward": "reward", "heldout_loss": "held out", "heldout_reward": "held out"}

@@ -2,11 +2,13 @@
 
 import json
 import time
+from pathlib import Path
 
 import pytest
 from chat import chat, chat_server
 from pydantic import BaseModel, Field
 
+from avocado_jax.errors import InputError
 from avocado_jax.remote import chat as module
 from avocado_jax.remote.answers import objects, read_object, response_format
 from avocado_jax.remote.call import Malformed
@@ -37,6 +39,14 @@ def count(text):
 
 def ask(client, messages=DOG, read=count, **more):
     return client.start(client.ask(messages, read, **more)).result()
+
+
+def test_a_cache_in_a_bucket_is_refused(tmp_path, monkeypatch):
+    """Not kept in a local folder called `gs:`."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match="gs://bucket/answers: the judge's cache must be a local folder"):
+        ChatClient(Endpoint("http://localhost/v1", "judge", cache=Path("gs://bucket/answers")))
+    assert not list(tmp_path.iterdir())
 
 
 def server_saying(*answers):

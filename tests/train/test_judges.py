@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 
+import gcs
 import numpy as np
 import pytest
 import torch
@@ -11,10 +12,12 @@ from reference import load_reference, randomise, write_reference
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import BertConfig, BertModel
 
+from avocado_jax.data import storage
 from avocado_jax.data.tokenizer import SPECIAL, write_tokenizer
 from avocado_jax.errors import InputError
 from avocado_jax.models.config import TINY
-from avocado_jax.train.judges import BATCH, embedding_judge, lm_judge
+from avocado_jax.train import judges
+from avocado_jax.train.judges import BATCH, embedding_judge, lm_judge, open_judge
 
 WORDS = [
     "a",
@@ -79,6 +82,23 @@ def test_the_encoder_judges_stretches_of_sixteen_tokens(encoder):
             cosine = max(window @ vector(keypoint.split()) for window in windows)
             assert abs(score - (cosine + 1) / 2) < 1e-5
         assert np.isnan(row[len(keypoints) :]).all()
+
+
+def test_the_encoder_may_be_in_a_bucket(encoder, tmp_path, monkeypatch):
+    files = {path.name: path.read_bytes() for path in encoder[0].iterdir()}
+    monkeypatch.setattr(
+        judges, "embedding_judge", lambda folder: {one.name: one.read_bytes() for one in folder.iterdir()}
+    )
+    with gcs.proxied_bucket(tmp_path / "root", monkeypatch):
+        for name, data in files.items():
+            storage.write(f"gs://bucket/encoder/{name}", data)
+        with open_judge("embedding", "gs://bucket/encoder", "float32") as fetched:
+            assert fetched == files
+        with (
+            pytest.raises(InputError, match="gs://bucket/none: no such folder"),
+            open_judge("embedding", "gs://bucket/none", "float32"),
+        ):
+            pass
 
 
 def test_nothing_said_states_nothing(encoder):
