@@ -132,6 +132,15 @@ class RewardConfig:
 
 
 @dataclass(frozen=True)
+class TimeoutConfig:
+    """Seconds after which a host stops waiting (parallel/liveness.py)."""
+
+    start: int = free(1800)  # for all hosts to start, and for all to pass the start-up checks
+    heartbeat: int = free(60)  # without a heartbeat of a host, after which the others end
+    step: int = free(1800)  # without a finished step, evaluation, save or compilation: exit with 75; 0: no limit
+
+
+@dataclass(frozen=True)
 class RunConfig:
     """What every training run is told."""
 
@@ -160,6 +169,7 @@ class RunConfig:
     profile: tuple[int, ...] = free(())  # steps (first, last) traced by jax.profiler into RUN/profile
     tensorboard: bool = free(True)
     nominal: NominalConfig = NominalConfig()
+    timeouts: TimeoutConfig = TimeoutConfig()
     wandb: str = free("")  # a project's name; needs `pip install 'avocado-jax[wandb]'`
 
 

@@ -1,4 +1,10 @@
-"""The one exception that means "the user's input is at fault"."""
+"""Which exit status a failure has: 1 a retry may help, 2 bad input, 3 a retry fails in the same way."""
+
+import sys
+import traceback
+
+# Status codes of JAX runtime errors that come from a lost peer or a busy service.
+TRANSIENT = ("UNAVAILABLE:", "DEADLINE_EXCEEDED:", "ABORTED:")
 
 
 class InputError(Exception):
@@ -6,3 +12,41 @@ class InputError(Exception):
 
     The command line prints it to stderr and exits with status 2; it is never a traceback.
     """
+
+
+def exit_status(error: BaseException) -> int:
+    """The exit status of a command that ends with `error`.
+
+    Libraries are looked up, not imported: an error of a library exists only where the library is imported already.
+    """
+    if isinstance(error, InputError):
+        return 2
+    if _is(error, "jax.errors", "JaxRuntimeError"):
+        return 1 if str(error).startswith(TRANSIENT) else 3
+    if _is(error, "google.api_core.exceptions", "ServerError", "TooManyRequests", "RetryError"):
+        return 1
+    if _is(error, "google.api_core.exceptions", "Forbidden", "Unauthorized", "NotFound"):
+        return 2
+    if _is(error, "google.auth.exceptions", "GoogleAuthError"):
+        return 1 if getattr(error, "retryable", False) else 2
+    return 1 if isinstance(error, OSError) else 3  # OSError: storage, network, a full disk
+
+
+def report(error: BaseException, command: str) -> int:
+    """Print an error to stderr, its name and message in the last line. Returns its exit status.
+
+    The traceback comes first, unless the message alone says what happened.
+    """
+    status = exit_status(error)
+    if isinstance(error, InputError | OSError | FloatingPointError):
+        text = str(error) or type(error).__name__
+    else:
+        traceback.print_exception(error)
+        text = f"{type(error).__name__}: {(str(error).strip().splitlines() or ['no message'])[0]}"
+    print(f"avocado {command}: {text}", file=sys.stderr, flush=True)
+    return status
+
+
+def _is(error: BaseException, module: str, *names: str) -> bool:
+    known = sys.modules.get(module)
+    return known is not None and isinstance(error, tuple(getattr(known, name) for name in names))

@@ -5,7 +5,7 @@
   python launch/gcloud.py logs --name NAME --project P --zone Z
 
 `start` asks for the slice, waits for it, copies the commit that is checked out here, sets up every host and starts
-the job on all of them, where systemd starts it again on every status but 0 and 2. `resume` takes the arguments of
+the job on all of them, where systemd starts it again on every status but 0, 2 and 3. `resume` takes the arguments of
 `start`: it gives back what was preempted and starts anew, on another slice if another is named; the run goes on from
 its newest checkpoint. `stop` ends the step and saves. With --dry-run every command is printed and none is run.
 """
@@ -16,7 +16,7 @@ import subprocess
 import sys
 import time
 
-from job import RESTARTS, ROOT, SYSTEMS, Job, act, add_arguments, job_of, main
+from job import ROOT, SYSTEMS, Job, act, add_arguments, job_of, main
 
 from avocado_jax.errors import InputError
 
@@ -68,7 +68,7 @@ def run(args: argparse.Namespace, fields: list[str]) -> None:
             act([give_back], args.dry_run)
         start(args, job, where, nodes)
     elif args.verb == "logs":
-        said = f"sudo journalctl --unit avocado --output cat --lines {RESTARTS} --follow"
+        said = "sudo journalctl --unit avocado --output cat --lines 50 --follow"
         act([on_host(nodes[0], where, str(args.host), said)], args.dry_run)
     elif args.verb == "status":
         state = [*QUEUED, "describe", args.name, *where, "--format=value(state.state)"]
@@ -100,7 +100,7 @@ def start(args: argparse.Namespace, job: Job, where: list[str], nodes: list[str]
     for node in nodes:
         copy = ["gcloud", "compute", "tpus", "tpu-vm", "scp", archive, f"{node}:avocado.tar.gz", "--worker=all", *where]
         act([copy, on_host(node, where, "all", f"{unpack} && bash avocado_jax/launch/setup.sh")], args.dry_run)
-    service = shlex.join(["bash", "avocado_jax/launch/service.sh", *job.words[2:]])
+    service = shlex.join([*job.words[:3], "avocado_jax/launch/service.sh", *job.words[4:]])
     act([on_host(node, where, "all", service) for node in nodes], args.dry_run)
 
 

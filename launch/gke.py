@@ -6,7 +6,7 @@
     sft configs/sft_7b.py --topology v5p:4x4x4 --workdir gs://BUCKET/RUN --init gs://BUCKET/base \\
     --data.train gs://BUCKET/shards --accumulate 2
 
-The JobSet starts all hosts again on every status but 0 and 2, and from its newest checkpoint the run goes on.
+The JobSet starts all hosts again on every status but 0, 2 and 3, and from its newest checkpoint the run goes on.
 With --dry-run every command and the whole manifest are printed, and nothing is run.
 """
 
@@ -86,7 +86,7 @@ def run(args: argparse.Namespace, fields: list[str]) -> None:
         command = ["xpk", "workload", "create", f"--workload={args.name}", *where]
         command += [f"--tpu-type={job.place.accelerator}", f"--num-slices={job.slices}", f"--docker-image={args.image}"]
         # xpk starts again on 42 and 127 to 255 by itself.
-        command += [f"--max-restarts={RESTARTS}", "--restart-on-exit-codes=1,3-126"]
+        command += [f"--max-restarts={RESTARTS}", "--restart-on-exit-codes=1,4-126"]
         command += [f"--termination-grace-period-seconds={GRACE_SECONDS}"]
         # xpk's shell passes SIGTERM on to its child only: `exec` makes that the worker.
         command += [f"--command=exec {job.command}"]

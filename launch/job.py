@@ -1,10 +1,12 @@
 """What the launchers share: a job and its checks, the plan it must fit, and commands that are run or only printed."""
 
 import argparse
+import os
 import re
 import shlex
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from math import prod
@@ -18,7 +20,7 @@ from avocado_jax.config import GrpoConfig, SftConfig, flat, load  # noqa: E402
 from avocado_jax.errors import InputError  # noqa: E402
 
 STAGES = {"sft": SftConfig, "grpo": GrpoConfig}
-RESTARTS = 50
+RESTARTS = 1000  # of a JobSet; a job without progress ends after 50 starts (train/supervisor.py)
 # Slices that Google lends under one name: of v5e and v6e it counts chips, of v5p two cores a chip.
 TOPOLOGIES = {
     "v5e": ("2x4", "4x4", "4x8", "8x8", "8x16", "16x16"),
@@ -139,7 +141,9 @@ def job_of(args: argparse.Namespace, fields: list[str]) -> Job:
     _divides(config, chips)
     if not args.unplanned:
         print(f"planned: {planned(args.config, args.topology, config, fields)}", file=sys.stderr)
-    words = ["bash", "launch/worker.sh", args.stage, args.config, "--workdir", args.workdir.rstrip("/")]
+    launch = os.environ.get("AVOCADO_LAUNCH") or time.strftime("%Y%m%d-%H%M%S", time.gmtime())
+    words = ["env", f"AVOCADO_LAUNCH={launch}", "bash", "launch/worker.sh"]
+    words += [args.stage, args.config, "--workdir", args.workdir.rstrip("/")]
     return Job(args.name, place, args.slices, (*words, "--coordinator", "auto", "--devices", str(chips), *fields))
 
 

@@ -1,22 +1,13 @@
 #!/usr/bin/env bash
-# What every host of a job runs, whoever launched it: `bash launch/worker.sh sft CONFIG --workdir gs://BUCKET/RUN ...`.
-# Ends with the command's own status; with 75 (start all hosts again) where jax ended it since another host was lost.
+# Every host of a job runs this, whatever the launcher: `bash launch/worker.sh sft CONFIG --workdir gs://BUCKET/RUN ...`.
+# avocado_jax/train/supervisor.py counts the starts and says what the exit status means for the launcher.
 set -uo pipefail
-cd "$(dirname "$0")/.." || exit 1
+cd "$(dirname "$0")/.." || exit 3
 source launch/env.sh
 
-child=
-trap '[[ -z $child ]] || kill -TERM "$child"' TERM INT # to the command: it ends its step, saves and gives 75
-"${AVOCADO-.venv/bin/avocado}" "$@" &
-child=$!
-wait "$child"
-status=$?
-while kill -0 "$child" 2>/dev/null; do # a signal ended the wait, not the command
-  wait "$child"
-  status=$?
-done
-if ((status == 134)); then # SIGABRT
-  echo "launch: a host of this job was lost, or its process died; start all hosts again" >&2
-  status=75
+python=${AVOCADO_PYTHON-.venv/bin/python}
+if ! "$python" -c 'import avocado_jax.train.supervisor'; then
+  echo "launch: $python cannot import avocado_jax: the installation is incomplete" >&2
+  exit 3
 fi
-exit "$status"
+exec "$python" -m avocado_jax.train.supervisor "${AVOCADO-.venv/bin/avocado}" "$@"

@@ -21,8 +21,8 @@ the captions of picture and sound, and M need only read and write. The key comes
 
 OUT gets manifest.jsonl, rejects.jsonl (stage and reason) and answers.jsonl, the raw answers as they come. What is in
 there is never asked again: a run that was stopped goes on with the same command. Budgets hold for the folder, over all
-runs. Exit status: 0 done, 1 the budget would be exceeded or some clips had no answer (the same command goes on),
-2 bad input, 75 stopped.
+runs. Exit status: 0 done, 1 some clips had no answer (the same command goes on), 2 bad input, 3 the budget would be
+exceeded (raise it, and the same command goes on), 75 stopped.
 """
 
 import argparse
@@ -97,6 +97,8 @@ def run(args: argparse.Namespace) -> int:
         print(f"avocado curate: stopped: {asker.why}; what is done is kept, run it again to go on", file=sys.stderr)
     counts = {"clips": len(clips), "kept": len(done.lines), "rejected": done.stages()}
     tell(counts | {"unanswered": done.unanswered(), "left": left} | asker.spent(), args.json)
+    if asker.exhausted:
+        return 3
     return 1 if left or done.unanswered() else 0
 
 

@@ -4,9 +4,9 @@
   avocado grpo configs/grpo_7b.py --workdir gs://bucket/run --init CHECKPOINT --data.train gs://bucket/shards
 
 Each step samples a group of captions of every clip, rewards them and updates the policy. The same command starts,
-resumes and finishes a run: killed at any moment, it goes on from its newest checkpoint and ends with the same metrics
-to the bit. SIGTERM ends the step, saves and exits 75. Any field of the config is changed as `--a.b value`;
-avocado_jax/config.py says what each is. Several processes are started as those of `sft`.
+resumes and finishes a run: killed at any moment, it continues from its newest checkpoint and ends with bit-identical
+metrics. SIGTERM, Ctrl-C, several processes and timeouts work as in `sft`. `--a.b value` changes a field of the config;
+avocado_jax/config.py describes all fields.
 
 RUN/metrics.jsonl has a line a step, RUN/rollouts/STEP.jsonl a line a caption with its rewards and advantage;
 RUN/checkpoints is what `caption`, `evaluate` and `convert to-hf` read.
@@ -17,7 +17,7 @@ import argparse
 from avocado_jax.cli.sft import add_arguments
 from avocado_jax.config import GrpoConfig, load
 from avocado_jax.errors import InputError
-from avocado_jax.parallel.processes import joined
+from avocado_jax.parallel.processes import init_distributed
 
 __all__ = ["add_arguments", "run"]
 
@@ -27,7 +27,7 @@ def run(args: argparse.Namespace) -> int:
     config = load(args.config, args.fields)
     if not isinstance(config, GrpoConfig):
         raise InputError(f"{args.config}: its config is of type {type(config).__name__}; grpo takes a GrpoConfig")
-    with joined(args.coordinator, args.processes, args.process, args.devices):
-        from avocado_jax.train.run_grpo import grpo  # after the processes have met: it may touch devices
+    with init_distributed(args.coordinator, args.processes, args.process, args.devices, config.timeouts):
+        from avocado_jax.train.run_grpo import grpo  # after init_distributed: it may touch devices
 
         return grpo(config, args.workdir)

@@ -3,10 +3,12 @@
   avocado sft configs/world_tiny.py --workdir runs/world_tiny
   avocado sft configs/sft_7b.py --workdir gs://bucket/run --init CHECKPOINT --data.train gs://bucket/shards
 
-The same command starts, resumes and finishes a run: killed at any moment, it goes on from its newest checkpoint and
-ends with the same metrics to the bit. SIGTERM ends the step, saves and exits 75. Any field of the config is changed
-as `--a.b value`; avocado_jax/config.py says what each is. Of several processes each is started with the same command
-and its own `--process`; on a TPU pod `--coordinator auto` is enough.
+The same command starts, resumes and finishes a run: killed at any moment, it continues from its newest checkpoint and
+ends with bit-identical metrics. SIGTERM and Ctrl-C finish the step, save and exit with 75; before the first step of a
+start they exit at once. `--a.b value` changes a field of the config; avocado_jax/config.py describes all fields.
+With several processes, start each with the same command and its own `--process`; on a TPU pod `--coordinator auto`
+is enough. A host that makes no progress for `--timeouts.step` seconds dumps all stacks, names the host that the others
+wait for and exits with 75.
 
 RUN/metrics.jsonl has a line a step; RUN/checkpoints is what `caption`, `evaluate` and `convert to-hf` read.
 """
@@ -16,7 +18,7 @@ import sys
 
 from avocado_jax.config import GrpoConfig, SftConfig, as_sft, load
 from avocado_jax.errors import InputError
-from avocado_jax.parallel.processes import joined
+from avocado_jax.parallel.processes import init_distributed
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -38,7 +40,7 @@ def run(args: argparse.Namespace) -> int:
         config = as_sft(config)
     if not isinstance(config, SftConfig):
         raise InputError(f"{args.config}: a {type(config).__name__}; sft takes an SftConfig")
-    with joined(args.coordinator, args.processes, args.process, args.devices):
-        from avocado_jax.train.run import sft  # after the processes have met: it may touch devices
+    with init_distributed(args.coordinator, args.processes, args.process, args.devices, config.timeouts):
+        from avocado_jax.train.run import sft  # after init_distributed: it may touch devices
 
         return sft(config, args.workdir)

@@ -69,12 +69,13 @@ class Asker:
 
     Attributes:
         why: the run ends, and this is why; empty as long as it goes on.
+        exhausted: whether it ends because the next call would exceed the budget.
     """
 
     def __init__(self, client: ChatClient, journal: Journal, pause: float, patience: int) -> None:
         """`pause`: seconds from one call to the next, at least; `patience`: clips in a row without an answer."""
         self.client, self.journal = client, journal
-        self.why = ""
+        self.why, self.exhausted = "", False
         self._pause, self._patience = pause, patience
         self._next = 0.0  # on the loop's clock, when the next call may be made
         self._silent = 0  # clips in a row that had no answer
@@ -149,7 +150,7 @@ class Asker:
             self._silent = 0
             return text
         if reply.why.startswith(SPENT):
-            self.why = self.why or "the budget would be exceeded"
+            self.why, self.exhausted = self.why or "the budget would be exceeded", True
             raise Stopped
         self._silent += 1
         if self._silent >= self._patience:

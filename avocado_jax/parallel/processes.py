@@ -1,62 +1,100 @@
-"""The processes of a job: how they meet, and how all of them end when one is lost or fails."""
+"""The processes of a job: how they start together, and how a failure of one ends it."""
 
 import atexit
 import os
+import signal
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import jax
+from jax._src import distributed
 
-from avocado_jax.errors import InputError
+from avocado_jax.config import TimeoutConfig
+from avocado_jax.errors import InputError, exit_status
+from avocado_jax.parallel import liveness
+from avocado_jax.parallel.signals import on_signal
 
-HEARTBEAT_SECONDS = 10  # after which a lost process ends the others (facts: 6 s measured; jax's default 95 s)
-START_SECONDS = 300  # for all processes to come
-ABORT_SECONDS = 2 * HEARTBEAT_SECONDS  # within which jax has ended this process, if another one is lost
+EXIT_SECONDS = 20.0  # to print an error and exit, whatever threads still run
 
 
 @contextmanager
-def joined(
-    coordinator: str | None, processes: int | None, process: int | None, devices: int | None = None
+def init_distributed(
+    coordinator: str | None,
+    processes: int | None,
+    process: int | None,
+    devices: int | None,
+    timeouts: TimeoutConfig,
 ) -> Iterator[None]:
-    """Be one of the processes of a job for as long as the block lasts; alone, where none of the first three is given.
+    """Initialise jax.distributed for the duration of the block, and watch that the job makes progress.
 
-    On TPU pods and under Slurm jax knows all three by itself: pass "auto" as the coordinator.
-
-    When another process is lost, jax ends this one by SIGABRT. When the block fails here, the others are told in the
-    same way: this process ends without waiting for them, since they may wait for it in the middle of a step.
+    With one process, where the first three are None, only the watchdog runs. On TPU pods and under Slurm jax knows all
+    three: pass "auto" as the coordinator. When a process is lost, jax aborts the others (SIGABRT). When the block
+    fails, this process exits without waiting for the others, which may wait for it in the middle of a step.
 
     Args:
         devices: how many all processes have together; None: any number.
 
     Raises:
-        InputError: the three do not belong together, or the devices are not so many.
+        InputError: the arguments do not belong together, or there are not that many devices.
+        ConnectionError: the block failed after another process was lost.
     """
-    alone = coordinator is None and processes is None and process is None
-    if not alone:
-        _join(coordinator, processes, process)
+    several = not (coordinator is None and processes is None and process is None)
+    # Before and between steps there is nothing to save: SIGTERM exits at once, also inside a C++ call.
+    restore = on_signal((signal.SIGTERM,), lambda _: os._exit(75))
+    if several:
+        _initialize(coordinator, processes, process, timeouts)
+        restore()  # jax has replaced the handler
+        restore = on_signal((signal.SIGTERM,), lambda _: os._exit(75))
+    watch = liveness.start(
+        timeouts.heartbeat,
+        timeouts.step,
+        distributed.global_state.client,
+        distributed.global_state.process_id,
+        distributed.global_state.num_processes,
+    )
     try:
         if devices is not None and jax.device_count() != devices:
             raise InputError(f"--devices {devices}: {jax.process_count()} processes have {jax.device_count()} together")
         yield
     except Exception as error:
-        if not alone and jax.process_count() > 1:
-            if not isinstance(error, InputError):
-                print("a failure; if a process was lost, this one is ended too", file=sys.stderr, flush=True)
-                time.sleep(ABORT_SECONDS)
-            # Runs before what jax has registered, which waits for all processes.
-            atexit.register(_leave, 2 if isinstance(error, InputError) else 1)
+        if not several or jax.process_count() == 1:
+            raise
+        # An error of the runtime may follow from a lost process; then a retry helps, whatever its status code.
+        if isinstance(error, jax.errors.JaxRuntimeError) and not str(error).startswith("RESOURCE_EXHAUSTED:"):
+            print(f"{error}\nchecking whether a host was lost", file=sys.stderr, flush=True)
+            if lost := watch.lost_peers(2 * timeouts.heartbeat):
+                _exit_soon(1)
+                reason = str(error).splitlines()[0]
+                raise ConnectionError(f"lost {', '.join(lost)}; {reason}") from error
+        _exit_soon(exit_status(error))
         raise
+    finally:
+        watch.close()
+        restore()
 
 
-def _join(coordinator: str | None, processes: int | None, process: int | None) -> None:
+def _exit_soon(status: int) -> None:
+    """Exit before the handlers of jax, which wait for all processes, and although threads still run."""
+
+    def leave() -> None:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+
+    atexit.register(leave)
+    timer = threading.Timer(EXIT_SECONDS, leave)
+    timer.daemon = True
+    timer.start()
+
+
+def _initialize(coordinator: str | None, processes: int | None, process: int | None, timeouts: TimeoutConfig) -> None:
     jax.config.update("jax_cpu_collectives_implementation", "gloo")  # of processes without accelerators
-    # jax's own time-out ends the process with pages of C++ frames: ours comes first.
-    times = dict(heartbeat_timeout_seconds=HEARTBEAT_SECONDS, initialization_timeout=2 * START_SECONDS)
+    # jax's own timeout ends the process with pages of C++ frames: ours comes first.
+    times = dict(heartbeat_timeout_seconds=timeouts.heartbeat, initialization_timeout=2 * timeouts.start)
     if coordinator == "auto":
-        with deadline(START_SECONDS, "the processes of this job have not met: are all hosts up, and their ports open?"):
+        with deadline(timeouts.start, "not all hosts of this job have started: are all up, and their ports open?"):
             try:
                 jax.distributed.initialize(**times)
             except (ValueError, OSError, RuntimeError) as error:
@@ -64,19 +102,17 @@ def _join(coordinator: str | None, processes: int | None, process: int | None) -
         return
     if coordinator is None or processes is None or process is None or not 0 <= process < processes:
         raise InputError("--coordinator HOST:PORT, --processes N and --process I (0..N-1) go together")
-    which = f"process {process} of {processes}: the others have not met it at {coordinator}"
-    with deadline(START_SECONDS, f"{which}: are all of them up, and is the port open?"):
+    which = f"process {process} of {processes}: not all others have reached {coordinator}"
+    with deadline(timeouts.start, f"{which}: are all of them up, and is the port open?"):
         jax.distributed.initialize(coordinator, processes, process, **times)
 
 
 @contextmanager
-def deadline(seconds: float, complaint: str) -> Iterator[None]:
-    """End the process with status 75 and one line, unless the block is through in time: it may wait where nothing
-    can interrupt it, for hosts that are not there.
-    """
+def deadline(seconds: float, message: str) -> Iterator[None]:
+    """Exit with status 75 and one line, unless the block ends in time: it may block where nothing interrupts it."""
 
     def give_up() -> None:
-        print(f"{complaint} (waited {seconds:g} s)", file=sys.stderr, flush=True)
+        print(f"{message} (waited {seconds:g} s)", file=sys.stderr, flush=True)
         os._exit(75)
 
     timer = threading.Timer(seconds, give_up)
@@ -86,10 +122,3 @@ def deadline(seconds: float, complaint: str) -> Iterator[None]:
         yield
     finally:
         timer.cancel()
-
-
-def _leave(status: int) -> None:
-    """End now, with what was said."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)

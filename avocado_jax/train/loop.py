@@ -11,15 +11,17 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 
 from avocado_jax.checkpoint.training import Checkpoints
 from avocado_jax.data.pipeline import Batch
 from avocado_jax.parallel.batches import prefetch_to_mesh
+from avocado_jax.parallel.liveness import progress
 from avocado_jax.train.metrics import Log, Meter, ProgressLog
 from avocado_jax.train.profile import Profile
 from avocado_jax.train.state import State
-from avocado_jax.train.stop import Stop
+from avocado_jax.train.stop import StepFlags
 
 
 class Job(NamedTuple):
@@ -58,18 +60,18 @@ class _Pending(NamedTuple):
     batch: Batch
     metrics: dict[str, jax.Array]
     told: Callable[[], dict[str, Any]]
-    stop: jax.Array | bool
+    flags: jax.Array | np.ndarray  # [stop, save], the same on every process
     input_wait: float
 
 
 def train(job: Job, state: State, mesh: Mesh, checkpoints: Checkpoints, log: Log, profile_to: str) -> int:
-    """Run from `state.step` to the end. Returns 0, or 75 when it was asked to stop and has saved.
+    """Run from `state.step` to the end. Returns 0, or 75 when it was stopped by a signal and has saved.
 
     Raises:
         FloatingPointError: `max_skipped` steps in a row had no finite gradient.
         OSError: a checkpoint cannot be saved; those before it are whole.
     """
-    meter, progress_log, stop = Meter(), ProgressLog(job.steps), Stop(mesh)
+    meter, progress_log, flags = Meter(), ProgressLog(job.steps), StepFlags(mesh)
     profile = Profile(job.profile, profile_to)
     pending: _Pending | None = None
     first = int(state.step)
@@ -77,9 +79,10 @@ def train(job: Job, state: State, mesh: Mesh, checkpoints: Checkpoints, log: Log
     def due(number: int, every: int) -> bool:
         return number == job.steps or (every > 0 and number % every == 0)
 
-    def finish(done: _Pending, more: dict[str, Any]) -> bool:
-        """Fetch, write and judge a step; whether all processes are to stop behind it."""
+    def finish(done: _Pending, more: dict[str, Any]) -> tuple[bool, bool]:
+        """Fetch and log the metrics of a step. Returns whether all processes stop, and save, after the next step."""
         batch, scalars = done.batch, {name: value.item() for name, value in jax.device_get(done.metrics).items()}
+        flags.step_finished()  # before its line is on disk: whoever sees the line may send SIGTERM and expect a save
         scalars["lost"] = job.rows(done.number - 1) - scalars.pop("rows")
         tokens = scalars["tokens"] + scalars["clip_tokens"]
         perf = meter.perf(tokens, job.flops(batch, scalars), batch.padded, done.input_wait) | done.told()
@@ -90,40 +93,48 @@ def train(job: Job, state: State, mesh: Mesh, checkpoints: Checkpoints, log: Log
             print(f"step {done.number}: {lost.id} is lost: {lost.reason}", file=sys.stderr)
         if scalars["skipped_in_row"] >= job.max_skipped:
             raise FloatingPointError(f"{job.max_skipped} steps in a row without a finite gradient; last: {done.number}")
-        return bool(done.stop)
+        stop, save = np.asarray(done.flags, bool).tolist()
+        return stop, save
 
     stream = prefetch_to_mesh(job.batches(first), mesh)
     try:
         for number in range(first + 1, job.steps + 1):
             # --- dispatch a step, and fetch the metrics of the one before while it runs
+            progress(number, "input")
             begun = time.perf_counter()
             batch = next(stream)
             waited = time.perf_counter() - begun
+            progress(number, "step")
             profile.before_step(number)
             state, metrics, tell = job.step(state, batch)
-            asked = pending is not None and finish(pending, {})
+            stop, save = finish(pending, {}) if pending else (False, False)
             bare = batch._replace(clip=None, captions=None, references=None)  # the arrays are the step's, free to go
-            pending = _Pending(number, bare, metrics, tell, stop.flag(), waited)
+            pending = _Pending(number, bare, metrics, tell, flags.dispatch(save=False), waited)
 
             # --- where something hangs on this very step, fetch it too
             profile.after_step(number, metrics)
-            evaluated = due(number, job.eval_every)
-            if evaluated or asked or due(number, job.checkpoint_every):
-                more = job.evaluate(state, number) if evaluated else {}
-                asked |= finish(pending, more)
-                pending = None
+            evaluated, saved = due(number, job.eval_every), save or due(number, job.checkpoint_every)
+            if evaluated or saved or stop:
+                progress(number, "evaluation")
+                more = job.evaluate(state, number) if evaluated else {}  # on a stop too: the metrics stay the same
+                stop_now, save_now = finish(pending._replace(flags=flags.dispatch(save=False)), more)
+                stop, saved, pending = stop or stop_now, saved or save_now, None
+                progress(number, "checkpoint")
                 log.flush()
-                if asked or due(number, job.checkpoint_every):
+                if saved or stop:
                     rest = state._replace(params=None)
                     checkpoints.save(number, state.params, rest, job.position, job.rank(more))
-            if asked:
+            if stop:
                 return 75 if number < job.steps else 0
         return 0
     finally:
-        profile.close()
-        stream.close()
-        log.close()
-        checkpoints.close()
+        try:
+            profile.close()
+            stream.close()
+            log.close()
+            checkpoints.close()
+        finally:
+            flags.close()  # a signal must not end a save that is going on
 
 
 def _finite(scalars: dict[str, Any]) -> dict[str, Any]:

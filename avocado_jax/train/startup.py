@@ -22,7 +22,6 @@ from avocado_jax.errors import InputError
 from avocado_jax.parallel.processes import deadline
 
 T = TypeVar("T")
-CHECK_SECONDS = 600  # for all hosts to have looked; an index in a bucket is read meanwhile
 TOLD_BYTES = 2048  # of what a host says: more than its longest complaint takes as JSON
 PACKAGES = ("jax", "jaxlib", "libtpu", "flax", "optax", "orbax-checkpoint")
 PACKAGE = Path(__file__).parents[1]
@@ -62,7 +61,7 @@ def ready(config: RunConfig, folder: str, open_all: Callable[[], T]) -> T:
     mine = Host(socket.gethostname(), code(), _digest([as_json(config), folder]), "", False)
     if failure:
         mine = mine._replace(lacks=_short(str(failure)), for_good=isinstance(failure, InputError))
-    with deadline(CHECK_SECONDS, f"host {jax.process_index()}: not all hosts have told whether they can begin"):
+    with deadline(config.timeouts.start, f"host {jax.process_index()}: not all hosts have told whether they can begin"):
         hosts = everyone(mine)
     if complaint := disagreement(hosts):
         raise (OSError if complaint.passing else InputError)(complaint.text)

@@ -1,4 +1,4 @@
-"""SIGTERM: the loop is told, ends its step, saves and returns 75."""
+"""Decisions that all processes take at the same step: stop after SIGTERM or SIGINT, save a checkpoint."""
 
 import os
 import signal
@@ -9,36 +9,52 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-GRACE_SECONDS = 90.0  # to end the step and save; then the process ends with what it saved before
+from avocado_jax.parallel.signals import on_signal
+
+# From the signal to the end of the process. Longer than two steps and a save of the 7B configs; launchers wait longer.
+GRACE_SECONDS = 90.0
 
 
-class Stop:
-    """Listens for SIGTERM from construction on, in Python code and inside long compilations alike."""
+class StepFlags:
+    """Broadcasts "stop" and "save" through a device array, so that all processes read the same value at one step.
+
+    SIGTERM and SIGINT set "stop". Until `step_finished` is called nothing would be lost, and the process exits with
+    75 at once. After that it has `GRACE_SECONDS` to finish its step and save; then it exits with 75 all the same, as
+    it does on a second SIGINT.
+    """
 
     def __init__(self, mesh: Mesh) -> None:
-        self._asked = threading.Event()
+        self._stop, self._unsaved = threading.Event(), threading.Event()
         self._everywhere = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
         self._local = len([device for device in mesh.devices.flat if device.process_index == jax.process_index()])
-        self._any = jax.jit(lambda flags: flags.max(), out_shardings=NamedSharding(mesh, PartitionSpec()))
-        reading, writing = os.pipe()
-        os.set_blocking(writing, False)
-        # The interpreter runs handlers between bytecodes only; what it writes to a descriptor comes at once.
-        signal.signal(signal.SIGTERM, lambda *_: None)
-        signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
-        threading.Thread(target=self._listen, args=(reading,), daemon=True).start()
+        self._any = jax.jit(lambda flags: flags.max(axis=0), out_shardings=NamedSharding(mesh, PartitionSpec()))
+        self.close = on_signal((signal.SIGTERM, signal.SIGINT), self._received)
 
-    def _listen(self, reading: int) -> None:
-        while number := os.read(reading, 1):
-            if number[0] == signal.SIGTERM and not self._asked.is_set():
-                self._asked.set()
-                print("stopping: this step is ended and saved", file=sys.stderr, flush=True)
-                ended = threading.Timer(GRACE_SECONDS, os._exit, (75,))
-                ended.daemon = True
-                ended.start()
+    def _received(self, number: int) -> None:
+        if not self._unsaved.is_set():
+            os._exit(75)
+        if self._stop.is_set():
+            if number == signal.SIGINT:
+                os._exit(75)
+            return
+        self._stop.set()
+        print("stopping: finishing this step and saving a checkpoint", file=sys.stderr, flush=True)
+        timer = threading.Timer(GRACE_SECONDS, os._exit, (75,))
+        timer.daemon = True
+        timer.start()
 
-    def flag(self) -> jax.Array | bool:
-        """Whether any process was asked to stop, as an array where there are several: all read the same value."""
+    def step_finished(self) -> None:
+        """From now on a stop has something to save."""
+        self._unsaved.set()
+
+    def dispatch(self, save: bool) -> jax.Array | np.ndarray:
+        """[stop, save] as an array, dispatched and not waited for: read it with `bool(array[i])`.
+
+        Args:
+            save: whether a checkpoint is due by the clock. Only the value of process 0 counts.
+        """
+        mine = [self._stop.is_set(), save and jax.process_index() == 0]
         if jax.process_count() == 1:
-            return self._asked.is_set()
-        mine = np.full(self._local, self._asked.is_set(), np.int32)
-        return self._any(jax.make_array_from_process_local_data(self._everywhere, mine))
+            return np.array(mine)
+        flags = np.full((self._local, 2), mine, np.int32)
+        return self._any(jax.make_array_from_process_local_data(self._everywhere, flags))

@@ -76,6 +76,7 @@ class Pod:
         self.hosts, self.folder, self.bucket = hosts, folder, folder / "storage" / "bucket"
         self.env = os.environ | {
             "AVOCADO": str(Path(PYTHON).parent / "avocado"),
+            "AVOCADO_PYTHON": PYTHON,
             "PYTHONPATH": str(ROOT),
             "JAX_PLATFORMS": "cpu",
             "JAX_FORCE_TPU_INIT": "1",  # jax looks for its peers as on a TPU

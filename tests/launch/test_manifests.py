@@ -21,6 +21,7 @@ JOBSET = (ROOT / "tests/launch/jobset.yaml").read_text()
 DATA = "--init gs://bucket/base --data.train gs://bucket/shards --accumulate 2"
 STAGE = f"sft configs/sft_7b.py --workdir gs://bucket/run --topology v5p:4x4x4 {DATA}"
 RUN = f"sft configs/sft_7b.py --workdir gs://bucket/run --coordinator auto --devices 64 {DATA}"
+ENV = f"env AVOCADO_LAUNCH={make_jobset.LAUNCH}"
 ACCOUNT = "--service-account a@my-project.iam.gserviceaccount.com"
 WHERE = "--name run1 --project my-project --zone us-east5-a"
 CLUSTER = "--cluster c1 --project my-project --zone us-east5-a"
@@ -60,6 +61,7 @@ def launch(monkeypatch, capsys, tmp_path):
     fake.write_text("#!/bin/sh\n" + given.replace("RECORDED", str(recorded)) + "\n")
     fake.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setenv("AVOCADO_LAUNCH", make_jobset.LAUNCH)
 
     def run(script, words):
         monkeypatch.setattr(sys, "argv", [script, *shlex.split(words)])
@@ -114,7 +116,7 @@ def test_gcloud_field_by_field(launch):
         assert ssh[:6] == ["gcloud", "compute", "tpus", "tpu-vm", "ssh", "run1"]
         assert {*ssh[6:-1]} == where | {"--worker=all"}
     assert setup[-1].endswith("&& bash avocado_jax/launch/setup.sh")
-    assert start[-1] == f"--command=bash avocado_jax/launch/service.sh {RUN}"
+    assert start[-1] == f"--command={ENV} bash avocado_jax/launch/service.sh {RUN}"
     assert 'bash launch/worker.sh "$@"' in (ROOT / "launch/service.sh").read_text()
 
 
@@ -126,12 +128,15 @@ def test_gcloud_resumes_on_several_spot_slices(launch):
     account = "--service-account=a@my-project.iam.gserviceaccount.com"
     assert {"--node-count=2", "--node-prefix=run1", "--spot", account} < {*create}
     assert (first[5], second[5]) == ("run1-0", "run1-1")
-    assert first[-1] == second[-1] == f"--command=bash avocado_jax/launch/service.sh {TWO}"
+    assert first[-1] == second[-1] == f"--command={ENV} bash avocado_jax/launch/service.sh {TWO}"
 
 
-def test_the_service_starts_again_on_all_but_0_and_2():
+def test_the_service_starts_again_on_all_but_0_2_and_3():
     text = (ROOT / "launch/service.sh").read_text()
-    assert {"Restart=on-failure", "RestartPreventExitStatus=2"} < {*re.findall(r"--property=(\S+)", text)}
+    assert {"Restart=on-failure", 'RestartPreventExitStatus="2 3"'} < {
+        *re.findall(r'--property=(\w+=(?:"[^"]*"|\S+))', text)
+    }
+    assert '--setenv=AVOCADO_LAUNCH="${AVOCADO_LAUNCH-}"' in text
 
 
 def test_jobset_field_by_field(launch):
@@ -151,7 +156,7 @@ def test_jobset_field_by_field(launch):
     assert hosts["backoffLimit"] == 0
     (rule,) = hosts["podFailurePolicy"]["rules"]
     assert (rule["action"], rule["onExitCodes"]["operator"]) == ("FailJob", "NotIn")
-    assert sorted(rule["onExitCodes"]["values"]) == [1, *range(3, 256)]
+    assert sorted(rule["onExitCodes"]["values"]) == [1, *range(4, 256)]
     pod = hosts["template"]["spec"]
     assert pod["restartPolicy"] == "Never"
     assert pod["nodeSelector"] == {
@@ -164,7 +169,7 @@ def test_jobset_field_by_field(launch):
     assert container["image"] == "registry/avocado:1"
     assert hosts["parallelism"] * container["resources"]["limits"]["google.com/tpu"] == 64
     assert hosts["completions"] == hosts["parallelism"]
-    assert f"(exec bash launch/worker.sh {TWO}) & PID=$!;" in container["command"][2]
+    assert f"(exec {ENV} bash launch/worker.sh {TWO}) & PID=$!;" in container["command"][2]
 
 
 def test_sky_field_by_field(launch):
@@ -181,10 +186,10 @@ def test_sky_field_by_field(launch):
             "accelerators": "tpu-v5p-128",
             "accelerator_args": {"runtime_version": "v2-alpha-tpuv5"},
             "use_spot": False,
-            "job_recovery": recovery | {"recover_on_exit_codes": [1, *range(3, 256)]},
+            "job_recovery": recovery | {"recover_on_exit_codes": [1, *range(4, 256)]},
         },
         "setup": "bash launch/setup.sh",
-        "run": f"bash launch/worker.sh {RUN}",
+        "run": f"{ENV} bash launch/worker.sh {RUN}",
     }
     assert yaml.safe_load(launch("sky", f"start --name run1 --dry-run {STAGE}")[1].partition("\n")[2])["resources"][
         "use_spot"
@@ -193,6 +198,7 @@ def test_sky_field_by_field(launch):
 
 @pytest.mark.parametrize("stage", rehearse.CONFIGS)
 def test_the_rehearsal_runs_the_launchers_command(launch, stage):
+    """In one launch: `launch` sets its name."""
     words = rehearse.job(stage, "gs://bucket/broken", rehearse.FOUR)
     config, more = rehearse.CONFIGS[stage]
     given = f"{stage} {config} --workdir gs://bucket/broken --topology {rehearse.FOUR} --unplanned "
@@ -200,7 +206,7 @@ def test_the_rehearsal_runs_the_launchers_command(launch, stage):
     _, out, _ = launch("sky", f"start --name run1 --dry-run {given}")
     assert yaml.safe_load(out.partition("\n")[2])["run"] == shlex.join(words)
     _, out, _ = launch("gcloud", f"start {WHERE} --dry-run {given}")
-    assert shlex.split(out.splitlines()[-1])[-1].partition("service.sh ")[2] == shlex.join(words[2:])
+    assert shlex.split(out.splitlines()[-1])[-1].partition("service.sh ")[2] == shlex.join(words[4:])
 
 
 START = f"start {WHERE} {STAGE}"

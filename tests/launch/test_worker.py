@@ -1,45 +1,57 @@
-"""worker.sh and env.sh: what a host is told, and how its command's end is passed on."""
+"""worker.sh: what it sets for the command, and what the launcher learns of the command's end."""
 
+import json
 import os
 import signal
+import socket
 import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
 
+from avocado_jax.data import storage
+from avocado_jax.train import supervisor
+
 ROOT = Path(__file__).parents[2]
-WORKER = ["bash", "launch/worker.sh", "sft", "configs/x.py", "--workdir", "gs://bucket/a b"]
 
 
 @pytest.fixture
 def worker(tmp_path):
-    """`worker(script)` starts worker.sh over a command of ours."""
+    """`worker(script)` starts worker.sh over a command of ours, as one of the hosts of a run in `tmp_path`."""
 
-    def started(script, **env):
-        command = tmp_path / "avocado"
+    def started(script, host="0", launch="first", run=tmp_path / "a run", **env):
+        command = tmp_path / f"avocado-{host}"
         command.write_text(f"#!/usr/bin/env bash\n{script}\n")
         command.chmod(0o755)
         env = {key: value for key, value in os.environ.items() if not key.startswith("OPENBLAS")} | env
-        env |= {"AVOCADO": str(command)}
-        return subprocess.Popen(WORKER, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        env |= {"AVOCADO": str(command), "AVOCADO_PYTHON": sys.executable, "AVOCADO_LAUNCH": launch}
+        words = ["bash", "launch/worker.sh", "sft", "configs/x.py", "--workdir", str(run), "--process", host]
+        return subprocess.Popen(words, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
     return started
 
 
-@pytest.mark.parametrize(("end", "status"), [("exit 0", 0), ("exit 1", 1), ("exit 2", 2), ("exit 75", 75)])
-def test_statuses_are_passed_on(worker, end, status):
-    process = worker(f'printf "%s\\n" "$@"; {end}')
-    said, complained = process.communicate(timeout=60)
-    assert said.splitlines() == WORKER[2:]  # each argument whole
-    assert (process.returncode, complained) == (status, "")
+def finished(process):
+    """Exit status, stdout, stderr."""
+    out, err = process.communicate(timeout=120)
+    return process.returncode, out, err
+
+
+@pytest.mark.parametrize("status", [0, 2, 3, 75])
+def test_statuses_are_passed_on(worker, tmp_path, status):
+    ended, out, err = finished(worker(f'printf "%s\\n" "$@"; exit {status}'))
+    words = ["sft", "configs/x.py", "--workdir", str(tmp_path / "a run"), "--process", "0"]
+    assert out.splitlines() == words  # arguments are not split
+    assert (ended, err) == (status, "")
 
 
 def test_a_lost_host_is_resumable(worker):
     """jax ends a process by SIGABRT when another is lost."""
-    process = worker("ulimit -c 0; kill -ABRT $$")
-    _, complained = process.communicate(timeout=60)
-    assert process.returncode == 75
-    assert "a host of this job was lost" in complained
+    status, _, err = finished(worker("ulimit -c 0; kill -ABRT $$", launch=""))
+    assert status == 75
+    assert "a host of this job was lost" in err
 
 
 def test_sigterm_reaches_the_command(worker):
@@ -47,20 +59,121 @@ def test_sigterm_reaches_the_command(worker):
     process = worker("trap 'echo saving; exit 75' TERM; echo ready; while :; do read -rt 1 <> <(:); done")
     assert process.stdout.readline() == "ready\n"
     process.send_signal(signal.SIGTERM)
-    said, _ = process.communicate(timeout=60)
-    assert (process.returncode, said) == (75, "saving\n")
+    assert finished(process)[:2] == (75, "saving\n")
 
 
-def test_what_hosts_are_told(worker):
-    said, _ = worker("env", MEGASCALE_NUM_SLICES="2").communicate(timeout=60)
-    told = dict(line.split("=", 1) for line in said.splitlines() if "=" in line)
-    assert told["JAX_COORDINATOR_PORT"] == "8476"
-    assert told["GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT"] == "false"
-    assert told["JAX_COMPILATION_CACHE_DIR"] == "/tmp/avocado-compiled"
-    assert told["LIBTPU_INIT_ARGS"].split() == [
+def test_the_environment_of_a_host(worker):
+    _, out, _ = finished(worker("env", MEGASCALE_NUM_SLICES="2"))
+    env = dict(line.split("=", 1) for line in out.splitlines() if "=" in line)
+    assert env["JAX_COORDINATOR_PORT"] == "8476"
+    assert env["GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT"] == "false"
+    assert env["LIBTPU_INIT_ARGS"].split() == [
         "--xla_tpu_enable_data_parallel_all_reduce_opt=true",
         "--xla_tpu_data_parallel_opt_different_sized_ops=true",
     ]
-    said, _ = worker("env", JAX_COMPILATION_CACHE_DIR="gs://bucket/compiled").communicate(timeout=60)
-    assert "JAX_COMPILATION_CACHE_DIR=gs://bucket/compiled" in said.splitlines()
-    assert "LIBTPU_INIT_ARGS" not in said
+    _, out, _ = finished(worker("env", JAX_COMPILATION_CACHE_DIR="gs://bucket/compiled"))
+    assert "JAX_COMPILATION_CACHE_DIR=gs://bucket/compiled" in out.splitlines()
+    assert "LIBTPU_INIT_ARGS" not in out
+
+
+PEERS = """
+import os, sys, time, jax
+from avocado_jax.config import TimeoutConfig
+from avocado_jax.errors import report
+from avocado_jax.parallel.processes import init_distributed
+jax.config.update("jax_platforms", "cpu")
+number = int(sys.argv[-1])
+try:
+    with init_distributed("127.0.0.1:PORT", 2, number, None, TimeoutConfig(60, 5, 0)):
+        from jax.experimental import multihost_utils
+        multihost_utils.sync_global_devices("start")
+        if number == FAILING:
+            raise KeyError("a bug")
+        time.sleep(100)  # as in a collective that never ends
+except Exception as error:
+    sys.exit(report(error, "sft"))
+"""
+
+
+@pytest.mark.parametrize("failing", [0, 1])
+def test_an_internal_error_of_one_host_ends_the_job_with_3(worker, tmp_path, failing):
+    """The other host is aborted by jax, and must not ask for a restart."""
+    with socket.socket() as held:
+        held.bind(("127.0.0.1", 0))
+        program = PEERS.replace("PORT", str(held.getsockname()[1])).replace("FAILING", str(failing))
+    (tmp_path / "peers.py").write_text(program)
+    script = f'ulimit -c 0; exec {sys.executable} {tmp_path}/peers.py "${{@: -1}}"'
+    peers = [worker(script, host=str(host), PYTHONPATH=str(ROOT)) for host in range(2)]
+    ends = [finished(peer) for peer in peers]
+    assert [status for status, _, _ in ends] == [3, 3], ends
+    assert ends[failing][2].splitlines()[-1] == "avocado sft: KeyError: 'a bug'"
+    assert f"host {socket.gethostname()} ended with status 3" in ends[1 - failing][2]
+    # A host that is started again in this launch ends at once; a later launch does not look at the record.
+    assert finished(worker("exit 0"))[0] == 3
+    assert finished(worker("exit 0", launch="second"))[0] == 0
+
+
+def test_hosts_that_wait_for_a_failed_host_end_with_its_status(tmp_path, monkeypatch):
+    """Before jax.distributed is initialised jax does not abort them."""
+    monkeypatch.setattr(supervisor, "POLL_SECONDS", 0.1)
+    run = str(tmp_path)
+    supervisor.record_failure(run, "first", 2)
+    begun = time.monotonic()
+    assert supervisor.supervise(["sleep", "100"], run, "first") == 2
+    assert time.monotonic() - begun < 10
+
+
+def test_preemptions_are_no_failures(tmp_path, monkeypatch):
+    monkeypatch.setattr(supervisor, "RECORD_SECONDS", 0.0)
+    run = str(tmp_path)
+    for script, status in (("exit 75", 75), ("exit 1", 1), ("kill -TERM $$", 143), ("kill -KILL $$", 137)):
+        assert supervisor.supervise(["sh", "-c", script], run, "first") == status
+    assert supervisor.read_failure(run, "first") is None
+
+
+def test_a_run_folder_that_cannot_be_reached_is_resumable(tmp_path, monkeypatch, capsys):
+    def fail(*_):
+        raise storage.StorageError("gs://b: 503")
+
+    monkeypatch.setattr(supervisor, "RECORD_SECONDS", 0.0)
+    monkeypatch.setattr(storage, "read", fail)
+    assert supervisor.supervise(["sh", "-c", "ulimit -c 0; kill -ABRT $$"], str(tmp_path), "first") == 75
+    assert supervisor.main(["true", "--workdir", str(tmp_path)]) == 75
+    assert "503" in capsys.readouterr().err
+
+
+def write_metrics(run, steps):
+    (run / "metrics.jsonl").write_text("".join(json.dumps({"step": step + 1}) + "\n" for step in range(steps)) + '{"st')
+
+
+def test_50_starts_without_a_new_step_end_with_3(worker, tmp_path):
+    run = tmp_path / "a run"
+    for start in range(1, 50):
+        assert supervisor.count_start(str(run), "first", "0-0") == start
+    assert finished(worker("exit 75"))[0] == 75  # the 50th
+    status, _, err = finished(worker("exit 75"))
+    assert (status, err) == (3, f"launch: {run}: 50 starts without a newly finished step; their logs have the reason\n")
+    assert finished(worker("exit 75", host="1"))[0] == 3  # the other hosts too, wherever they are
+    assert finished(worker("exit 75", launch="second"))[0] == 75  # the user has started it again
+
+
+def test_a_newly_finished_step_starts_the_count_again(tmp_path):
+    def count(launch="first", host="0"):
+        return supervisor.count_start(str(tmp_path), launch, host)
+
+    assert [count(), count()] == [1, 2]
+    write_metrics(tmp_path, 7)
+    assert [count(), count()] == [1, 2]
+    write_metrics(tmp_path, 5)  # a restart from an older checkpoint
+    assert count() == 3
+    write_metrics(tmp_path, 7)  # finished a second time: nothing new
+    assert count() == 4
+    assert count(host="1") == 1  # each host counts for itself
+    write_metrics(tmp_path, 8)
+    assert count() == 1
+    assert count() == 2
+    assert count(launch="second") == 1
+
+
+def test_a_command_that_is_not_there_is_not_retried(tmp_path):
+    assert supervisor.main([str(tmp_path / "nothing"), "--workdir", str(tmp_path)]) == 3

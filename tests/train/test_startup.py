@@ -7,12 +7,12 @@ import sys
 import gcs
 import pytest
 
-from avocado_jax.config import SftConfig
+from avocado_jax.config import SftConfig, TimeoutConfig
 from avocado_jax.data import storage
 from avocado_jax.data.index import load_index
 from avocado_jax.data.sources import Shard, Shards
 from avocado_jax.errors import InputError
-from avocado_jax.parallel.processes import joined
+from avocado_jax.parallel.processes import init_distributed
 from avocado_jax.train import startup
 from avocado_jax.train.startup import TOLD_BYTES, Host, disagreement, everyone, ready
 
@@ -113,11 +113,14 @@ def test_shards_that_are_missing_or_short(tmp_path):
 
 
 def test_devices_are_counted():
-    with joined(None, None, None, 8):
+    with init_distributed(None, None, None, 8, TimeoutConfig()):
         pass
-    with pytest.raises(InputError, match="--devices 16: 1 processes have 8 together"), joined(None, None, None, 16):
+    with (
+        pytest.raises(InputError, match="--devices 16: 1 processes have 8 together"),
+        init_distributed(None, None, None, 16, TimeoutConfig()),
+    ):
         pass
-    with pytest.raises(InputError, match="go together"), joined("host:1", 2, None):
+    with pytest.raises(InputError, match="go together"), init_distributed("host:1", 2, None, None, TimeoutConfig()):
         pass
 
 

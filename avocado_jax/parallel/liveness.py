@@ -1,0 +1,175 @@
+"""Heartbeats of all hosts, and a watchdog that ends a job without progress and names the host it waits for.
+
+Hosts that wait in a collective cannot know for whom. So each process publishes, through the key-value store of
+jax.distributed, a counter, its host name and how far it is. The watchdog compares. It warns at half of each timeout,
+so that every host has named the cause before the first of them ends. jax ends the processes whose peer is lost.
+"""
+
+import faulthandler
+import json
+import os
+import socket
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+
+STAGES = ("start-up", "input", "step", "evaluation", "checkpoint")  # of a step, in order
+COMPILED = "/jax/core/compile/backend_compile_duration"
+PACKAGE = str(Path(__file__).parents[1])
+KEYS = "avocado/liveness/"
+
+
+class Beat(NamedTuple):
+    """What a process publishes: `count` grows with each heartbeat, `place` is where its main thread is."""
+
+    count: int
+    host: str
+    step: int
+    stage: int
+    place: str
+
+
+class Liveness:
+    """Publishes the heartbeats of this process and watches its progress, in threads, until `close`.
+
+    Args:
+        heartbeat: seconds after which jax declares a process without heartbeats lost.
+        step: seconds without progress after which this process exits with 75; 0: never.
+        client: of jax.distributed; None where there is one process.
+    """
+
+    def __init__(self, heartbeat: float, step: float, client: Any = None, process: int = 0, processes: int = 1) -> None:
+        self._heartbeat, self._limit = heartbeat, step
+        self._client, self._process, self._processes = client, process, processes
+        self._mine = Beat(0, socket.gethostname(), 0, 0, "")
+        self._peers: dict[int, tuple[Beat, float]] = {}  # by process: the last heartbeat and when it changed
+        self._begun = self._progressed = self._answered = time.monotonic()
+        self._warned: set[object] = set()
+        self._closed = threading.Event()
+        jax.monitoring.register_event_duration_secs_listener(self._compiled)
+        if client is not None:
+            threading.Thread(target=self._publish, daemon=True).start()
+        threading.Thread(target=self._watch, daemon=True).start()
+
+    def progress(self, step: int, stage: str) -> None:
+        """The main thread enters a stage of a step. The time without progress starts again."""
+        self._mine = self._mine._replace(step=step, stage=STAGES.index(stage))
+        self._progressed = time.monotonic()
+        self._warned.discard("progress")
+
+    def close(self) -> None:
+        """Stop watching."""
+        self._closed.set()
+
+    def lost_peers(self, patience: float) -> list[str]:
+        """Names of the processes that publish no new heartbeat within `patience` seconds."""
+        begun = time.monotonic()
+        others = [number for number in range(self._processes) if number != self._process]
+        while True:
+            silent = [number for number in others if self._last(number) <= begun]
+            if not silent or time.monotonic() - begun > patience:
+                return [self._name(number) for number in silent]
+            time.sleep(0.1)
+
+    def _compiled(self, event: str, _: float, **__: Any) -> None:
+        if event == COMPILED:
+            self._progressed = time.monotonic()
+
+    def _publish(self) -> None:
+        """Send a heartbeat and read those of the others. Blocks while process 0 does not answer."""
+        while not self._closed.wait(min(self._heartbeat / 8, 5.0)):
+            self._mine = self._mine._replace(count=self._mine.count + 1, place=_place())
+            try:
+                self._client.key_value_set(f"{KEYS}{self._process}", json.dumps(self._mine), allow_overwrite=True)
+                found = self._client.key_value_dir_get(KEYS)
+            except jax.errors.JaxRuntimeError:  # process 0 is gone: jax ends this process
+                continue
+            self._answered = now = time.monotonic()
+            for key, text in found:
+                number, beat = int(key.rpartition("/")[2]), Beat(*json.loads(text))
+                if number not in self._peers or self._peers[number][0].count != beat.count:
+                    self._peers[number] = beat, now
+                    self._warned.discard(number)
+
+    def _watch(self) -> None:
+        limits = [limit for limit in (self._heartbeat, self._limit) if limit]
+        while not self._closed.wait(min(*limits, 40.0) / 40):
+            now = time.monotonic()
+            if self._client is not None:
+                self._warn_of_silence(now)
+            idle = now - self._progressed
+            if not self._limit or idle < self._limit / 2:
+                continue
+            if "progress" not in self._warned:
+                self._warned.add("progress")
+                _print(f"no progress for {idle:.0f} s (timeouts.step {self._limit:g}): {self._behind()}")
+            if idle >= self._limit:
+                _print(f"no progress for {idle:.0f} s, this host ends: {self._behind()}")
+                faulthandler.dump_traceback(all_threads=True)
+                os._exit(75)
+
+    def _warn_of_silence(self, now: float) -> None:
+        """Name each process without heartbeats once, before jax ends this one."""
+        silent = [number for number in range(self._processes) if now - self._last(number) > self._heartbeat / 2]
+        if now - self._answered > self._heartbeat / 2:  # no answer of process 0: nothing is known of the others
+            silent = [0]
+        for number in silent:
+            if number != self._process and number not in self._warned:
+                self._warned.add(number)
+                _print(f"{self._name(number)}: no heartbeat for {now - self._last(number):.0f} s; stopped or lost")
+
+    def _behind(self) -> str:
+        """Which hosts the others wait for, by step and stage, and where all main threads are."""
+        beats = {number: beat for number, (beat, _) in self._peers.items()} | {self._process: self._mine}
+        reached = {number: (beat.step, beat.stage) for number, beat in beats.items()}
+        least, most = min(reached.values()), max(reached.values())
+        missing = [number for number in range(self._processes) if number not in beats]
+        late = missing or [number for number, value in reached.items() if value == least < most]
+        if not late:
+            stage = f"{STAGES[self._mine.stage]} of step {self._mine.step}"
+            return f"no host is behind the others, all are in {stage} (here: {_place()})"
+        names = ", ".join(f"{self._name(number)} ({self._at(beats.get(number))})" for number in late)
+        return f"stuck: {names}; this host: {self._at(self._mine._replace(place=_place()))}"
+
+    def _at(self, beat: Beat | None) -> str:
+        return f"{STAGES[beat.stage]} of step {beat.step}, {beat.place}" if beat else "never heard of"
+
+    def _last(self, number: int) -> float:
+        return self._peers[number][1] if number in self._peers else self._begun
+
+    def _name(self, number: int) -> str:
+        return f"host {number} ({self._peers[number][0].host})" if number in self._peers else f"host {number}"
+
+
+_current: Liveness | None = None
+
+
+def start(*args: Any) -> Liveness:
+    """Make the `Liveness` of this process, to which `progress` reports."""
+    global _current
+    _current = Liveness(*args)
+    return _current
+
+
+def progress(step: int, stage: str) -> None:
+    """Report to the `Liveness` of this process, if there is one."""
+    if _current is not None:
+        _current.progress(step, stage)
+
+
+def _place() -> str:
+    """The innermost frame of this package in the main thread."""
+    frame = sys._current_frames().get(threading.main_thread().ident)
+    while frame is not None and not frame.f_code.co_filename.startswith(PACKAGE):
+        frame = frame.f_back
+    if frame is None:
+        return "outside the package"
+    return f"{frame.f_code.co_filename.removeprefix(PACKAGE + '/')}:{frame.f_lineno} {frame.f_code.co_name}"
+
+
+def _print(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

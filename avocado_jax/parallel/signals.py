@@ -1,0 +1,32 @@
+"""Signal handling that works while the main thread is inside a long C++ call, such as a compilation."""
+
+import os
+import signal
+import threading
+from collections.abc import Callable
+
+
+def on_signal(numbers: tuple[int, ...], handle: Callable[[int], None]) -> Callable[[], None]:
+    """Call `handle(number)` in a thread whenever one of these signals arrives. Returns what restores the handlers.
+
+    Python runs signal handlers between bytecodes of the main thread only, but writes the number of the signal to the
+    wake-up descriptor at once.
+    """
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    before = {number: signal.signal(number, lambda *_: None) for number in numbers}
+    descriptor = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+
+    def listen() -> None:
+        while received := os.read(reading, 1):
+            if received[0] in numbers:
+                handle(received[0])
+
+    def restore() -> None:
+        signal.set_wakeup_fd(descriptor)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        os.close(writing)  # which ends the thread
+
+    threading.Thread(target=listen, daemon=True).start()
+    return restore

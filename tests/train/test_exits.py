@@ -1,0 +1,177 @@
+"""Exit statuses: which failures a launcher retries, and that each way to fail reaches its status."""
+
+import sys
+
+import google.api_core.exceptions as google
+import jax
+import jax.numpy as jnp
+import pytest
+
+from avocado_jax.__main__ import main
+from avocado_jax.data.pipeline import Batch
+from avocado_jax.data.storage import StorageError
+from avocado_jax.errors import InputError, exit_status
+from avocado_jax.parallel import liveness
+from avocado_jax.parallel.mesh import make_mesh
+from avocado_jax.train.loop import Job, train
+
+Runtime = jax.errors.JaxRuntimeError
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        (InputError("data: none"), 2),
+        (StorageError("gs://b/x: 503"), 1),
+        (ConnectionError("lost host 3"), 1),
+        (Runtime("UNAVAILABLE: connection reset"), 1),
+        (Runtime("DEADLINE_EXCEEDED: barrier"), 1),
+        (Runtime("ABORTED: peer"), 1),
+        (Runtime("RESOURCE_EXHAUSTED: out of HBM; ABORTED: not the code"), 3),
+        (Runtime("INTERNAL: during UNAVAILABLE: of something"), 3),
+        (google.ServiceUnavailable("503"), 1),
+        (google.TooManyRequests("429"), 1),
+        (google.RetryError("too long", None), 1),
+        (google.Forbidden("403"), 2),
+        (google.PreconditionFailed("412"), 3),
+        (FloatingPointError("diverged"), 3),
+        (MemoryError(), 3),
+        (ZeroDivisionError("x"), 3),
+        (ImportError("no libtpu"), 3),
+    ],
+)
+def test_the_status_of_an_error(error, status):
+    assert exit_status(error) == status
+
+
+def out_of_memory():
+    jnp.zeros(1 << 46).block_until_ready()  # 256 TiB
+
+
+def internal_error():
+    return {}["missing"]
+
+
+class Storage:
+    """Stands for the log and the checkpoints of a run."""
+
+    def __init__(self):
+        self.saved, self.lines = [], []
+
+    def write(self, line):
+        self.lines.append(line)
+
+    def save(self, step, *_):
+        self.saved.append(step)
+
+    def flush(self):
+        pass
+
+    close = flush
+
+
+def tiny_run(skipped_in_row=lambda step: 0, evaluate=lambda state, step: {}, **changes):
+    """`train` over steps that compute nothing. Returns its status, and the fake storage."""
+    from avocado_jax.train.state import State
+
+    names = ("loss", "lr", "tokens", "clip_tokens", "rows", "skipped", "skipped_in_row")
+    values = dict.fromkeys(State._fields, jnp.zeros((), jnp.int32))
+    numbers = iter(range(1, 100))
+
+    def step(state, batch):
+        now = dict.fromkeys(names, jnp.ones(())) | {"skipped_in_row": jnp.full((), skipped_in_row(next(numbers)))}
+        return state, now, dict
+
+    batch = Batch(**dict.fromkeys(Batch._fields))._replace(epoch=0, padded=0.0, lost=[])
+    job = Job(
+        steps=4,
+        batches=lambda first: iter([batch] * 4),
+        step=step,
+        evaluate=evaluate,
+        flops=lambda *_: 1.0,
+        rank=lambda _: None,
+        rows=lambda _: 1,
+        position={},
+        checkpoint_every=changes.get("checkpoint_every", 0),
+        eval_every=changes.get("eval_every", 0),
+        max_skipped=3,
+        profile=(),
+    )
+    storage = Storage()
+    mesh = make_mesh(1, 1, 1, devices=jax.devices()[:1])
+    return train(job, State(**values), mesh, storage, storage, ""), storage
+
+
+def test_a_run_that_does_not_fail_ends_with_0():
+    status, storage = tiny_run()
+    assert (status, storage.saved, [line["step"] for line in storage.lines]) == (0, [4], [1, 2, 3, 4])
+
+
+@pytest.mark.parametrize(
+    ("fail", "last_line", "traceback"),
+    [
+        (lambda: tiny_run(skipped_in_row=lambda step: step), "3 steps in a row without a finite gradient", False),
+        (out_of_memory, "JaxRuntimeError: RESOURCE_EXHAUSTED: Out of memory allocating", True),
+        (internal_error, "KeyError: 'missing'", True),
+    ],
+    ids=["divergence", "out of memory", "internal error"],
+)
+def test_a_failure_that_a_retry_repeats_ends_with_3(fail, last_line, traceback, monkeypatch, capsys, tmp_path):
+    config = tmp_path / "config.py"
+    config.write_text("from avocado_jax.config import SftConfig\nconfig = SftConfig()\n")
+    monkeypatch.setattr("avocado_jax.train.run.sft", lambda *_: fail())
+    assert main(["sft", str(config), "--workdir", str(tmp_path / "run")]) == 3
+    said = capsys.readouterr().err
+    assert said.splitlines()[-1].startswith(f"avocado sft: {last_line}")
+    assert ("Traceback" in said) == traceback
+
+
+def test_a_broken_installation_ends_with_3(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "avocado_jax.cli.sft", None)
+    assert main(["sft"]) == 3
+    assert "ModuleNotFoundError" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_help_lists_the_statuses(capsys):
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    assert "  3    failed, and a retry fails in the same way" in capsys.readouterr().out
+
+
+def test_the_loop_reports_its_progress(monkeypatch):
+    seen = []
+    monkeypatch.setattr("avocado_jax.train.loop.progress", lambda *stage: seen.append(stage))
+    tiny_run(eval_every=2)
+    assert seen[:6] == [
+        (1, "input"),
+        (1, "step"),
+        (2, "input"),
+        (2, "step"),
+        (2, "evaluation"),
+        (2, "checkpoint"),
+    ]
+
+
+def test_the_timeouts_of_the_config_are_used(monkeypatch, tmp_path):
+    config = tmp_path / "config.py"
+    config.write_text("from avocado_jax.config import SftConfig\nconfig = SftConfig()\n")
+    monkeypatch.setattr("avocado_jax.train.run.sft", lambda *_: 0)
+    given, started = {}, []
+    monkeypatch.setattr(jax.distributed, "initialize", lambda *_, **times: given.update(times))
+    monkeypatch.setattr(liveness, "start", lambda *times: started.append(times) or liveness.Liveness(60, 0))
+    words = [
+        "sft",
+        str(config),
+        "--workdir",
+        str(tmp_path),
+        "--coordinator",
+        "h:1",
+        "--processes",
+        "2",
+        "--process",
+        "0",
+    ]
+    fields = ["--timeouts.start", "70", "--timeouts.heartbeat", "7", "--timeouts.step", "700"]
+    assert main([*words, *fields]) == 0
+    assert given == {"initialization_timeout": 140, "heartbeat_timeout_seconds": 7}
+    assert started[0][:2] == (7, 700)

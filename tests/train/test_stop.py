@@ -1,0 +1,48 @@
+"""Flags that all processes read at the same step, and what a signal does before and after the first step."""
+
+import subprocess
+import sys
+
+import pytest
+from processes import several
+
+
+def test_flags_are_the_same_on_every_process():
+    """Process 1 gets SIGTERM, process 0's clock asks for a save, process 1's clock does not count."""
+    program = """
+    import os, signal, sys
+    from avocado_jax.parallel.mesh import make_mesh
+    from avocado_jax.train.stop import StepFlags
+    me = int(sys.argv[-1])
+    flags = StepFlags(make_mesh(-1, 1, 1))
+    flags.step_finished()
+    read = [flags.dispatch(save=False), flags.dispatch(save=me == 1), flags.dispatch(save=me == 0)]
+    if me == 1:
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert flags._stop.wait(30)
+    read.append(flags.dispatch(save=False))
+    print([[int(value) for value in one] for one in read])
+    """
+    assert {text.splitlines()[-1] for text in several(program, 2, 2)} == {"[[0, 0], [0, 0], [0, 1], [1, 0]]"}
+
+
+@pytest.mark.parametrize(
+    ("signals", "finished", "status"),
+    [("TERM", False, 75), ("INT INT", True, 75), ("INT TERM", True, 0)],
+)
+def test_a_signal_exits_at_once_only_while_nothing_is_lost(signals, finished, status):
+    program = f"""
+import os, signal, time
+from avocado_jax.parallel.mesh import make_mesh
+from avocado_jax.train.stop import StepFlags
+flags = StepFlags(make_mesh(-1, 1, 1))
+if {finished}:
+    flags.step_finished()
+for name in "{signals}".split():
+    os.kill(os.getpid(), getattr(signal, "SIG" + name))
+    time.sleep(0.3)
+print("running", bool(flags.dispatch(save=False)[0]))
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert done.returncode == status, done.stderr
+    assert done.stdout == ("" if status else "running True\n")
