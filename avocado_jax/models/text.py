@@ -1,4 +1,4 @@
-"""The language model: a layer serves the clip, its captions in training, and one token a caption in decoding."""
+"""The language model. One layer serves prefill, training on [clip; captions], and decoding."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from avocado_jax.models.attention import backend, plain
-from avocado_jax.models.cache import KV, ClipCache
+from avocado_jax.models.cache import KV
 from avocado_jax.models.config import TextConfig, ThinkerConfig
 from avocado_jax.models.layers import GatedMLP, RMSNorm, dense, layer_input, stack_of
 from avocado_jax.models.rope import Rope, rotate, text_rope
@@ -14,55 +14,92 @@ from avocado_jax.typing import Array, Bool, Float, Int
 
 
 class TextLayer(nn.Module):
-    """One decoder layer: q, k, v with bias, o without (Qwen2.5)."""
+    """One decoder layer of Qwen2.5: q, k and v with bias, o without.
+
+    Attributes:
+        captions: (G, C) in training, where a row is the P tokens of a clip and then the C tokens of each of its G
+            captions. None in prefill (the clip alone) and in decoding (one token of each caption).
+    """
 
     text: TextConfig
     attention: str
     dtype: str
     param_dtype: str
+    captions: tuple[int, int] | None = None
 
     @nn.compact
     def __call__(
         self,
-        x: Float[Array, "B G Q D"],
-        own: tuple[KV | None, KV | None],
+        x: Float[Array, "B Q D"],
+        caches: tuple[KV, KV] | None,
         rope: Rope,
         clip_valid: Bool[Array, "B P"] | None,
         step: Int[Array, ""] | None,
-    ) -> tuple[Float[Array, "B G Q D"], KV]:
-        """Queries see their own sequence causally and, where there is one, all valid tokens of the clip.
+    ) -> tuple[Float[Array, "B Q D"], KV | None]:
+        """Clip tokens attend causally to the clip; a caption attends to its valid clip tokens and causally to itself.
 
-        `own` is this layer's (clip, captions so far): the clip's keys and values, [B K P E], and the
-        decoding cache, [B G K S E], in which the one new token lands at `step`. Returns the output and
-        the keys and values of the sequence itself.
+        Args:
+            x: the Q tokens of a row; every matrix product covers all of them at once.
+            caches: in decoding, keys and values of the clip, [B K P E], and of the captions so far, [B G K S E].
+            step: in decoding, where the new token of each caption is written.
+
+        Returns:
+            The output, and the keys and values to keep: of the clip (prefill), of the captions (decoding), or None.
         """
-        text, (rows, group, queries, _) = self.text, x.shape
-        clip, so_far = own
+        text, (rows, tokens, _) = self.text, x.shape
         norms = dict(eps=text.rms_eps, dtype=self.dtype, param_dtype=self.param_dtype)
 
         x = layer_input(x)
         y = RMSNorm(name="attention_norm", **norms)(x)
         q, k, v = (
-            dense(self, heads * text.head, name, lora=text.lora)(y).reshape(rows, group, queries, heads, text.head)
+            dense(self, heads * text.head, name, lora=text.lora)(y).reshape(rows, tokens, heads, text.head)
             for name, heads in (("q", text.heads), ("k", text.kv_heads), ("v", text.kv_heads))
         )
-        kv = KV(*(part.swapaxes(2, 3) for part in (rotate(k, rope), v)))
-        if so_far is not None:
-            kv = so_far.write(kv, step)
-        q = rotate(q, rope)
-
-        kernel = backend(self.attention, self.dtype)
-        if clip is None:  # the clip itself, a group of one
-            mixed = kernel.attend_clip(q[:, 0], KV(*(part[:, 0] for part in kv)))
-        elif so_far is None:
-            mixed = kernel.attend_captions(q, kv, clip, clip_valid)
-        else:  # one token of each caption: decoding is plain everywhere
-            mixed = plain.attend_captions(q, kv, clip, clip_valid, jnp.arange(kv.k.shape[3]) <= step)
-        mixed = mixed.reshape(rows, group, queries, -1)
+        q, k = rotate(q, rope), rotate(k, rope)
+        if caches is not None:
+            mixed, kept = _decode(q, k, v, *caches, clip_valid, step)
+        else:
+            mixed, kept = self._attend(q, k, v, clip_valid)
+        mixed = mixed.reshape(rows, tokens, -1)
 
         x = x + dense(self, text.width, "out", bias=False, lora=text.lora)(mixed)
         y = RMSNorm(name="mlp_norm", **norms)(x)
-        return x + GatedMLP(text.ffn, False, self.dtype, self.param_dtype, text.lora, name="mlp")(y), kv
+        return x + GatedMLP(text.ffn, False, self.dtype, self.param_dtype, text.lora, name="mlp")(y), kept
+
+    def _attend(
+        self,
+        q: Float[Array, "B Q H E"],
+        k: Float[Array, "B Q K E"],
+        v: Float[Array, "B Q K E"],
+        clip_valid: Bool[Array, "B P"] | None,
+    ) -> tuple[Float[Array, "B Q H E"], KV | None]:
+        """Attention of whole sequences. The clip's keys and values are returned only if there are no captions."""
+        kernel = backend(self.attention, self.dtype)
+        rows, (group, length) = len(q), self.captions or (0, 0)
+        end = q.shape[1] - group * length
+        clip = KV(*(part[:, :end].swapaxes(1, 2) for part in (k, v)))
+        mixed = kernel.attend_clip(q[:, :end], clip)
+        if self.captions is None:
+            return mixed, clip
+        q, k, v = (part[:, end:].reshape(rows, group, length, *part.shape[2:]) for part in (q, k, v))
+        own = KV(*(part.swapaxes(2, 3) for part in (k, v)))
+        captions = kernel.attend_captions(q, own, clip, clip_valid)
+        return jnp.concatenate([mixed, captions.reshape(rows, group * length, *captions.shape[3:])], axis=1), None
+
+
+def _decode(
+    q: Float[Array, "B G H E"],
+    k: Float[Array, "B G K E"],
+    v: Float[Array, "B G K E"],
+    clip: KV,
+    captions: KV,
+    clip_valid: Bool[Array, "B P"],
+    step: Int[Array, ""],
+) -> tuple[Float[Array, "B G 1 H E"], KV]:
+    """Attention of one token of each caption, and the captions' cache with that token written at `step`."""
+    captions = captions.write(KV(k[..., None, :], v[..., None, :]), step)
+    written = jnp.arange(captions.k.shape[3]) <= step
+    return plain.attend_captions(q[:, :, None], captions, clip, clip_valid, written), captions
 
 
 class TextModel(nn.Module):
@@ -73,24 +110,23 @@ class TextModel(nn.Module):
     @nn.compact
     def __call__(
         self,
-        x: Float[Array, "B G Q D"],
-        positions: Int[Array, "B G Q 3"],
-        clip: ClipCache | None = None,
-        so_far: Any = None,
+        x: Float[Array, "B Q D"],
+        positions: Int[Array, "B Q 3"],
+        clip_valid: Bool[Array, "B P"] | None = None,
+        captions: tuple[int, int] | None = None,
+        caches: tuple[Any, Any] | None = None,
         step: Int[Array, ""] | None = None,
-    ) -> tuple[Float[Array, "B G Q D"], Any]:
-        """Normed hidden states, and every layer's keys and values (see `cache.ClipCache` for the layout).
+    ) -> tuple[Float[Array, "B Q D"], Any]:
+        """Normed hidden states, and what `TextLayer` returns of each layer, in the layout of `ClipCache.layers`.
 
-        Without `clip` this is the prefill of a clip (G = 1); with it, captions in parallel; with `so_far`
-        and `step` too, one more token of each caption.
+        The arguments are those of `TextLayer`, with the caches of all layers.
         """
         config, text = self.config, self.config.text
         rope = text_rope(positions, text.head, text.rope_theta, text.mrope_sections)
         rope = Rope(*(part.astype(config.dtype) for part in rope))
 
-        own = (clip and clip.layers, so_far)
-        if not config.scan:
-            own = list(zip(*(part or [None] * text.layers for part in own)))
-        run = stack_of(TextLayer, dict(text=text, attention=config.attention, **config.dtypes), text.layers, config)
-        x, kv = run(x, own, rope, clip and clip.valid, step)
-        return RMSNorm(name="norm", eps=text.rms_eps, **config.dtypes)(x), kv
+        if caches is not None and not config.scan:
+            caches = list(zip(*caches))
+        sizes = dict(text=text, attention=config.attention, captions=captions, **config.dtypes)
+        x, kept = stack_of(TextLayer, sizes, text.layers, config)(x, caches, rope, clip_valid, step)
+        return RMSNorm(name="norm", eps=text.rms_eps, **config.dtypes)(x), kept

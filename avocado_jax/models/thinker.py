@@ -1,4 +1,4 @@
-"""The thinker: towers, the clip's tokens, its captions. Logits exist at caption positions only."""
+"""The thinker: encoders, the clip's tokens and its captions. Logits exist at caption positions only."""
 
 from typing import Any, NamedTuple
 
@@ -11,11 +11,11 @@ from avocado_jax.models.cache import ClipCache
 from avocado_jax.models.config import ThinkerConfig
 from avocado_jax.models.text import TextModel
 from avocado_jax.models.vision import VisionTower
-from avocado_jax.typing import Array, Captions, Clip, Float, Int
+from avocado_jax.typing import Array, Bool, Captions, Clip, Float, Int
 
 
 class Encoded(NamedTuple):
-    """A clip as the encoders see it, before the adapters. It takes the place of encoding it again (`prefill`)."""
+    """Encoder outputs before the adapters. Pass them to skip the encoders."""
 
     seen: Float[Array, "B T S Y"]  # slots of each temporal patch
     heard: Float[Array, "B A U Y"] | None  # None without sound
@@ -24,8 +24,9 @@ class Encoded(NamedTuple):
 class Thinker(nn.Module):
     """Qwen2.5-Omni's thinker for rows of one clip and its G captions (README, "A row").
 
-    Methods are called as `model.apply({"params": params}, ..., method="prefill")`. Given `encoded`, the encoders do not
-    run and their parameters may be missing.
+    `__call__` is the training pass. `prefill` and `decode` are for sampling; call them as
+    `model.apply({"params": params}, ..., method="prefill")`. With `encoded`, the encoders do not run and their
+    parameters may be missing.
     """
 
     config: ThinkerConfig
@@ -40,11 +41,25 @@ class Thinker(nn.Module):
         self.head = self.embedding if text.tied else self.param("head", *table)
 
     def __call__(self, clip: Clip, captions: Captions, encoded: Encoded | None = None) -> Float[Array, "B G C D"]:
-        """Normed hidden states at the captions' inputs, [B G C D]: `logits` of them predict the targets."""
-        return self.continue_captions(self.prefill(clip, encoded), clip, captions.inputs)
+        """Normed hidden states at the captions' inputs; their logits predict the targets.
+
+        Clip and captions pass through the layers together, so that each weight is gathered once in each direction
+        and its gradient is one array.
+        """
+        rows, clip_tokens = clip.tokens.shape
+        inputs = captions.inputs
+        index = jnp.broadcast_to(jnp.arange(inputs.shape[2]), inputs.shape)
+        own = caption_positions(clip, index).reshape(rows, -1, 3)
+        x, _ = self.text(
+            self.embed(clip, encoded, inputs.reshape(rows, -1)),
+            jnp.concatenate([clip.positions, own], axis=1),
+            _valid(clip),
+            captions=inputs.shape[1:],
+        )
+        return x[:, clip_tokens:].reshape(*inputs.shape, -1)
 
     def encode(self, clip: Clip) -> Encoded:
-        """What the encoders make of the clip: the part of the model that is frozen in both of the paper's stages."""
+        """Run the encoders: the part of the model that is frozen in both stages of the paper."""
         rows, patches = clip.tokens.shape[0], clip.patches.shape[1]
         per_frame = (
             jnp.repeat(part[:, None], patches, axis=1).reshape(rows * patches, *part.shape[1:])
@@ -57,40 +72,37 @@ class Thinker(nn.Module):
             heard = self.audio.encode(chunks, clip.mel_length.reshape(-1))
         return jax.tree.map(lambda part: part.reshape(rows, -1, *part.shape[1:]), Encoded(seen, heard))
 
-    def embed(self, clip: Clip, encoded: Encoded | None = None) -> Float[Array, "B P D"]:
-        """The clip's tokens with picture and sound in their places, [B P D]. A batch of texts has neither."""
+    def embed(
+        self, clip: Clip, encoded: Encoded | None = None, inputs: Int[Array, "B Q"] | None = None
+    ) -> Float[Array, "B N D"]:
+        """Embeddings of [clip; inputs]: media embeddings at the clip's placeholders, token embeddings elsewhere."""
+        tokens, clip_tokens = clip.tokens, clip.tokens.shape[1]
+        words = self._words(tokens if inputs is None else jnp.concatenate([tokens, inputs], axis=1))
         if not clip.patches.shape[1] and not clip.mel.shape[1]:
-            return self._words(clip.tokens)
+            return words
         encoded, rows = encoded or self.encode(clip), clip.tokens.shape[0]
         towers = [(self.vision, encoded.seen)] + [(self.audio, encoded.heard)] * (encoded.heard is not None)
         adapted = [tower.adapt(part.reshape(-1, *part.shape[2:])) for tower, part in towers]
         media = jnp.concatenate([part.reshape(rows, -1, part.shape[-1]) for part in adapted], axis=1)
         placed = jnp.take_along_axis(media, jnp.maximum(clip.media, 0)[..., None], axis=1)
-        return jnp.where((clip.media >= 0)[..., None], placed, self._words(clip.tokens))
+        placed = jnp.where((clip.media >= 0)[..., None], placed, words[:, :clip_tokens])
+        return placed if inputs is None else jnp.concatenate([placed, words[:, clip_tokens:]], axis=1)
 
     def prefill(self, clip: Clip, encoded: Encoded | None = None) -> ClipCache:
-        """Read the clip once: every layer's keys and values, for any number of captions."""
-        x, positions = self.embed(clip, encoded)[:, None], clip.positions[:, None]
-        _, kv = self.text(x, positions)
-        kv = jax.tree.map(lambda part: part.squeeze(-4), kv)  # the clip is a group of one
-        return ClipCache(kv, jnp.arange(clip.tokens.shape[1]) < clip.length[:, None])
-
-    def continue_captions(self, cache: ClipCache, clip: Clip, inputs: Int[Array, "B G C"]) -> Float[Array, "B G C D"]:
-        """Normed hidden states of captions in parallel, behind their clip; the first input is `clip.first`."""
-        positions = caption_positions(clip, jnp.broadcast_to(jnp.arange(inputs.shape[2]), inputs.shape))
-        x, _ = self.text(self._words(inputs), positions, cache)
-        return x
+        """Keys and values of the clip in every layer, shared by any number of captions."""
+        _, kv = self.text(self.embed(clip, encoded), clip.positions)
+        return ClipCache(kv, _valid(clip))
 
     def decode(
         self, cache: ClipCache, clip: Clip, so_far: Any, step: Int[Array, ""], inputs: Int[Array, "B G"]
     ) -> tuple[Float[Array, "B G V"], Any]:
-        """One token of every caption: its logits in fp32, and the caption cache with it written at `step`."""
-        positions = caption_positions(clip, jnp.broadcast_to(step, (*inputs.shape, 1)))
-        x, so_far = self.text(self._words(inputs[..., None]), positions, cache, so_far, step)
-        return self.logits(x[:, :, 0]), so_far
+        """Logits (fp32) of the next token of every caption, and the caption cache with `inputs` written at `step`."""
+        positions = caption_positions(clip, jnp.broadcast_to(step, (*inputs.shape, 1)))[:, :, 0]
+        x, so_far = self.text(self._words(inputs), positions, cache.valid, caches=(cache.layers, so_far), step=step)
+        return self.logits(x), so_far
 
     def logits(self, hidden: Float[Array, "... D"], ids: Int[Array, "V"] | None = None) -> Float[Array, "... V"]:
-        """Scores of the next token, fp32: of every token, or of `ids` alone."""
+        """Logits of the next token in fp32, for the whole vocabulary or for `ids` only."""
         head = self.head if ids is None else self.head[ids]
         return jnp.einsum("...D,VD->...V", hidden, head.astype(self.config.dtype), preferred_element_type=jnp.float32)
 
@@ -98,8 +110,17 @@ class Thinker(nn.Module):
         return jnp.take(self.embedding, tokens, axis=0).astype(self.config.dtype)
 
 
+def output_matrix(config: ThinkerConfig, params: Any) -> Float[Array, "V D"]:
+    """The parameter that `Thinker.logits` multiplies with."""
+    return params["embedding" if config.text.tied else "head"]
+
+
+def _valid(clip: Clip) -> Bool[Array, "B P"]:
+    return jnp.arange(clip.tokens.shape[1]) < clip.length[:, None]
+
+
 def caption_positions(clip: Clip, index: Int[Array, "B G Q"]) -> Int[Array, "B G Q 3"]:
-    """TMRoPE ids of caption inputs by their index: they count on from the last prompt token, on all axes."""
+    """TMRoPE ids of caption inputs by index: they continue from the last prompt token, on all three axes."""
     return jnp.repeat((clip.start[:, None, None] + index)[..., None], 3, axis=-1)
 
 
@@ -110,7 +131,7 @@ def example(
     shape: tuple[int, int, int, int] = (2, 1, 1, 1),
     caption: int = 1,
 ) -> tuple[Clip, Captions]:
-    """A batch as shapes and dtypes; the smallest is what `init` and `eval_shape` need to know the parameters.
+    """A batch as shapes and dtypes. The default sizes are enough for `init` and `eval_shape`.
 
     Args:
         shape: sizes of the clips as `data.rows.Shape` has them: tokens, temporal patches, windows, chunks of sound.
@@ -141,6 +162,6 @@ def example(
 
 
 def init(config: ThinkerConfig, key: jax.Array) -> Any:
-    """Random parameters of `config`. Under `jax.eval_shape` this costs nothing at any size."""
+    """Random parameters of `config`; under `jax.eval_shape`, their shapes at no cost."""
     clip, captions = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), example(config))
     return Thinker(config).init(key, clip, captions)["params"]

@@ -19,7 +19,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from avocado_jax.config import GrpoConfig
 from avocado_jax.errors import InputError
 from avocado_jax.models.config import ThinkerConfig
-from avocado_jax.models.thinker import Encoded, Thinker
+from avocado_jax.models.thinker import Encoded, Thinker, output_matrix
 from avocado_jax.parallel.batches import rows_sharding
 from avocado_jax.parallel.parts import by_parts, in_parts
 from avocado_jax.train.losses import Scores, caption_scores
@@ -67,9 +67,8 @@ def caption_logprobs(
     temperature: float,
 ) -> Scores:
     """What a policy at this temperature says of captions, [B G C]."""
-    apply = partial(Thinker(model).apply, {"params": params})
-    hidden = apply(clip, captions, encoded)
-    return caption_scores(hidden, partial(apply, method="logits"), captions.targets, temperature)
+    hidden = Thinker(model).apply({"params": params}, clip, captions, encoded)
+    return caption_scores(hidden, output_matrix(model, params), captions.targets, temperature)
 
 
 def reference_part(params: Any, train: str, dtype: str) -> Any:

@@ -1,27 +1,35 @@
-"""Losses over caption tokens, one vocabulary-wide block of logits at a time."""
+"""Losses over caption tokens. Logits exist for one chunk of tokens at a time.
 
+Everything runs inside one `shard_map` over the mesh in context: rows are divided over (data, fsdp), the vocabulary over
+`tensor`. The output matrix is gathered over `fsdp` once, in the compute dtype, and kept for the backward pass; its
+gradient is accumulated over the chunks in fp32 and reduce-scattered once.
+"""
+
+import math
 from collections.abc import Callable
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
-from avocado_jax.parallel.mesh import parts_of
+from avocado_jax.parallel.mesh import ROWS, parts_of
 from avocado_jax.typing import Array, Bool, Captions, Float, Int
 
-LOGITS_BYTES = 256 * 2**20  # fp32 logits alive at once on a device
+LOGITS_BYTES = 256 * 2**20  # fp32 logits of one chunk on a device
 
 
 class Scores(NamedTuple):
-    """What a model says of caption tokens."""
+    """Scores of caption tokens under a model."""
 
     logprob: Float[Array, "B G C"]  # of the token, nats
-    entropy: Float[Array, "B G C"]  # of the distribution it was taken from; it has no gradient
+    entropy: Float[Array, "B G C"]  # of the distribution that the token was drawn from; it has no gradient
     likeliest: Bool[Array, "B G C"]  # no other token is more probable
 
 
 class Sums(NamedTuple):
-    """Over the caption tokens that count."""
+    """Sums over the counted caption tokens."""
 
     loss: Float[Array, ""]  # cross-entropy, nats
     correct: Float[Array, ""]  # tokens whose most likely prediction is right
@@ -33,56 +41,166 @@ def counted(captions: Captions, weight: Float[Array, "B"]) -> Float[Array, "B G 
     return captions.valid * weight[:, None, None]
 
 
-def caption_scores(
-    hidden: Float[Array, "B G C D"],
-    logits: Callable[[Array], Array],
-    targets: Int[Array, "B G C"],
-    temperature: float = 1.0,
-) -> Scores:
-    """Scores of the targets where logits are divided by `temperature`. `logits` maps [... D] to fp32 [... V].
-
-    Captions are taken in stretches along C, whose logits are recomputed in the backward pass and never kept.
-    """
-    rows, group, length, _ = hidden.shape
-    vocab = jax.eval_shape(logits, hidden[:1, :1, :1]).shape[-1]
-    local = max(1, rows // parts_of("rows"))
-    stretch = min(length, max(1, LOGITS_BYTES // (4 * vocab * local * group)))
-    stretches = -(-length // stretch)
-
-    @jax.checkpoint
-    def scores_of(hidden: Array, targets: Array) -> Scores:
-        scores = logits(hidden) / temperature
-        top = jax.lax.stop_gradient(jnp.max(scores, axis=-1))
-        weights = jnp.exp(scores - top[..., None])
-        total = jnp.sum(weights, axis=-1)
-        lse = jnp.log(total) + top
-        # A sum over the vocabulary, not a gather from it: it may be divided over devices.
-        hit = jnp.arange(vocab) == targets[..., None]
-        chosen = jnp.sum(jnp.where(hit, scores, 0), axis=-1)
-        mean = jnp.sum(jax.lax.stop_gradient(weights * scores), axis=-1) / jax.lax.stop_gradient(total)
-        return Scores(chosen - lse, jax.lax.stop_gradient(lse) - mean, chosen >= top)
-
-    if stretches == 1:
-        return scores_of(hidden, targets)
-
-    def cut(x: Array) -> Array:
-        x = jnp.pad(x, ((0, 0), (0, 0), (0, stretches * stretch - length), *((0, 0),) * (x.ndim - 3)))
-        return jnp.moveaxis(x.reshape(rows, group, stretches, stretch, *x.shape[3:]), 2, 0)
-
-    def joined(x: Array) -> Array:
-        return jnp.moveaxis(x, 0, 2).reshape(rows, group, -1)[..., :length]
-
-    return jax.tree.map(joined, jax.lax.map(lambda part: scores_of(*part), (cut(hidden), cut(targets))))
-
-
 def caption_sums(
     hidden: Float[Array, "B G C D"],
-    logits: Callable[[Array], Array],
+    head: Float[Array, "V D"],
     captions: Captions,
     weight: Float[Array, "B"],
 ) -> Sums:
     """Next-token cross-entropy, summed; see `caption_scores`."""
-    scores, counts = caption_scores(hidden, logits, captions.targets), counted(captions, weight)
+    scores, counts = caption_scores(hidden, head, captions.targets), counted(captions, weight)
     return Sums(
         -jnp.sum(scores.logprob * counts), jnp.sum(scores.likeliest * counts), jnp.sum(counts, dtype=jnp.float32)
     )
+
+
+def caption_scores(
+    hidden: Float[Array, "B G C D"],
+    head: Float[Array, "V D"],
+    targets: Int[Array, "B G C"],
+    temperature: float = 1.0,
+) -> Scores:
+    """Scores of the targets under softmax(hidden @ head.T / temperature).
+
+    Args:
+        hidden: in the compute dtype; `head` is cast to it, logits are fp32.
+
+    Returns:
+        fp32 scores. `logprob` is differentiable with respect to `hidden` and `head`.
+    """
+    pad = -len(hidden) % parts_of("rows")  # shard_map divides rows evenly; padded rows have no gradient
+    rows = (jnp.pad(part, ((0, pad), *((0, 0),) * (part.ndim - 1))) for part in (hidden, targets))
+    scores = _scores(*rows, head, temperature)
+    return jax.tree.map(lambda part: part[: len(hidden)], scores) if pad else scores
+
+
+class _Axes(NamedTuple):
+    """Mesh axes that divide something; () without a mesh, or where the size is not divisible."""
+
+    rows: tuple[str, ...]
+    vocabulary: tuple[str, ...]
+    width: tuple[str, ...]
+
+    @property
+    def by_rows(self) -> PartitionSpec:
+        return PartitionSpec(self.rows or None)
+
+    @property
+    def stored(self) -> PartitionSpec:
+        """Of the output matrix and its gradient, as in `parallel.rules`."""
+        return PartitionSpec(self.vocabulary or None, self.width or None)
+
+    @property
+    def gathered(self) -> PartitionSpec:
+        """Of the output matrix in use."""
+        return PartitionSpec(self.vocabulary or None)
+
+
+def _axes(head: Array) -> _Axes:
+    def divides(axis: str, size: int) -> tuple[str, ...]:
+        return (axis,) if parts_of(axis) > 1 and size % parts_of(axis) == 0 else ()
+
+    rows = ROWS if parts_of("rows") > 1 else ()
+    return _Axes(rows, divides("tensor", head.shape[0]), divides("fsdp", head.shape[1]))
+
+
+def _sharded(run: Callable, axes: _Axes, in_specs: Any, out_specs: Any) -> Callable:
+    """`run` on each device's part; without a mesh that divides anything, `run` itself."""
+    if not any(axes):
+        return run
+    return jax.shard_map(run, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _scores(hidden: Array, targets: Array, head: Array, temperature: float) -> Scores:
+    return _forward(hidden, targets, head, temperature)[0]
+
+
+def _forward(hidden: Array, targets: Array, head: Array, temperature: float) -> tuple[Scores, tuple]:
+    axes = _axes(head)
+
+    def run(hidden: Array, targets: Array, head: Array) -> tuple[Scores, Array, Array]:
+        matrix = head.astype(hidden.dtype)
+        if axes.width:
+            matrix = jax.lax.all_gather(matrix, axes.width, axis=1, tiled=True)
+
+        def chunk(hidden: Array, targets: Array) -> tuple[Scores, Array]:
+            scores, hit = _logits(hidden, targets, matrix, temperature, axes)
+            top = jax.lax.pmax(jnp.max(scores, axis=-1), axes.vocabulary)
+            weights = jnp.exp(scores - top[:, None])
+            # A sum, not a gather: the target may be in another device's part of the vocabulary.
+            sums = (jnp.sum(part, axis=-1) for part in (weights, weights * scores, jnp.where(hit, scores, 0)))
+            total, weighted, chosen = jax.lax.psum(tuple(sums), axes.vocabulary)
+            lse = jnp.log(total) + top
+            return Scores(chosen - lse, lse - weighted / total, chosen >= top), lse
+
+        scores, lse = _in_chunks(chunk, (hidden, targets), matrix)
+        return scores, lse, matrix
+
+    outputs = (Scores(*(axes.by_rows,) * 3), axes.by_rows, axes.gathered)
+    run = _sharded(run, axes, (axes.by_rows, axes.by_rows, axes.stored), outputs)
+    scores, lse, matrix = run(hidden, targets, head)
+    return scores, (hidden, targets, lse, matrix, head)
+
+
+def _backward(temperature: float, kept: tuple, gradient: Scores) -> tuple[Array, None, Array]:
+    hidden, targets, lse, matrix, head = kept
+    axes = _axes(head)
+
+    def run(hidden: Array, targets: Array, lse: Array, gradient: Array, matrix: Array) -> tuple[Array, Array]:
+        def chunk(total: Array, part: tuple) -> tuple[Array, Array]:
+            hidden, targets, lse, gradient = part
+            scores, hit = _logits(hidden, targets, matrix, temperature, axes)
+            slope = (hit - jnp.exp(scores - lse[:, None])) * (gradient / temperature)[:, None]
+            slope = slope.astype(hidden.dtype)
+            fp32 = dict(preferred_element_type=jnp.float32)
+            to_hidden = jax.lax.psum(jnp.einsum("NV,VD->ND", slope, matrix, **fp32), axes.vocabulary)
+            return total + jnp.einsum("NV,ND->VD", slope, hidden, **fp32), to_hidden.astype(hidden.dtype)
+
+        parts, joined = _chunks((hidden, targets, lse, gradient), matrix)
+        to_head, to_hidden = jax.lax.scan(chunk, jnp.zeros(matrix.shape, jnp.float32), parts)
+        if axes.width:
+            to_head = jax.lax.psum_scatter(to_head, axes.width, scatter_dimension=1, tiled=True)
+        left = tuple(axis for axis in axes.rows if axis not in axes.width)
+        return joined(to_hidden), jax.lax.psum(to_head, left)
+
+    by_rows = axes.by_rows
+    run = _sharded(run, axes, (by_rows, by_rows, by_rows, by_rows, axes.gathered), (by_rows, axes.stored))
+    to_hidden, to_head = run(hidden, targets, lse, gradient.logprob, matrix)
+    return to_hidden, None, to_head.astype(head.dtype)
+
+
+_scores.defvjp(_forward, _backward)
+
+
+def _logits(hidden: Array, targets: Array, matrix: Array, temperature: float, axes: _Axes) -> tuple[Array, Array]:
+    """This device's part of the fp32 logits of N tokens, [N V], and which of them are the targets'."""
+    logits = jnp.einsum("ND,VD->NV", hidden, matrix, preferred_element_type=jnp.float32) / temperature
+    first = jax.lax.axis_index(axes.vocabulary) * len(matrix) if axes.vocabulary else 0
+    return logits, first + jnp.arange(len(matrix)) == targets[:, None]
+
+
+def _chunks(tokens: tuple, matrix: Array) -> tuple[tuple, Callable]:
+    """Arrays [B G C ...] as [chunks, N, ...], padded with zeros, and a function that undoes it.
+
+    N tokens have LOGITS_BYTES of logits against this device's part of the vocabulary.
+    """
+    shape = tokens[0].shape[:3]
+    count = math.prod(shape)
+    size = min(count, max(1, LOGITS_BYTES // (4 * len(matrix))))
+    pad = -count % size
+
+    def cut(part: Array) -> Array:
+        flat = part.reshape(count, *part.shape[3:])
+        return jnp.pad(flat, ((0, pad), *((0, 0),) * (flat.ndim - 1))).reshape(-1, size, *flat.shape[1:])
+
+    def joined(part: Array) -> Array:
+        return part.reshape(count + pad, *part.shape[2:])[:count].reshape(*shape, *part.shape[2:])
+
+    return tuple(map(cut, tokens)), joined
+
+
+def _in_chunks(run: Callable, tokens: tuple, matrix: Array) -> Any:
+    """`run` over tokens in chunks, as arrays [B G C ...]."""
+    parts, joined = _chunks(tokens, matrix)
+    return jax.tree.map(joined, jax.lax.map(lambda part: run(*part), parts))

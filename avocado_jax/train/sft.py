@@ -12,7 +12,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from avocado_jax.config import RunConfig, SftConfig
 from avocado_jax.models.config import Lora, ThinkerConfig, computed
-from avocado_jax.models.thinker import Thinker
+from avocado_jax.models.thinker import Thinker, output_matrix
 from avocado_jax.train.losses import Sums, caption_sums, counted
 from avocado_jax.train.optim import gradient, optimizer, schedule
 from avocado_jax.train.state import State, begin, join, split, state_shapes, updated
@@ -23,9 +23,8 @@ Metrics = dict[str, Array]
 
 def batch_sums(model: ThinkerConfig, params: Any, clip: Clip, captions: Captions, weight: Float[Array, "B"]) -> Sums:
     """Cross-entropy sums of a batch under `params`."""
-    thinker = Thinker(model)
-    hidden = thinker.apply({"params": params}, clip, captions)
-    return caption_sums(hidden, partial(thinker.apply, {"params": params}, method="logits"), captions, weight)
+    hidden = Thinker(model).apply({"params": params}, clip, captions)
+    return caption_sums(hidden, output_matrix(model, params), captions, weight)
 
 
 def sft_step(

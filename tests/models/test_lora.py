@@ -15,8 +15,8 @@ from avocado_jax.models.text import TextModel
 from avocado_jax.models.thinker import init
 
 LORA = Lora(rank=4, alpha=8.0)
-X = np.random.default_rng(0).standard_normal((1, 2, 6, TINY.text.width)).astype(np.float32)
-INPUTS = jnp.asarray(X), jnp.broadcast_to(jnp.arange(6)[:, None], (1, 2, 6, 3))
+X = np.random.default_rng(0).standard_normal((2, 6, TINY.text.width)).astype(np.float32)
+INPUTS = jnp.asarray(X), jnp.broadcast_to(jnp.arange(6)[:, None], (2, 6, 3))
 
 
 def with_lora(config):

@@ -13,6 +13,7 @@ from avocado_jax.models.config import TINY, computed
 from avocado_jax.models.thinker import Thinker, init
 from avocado_jax.sampling.generate import caption_keys, generate
 from avocado_jax.sampling.logits import Sampling
+from avocado_jax.typing import Captions
 
 CONFIG = computed(TINY, "float32", scan=False)
 LENGTH = 10
@@ -67,7 +68,7 @@ def test_probabilities_are_those_of_the_captions_in_parallel(params, rows):
     @jax.jit
     def trainer(params, clip, inputs):
         apply = partial(Thinker(CONFIG).apply, {"params": params})
-        hidden = apply(apply(clip, method="prefill"), clip, inputs, method="continue_captions")
+        hidden = apply(clip, Captions(inputs, inputs, inputs >= 0))
         return jax.nn.log_softmax(apply(hidden, method="logits"))
 
     logprobs = trainer(params, clip, inputs)

@@ -1,4 +1,4 @@
-"""The chunked cross-entropy against optax's over whole logits."""
+"""The chunked loss against optax's over all logits, on one device and divided over meshes."""
 
 from functools import partial
 
@@ -8,6 +8,7 @@ import numpy as np
 import optax
 import pytest
 
+from avocado_jax.parallel.mesh import make_mesh
 from avocado_jax.train import losses
 from avocado_jax.typing import Captions
 
@@ -30,20 +31,16 @@ def whole(hidden, head, captions, weight):
     return jnp.sum(each * captions.valid * weight[:, None, None])
 
 
-def chunked(hidden, head, captions, weight):
-    return losses.caption_sums(hidden, lambda x: x @ head.T, captions, weight)
-
-
 @pytest.mark.parametrize("stretch", [1, 5, 13, 100])
 def test_equals_the_loss_over_whole_logits(case, stretch, monkeypatch):
     monkeypatch.setattr(losses, "LOGITS_BYTES", 4 * V * B * G * stretch)
     hidden, head, captions, weight = case
-    sums = chunked(*case)
+    sums = losses.caption_sums(*case)
     np.testing.assert_allclose(sums.loss, whole(*case), rtol=1e-6)
     counts = captions.valid * weight[:, None, None]
     assert float(sums.count) == counts.sum()
     assert float(sums.correct) == ((np.argmax(hidden @ head.T, -1) == captions.targets) * counts).sum()
-    ours = jax.grad(lambda *args: chunked(*args, captions, weight).loss, (0, 1))(hidden, head)
+    ours = jax.grad(lambda *args: losses.caption_sums(*args, captions, weight).loss, (0, 1))(hidden, head)
     theirs = jax.grad(partial(whole, captions=captions, weight=weight), (0, 1))(hidden, head)
     for one, other in zip(ours, theirs):
         np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
@@ -51,6 +48,53 @@ def test_equals_the_loss_over_whole_logits(case, stretch, monkeypatch):
 
 def test_whole_logits_never_exist(case, monkeypatch):
     monkeypatch.setattr(losses, "LOGITS_BYTES", 4 * V * B * G * 3)
-    text = str(jax.make_jaxpr(lambda *args: jax.grad(lambda h: chunked(h, *args[1:]).loss)(args[0]))(*case))
-    assert f"[{B},{G},3,{V}]" in text
+    text = str(jax.make_jaxpr(jax.grad(lambda *args: losses.caption_sums(*args).loss))(*case))
+    assert f"[{B * G * 3},{V}]" in text
+    assert f"[{B * G * C},{V}]" not in text
     assert f"[{B},{G},{C},{V}]" not in text
+
+
+def scores_of_whole_logits(hidden, head, targets, temperature):
+    """`caption_scores` from logits of the whole vocabulary."""
+    logits = hidden @ head.T / temperature
+    logprobs = jax.nn.log_softmax(logits)
+    chosen = jnp.take_along_axis(logprobs, targets[..., None], axis=-1)[..., 0]
+    entropy = -jnp.sum(jnp.exp(logprobs) * logprobs, axis=-1)
+    return losses.Scores(chosen, entropy, jnp.argmax(logits, axis=-1) == targets)
+
+
+@pytest.mark.parametrize("sizes", [(1, 1, 1), (2, 2, 2), (1, 8, 1), (1, 2, 4)])
+@pytest.mark.parametrize("vocabulary", [48, V])  # divided by `tensor`, or not
+def test_scores_on_every_mesh_and_at_a_temperature(case, sizes, vocabulary, monkeypatch):
+    """Scores and gradients, in two or more chunks; three rows are not divided by any mesh."""
+    hidden, head, captions, _ = case
+    head, targets = head[:vocabulary], captions.targets % vocabulary
+    hidden[0, 0, 0] = 30 * head[targets[0, 0, 0]]  # large logits: the target is the likeliest
+    upstream = np.random.default_rng(1).normal(size=targets.shape).astype(np.float32)
+
+    def run(scores_of):
+        def loss(hidden, head):
+            scores = scores_of(hidden, head, targets, 0.7)
+            return jnp.sum(scores.logprob * upstream) + jnp.sum(jax.lax.stop_gradient(scores.entropy)), scores
+
+        return jax.jit(jax.grad(loss, (0, 1), has_aux=True))(hidden, head)
+
+    expected = run(scores_of_whole_logits)
+    monkeypatch.setattr(losses, "LOGITS_BYTES", 4 * vocabulary * 7)
+    with jax.set_mesh(make_mesh(*sizes, devices=jax.devices()[: int(np.prod(sizes))])):
+        found = run(losses.caption_scores)
+    for one, other in zip(*map(jax.tree.leaves, (found, expected)), strict=True):
+        np.testing.assert_allclose(one, other, rtol=2e-5, atol=2e-5)
+
+
+def test_half_precision_is_near_single(case):
+    """In bfloat16 the gradient of the output matrix is summed in fp32 over the chunks, and has its dtype."""
+    hidden, head, captions, weight = case
+
+    def gradients(dtype):
+        loss = lambda hidden, head: losses.caption_sums(hidden.astype(dtype), head, captions, weight).loss  # noqa: E731
+        return jax.grad(loss, (0, 1))(hidden, head)
+
+    for one, other in zip(gradients(jnp.bfloat16), gradients(jnp.float32)):
+        assert one.dtype == jnp.float32
+        assert np.abs(one - other).max() < 0.02 * np.abs(other).max()
