@@ -34,7 +34,9 @@ def collective_bytes(hlo: str, most: int = 1) -> dict[str, float]:
     """
     bodies, entry = _computations(hlo)
     uses = {name: list(_uses(lines, bodies, most)) for name, lines in bodies.items()}
-    sent: dict[object, tuple[str, float]] = {}  # by channel: a fused asynchronous one is written down several times
+    # A fused asynchronous collective is written down several times, with one channel and one name. The channel alone
+    # is not enough: all collectives of a shard_map have the same.
+    sent: dict[object, tuple[str, float]] = {}
     waiting = [_Use(entry, 1)]
     while waiting:
         name, times = waiting.pop()
@@ -42,8 +44,8 @@ def collective_bytes(hlo: str, most: int = 1) -> dict[str, float]:
         for number, line in enumerate(bodies[name]):
             if (found := _OP.search(line)) is None:
                 continue
-            channel = re.search(r"channel_id=(\d+)", line)
-            key = channel[1] if channel else (name, number)
+            channel, operation = re.search(r"channel_id=(\d+)", line), re.search(r'op_name="([^"]*)"', line)
+            key = (channel[1], *found.groups()[:2], operation and operation[1]) if channel else (name, number)
             kind, nbytes = found[2], times * _sent(found[2], bool(found[3]), found[1], line)
             if kind == "all-reduce" and name.startswith("all-reduce-scatter"):  # as a TPU's compiler fuses one
                 kind, nbytes = "reduce-scatter", nbytes / 2

@@ -100,7 +100,7 @@ def _axes(head: Array) -> _Axes:
     def divides(axis: str, size: int) -> tuple[str, ...]:
         return (axis,) if parts_of(axis) > 1 and size % parts_of(axis) == 0 else ()
 
-    rows = ROWS if parts_of("rows") > 1 else ()
+    rows = tuple(axis for axis in ROWS if parts_of(axis) > 1)
     return _Axes(rows, divides("tensor", head.shape[0]), divides("fsdp", head.shape[1]))
 
 
