@@ -10,7 +10,7 @@ import numpy as np
 from avocado_jax.bench.measure import row, seconds_of
 from avocado_jax.models.cache import KV, ClipCache, caption_cache
 from avocado_jax.models.config import SIZES, ThinkerConfig, computed
-from avocado_jax.models.flops import audio_flops, decode_bytes, text_flops, vision_flops
+from avocado_jax.models.flops import decode_bytes, row_flops
 from avocado_jax.models.thinker import Thinker, init
 from avocado_jax.typing import Clip
 
@@ -61,9 +61,7 @@ def bench_prefill(size: str, tokens: int, dtype: str) -> dict[str, Any]:
     clip = random_clip(config, tokens, FRAMES.get(size, FRAME))
     prefill = jax.jit(partial(Thinker(config).apply, method="prefill"))
     seconds = seconds_of(lambda: prefill({"params": params}, clip))
-    patches, slots = clip.patches.shape[1], clip.patches.shape[2] * clip.patches.shape[3]
-    flops = vision_flops(config, patches, slots) + audio_flops(config, clip.mel.shape[1])
-    flops += text_flops(config, tokens, tokens / 2, 0)
+    flops = row_flops(config, (tokens, *clip.patches.shape[1:3], clip.mel.shape[1]), 0, 0).total
     nbytes = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
     return row("prefill", size, seconds, 1, tokens, flops, nbytes, dtype)
 
@@ -90,6 +88,7 @@ def bench_decode(size: str, group: int, clip_tokens: int, caption_tokens: int, d
 
     seconds = seconds_of(lambda: decode(params, cache))
     mean = caption_tokens / 2
-    flops = text_flops(config, group * caption_tokens, clip_tokens + mean, group * caption_tokens)
+    clip_only, both = (row_flops(config, (clip_tokens, 0, 0, 0), captions, caption_tokens) for captions in (0, group))
+    flops = both.total - clip_only.total
     nbytes = caption_tokens * decode_bytes(config, clip_tokens, group, mean, jnp.dtype(dtype).itemsize)
     return row("decode", size, seconds, caption_tokens, group * caption_tokens, flops, nbytes, dtype)

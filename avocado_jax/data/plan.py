@@ -22,6 +22,7 @@ from avocado_jax.data.index import Sizes
 from avocado_jax.data.rows import Shape
 from avocado_jax.errors import InputError
 from avocado_jax.models.config import ThinkerConfig
+from avocado_jax.models.flops import row_flops as count_flops
 from avocado_jax.typing import Array, Float, Int
 
 EPOCH, STEPS = 1, 2  # purposes of random numbers
@@ -45,28 +46,9 @@ class Step(NamedTuple):
 
 
 def row_flops(sizes: Array, group: int, config: ThinkerConfig) -> Float[Array, "N"]:
-    """Forward FLOPs of rows whose sizes are the columns of `sizes` [N 5]: Shape's four, then caption tokens.
-
-    Matrix products of the towers, the language model over the clip and its `group` captions, and attention;
-    logits at caption positions only.
-    """
-    tokens, patches, windows, chunks, caption = np.asarray(sizes, np.float64).T
-    vision, audio, text = config.vision, config.audio, config.text
-    slots = (vision.window_cells * vision.merge) ** 2
-    full = len(vision.full_layers) / vision.layers
-    layer = 2 * (4 * vision.width**2 + 3 * vision.width * vision.ffn)
-    keys = slots * (full * windows + 1 - full)
-    patch = vision.layers * (layer + 4 * vision.width * keys) + 2 * vision.patch_size * vision.width
-    merged = vision.width * vision.merge**2
-    patch = patch + 2 * merged * (merged + vision.out) / vision.merge**2
-    layer = 2 * (4 * audio.width**2 + 2 * audio.width * audio.ffn) + 4 * audio.width * audio.window
-    chunk = audio.window * (audio.layers * layer + 6 * audio.width * (2 * audio.mel_bins + audio.width))
-    chunk += audio.window * audio.width * audio.out
-    heads = text.heads * text.head
-    layer = 2 * text.width * (2 * heads + 2 * text.kv_heads * text.head + 3 * text.ffn)
-    said = group * caption
-    body = text.layers * ((tokens + said) * layer + 4 * heads * (tokens * tokens / 2 + said * (tokens + caption / 2)))
-    return patches * windows * slots * patch + chunks * chunk + body + 2 * said * text.width * text.vocab
+    """Forward FLOPs of rows whose sizes are the columns of `sizes` [N 5]: Shape's four, then caption tokens."""
+    *shape, caption = np.asarray(sizes, np.float64).T
+    return count_flops(config, shape, group, caption).total
 
 
 def choose_buckets(

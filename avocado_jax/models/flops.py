@@ -1,82 +1,88 @@
-"""Floating-point operations and bytes of the thinker, counted from shapes (a multiply-add is two)."""
+"""The FLOP model: operations and bytes of the thinker, counted from shapes (a multiply-add is two).
 
-from typing import NamedTuple
+Training metrics, `bench`, `plan` and the choice of buckets all use these counts. No device code: sizes are numbers, or
+arrays with one entry for each of many rows.
+"""
+
+from typing import Any, NamedTuple
 
 from avocado_jax.models.config import ThinkerConfig
 
 
 class RowFlops(NamedTuple):
-    """Forward operations of one row, by what the backward pass makes of them."""
+    """Forward operations of one row, grouped by what the backward pass needs of them."""
 
-    towers: float  # encoders: products with weights, and attention
-    tower_attention: float  # the part of `towers` that is attention
-    entry: float  # the encoders' first products, whose inputs are data: they need no gradient
-    adapter_entry: float  # the first product of each adapter, whose inputs need none where encoders are frozen
-    adapters: float  # the rest of the adapters
-    layers: float  # the decoder's products with weights, clip and captions
-    attention: float  # the decoder's attention: a clip sees half of itself, a caption its clip and half of itself
-    logits: float  # at caption positions
+    towers: Any  # encoders: products with weights, and attention
+    tower_attention: Any  # the part of `towers` that is attention
+    entry: Any  # the encoders' first products: their inputs are data and need no gradient
+    adapter_entry: Any  # the first product of each adapter: its inputs need no gradient if encoders are frozen
+    adapters: Any  # the rest of the adapters
+    layers: Any  # the decoder's products with weights, for clip and captions
+    attention: Any  # the decoder's attention: a clip sees half of itself, a caption its clip and half of itself
+    logits: Any  # at caption positions
 
     @property
-    def total(self) -> float:
-        """The whole forward pass."""
+    def total(self) -> Any:
+        """The forward pass."""
         return sum(self) - self.tower_attention
 
 
-def row_flops(config: ThinkerConfig, shape: tuple[int, int, int, int], group: int, caption: float) -> RowFlops:
-    """The forward pass of a row.
+def row_flops(config: ThinkerConfig, shape: Any, group: int, caption: Any) -> RowFlops:
+    """Operations of the forward pass of a row.
 
     Args:
-        shape: sizes of the clip as `data.rows.Shape` has them: tokens, temporal patches, windows, chunks of sound.
+        shape: sizes of the clip as in `data.rows.Shape`: tokens, temporal patches, windows, chunks of sound.
         group: captions of the clip.
         caption: tokens of each.
     """
     tokens, patches, windows, chunks = shape
     vision, audio, text = config.vision, config.audio, config.text
-    slots = windows * (vision.window_cells * vision.merge) ** 2
-    pixels, cells, pooled = patches * slots, patches * slots // vision.merge**2, chunks * audio.window // 2
-    merged = vision.width * vision.merge**2
+    window = (vision.window_cells * vision.merge) ** 2  # patches
+    pixels, frames = patches * windows * window, chunks * audio.window
+    cells, merged, pooled = pixels / vision.merge**2, vision.width * vision.merge**2, frames / 2
+
+    full = len(vision.full_layers)
+    seen = full * windows * window + (vision.layers - full) * window  # keys of a patch, over all layers
+    tower_attention = 4 * vision.width * pixels * seen + 4 * audio.width * audio.window * frames * audio.layers
+    towers = 2 * pixels * vision.layers * (4 * vision.width**2 + 3 * vision.width * vision.ffn)
+    towers += 2 * frames * audio.layers * (4 * audio.width**2 + 2 * audio.width * audio.ffn)
+    towers += 2 * 3 * audio.width**2 * frames  # the second convolution
+    entry = 2 * pixels * vision.patch_size * vision.width + 2 * 3 * audio.mel_bins * audio.width * 2 * frames
     adapter_entry = 2 * cells * merged**2 + 2 * pooled * audio.width * audio.out
-    adapters = 2 * cells * merged * vision.out
-    entry = 2 * pixels * vision.patch_size * vision.width
-    entry += 2 * 3 * audio.mel_bins * audio.width * 2 * audio.window * chunks
-    seen = sum(slots if i in vision.full_layers else slots // max(1, windows) for i in range(vision.layers))
-    tower_attention = 4 * vision.width * pixels * seen
-    tower_attention += 4 * audio.width * audio.window * audio.window * chunks * audio.layers
-    towers = vision_flops(config, patches, slots) + audio_flops(config, chunks) - entry - adapters - adapter_entry
-    said = group * caption
-    keys = tokens * tokens / 2 + said * (tokens + caption / 2)
+
+    of_captions = group * caption
+    keys = tokens * tokens / 2 + of_captions * (tokens + caption / 2)
     return RowFlops(
-        towers=towers,
+        towers=towers + tower_attention,
         tower_attention=tower_attention,
         entry=entry,
         adapter_entry=adapter_entry,
-        adapters=adapters,
-        layers=text.layers * (tokens + said) * 2 * text_layer_parameters(config),
+        adapters=2 * cells * merged * vision.out,
+        layers=text.layers * (tokens + of_captions) * 2 * text_layer_parameters(config),
         attention=text.layers * 4 * text.heads * text.head * keys,
-        logits=2 * said * text.width * text.vocab,
+        logits=2 * of_captions * text.width * text.vocab,
     )
 
 
 def train_flops(
     config: ThinkerConfig,
-    shape: tuple[int, int, int, int],
+    shape: Any,
     group: int,
-    caption: float,
+    caption: Any,
     trained: str = "captioner",
     recomputed: bool = False,
 ) -> float:
-    """Operations of a training step on one row: forward and backward (`row_flops` names the arguments).
+    """Operations of a training step on one row, forward and backward.
 
-    A product with weights costs its forward again for the gradient of its inputs and again for that of its weights;
-    attention costs its forward twice more. What is not needed is not counted: the backward pass of frozen encoders,
-    gradients of their outputs, weight gradients of frozen weights. Embedding, norms and the optimizer are left out.
+    The gradient of a product's inputs costs its forward pass again, and so does the gradient of its weights; the
+    backward pass of attention costs twice its forward pass. Gradients that are not needed are not counted: those of
+    frozen encoders and of frozen weights. Embedding, norms, low-rank products and the optimizer are left out.
 
     Args:
-        trained: as configs name it: "captioner" (adapters and language model), "all", "adapters", or "lora" (adapters,
-            and low-rank updates of frozen decoder weights, whose own few operations are left out).
-        recomputed: count also what `config.remat` computes a second time: the machine's work, where MFU is by
-            convention the model's (False).
+        shape, group, caption: as in `row_flops`.
+        trained: the config's `train`: "captioner" (adapters and language model), "all", "adapters", or "lora"
+            (adapters, and low-rank updates of frozen decoder weights).
+        recomputed: also count what `config.remat` computes a second time. MFU by convention does not (False).
     """
     row = row_flops(config, shape, group, caption)
     flops = 2 * row.adapter_entry + 3 * row.adapters + 3 * row.attention
@@ -93,7 +99,7 @@ def train_flops(
 
 
 class GrpoFlops(NamedTuple):
-    """Operations of the phases of a step of GRPO on one row."""
+    """Operations of the phases of a GRPO step on one row."""
 
     encode: float
     rollout: float
@@ -103,15 +109,15 @@ class GrpoFlops(NamedTuple):
 
 def grpo_flops(
     config: ThinkerConfig,
-    shape: tuple[int, int, int, int],
+    shape: Any,
     group: int,
-    caption: float,
+    caption: Any,
     trained: str = "captioner",
     updates: int = 1,
     reference: bool = True,
     recomputed: bool = False,
 ) -> GrpoFlops:
-    """Operations of a step of GRPO on one row: rollout, scores of policy and reference, and `updates` of all of it.
+    """Operations of a GRPO step on one row: rollout, scores of policy and reference, and `updates` updates.
 
     The arguments are as in `train_flops`, with `caption` the mean length. Frozen encoders run once.
     """
@@ -122,35 +128,10 @@ def grpo_flops(
     return GrpoFlops(encoders, once, ((updates > 1) + reference) * once, updates * each)
 
 
-def vision_flops(config: ThinkerConfig, patches: int, slots: int) -> int:
-    """The vision tower over `patches` temporal patches of `slots` patches each."""
-    v = config.vision
-    layer = 8 * v.width**2 + 6 * v.width * v.ffn  # q, k, v, out; gate, up, down
-    window = (v.window_cells * v.merge) ** 2
-    seen = sum(slots if i in v.full_layers else min(slots, window) for i in range(v.layers))
-    merged = 2 * (v.width * v.merge**2) ** 2 // v.merge**2 + 2 * v.width * v.out
-    return patches * slots * (2 * v.patch_size * v.width + v.layers * layer + 4 * v.width * seen + merged)
-
-
-def audio_flops(config: ThinkerConfig, chunks: int) -> int:
-    """The sound encoder over chunks of 2 * window mel frames."""
-    a = config.audio
-    convolutions = 2 * 3 * a.mel_bins * a.width * 2 * a.window + 2 * 3 * a.width**2 * a.window
-    layer = a.window * (8 * a.width**2 + 4 * a.width * a.ffn + 4 * a.width * a.window)
-    return chunks * (convolutions + a.layers * layer + a.window // 2 * 2 * a.width * a.out)
-
-
 def text_layer_parameters(config: ThinkerConfig) -> int:
-    """Weights of one decoder layer that every token meets."""
+    """Weights of the matrix products of one decoder layer."""
     t = config.text
     return t.width * t.head * (2 * t.heads + 2 * t.kv_heads) + 3 * t.width * t.ffn
-
-
-def text_flops(config: ThinkerConfig, tokens: int, context: float, logits: int) -> float:
-    """The language model over `tokens` that each see `context` keys on average, with logits at `logits` of them."""
-    t = config.text
-    layers = t.layers * (2 * text_layer_parameters(config) + 4 * t.heads * t.head * context)
-    return tokens * layers + logits * 2 * t.width * t.vocab
 
 
 def kv_bytes(config: ThinkerConfig, itemsize: int) -> int:
@@ -159,6 +140,6 @@ def kv_bytes(config: ThinkerConfig, itemsize: int) -> int:
 
 
 def decode_bytes(config: ThinkerConfig, clip: int, group: int, caption: float, itemsize: int) -> float:
-    """What one decoding step must read for one clip: weights once, its cache once, each caption's cache so far."""
+    """Bytes that one decoding step of one clip reads: the weights, the clip's cache and each caption's cache so far."""
     weights = config.text.layers * text_layer_parameters(config) + config.text.vocab * config.text.width
     return weights * itemsize + kv_bytes(config, itemsize) * (clip + group * caption)

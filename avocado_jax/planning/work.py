@@ -6,7 +6,7 @@ import jax
 import numpy as np
 
 from avocado_jax.config import GrpoConfig
-from avocado_jax.models.flops import decode_bytes, grpo_flops, kv_bytes, text_layer_parameters, train_flops
+from avocado_jax.models.flops import decode_bytes, grpo_flops, text_layer_parameters, train_flops
 from avocado_jax.parallel.mesh import ROWS
 from avocado_jax.parallel.rules import bytes_per_device
 from avocado_jax.planning.phases import Phase
@@ -52,8 +52,8 @@ def local_rows(program: Program, phase: Phase) -> int:
 def residual_bytes(program: Program, phase: Phase) -> int:
     """What the layers of the language model keep for the backward pass, on one device; 0 without such a pass.
 
-    The clip's keys and values are kept whatever `remat` is; of each layer its input ("full"), nothing ("offload"), its
-    input and products ("dots"), or those and what lies between them ("none").
+    Of each layer its input ("full"), nothing ("offload"), its input and products ("dots"), or those and what lies
+    between them ("none").
     """
     if phase.name not in LEARNING:
         return 0
@@ -69,8 +69,7 @@ def residual_bytes(program: Program, phase: Phase) -> int:
         "dots": text.width + products,
         "none": text.width + products + between,
     }[program.model.remat]
-    clip = rows * program.bucket.shape.tokens * kv_bytes(program.model, size) / min(tensor, text.kv_heads)
-    return round(text.layers * rows * tokens * kept * size + clip)
+    return round(text.layers * rows * tokens * kept * size)
 
 
 def traffic_bytes(program: Program, phase: Phase) -> float:

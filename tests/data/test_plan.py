@@ -9,8 +9,8 @@ from avocado_jax.data.pipeline import host_rows
 from avocado_jax.data.plan import Bucket, Plan, choose_buckets, make_plan, row_flops
 from avocado_jax.data.rows import Shape
 from avocado_jax.errors import InputError
+from avocado_jax.models import flops
 from avocado_jax.models.config import SEVEN_B, TINY
-from avocado_jax.models.flops import audio_flops, text_flops, vision_flops
 
 PICTURES = [(360, 640), (480, 854), (720, 1280), (1080, 1920), (640, 360), (1280, 720), (480, 640), (720, 720)]
 
@@ -116,16 +116,11 @@ def test_buckets_are_aligned_and_sorted():
 
 
 @pytest.mark.parametrize("config", [SEVEN_B, TINY])
-def test_flops_are_those_of_the_model(config):
-    """`row_flops` counts whole arrays of rows at once; the model's own counts are for one."""
-    slots = (config.vision.window_cells * config.vision.merge) ** 2
-    for tokens, patches, windows, chunks, caption in ((16_000, 30, 32, 16, 600), (500, 2, 1, 0, 20)):
-        towers = vision_flops(config, patches, windows * slots) + audio_flops(config, chunks)
-        for group in (1, 8):
-            clip = text_flops(config, tokens, tokens / 2, 0)
-            said = text_flops(config, group * caption, tokens + caption / 2, group * caption)
-            counted = row_flops(np.array([[tokens, patches, windows, chunks, caption]]), group, config)
-            np.testing.assert_allclose(counted, towers + clip + said, rtol=1e-6)
+def test_rows_are_counted_together_as_one_by_one(config):
+    rows = [(16_000, 30, 32, 16, 600), (500, 2, 1, 0, 20)]
+    for group in (1, 8):
+        each = [flops.row_flops(config, shape, group, caption).total for *shape, caption in rows]
+        np.testing.assert_allclose(row_flops(np.array(rows), group, config), each, rtol=1e-12)
 
 
 def test_records_that_no_bucket_holds():
