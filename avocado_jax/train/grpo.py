@@ -1,8 +1,7 @@
-"""Group-relative policy optimisation: rollouts and their rewards to updates (paper, 4.2; Shao et al. 2024).
+"""Group-relative policy optimisation: scores and updates from rollouts and rewards (paper, 4.2; Shao et al. 2024).
 
-A row is one clip and its G captions: the clip is read once for all of them, with the loss and gradient of G rows of
-one caption. Where the encoders are frozen they see the clip once a step, for sampler, policy and reference alike; each
-of these applies its own adapters.
+A row is one clip and its G captions, with the loss and gradient of G rows of one caption each. Frozen encoders run once
+per step; sampler, policy and reference share their output and apply their own adapters to it.
 """
 
 from collections.abc import Callable
@@ -23,39 +22,39 @@ from avocado_jax.models.thinker import Encoded, Thinker, output_matrix
 from avocado_jax.parallel.batches import rows_sharding
 from avocado_jax.parallel.parts import by_parts, in_parts
 from avocado_jax.train.losses import Scores, caption_scores
-from avocado_jax.train.objective import SHARES, Sums, checked, objective, without_overlong
+from avocado_jax.train.objective import SHARES, Sums, check_objective, objective, without_overlong
 from avocado_jax.train.optim import gradient, optimizer, schedule
 from avocado_jax.train.rollout import Rollout, policy_view, roll_out, sampling_model
-from avocado_jax.train.state import State, begin, join, split, state_shapes, updated
+from avocado_jax.train.state import State, apply_gradient, initial_state, join, split, state_shapes
 from avocado_jax.typing import Array, Captions, Clip, Float
 
 Metrics = dict[str, Array]
 
 
 class Scored(NamedTuple):
-    """Log-probabilities of sampled tokens, by the trainer's own program, before the first update."""
+    """Log-probabilities of the sampled tokens before the first update, computed by the trainer's forward pass."""
 
-    old: Float[Array, "B G C"] | None  # of the policy; None where one update follows, whose own they are
-    reference: Float[Array, "B G C"] | None  # None where beta is 0
+    old: Float[Array, "B G C"] | None  # of the policy; None with one update per rollout, which computes them itself
+    reference: Float[Array, "B G C"] | None  # None if beta is 0
 
 
 class Experience(NamedTuple):
-    """What an update learns from."""
+    """The input of an update."""
 
     clip: Clip
-    encoded: Encoded | None  # None where the encoders are trained
+    encoded: Encoded | None  # None if the encoders are trained
     rollout: Rollout
     scored: Scored
     advantage: Float[Array, "B G"]
-    weight: Float[Array, "B"]  # 0 for a row that is not to count
+    weight: Float[Array, "B"]  # 0 masks a row
 
 
 class _Sums(NamedTuple):
-    """Over the tokens that count."""
+    """Sums over the valid tokens."""
 
     objective: Sums
     entropy: Float[Array, ""]
-    gap: Float[Array, ""]  # |log p_trainer - log p_sampler| of the policy that sampled
+    gap: Float[Array, ""]  # |log p_trainer - log p_sampler| of the sampling policy
 
 
 def caption_logprobs(
@@ -66,16 +65,13 @@ def caption_logprobs(
     captions: Captions,
     temperature: float,
 ) -> Scores:
-    """What a policy at this temperature says of captions, [B G C]."""
+    """Scores of captions under a policy at this temperature."""
     hidden = Thinker(model).apply({"params": params}, clip, captions, encoded)
     return caption_scores(hidden, output_matrix(model, params), captions.targets, temperature)
 
 
 def reference_part(params: Any, train: str, dtype: str) -> Any:
-    """What the reference must have of its own: the first policy's trained parameters, without low-rank adapters.
-
-    All else it shares with the policy, which never changes it.
-    """
+    """The parameters that the reference does not share with the policy: trained ones, without low-rank adapters."""
     flat = flatten_dict(split(params, train)[0])
     kept = {path: leaf.astype(dtype) for path, leaf in flat.items() if path[-1] not in ("lora_a", "lora_b")}
     return unflatten_dict(kept)
@@ -91,7 +87,7 @@ def score(
     model: ThinkerConfig,
     config: GrpoConfig,
 ) -> Scored:
-    """Log-probabilities of the captions under the policy, if it will be updated more than once, and the reference."""
+    """Log-probabilities of the captions under the reference, and under the policy if a rollout has several updates."""
 
     def of(model: ThinkerConfig, params: Any) -> Array:
         def run(*rows: Any) -> Array:
@@ -110,7 +106,7 @@ def score(
 def batch_gradient(
     params: Any, experience: Experience, *, model: ThinkerConfig, config: GrpoConfig
 ) -> tuple[Any, Array, _Sums]:
-    """The gradient of the trained parameters, the loss, and what it is made of."""
+    """The gradient with respect to the trained parameters, the loss, and its components."""
     trained, frozen = split(params, config.train)
     _, _, rollout, _, _, weight = experience
     counted = jnp.broadcast_to(weight[:, None], rollout.truncated.shape)
@@ -143,26 +139,31 @@ def grpo_update(
     adamw: optax.GradientTransformation,
     rate: optax.Schedule,
 ) -> tuple[State, Metrics]:
-    """All updates of one rollout: `passes` over it, in `minibatches` of its rows.
+    """All updates of one rollout: `passes` over its rows, in `minibatches`.
 
-    An update whose loss or gradient is not finite changes nothing but the counters. Returns the next state and fp32
-    scalars: `loss` and its `policy_loss`; `kl` to the reference and `moved` from the policy that sampled (k3, nats a
-    token), `entropy`, `ratio`, shares of tokens `clipped_low` and `clipped_high`, and `sampler_gap`, all means over
-    tokens and updates; `length` and share `truncated` of captions; the rest as `sft_step`.
+    If the loss or the gradient of an update is not finite, only the counters change.
+
+    Returns:
+        The next state, and metrics as fp32 scalars: `loss` and its part `policy_loss`; `kl` to the reference, `moved`
+        (KL to the sampling policy; both k3, nats per token), `entropy`, `ratio`, fractions of tokens `clipped_low` and
+        `clipped_high`, and `sampler_gap`, all means over tokens and updates; mean `length` and fraction `truncated` of
+        captions; the rest as in `sft_step`.
     """
 
     def once(state: State, part: Experience) -> tuple[State, tuple]:
         grads, loss, sums = batch_gradient(state.params, part, model=model, config=config)
         norm = optax.tree.norm(grads)
-        state, moved = updated(state, grads, jnp.isfinite(norm) & jnp.isfinite(loss), adamw, config.train)
+        state, moved = apply_gradient(state, grads, jnp.isfinite(norm) & jnp.isfinite(loss), adamw, config.train)
         return state, (loss, norm, moved, sums)
 
     if (updates := config.passes * config.minibatches) == 1:
-        after, told = once(state, experience)
+        after, results = once(state, experience)
     else:
         minibatches = in_parts(experience, config.minibatches)
-        after, told = jax.lax.scan(lambda state, _: jax.lax.scan(once, state, minibatches), state, length=config.passes)
-    loss, norm, moved, (sums, entropy, gap) = jax.tree.map(lambda leaf: jnp.sum(leaf) / updates, told)
+        after, results = jax.lax.scan(
+            lambda state, _: jax.lax.scan(once, state, minibatches), state, length=config.passes
+        )
+    loss, norm, moved, (sums, entropy, gap) = jax.tree.map(lambda leaf: jnp.sum(leaf) / updates, results)
     tokens = jnp.maximum(sums.tokens, 1e-9)
     rollout, weight = experience.rollout, experience.weight
     captions = jnp.maximum(jnp.sum(weight) * rollout.lengths.shape[1], 1)
@@ -191,17 +192,17 @@ def grpo_update(
 
 
 class GrpoProgram(NamedTuple):
-    """The phases of a step, jitted: what a run calls, what is measured and compiled ahead of time.
+    """The jitted phases of a step.
 
     Attributes:
         state: shapes with shardings.
-        reference: likewise, of what the reference has of its own.
-        begin: parameters -> state; it takes their memory over.
-        encode: (parameters, clip) -> encoded; None where the encoders are trained.
-        view: parameters -> the sampler's.
+        reference: the same for `reference_part`.
+        begin: parameters -> state; donates the parameters.
+        encode: (parameters, clip) -> encoded; None if the encoders are trained.
+        view: parameters -> the sampler's parameters.
         roll_out: (view, clip, encoded, step, banned) -> rollout.
         score: (parameters, reference, clip, encoded, captions) -> scored.
-        update: (state, experience) -> (state, metrics); it takes the state's memory over.
+        update: (state, experience) -> (state, metrics); donates the state.
     """
 
     state: State
@@ -220,9 +221,9 @@ def grpo_program(
     """The phases of `config` on a mesh.
 
     Raises:
-        InputError: the config does not hold together.
+        InputError: the objective is invalid, or the mesh does not divide the batch.
     """
-    checked(config.objective)
+    check_objective(config.objective)
     over = mesh.shape["data"] * mesh.shape["fsdp"] * config.accumulate * config.minibatches
     if config.group % config.split or config.batch * config.split % over:
         raise InputError(
@@ -232,8 +233,8 @@ def grpo_program(
     updates = steps * config.passes * config.minibatches
     make = optimizer(config.optim, updates)
     shapes = state_shapes(model, config.train, config.frozen_dtype, make, mesh)
-    spread = jax.tree.map(lambda leaf: leaf.sharding, shapes)
-    rows, whole = rows_sharding(mesh), NamedSharding(mesh, PartitionSpec())
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, shapes)
+    rows, replicated = rows_sharding(mesh), NamedSharding(mesh, PartitionSpec())
     frozen_encoders = config.train != "all"
 
     def encode(params: Any, clip: Clip) -> Encoded:
@@ -256,17 +257,19 @@ def grpo_program(
     return GrpoProgram(
         state=shapes,
         reference=_placed(jax.eval_shape(reference, shapes.params), shapes.params),
-        begin=jax.jit(partial(begin, optimizer=make, train=config.train), donate_argnums=0, out_shardings=spread),
+        begin=jax.jit(
+            partial(initial_state, optimizer=make, train=config.train), donate_argnums=0, out_shardings=shardings
+        ),
         encode=jax.jit(encode, out_shardings=rows) if frozen_encoders else None,
         view=jax.jit(partial(policy_view, model=model, mesh=mesh, encoders=not frozen_encoders)),
         roll_out=jax.jit(sample, out_shardings=rows),
         score=jax.jit(partial(score, **bound), out_shardings=rows),
-        update=jax.jit(update, donate_argnums=0, out_shardings=(spread, whole)),
+        update=jax.jit(update, donate_argnums=0, out_shardings=(shardings, replicated)),
     )
 
 
 def _placed(shapes: Any, like: Any) -> Any:
-    """Shapes with the shardings of the leaves of the same paths in `like`."""
+    """Shapes with the shardings of the leaves of `like` at the same paths."""
     known = flatten_dict(like)
     return unflatten_dict(
         {

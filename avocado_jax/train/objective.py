@@ -1,9 +1,9 @@
-"""What GRPO maximises, in small pieces: advantages, ratios, clipping, distance to the reference, shares of tokens.
+"""The GRPO objective: advantages, ratios, clipping, KL to the reference, token weights (shares).
 
     loss = sum over tokens of share x (-min(ratio x A, clipped ratio x A) x correction + beta x KL)
 
-All arrays are fp32 of [B G C] (clips, captions of each, tokens) or [B G]. Log-probabilities at positions that do not
-count may be anything finite. Nothing here knows the model.
+All arrays are fp32, [B G C] (clips, captions of each, tokens) or [B G]. Log-probabilities at masked positions may have
+any finite value. Nothing here depends on the model.
 
 GRPO: Shao et al. 2024, arXiv 2402.03300. DAPO: Yu et al. 2025, arXiv 2503.14476. Dr. GRPO: Liu et al. 2025, arXiv
 2503.20783. GSPO: Zheng et al. 2025, arXiv 2507.18071. KL estimators: Schulman 2020, "Approximating KL divergence".
@@ -23,12 +23,12 @@ from avocado_jax.typing import Array, Bool, Float
 
 
 def zero_variance(rewards: Float[Array, "B G"]) -> Bool[Array, "B"]:
-    """Groups whose captions all have the same reward: there is nothing to learn from them."""
+    """Groups whose captions all have the same reward; they give no policy gradient."""
     return jnp.max(rewards, axis=1) == jnp.min(rewards, axis=1)
 
 
 def mean_advantage(rewards: Float[Array, "B G"]) -> Float[Array, "B G"]:
-    """A_i = r_i - mean(r) (Dr. GRPO, 3.1); exactly 0 where all rewards of a group are the same."""
+    """A_i = r_i - mean(r) (Dr. GRPO, 3.1); exactly 0 if all rewards of a group are equal."""
     centred = rewards - jnp.mean(rewards, axis=1, keepdims=True)
     return jnp.where(zero_variance(rewards)[:, None], 0, centred)
 
@@ -36,7 +36,7 @@ def mean_advantage(rewards: Float[Array, "B G"]) -> Float[Array, "B G"]:
 def std_advantage(rewards: Float[Array, "B G"], floor: float) -> Float[Array, "B G"]:
     """A_i = (r_i - mean(r)) / max(std(r), floor) (GRPO, 4.1.2), with the unbiased std.
 
-    The floor keeps a rounding residue in a group of equal rewards from becoming an advantage.
+    The floor prevents rounding errors in a group of equal rewards from becoming an advantage.
     """
     if rewards.shape[1] == 1:
         return jnp.zeros_like(rewards)
@@ -44,11 +44,11 @@ def std_advantage(rewards: Float[Array, "B G"], floor: float) -> Float[Array, "B
     return mean_advantage(rewards) / jnp.maximum(std, floor)
 
 
-# --- ratios: their logarithm, [B G C]
+# --- log ratios, [B G C]
 
 
 def token_log_ratio(new: Array, old: Array, valid: Array) -> Float[Array, "B G C"]:
-    """log r_t = log p_new(t) - log p_old(t) (GRPO, eq. 3); 0 at tokens that do not count."""
+    """log r_t = log p_new(t) - log p_old(t) (GRPO, eq. 3); 0 at masked tokens."""
     return jnp.where(valid, new - old, 0)
 
 
@@ -63,19 +63,21 @@ def sequence_log_ratio(new: Array, old: Array, valid: Array) -> Float[Array, "B 
 
 
 def clipped(ratio: Array, advantage: Array, low: float, high: float) -> Float[Array, "B G C"]:
-    """min(r A, clip(r, 1 - low, 1 + high) A): pessimistic (GRPO, eq. 3), with bounds of their own (DAPO, 3.1)."""
+    """min(r A, clip(r, 1 - low, 1 + high) A): pessimistic (GRPO, eq. 3), with separate bounds (DAPO, 3.1)."""
     return jnp.minimum(ratio * advantage, jnp.clip(ratio, 1 - low, 1 + high) * advantage)
 
 
 def truncated_importance(old: Array, sampled: Array, valid: Array, cap: float) -> Float[Array, "B G C"]:
-    """min(p_trainer(t) / p_sampler(t), cap), a constant: what the sampler drew is weighted as the trainer would have.
+    """min(p_trainer(t) / p_sampler(t), cap): the importance weight of a sampled token, without gradient.
 
-    `old` are the trainer's log-probabilities of the policy that sampled, `sampled` the sampler's own.
+    Args:
+        old: log-probabilities under the sampling policy, computed by the trainer.
+        sampled: the same, computed by the sampler.
     """
     return jax.lax.stop_gradient(jnp.minimum(jnp.exp(jnp.where(valid, old - sampled, 0)), cap))
 
 
-# --- distance to the reference, per token (Schulman 2020), from d = log p_ref - log p
+# --- KL estimators, per token (Schulman 2020), from d = log p_ref - log p
 
 
 def k1(d: Array) -> Array:
@@ -84,16 +86,16 @@ def k1(d: Array) -> Array:
 
 
 def k2(d: Array) -> Array:
-    """d^2 / 2: biased, never negative."""
+    """d^2 / 2: biased, non-negative."""
     return jnp.square(d) / 2
 
 
 def k3(d: Array) -> Array:
-    """exp(d) - d - 1: unbiased, never negative (GRPO, eq. 4)."""
+    """exp(d) - d - 1: unbiased, non-negative (GRPO, eq. 4)."""
     return jnp.exp(d) - d - 1
 
 
-# --- what a token counts: shares, [B G C], of captions [B G] that are in the batch at all
+# --- shares: the weight of each token in the loss, [B G C]; `counted` [B G] is 1 for captions in the batch
 
 
 def sequence_shares(valid: Array, counted: Array, limit: int) -> Float[Array, "B G C"]:
@@ -103,17 +105,17 @@ def sequence_shares(valid: Array, counted: Array, limit: int) -> Float[Array, "B
 
 
 def token_shares(valid: Array, counted: Array, limit: int) -> Float[Array, "B G C"]:
-    """1 / sum_i |o_i|: every token the same, so that long captions count more (DAPO, 3.3)."""
+    """1 / sum_i |o_i|: equal weight for all tokens, so long captions weigh more (DAPO, 3.3)."""
     return valid / jnp.maximum(jnp.sum(valid), 1.0)
 
 
 def constant_shares(valid: Array, counted: Array, limit: int) -> Float[Array, "B G C"]:
-    """1 / (N L) with L the longest that may be sampled: no caption's length changes a token's part (Dr. GRPO, 3.1)."""
+    """1 / (N L), L the sampling limit: a token's weight does not depend on its caption's length (Dr. GRPO, 3.1)."""
     return valid / (jnp.maximum(jnp.sum(counted), 1) * limit)
 
 
 def without_overlong(valid: Array, truncated: Bool[Array, "B G"]) -> Bool[Array, "B G C"]:
-    """Tokens that count where a caption that reached the limit without stopping does not (DAPO, 3.4)."""
+    """`valid` without captions that reached the limit before a stop id (DAPO, 3.4)."""
     return valid & ~truncated[..., None]
 
 
@@ -122,11 +124,11 @@ KLS = {"k1": k1, "k2": k2, "k3": k3}
 SHARES = {"sequence": sequence_shares, "token": token_shares, "constant": constant_shares}
 
 
-def checked(config: ObjectiveConfig) -> None:
-    """See that names mean something and numbers make sense.
+def check_objective(config: ObjectiveConfig) -> None:
+    """Validate the names and ranges of `objective`.
 
     Raises:
-        InputError: they do not.
+        InputError: a field is invalid.
     """
     named = {"advantage": ("std", "mean"), "ratio": RATIOS, "kl": KLS, "aggregate": SHARES}
     for field, names in named.items():
@@ -139,19 +141,19 @@ def checked(config: ObjectiveConfig) -> None:
 
 
 def advantages(rewards: Float[Array, "B G"], config: ObjectiveConfig) -> Float[Array, "B G"]:
-    """What each caption's reward is worth within its group."""
+    """Group-relative advantages by `config.advantage`."""
     return mean_advantage(rewards) if config.advantage == "mean" else std_advantage(rewards, config.std_floor)
 
 
 class Sums(NamedTuple):
-    """Over the tokens that count, so that parts of a batch add up."""
+    """Sums over the valid tokens, so that parts of a batch can be added."""
 
-    policy: Float[Array, ""]  # the clipped objective's loss, shares applied
-    kl: Float[Array, ""]  # k3 of each token against the reference
+    policy: Float[Array, ""]  # the clipped surrogate loss, weighted by shares
+    kl: Float[Array, ""]  # k3 against the reference
     ratio: Float[Array, ""]
-    clipped_low: Float[Array, ""]  # tokens held at 1 - low: pushed down far enough
-    clipped_high: Float[Array, ""]  # tokens held at 1 + high: pushed up far enough
-    moved: Float[Array, ""]  # k3 of each token against the policy that sampled
+    clipped_low: Float[Array, ""]  # tokens clipped at 1 - low (negative advantage)
+    clipped_high: Float[Array, ""]  # tokens clipped at 1 + high (positive advantage)
+    moved: Float[Array, ""]  # k3 against the sampling policy
     tokens: Float[Array, ""]
 
 
@@ -165,14 +167,14 @@ def objective(
     shares: Float[Array, "B G C"],
     config: ObjectiveConfig,
 ) -> tuple[Float[Array, ""], Sums]:
-    """The loss, and what it is made of.
+    """The loss and its components.
 
     Args:
-        new: log-probabilities of the sampled tokens under the policy; the only argument that is differentiated.
-        old: under the policy that sampled, by the trainer.
-        sampled: the same by the sampler.
+        new: log-probabilities of the sampled tokens under the policy; the only differentiated argument.
+        old: under the sampling policy, computed by the trainer.
+        sampled: the same, computed by the sampler.
         reference: under the reference.
-        shares: what each token's loss counts; 0 where `valid` is not.
+        shares: the weight of each token; 0 where `valid` is False.
     """
     ratio = jnp.exp(RATIOS[config.ratio](new, old, valid))
     advantage = jnp.broadcast_to(advantage[..., None], new.shape)
@@ -180,16 +182,16 @@ def objective(
     if config.importance_cap:
         gain *= truncated_importance(old, sampled, valid, config.importance_cap)
     policy = -jnp.sum(gain * shares)
-    d = jnp.where(valid, reference - new, 0)  # masked here: what is not a token must not reach an exponential
+    d = jnp.where(valid, reference - new, 0)  # masked before the exponential, which could overflow
     kl_loss = jnp.sum(KLS[config.kl](d) * shares)
-    held_low = (ratio < 1 - config.clip_low) & (advantage < 0)
-    held_high = (ratio > 1 + config.clip_high) & (advantage > 0)
+    clipped_low = (ratio < 1 - config.clip_low) & (advantage < 0)
+    clipped_high = (ratio > 1 + config.clip_high) & (advantage > 0)
     sums = Sums(
         policy=policy,
         kl=jnp.sum(k3(d)),
         ratio=jnp.sum(ratio, where=valid),
-        clipped_low=jnp.sum(held_low & valid, dtype=jnp.float32),
-        clipped_high=jnp.sum(held_high & valid, dtype=jnp.float32),
+        clipped_low=jnp.sum(clipped_low & valid, dtype=jnp.float32),
+        clipped_high=jnp.sum(clipped_high & valid, dtype=jnp.float32),
         moved=jnp.sum(k3(jnp.where(valid, old - new, 0))),
         tokens=jnp.sum(valid, dtype=jnp.float32),
     )

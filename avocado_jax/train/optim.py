@@ -1,4 +1,4 @@
-"""The optimizer: clipping by the global norm, AdamW, linear warm-up and cosine decay; and gradients in parts."""
+"""The optimizer (global-norm clipping, AdamW, linear warm-up, cosine decay) and gradient accumulation."""
 
 from collections.abc import Callable
 from typing import Any
@@ -11,17 +11,17 @@ from avocado_jax.config import OptimConfig
 from avocado_jax.parallel.parts import in_parts
 from avocado_jax.typing import Array
 
-MATRICES = ("kernel", "embedding", "head", "lora_a", "lora_b")  # leaves that decay; biases and norms do not
+MATRICES = ("kernel", "embedding", "head", "lora_a", "lora_b")  # leaves with weight decay; biases and norms have none
 
 
 def schedule(config: OptimConfig, steps: int) -> optax.Schedule:
-    """Learning rate by number of updates: up from 0 over the first `warmup` share, then a cosine to `final`."""
+    """Learning rate by update: linear from 0 over the first `warmup` share, then a cosine to `final` times the peak."""
     up = max(1, round(config.warmup * steps))
     return optax.warmup_cosine_decay_schedule(0.0, config.lr, up, max(steps, up + 1), config.lr * config.final)
 
 
 def optimizer(config: OptimConfig, steps: int) -> optax.GradientTransformation:
-    """AdamW over the trained parameters, with fp32 moments where those are fp32."""
+    """AdamW over the trained parameters; moments have the dtype of their parameter."""
 
     def decays(params: optax.Params) -> optax.Params:
         return jax.tree_util.tree_map_with_path(lambda keys, _: keys[-1].key in MATRICES, params)
@@ -34,16 +34,17 @@ def optimizer(config: OptimConfig, steps: int) -> optax.GradientTransformation:
 def gradient(loss: Callable[..., tuple[Array, Any]], trained: Any, batch: tuple, accumulate: int) -> tuple[Any, Any]:
     """The gradient of `loss(trained, *batch) -> (loss, sums)` with respect to `trained`, and the sums.
 
-    With `accumulate`, the batch is taken in that many parts of its rows, whose gradients and sums are added: losses
-    that are sums over rows have the gradient of the whole batch, whatever the number.
+    Args:
+        accumulate: number of microbatches. Their gradients and sums are added, so the result does not depend on it if
+            `loss` is a sum over rows.
     """
-    of_part = jax.grad(loss, has_aux=True)
+    of_microbatch = jax.grad(loss, has_aux=True)
     if accumulate == 1:
-        return of_part(trained, *batch)
+        return of_microbatch(trained, *batch)
     parts = in_parts(batch, accumulate)
 
     def add(total: Any, part: tuple) -> tuple[Any, None]:
-        return jax.tree.map(jnp.add, total, of_part(trained, *part)), None
+        return jax.tree.map(jnp.add, total, of_microbatch(trained, *part)), None
 
     _, sums = jax.eval_shape(loss, trained, *jax.tree.map(lambda leaf: leaf[0], parts))
     zero = jax.tree.map(jnp.zeros_like, trained), jax.tree.map(lambda one: jnp.zeros(one.shape, one.dtype), sums)

@@ -1,4 +1,4 @@
-"""Supervised fine-tuning: the mean cross-entropy of caption tokens, one update a step (paper, 4.1)."""
+"""Supervised fine-tuning: mean cross-entropy over caption tokens, one update per step (paper, 4.1)."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -15,14 +15,14 @@ from avocado_jax.models.config import Lora, ThinkerConfig, computed
 from avocado_jax.models.thinker import Thinker, output_matrix
 from avocado_jax.train.losses import Sums, caption_sums, counted
 from avocado_jax.train.optim import gradient, optimizer, schedule
-from avocado_jax.train.state import State, begin, join, split, state_shapes, updated
+from avocado_jax.train.state import State, apply_gradient, initial_state, join, split, state_shapes
 from avocado_jax.typing import Array, Captions, Clip, Float
 
 Metrics = dict[str, Array]
 
 
 def batch_sums(model: ThinkerConfig, params: Any, clip: Clip, captions: Captions, weight: Float[Array, "B"]) -> Sums:
-    """Cross-entropy sums of a batch under `params`."""
+    """Cross-entropy sums of a batch."""
     hidden = Thinker(model).apply({"params": params}, clip, captions)
     return caption_sums(hidden, output_matrix(model, params), captions, weight)
 
@@ -39,11 +39,12 @@ def sft_step(
     train: str,
     accumulate: int,
 ) -> tuple[State, Metrics]:
-    """One update. A step whose loss or gradient is not finite changes nothing but the counters.
+    """One update. If the loss or the gradient is not finite, only the counters change.
 
-    Returns the next state, and fp32 scalars: `loss` (nats a token), `accuracy` of the most likely token, norms of
-    gradient and update, `lr`, `tokens` that counted and `clip_tokens` read, `rows` that counted, and the number of
-    steps skipped, in all and last in a row.
+    Returns:
+        The next state, and metrics as fp32 scalars: `loss` (nats per token), `accuracy` of the most likely token, norms
+        of gradient and update, `lr`, numbers of counted `tokens`, `clip_tokens` and `rows`, and skipped updates (in
+        total and consecutive).
     """
     trained, frozen = split(state.params, train)
     total = jnp.maximum(jnp.sum(counted(captions, weight)), 1)
@@ -54,7 +55,7 @@ def sft_step(
 
     grads, sums = gradient(loss, trained, (clip, captions, weight), accumulate)
     norm = optax.tree.norm(grads)
-    after, moved = updated(state, grads, jnp.isfinite(norm) & jnp.isfinite(sums.loss), adamw, train)
+    after, moved = apply_gradient(state, grads, jnp.isfinite(norm) & jnp.isfinite(sums.loss), adamw, train)
     after = after._replace(step=state.step + 1)
     count = jnp.maximum(sums.count, 1)
     metrics = {
@@ -72,23 +73,23 @@ def sft_step(
     return after, metrics
 
 
-def model_of(config: RunConfig, held: ThinkerConfig) -> ThinkerConfig:
-    """The model that a checkpoint holds, as the config computes it."""
-    model = computed(held, config.dtype, scan=True, remat=config.remat)
+def model_of(config: RunConfig, checkpoint: ThinkerConfig) -> ThinkerConfig:
+    """A checkpoint's model with the dtypes, remat, attention and adapters of the config."""
+    model = computed(checkpoint, config.dtype, scan=True, remat=config.remat)
     lora = Lora(config.lora.rank, config.lora.alpha) if config.train == "lora" else None
     text = replace(model.text, lora=lora)
     return replace(model, text=text, param_dtype=config.param_dtype, attention=config.attention)
 
 
 def sft_program(config: SftConfig, model: ThinkerConfig, mesh: Mesh, steps: int) -> tuple[State, Callable, Callable]:
-    """The state's shapes with shardings, the jitted step, and the jitted `begin`.
+    """The state's shapes with shardings, the jitted step, and the jitted `initial_state`.
 
-    The step is `(state, clip, captions, weight, cut) -> (state, metrics)`; it takes the state's memory over.
+    The step is `(state, clip, captions, weight, cut) -> (state, metrics)`; it donates the state.
     """
     make = optimizer(config.optim, steps)
     shapes = state_shapes(model, config.train, config.frozen_dtype, make, mesh)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, shapes)
-    whole = NamedSharding(mesh, PartitionSpec())
+    replicated = NamedSharding(mesh, PartitionSpec())
     bound = partial(
         sft_step,
         model=model,
@@ -102,5 +103,7 @@ def sft_program(config: SftConfig, model: ThinkerConfig, mesh: Mesh, steps: int)
         state, metrics = bound(state, clip, captions, weight)
         return state, metrics | {"cut": jnp.sum(cut)}
 
-    start = jax.jit(partial(begin, optimizer=make, train=config.train), donate_argnums=0, out_shardings=shardings)
-    return shapes, jax.jit(step, donate_argnums=0, out_shardings=(shardings, whole)), start
+    start = jax.jit(
+        partial(initial_state, optimizer=make, train=config.train), donate_argnums=0, out_shardings=shardings
+    )
+    return shapes, jax.jit(step, donate_argnums=0, out_shardings=(shardings, replicated)), start

@@ -1,4 +1,4 @@
-"""What training carries from step to step, and which of its parameters are trained."""
+"""The training state, and which parameters are trained."""
 
 import re
 from functools import partial
@@ -16,7 +16,7 @@ from avocado_jax.models.thinker import init
 from avocado_jax.parallel.rules import path_of, shardings
 from avocado_jax.typing import Array, Bool, Float, Int
 
-TRAINED = {  # what `train` in a config names: paths of parameters
+TRAINED = {  # parameter paths by the value of `train`
     "captioner": r"text/.*|embedding|head|vision/merger/.*|audio/proj/.*",  # paper, 4.1: the encoders are frozen
     "all": r".*",
     "adapters": r"vision/merger/.*|audio/proj/.*",
@@ -27,15 +27,15 @@ TRAINED = {  # what `train` in a config names: paths of parameters
 class State(NamedTuple):
     """The training state. `optimizer` has moments for trained parameters only."""
 
-    step: Int[Array, ""]  # finished steps, skipped ones too
+    step: Int[Array, ""]  # finished steps, including skipped updates
     params: Any  # stacked layers, trained and frozen
     optimizer: Any
-    skipped: Int[Array, ""]  # updates whose gradient was not finite
-    in_row: Int[Array, ""]  # of them, the last without a good one between
+    skipped: Int[Array, ""]  # updates skipped because loss or gradient was not finite
+    in_row: Int[Array, ""]  # consecutive skipped updates up to now
 
 
 def split(params: Any, train: str) -> tuple[Any, Any]:
-    """A tree of parameters as two: those that are trained, and those that are not."""
+    """Split a parameter tree into (trained, frozen)."""
     pattern, flat = re.compile(TRAINED[train]), flatten_dict(params, sep="/")
     trained = {path: leaf for path, leaf in flat.items() if pattern.fullmatch(path)}
     frozen = {path: leaf for path, leaf in flat.items() if path not in trained}
@@ -43,31 +43,35 @@ def split(params: Any, train: str) -> tuple[Any, Any]:
 
 
 def join(trained: Any, frozen: Any) -> Any:
-    """The tree that `split` took apart."""
+    """The inverse of `split`."""
     return unflatten_dict(flatten_dict(trained, sep="/") | flatten_dict(frozen, sep="/"), sep="/")
 
 
-def begin(params: Any, optimizer: optax.GradientTransformation, train: str) -> State:
+def initial_state(params: Any, optimizer: optax.GradientTransformation, train: str) -> State:
     """The state before the first step."""
     zeros = (jnp.zeros((), jnp.int32) for _ in range(3))
     return State(next(zeros), params, optimizer.init(split(params, train)[0]), *zeros)
 
 
-def updated(
-    state: State, gradient: Any, good: Bool[Array, ""], optimizer: optax.GradientTransformation, train: str
+def apply_gradient(
+    state: State, gradient: Any, finite: Bool[Array, ""], optimizer: optax.GradientTransformation, train: str
 ) -> tuple[State, Float[Array, ""]]:
-    """The state behind one update, and the update's norm. Where `good` is not, only the counters of that change."""
+    """Apply one update; if not `finite`, change only the counters of skipped updates.
+
+    Returns:
+        The next state and the norm of the update.
+    """
     trained, frozen = split(state.params, train)
     updates, moments = optimizer.update(gradient, state.optimizer, trained)
 
     def kept(new: Any, old: Any) -> Any:
-        return jax.tree.map(lambda new, old: jnp.where(good, new, old), new, old)
+        return jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, old)
 
     after = state._replace(
         params=join(kept(optax.apply_updates(trained, updates), trained), frozen),
         optimizer=kept(moments, state.optimizer),
-        skipped=state.skipped + ~good,
-        in_row=jnp.where(good, 0, state.in_row + 1),
+        skipped=state.skipped + ~finite,
+        in_row=jnp.where(finite, 0, state.in_row + 1),
     )
     return after, optax.tree.norm(updates)
 
@@ -75,12 +79,12 @@ def updated(
 def state_shapes(
     model: ThinkerConfig, train: str, frozen_dtype: str, optimizer: optax.GradientTransformation, mesh: Mesh
 ) -> State:
-    """The state as ShapeDtypeStructs with shardings: what is compiled, loaded and restored follows it.
+    """The state as ShapeDtypeStructs with shardings, for compiling, loading and restoring.
 
-    Moments lie as their parameters do; scalars are on every device.
+    Moments are sharded like their parameters; scalars are replicated.
 
     Raises:
-        InputError: `train` names nothing that we know.
+        InputError: `train` is unknown.
     """
     if train not in TRAINED:
         raise InputError(f"train: {train!r} is none of {', '.join(TRAINED)}")
@@ -92,15 +96,15 @@ def state_shapes(
         return jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=sharding)
 
     params = jax.tree_util.tree_map_with_path(placed, params, shardings(params, mesh))
-    state = jax.eval_shape(partial(begin, optimizer=optimizer, train=train), params)
-    whole = NamedSharding(mesh, PartitionSpec())
+    state = jax.eval_shape(partial(initial_state, optimizer=optimizer, train=train), params)
+    replicated = NamedSharding(mesh, PartitionSpec())
 
     known = {path: leaf.sharding for path, leaf in flatten_dict(params, sep="/").items()}
 
     def of_moment(keys: tuple, leaf: Any) -> jax.ShapeDtypeStruct:
         # A moment's path in the optimizer ends with that of its parameter.
         path = "/".join(key.key for key in keys if isinstance(key, jax.tree_util.DictKey))
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=known.get(path, whole))
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=known.get(path, replicated))
 
     rest = jax.tree_util.tree_map_with_path(of_moment, state._replace(params=None))
     return rest._replace(params=params)

@@ -211,4 +211,4 @@ def test_what_does_not_count_may_be_anything_finite(case):
 )
 def test_a_wrong_name_is_told(wrong):
     with pytest.raises(InputError, match=next(iter(wrong))):
-        o.checked(ObjectiveConfig(**wrong))
+        o.check_objective(ObjectiveConfig(**wrong))
