@@ -1,23 +1,24 @@
 """Memory and traffic of compiled training programs on eight devices; nothing is run."""
 
 from dataclasses import replace
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from avocado_jax.config import SftConfig
+from avocado_jax.config import GrpoConfig, SamplingConfig
 from avocado_jax.models.config import TINY
 from avocado_jax.models.thinker import example
+from avocado_jax.parallel.batches import rows_sharding
 from avocado_jax.parallel.mesh import make_mesh
-from avocado_jax.parallel.place import rows_sharding
 from avocado_jax.parallel.rules import bytes_per_device
 from avocado_jax.planning.collectives import collective_bytes
 from avocado_jax.train import losses
-from avocado_jax.train.optim import gradient
-from avocado_jax.train.sft import batch_sums, sft_program
-from avocado_jax.train.state import join, split
+from avocado_jax.train.grpo import Experience, Scored, batch_gradient, grpo_program
+from avocado_jax.train.rollout import Rollout
+from avocado_jax.train.state import split
 from avocado_jax.typing import Captions
 
 DEVICES, ROWS = 8, 8
@@ -29,50 +30,51 @@ DEEP = replace(
     audio=replace(TINY.audio, out=128),
     vision=replace(TINY.vision, out=128),
 )
-CONFIG = SftConfig(batch=ROWS, dtype="float32", frozen_dtype="float32", remat="full")
+GROUP, TOKENS = 2, 4
+CONFIG = GrpoConfig(
+    batch=ROWS,
+    group=GROUP,
+    dtype="float32",
+    frozen_dtype="float32",
+    remat="full",
+    sampling=SamplingConfig(tokens=TOKENS),
+)
 
 
-def shapes_on(mesh, tree):
-    """ShapeDtypeStructs divided by rows."""
-    by_rows = rows_sharding(mesh)
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=by_rows), tree)
+def by_rows(mesh, tree):
+    """The shapes of `tree` with rows divided over the mesh."""
+    sharding = rows_sharding(mesh)
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree)
 
 
-def batch_on(mesh):
-    """Rows of a short clip and two captions."""
-    clip, captions = example(DEEP, ROWS, 2, (16, 1, 1, 1), 4)
-    return shapes_on(mesh, (clip, captions, jax.ShapeDtypeStruct((ROWS,), jnp.float32)))
+def experience(params, program):
+    """An update's input of a short clip, as shapes."""
+    clip, captions = example(DEEP, ROWS, GROUP, (16, 1, 1, 1), TOKENS)
+    encoded = jax.eval_shape(program.encode, params, clip)
+    row, each, token = (
+        jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((ROWS,), (ROWS, GROUP), (ROWS, GROUP, TOKENS))
+    )
+    lengths, truncated = (jax.ShapeDtypeStruct(each.shape, dtype) for dtype in (jnp.int32, bool))
+    return Experience(clip, encoded, Rollout(captions, token, lengths, truncated), Scored(None, token), each, row)
 
 
-def test_the_gradient_takes_the_memory_of_one_tree():
-    """Temporaries and result. The optimizer is left out: the CPU's compiler copies what it updates in place."""
+def test_the_gradient_takes_one_tree_and_two_gathers_of_each_weight():
+    """A weight is gathered in the forward and in the backward pass; its gradient is reduced once.
+
+    Memory is that of temporaries and result. The optimizer is left out: XLA copies donated arguments on CPU.
+    """
     mesh = make_mesh(1, DEVICES, 1)
-
-    def loss(trained, frozen, *batch):
-        sums = batch_sums(DEEP, join(trained, frozen), *batch)
-        return sums.loss, sums
-
-    def run(trained, frozen, *batch):
-        return gradient(lambda trained, *rows: loss(trained, frozen, *rows), trained, batch, 1)[0]
-
     with jax.set_mesh(mesh):
-        state, *_ = sft_program(CONFIG, DEEP, mesh, 10)
-        trained, frozen = split(state.params, "captioner")
+        program = grpo_program(CONFIG, DEEP, mesh, 10, (0,))
+        params = program.state.params
+        trained = split(params, CONFIG.train)[0]
         shardings = jax.tree.map(lambda leaf: leaf.sharding, trained)
-        compiled = jax.jit(run, out_shardings=shardings).lower(trained, frozen, *batch_on(mesh)).compile()
+        run = jax.jit(partial(batch_gradient, model=DEEP, config=CONFIG), out_shardings=(shardings, None, None))
+        compiled = run.lower(params, by_rows(mesh, experience(params, program))).compile()
     memory, tree = compiled.memory_analysis(), bytes_per_device(trained)
     assert memory.temp_size_in_bytes + memory.output_size_in_bytes <= 1.2 * tree
-
-
-def test_an_update_gathers_each_weight_twice_and_reduces_each_gradient_once():
-    """A weight is gathered once in the forward pass and once in the backward pass, for clip and captions together."""
-    mesh = make_mesh(1, DEVICES, 1)
-    with jax.set_mesh(mesh):
-        state, step, _ = sft_program(CONFIG, DEEP, mesh, 10)
-        cut = shapes_on(mesh, jax.ShapeDtypeStruct((ROWS,), jnp.int32))
-        text = step.lower(state, *batch_on(mesh), cut).compile().as_text()
-    sent = collective_bytes(text)
-    layers = sum(4 * leaf.size for leaf in jax.tree.leaves(state.params["text"]["layers"])) * (DEVICES - 1) / DEVICES
+    sent = collective_bytes(compiled.as_text())
+    layers = sum(4 * leaf.size for leaf in jax.tree.leaves(params["text"]["layers"])) * (DEVICES - 1) / DEVICES
     assert sent["all-gather"] <= 2.1 * layers
     assert sent["all-reduce"] / 2 + sent["reduce-scatter"] <= 1.05 * layers
 
@@ -95,7 +97,7 @@ def test_the_loss_gathers_the_output_matrix_once(sizes, parts, monkeypatch):
     head = jax.ShapeDtypeStruct((vocabulary, width), jnp.float32, sharding=stored)
     with jax.set_mesh(mesh):
         grad = jax.jit(jax.value_and_grad(loss, (0, 1)), out_shardings=(None, (stored, rows_sharding(mesh))))
-        text = grad.lower(head, *shapes_on(mesh, (hidden, Captions(ids, ids, valid), weight))).compile().as_text()
+        text = grad.lower(head, *by_rows(mesh, (hidden, Captions(ids, ids, valid), weight))).compile().as_text()
     sent, matrix = collective_bytes(text), vocabulary * width * 4 / tensor
     assert sent["all-gather"] == matrix * (parts - 1) / parts
     assert sent["reduce-scatter"] == matrix * (parts - 1) / parts
