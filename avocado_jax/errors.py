@@ -1,10 +1,16 @@
 """Which exit status a failure has: 1 a retry may help, 2 bad input, 3 a retry fails in the same way."""
 
+import re
 import sys
 import traceback
 
-# Status codes of JAX runtime errors that come from a lost peer or a busy service.
-TRANSIENT = ("UNAVAILABLE:", "DEADLINE_EXCEEDED:", "ABORTED:")
+# JAX raises errors of its runtime as JaxRuntimeError, and some as ValueError or RuntimeError: the message begins with
+# the code. The first three come from a lost peer or a busy service.
+TRANSIENT = ("UNAVAILABLE", "DEADLINE_EXCEEDED", "ABORTED")
+CODES = re.compile(
+    "(UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED|CANCELLED|UNKNOWN|INVALID_ARGUMENT|NOT_FOUND|ALREADY_EXISTS|PERMISSION_DENIED"
+    "|RESOURCE_EXHAUSTED|FAILED_PRECONDITION|OUT_OF_RANGE|UNIMPLEMENTED|INTERNAL|DATA_LOSS|UNAUTHENTICATED): "
+)
 
 
 class InputError(Exception):
@@ -21,8 +27,8 @@ def exit_status(error: BaseException) -> int:
     """
     if isinstance(error, InputError):
         return 2
-    if _is(error, "jax.errors", "JaxRuntimeError"):
-        return 1 if str(error).startswith(TRANSIENT) else 3
+    if (code := runtime_code(error)) is not None:
+        return 1 if code in TRANSIENT else 3
     if _is(error, "google.api_core.exceptions", "ServerError", "TooManyRequests", "RetryError"):
         return 1
     if _is(error, "google.api_core.exceptions", "Forbidden", "Unauthorized", "NotFound"):
@@ -30,6 +36,12 @@ def exit_status(error: BaseException) -> int:
     if _is(error, "google.auth.exceptions", "GoogleAuthError"):
         return 1 if getattr(error, "retryable", False) else 2
     return 1 if isinstance(error, OSError) else 3  # OSError: storage, network, a full disk
+
+
+def runtime_code(error: BaseException) -> str | None:
+    """The status code of an error of the JAX runtime, such as "INTERNAL"; None for all other errors."""
+    found = CODES.match(str(error)) if isinstance(error, RuntimeError | ValueError) else None
+    return found[1] if found else None
 
 
 def report(error: BaseException, command: str) -> int:

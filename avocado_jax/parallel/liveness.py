@@ -69,8 +69,11 @@ class Liveness:
         """Names of the processes that publish no new heartbeat within `patience` seconds."""
         begun = time.monotonic()
         others = [number for number in range(self._processes) if number != self._process]
+        known: dict[int, int] | None = None  # counts that were read after `begun`: older ones may be long out of date
         while True:
-            silent = [number for number in others if self._last(number) <= begun]
+            if known is None and self._answered > begun:
+                known = {number: beat.count for number, (beat, _) in self._peers.items()}
+            silent = [n for n in others if known is None or n not in known or self._peers[n][0].count == known[n]]
             if not silent or time.monotonic() - begun > patience:
                 return [self._name(number) for number in silent]
             time.sleep(0.1)
@@ -88,12 +91,13 @@ class Liveness:
                 found = self._client.key_value_dir_get(KEYS)
             except jax.errors.JaxRuntimeError:  # process 0 is gone: jax ends this process
                 continue
-            self._answered = now = time.monotonic()
+            now = time.monotonic()
             for key, text in found:
                 number, beat = int(key.rpartition("/")[2]), Beat(*json.loads(text))
                 if number not in self._peers or self._peers[number][0].count != beat.count:
                     self._peers[number] = beat, now
                     self._warned.discard(number)
+            self._answered = now  # last: `lost_peers` reads the counts after it
 
     def _watch(self) -> None:
         limits = [limit for limit in (self._heartbeat, self._limit) if limit]
@@ -114,9 +118,11 @@ class Liveness:
 
     def _warn_of_silence(self, now: float) -> None:
         """Name each process without heartbeats once, before jax ends this one."""
-        silent = [number for number in range(self._processes) if now - self._last(number) > self._heartbeat / 2]
-        if now - self._answered > self._heartbeat / 2:  # no answer of process 0: nothing is known of the others
-            silent = [0]
+        if now - self._answered > self._heartbeat / 2:
+            silent = [0]  # process 0 does not answer: nothing is known of the others
+        else:
+            peers = range(self._processes)
+            silent = [number for number in peers if self._answered - self._last(number) > self._heartbeat / 2]
         for number in silent:
             if number != self._process and number not in self._warned:
                 self._warned.add(number)

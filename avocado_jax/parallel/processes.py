@@ -12,7 +12,7 @@ import jax
 from jax._src import distributed
 
 from avocado_jax.config import TimeoutConfig
-from avocado_jax.errors import InputError, exit_status
+from avocado_jax.errors import InputError, exit_status, runtime_code
 from avocado_jax.parallel import liveness
 from avocado_jax.parallel.signals import on_signal
 
@@ -62,7 +62,7 @@ def init_distributed(
         if not several or jax.process_count() == 1:
             raise
         # An error of the runtime may follow from a lost process; then a retry helps, whatever its status code.
-        if isinstance(error, jax.errors.JaxRuntimeError) and not str(error).startswith("RESOURCE_EXHAUSTED:"):
+        if runtime_code(error) not in (None, "RESOURCE_EXHAUSTED"):
             print(f"{error}\nchecking whether a host was lost", file=sys.stderr, flush=True)
             if lost := watch.lost_peers(2 * timeouts.heartbeat):
                 _exit_soon(1)

@@ -6,14 +6,12 @@ import google.api_core.exceptions as google
 import jax
 import jax.numpy as jnp
 import pytest
+from tiny_run import tiny_run
 
 from avocado_jax.__main__ import main
-from avocado_jax.data.pipeline import Batch
 from avocado_jax.data.storage import StorageError
 from avocado_jax.errors import InputError, exit_status
 from avocado_jax.parallel import liveness
-from avocado_jax.parallel.mesh import make_mesh
-from avocado_jax.train.loop import Job, train
 
 Runtime = jax.errors.JaxRuntimeError
 
@@ -29,6 +27,9 @@ Runtime = jax.errors.JaxRuntimeError
         (Runtime("ABORTED: peer"), 1),
         (Runtime("RESOURCE_EXHAUSTED: out of HBM; ABORTED: not the code"), 3),
         (Runtime("INTERNAL: during UNAVAILABLE: of something"), 3),
+        (ValueError("UNKNOWN: Gloo all-reduce failed: connection closed by peer"), 3),
+        (ValueError("UNAVAILABLE: coordination service"), 1),
+        (ValueError("no code: UNAVAILABLE"), 3),
         (google.ServiceUnavailable("503"), 1),
         (google.TooManyRequests("429"), 1),
         (google.RetryError("too long", None), 1),
@@ -50,56 +51,6 @@ def out_of_memory():
 
 def internal_error():
     return {}["missing"]
-
-
-class Storage:
-    """Stands for the log and the checkpoints of a run."""
-
-    def __init__(self):
-        self.saved, self.lines = [], []
-
-    def write(self, line):
-        self.lines.append(line)
-
-    def save(self, step, *_):
-        self.saved.append(step)
-
-    def flush(self):
-        pass
-
-    close = flush
-
-
-def tiny_run(skipped_in_row=lambda step: 0, evaluate=lambda state, step: {}, **changes):
-    """`train` over steps that compute nothing. Returns its status, and the fake storage."""
-    from avocado_jax.train.state import State
-
-    names = ("loss", "lr", "tokens", "clip_tokens", "rows", "skipped", "skipped_in_row")
-    values = dict.fromkeys(State._fields, jnp.zeros((), jnp.int32))
-    numbers = iter(range(1, 100))
-
-    def step(state, batch):
-        now = dict.fromkeys(names, jnp.ones(())) | {"skipped_in_row": jnp.full((), skipped_in_row(next(numbers)))}
-        return state, now, dict
-
-    batch = Batch(**dict.fromkeys(Batch._fields))._replace(epoch=0, padded=0.0, lost=[])
-    job = Job(
-        steps=4,
-        batches=lambda first: iter([batch] * 4),
-        step=step,
-        evaluate=evaluate,
-        flops=lambda *_: 1.0,
-        rank=lambda _: None,
-        rows=lambda _: 1,
-        position={},
-        checkpoint_every=changes.get("checkpoint_every", 0),
-        eval_every=changes.get("eval_every", 0),
-        max_skipped=3,
-        profile=(),
-    )
-    storage = Storage()
-    mesh = make_mesh(1, 1, 1, devices=jax.devices()[:1])
-    return train(job, State(**values), mesh, storage, storage, ""), storage
 
 
 def test_a_run_that_does_not_fail_ends_with_0():

@@ -1,0 +1,147 @@
+"""Which host is named when a job makes no progress, and what counts as progress."""
+
+import time
+
+import jax
+import pytest
+
+from avocado_jax.config import TimeoutConfig
+from avocado_jax.parallel import liveness, processes
+from avocado_jax.parallel.liveness import Liveness
+
+Runtime = jax.errors.JaxRuntimeError
+
+
+class Store:
+    """The key-value store of jax.distributed, which can be taken away."""
+
+    def __init__(self):
+        self.held, self.gone = {}, False
+
+    def key_value_set(self, key, value, allow_overwrite):
+        if self.gone:
+            raise Runtime("UNAVAILABLE: no coordinator")
+        self.held[key] = value
+
+    def key_value_dir_get(self, folder):
+        return [(key, value) for key, value in self.held.items() if key.startswith(folder)]
+
+
+@pytest.fixture
+def hosts(monkeypatch, capfd):
+    """`hosts(heartbeat, step)` makes three that know each other; `hosts.ended` is how processes ended."""
+    made, ended = [], []
+    monkeypatch.setattr(liveness.os, "_exit", ended.append)
+    store = Store()
+
+    def start(heartbeat, step):
+        made.extend(Liveness(heartbeat, step, store, number, 3) for number in range(3))
+        return made
+
+    start.ended, start.store = ended, store
+    yield start
+    for one in made:
+        one.close()
+
+
+def until(condition, seconds=20):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+def test_the_host_that_is_behind_is_named_and_all_end_with_75(hosts, capfd):
+    made = hosts(4, 3)
+    for host in made:
+        host.progress(6, "step")
+    for host in (made[0], made[2]):
+        host.progress(7, "step")
+    made[1].progress(7, "input")
+    until(lambda: len(hosts.ended) >= 3)
+    assert set(hosts.ended) == {75}
+    said = capfd.readouterr().err
+    warnings = [line for line in said.splitlines() if "(timeouts.step 3): stuck: host 1 (" in line]
+    assert len(warnings) == 3  # each host names it once, long before it ends
+    assert all("input of step 7, outside the package" in line for line in warnings)
+    assert "Current thread" in said  # stacks
+    assert "host 2" not in said
+
+
+def test_no_host_is_named_where_none_is_behind(hosts, capfd):
+    for host in hosts(4, 1):
+        host.progress(3, "step")
+    until(lambda: hosts.ended)
+    assert "no host is behind the others, all are in step of step 3" in capfd.readouterr().err
+
+
+def test_a_host_without_heartbeats_is_named(hosts, capfd):
+    made = hosts(2, 0)
+    until(lambda: made[0]._peers.keys() == {0, 1, 2})
+    made[1].close()
+    time.sleep(1.6)
+    hosts.store.gone = True  # then process 0 cannot be reached
+    time.sleep(1.6)
+    said = capfd.readouterr().err.splitlines()
+    silent = [line.partition(":")[0].split(" (")[0] for line in said]
+    assert silent.count("host 1") == 2  # host 0 and host 2 name it
+    assert silent.count("host 0") == 1  # host 2
+    assert "host 2" not in silent
+    assert all("no heartbeat for" in line for line in said)
+    assert not hosts.ended  # this is left to jax
+
+
+def test_progress_and_compilations_put_off_the_end(hosts):
+    made = hosts(10, 1.0)
+    for number in range(8):
+        time.sleep(0.25)
+        for host in made:
+            if number % 2:
+                host.progress(number, "input")
+            else:
+                host._compiled(liveness.COMPILED, 0.1)
+    assert not hosts.ended
+    until(lambda: hosts.ended)
+
+
+def test_lost_peers(hosts):
+    made = hosts(0.4, 0)
+    until(lambda: made[0]._peers.keys() == {0, 1, 2})
+    assert made[0].lost_peers(5) == []
+    made[2].close()
+    time.sleep(0.2)
+    (lost,) = made[0].lost_peers(1)
+    assert lost.startswith("host 2 (")
+
+
+def test_a_host_that_was_stopped_does_not_trust_its_last_answer(hosts):
+    """What it reads first may have been sent before the others ended."""
+    made = hosts(0.4, 0)
+    until(lambda: made[0]._peers.keys() == {0, 1, 2})
+    held = hosts.store.held
+    hosts.store.held = {key: value.replace("[", "[1", 1) for key, value in held.items()}  # new counts, once
+    hosts.store.key_value_set = lambda *_, **__: None
+    assert len(made[0].lost_peers(1)) == 2
+
+
+@pytest.mark.parametrize(
+    ("error", "lost", "status", "kind"),
+    [
+        (Runtime("INTERNAL: gloo: connection closed by peer"), ["host 1 (h)"], 1, ConnectionError),
+        (Runtime("INTERNAL: gloo: connection closed by peer"), [], 3, Runtime),
+        (ValueError("UNKNOWN: Gloo all-reduce failed"), ["host 1 (h)"], 1, ConnectionError),
+        (Runtime("UNAVAILABLE: x"), [], 1, Runtime),
+        (Runtime("RESOURCE_EXHAUSTED: x"), ["host 1 (h)"], 3, Runtime),
+        (KeyError("a bug"), ["host 1 (h)"], 3, KeyError),
+        (processes.InputError("data: none"), ["host 1 (h)"], 2, processes.InputError),
+    ],
+)
+def test_an_error_that_follows_from_a_lost_host_can_be_retried(monkeypatch, error, lost, status, kind):
+    left = []
+    monkeypatch.setattr(processes, "_initialize", lambda *_: None)
+    monkeypatch.setattr(processes, "_exit_soon", left.append)
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(Liveness, "lost_peers", lambda self, patience: lost)
+    with pytest.raises(kind), processes.init_distributed("h:1", 2, 0, None, TimeoutConfig(step=0)):
+        raise error
+    assert left == [status]
