@@ -24,20 +24,28 @@ def avocado(*arguments, expect=0):
 
 @pytest.mark.slow
 def test_run_in_a_bucket(runs, tmp_path, monkeypatch):
-    """Stopped, killed and finished in a bucket: the metrics there are those of the run on disk."""
-    (tmp_path / "bucket").mkdir()
-    with gcs.storage_server(tmp_path) as port:
-        monkeypatch.setenv("STORAGE_EMULATOR_HOST", f"http://{gcs.HOST}:{port}")
-        monkeypatch.setenv("TENSORSTORE_GCS_HTTP_URL", f"http://{gcs.HOST}:{port}")
+    """Refused without the role; with it, killed after three saves and finished with the metrics of a local run."""
+    with gcs.proxied_bucket(tmp_path / "root", monkeypatch) as proxy:
         monkeypatch.setattr(runs, "folder", "gs://bucket")
         monkeypatch.setattr(runs, "logs", tmp_path)
-        process = runs.start("run")
-        checkpoint = tmp_path / "bucket" / "run" / "checkpoints" / "2" / "commit_success.txt"
-        while not checkpoint.exists():
+        proxy.denied = {"storage.buckets.get"}
+        log = runs.finish("refused", expect=2)
+        (line,) = [line for line in log.splitlines() if line.startswith("avocado sft:")]
+        assert line == (
+            "avocado sft: gs://bucket: no storage.buckets.get permission; "
+            "grant roles/storage.legacyBucketReader beside roles/storage.objectUser"
+        )
+        proxy.denied = set()
+        process = runs.start("run", "--checkpoint_every", "1")
+        run = tmp_path / "root" / "bucket" / "run"
+        saved = [run / "checkpoints" / str(step) / "commit_success.txt" for step in (1, 2, 3)]
+        while not saved[0].exists():
+            assert process.poll() is None
+        while saved[0].exists() or not saved[2].exists():  # the third save deletes the first step
             assert process.poll() is None
         kill(process, signal.SIGKILL)
         runs.finish("run")
-        lines = [json.loads(line) for line in (tmp_path / "bucket" / "run" / "metrics.jsonl").read_text().splitlines()]
+        lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
         avocado("convert", "to-hf", "gs://bucket/run", tmp_path / "exported")
     monkeypatch.undo()
     assert [{key: value for key, value in line.items() if key != "perf"} for line in lines] == runs.lines("undisturbed")
