@@ -8,6 +8,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import jax
@@ -37,6 +38,8 @@ class Job(NamedTuple):
         rank: of entries that `evaluate` gave, what checkpoints are ranked by; lower is better, None takes no part.
         rows: how many rows of a step the plan asks for, by its number from 0.
         position: what a checkpoint says of the run beside its step.
+        checkpoint_every, checkpoint_minutes: a checkpoint is saved after so many steps, and after so many minutes
+            without one; 0: off. Process 0 decides about the minutes.
     """
 
     steps: int
@@ -48,6 +51,7 @@ class Job(NamedTuple):
     rows: Callable[[int], int]
     position: dict[str, Any]
     checkpoint_every: int
+    checkpoint_minutes: float
     eval_every: int
     max_skipped: int
     profile: tuple[int, ...]
@@ -74,10 +78,14 @@ def train(job: Job, state: State, mesh: Mesh, checkpoints: Checkpoints, log: Log
     meter, progress_log, flags = Meter(), ProgressLog(job.steps), StepFlags(mesh)
     profile = Profile(job.profile, profile_to)
     pending: _Pending | None = None
-    first = int(state.step)
+    first, saved_at = int(state.step), time.monotonic()
 
     def due(number: int, every: int) -> bool:
         return number == job.steps or (every > 0 and number % every == 0)
+
+    def late() -> bool:
+        """Whether the newest checkpoint is older than `checkpoint_minutes`, on the clock of this process."""
+        return 0 < job.checkpoint_minutes * 60 <= time.monotonic() - saved_at
 
     def finish(done: _Pending, more: dict[str, Any]) -> tuple[bool, bool]:
         """Fetch and log the metrics of a step. Returns whether all processes stop, and save, after the next step."""
@@ -97,7 +105,8 @@ def train(job: Job, state: State, mesh: Mesh, checkpoints: Checkpoints, log: Log
         return stop, save
 
     stream = prefetch_to_mesh(job.batches(first), mesh)
-    try:
+    # The flags last: a signal must not end a save that is going on.
+    with _closing(profile, stream, log, checkpoints, flags):
         for number in range(first + 1, job.steps + 1):
             # --- dispatch a step, and fetch the metrics of the one before while it runs
             progress(number, "input")
@@ -109,7 +118,7 @@ def train(job: Job, state: State, mesh: Mesh, checkpoints: Checkpoints, log: Log
             state, metrics, tell = job.step(state, batch)
             stop, save = finish(pending, {}) if pending else (False, False)
             bare = batch._replace(clip=None, captions=None, references=None)  # the arrays are the step's, free to go
-            pending = _Pending(number, bare, metrics, tell, flags.dispatch(save=False), waited)
+            pending = _Pending(number, bare, metrics, tell, flags.dispatch(save=late()), waited)
 
             # --- where something hangs on this very step, fetch it too
             profile.after_step(number, metrics)
@@ -117,24 +126,36 @@ def train(job: Job, state: State, mesh: Mesh, checkpoints: Checkpoints, log: Log
             if evaluated or saved or stop:
                 progress(number, "evaluation")
                 more = job.evaluate(state, number) if evaluated else {}  # on a stop too: the metrics stay the same
-                stop_now, save_now = finish(pending._replace(flags=flags.dispatch(save=False)), more)
+                stop_now, save_now = finish(pending._replace(flags=flags.dispatch(save=late())), more)
                 stop, saved, pending = stop or stop_now, saved or save_now, None
                 progress(number, "checkpoint")
                 log.flush()
                 if saved or stop:
                     rest = state._replace(params=None)
                     checkpoints.save(number, state.params, rest, job.position, job.rank(more))
+                    saved_at = time.monotonic()
             if stop:
                 return 75 if number < job.steps else 0
         return 0
-    finally:
+
+
+@contextmanager
+def _closing(*resources: Any) -> Iterator[None]:
+    """Close all in order after the block. Raises the first error, so that the error of the block decides the status."""
+    errors: list[BaseException] = []
+    try:
+        yield
+    except BaseException as error:
+        errors.append(error)
+    for each in resources:
         try:
-            profile.close()
-            stream.close()
-            log.close()
-            checkpoints.close()
-        finally:
-            flags.close()  # a signal must not end a save that is going on
+            each.close()
+        except Exception as error:
+            errors.append(error)
+    for error in errors[1:]:
+        print(f"also: {error}", file=sys.stderr)
+    if errors:
+        raise errors[0]
 
 
 def _finite(scalars: dict[str, Any]) -> dict[str, Any]:

@@ -149,6 +149,7 @@ def run(
         rows=lambda number: int((setup.plan.step(number).records >= 0).sum()),
         position={"plan": setup.plan.digest},
         checkpoint_every=config.checkpoint_every,
+        checkpoint_minutes=config.checkpoint_minutes,
         eval_every=config.eval_every,
         max_skipped=config.max_skipped,
         profile=config.profile,

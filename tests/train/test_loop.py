@@ -1,0 +1,118 @@
+"""The training loop over a step that computes nothing: when it saves, traces and closes."""
+
+import json
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from avocado_jax.config import SftConfig
+from avocado_jax.data.pipeline import Batch
+from avocado_jax.parallel.mesh import make_mesh
+from avocado_jax.train import loop
+from avocado_jax.train.metrics import Log
+from avocado_jax.train.run import run
+from avocado_jax.train.state import State
+
+STEP_SECONDS = 7 * 60.0
+
+
+class Checkpoints:
+    """Records what is saved."""
+
+    def __init__(self):
+        self.steps, self.closed = [], False
+
+    def save(self, step, *_):
+        self.steps.append(step)
+
+    def close(self):
+        self.closed = True
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """A clock for the loop that only steps advance."""
+    clock = SimpleNamespace(now=0.0, monotonic=lambda: clock.now, perf_counter=lambda: clock.now)
+    monkeypatch.setattr(loop, "time", clock)
+    return clock
+
+
+def finish(folder, clock, steps=12, first=0, checkpoints=None, fails=None, **fields):
+    """Run to the end; gives the steps that were saved."""
+    checkpoints = checkpoints or Checkpoints()
+    zero = jnp.zeros((), jnp.int32)
+    state = State(zero + first, {}, None, zero, zero)
+
+    def step(state, batch):
+        clock.now += STEP_SECONDS
+        if state.step + 1 == fails:
+            raise RuntimeError("a step fails")
+        values = dict(loss=1.0, lr=0.1, rows=1, tokens=8, clip_tokens=8, skipped_in_row=0)
+        return state._replace(step=state.step + 1), {name: jnp.array(value) for name, value in values.items()}, dict
+
+    batch = Batch(*[None] * len(Batch._fields))._replace(epoch=0, padded=0.0, lost=())
+    config = SftConfig(tensorboard=False, eval_every=0, **({"checkpoint_every": 0} | fields))
+    plan = SimpleNamespace(digest="d", step=lambda number: SimpleNamespace(records=np.array([0])))
+    setup = SimpleNamespace(steps=steps, plan=plan, mesh=make_mesh(-1, 1, 1))
+    functions = dict(step=step, evaluate=lambda *_: {}, flops=lambda *_: 1.0, rank=lambda more: None)
+    status = run(
+        config, setup, str(folder), checkpoints, state, lambda first: iter([batch] * (steps - first)), **functions
+    )
+    assert status == 0
+    return checkpoints.steps
+
+
+def test_minutes_between_checkpoints(tmp_path, clock):
+    """Steps of 7 minutes: 20 have passed after the third, and the decision is read while the next one runs."""
+    assert finish(tmp_path, clock) == [12]
+    assert finish(tmp_path, clock, checkpoint_minutes=20) == [4, 8, 12]
+    assert finish(tmp_path, clock, checkpoint_minutes=20, checkpoint_every=5) == [4, 5, 9, 10, 12]
+    assert finish(tmp_path, clock, checkpoint_minutes=60 * 24) == [12]
+
+
+def test_metrics_of_a_step_are_flushed_before_its_checkpoint(tmp_path, clock, monkeypatch):
+    """Otherwise a run that is killed between the two resumes behind a step without metrics."""
+    flushed, checkpoints = [], Checkpoints()
+    real = Log.flush
+
+    def flush(self):
+        flushed.append(json.loads(self.path.read_text().splitlines()[-1])["step"])
+        real(self)
+
+    monkeypatch.setattr(Log, "flush", flush)
+    monkeypatch.setattr(checkpoints, "save", lambda step, *_: checkpoints.steps.append((step, flushed[-1])))
+    finish(tmp_path, clock, checkpoints=checkpoints, checkpoint_minutes=20)
+    assert checkpoints.steps == [(4, 4), (8, 8), (12, 12)]
+
+
+@pytest.fixture
+def traces(monkeypatch):
+    calls = []
+    monkeypatch.setattr(jax.profiler, "start_trace", lambda folder: calls.append("start"))
+    monkeypatch.setattr(jax.profiler, "stop_trace", lambda: calls.append("stop"))
+    return calls
+
+
+def test_a_run_that_resumes_inside_the_profile_window(tmp_path, clock, traces):
+    assert finish(tmp_path, clock, first=4, profile=(3, 6)) == [12]
+    assert traces == ["start", "stop"]
+
+
+def test_a_failure_keeps_the_trace_and_closes_everything(tmp_path, clock, traces, monkeypatch, capsys):
+    """The error of the step decides the exit status, not what failed after it."""
+
+    def close(log):
+        raise OSError("no storage")
+
+    checkpoints = Checkpoints()
+    monkeypatch.setattr(Log, "close", close)
+    with pytest.raises(RuntimeError, match="a step fails"):
+        finish(tmp_path, clock, checkpoints=checkpoints, fails=5, profile=(3, 6))
+    assert traces == ["start", "stop"]
+    assert checkpoints.closed
+    assert "also: no storage" in capsys.readouterr().err
+    with pytest.raises(OSError, match="no storage"):
+        finish(tmp_path, clock)
