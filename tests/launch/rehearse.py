@@ -1,10 +1,11 @@
-"""A pod rehearsed on one machine: four hosts, a bucket, the launchers' own command; a host is lost, two go on.
+"""Rehearse a job on a TPU pod with four hosts on one machine: a host is lost, two hosts finish the run.
 
   python tests/launch/rehearse.py [sft|grpo] FOLDER
 
-Checkpoint and shards are made and put into a bucket of a real storage server. An undisturbed run (of sft) is the
-measure. The other one loses a host: all others must end by themselves, with 75; then the job is started on two
-hosts, as on a smaller slice, and finishes. Prints what it found, as JSON.
+Checkpoint, shards, run folder and compile cache are in a bucket of a storage server. Hosts run the launchers' command,
+with their devices in the interleaved order of a v5p slice. One host is lost: all others must end with 75. The job
+starts again on two hosts, as on a smaller slice; it is stopped by SIGTERM, starts once more on the same hosts, compiles
+nothing and finishes. An undisturbed SFT run on one host is the reference. Prints the findings as JSON.
 """
 
 import json
@@ -20,28 +21,39 @@ ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "launch")]
 
 import gcs  # noqa: E402
+from device_order import process_order  # noqa: E402
 from hosts import hosts  # noqa: E402
 from job import job_of  # noqa: E402
 
 from avocado_jax.data import storage  # noqa: E402
 
-RECORDS, BATCH, EPOCHS = 20, 8, 2
+RECORDS, BATCH, EPOCHS = 12, 8, 4
 STEPS = EPOCHS * -(-RECORDS // BATCH)
 FIELDS = ["--init", "gs://bucket/base", "--data.train", "gs://bucket/train", "--data.caption_tokens", "48"]
 FIELDS += ["--data.shapes", "1", "--batch", str(BATCH), "--steps", str(STEPS), "--checkpoint_every", "2"]
-HELD_OUT = ["--data.heldout", "gs://bucket/test", "--eval_every", str(STEPS), "--eval_rows", "8", "--samples", "0"]
+HELD_OUT = ["--data.heldout", "gs://bucket/test", "--eval_every", "3", "--eval_rows", "8", "--samples", "0"]
 SAMPLED = ["--group", "2", "--sampling.tokens", "24", "--rewards.low", "8", "--rewards.high", "24"]
 CONFIGS = {
     "sft": ("configs/world_tiny.py", HELD_OUT),
     "grpo": ("configs/grpo_world.py", [*SAMPLED, "--data.heldout", ""]),
 }
-FOUR, TWO = "v6e:2x4", "v6e:2x2"  # slices of eight chips and of four: a host has two
-CHIPS = 2
+CHIPS = 2  # of a host
+FOUR, TWO = "v6e:2x4", "v6e:2x2"  # slices of four hosts and of two
+ORDERS = {4: "v5p:2x2x4", 2: "v5p:2x2x2"}  # hosts -> slice of so many hosts, whose device order is used
+AVOCADO = """#!{python}
+import json, os, sys
+sys.path.insert(0, {tests!r})
+from avocado_jax.__main__ import main
+from device_order import reorder
+if __name__ == "__main__":
+    reorder(json.loads(os.environ["DEVICE_ORDER"]))
+    sys.exit(main())
+"""
 PYTHON = sys.executable
 
 
 def job(stage, workdir, topology):
-    """The command of every host, as each of the launchers would give it."""
+    """The command of every host, as the launchers build it."""
     config, more = CONFIGS[stage]
     args = Namespace(stage=stage, config=config, workdir=workdir, topology=topology, slices=1, unplanned=True, name="r")
     return list(job_of(args, [*FIELDS, *more]).words)
@@ -57,7 +69,7 @@ def avocado(*words):
 
 
 def fill(folder):
-    """A checkpoint and prepared clips, in the bucket."""
+    """Write a checkpoint and prepared clips to the bucket."""
     python("launch/random_checkpoint.py", folder / "hf", "--size", "tiny")
     avocado("convert", "from-hf", folder / "hf", folder / "base")
     for path in (folder / "base").rglob("*"):
@@ -70,51 +82,61 @@ def fill(folder):
 
 
 class Pod:
-    """Hosts that run a stage's command."""
+    """Hosts that run the command of a stage."""
 
     def __init__(self, hosts, folder):
         self.hosts, self.folder, self.bucket = hosts, folder, folder / "storage" / "bucket"
+        self.orders = {count: process_order(slice, each=CHIPS) for count, slice in ORDERS.items()}
+        command = folder / "avocado"
+        command.write_text(AVOCADO.format(python=PYTHON, tests=str(ROOT / "tests")))
+        command.chmod(0o755)
         self.env = os.environ | {
-            "AVOCADO": str(Path(PYTHON).parent / "avocado"),
+            "AVOCADO": str(command),
             "AVOCADO_PYTHON": PYTHON,
             "PYTHONPATH": str(ROOT),
             "JAX_PLATFORMS": "cpu",
-            "JAX_FORCE_TPU_INIT": "1",  # jax looks for its peers as on a TPU
+            "JAX_FORCE_TPU_INIT": "1",  # jax finds the other hosts as on a TPU
             "MEGASCALE_COORDINATOR_ADDRESS": "",
             "MEGASCALE_NUM_SLICES": "1",
             "MEGASCALE_SLICE_ID": "0",
-            "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
-            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         }
 
     def start(self, name, command, count, chips=CHIPS):
-        """Start a command on the first `count` hosts; GKE tells each its number and all names in the same way."""
+        """Start a command on the first `count` hosts, with the environment variables that GKE sets on each."""
         flags = f"--xla_force_host_platform_device_count={chips} --xla_backend_optimization_level=0"
-        flags += " --xla_llvm_disable_expensive_passes=true"  # nearly all of the time is compilation
-        flags += " --xla_cpu_collective_timeout_seconds=600"  # 30 by default: hosts that share two cores part by more
+        flags += " --xla_llvm_disable_expensive_passes=true"  # most of the time is compilation
+        flags += " --xla_cpu_collective_timeout_seconds=600"  # default 30: too short for hosts that share two cores
+        order = self.orders.get(count, [0] * chips)
         peers = {"TPU_WORKER_HOSTNAMES": ",".join(self.hosts.names[:count]), "XLA_FLAGS": flags}
+        peers |= {"DEVICE_ORDER": json.dumps(order)}
         return [
             self.hosts.start(number, command, self.env | peers | {"TPU_WORKER_ID": str(number)}, self.log(name, number))
             for number in range(count)
         ]
 
     def log(self, name, number=0):
-        """The file of what a host said."""
+        """The log file of a host."""
         return self.folder / f"{name}-{number}.log"
 
-    def finish(self, name, processes):
-        """Wait for the end of all."""
+    def finish(self, name, processes, expect=0):
+        """Wait until all hosts have ended with the status `expect`."""
         statuses = [process.wait(timeout=1500) for process in processes]
-        assert not any(statuses), f"{statuses}: {self.log(name).read_text()[-3000:]}"
+        assert set(statuses) == {expect}, f"{statuses}: {self.log(name).read_text()[-3000:]}"
+
+    def until_step(self, name, processes):
+        """Wait until a started command reports its first step; returns the number of that step."""
+        while "step " not in (log := self.log(name).read_text()):
+            assert all(process.poll() is None for process in processes), log[-3000:]
+            time.sleep(0.05)
+        return int(log.partition("step ")[2].partition(" ")[0])
 
     def lines(self, run):
-        """Metrics of a run without what depends on the clock."""
-        text = (self.bucket / run / "metrics.jsonl").read_text()
-        return [{key: value for key, value in json.loads(line).items() if key != "perf"} for line in text.splitlines()]
+        """metrics.jsonl of a run."""
+        return [json.loads(line) for line in (self.bucket / run / "metrics.jsonl").read_text().splitlines()]
 
 
 def rehearse(stage, folder):
-    """Play it through; gives what was found."""
+    """Run the rehearsal. Returns the findings."""
     (folder / "storage" / "bucket").mkdir(parents=True)
     with hosts(4, folder) as made, gcs.storage_server(folder / "storage", made.outside) as port:
         url = f"http://{made.outside}:{port}"
@@ -122,7 +144,7 @@ def rehearse(stage, folder):
         pod = Pod(made, folder)
         fill(folder)
 
-        if stage == "sft":  # what is sampled hangs on the last bits, which differ between meshes
+        if stage == "sft":  # GRPO samples: its captions depend on rounding, which differs between meshes
             pod.finish("whole", pod.start("whole", job(stage, "gs://bucket/whole", FOUR), 1, chips=4 * CHIPS))
 
         processes = pod.start("broken", job(stage, "gs://bucket/broken", FOUR), 4)
@@ -137,16 +159,23 @@ def rehearse(stage, folder):
 
         again = time.monotonic()
         processes = pod.start("again", job(stage, "gs://bucket/broken", TWO), 2)
-        while "step " not in pod.log("again").read_text():
-            assert all(process.poll() is None for process in processes), pod.log("again").read_text()[-3000:]
-            time.sleep(0.05)
+        resumed = pod.until_step("again", processes)
         recovered = time.monotonic() - again
-        pod.finish("again", processes)
+        for process in processes:
+            process.terminate()
+        pod.finish("again", processes, expect=75)
+        second = time.monotonic()
+        processes = pod.start("second", job(stage, "gs://bucket/broken", TWO), 2)
+        continued = pod.until_step("second", processes)
+        restarted = time.monotonic() - second
+        pod.finish("second", processes)
 
-        found = {"stage": stage, "apart": made.apart, "statuses": statuses, "said": pod.log("broken").read_text()}
+        found = {"stage": stage, "namespaces": made.apart, "orders": pod.orders, "statuses": statuses}
+        found |= {"log": pod.log("broken").read_text(), "broken": pod.lines("broken")}
         found |= {"seconds_to_detect": round(detected, 1), "seconds_to_recover": round(recovered, 1)}
-        found |= {"resumed_after": _first_step(pod.log("again").read_text()) - 1}
-        found["broken"] = pod.lines("broken")
+        found |= {"seconds_to_restart": round(restarted, 1)}
+        found |= {"resumed_after": resumed - 1, "continued_after": continued - 1}
+        found["cache"] = len(list((pod.bucket / "broken" / "compiled").glob("*")))
         if stage == "sft":
             found["whole"] = pod.lines("whole")
         else:
@@ -157,10 +186,6 @@ def rehearse(stage, folder):
         return found
 
 
-def _first_step(log):
-    return int(log.partition("step ")[2].partition(" ")[0])
-
-
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # by way of what leaves nothing behind
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # runs the cleanup of `hosts`
     print(json.dumps(rehearse(sys.argv[1], Path(sys.argv[2]))))
