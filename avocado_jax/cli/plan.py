@@ -86,7 +86,7 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(plan | {"fits": fits, "steps": steps, "hosts": hosts}))
     else:
-        print(_hosts(hosts))
+        print(hosts_line(hosts))
     return 0 if fits else 1
 
 
@@ -97,7 +97,7 @@ def _print(entry: dict[str, Any], topology: str, rows: int) -> None:
         print(f"  {entry['advice']}", flush=True)
 
 
-def _hosts(hosts: list[dict[str, Any]]) -> str:
+def hosts_line(hosts: list[dict[str, Any]]) -> str:
     """The rows of the first process in compact form; those of all processes are in the JSON output."""
     first, *_ = hosts
     ranges: list[list[int]] = []

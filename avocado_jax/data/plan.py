@@ -1,14 +1,15 @@
-"""The global batch plan: which records make up each step, known to every host without a word exchanged.
+"""The global batch plan: the records of each step, computed by every host without communication.
 
-The plan is a pure function of (index, seed, step, batch size, buckets). In every epoch each record comes once:
+The plan is a pure function of (index, seed, step, batch size, buckets). Each epoch contains every record once:
 
-1. The epoch's records are shuffled and dealt, in that order, to the bucket each fits best; a full batch is a step.
-2. What is left of each bucket when the records run out is filled up from the leftovers of buckets that fit
-   inside it, so that few batches stay short; empty places of those are rows of zero weight (record -1).
-3. The epoch's steps are shuffled.
+1. The records of the epoch are shuffled and assigned, in that order, to the cheapest bucket that fits; a full batch
+   is a step.
+2. The remaining records of each bucket are filled up with remaining records of buckets that fit inside it, so that
+   few batches stay short. Their empty positions are rows of zero weight (record -1).
+3. The steps of the epoch are shuffled.
 
-Nothing is carried from one epoch to the next: the number of steps of an epoch is the same in all of them, and any
-step can be computed on its own.
+No state passes from one epoch to the next: all epochs have the same number of steps, and any step can be computed
+independently.
 """
 
 import hashlib
@@ -25,7 +26,7 @@ from avocado_jax.models.config import ThinkerConfig
 from avocado_jax.models.flops import row_flops as count_flops
 from avocado_jax.typing import Array, Float, Int
 
-EPOCH, STEPS = 1, 2  # purposes of random numbers
+EPOCH, STEPS = 1, 2  # purposes of random keys
 
 
 class Bucket(NamedTuple):
@@ -36,13 +37,13 @@ class Bucket(NamedTuple):
 
 
 class Step(NamedTuple):
-    """What the whole job computes at one step."""
+    """The work of all processes in one step."""
 
     step: int
     epoch: int
     bucket: Bucket
-    records: Int[Array, "B"]  # by their number in the index; -1 is a row of zero weight
-    padded: float  # part of the step's FLOPs spent on padding; a clip's own edge windows come with its size
+    records: Int[Array, "B"]  # numbers in the index; -1 is a row of zero weight
+    padded: float  # share of the step's FLOPs spent on padding, partial windows of a clip excluded
 
 
 def row_flops(sizes: Array, group: int, config: ThinkerConfig) -> Float[Array, "N"]:
@@ -54,13 +55,13 @@ def row_flops(sizes: Array, group: int, config: ThinkerConfig) -> Float[Array, "
 def choose_buckets(
     sizes: Sizes, count: int, group: int, config: ThinkerConfig, aligned: tuple[int, int] = (128, 64)
 ) -> list[Bucket]:
-    """At most `count` shapes that hold every record and waste few FLOPs on padding, the dearest first.
+    """At most `count` shapes that fit every record and spend few FLOPs on padding, most expensive first.
 
-    Neighbours are merged, cheapest loss first, until `count` are left; then records move to the cheapest bucket
-    that holds them and buckets shrink to their records, as long as that gains.
+    Shapes are merged pairwise, smallest loss first, until `count` are left. Then records move to the cheapest bucket
+    that fits and buckets shrink to their records, as long as that reduces the FLOPs.
 
     Args:
-        aligned: clip tokens and caption tokens are multiples of these, as attention kernels like them.
+        aligned: clip tokens and caption tokens are multiples of these, as suits attention kernels.
     """
     table = _table(sizes)
     for column, unit in ((0, aligned[0]), (4, aligned[1])):
@@ -83,7 +84,7 @@ def _table(sizes: Sizes) -> Int[Array, "N 5"]:
 
 
 def _coarse(table: Array, most: int) -> Array:
-    """Round sizes up until at most `most` distinct ones are left: merging is quadratic in their number."""
+    """Round sizes up until at most `most` distinct ones remain: merging is quadratic in their number."""
     bits = 8
     while len(np.unique(rounded := _up(table, bits), axis=0)) > most:
         bits -= 1
@@ -97,7 +98,7 @@ def _up(table: Array, bits: int) -> Array:
 
 
 def _merged(boxes: Array, members: Array, count: int, group: int, config: ThinkerConfig) -> Array:
-    """Merge the pair of boxes whose common box costs their members least, until `count` are left."""
+    """Merge the pair of boxes whose union adds the least cost, until `count` are left."""
     cost = row_flops(boxes, group, config)
 
     def losses(one: int, others: Array) -> Array:
@@ -122,10 +123,10 @@ def _merged(boxes: Array, members: Array, count: int, group: int, config: Thinke
 
 
 def _cheapest(table: Array, boxes: Array, group: int, config: ThinkerConfig) -> Int[Array, "N"]:
-    """The number of the cheapest box that holds each row of sizes.
+    """Number of the cheapest box that fits each row of sizes.
 
     Raises:
-        InputError: none does.
+        InputError: no box fits a row.
     """
     chosen = np.full(len(table), -1, np.int16)
     for number in np.argsort(-row_flops(boxes, group, config), kind="stable"):
@@ -140,20 +141,20 @@ def _cheapest(table: Array, boxes: Array, group: int, config: ThinkerConfig) -> 
 class Plan:
     """The steps of a run. Equal arguments give equal plans on every host."""
 
-    buckets: tuple[Bucket, ...]  # the dearest first
-    costs: Float[Array, "buckets"]  # FLOPs of a row of each
-    assigned: Int[Array, "N"]  # the bucket of each record
+    buckets: tuple[Bucket, ...]  # most expensive first
+    costs: Float[Array, "buckets"]  # FLOPs of a row of each bucket
+    assigned: Int[Array, "N"]  # bucket of each record
     needs: Float[Array, "N"]  # FLOPs of each record's row without padding
-    batch: int  # rows of the whole job
+    batch: int  # rows of all processes
     seed: int
 
     @property
     def epoch_steps(self) -> int:
-        """Steps of an epoch: the same for all."""
+        """Steps of an epoch, the same for every epoch."""
         return len(_epoch(self, 0))
 
     def step(self, step: int) -> Step:
-        """What is computed at a step."""
+        """Bucket and records of a step."""
         epoch, within = divmod(step, self.epoch_steps)
         bucket, records = _epoch(self, epoch)[within]
         padded = 1 - self.needs[records[records >= 0]].sum() / (self.batch * self.costs[bucket])
@@ -161,20 +162,20 @@ class Plan:
 
     @property
     def digest(self) -> str:
-        """A sum of all that the steps follow from: hosts compare it, and a checkpoint's step holds for one only."""
-        told = repr((self.buckets, self.batch, self.seed)).encode() + self.assigned.tobytes()
-        return hashlib.md5(told, usedforsecurity=False).hexdigest()
+        """Digest of all that determines the steps. Hosts compare it; the step of a checkpoint is valid for one digest."""
+        inputs = repr((self.buckets, self.batch, self.seed)).encode() + self.assigned.tobytes()
+        return hashlib.md5(inputs, usedforsecurity=False).hexdigest()
 
     def padded_share(self) -> float:
-        """The part of an epoch's FLOPs that is spent on padding, rows of zero weight included."""
+        """Share of an epoch's FLOPs spent on padding, rows of zero weight included."""
         return float(1 - self.needs.sum() / (self.batch * self.costs[[bucket for bucket, _ in _epoch(self, 0)]].sum()))
 
 
 def make_plan(sizes: Sizes, buckets: list[Bucket], batch: int, seed: int, group: int, config: ThinkerConfig) -> Plan:
-    """Assign each record to the cheapest bucket that holds it.
+    """Assign each record to the cheapest bucket that fits.
 
     Raises:
-        InputError: there is no record, or one that no bucket holds.
+        InputError: there are no records, or no bucket fits one.
     """
     if not len(sizes.caption):
         raise InputError("the data set has no records")
@@ -188,7 +189,7 @@ def make_plan(sizes: Sizes, buckets: list[Bucket], batch: int, seed: int, group:
 
 @lru_cache(maxsize=4)
 def _epoch(plan: Plan, epoch: int) -> list[tuple[int, Int[Array, "B"]]]:
-    """All steps of an epoch, as (bucket, records)."""
+    """All steps of an epoch: (bucket, records)."""
     order = np.random.default_rng([plan.seed, EPOCH, epoch]).permutation(len(plan.assigned))
     steps, left = [], []
     for bucket in range(len(plan.buckets)):

@@ -1,6 +1,6 @@
-"""Bytes that a compiled program sends between devices, read from its HLO text.
+"""Communication of a compiled program, read from its HLO text.
 
-XLA's own cost analysis counts the body of a loop once; here each collective counts as often as it runs.
+XLA's cost analysis counts the body of a loop once; here each collective counts once per execution.
 """
 
 import re
@@ -26,16 +26,17 @@ class _Use(NamedTuple):
 def collective_bytes(hlo: str, most: int = 1) -> dict[str, float]:
     """Bytes that one device sends in one run of the program, by kind of collective.
 
-    Args:
-        most: how often a loop counts whose end hangs on what it computes.
+    With n devices and a result of R bytes, a device sends (n - 1) / n of R in an all-gather or all-to-all, (n - 1) R
+    in a reduce-scatter (R is one shard) and 2 (n - 1) / n of R in an all-reduce. All branches of a conditional count.
 
-    Of n devices that share a result of R bytes, each sends (n - 1) / n of R in an all-gather, of its own n parts in a
-    reduce-scatter or all-to-all, twice that in an all-reduce. The branches of a conditional all count.
+    Args:
+        hlo: text of the optimised module.
+        most: assumed trip count of loops whose condition depends on data.
     """
     bodies, entry = _computations(hlo)
     uses = {name: list(_uses(lines, bodies, most)) for name, lines in bodies.items()}
-    # A fused asynchronous collective is written down several times, with one channel and one name. The channel alone
-    # is not enough: all collectives of a shard_map have the same.
+    # The text repeats a fused asynchronous collective with the same channel and name. The channel alone does not
+    # identify it: all collectives of a shard_map share one.
     sent: dict[object, tuple[str, float]] = {}
     waiting = [_Use(entry, 1)]
     while waiting:
@@ -47,7 +48,7 @@ def collective_bytes(hlo: str, most: int = 1) -> dict[str, float]:
             channel, operation = re.search(r"channel_id=(\d+)", line), re.search(r'op_name="([^"]*)"', line)
             key = (channel[1], *found.groups()[:2], operation and operation[1]) if channel else (name, number)
             kind, nbytes = found[2], times * _sent(found[2], bool(found[3]), found[1], line)
-            if kind == "all-reduce" and name.startswith("all-reduce-scatter"):  # as a TPU's compiler fuses one
+            if kind == "all-reduce" and name.startswith("all-reduce-scatter"):  # a fusion of the TPU compiler
                 kind, nbytes = "reduce-scatter", nbytes / 2
             sent[key] = kind, max(sent.get(key, (kind, 0.0))[1], nbytes)
     total = dict.fromkeys(KINDS, 0.0)
@@ -71,7 +72,7 @@ def _computations(hlo: str) -> tuple[dict[str, list[str]], str]:
 
 
 def _uses(lines: list[str], bodies: dict[str, list[str]], most: int) -> list[_Use]:
-    """The computations that a computation runs, and how often."""
+    """The computations that a computation calls, with trip counts."""
     found = []
     for line in lines:
         if loop := _WHILE.search(line):
@@ -84,7 +85,7 @@ def _uses(lines: list[str], bodies: dict[str, list[str]], most: int) -> list[_Us
 
 
 def _trips(line: str, condition: list[str], most: int) -> int:
-    """How often a loop runs: what XLA says, the constant that a scan's counter is compared with, or `most`."""
+    """Trip count of a loop: as annotated by XLA, from the constant in a scan's condition, or `most`."""
     if known := _TRIPS.search(line):
         return int(known[1])
     constants = dict(found.groups() for text in condition if (found := _LIMIT.search(text)))
@@ -112,7 +113,7 @@ def _sent(kind: str, started: bool, shape: str, line: str) -> float:
 
 
 def _parts(line: str) -> int:
-    """How many devices take part, in each of the ways that XLA writes groups."""
+    """Number of participating devices, for each of XLA's notations of replica groups."""
     if found := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", line):
         axes = dict(re.findall(r"'([^']+)'=(\d+)", found[1]))
         return _product(int(size or axes[name]) for name, size in re.findall(r"'([^']+)'(?::\(\d+\)(\d+))?", found[2]))

@@ -1,4 +1,4 @@
-"""Compile a phase of a step and say what it takes: memory by part, work, traffic, and which of them bounds its time."""
+"""Compile a phase of a step and report its memory by part, FLOPs, communication and the bound of its time."""
 
 import os
 import re
@@ -17,28 +17,33 @@ from avocado_jax.parallel.rules import bytes_per_device
 from avocado_jax.planning.collectives import collective_bytes
 from avocado_jax.planning.phases import Phase
 from avocado_jax.planning.program import Program
-from avocado_jax.planning.work import flops_of, local_rows, residual_bytes, traffic_bytes
+from avocado_jax.planning.work import flops_of, residual_bytes, rows_per_device, traffic_bytes
 
-# The share of a ceiling that a step is predicted to reach. Products of the text model's step reached 64% of an H100's
-# measured ceiling, recomputed ones counted (48% model FLOPs under full remat); no TPU was at hand to measure.
+# Predicted share of a ceiling. The matrix products of a text model's step reached 64% of the measured ceiling of an
+# H100, recomputation included (48% MFU under full remat). Not measured on TPUs.
 ATTAINED = 0.65
 UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 _SIZE = r"([\d.]+)([KMGT]?)"
-# What the TPU compiler says of a program that does not fit: of all of it, or of its temporaries alone.
+# Error messages of the TPU compiler for a program that does not fit: total memory, or temporaries only.
 _REFUSED = re.compile(rf"Used {_SIZE} of {_SIZE} hbm|HLO temporaries \({_SIZE}\) exceeds available HBM \({_SIZE}\)")
 
 
-def memory_refused(message: str, held: int) -> tuple[int, int] | None:
-    """Bytes that a program needs and may have, if `message` refuses it for that; `held`: of its arguments."""
+def memory_refused(message: str, arguments: int) -> tuple[int, int] | None:
+    """Required and available bytes, if a compiler error is about memory; None for other errors.
+
+    Args:
+        message: of the error.
+        arguments: bytes of the program's arguments, which some messages leave out.
+    """
     if (found := _REFUSED.search(message)) is None:
         return None
     parts = [part for part in found.groups() if part is not None]
     total, limit = (round(float(size) * UNITS[unit]) for size, unit in (parts[:2], parts[2:]))
-    return total + held * message[found.start() :].startswith("HLO temporaries"), limit
+    return total + arguments * message[found.start() :].startswith("HLO temporaries"), limit
 
 
 class Times(NamedTuple):
-    """Seconds that a step would take if only one thing took time, at the ceiling."""
+    """Lower bounds of a step's seconds, each from one ceiling of the device."""
 
     compute: float
     hbm: float
@@ -46,16 +51,16 @@ class Times(NamedTuple):
 
 
 def report(program: Program, phase: Phase) -> dict[str, Any]:
-    """Compile a phase and describe it: an entry of `steps` (README, "plan").
+    """Compile a phase and describe it: an entry of `steps` in the output of `plan`.
 
-    Bytes are those of one device: of everything that lies there while the phase runs, whether the phase reads it or
-    not, and what the phase makes. FLOPs are of the whole phase with what is recomputed. `seconds` is the bound at
-    ATTAINED of its ceiling; it and `mfu` are null where the device's ceilings are not known.
+    Bytes are per device and include all arrays that are alive while the phase runs, also those that it does not read.
+    FLOPs are of all devices, recomputation included. `seconds` assumes ATTAINED of the binding ceiling; it and `mfu`
+    are null where the ceilings of the device are unknown.
     """
     mesh, (shape, caption) = program.mesh, program.bucket
     device, chip = mesh.devices.flat[0], CHIPS.get(mesh.devices.flat[0].device_kind)
     hbm = {part: bytes_per_device(tree) for part, tree in phase.alive.items()}
-    held = sum(hbm.values())
+    resident = sum(hbm.values())
     lowered, begun = phase.lower(mesh), time.perf_counter()
     limit, traffic, fits = memory_of(device), None, True
     try:
@@ -65,14 +70,14 @@ def report(program: Program, phase: Phase) -> dict[str, Any]:
         if (refused := memory_refused(str(error), arguments)) is None:
             raise
         (total, limit), fits = refused, False
-        total += held - arguments
+        total += resident - arguments
     else:
         stats = compiled.memory_analysis()
         total = _stored(phase.alive, mesh) + stats.output_size_in_bytes - stats.alias_size_in_bytes
         total += stats.temp_size_in_bytes + stats.generated_code_size_in_bytes
         traffic = collective_bytes(text, caption if phase.name == "rollout" else 1)
         fits = total <= limit
-    hbm |= {"temporaries": total - held, "total": total}
+    hbm |= {"temporaries": total - resident, "total": total}
 
     flops = flops_of(program, phase)
     entry: dict[str, Any] = {
@@ -106,13 +111,13 @@ def report(program: Program, phase: Phase) -> dict[str, Any]:
 
 
 def _advice(program: Program, phase: Phase, entry: dict[str, Any]) -> str:
-    """By how much a phase does not fit, and which fields would help, the cheapest first."""
+    """By how much a phase does not fit, and which fields would help, cheapest first."""
     config = program.config
     over = (entry["hbm_bytes"]["total"] - entry["hbm_limit_bytes"]) / GIB
     hbm, shape = entry["hbm_bytes"], program.mesh.shape
-    rows, ways = local_rows(program, phase), []
+    rows, ways = rows_per_device(program, phase), []
     if rows > 1 and phase.name != "view":
-        ways.append(f"--accumulate {2 * config.accumulate} halves the {rows} rows that a device holds at once")
+        ways.append(f"--accumulate {2 * config.accumulate} halves the {rows} rows that a device processes at once")
     if entry["residual_bytes_estimate"] and program.model.remat in ("none", "dots"):
         ways.append("--remat full keeps only the layers' inputs")
     offloads = program.model.remat != "offload" and program.mesh.devices.flat[0].platform != "cpu"
@@ -128,7 +133,7 @@ def _advice(program: Program, phase: Phase, entry: dict[str, Any]) -> str:
 
 
 def _stored(tree: Any, mesh: Mesh) -> int:
-    """Bytes that a tree takes of one device, with the padding of its layouts: the compiler's word again."""
+    """Bytes of a tree on one device, with the padding of its layouts, as the compiler reports them."""
     try:
         with jax.set_mesh(mesh):
             reading = jax.jit(lambda tree: jnp.int32(0), keep_unused=True).lower(tree).compile()
@@ -140,7 +145,7 @@ def _stored(tree: Any, mesh: Mesh) -> int:
 
 
 def _compiled(lowered: jax.stages.Lowered, platform: str) -> tuple[jax.stages.Compiled, str]:
-    """The program and its HLO text. jaxlib cannot print all that libtpu compiles, so libtpu writes it itself."""
+    """The compiled program and its HLO text. jaxlib cannot print every program of libtpu, so libtpu dumps the text."""
     if platform != "tpu":
         compiled = lowered.compile()
         return compiled, compiled.as_text()
@@ -151,7 +156,7 @@ def _compiled(lowered: jax.stages.Lowered, platform: str) -> tuple[jax.stages.Co
 
 
 def memory_of(device: Any) -> int:
-    """Bytes of memory of a device: its data sheet's, what it says itself, or its share of this machine's."""
+    """Memory of a device in bytes: from its data sheet, its own report, or a CPU device's share of the machine."""
     if chip := CHIPS.get(device.device_kind):
         return round(chip.memory)
     if device.platform == "cpu":

@@ -1,4 +1,4 @@
-"""Mesh shapes, remat and accumulation for a config on given devices: those that fit, the fastest first."""
+"""Search over mesh shapes, remat and accumulation of a config on given devices."""
 
 import itertools
 from collections.abc import Iterator
@@ -17,14 +17,17 @@ from avocado_jax.planning.report import memory_of, report
 from avocado_jax.planning.work import LEARNING, residual_bytes
 from avocado_jax.train.state import split
 
-REMATS = tuple(enumerate(("dots", "full", "offload")))  # the least recomputation first
+REMATS = tuple(enumerate(("dots", "full", "offload")))  # least recomputation first
 
 
 def candidates(config: RunConfig, model: ThinkerConfig, devices: int) -> list[RunConfig]:
-    """What may be tried on so many devices, in the order of what is likely fast.
+    """Valid choices for a number of devices, those that are likely fast first.
 
-    The fewer rows a clip is spread over the less often it is read; the less is divided over `tensor` the less is
-    sent, and the fewer rows are taken at once the more often weights are gathered; recomputation costs up to a third.
+    Fewer rows per clip mean that fewer copies of it are processed. A smaller `tensor` axis means less communication,
+    more accumulation means that weights are gathered more often, and recomputation costs up to a third of the time.
+
+    Raises:
+        InputError: no mesh divides the rows.
     """
     found, grpo = [], isinstance(config, GrpoConfig)
     splits = [part for part in range(1, config.group + 1) if config.group % part == 0] if grpo else [1]
@@ -38,39 +41,39 @@ def candidates(config: RunConfig, model: ThinkerConfig, devices: int) -> list[Ru
             one = replace(config, mesh=mesh, accumulate=accumulate, **({"split": spread} if grpo else {}))
             found += [(spread, tensor, number, accumulate, replace(one, remat=remat)) for number, remat in REMATS]
     if not found:
-        raise InputError(f"batch: {config.batch} rows are divided over no mesh of {devices} devices")
+        raise InputError(f"batch: {config.batch} rows: no mesh of {devices} devices divides them")
     return [one for *_, one in sorted(found, key=itemgetter(0, 1, 2, 3))]
 
 
 def search(
     config: RunConfig, model: ThinkerConfig, bucket: Bucket, devices: list[Any], most: int
 ) -> Iterator[tuple[RunConfig, list[dict[str, Any]]]]:
-    """Compile at most `most` candidates and yield each with the reports of its phases, up to one that does not fit.
+    """Compile at most `most` candidates. Yields each with the reports of its phases up to the first that does not fit.
 
-    Those of which what lies there, gradients and kept activations alone are too much are passed over.
+    A candidate is skipped if its arrays, gradients and saved activations alone exceed the memory.
     """
     for one in candidates(config, model, len(devices)):
         if most == 0:
             return
         program = program_of(one, replace(model, remat=one.remat), bucket, devices)
-        if max(_at_least(program, phase) for phase in program.phases) <= memory_of(devices[0]):
+        if max(_least_memory(program, phase) for phase in program.phases) <= memory_of(devices[0]):
             most -= 1
             yield one, reports(program)
 
 
 def reports(program: Program) -> list[dict[str, Any]]:
-    """Of the phases in turn, until one does not fit."""
-    told = []
+    """Reports of the phases in order, up to the first that does not fit."""
+    found = []
     for phase in program.phases:
-        told.append(report(program, phase))
-        if not told[-1]["fits"]:
+        found.append(report(program, phase))
+        if not found[-1]["fits"]:
             break
-    return told
+    return found
 
 
-def _at_least(program: Program, phase: Phase) -> int:
-    """Bytes of one device that no compiler can save."""
-    held = bytes_per_device(phase.alive) + residual_bytes(program, phase)
+def _least_memory(program: Program, phase: Phase) -> int:
+    """Lower bound of the memory of one device: arrays, saved activations and gradients."""
+    size = bytes_per_device(phase.alive) + residual_bytes(program, phase)
     if phase.name in LEARNING:
-        held += bytes_per_device(split(phase.alive["parameters"], program.config.train)[0])  # gradients
-    return held
+        size += bytes_per_device(split(phase.alive["parameters"], program.config.train)[0])  # gradients
+    return size

@@ -1,4 +1,4 @@
-"""What a phase computes, moves and keeps, from shapes: the parts of a plan that no compiler says."""
+"""FLOPs, memory traffic and saved activations of a phase, derived from shapes: the compiler does not report them."""
 
 from typing import NamedTuple
 
@@ -16,14 +16,19 @@ LEARNING = ("sft", "update")  # phases with a backward pass
 
 
 class Flops(NamedTuple):
-    """Operations of a phase on all devices."""
+    """Operations of a phase on all devices.
 
-    model: float  # what the step must compute; MFU counts these
-    machine: float  # with what is recomputed, and clips that are read once for each of their rows
+    Attributes:
+        model: required operations, from which MFU is computed.
+        machine: executed operations: with recomputation, and with clips encoded once per row of a group.
+    """
+
+    model: float
+    machine: float
 
 
 def flops_of(program: Program, phase: Phase) -> Flops:
-    """Operations of a phase, every caption as long as it may be."""
+    """Operations of a phase, for captions of maximal length."""
     config, model, (shape, caption) = program.config, program.model, program.bucket
     if not isinstance(config, GrpoConfig):
         of = (model, shape, program.group, caption, config.train)
@@ -32,36 +37,36 @@ def flops_of(program: Program, phase: Phase) -> Flops:
 
     def of_rows(rows: int, group: int, recomputed: bool) -> float:
         every = grpo_flops(model, shape, group, caption, config.train, updates, beta, recomputed)
-        return rows * every._asdict().get(phase.name, 0.0)  # a view is no arithmetic
+        return rows * every._asdict().get(phase.name, 0.0)  # a view has no arithmetic
 
     return Flops(of_rows(config.batch, config.group, False), of_rows(program.rows, program.group, True))
 
 
-def in_turn(program: Program, phase: Phase) -> int:
-    """How many parts of the batch a phase takes one after the other."""
+def microbatches(program: Program, phase: Phase) -> int:
+    """Number of microbatches that a phase processes sequentially."""
     config = program.config
     return config.accumulate * (config.minibatches if phase.name == "update" else 1)
 
 
-def local_rows(program: Program, phase: Phase) -> int:
-    """Rows of a phase that a device holds at once."""
-    over = int(np.prod([program.mesh.shape[axis] for axis in ROWS]))
-    return program.rows // in_turn(program, phase) // over
+def rows_per_device(program: Program, phase: Phase) -> int:
+    """Rows of a microbatch on one device."""
+    shards = int(np.prod([program.mesh.shape[axis] for axis in ROWS]))
+    return program.rows // microbatches(program, phase) // shards
 
 
 def residual_bytes(program: Program, phase: Phase) -> int:
-    """What the layers of the language model keep for the backward pass, on one device; 0 without such a pass.
+    """Activations of the language model saved for the backward pass on one device; 0 without a backward pass.
 
-    Of each layer its input ("full"), nothing ("offload"), its input and products ("dots"), or those and what lies
-    between them ("none").
+    `remat` selects what is saved of each layer: its input ("full"), nothing on the device ("offload"), its input and
+    matrix products ("dots"), or all intermediate values ("none").
     """
     if phase.name not in LEARNING:
         return 0
     text, size = program.model.text, np.dtype(program.model.dtype).itemsize
-    rows, tokens = local_rows(program, phase), program.bucket.shape.tokens + program.group * program.bucket.caption
+    rows, tokens = rows_per_device(program, phase), program.bucket.shape.tokens + program.group * program.bucket.caption
     tensor = program.mesh.shape["tensor"]
     heads = (text.heads + 2 * text.kv_heads) * text.head
-    products = 2 * text.width + (heads + 2 * text.ffn) / tensor  # out and down are whole on every chip
+    products = 2 * text.width + (heads + 2 * text.ffn) / tensor  # outputs of out and down are replicated over tensor
     between = 4 * text.width + (2 * text.heads * text.head + 2 * text.ffn) / tensor
     kept = {
         "full": text.width,
@@ -73,15 +78,15 @@ def residual_bytes(program: Program, phase: Phase) -> int:
 
 
 def traffic_bytes(program: Program, phase: Phase) -> float:
-    """Bytes that one device moves between its memory and its cores in a phase, about.
+    """Estimate of the HBM traffic of one device in a phase.
 
-    Weights in each pass over each part of the batch, once gathered and once read; state and gradients in an update;
-    activations as often as the layers' operations write and read them. Kernels keep scores on the chip. A token of
-    decoding reads the weights and the whole of both caches.
+    Each pass over each microbatch gathers the weights once and reads them once. An update reads and writes state and
+    gradients. Activations count once per write and read of a layer's operations; attention kernels keep scores on the
+    chip. A decoded token reads the weights and both KV caches.
     """
     config, model, mesh, (shape, caption) = program.config, program.model, program.mesh, program.bucket
-    again = 3 + (model.remat != "none")  # forward, gradients of inputs and weights
-    said = program.group * caption
+    again = 3 + (model.remat != "none")  # forward, recomputation, gradients of inputs and of weights
+    sampled = program.group * caption
     if phase.name == "encode":
         return _towers(program, phase)
     if phase.name == "view":
@@ -91,45 +96,45 @@ def traffic_bytes(program: Program, phase: Phase) -> float:
         return _text(program, phase, 1, shape.tokens, gathered=False) + caption * _decoding(program, phase)
     if phase.name == "score":
         trees = (config.passes * config.minibatches > 1) + (config.objective.beta > 0)
-        return _text(program, phase, trees, shape.tokens + said)
+        return _text(program, phase, trees, shape.tokens + sampled)
     passes = config.passes if phase.name == "update" else 1
-    updates = in_turn(program, phase) // config.accumulate * passes
+    updates = microbatches(program, phase) // config.accumulate * passes
     state = bytes_per_device((phase.alive["parameters"], phase.alive["optimizer"]))
-    return _text(program, phase, passes * again, shape.tokens + said) + 2 * state * updates
+    return _text(program, phase, passes * again, shape.tokens + sampled) + 2 * state * updates
 
 
 def _text(program: Program, phase: Phase, passes: int, tokens: int, gathered: bool = True) -> float:
-    """So many passes of the language model over all rows, of so many tokens each."""
+    """Traffic of `passes` of the language model over all rows, of `tokens` each."""
     text, mesh, size = program.model.text, program.mesh, np.dtype(program.model.dtype).itemsize
-    tensor, parts = mesh.shape["tensor"], in_turn(program, phase)
+    tensor, parts = mesh.shape["tensor"], microbatches(program, phase)
     weights = (text.layers * text_layer_parameters(program.model) + 2 * text.vocab * text.width) * size / tensor
     weights *= 2 if gathered and mesh.shape["fsdp"] > 1 else 1
-    activations = local_rows(program, phase) * tokens * text.layers * _layer(text.width, text.ffn, tensor) * size
+    activations = rows_per_device(program, phase) * tokens * text.layers * _layer(text.width, text.ffn, tensor) * size
     return passes * parts * (weights + activations)
 
 
 def _towers(program: Program, phase: Phase) -> float:
-    """A pass of both encoders over all rows."""
+    """Traffic of one pass of both encoders over all rows."""
     model, mesh, shape = program.model, program.mesh, program.bucket.shape
-    size, tensor, parts = np.dtype(model.dtype).itemsize, mesh.shape["tensor"], in_turn(program, phase)
+    size, tensor, parts = np.dtype(model.dtype).itemsize, mesh.shape["tensor"], microbatches(program, phase)
     vision, audio = model.vision, model.audio
     leaves = jax.tree.leaves([phase.args[0][name] for name in ("vision", "audio")])
     weights = sum(leaf.size for leaf in leaves) * size / tensor * (1 + (mesh.shape["fsdp"] > 1))
     pixels = shape.patches * shape.windows * (vision.window_cells * vision.merge) ** 2
     numbers = pixels * vision.layers * _layer(vision.width, vision.ffn, tensor)
     numbers += shape.chunks * audio.window * audio.layers * _layer(audio.width, audio.ffn, tensor)
-    return parts * (weights + local_rows(program, phase) * numbers * size)
+    return parts * (weights + rows_per_device(program, phase) * numbers * size)
 
 
 def _layer(width: int, ffn: int, tensor: int) -> float:
-    """Numbers that a layer writes and reads for a token: norms, residual sums, q to out, SwiGLU."""
+    """Values that a layer writes and reads per token: norms, residual sums, q to out, SwiGLU."""
     return 13 * width + 5 * ffn / tensor
 
 
 def _decoding(program: Program, phase: Phase) -> float:
-    """A token of every caption: weights once for all rows, which decode together."""
+    """Traffic of decoding one token of every caption: all rows share one read of the weights."""
     model, (shape, caption) = program.model, program.bucket
-    rows, size = local_rows(program, phase) * in_turn(program, phase), np.dtype(model.dtype).itemsize
+    rows, size = rows_per_device(program, phase) * microbatches(program, phase), np.dtype(model.dtype).itemsize
     tensor = program.mesh.shape["tensor"]
     weights = decode_bytes(model, 0, 0, 0, size)
     caches = decode_bytes(model, rows * shape.tokens, rows * program.group, caption, size) - weights

@@ -11,6 +11,7 @@ import jax
 import pytest
 
 from avocado_jax.__main__ import main
+from avocado_jax.cli.plan import hosts_line
 from avocado_jax.config import load
 from avocado_jax.data.plan import Bucket
 from avocado_jax.data.rows import Shape
@@ -55,7 +56,13 @@ def test_a_step_that_does_not_fit_this_machine(capsys, monkeypatch):
     # AdamW has two moments of every parameter, all of which are trained here, and its counters
     assert 0 <= step["hbm_bytes"]["optimizer"] - 2 * step["hbm_bytes"]["parameters"] < 100
     assert set(step["collective_bytes"]) == set(KINDS)
-    assert step["seconds"] is None  # nobody knows this machine's ceilings
+    assert step["seconds"] is None  # the ceilings of this machine are unknown
+    assert told["hosts"] == [{"process": 0, "rows": list(range(8))}]
+
+
+def test_rows_of_hosts_in_one_line():
+    hosts = [{"process": 0, "rows": [0, 1, 8, 9, 11]}, {"process": 1, "rows": [2, 3, 4, 5, 6]}]
+    assert hosts_line(hosts) == "2 hosts load 5 rows each; host 0: 0-1, 8-9, 11"
 
 
 @pytest.mark.parametrize(
@@ -85,7 +92,7 @@ def test_a_search_passes_over_what_cannot_fit(monkeypatch):
     tried = search.candidates(config, model, 8)
     assert {(one.mesh.fsdp, one.mesh.tensor) for one in tried} == {(8, 1), (4, 2), (2, 4)}
     assert all(8 % (one.mesh.fsdp * one.accumulate) == 0 for one in tried)
-    with pytest.raises(InputError, match="7 rows are divided over no mesh of 8 devices"):
+    with pytest.raises(InputError, match="7 rows: no mesh of 8 devices divides them"):
         search.candidates(replace(config, batch=7), model, 8)
 
     # A clip's captions are spread over as few rows as the chips allow: it is read once for each.
@@ -160,12 +167,14 @@ def check_slice(step):
 
 @pytest.mark.slow
 def test_a_step_of_a_tpu_slice():
-    """With splash attention: heads and rows divided."""
-    status, told = of_slice(*TINY, "--topology", "v5e:2x2", "--mesh.tensor", "2", "--dtype", "bfloat16")
+    """Four hosts, splash attention, heads and rows sharded."""
+    status, told = of_slice(*TINY, "--topology", "v5e:4x4", "--mesh.tensor", "2", "--dtype", "bfloat16")
     assert (status, told["fits"]) == (0, True)
     (step,) = told["steps"]
     assert step["hbm_limit_bytes"] == 16 * 2**30
     assert step["advice"] is None
+    assert [host["process"] for host in told["hosts"]] == [0, 1, 2, 3]
+    assert [host["rows"] for host in told["hosts"]] == [[0, 1], [4, 5], [2, 3], [6, 7]]
     check_slice(step)
 
 
