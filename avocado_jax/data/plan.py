@@ -162,7 +162,7 @@ class Plan:
 
     @property
     def digest(self) -> str:
-        """Digest of all that determines the steps. Hosts compare it; the step of a checkpoint is valid for one digest."""
+        """Digest of all that determines the steps. Hosts compare it; a checkpoint's step is valid for one digest."""
         inputs = repr((self.buckets, self.batch, self.seed)).encode() + self.assigned.tobytes()
         return hashlib.md5(inputs, usedforsecurity=False).hexdigest()
 
