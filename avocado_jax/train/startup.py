@@ -1,7 +1,6 @@
-"""What is seen to before the first step, on every host: that all run the same, and that each can do its part.
+"""Start-up checks, before the first step: every host can do its part, and all hosts run the same program.
 
-Every host looks for itself, and then they tell each other: what one of them lacks, all of them say and end together,
-so that no host is left waiting in a step for one that has gone.
+Hosts run their checks independently and all-gather the results, so that all exit together if any check fails.
 """
 
 import hashlib
@@ -22,31 +21,38 @@ from avocado_jax.errors import InputError
 from avocado_jax.parallel.processes import deadline
 
 T = TypeVar("T")
-TOLD_BYTES = 2048  # of what a host says: more than its longest complaint takes as JSON
+REPORT_BYTES = 2048  # of a host's report; more than the longest error takes as JSON
 PACKAGES = ("jax", "jaxlib", "libtpu", "flax", "optax", "orbax-checkpoint")
 PACKAGE = Path(__file__).parents[1]
 
 
 class Host(NamedTuple):
-    """What a host says of itself."""
+    """The report of a host."""
 
     name: str
-    code: str  # digests of what it runs, and of what it was told
-    config: str
-    lacks: str  # what it cannot do without; empty: nothing
-    for_good: bool  # whether starting again cannot help
+    code: str  # digest of source files and package versions
+    config: str  # digest of config and run folder
+    error: str  # of a failed check; empty: none
+    permanent: bool  # whether a restart cannot help
+
+
+class Problem(NamedTuple):
+    """Why a job cannot start."""
+
+    text: str
+    permanent: bool  # whether a restart cannot help
 
 
 def ready(config: RunConfig, folder: str, open_all: Callable[[], T]) -> T:
-    """What `open_all` gives, once every host has found all that it needs, and all are known to run the same.
+    """Run the start-up checks of this host and compare with all others. Returns the result of `open_all`.
 
     Args:
-        folder: of the run; each host writes there, reads it back and removes it.
-        open_all: opens checkpoint and data on this host alone, without a word to the others.
+        folder: the run's folder; each host creates, reads and deletes a file there.
+        open_all: opens checkpoint and data on this host, without communication.
 
     Raises:
-        InputError: a host lacks something, or runs other code or another config than host 0.
-        OSError: storage fails a host.
+        InputError: a check of some host failed, or a host runs other code or another config than host 0.
+        OSError: storage failed on some host.
     """
     opened, failure = None, None
     try:
@@ -58,50 +64,43 @@ def ready(config: RunConfig, folder: str, open_all: Callable[[], T]) -> T:
         if failure:
             raise failure
         return opened
-    mine = Host(socket.gethostname(), code(), _digest([as_json(config), folder]), "", False)
+    report = Host(socket.gethostname(), code(), _digest([as_json(config), folder]), "", False)
     if failure:
-        mine = mine._replace(lacks=_short(str(failure)), for_good=isinstance(failure, InputError))
-    with deadline(config.timeouts.start, f"host {jax.process_index()}: not all hosts have told whether they can begin"):
-        hosts = everyone(mine)
-    if complaint := disagreement(hosts):
-        raise (OSError if complaint.passing else InputError)(complaint.text)
+        report = report._replace(error=_short(str(failure)), permanent=isinstance(failure, InputError))
+    with deadline(config.timeouts.start, f"host {jax.process_index()}: not all hosts finished the start-up checks"):
+        hosts = gather(report)
+    if problem := find_problem(hosts):
+        raise (InputError if problem.permanent else OSError)(problem.text)
     return opened
 
 
-class Complaint(NamedTuple):
-    """Why a job cannot begin."""
-
-    text: str
-    passing: bool  # whether it may be otherwise next time
-
-
-def disagreement(hosts: list[Host]) -> Complaint | None:
-    """What keeps these hosts from beginning together; None: nothing."""
+def find_problem(hosts: list[Host]) -> Problem | None:
+    """The first failed check or disagreement among the hosts; None if they can start together."""
     for number, host in enumerate(hosts):
-        if host.lacks:
-            return Complaint(f"host {number} ({host.name}): {host.lacks}", not host.for_good)
+        if host.error:
+            return Problem(f"host {number} ({host.name}): {host.error}", host.permanent)
     first = hosts[0]
     for number, host in enumerate(hosts):
         pair = f"host {number} ({host.name}) and host 0 ({first.name})"
         if host.code != first.code:
-            return Complaint(f"{pair} run different code: install one commit, and its requirements, on all", False)
+            return Problem(f"{pair} run different code: install one commit, and its requirements, on all", True)
         if host.config != first.config:
-            return Complaint(f"{pair} were started with different configs, fields or folders", False)
+            return Problem(f"{pair} were started with different configs, fields or folders", True)
     return None
 
 
-def everyone(mine: Host) -> list[Host]:
-    """What every host says of itself, in the order of processes."""
-    padded = np.frombuffer(json.dumps(mine).encode().ljust(TOLD_BYTES), np.uint8)
+def gather(report: Host) -> list[Host]:
+    """The reports of all hosts, ordered by process."""
+    padded = np.frombuffer(json.dumps(report).encode().ljust(REPORT_BYTES), np.uint8)
     return [Host(*json.loads(row.tobytes())) for row in multihost_utils.process_allgather(padded)]
 
 
 def code() -> str:
-    """A digest of this package's source files and of the versions of what they stand on."""
-    held: list[Any] = [_version(name) for name in PACKAGES]
+    """A digest of this package's source files and of the versions of its main dependencies."""
+    parts: list[Any] = [_version(name) for name in PACKAGES]
     for path in sorted(PACKAGE.rglob("*.py")):
-        held.append([str(path.relative_to(PACKAGE)), hashlib.sha256(path.read_bytes()).hexdigest()])
-    return _digest(held)
+        parts.append([str(path.relative_to(PACKAGE)), hashlib.sha256(path.read_bytes()).hexdigest()])
+    return _digest(parts)
 
 
 def probe(folder: str) -> None:

@@ -1,4 +1,4 @@
-"""What is seen to before the first step: by one host for itself, and by all of them together."""
+"""Start-up checks: those of one host, and the comparison of all."""
 
 import json
 import subprocess
@@ -14,37 +14,37 @@ from avocado_jax.data.sources import Shard, Shards
 from avocado_jax.errors import InputError
 from avocado_jax.parallel.processes import init_distributed
 from avocado_jax.train import startup
-from avocado_jax.train.startup import TOLD_BYTES, Host, disagreement, everyone, ready
+from avocado_jax.train.startup import REPORT_BYTES, Host, find_problem, gather, ready
 
 GOOD = [Host(f"host-{number}", "code", "config", "", False) for number in range(4)]
 
 
-def test_hosts_that_agree_begin():
-    assert disagreement(GOOD) is None
+def test_hosts_that_agree_may_start():
+    assert find_problem(GOOD) is None
 
 
 @pytest.mark.parametrize(
-    ("change", "text", "passing"),
+    ("change", "text", "permanent"),
     [
-        (dict(code="other"), "host 2 (host-2) and host 0 (host-0) run different code: install one commit", False),
-        (dict(config="other"), "were started with different configs, fields or folders", False),
-        (dict(lacks="gs://b/x: no access", for_good=True), "host 2 (host-2): gs://b/x: no access", False),
-        (dict(lacks="gs://b/x: 503", for_good=False), "host 2 (host-2): gs://b/x: 503", True),
+        (dict(code="other"), "host 2 (host-2) and host 0 (host-0) run different code: install one commit", True),
+        (dict(config="other"), "were started with different configs, fields or folders", True),
+        (dict(error="gs://b/x: no access", permanent=True), "host 2 (host-2): gs://b/x: no access", True),
+        (dict(error="gs://b/x: 503", permanent=False), "host 2 (host-2): gs://b/x: 503", False),
     ],
 )
-def test_what_one_host_lacks_all_say(change, text, passing):
-    told = disagreement([*GOOD[:2], GOOD[2]._replace(**change), GOOD[3]])
-    assert text in told.text
-    assert told.passing is passing
+def test_all_hosts_report_the_error_of_one(change, text, permanent):
+    problem = find_problem([*GOOD[:2], GOOD[2]._replace(**change), GOOD[3]])
+    assert text in problem.text
+    assert problem.permanent is permanent
 
 
-def test_the_longest_complaint_still_fits():
-    lacks = startup._short('"\\\n\x00é' * 1000)
-    assert everyone(Host("h" * 64, "c" * 32, "d" * 32, lacks, True))[0].lacks == lacks
-    assert len(json.dumps(Host("h" * 64, "c" * 32, "d" * 32, '"' * 600, True))) < TOLD_BYTES
+def test_the_longest_error_fits_into_a_report():
+    error = startup._short('"\\\n\x00é' * 1000)
+    assert gather(Host("h" * 64, "c" * 32, "d" * 32, error, True))[0].error == error
+    assert len(json.dumps(Host("h" * 64, "c" * 32, "d" * 32, '"' * 600, True))) < REPORT_BYTES
 
 
-def test_a_host_looks_for_itself(tmp_path):
+def test_checks_of_one_host(tmp_path):
     def missing():
         raise InputError("data: none")
 
@@ -83,7 +83,7 @@ def test_a_missing_permission_is_named_with_its_role(permission, role, tmp_path,
     assert str(error.value) == f"gs://bucket: no {permission} permission; grant {role}"
 
 
-def test_code_is_told_by_its_sources(tmp_path, monkeypatch):
+def test_the_code_digest_depends_on_sources_and_versions(tmp_path, monkeypatch):
     (tmp_path / "one.py").write_text("x = 1")
     monkeypatch.setattr(startup, "PACKAGE", tmp_path)
     before = startup.code()
@@ -145,7 +145,7 @@ with deadline(0.01, "host 0: the others have not come"):
         (["--data.train", "/nowhere"], "/nowhere/manifest.json: No such file or directory"),
     ],
 )
-def test_what_the_second_host_lacks_both_say(runs, fields, complaint):
+def test_both_hosts_report_the_error_of_the_second(runs, fields, complaint):
     processes = runs.start(f"apart{fields[0]}", processes=2, last=fields)
     assert [process.wait(timeout=400) for process in processes] == [2, 2]
     for number in range(2):
