@@ -1,7 +1,7 @@
-"""What a run is told: frozen dataclasses, written in a Python file, any field changed as `--a.b value`.
+"""Configs of training runs: frozen dataclasses in a Python file; `--a.b value` overrides a field.
 
-A config file defines `config`. Fields made with `free` may differ when a run is resumed; all others decide what
-the run computes, and a run folder that holds another value is refused.
+A config file defines `config`. Fields made with `free` may change when a run is resumed. All others decide what the
+run computes: a run folder with another value is refused.
 """
 
 import difflib
@@ -18,37 +18,37 @@ from avocado_jax.errors import InputError
 
 
 def free(default: Any) -> Any:
-    """A field that may change between the starts of one run: it decides how, not what, is computed."""
+    """A field that may change when a run is resumed: it decides how the run computes, not what."""
     return field(default=default, metadata={"free": True})
 
 
 @dataclass(frozen=True)
 class MeshConfig:
-    """How devices are laid out; -1 once: all that are left."""
+    """The device mesh; one axis may be -1: all remaining devices."""
 
-    data: int = free(1)  # copies of the parameters
-    fsdp: int = free(-1)  # parts of the parameters, each with rows of its own
-    tensor: int = free(1)  # parts of heads, hidden widths and vocabulary
-    slices: int = free(1)  # pod slices joined by the data-center network: copies over them, beside `data`
+    data: int = free(1)  # replicas of the parameters
+    fsdp: int = free(-1)  # shards of the parameters, each with its part of the rows
+    tensor: int = free(1)  # shards of heads, hidden widths and vocabulary
+    slices: int = free(1)  # pod slices joined by the data-center network; parameters are replicated over them
 
 
 @dataclass(frozen=True)
 class DataConfig:
-    """What is learned from. A source is a folder of `prepare`, `tfds:FOLDER:SPLIT`, or clips of AVWorld with no file:
-    `world:LEVEL:SPLIT:SEED:CLIPS`, with `:plain` behind it for plain captions,
-    `:mixed` for these with an eighth of the clips silent, `:habits` for these with the faults of world/habits.py
-    (keypoints and dialogues stay whole), or `:drills` for their parts.
+    """Training data. A source is a folder of `prepare`, `tfds:FOLDER:SPLIT`, or clips of AVWorld with no file:
+    `world:LEVEL:SPLIT:SEED:CLIPS`, followed by `:plain` for plain captions,
+    `:mixed` for plain captions with an eighth of the clips silent, `:habits` for plain captions with the faults of
+    world/habits.py (keypoints and dialogues are unchanged), or `:drills` for drills.
     """
 
     train: str = ""
     heldout: str = ""  # its loss is measured every `eval_every` steps
-    references: int = 1  # captions a clip
-    caption_tokens: int = 1024  # longer captions are cut and counted
-    shapes: int = 8  # compiled shapes at most
-    max_lost_share: float = 0.02  # records that cannot be read, past which the run stops
-    cache_dir: str = free("")  # copies of remote shards, and measurements of tfds sources
-    workers: int = free(0)  # processes that read and decode; 0: none but this one
-    threads: int = free(2)  # rows made at once in each process
+    references: int = 1  # captions per clip
+    caption_tokens: int = 1024  # longer captions are truncated and counted
+    shapes: int = 8  # maximum number of compiled shapes
+    max_lost_share: float = 0.02  # the run stops if more records cannot be read
+    cache_dir: str = free("")  # local; copies of remote shards, and measurements of tfds sources
+    workers: int = free(0)  # processes that read and decode; 0: this process
+    threads: int = free(2)  # rows prepared in parallel in each process
 
 
 @dataclass(frozen=True)
@@ -75,17 +75,17 @@ class LoraConfig:
 
 @dataclass(frozen=True)
 class NominalConfig:
-    """What `plan` assumes where the checkpoint, or the data, is not at hand."""
+    """What `plan` assumes if the checkpoint or the data is not available."""
 
     model: str = free("7b")  # "7b", "3b" or "tiny"
-    clip: tuple[int, ...] = free((28032, 99, 30, 50))  # of the dearest shape: tokens, temporal patches, windows, chunks
+    clip: tuple[int, ...] = free((28032, 99, 30, 50))  # largest shape: tokens, temporal patches, windows, chunks
 
 
 @dataclass(frozen=True)
 class SamplingConfig:
     """How captions are sampled from the policy."""
 
-    tokens: int = 4096  # of a caption at most, the stop included
+    tokens: int = 4096  # maximum length of a caption, including the stop token
     temperature: float = 1.0
     top_k: int = 0  # 0: all
     top_p: float = 1.0
@@ -93,23 +93,23 @@ class SamplingConfig:
 
 @dataclass(frozen=True)
 class ObjectiveConfig:
-    """What GRPO maximises (train/objective.py has the formulas)."""
+    """The GRPO objective (formulas: train/objective.py)."""
 
     advantage: str = "std"  # of a reward within its group: "std": (r - mean) / std; "mean": r - mean
-    std_floor: float = 1e-3  # under which a group's std is not taken
-    ratio: str = "token"  # of policies: "token", or "sequence" (GSPO)
-    clip_low: float = 0.2  # ratios under 1 - clip_low win nothing more
-    clip_high: float = 0.2  # nor do those over 1 + clip_high
-    kl: str = "k3"  # estimate of the distance to the reference: "k1", "k2", "k3"
-    beta: float = 0.04  # what it counts; 0: there is no reference
+    std_floor: float = 1e-3  # lower bound of a group's std
+    ratio: str = "token"  # level of the policy ratio: "token", or "sequence" (GSPO)
+    clip_low: float = 0.2  # ratios are clipped at 1 - clip_low
+    clip_high: float = 0.2  # and at 1 + clip_high
+    kl: str = "k3"  # estimator of the KL to the reference: "k1", "k2", "k3"
+    beta: float = 0.04  # weight of the KL; 0: no reference model
     aggregate: str = "sequence"  # of tokens: "sequence" (GRPO), "token" (DAPO), "constant" (Dr. GRPO)
     importance_cap: float = 0.0  # of the trainer's over the sampler's probability; 0: not corrected
-    mask_overlong: bool = False  # captions that reached the limit without a stop count for nothing
+    mask_overlong: bool = False  # truncated captions have no loss
 
 
 @dataclass(frozen=True)
 class RewardConfig:
-    """What a caption is rewarded for (rewards/README.md): a weighted sum; a weight of 0 leaves a term out of it."""
+    """The reward of a caption (rewards/README.md): a weighted sum of terms; a weight of 0 excludes a term."""
 
     checklist: float = 1.0  # R_C: keypoints of the reference that it states
     dialogue: float = 1.0  # R_D: lines and speakers
@@ -119,16 +119,16 @@ class RewardConfig:
     gate: bool = False  # a caption that collapses has no credit for dialogue
     low: int = 2048  # tokens from which R_L falls from 1
     high: int = 4096  # to 0
-    judge: str = "lexical"  # of R_C: by their words, or "remote", "lm", "embedding" (rewards/README.md)
-    judge_model: str = ""  # the folder of the last two; what the remote one is called where it is asked
-    judge_url: str = free("")  # of the remote one: https://HOST/v1; its key is in OPENAI_API_KEY
-    judge_cache: str = free("")  # a folder that keeps its answers; with it a resumed run asks nothing twice
-    judge_patience: float = free(600.0)  # seconds that the captions of a step wait for it
-    max_unjudged: float = free(0.1)  # share of a step's keypoints without an answer, past which the run stops
+    judge: str = "lexical"  # of R_C: "lexical", "remote", "lm" or "embedding" (rewards/README.md)
+    judge_model: str = ""  # folder (local or gs://) of an "lm" or "embedding"; name at the endpoint of a "remote"
+    judge_url: str = free("")  # endpoint of a "remote" judge: https://HOST/v1; its key is in OPENAI_API_KEY
+    judge_cache: str = free("")  # local folder for a "remote" judge's answers; a resumed run repeats no request
+    judge_patience: float = free(600.0)  # seconds that a step waits for it
+    max_unjudged: float = free(0.1)  # the run stops if a larger share of a step's keypoints has no answer
     covered_low: float = 0.35  # share of a keypoint's words from which the lexical judge finds it stated in part
     covered_high: float = 0.65  # and in full
-    keypoints: int = 64  # of a reference that are looked for, at most
-    lines: int = 32  # of dialogue that are compared, at most
+    keypoints: int = 64  # maximum number per reference
+    lines: int = 32  # maximum number of dialogue lines that are compared
 
 
 @dataclass(frozen=True)
@@ -142,19 +142,19 @@ class TimeoutConfig:
 
 @dataclass(frozen=True)
 class RunConfig:
-    """What every training run is told."""
+    """Fields of every training run."""
 
     init: str = ""  # a checkpoint: Hugging Face folder or run
     seed: int = 0
     steps: int = 0  # 0: `epochs` of the data
     epochs: float = 2.0
-    batch: int = 128  # clips a step, over all devices
-    accumulate: int = free(1)  # parts of a batch, one after the other
+    batch: int = 128  # clips per step, over all devices
+    accumulate: int = free(1)  # microbatches per batch
     train: str = "captioner"  # "captioner": adapters and language model; "all"; "adapters"; "lora": with adapters
     lora: LoraConfig = LoraConfig()
     dtype: str = "bfloat16"  # of activations
     param_dtype: str = "float32"  # of trained parameters, their gradients and moments
-    frozen_dtype: str = "bfloat16"  # of parameters that are not trained
+    frozen_dtype: str = "bfloat16"  # of frozen parameters
     remat: str = free("full")  # what the backward pass recomputes: "none", "dots", "full", "offload"
     attention: str = free("auto")  # "auto": the platform's kernel; "plain", "splash", "cudnn"
     mesh: MeshConfig = MeshConfig()
@@ -162,10 +162,10 @@ class RunConfig:
     optim: OptimConfig = OptimConfig()
     checkpoint_every: int = free(500)  # steps
     checkpoint_minutes: float = free(0.0)  # a checkpoint also after so many minutes without one; 0: off
-    keep: int = free(2)  # newest checkpoints; the best by held-out loss is kept beside them
+    keep: int = free(2)  # newest checkpoints to keep; the best by held-out loss is kept too
     eval_every: int = 500  # steps; it adds to metrics.jsonl, so it is part of what the run is
-    eval_rows: int = 128  # held-out clips at most
-    max_skipped: int = 20  # steps in a row whose gradient is not finite, after which the run stops
+    eval_rows: int = 128  # maximum number of held-out clips
+    max_skipped: int = 20  # the run stops after so many steps in a row without a finite gradient
     profile: tuple[int, ...] = free(())  # steps (first, last) traced by jax.profiler into RUN/profile
     tensorboard: bool = free(True)
     nominal: NominalConfig = NominalConfig()
@@ -177,8 +177,8 @@ class RunConfig:
 class SftConfig(RunConfig):
     """Supervised fine-tuning on captions (paper, 4.1)."""
 
-    samples: int = 4  # captions of held-out clips that are written at each evaluation
-    sample_tokens: int = 256  # of each at most
+    samples: int = 4  # captions of held-out clips written at each evaluation
+    sample_tokens: int = 256  # maximum length of each
 
 
 @dataclass(frozen=True)
@@ -186,22 +186,22 @@ class GrpoConfig(RunConfig):
     """Group-relative policy optimisation on rewards (paper, 4.2)."""
 
     epochs: float = 1.0
-    batch: int = 8  # clips a step, over all devices
-    group: int = 8  # captions sampled of each
-    split: int = free(1)  # rows that the captions of a clip are spread over, where there are more devices than clips
+    batch: int = 8  # clips per step, over all devices
+    group: int = 8  # captions sampled per clip
+    split: int = free(1)  # rows over which the captions of a clip are spread, if there are more devices than clips
     sampling: SamplingConfig = SamplingConfig()
     rewards: RewardConfig = RewardConfig()
     objective: ObjectiveConfig = ObjectiveConfig()
     passes: int = 1  # over each rollout
-    minibatches: int = 1  # of a pass, an update each
-    reference_dtype: str = "bfloat16"  # of the first policy's parameters, which are kept beside the trained ones
+    minibatches: int = 1  # updates per pass
+    reference_dtype: str = "bfloat16"  # of the reference model's parameters
     optim: OptimConfig = OptimConfig(lr=1e-5)
     checkpoint_every: int = free(50)  # steps
     eval_every: int = 50
 
 
 def as_sft(config: RunConfig) -> SftConfig:
-    """Fine-tuning on the captions of the clips that `config` learns from: as many steps of as many clips."""
+    """The SFT config with the same data, steps and batch as `config`."""
     return SftConfig(**{one.name: getattr(config, one.name) for one in fields(RunConfig)})
 
 
@@ -264,12 +264,13 @@ def _changed(config: Any, name: str, path: list[str], text: str) -> Any:
         every = [name for name, _, _ in flat(config)]
         close = difflib.get_close_matches(first, list(known), 1) or difflib.get_close_matches(name, every, 1)
         raise InputError(f"--{name}: no such field" + (f"; did you mean {close[0]}?" if close else ""))
-    held = getattr(config, first)
-    if rest and not is_dataclass(held):
+    current = getattr(config, first)
+    if rest and not is_dataclass(current):
         raise InputError(f"--{name}: {first} has no fields of its own")
-    if is_dataclass(held) and not rest:
-        raise InputError(f"--{name}: give one of its fields: {', '.join(f'--{name}.{f.name}' for f in fields(held))}")
-    value = _changed(held, name, rest, text) if rest else _parsed(known[first], text, name)
+    if is_dataclass(current) and not rest:
+        names = ", ".join(f"--{name}.{one.name}" for one in fields(current))
+        raise InputError(f"--{name}: give one of its fields: {names}")
+    value = _changed(current, name, rest, text) if rest else _parsed(known[first], text, name)
     return replace(config, **{first: value})
 
 
@@ -290,7 +291,7 @@ def _parsed(kind: Any, text: str, name: str) -> Any:
 
 
 def flat(config: Any, prefix: str = "") -> Iterator[tuple[str, Any, bool]]:
-    """Every field as (dotted name, value, whether it is free)."""
+    """All fields as (dotted name, value, whether it is free)."""
     for each in fields(config):
         value = getattr(config, each.name)
         if is_dataclass(value):
@@ -300,26 +301,26 @@ def flat(config: Any, prefix: str = "") -> Iterator[tuple[str, Any, bool]]:
 
 
 def as_json(config: Any) -> dict[str, Any]:
-    """The config as plain data, as `RUN/config.json` holds it."""
+    """The config as plain data, the content of `RUN/config.json`."""
     return {"kind": type(config).__name__, **asdict(config)}
 
 
-def refuse_another(config: Any, held: dict[str, Any], where: str) -> None:
-    """Compare with what a run folder was begun with.
+def refuse_another(config: Any, stored: dict[str, Any], where: str) -> None:
+    """Compare a config with the stored config of a run folder.
 
     Raises:
         InputError: fields that are not free differ; the message names them.
     """
 
     def at(name: str) -> Any:
-        value: Any = held
+        value: Any = stored
         for key in name.split("."):
             value = value.get(key) if isinstance(value, dict) else None
         return tuple(value) if isinstance(value, list) else value
 
-    decided = ((name, at(name), value) for name, value, loose in flat(config) if not loose)
-    differ = [f"{name} ({there} there, {here} here)" for name, there, here in decided if there != here]
-    if held.get("kind") != type(config).__name__:
-        differ = [f"kind ({held.get('kind')} there, {type(config).__name__} here)"]
+    fixed = ((name, at(name), value) for name, value, is_free in flat(config) if not is_free)
+    differ = [f"{name} ({there} there, {here} here)" for name, there, here in fixed if there != here]
+    if stored.get("kind") != type(config).__name__:
+        differ = [f"kind ({stored.get('kind')} there, {type(config).__name__} here)"]
     if differ:
         raise InputError(f"{where}: begun with another config: {', '.join(differ)}")
