@@ -1,4 +1,4 @@
-"""`python -m avocado_jax COMMAND`, installed as `avocado` too."""
+"""The command line: `avocado COMMAND`, or `python -m avocado_jax COMMAND`."""
 
 import argparse
 import importlib
@@ -10,19 +10,19 @@ from typing import NoReturn
 from avocado_jax.errors import report
 
 COMMANDS = {
-    "caption": "describe video clips in words",
-    "curate": "turn raw videos into a training manifest, by models behind an endpoint",
-    "prepare": "turn a manifest of videos into shards to train from",
+    "caption": "caption video clips",
+    "curate": "make a training manifest from raw videos with a model behind an endpoint",
+    "prepare": "make training shards from a manifest of videos",
     "sft": "fine-tune a captioner on captions",
-    "grpo": "train a captioner on rewards of its own captions",
-    "convert": "take a checkpoint from Hugging Face format to Orbax, or back",
-    "plan": "say what a training step takes of its devices, without having them",
-    "world": "make clips of a synthetic world with known truth, or check captions against it",
-    "score": "score captions with the rewards that train captioners",
-    "evaluate": "measure what a checkpoint can do",
-    "ablate": "measure what each reward term is worth, over arms and seeds",
-    "report": "put results of evaluate together, as the paper's ablation does",
-    "view": "write a run as a page: its curves, its captions beside clips and references",
+    "grpo": "train a captioner with GRPO on rewards of its captions",
+    "convert": "convert a checkpoint between Hugging Face and Orbax format",
+    "plan": "predict memory and time of a training step on a TPU slice, without the slice",
+    "world": "render clips of a synthetic world with known truth, or check captions against it",
+    "score": "score captions with the training rewards",
+    "evaluate": "evaluate a checkpoint on a benchmark",
+    "ablate": "run the reward ablation over arms and seeds",
+    "report": "combine results of evaluate into the table of the paper's ablation",
+    "view": "write an HTML page of a run: curves, captions, clips and references",
     "bench": "measure the hot paths against the ceilings of this machine",
 }
 STATUSES = """\
@@ -37,7 +37,7 @@ exit status:
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser whose complaint is one line on stderr and exit status 2."""
+    """An argument parser whose errors are one line on stderr and exit status 2."""
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")

@@ -20,7 +20,7 @@ from job import RESTARTS, act, add_arguments, job_of, main, slice_of
 
 from avocado_jax.errors import InputError
 
-GRACE_SECONDS = 120  # of a pod that is told to go: the loop gives itself 90 to save
+GRACE_SECONDS = 120  # of a pod after SIGTERM: the training loop takes at most 90 to save
 VERBS = {
     "cluster": "make a cluster with node pools of the slices, JobSet and Kueue",
     "image": "build the image of this commit, and push it",
@@ -96,7 +96,7 @@ def run(args: argparse.Namespace, fields: list[str]) -> None:
 
 
 def manifest(command: list[str]) -> str:
-    """The JobSet that xpk would apply; nothing but xpk itself is asked.
+    """The JobSet that xpk would apply, made by xpk without a cluster.
 
     Raises:
         InputError: xpk is not installed, or refuses.

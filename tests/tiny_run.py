@@ -30,8 +30,8 @@ class Storage:
     close = flush
 
 
-def tiny_run(read=lambda step: None, skipped_in_row=lambda step: 0, evaluate=lambda state, step: {}, **fields):
-    """Run four steps. Returns the exit status and the storage.
+def tiny_run(read=lambda step: None, skipped_in_row=lambda step: 0, evaluate=lambda state, step: {}, steps=4, **fields):
+    """Run some steps. Returns the exit status and the storage.
 
     Args:
         read: called with the number of a batch in the reader's thread, before the batch is there.
@@ -41,7 +41,7 @@ def tiny_run(read=lambda step: None, skipped_in_row=lambda step: 0, evaluate=lam
     empty = Batch(**dict.fromkeys(Batch._fields))._replace(epoch=0, padded=0.0, lost=[])
 
     def batches(first):
-        for number in range(first + 1, 5):
+        for number in range(first + 1, steps + 1):
             read(number)
             yield empty._replace(clip=np.ones(jax.local_device_count(), np.float32), step=number - 1)
 
@@ -52,7 +52,7 @@ def tiny_run(read=lambda step: None, skipped_in_row=lambda step: 0, evaluate=lam
         return state, metrics | {"skipped_in_row": jnp.full((), skipped_in_row(batch.step + 1))}, dict
 
     job = Job(
-        steps=4,
+        steps=steps,
         batches=batches,
         step=step,
         evaluate=evaluate,

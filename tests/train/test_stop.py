@@ -2,9 +2,12 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from processes import several
+
+TESTS = str(Path(__file__).parents[1])
 
 
 def test_flags_are_the_same_on_every_process():
@@ -46,3 +49,23 @@ print("running", bool(flags.dispatch(save=False)[0]))
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
     assert done.returncode == status, done.stderr
     assert done.stdout == ("" if status else "running True\n")
+
+
+@pytest.mark.parametrize(("where", "saved"), [("evaluate", "[3]"), ("skipped_in_row", "[4]")])
+def test_a_stop_during_an_evaluation_or_a_step_is_saved(where, saved):
+    """During an evaluation its step is saved. During the dispatch of a step, the one after it runs already."""
+    program = f"""
+import os, signal, sys, time
+sys.path.insert(0, {TESTS!r})
+from tiny_run import tiny_run
+def stop(*arguments):
+    if arguments[-1] == 3:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.5)
+    return {{}} if {where!r} == "evaluate" else 0
+status, storage = tiny_run(**{{{where!r}: stop}}, steps=6, eval_every={3 * (where == "evaluate")})
+print(status, storage.saved, flush=True)
+os._exit(0)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert done.stdout == f"75 {saved}\n", done.stderr
