@@ -61,6 +61,7 @@ def tiny_run(read=lambda step: None, skipped_in_row=lambda step: 0, evaluate=lam
         rows=lambda _: jax.device_count(),
         position={},
         checkpoint_every=0,
+        checkpoint_minutes=0.0,
         eval_every=0,
         max_skipped=3,
         profile=(),

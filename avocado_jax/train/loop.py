@@ -1,7 +1,7 @@
-"""The training loop: feed, measure, save, resume. It knows nothing of what a step computes.
+"""The training loop: input, metrics, checkpoints, stop and resume. It does not depend on what a step computes.
 
 Everything outside "perf" is a function of the config: a run that was killed at any moment and started again writes
-the same metrics to the bit. Hence the order at a checkpoint: the metrics of its step are on disk before it is.
+bit-identical metrics. So the metrics of a step are on disk before its checkpoint.
 """
 
 import math
@@ -29,15 +29,15 @@ class Job(NamedTuple):
     """What the loop runs.
 
     Attributes:
-        steps: of the whole run.
-        batches: this host's batches from a step on.
-        step: (state, batch on the mesh) -> (state, scalar metrics, told), dispatched and not waited for. `told()` is
-            called once the metrics are there: it writes what else the step leaves, and gives entries for "perf".
+        steps: number of steps of the run.
+        batches: first step -> this host's batches from that step on.
+        step: (state, batch on the mesh) -> (state, scalar metrics, finish), dispatched asynchronously. The loop calls
+            `finish()` after it has fetched the metrics: it writes further output and returns entries for "perf".
         evaluate: (state, step) -> entries for the step's line of metrics, such as `heldout_loss`.
-        flops: model FLOPs of a step on all devices, from its batch and its metrics.
-        rank: of entries that `evaluate` gave, what checkpoints are ranked by; lower is better, None takes no part.
-        rows: how many rows of a step the plan asks for, by its number from 0.
-        position: what a checkpoint says of the run beside its step.
+        flops: (batch, metrics) -> model FLOPs of the step on all devices.
+        rank: entries of `evaluate` -> the metric that checkpoints are ranked by, lower is better; None: unranked.
+        rows: step from 0 -> the number of rows that the plan has for it.
+        position: stored in each checkpoint.
         checkpoint_every, checkpoint_minutes: a checkpoint is saved after so many steps, and after so many minutes
             without one; 0: off. Process 0 decides about the minutes.
     """
@@ -58,12 +58,12 @@ class Job(NamedTuple):
 
 
 class _Pending(NamedTuple):
-    """A step that was dispatched, its metrics not yet fetched."""
+    """A dispatched step whose metrics are not fetched yet."""
 
-    number: int  # steps finished with it
+    number: int  # from 1
     batch: Batch
     metrics: dict[str, jax.Array]
-    told: Callable[[], dict[str, Any]]
+    finish: Callable[[], dict[str, Any]]
     flags: jax.Array | np.ndarray  # [stop, save], the same on every process
     input_wait: float
 
@@ -73,7 +73,7 @@ def train(job: Job, state: State, mesh: Mesh, checkpoints: Checkpoints, log: Log
 
     Raises:
         FloatingPointError: `max_skipped` steps in a row had no finite gradient.
-        OSError: a checkpoint cannot be saved; those before it are whole.
+        OSError: a checkpoint cannot be saved; those before it are complete.
     """
     meter, progress_log, flags = Meter(), ProgressLog(job.steps), StepFlags(mesh)
     profile = Profile(job.profile, profile_to)
@@ -93,7 +93,7 @@ def train(job: Job, state: State, mesh: Mesh, checkpoints: Checkpoints, log: Log
         flags.step_finished()  # before its line is on disk: whoever sees the line may send SIGTERM and expect a save
         scalars["lost"] = job.rows(done.number - 1) - scalars.pop("rows")
         tokens = scalars["tokens"] + scalars["clip_tokens"]
-        perf = meter.perf(tokens, job.flops(batch, scalars), batch.padded, done.input_wait) | done.told()
+        perf = meter.perf(tokens, job.flops(batch, scalars), batch.padded, done.input_wait) | done.finish()
         line = {"step": done.number, "epoch": batch.epoch, **_finite(scalars | more), "perf": perf}
         log.write(line)
         progress_log.write(line)
@@ -108,19 +108,19 @@ def train(job: Job, state: State, mesh: Mesh, checkpoints: Checkpoints, log: Log
     # The flags last: a signal must not end a save that is going on.
     with _closing(profile, stream, log, checkpoints, flags):
         for number in range(first + 1, job.steps + 1):
-            # --- dispatch a step, and fetch the metrics of the one before while it runs
+            # --- dispatch a step, and fetch the metrics of the previous one while it runs
             progress(number, "input")
             begun = time.perf_counter()
             batch = next(stream)
             waited = time.perf_counter() - begun
             progress(number, "step")
             profile.before_step(number)
-            state, metrics, tell = job.step(state, batch)
+            state, metrics, finish_step = job.step(state, batch)
             stop, save = finish(pending, {}) if pending else (False, False)
-            bare = batch._replace(clip=None, captions=None, references=None)  # the arrays are the step's, free to go
-            pending = _Pending(number, bare, metrics, tell, flags.dispatch(save=late()), waited)
+            bare = batch._replace(clip=None, captions=None, references=None)  # free the arrays with the step
+            pending = _Pending(number, bare, metrics, finish_step, flags.dispatch(save=late()), waited)
 
-            # --- where something hangs on this very step, fetch it too
+            # --- fetch its own metrics too where an evaluation or a checkpoint follows
             profile.after_step(number, metrics)
             evaluated, saved = due(number, job.eval_every), save or due(number, job.checkpoint_every)
             if evaluated or saved or stop:
