@@ -47,7 +47,7 @@ class DataConfig:
     shapes: int = 8  # maximum number of compiled shapes
     max_lost_share: float = 0.02  # the run stops if more records cannot be read
     cache_dir: str = free("")  # local; copies of remote shards, and measurements of tfds sources
-    workers: int = free(0)  # processes that read and decode; 0: this process
+    workers: int = free(-1)  # processes that read and decode; 0: this process; -1: by the host (train/inputs.py)
     threads: int = free(2)  # rows prepared in parallel in each process
 
 

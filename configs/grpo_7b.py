@@ -32,7 +32,7 @@ config = GrpoConfig(
     mesh=MeshConfig(tensor=4),
     train="captioner",
     remat="full",
-    data=DataConfig(caption_tokens=4096),
+    data=DataConfig(caption_tokens=4096, shapes=4),  # each shape has six programs to compile (launch/README.md)
     sampling=SamplingConfig(tokens=4096, temperature=1.0),
     rewards=RewardConfig(checklist=1.0, dialogue=1.0, length=1.0, low=2048, high=4096),
     objective=ObjectiveConfig(beta=0.04, clip_low=0.2, clip_high=0.2, kl="k3", aggregate="sequence"),

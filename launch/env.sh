@@ -5,10 +5,6 @@
 # (jax-ml/jax#35905).
 export JAX_COORDINATOR_PORT=${JAX_COORDINATOR_PORT-8476}
 
-# A start after a failure finds its programs compiled: the 7B step takes minutes. On the host's own disk; a run may
-# name a bucket instead.
-export JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR-/tmp/avocado-compiled}
-
 # Without it every operation of gcsfs first waits 12 to 90 s for a probe of the bucket's type.
 export GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT=${GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT-false}
 

@@ -38,7 +38,7 @@ def tiny_run(read=lambda step: None, skipped_in_row=lambda step: 0, evaluate=lam
         fields: of `Job`, instead of those here.
     """
     mesh = make_mesh(-1, 1, 1)
-    empty = Batch(**dict.fromkeys(Batch._fields))._replace(epoch=0, padded=0.0, lost=[])
+    empty = Batch(**dict.fromkeys(Batch._fields))._replace(epoch=0, padded=0.0, lost=[], ids=("a", "b"))
 
     def batches(first):
         for number in range(first + 1, steps + 1):

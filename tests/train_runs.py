@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -72,7 +73,7 @@ class Runs:
         `last`: more fields, of the last process alone.
         """
         flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=1"
-        env = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
+        env = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "JAX_LOG_COMPILES": "1"}
         if cached:
             env |= {"JAX_COMPILATION_CACHE_DIR": str(self.cache), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
         command = [
@@ -109,6 +110,19 @@ class Runs:
         """metrics.jsonl without what depends on the clock."""
         text = (self.folder / name / "metrics.jsonl").read_text()
         return [{key: value for key, value in json.loads(line).items() if key != "perf"} for line in text.splitlines()]
+
+    def compilations(self, name):
+        """`perf.compilations` of each step."""
+        text = (self.folder / name / "metrics.jsonl").read_text()
+        return [json.loads(line)["perf"]["compilations"] for line in text.splitlines()]
+
+    def compiled_late(self, name):
+        """Names of functions that were compiled, or read from the cache, after those compiled ahead of step 1."""
+        log = (self.logs / f"{name}-0.log").read_text()
+        ahead, reported, later = log.rpartition(re.search(r"compiled (\d+) of \1 programs", log)[0])
+        assert reported
+        assert "Finished XLA compilation of" in ahead
+        return set(re.findall(r"Finished XLA compilation of jit\((\w+)\)", later))
 
     def until(self, name, process, step):
         """Wait for the metrics of a step, or the end of the process."""

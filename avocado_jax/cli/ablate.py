@@ -29,6 +29,7 @@ from avocado_jax.data import storage
 from avocado_jax.errors import InputError
 from avocado_jax.eval.ablation import PAPER, Arm, parse_arms, summary, table
 from avocado_jax.rewards.combine import TERMS
+from avocado_jax.train.compiled import use_cache
 
 TOGETHER = 25  # held-out clips that are captioned at once
 
@@ -109,8 +110,7 @@ def _begun(config: GrpoConfig, out: str) -> None:
         refuse_another(config, json.loads(storage.read(where)), out)
     else:
         storage.write(where, json.dumps(as_json(config), indent=2).encode())
-    if not jax.config.jax_compilation_cache_dir:
-        jax.config.update("jax_compilation_cache_dir", storage.join(out, "compiled"))
+    use_cache(out)
 
 
 def _train(job: Job, config: GrpoConfig) -> int:

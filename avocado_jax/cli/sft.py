@@ -41,6 +41,8 @@ def run(args: argparse.Namespace) -> int:
     if not isinstance(config, SftConfig):
         raise InputError(f"{args.config}: a {type(config).__name__}; sft takes an SftConfig")
     with init_distributed(args.coordinator, args.processes, args.process, args.devices, config.timeouts):
-        from avocado_jax.train.run import sft  # after init_distributed: it may touch devices
+        from avocado_jax.train.compiled import use_cache  # after init_distributed: these may touch devices
+        from avocado_jax.train.run import sft
 
+        use_cache(args.workdir)
         return sft(config, args.workdir)

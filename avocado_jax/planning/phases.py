@@ -3,7 +3,6 @@
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -11,12 +10,9 @@ from avocado_jax.config import GrpoConfig, RunConfig, SftConfig
 from avocado_jax.data.plan import Bucket
 from avocado_jax.errors import InputError
 from avocado_jax.models.config import ThinkerConfig
-from avocado_jax.models.thinker import example
-from avocado_jax.parallel.batches import rows_sharding
 from avocado_jax.parallel.mesh import ROWS
-from avocado_jax.parallel.rules import shardings
-from avocado_jax.train.grpo import Experience, grpo_program
-from avocado_jax.train.rollout import VIEW_OVER
+from avocado_jax.train.grpo import grpo_program
+from avocado_jax.train.programs import batch_shapes, learning_programs, sampling_programs, step_shapes
 from avocado_jax.train.sft import sft_program
 from avocado_jax.train.state import State
 
@@ -75,56 +71,34 @@ def grpo_phases(config: GrpoConfig, model: ThinkerConfig, bucket: Bucket, mesh: 
         InputError: the config does not hold together, or the mesh does not divide the rows.
     """
     program = grpo_program(config, model, mesh, config.steps or STEPS, STOPS)
-    rows = config.batch * config.split
-    batch = _batch(config, model, bucket, mesh, rows)
-    clip, weight, by_rows = batch[0], batch[2], rows_sharding(mesh)
-
-    def made(run: Any, *args: Any) -> Any:
-        return _placed(jax.eval_shape(run, *args), by_rows)
-
     with jax.set_mesh(mesh):
-        params = program.state.params
-        encoded = program.encode and made(program.encode, params, clip)
-        view = jax.eval_shape(program.view, params)
-        view = jax.tree.map(_as, view, shardings(view, mesh, over=VIEW_OVER))
-        banned = jax.ShapeDtypeStruct((model.text.vocab,), jnp.bool_)
-        sampling = view, clip, encoded, jax.ShapeDtypeStruct((), jnp.int32), banned
-        rollout = made(program.roll_out, *sampling)
-        reference = program.reference if config.objective.beta else {}
-        scoring = params, reference, clip, encoded, rollout.captions
-        scored = made(program.score, *scoring)
-    advantage = _as(jax.ShapeDtypeStruct(rollout.lengths.shape, jnp.float32), by_rows)
-    experience = Experience(clip, encoded, rollout, scored, advantage, weight)
+        shapes = step_shapes(config, model, program, bucket, mesh)
+        sampling = sampling_programs(model, program, shapes)
+        learning = learning_programs(config, program, shapes, mesh, config.sampling.tokens)
+    encoded, view, rollout = shapes.encoded, shapes.view, shapes.rollout
+    scored = learning["update"].args[1].scored
+    batch = _batch(config, model, bucket, mesh, config.batch * config.split)
+    reference = program.reference if config.objective.beta else {}
 
     always = _always(program.state, batch) | {"reference": reference}
     after = always | {"encoded": encoded}
     evaluated = after | {"view": view} if config.data.heldout else always
-    phases = (
-        Phase("encode", program.encode, (params, clip), evaluated),
-        Phase("view", program.view, (params,), after),
-        Phase("rollout", program.roll_out, sampling, after | {"view": view}),
-        Phase("score", program.score, scoring, after | {"captions": rollout}),
-        Phase("update", program.update, (program.state, experience), after | {"captions": (rollout, scored)}),
-    )
-    without = ("encode",) * (encoded is None) + ("score",) * (not jax.tree.leaves(scored))
-    return tuple(phase for phase in phases if phase.name not in without)
+    alive = {
+        "encode": evaluated,
+        "view": after,
+        "rollout": after | {"view": view},
+        "score": after | {"captions": rollout},
+        "update": after | {"captions": (rollout, scored)},
+    }
+    phases = tuple(Phase(name, run, args, alive[name]) for name, (_, run, args) in (sampling | learning).items())
+    return tuple(phase for phase in phases if phase.name != "score" or jax.tree.leaves(scored))
 
 
 def _batch(config: RunConfig, model: ThinkerConfig, bucket: Bucket, mesh: Mesh, rows: int) -> tuple[Any, ...]:
     """What `parallel.batches` puts of a batch: clip, captions of the data, weight, tokens cut."""
-    shapes = example(model, rows, config.data.references, tuple(bucket.shape), config.data.caption_tokens)
-    per_row = (jax.ShapeDtypeStruct((rows,), dtype) for dtype in (jnp.float32, jnp.int32))
-    return _placed((*shapes, *per_row), rows_sharding(mesh))
+    return batch_shapes(config, model, bucket._replace(caption=config.data.caption_tokens), mesh, rows)
 
 
 def _always(state: State, batch: tuple[Any, ...]) -> dict[str, Any]:
     """What is there in every phase of every step. The next batch is put while this one is in use."""
     return {"parameters": state.params, "optimizer": state._replace(params=None), "inputs": (batch, batch)}
-
-
-def _placed(shapes: Any, sharding: Any) -> Any:
-    return jax.tree.map(lambda leaf: _as(leaf, sharding), shapes)
-
-
-def _as(leaf: Any, sharding: Any) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)

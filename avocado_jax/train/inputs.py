@@ -1,9 +1,13 @@
-"""Where a run's records come from, by the names that configs use."""
+"""The input of a run: its sources by the names that configs use, its worker processes, and whether it keeps up."""
 
+import os
+import sys
+import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from avocado_jax.config import DataConfig
@@ -26,6 +30,9 @@ from avocado_jax.world.voice import RATE
 
 MUTED = 8  # of so many clips of `:mixed` one has no sound
 TOLD = ("plain", "mixed", "habits", "drills")
+MOST_WORKERS = 16  # by default: each takes about 0.4 GB of the host's memory
+WARM_UP, WINDOW = 2, 20  # steps that are not measured, and steps of a measurement
+WAITING = 0.2  # share of a window's time that the loop may wait for input before it warns
 WORLD_PIXELS = 28 * 28  # frames of AVWorld are read as they are rendered, however small
 
 
@@ -118,6 +125,53 @@ def _index(
         prompt=column(len((one["prompt"] + one.get("system", "")).encode()) for one in fields),
         unit="byte",
     )
+
+
+def input_workers(asked: int) -> int:
+    """The number of input processes of this host for `data.workers`.
+
+    -1 means half of the host's cores, at most MOST_WORKERS, where an accelerator computes the steps. On CPU it means
+    none, since the step needs the cores.
+
+    Raises:
+        InputError: `asked` is less than -1.
+    """
+    if asked < -1:
+        raise InputError(f"data.workers: {asked} is neither a number of processes nor -1")
+    if asked >= 0:
+        return asked
+    cores = len(os.sched_getaffinity(0))
+    return 0 if jax.default_backend() == "cpu" else max(1, min(MOST_WORKERS, cores // 2))
+
+
+class InputMonitor:
+    """Warns once, on the process concerned, when the loop waits for input.
+
+    The next batch is prefetched while a step runs. Input that keeps up is ready when the loop takes it; input that does
+    not is waited for nearly all of the time.
+    """
+
+    def __init__(self) -> None:
+        self._steps, self._waited, self._rows, self._since = -WARM_UP, 0.0, 0, 0.0
+        self._warned = False
+
+    def step(self, waited: float, rows: int) -> None:
+        """Record that the loop waited so many seconds for this process's rows of a step."""
+        now = time.perf_counter()
+        self._steps, self._waited, self._rows = self._steps + 1, self._waited + waited, self._rows + rows
+        if self._steps == WINDOW:
+            seconds = now - self._since
+            if self._waited > WAITING * seconds and not self._warned:
+                self._warned = True
+                print(
+                    f"process {jax.process_index()}: the last {WINDOW} steps waited for input "
+                    f"{self._waited / seconds:.0%} of the time, which gives {self._rows / seconds:.2f} rows/s; raise "
+                    "data.workers, or prepare the data with --features",
+                    file=sys.stderr,
+                    flush=True,
+                )
+        if self._steps in (0, WINDOW):
+            self._steps, self._waited, self._rows, self._since = 0, 0.0, 0, now
 
 
 def open_source(name: str, config: DataConfig) -> tuple[Source, Reading]:

@@ -19,6 +19,7 @@ from avocado_jax.checkpoint.training import Checkpoints
 from avocado_jax.data.pipeline import Batch
 from avocado_jax.parallel.batches import prefetch_to_mesh
 from avocado_jax.parallel.liveness import progress
+from avocado_jax.train.inputs import InputMonitor
 from avocado_jax.train.metrics import Log, Meter, ProgressLog
 from avocado_jax.train.profile import Profile
 from avocado_jax.train.state import State
@@ -78,7 +79,7 @@ def train(job: Job, state: State, mesh: Mesh, checkpoints: Checkpoints, log: Log
     meter, progress_log, flags = Meter(), ProgressLog(job.steps), StepFlags(mesh)
     profile = Profile(job.profile, profile_to)
     pending: _Pending | None = None
-    first, saved_at = int(state.step), time.monotonic()
+    monitor, first, saved_at = InputMonitor(), int(state.step), time.monotonic()
 
     def due(number: int, every: int) -> bool:
         return number == job.steps or (every > 0 and number % every == 0)
@@ -114,6 +115,7 @@ def train(job: Job, state: State, mesh: Mesh, checkpoints: Checkpoints, log: Log
             batch = next(stream)
             waited = time.perf_counter() - begun
             progress(number, "step")
+            monitor.step(waited, len(batch.ids))
             profile.before_step(number)
             state, metrics, finish_step = job.step(state, batch)
             stop, save = finish(pending, {}) if pending else (False, False)

@@ -20,6 +20,7 @@ import jax
 from avocado_jax.data import storage
 from avocado_jax.errors import InputError
 from avocado_jax.parallel.chips import CHIPS
+from avocado_jax.train.compiled import counts
 
 UPLOAD_SECONDS = 30.0  # between uploads of changed files to a bucket
 BOARD_SECONDS = 10  # between writes of TensorBoard's files
@@ -29,21 +30,17 @@ class Meter:
     """Measures what is not a result: time per step, compilations, memory."""
 
     def __init__(self) -> None:
-        self.compilations, self._at = 0, time.perf_counter()
-        jax.monitoring.register_event_duration_secs_listener(self._count_compilation)
+        self._at = time.perf_counter()
         device = jax.devices()[0]
         chip = CHIPS.get(device.device_kind)
         self._peak = chip.flops * jax.device_count() if chip else float("nan")
-
-    def _count_compilation(self, event: str, _: float, **__: Any) -> None:
-        self.compilations += event == "/jax/core/compile/backend_compile_duration"
 
     def perf(self, tokens: float, flops: float, padded: float, input_wait: float) -> dict[str, Any]:
         """The "perf" entry of a step that has just ended and started when the one before it ended.
 
         `seconds` is the time since the previous step, `mfu` the model FLOPs per second over the peak of the devices
         (null where the peak is unknown), `memory_bytes` the peak use of a device (on a CPU, of the process),
-        `compilations` the count in this process so far.
+        `compilations` the count in this process so far; a program that was read from the cache does not count.
         """
         now = time.perf_counter()
         seconds, self._at = now - self._at, now
@@ -57,7 +54,7 @@ class Meter:
             "padded": round(padded, 4),
             "input_wait": round(input_wait, 4),
             "memory_bytes": memory,
-            "compilations": self.compilations,
+            "compilations": counts().compiled,
         }
 
 

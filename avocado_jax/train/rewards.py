@@ -28,7 +28,9 @@ from avocado_jax.rewards.combine import (
 )
 from avocado_jax.rewards.text import limits_for
 from avocado_jax.rewards.vocabulary import make_table
+from avocado_jax.train.compiled import Program
 from avocado_jax.train.judges import Judge, open_judge
+from avocado_jax.train.programs import by_rows
 from avocado_jax.train.rollout import Rollout
 from avocado_jax.train.run import Setup
 from avocado_jax.typing import Array, Float
@@ -46,12 +48,14 @@ class Rewards(NamedTuple):
             `terms`, which waits for them. None where captions are judged by their words.
         terms: (rollout, references, what `ask` gave) -> each term, [B G]; NaN where a clip has no reference for it.
         combine: (terms of whole groups, weight [B]) -> (reward [B G], metrics of the rows that count).
+        program: shapes of a rollout -> the program that `terms` runs.
     """
 
     references: Callable[[Sequence[Mapping[str, Any]]], References]
     ask: Callable[[Rollout, Sequence[Mapping[str, Any]]], Callable[[], Array] | None]
     terms: Callable[[Rollout, References, Callable[[], Array] | None], dict[str, Array]]
     combine: Callable[[dict[str, Array], Array], tuple[Array, dict[str, Array]]]
+    program: Callable[[Rollout], Program]
 
 
 class Unjudged(OSError):
@@ -96,7 +100,10 @@ def _rewards(config: GrpoConfig, setup: Setup, stops: Sequence[int], judge: Judg
         low=asked.covered_low, high=asked.covered_high, length_low=asked.low, length_high=asked.high
     )
     weights = {name: getattr(asked, name) for name in TERMS}
-    scored = jax.jit(partial(score_captions, thresholds=thresholds, limits=limits))
+
+    @partial(jax.jit, out_shardings=rows_sharding(setup.mesh))
+    def scored(table: Any, tokens: Array, lengths: Array, references: References, answers: Any) -> dict[str, Array]:
+        return score_captions(table, tokens, lengths, references, thresholds, answers, limits)
 
     def references(records: Sequence[Mapping[str, Any]]) -> References:
         return make_references(table, records, limits, asked.keypoints, FEATURES, LETTERS)[0]
@@ -130,7 +137,15 @@ def _rewards(config: GrpoConfig, setup: Setup, stops: Sequence[int], judge: Judg
 
     def terms(rollout: Rollout, references: References, asked: Callable[[], Array] | None) -> dict[str, Array]:
         judged = asked() if asked else None
-        return scored(table, rollout.captions.targets, rollout.lengths, references, answers=judged)
+        return scored(table, rollout.captions.targets, rollout.lengths, references, judged)
+
+    def program(rollout: Rollout) -> Program:
+        count, group, _ = rollout.captions.targets.shape
+        one = references([{}])
+        shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((count, *leaf.shape[1:]), leaf.dtype), one)
+        answers = jax.ShapeDtypeStruct((count, group, asked.keypoints), jnp.float32) if judge else None
+        known = by_rows((shapes, answers), setup.mesh)
+        return Program("rewards", scored, (table, rollout.captions.targets, rollout.lengths, *known))
 
     def summed(terms: dict[str, Array], weight: Array) -> tuple[Array, dict[str, Array]]:
         counted = {name: jnp.where((weight > 0)[:, None], value, jnp.nan) for name, value in terms.items()}
@@ -141,4 +156,4 @@ def _rewards(config: GrpoConfig, setup: Setup, stops: Sequence[int], judge: Judg
         if weights[name] and lacking.any() and jax.process_index() == 0:
             count = f"{lacking.sum()} of the first {len(first)} clips"
             print(f"rewards.{name}: {count} have no reference for it and get nothing of it", file=sys.stderr)
-    return Rewards(references, ask, terms, summed)
+    return Rewards(references, ask, terms, summed, program)

@@ -18,7 +18,7 @@ from avocado_jax.sampling.logits import Sampling
 from avocado_jax.typing import Array, Bool, Captions, Clip, Float, Int
 
 ROLLOUT = 5  # the purpose of these random numbers
-WIDTHS = 4  # that captions are cut to: quarters of the limit; each that occurs is compiled
+WIDTHS = 2  # that captions are cut to, in equal parts of the limit; `score` and `update` are compiled for each
 VIEW_OVER = ("tensor",)  # the axes that divide the sampler's weights
 
 
@@ -100,10 +100,15 @@ def as_rollout(samples: Samples, clip: Clip, stops: tuple[int, ...]) -> Rollout:
     return Rollout(Captions(inputs, samples.tokens, valid), samples.logprobs, samples.lengths, ~stopped)
 
 
+def widths(limit: int) -> tuple[int, ...]:
+    """The widths that captions of at most `limit` tokens are cut to, ascending."""
+    part = -(-limit // WIDTHS)
+    return tuple(dict.fromkeys(min(limit, number * part) for number in range(1, WIDTHS + 1)))
+
+
 def fitting(longest: int, limit: int) -> int:
-    """The least of the few widths that holds captions of up to `longest` tokens."""
-    quarter = -(-limit // WIDTHS)
-    return min(limit, max(1, -(-longest // quarter)) * quarter)
+    """The least of `widths(limit)` that holds captions of up to `longest` tokens."""
+    return next(width for width in widths(limit) if width >= longest)
 
 
 def cut(rollout: Rollout, width: int) -> Rollout:

@@ -19,7 +19,7 @@ from avocado_jax.data import storage
 from avocado_jax.data.index import Index
 from avocado_jax.data.media import Reading
 from avocado_jax.data.pipeline import Batch, Recipe, Source, batches, plan_batches
-from avocado_jax.data.plan import Plan
+from avocado_jax.data.plan import Bucket, Plan
 from avocado_jax.data.records import Record
 from avocado_jax.data.words import Words, load_words
 from avocado_jax.errors import InputError
@@ -30,10 +30,12 @@ from avocado_jax.parallel.batches import prefetch_to_mesh, process_rows
 from avocado_jax.parallel.mesh import make_mesh
 from avocado_jax.parallel.programs import bound_compiled_programs
 from avocado_jax.sampling.captioner import caption_records, captioner_in_training
-from avocado_jax.train.inputs import open_source
+from avocado_jax.train.compiled import Program, compile_ahead
+from avocado_jax.train.inputs import input_workers, open_source
 from avocado_jax.train.loop import Job, train
 from avocado_jax.train.losses import Sums
 from avocado_jax.train.metrics import Log
+from avocado_jax.train.programs import batch_shapes
 from avocado_jax.train.sft import batch_sums, model_of, sft_program
 from avocado_jax.train.startup import ready
 from avocado_jax.train.state import State
@@ -116,14 +118,21 @@ def sft(config: SftConfig, folder: str) -> int:
     with jax.set_mesh(mesh):
         shapes, step, start = sft_program(config, model, mesh, setup.steps)
         state = restored(config, setup, folder, checkpoints, shapes, start)
+        evaluate, evaluation_programs = _heldout(config, setup, shapes, stops, folder)
+
+        def programs(buckets: list[Bucket]) -> list[Program]:
+            batches = [batch_shapes(config, model, bucket, mesh, config.batch) for bucket in buckets]
+            return [Program("the step", step, (shapes, *batch)) for batch in batches] + evaluation_programs
+
         return run(
             config,
             setup,
             folder,
             checkpoints,
             state,
+            programs,
             step=lambda state, batch: (*step(state, batch.clip, batch.captions, batch.weight, batch.cut), dict),
-            evaluate=_heldout(config, setup, stops, folder),
+            evaluate=evaluate,
             flops=lambda batch, _: config.batch * _row_flops(config, model, batch),
             rank=lambda more: more.get("heldout_loss"),
         )
@@ -135,14 +144,19 @@ def run(
     folder: str,
     checkpoints: Checkpoints,
     state: State,
+    programs: Callable[[list[Bucket]], list[Program]],
     batches: Callable[[int], Iterator[Batch]] | None = None,
-    **told: Callable,
+    **stage: Callable,
 ) -> int:
-    """The loop over what a stage computes: `told` is `Job`'s step, evaluate, flops and rank. Returns the exit status.
+    """Compile a stage's programs and run the loop over its steps. Returns the exit status.
 
     Args:
+        programs: what the remaining steps, on these buckets, and their evaluations run.
         batches: from a step on; by default the plain `stream`.
+        stage: `Job`'s step, evaluate, flops and rank.
     """
+    if buckets := remaining_buckets(setup, int(state.step)):
+        compile_ahead(programs(buckets))
     job = Job(
         steps=setup.steps,
         batches=batches or (lambda first: stream(setup, config, first)),
@@ -153,10 +167,15 @@ def run(
         eval_every=config.eval_every,
         max_skipped=config.max_skipped,
         profile=config.profile,
-        **told,
+        **stage,
     )
     log = Log(folder, int(state.step), config.tensorboard, config.wandb, as_json(config))
     return train(job, state, setup.mesh, checkpoints, log, storage.join(folder, "profile"))
+
+
+def remaining_buckets(setup: Setup, first: int) -> list[Bucket]:
+    """The buckets of the steps from `first` on, in the order of their first use."""
+    return list(dict.fromkeys(setup.plan.step(number).bucket for number in range(first, setup.steps)))
 
 
 def open_folder(config: RunConfig, model: ThinkerConfig, folder: str, reading: Reading) -> None:
@@ -174,8 +193,8 @@ def open_folder(config: RunConfig, model: ThinkerConfig, folder: str, reading: R
 
 def stream(setup: Setup, config: RunConfig, first: int) -> Iterator[Batch]:
     """This process's batches from step `first` to the last."""
-    data = config.data
-    return batches(setup.source, setup.plan, setup.recipe, first, setup.steps, setup.rows, data.workers, data.threads)
+    workers, threads = input_workers(config.data.workers), config.data.threads
+    return batches(setup.source, setup.plan, setup.recipe, first, setup.steps, setup.rows, workers, threads)
 
 
 def heldout(config: RunConfig, setup: Setup) -> Setup:
@@ -200,11 +219,14 @@ def _row_flops(config: SftConfig, model: ThinkerConfig, batch: Batch) -> float:
 
 
 def _heldout(
-    config: SftConfig, setup: Setup, stops: tuple[int, ...], folder: str
-) -> Callable[[State, int], dict[str, Any]]:
-    """Loss and accuracy over the first `eval_rows` held-out clips; captions of the first `samples`, in a file."""
+    config: SftConfig, setup: Setup, shapes: State, stops: tuple[int, ...], folder: str
+) -> tuple[Callable[[State, int], dict[str, Any]], list[Program]]:
+    """The evaluation and its programs.
+
+    It computes loss and accuracy over the first `eval_rows` held-out clips, and captions the first `samples` to a file.
+    """
     if not config.data.heldout:
-        return lambda state, step: {}
+        return lambda state, step: {}, []
     recipe, kept = setup.recipe, heldout(config, setup)
     sums = jax.jit(partial(batch_sums, recipe.config), out_shardings=NamedSharding(setup.mesh, PartitionSpec()))
     shown = [kept.source[number] for number in range(min(config.samples, len(kept.source.index.ids)))]
@@ -222,7 +244,8 @@ def _heldout(
         count = max(total.count, 1.0)
         return {"heldout_loss": total.loss / count, "heldout_accuracy": total.correct / count}
 
-    return evaluate
+    batches = [batch_shapes(config, recipe.config, bucket, setup.mesh, config.batch) for bucket in kept.plan.buckets]
+    return evaluate, [Program("evaluation", sums, (shapes.params, *batch[:3])) for batch in batches]
 
 
 def _captions(

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import jax
@@ -16,14 +17,24 @@ from avocado_jax.checkpoint.training import Checkpoints
 from avocado_jax.config import GrpoConfig
 from avocado_jax.data import storage
 from avocado_jax.data.pipeline import Batch
+from avocado_jax.data.plan import Bucket
 from avocado_jax.models.flops import grpo_flops
-from avocado_jax.parallel.batches import prefetch_to_mesh
+from avocado_jax.parallel.batches import prefetch_to_mesh, rows_sharding
 from avocado_jax.sampling.captioner import banned_ids
+from avocado_jax.train.compiled import Program
 from avocado_jax.train.grpo import Experience, GrpoProgram, grpo_program
 from avocado_jax.train.objective import advantages, zero_variance
 from avocado_jax.train.phases import Phases
+from avocado_jax.train.programs import (
+    StepShapes,
+    by_rows,
+    learning_programs,
+    sampling_programs,
+    step_shapes,
+    with_sharding,
+)
 from avocado_jax.train.rewards import Rewards, caption_text, open_rewards
-from avocado_jax.train.rollout import Rollout, cut, fitting
+from avocado_jax.train.rollout import Rollout, cut, fitting, widths
 from avocado_jax.train.run import Setup, heldout, open_folder, restored, run, set_up, stream
 from avocado_jax.train.startup import ready
 from avocado_jax.train.state import State
@@ -54,18 +65,36 @@ def grpo(config: GrpoConfig, folder: str) -> int:
             row = sum(grpo_flops(model, shape, config.group, length, config.train, updates, beta))
             return config.batch * row * (1 - batch.padded)
 
+        step, step_programs = _step(config, setup, program, rewards, reference, banned, stops, folder)
+        evaluate, evaluation_programs = _heldout(config, setup, program, rewards, banned, stops)
+
+        def programs(buckets: list[Bucket]) -> list[Program]:
+            found = []
+            for shapes in shapes_of(config, setup, program, buckets):
+                found += sampling_programs(model, program, shapes).values()
+                for width in widths(config.sampling.tokens):
+                    found += learning_programs(config, program, shapes, mesh, width).values()
+            return found + step_programs(shapes) + evaluation_programs
+
         return run(
             config,
             setup,
             folder,
             checkpoints,
             state,
+            programs,
             batches=lambda first: _with_references(stream(setup, config, first), rewards),
-            step=_step(config, setup, program, rewards, reference, banned, stops, folder),
-            evaluate=_heldout(config, setup, program, rewards, banned, stops),
+            step=step,
+            evaluate=evaluate,
             flops=flops,
             rank=lambda more: -more["heldout_reward"] if "heldout_reward" in more else None,
         )
+
+
+def shapes_of(config: GrpoConfig, setup: Setup, program: GrpoProgram, buckets: list[Bucket]) -> list[StepShapes]:
+    """The shapes of a step, once for all buckets that differ only in reference captions, which no program reads."""
+    different = dict.fromkeys(bucket._replace(caption=1) for bucket in buckets)
+    return [step_shapes(config, setup.model, program, bucket, setup.mesh) for bucket in different]
 
 
 def _with_references(batches: Iterator[Batch], rewards: Rewards) -> Iterator[Batch]:
@@ -86,18 +115,18 @@ def _step(
     banned: Array,
     stops: tuple[int, ...],
     folder: str,
-) -> Callable:
-    """One step as the loop takes it.
+) -> tuple[Callable, Callable[[StepShapes], list[Program]]]:
+    """One step as the loop takes it, and those of its programs that every bucket shares.
 
     Phases are dispatched and not waited for, the rollout apart: how long its captions are decides the width at which
     they are scored and learned from.
     """
-    phases, whole = Phases(), NamedSharding(setup.mesh, PartitionSpec())
+    phases, whole, rows = Phases(), NamedSharding(setup.mesh, PartitionSpec()), rows_sharding(setup.mesh)
 
     def whole_groups(tree: Any) -> Any:
         return jax.tree.map(lambda leaf: leaf.reshape(config.batch, config.group, *leaf.shape[2:]), tree)
 
-    @jax.jit
+    @partial(jax.jit, out_shardings=(whole, rows, whole))
     def judged(terms: dict[str, Array], weight: Array) -> tuple[Array, Array, dict[str, Array]]:
         """Rewards [clips, group], advantages by row, and metrics."""
         weight = weight[:: config.split]
@@ -113,7 +142,21 @@ def _step(
 
     everywhere = jax.jit(lambda rows, reward: (*whole_groups(rows), reward), out_shardings=whole)
     longest = jax.jit(jnp.max, out_shardings=whole)
-    narrowed = jax.jit(cut, static_argnums=1)
+    narrowed = jax.jit(cut, static_argnums=1, out_shardings=rows)
+
+    def programs(shapes: StepShapes) -> list[Program]:
+        rollout, weight = shapes.rollout, shapes.batch[2]
+        scoring = rewards.program(rollout)
+        terms = by_rows(jax.eval_shape(scoring.run, *scoring.args), setup.mesh)
+        reward, advantage, _ = jax.eval_shape(judged, terms, weight)
+        shown = rollout.captions.targets, rollout.lengths, terms, with_sharding(advantage, rows)
+        return [
+            scoring,
+            Program("advantages", judged, (terms, weight)),
+            Program("the longest caption", longest, (rollout.lengths,)),
+            Program("the rollout's lines", everywhere, (shown, with_sharding(reward, whole))),
+            *(Program("the cut", narrowed, (rollout, width)) for width in widths(config.sampling.tokens)),
+        ]
 
     def step(state: State, batch: Batch) -> tuple[State, dict[str, Array], Callable[[], dict[str, Any]]]:
         phases.begin()
@@ -142,7 +185,7 @@ def _step(
 
         return state, metrics | told, tell
 
-    return step
+    return step, programs
 
 
 def _lines(
@@ -181,13 +224,13 @@ def _number(value: np.floating) -> float | None:
 
 def _heldout(
     config: GrpoConfig, setup: Setup, program: GrpoProgram, rewards: Rewards, banned: Array, stops: tuple[int, ...]
-) -> Callable[[State, int], dict[str, Any]]:
-    """Rewards of the likeliest caption of each of the first `eval_rows` held-out clips."""
+) -> tuple[Callable[[State, int], dict[str, Any]], list[Program]]:
+    """The evaluation and its programs: rewards of the likeliest captions of the first `eval_rows` held-out clips."""
     if not config.data.heldout:
-        return lambda state, step: {}
+        return lambda state, step: {}, []
     kept = heldout(config, setup)
     greedy = replace(config, group=config.split, sampling=replace(config.sampling, temperature=0.0))
-    likeliest = grpo_program(greedy, setup.model, setup.mesh, setup.steps, stops).roll_out
+    likeliest = grpo_program(greedy, setup.model, setup.mesh, setup.steps, stops)
 
     @jax.jit
     def sums(terms: dict[str, Array], rollout: Rollout, weight: Array) -> dict[str, tuple[Array, Array]]:
@@ -201,7 +244,7 @@ def _heldout(
         view, total = program.view(state.params), {}
         for batch in prefetch_to_mesh(_with_references(stream(kept, config, 0), rewards), setup.mesh):
             encoded = program.encode and program.encode(state.params, batch.clip)
-            rollout = likeliest(view, batch.clip, encoded, jnp.int32(0), banned)
+            rollout = likeliest.roll_out(view, batch.clip, encoded, state.step, banned)
             asked = rewards.ask(rollout, batch.records)
             part = sums(rewards.terms(rollout, batch.references, asked), rollout, batch.weight)
             for name, (value, count) in jax.device_get(part).items():
@@ -209,4 +252,10 @@ def _heldout(
                 total[name] = before[0] + float(value), before[1] + int(count)
         return {f"heldout_{name}": value / max(count, 1) for name, (value, count) in total.items()}
 
-    return evaluate
+    found = []
+    for shapes in shapes_of(greedy, kept, likeliest, list(kept.plan.buckets)):
+        sampling = likeliest._replace(encode=program.encode, view=program.view)
+        found += sampling_programs(setup.model, sampling, shapes).values()
+    scoring = rewards.program(shapes.rollout)
+    terms = by_rows(jax.eval_shape(scoring.run, *scoring.args), setup.mesh)
+    return evaluate, [*found, scoring, Program("held-out sums", sums, (terms, shapes.rollout, shapes.batch[2]))]

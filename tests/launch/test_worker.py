@@ -67,6 +67,7 @@ def test_the_environment_of_a_host(worker):
     env = dict(line.split("=", 1) for line in out.splitlines() if "=" in line)
     assert env["JAX_COORDINATOR_PORT"] == "8476"
     assert env["GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT"] == "false"
+    assert "JAX_COMPILATION_CACHE_DIR" not in env  # the run folder holds the cache
     assert env["LIBTPU_INIT_ARGS"].split() == [
         "--xla_tpu_enable_data_parallel_all_reduce_opt=true",
         "--xla_tpu_data_parallel_opt_different_sized_ops=true",

@@ -1,9 +1,13 @@
 """Records of AVWorld straight from its generator."""
 
 import numpy as np
+import pytest
+from tiny_run import tiny_run
 
-from avocado_jax.config import DataConfig
-from avocado_jax.train.inputs import MUTED, open_source
+from avocado_jax.config import DataConfig, SftConfig
+from avocado_jax.errors import InputError
+from avocado_jax.train import inputs, loop, run
+from avocado_jax.train.inputs import MOST_WORKERS, MUTED, WARM_UP, WINDOW, InputMonitor, input_workers, open_source
 
 
 def test_of_mixed_clips_some_are_silent_and_told_as_seen():
@@ -23,3 +27,77 @@ def test_of_mixed_clips_some_are_silent_and_told_as_seen():
         else:
             assert record.fields == heard.fields
             assert mixed.index.mel[number] == plain.index.mel[number]
+
+
+def test_input_processes_follow_the_host(monkeypatch):
+    """-1 is a share of the cores on accelerators, and none on CPU, where the step needs them."""
+    config = DataConfig()
+    assert config.workers == -1
+    monkeypatch.setattr(inputs.os, "sched_getaffinity", lambda _: range(12))
+    assert input_workers(config.workers) == 0
+    monkeypatch.setattr(inputs.jax, "default_backend", lambda: "tpu")
+    assert input_workers(config.workers) == 6
+    monkeypatch.setattr(inputs.os, "sched_getaffinity", lambda _: range(208))
+    assert input_workers(config.workers) == MOST_WORKERS
+    assert [input_workers(asked) for asked in (0, 3)] == [0, 3]
+    with pytest.raises(InputError, match="-2"):
+        input_workers(-2)
+
+
+def test_a_run_starts_as_many_input_processes(monkeypatch):
+    started = []
+    monkeypatch.setattr(run, "batches", lambda *arguments: started.append(arguments[6:]))
+    monkeypatch.setattr(inputs.jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(inputs.os, "sched_getaffinity", lambda _: range(8))
+    setup = run.Setup(*[None] * len(run.Setup._fields))
+    for workers in (-1, 3):
+        run.stream(setup, SftConfig(data=DataConfig(workers=workers, threads=5)), 0)
+    assert started == [(4, 5), (3, 5)]
+
+
+def steps(monitor, clock, waited, count):
+    for _ in range(count):
+        clock.now += 1.0
+        monitor.step(waited, 8)
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    class Clock:
+        now = 100.0
+
+    monkeypatch.setattr(inputs.time, "perf_counter", lambda: Clock.now)
+    return Clock
+
+
+def test_input_that_cannot_keep_up_is_reported_once(clock, capsys):
+    monitor = InputMonitor()
+    steps(monitor, clock, 0.9, WARM_UP + WINDOW - 1)
+    assert capsys.readouterr().err == ""
+    steps(monitor, clock, 0.9, 1)
+    message = capsys.readouterr().err
+    assert f"the last {WINDOW} steps waited for input 90% of the time, which gives 8.00 rows/s" in message
+    assert "data.workers" in message
+    steps(monitor, clock, 0.9, 2 * WINDOW)
+    assert capsys.readouterr().err == ""
+
+
+def test_the_loop_measures_its_input(monkeypatch):
+    seen = []
+
+    class Monitor:
+        def step(self, waited, rows):
+            seen.append((waited >= 0, rows))
+
+    monkeypatch.setattr(loop, "InputMonitor", Monitor)
+    tiny_run()
+    assert seen == [(True, 2)] * 4
+
+
+def test_input_that_keeps_up_is_not_reported_until_it_falls_behind(clock, capsys):
+    monitor = InputMonitor()
+    steps(monitor, clock, 60.0, WARM_UP)  # it starts
+    steps(monitor, clock, 0.1, 2 * WINDOW)
+    assert capsys.readouterr().err == ""
+    steps(monitor, clock, 0.5, WINDOW)
+    assert "waited for input 50% of the time" in capsys.readouterr().err

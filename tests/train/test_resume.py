@@ -56,6 +56,7 @@ def test_stopped_then_killed_then_finished(runs):
         file.write('{"step": 7, "lo')  # a line that was cut short
     runs.finish("disturbed")
     assert runs.lines("disturbed") == runs.lines("undisturbed")
+    assert runs.compilations("disturbed")[-1] == 0 < runs.compilations("undisturbed")[-1]  # all read from the cache
     same_parameters(runs, "disturbed")
     runs.finish("disturbed")  # finished: nothing is left to do
     assert runs.lines("disturbed") == runs.lines("undisturbed")

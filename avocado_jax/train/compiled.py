@@ -1,0 +1,121 @@
+"""Compiled programs: a persistent cache in the run folder, and compilation in threads before step 1.
+
+XLA compiles outside the GIL, so programs are lowered one after the other and compiled in parallel. A later call of the
+jitted function with the same shapes and shardings reuses the executable; nothing is traced or compiled twice.
+"""
+
+import os
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from functools import cache
+from typing import Any, NamedTuple
+
+import jax
+
+from avocado_jax.data import storage
+
+THREADS = 16  # programs compiled at a time: one of a 7B model takes up to 4 GiB of the host's memory
+REPORT_SECONDS = 10.0
+COMPILED = "/jax/core/compile/backend_compile_duration"  # recorded for cache hits too
+READ = "/jax/compilation_cache/cache_retrieval_time_sec"
+
+
+class Program(NamedTuple):
+    """A jitted function and the arguments to compile it for.
+
+    Attributes:
+        name: for messages.
+        run: the jitted function.
+        args: ShapeDtypeStructs with shardings, in trees; static arguments as they are.
+    """
+
+    name: str
+    run: Any
+    args: tuple[Any, ...]
+
+
+class Counts:
+    """Programs that this process compiled, and programs that it read from the cache instead."""
+
+    def __init__(self) -> None:
+        self.compiled = self.read = 0
+        self._lock = threading.Lock()
+        jax.monitoring.register_event_duration_secs_listener(self._record)
+
+    def _record(self, event: str, _: float, **__: Any) -> None:
+        with self._lock:
+            self.read += event == READ
+            self.compiled += (event == COMPILED) - (event == READ)
+
+
+@cache
+def counts() -> Counts:
+    """The counts of this process, from the first call on."""
+    return Counts()
+
+
+def use_cache(folder: str) -> None:
+    """Keep compiled programs in `folder`/compiled (local or gs://), so that the next start reads them.
+
+    A no-op where JAX_COMPILATION_CACHE_DIR or the jax config names a directory; jax's own thresholds then apply.
+    Process 0 alone writes, all processes read, and an error of the cache is a warning (jax.compiler). Call this before
+    anything is compiled.
+    """
+    counts()
+    if jax.config.jax_compilation_cache_dir:
+        return
+    # jax reads and writes gs:// through gcsfs, which probes the bucket's kind for 12 to 90 s per operation by default.
+    os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
+    jax.config.update("jax_compilation_cache_dir", storage.join(folder, "compiled"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    # XLA's own caches take local paths only, and their path would be part of every key.
+    jax.config.update("jax_persistent_cache_enable_xla_caches", "none")
+
+
+def compile_ahead(programs: Sequence[Program]) -> None:
+    """Compile all programs, in their order as far as threads allow. Process 0 reports progress on stderr.
+
+    Raises:
+        jax.errors.JaxRuntimeError: the compiler refuses a program; a note names it.
+    """
+    if not programs:
+        return
+    begun, reported, known = time.monotonic(), time.monotonic(), counts().read
+    running: list[Future] = []
+
+    def report() -> None:
+        nonlocal reported
+        reported = time.monotonic()
+        if jax.process_index() == 0:
+            done, read = sum(one.done() for one in running), counts().read - known
+            cached = f" ({read} from the cache)" if read else ""
+            line = f"compiled {done} of {len(programs)} programs{cached}, {reported - begun:.0f} s"
+            print(line, file=sys.stderr, flush=True)
+
+    with ThreadPoolExecutor(min(len(programs), os.cpu_count() or 1, THREADS), "compile") as pool:
+        try:
+            for program in programs:  # in this thread: tracing needs the GIL and the mesh in use
+                running.append(pool.submit(_compile, program.name, program.run.lower(*program.args)))
+                if time.monotonic() - reported > REPORT_SECONDS:
+                    report()
+            while (waited := wait(running, REPORT_SECONDS, FIRST_EXCEPTION)).not_done:
+                for one in waited.done:
+                    one.result()
+                report()
+            for one in running:
+                one.result()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    report()
+
+
+def _compile(name: str, lowered: jax.stages.Lowered) -> None:
+    try:
+        lowered.compile()
+    except Exception as error:
+        error.add_note(f"in the compilation of {name}")
+        raise

@@ -1,0 +1,131 @@
+"""The compile cache of a run, programs compiled before step 1, and how many there are."""
+
+import threading
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+from processes import several
+
+from avocado_jax.config import load
+from avocado_jax.train import compiled
+from avocado_jax.train.compiled import Program, compile_ahead, counts
+from avocado_jax.train.rollout import fitting, widths
+
+CACHED = """
+import sys
+import jax, jax.numpy as jnp
+from avocado_jax.train.compiled import counts, use_cache
+
+use_cache(sys.argv[1])
+jax.jit(lambda x: x @ x + 1)(jnp.ones((8, 8))).block_until_ready()
+print(counts().compiled, counts().read, jax.config.jax_compilation_cache_dir)
+"""
+
+
+def test_the_second_start_compiles_nothing(tmp_path, monkeypatch):
+    """Counted by jax's own events. The directory is the run's, unless the user names one."""
+    (first,) = several(CACHED, 1, 1, tmp_path)
+    count, read, where = first.split()
+    assert int(count) > 0 == int(read)
+    assert where == f"{tmp_path}/compiled"
+    (second,) = several(CACHED, 1, 1, tmp_path)
+    assert second.split()[:2] == ["0", count]
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "mine"))
+    (third,) = several(CACHED, 1, 1, tmp_path)
+    assert third.split() == [count, "0", str(tmp_path / "mine")]
+
+
+@pytest.fixture
+def sharding():
+    return NamedSharding(jax.make_mesh((8,), ("data",)), PartitionSpec())
+
+
+def test_a_call_reuses_what_was_compiled_ahead(sharding, capsys):
+    run = jax.jit(lambda x, n: jnp.sin(x) * n, static_argnums=1, donate_argnums=0, out_shardings=sharding)
+    shapes = [jax.ShapeDtypeStruct((size, 3), jnp.float32, sharding=sharding) for size in (2, 4)]
+    before = counts().compiled
+    compile_ahead([Program("one", run, (shape, 3)) for shape in shapes])
+    assert counts().compiled == before + 2
+    assert "compiled 2 of 2 programs" in capsys.readouterr().err
+    batches = [jax.device_put(jnp.ones(shape.shape), sharding) for shape in shapes]
+    before = counts().compiled
+    for batch in batches:
+        run(batch, 3)
+    assert counts().compiled == before
+
+
+def test_programs_compile_at_the_same_time(sharding, monkeypatch):
+    """Two compilations meet; no more than THREADS do."""
+    both, running, most = threading.Barrier(2, timeout=60), [], []
+
+    class Lowered:
+        def compile(self):
+            running.append(self)
+            most.append(len(running))
+            both.wait()
+            running.remove(self)
+
+    class Jitted:
+        def lower(self, *_):
+            return Lowered()
+
+    monkeypatch.setattr(compiled, "THREADS", 2)
+    monkeypatch.setattr(compiled.os, "cpu_count", lambda: 8)
+    compile_ahead([Program("fake", Jitted(), ())] * 4)
+    assert max(most) == 2
+
+
+def test_a_program_that_is_refused_is_named(monkeypatch):
+    class Refused:
+        def lower(self, *_):
+            return self
+
+        def compile(self):
+            raise RuntimeError("RESOURCE_EXHAUSTED")
+
+    with pytest.raises(RuntimeError, match="RESOURCE_EXHAUSTED") as error:
+        compile_ahead([Program("the update", Refused(), ())])
+    assert error.value.__notes__ == ["in the compilation of the update"]
+
+
+def test_widths_of_captions():
+    assert widths(4096) == (2048, 4096)
+    assert widths(25) == (13, 25)
+    assert widths(1) == (1,)
+    assert [fitting(longest, 4096) for longest in (1, 2048, 2049, 4096)] == [2048, 2048, 4096, 4096]
+
+
+def test_the_7b_run_has_few_programs_to_compile():
+    """launch/README.md has the seconds: encode and rollout of each shape, score and update of each width, the view."""
+    config = load("configs/grpo_7b.py")
+    assert config.data.shapes * (2 + 2 * len(widths(config.sampling.tokens))) + 1 == 25
+
+
+def test_commands_set_the_cache_before_they_train(tmp_path, monkeypatch):
+    from avocado_jax.cli import grpo, sft
+    from avocado_jax.train import run, run_grpo
+
+    for command, module, config in ((sft, run, "SftConfig"), (grpo, run_grpo, "GrpoConfig")):
+        calls = []
+        monkeypatch.setattr(compiled, "use_cache", lambda folder, calls=calls: calls.append(folder))
+        name = command.__name__.rpartition(".")[2]
+        monkeypatch.setattr(module, name, lambda config, folder, calls=calls: calls.append("train") or 0)
+        (tmp_path / "c.py").write_text(f"from avocado_jax.config import {config}\nconfig = {config}()\n")
+        from avocado_jax.__main__ import main
+
+        monkeypatch.setattr("sys.argv", ["avocado", name, str(tmp_path / "c.py"), "--workdir", "run"])
+        assert main() == 0
+        assert calls == ["run", "train"]
+
+
+def test_steps_of_a_run_compile_nothing(runs):
+    """Real batches have the shapes and shardings that were compiled ahead."""
+    assert not runs.compiled_late("undisturbed") & {"step", "batch_sums"}
+
+
+@pytest.mark.slow
+def test_steps_of_a_grpo_run_compile_nothing(grpo_runs):
+    programs = {"encode", "policy_view", "view", "roll_out", "score", "grpo_update", "scored", "judged", "cut", "sums"}
+    assert not grpo_runs.compiled_late("undisturbed") & programs
