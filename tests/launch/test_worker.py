@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import gcs
 import pytest
 
 from avocado_jax.data import storage
@@ -174,6 +175,23 @@ def test_a_newly_finished_step_starts_the_count_again(tmp_path):
     assert count() == 1
     assert count() == 2
     assert count(launch="second") == 1
+
+
+def test_a_run_in_a_bucket(tmp_path, monkeypatch):
+    (tmp_path / "bucket").mkdir()
+    with gcs.storage_server(tmp_path) as port:
+        monkeypatch.setenv("STORAGE_EMULATOR_HOST", f"http://127.0.0.1:{port}")
+        storage._client.cache_clear()
+        run = "gs://bucket/run"
+        assert [supervisor.count_start(run, "first", "0") for _ in range(2)] == [1, 2]
+        storage.write(f"{run}/metrics.jsonl", b'{"step": 1}\n')
+        assert supervisor.count_start(run, "first", "0") == 1
+        assert supervisor.read_failure(run, "first") is None
+        supervisor.record_failure(run, "first", 3)
+        supervisor.record_failure(run, "first", 2)  # a second host that fails changes nothing
+        assert supervisor.read_failure(run, "first")["status"] == 3
+        assert supervisor.read_failure(run, "second") is None
+    storage._client.cache_clear()
 
 
 def test_a_command_that_is_not_there_is_not_retried(tmp_path):

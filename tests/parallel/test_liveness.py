@@ -91,15 +91,16 @@ def test_a_host_without_heartbeats_is_named(hosts, capfd):
     assert not hosts.ended  # this is left to jax
 
 
-def test_progress_and_compilations_put_off_the_end(hosts):
-    made = hosts(10, 1.0)
+@pytest.mark.parametrize("what", ["progress", "compilation"])
+def test_progress_and_compilations_put_off_the_end(hosts, what):
+    made = hosts(10, 1.5)
     for number in range(8):
-        time.sleep(0.25)
-        for host in made:
-            if number % 2:
+        time.sleep(0.3)
+        if what == "compilation":
+            jax.jit(lambda x, number=number: x + number).lower(1.0).compile()
+        else:
+            for host in made:
                 host.progress(number, "input")
-            else:
-                host._compiled(liveness.COMPILED, 0.1)
     assert not hosts.ended
     until(lambda: hosts.ended)
 
