@@ -31,6 +31,7 @@ RECORDS, BATCH, EPOCHS = 12, 8, 4
 STEPS = EPOCHS * -(-RECORDS // BATCH)
 FIELDS = ["--init", "gs://bucket/base", "--data.train", "gs://bucket/train", "--data.caption_tokens", "48"]
 FIELDS += ["--data.shapes", "1", "--batch", str(BATCH), "--steps", str(STEPS), "--checkpoint_every", "2"]
+FIELDS += ["--timeouts.heartbeat", "10"]  # 60 by default: the rehearsal waits for it
 HELD_OUT = ["--data.heldout", "gs://bucket/test", "--eval_every", "3", "--eval_rows", "8", "--samples", "0"]
 SAMPLED = ["--group", "2", "--sampling.tokens", "24", "--rewards.low", "8", "--rewards.high", "24"]
 CONFIGS = {
