@@ -1,6 +1,6 @@
-"""The stream of batches: plan entries to rows in Grain's worker processes, rows to host batches in the main one.
+"""The input pipeline: Grain's worker processes make rows from plan entries, the main process makes batches of rows.
 
-The position is the step: `batches(..., first=step)` goes on exactly there, with any number of hosts and workers.
+The position is the step: `batches(..., first=step)` continues exactly there, with any number of hosts and workers.
 """
 
 import os
@@ -27,14 +27,14 @@ from avocado_jax.errors import InputError
 from avocado_jax.models.config import ThinkerConfig
 from avocado_jax.typing import Array, Captions, Clip, Float, Int, Shaped
 
-PROMPT, REFERENCES = 3, 4  # purposes of random numbers
+PROMPT, REFERENCES = 3, 4  # purposes of random keys
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
-TRIAL = 200  # rows that are always read before the share of lost ones is judged
+TRIAL = 200  # the share of lost rows is computed over at least this many
 
 
 @runtime_checkable
 class Source(Protocol):
-    """Random access to records by their number in the index. It may travel to other processes."""
+    """Random access to records by their number in the index. It is pickled to worker processes."""
 
     index: Index
 
@@ -55,34 +55,34 @@ class Batch(NamedTuple):
     step: int
     epoch: int
     bucket: Bucket
-    ids: tuple[str, ...]  # "" in rows that only fill up
+    ids: tuple[str, ...]  # "" in padding rows
     records: tuple[dict[str, Any], ...]  # the manifest fields of each row: what rewards compare with
     clip: Clip
     captions: Captions
-    weight: Float[Array, "B"]  # 1, or 0 for a row that is not to count
+    weight: Float[Array, "B"]  # 1, or 0 for a row that does not count: padding, or a lost record
     cut: Int[Array, "B"]  # captions of each row that were longer than the bucket
-    padded: float  # part of the whole job's FLOPs at this step that is spent on padding
-    lost: tuple[Lost, ...]
-    references: Any = None  # of GRPO: what rewards compare with, as arrays of [B, ...]
+    padded: float  # share of the step's FLOPs, over all hosts, that is spent on padding
+    lost: tuple[Lost, ...]  # records that this host could not read
+    references: Any = None  # GRPO: what rewards compare with, as arrays of [B, ...]
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How records become rows: equal on all hosts."""
+    """How records become rows; the same on all hosts."""
 
     config: ThinkerConfig
     words: Words
     reading: Reading = field(default_factory=Reading)
-    group: int = 1  # captions a row; a record with fewer references leaves the rest without targets
-    caption_tokens: int = 1024  # with the stop; longer ones are cut
+    group: int = 1  # captions of a row; if a record has fewer references, the rest have no targets
+    caption_tokens: int = 1024  # including the stop; longer captions are cut
     aligned: tuple[int, int] = (128, 64)  # clip tokens and caption tokens of a shape are multiples of these
-    prompts: tuple[str, ...] = PROMPTS  # one is drawn for a record that asks nothing itself
-    record_seconds: float = 120.0  # to read and decode one record, before it is given up
-    max_lost_share: float = 0.02  # of this host's rows, past which the stream stops
+    prompts: tuple[str, ...] = PROMPTS  # one is drawn for a record without a prompt
+    record_seconds: float = 120.0  # timeout for reading and decoding one record
+    max_lost_share: float = 0.02  # of this host's rows; if more are lost, the stream stops
 
 
 class _Row(NamedTuple):
-    """One row on its way from a worker; the clip is padded to the bucket and has an axis of one row."""
+    """A row as a worker sends it: clip and captions are padded to the bucket, with a leading axis of 1."""
 
     clip: Clip
     captions: Captions
@@ -94,14 +94,14 @@ class _Row(NamedTuple):
 
 
 def row_sizes(index: Index, recipe: Recipe) -> Sizes:
-    """What each record's row asks of a bucket, whichever of the recipe's prompts and captions is drawn."""
+    """The bucket sizes that each record needs, whichever of the recipe's prompts and captions is drawn."""
     prompts = [chat_prompt(recipe.words, text) for text in recipe.prompts]
     longest = max(len(prompt.before) + len(prompt.after) for prompt in prompts)
     return sizes(index, longest, recipe.caption_tokens, recipe.config)
 
 
 def plan_batches(index: Index, recipe: Recipe, batch: int, shapes: int, seed: int) -> Plan:
-    """The plan of a run: `batch` rows a step over the whole job, at most `shapes` compiled shapes.
+    """The plan of a run: `batch` rows a step over all hosts, at most `shapes` compiled shapes.
 
     Raises:
         InputError: the index has no records.
@@ -121,55 +121,57 @@ def batches(
     workers: int = 0,
     threads: int = 2,
 ) -> Iterator[Batch]:
-    """This host's part of steps `first` to `stop` (not included), in order.
+    """This host's part of steps `first` to `stop` (exclusive), in order.
 
     Args:
-        rows: this host's rows of the global batch, in any pattern: `process_rows`. A row may occur several times.
-        workers: processes that read and decode; 0 for none but this one.
-        threads: rows being made at once in each process.
+        rows: this host's rows of the plan's batch, in any order. A row may occur several times; it is read once.
+        workers: processes that read and decode; 0: this process reads.
+        threads: rows that each process makes at once.
 
     Raises:
         InputError: more than the recipe's share of this host's rows could not be read.
     """
-    work = _MakeRow(source, plan, recipe, rows)
-    # A row leaves its worker as one block of shared memory: Grain makes one of each array that it sees, and a pipe
-    # that holds more than names keeps workers from ending.
-    dataset = grain.MapDataset.range(first * len(rows), stop * len(rows)).map(lambda place: _block(work(place)))
+    distinct = sorted(set(rows))
+    places = [distinct.index(row) for row in rows]
+    work = _MakeRow(source, plan, recipe, distinct)
+    # A row leaves its worker as one block of shared memory: Grain makes one block for each array that it sees, and
+    # workers cannot end while a pipe holds more than names.
+    dataset = grain.MapDataset.range(first * len(distinct), stop * len(distinct)).map(lambda item: _block(work(item)))
     stream = dataset.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads))
     if workers:
         if not flags.FLAGS.is_parsed():  # Grain reads its flags, which only absl's app.run parses
             flags.FLAGS.mark_as_parsed()
-        for variable in THREAD_VARIABLES:  # workers take them from here: one process, one core
+        for variable in THREAD_VARIABLES:  # workers inherit them: one core a process
             os.environ.setdefault(variable, "1")
         stream = stream.mp_prefetch(grain.MultiprocessingOptions(workers, per_worker_buffer_size=2))
     iterator = iter(stream)
     lost: list[Lost] = []
     try:
         for step in range(first, stop):
-            batch = _batch([pickle.loads(next(iterator)) for _ in rows], plan, step)
-            lost += batch.lost
-            seen = (step + 1 - first) * len(rows)
-            if len(lost) > recipe.max_lost_share * max(seen, TRIAL):
+            made = [pickle.loads(next(iterator)) for _ in distinct]
+            lost += (missing := [Lost(step, row.id, row.reason) for row in made if row.reason])
+            read = (step + 1 - first) * len(distinct)
+            if len(lost) > recipe.max_lost_share * max(read, TRIAL):
                 some = "; ".join(f"{one.id}: {one.reason}" for one in lost[:5])
-                raise InputError(f"{len(lost)} of {seen} records cannot be read: {some}" + "; ..." * (len(lost) > 5))
-            yield batch
+                raise InputError(f"{len(lost)} of {read} records cannot be read: {some}" + "; ..." * (len(lost) > 5))
+            yield _batch([made[place] for place in places], plan, step, missing)
     finally:
         if workers:
             iterator.close()
 
 
 def host_rows(host: int, hosts: int, batch: int) -> range:
-    """The rows of a host where hosts share a global batch in order.
+    """The rows of a host where a global batch is divided over hosts in order.
 
     Raises:
-        InputError: they cannot share it evenly.
+        InputError: the hosts do not divide the batch.
     """
     if batch % hosts:
-        raise InputError(f"a batch of {batch} rows cannot be shared by {hosts} hosts")
+        raise InputError(f"a batch of {batch} rows is not divided by {hosts} hosts")
     return range(host * batch // hosts, (host + 1) * batch // hosts)
 
 
-def _batch(rows: list[_Row], plan: Plan, step: int) -> Batch:
+def _batch(rows: list[_Row], plan: Plan, step: int, lost: list[Lost]) -> Batch:
     at = plan.step(step)
     return Batch(
         step=step,
@@ -182,7 +184,7 @@ def _batch(rows: list[_Row], plan: Plan, step: int) -> Batch:
         weight=np.array([row.weight for row in rows], np.float32),
         cut=np.array([row.cut for row in rows], np.int32),
         padded=at.padded,
-        lost=tuple(Lost(step, row.id, row.reason) for row in rows if row.reason),
+        lost=tuple(lost),
     )
 
 
@@ -196,43 +198,49 @@ def _joined(parts: list[Any]) -> Any:
 
 
 class _MakeRow:
-    """The row at a place of this host's stream: place // rows is the step. Runs in the workers."""
+    """Makes the row of item i of this host's stream, at step i // rows. Runs in the workers."""
 
     def __init__(self, source: Source, plan: Plan, recipe: Recipe, rows: Sequence[int]) -> None:
         self.source, self.plan, self.recipe, self.rows = source, plan, recipe, rows
 
-    def __call__(self, place: int) -> _Row:
+    def __call__(self, item: int) -> _Row:
         _warm()
-        step = self.plan.step(place // len(self.rows))
-        number = int(step.records[self.rows[place % len(self.rows)]])
+        step = self.plan.step(item // len(self.rows))
+        number = int(step.records[self.rows[item % len(self.rows)]])
         if number < 0:
-            return self._empty(step.bucket, "", "")
+            return self._without_weight(step.bucket, "", "")
         try:
             return within(
                 self.recipe.record_seconds,
                 lambda: record_row(self.source[number], number, step.epoch, step.bucket, self.recipe, self.plan.seed),
             )
         except (InputError, StorageError, TimeoutError) as error:
-            return self._empty(step.bucket, self.source.index.ids[number], str(error))
+            return self._without_weight(step.bucket, self.source.index.ids[number], str(error))
 
-    def _empty(self, bucket: Bucket, name: str, reason: str) -> _Row:
-        """A row of the same shape that counts for nothing: the smallest picture, no sound, no caption."""
-        recipe = self.recipe
-        side = recipe.config.vision.patch * recipe.config.vision.merge
-        media = Media(np.zeros((recipe.config.vision.temporal_patch, side, side, 3), np.uint8), None, 0.0)
-        row = make_row(media, Prompt([0], [0]), recipe.config, recipe.reading)
-        captions, _ = make_captions([], int(row.clip.first), bucket.caption, recipe.group)
-        return _Row(stack([row.clip], bucket.shape), captions, 0.0, 0, name, {}, reason)
+    def _without_weight(self, bucket: Bucket, name: str, reason: str) -> _Row:
+        return _Row(*empty_row(self.recipe, bucket), 0.0, 0, name, {}, reason)
+
+
+def empty_row(recipe: Recipe, bucket: Bucket) -> tuple[Clip, Captions]:
+    """A row without content, padded to the bucket: the smallest picture, no sound, no caption.
+
+    The picture keeps every intermediate value finite, so that a weight of 0 removes the row from all sums.
+    """
+    side = recipe.config.vision.patch * recipe.config.vision.merge
+    media = Media(np.zeros((recipe.config.vision.temporal_patch, side, side, 3), np.uint8), None, 0.0)
+    row = make_row(media, Prompt([0], [0]), recipe.config, recipe.reading)
+    captions, _ = make_captions([], int(row.clip.first), bucket.caption, recipe.group)
+    return stack([row.clip], bucket.shape), captions
 
 
 @lru_cache
 def _warm() -> None:
-    """librosa compiles at its first call in a process, for seconds that are no record's fault."""
+    """Compile librosa's functions, which takes seconds, before the timeout of the first record starts."""
     log_mel(np.zeros(16_000, np.float32))
 
 
 def record_row(record: Record, number: int, epoch: int, bucket: Bucket, recipe: Recipe, seed: int) -> _Row:
-    """Decode a record, ask its question, and take G of its captions, in an order drawn from (seed, epoch, number).
+    """Decode a record, build its prompt, and draw G of its captions, in an order that depends on (seed, epoch, number).
 
     Raises:
         InputError: it cannot be decoded, or does not fit the bucket.
@@ -256,7 +264,7 @@ def draw(items: Sequence[str], count: int, seed: int, purpose: int, epoch: int, 
 
 
 def make_captions(ids: list[list[int]], first: int, length: int, group: int) -> tuple[Captions, int]:
-    """Captions as one row of `group` x `length`, and how many were cut (a caption that is cut does not stop)."""
+    """Captions as one row of `group` x `length`, and how many were cut (a caption that is cut has no stop)."""
     targets = np.zeros((1, group, length), np.int32)
     valid = np.zeros((1, group, length), bool)
     for place, caption in enumerate(ids):

@@ -1,8 +1,9 @@
 """Judges of keypoints bound to their models and tokenizers: texts in, scores out.
 
 Every judge is a function `judge(captions, keypoints)` of N captions and the keypoints of each. It starts the work and
-returns a function that waits for the scores: fp32 [N, K] in 0..1, NaN where a keypoint has no verdict or there is none.
-`rewards.judge.RemoteJudge` is one.
+returns a function that waits for the scores: fp32 [N, K] in 0..1, NaN without a verdict or without a keypoint.
+`rewards.judge.RemoteJudge` is one. Judges with a model of their own run on the devices of this process, under a mesh of
+these devices: every process may judge other texts. Inputs and outputs are numpy arrays.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -14,17 +15,21 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from tokenizers import Tokenizer
 
 from avocado_jax.checkpoint.hf_encoder import read_encoder
-from avocado_jax.checkpoint.load import load_params, open_language_model
+from avocado_jax.checkpoint.load import load_sharded, open_language_model
 from avocado_jax.checkpoint.orbax import fetched, run_path
 from avocado_jax.data.prompt import chat_prompt
 from avocado_jax.data.words import load_words
 from avocado_jax.errors import InputError
-from avocado_jax.models.config import computed
+from avocado_jax.models.config import ThinkerConfig, computed
 from avocado_jax.models.encoder import Encoder
-from avocado_jax.models.thinker import Thinker
+from avocado_jax.models.thinker import Thinker, init
+from avocado_jax.parallel.batches import rows_sharding
+from avocado_jax.parallel.mesh import make_mesh
+from avocado_jax.parallel.rules import shardings
 from avocado_jax.remote.chat import Endpoint
 from avocado_jax.rewards.embedding import embedding_scores
 from avocado_jax.rewards.judge import RemoteJudge
@@ -33,10 +38,10 @@ from avocado_jax.typing import Array, Float, Int
 
 Judge = Callable[[Sequence[str], Sequence[Sequence[str]]], Callable[[], Float[np.ndarray, "N K"]]]
 
-BATCH = 8  # captions at once
-# Stretches about as long as a keypoint: a sentence holds several, and its vector is their mean (rewards/README.md).
-WINDOW, STRIDE = 16, 8  # tokens of a stretch, and from the start of one to the next
-LOW, HIGH = 0.45, 0.75  # cosines from which a keypoint counts, and counts in full
+BATCH = 8  # captions at once, rounded up to a multiple of the local devices
+# Windows about as long as a keypoint: a sentence states several, and its vector is their mean (rewards/README.md).
+WINDOW, STRIDE = 16, 8  # tokens of a window, and from the start of one to the next
+LOW, HIGH = 0.45, 0.75  # cosines at which a keypoint starts to count, and counts fully
 
 SYSTEM = "You check statements against a description of a video. Go by the description alone."
 OPENING = "The description:\n\n"
@@ -46,15 +51,15 @@ YES, NO = ("Yes", "yes"), ("No", "no")
 
 @contextmanager
 def open_judge(name: str, model: str, dtype: str, endpoint: Endpoint | None = None) -> Iterator[Judge]:
-    """A judge by its name, "embedding", "lm" or "remote", while the block runs.
+    """Open the judge "embedding", "lm" or "remote" for the duration of the block.
 
     Args:
-        model: the folder of the first two, local or gs://.
-        dtype: what the language model computes in.
-        endpoint: of the last.
+        model: the folder of an embedding or language model, local or gs://.
+        dtype: of the language model's computation.
+        endpoint: of the remote judge.
 
     Raises:
-        InputError: as each of them.
+        InputError: as `embedding_judge`, `lm_judge` and `RemoteJudge`.
     """
     if name == "remote":
         with RemoteJudge(endpoint) as judge:
@@ -64,20 +69,24 @@ def open_judge(name: str, model: str, dtype: str, endpoint: Endpoint | None = No
 
 
 def embedding_judge(folder: Path, low: float = LOW, high: float = HIGH) -> Judge:
-    """The sentence encoder in a folder of sentence-transformers: cosines of `low` and less score 0, of `high` 1.
+    """A sentence encoder, from a folder of sentence-transformers. Cosines up to `low` score 0, from `high` on 1.
+
+    Each local device has a copy of the encoder and takes a part of the captions.
 
     Raises:
-        InputError: the folder holds none (`read_encoder`), or its tokenizer is of another vocabulary or does not
-            frame a text by two marks.
+        InputError: the folder has no encoder (`read_encoder`), or its tokenizer has another vocabulary or does not
+            enclose a text in two special tokens.
     """
-    config, params = read_encoder(folder)
+    mesh = _local_mesh()
+    with jax.set_mesh(mesh):
+        config, params = read_encoder(folder)
+        params = jax.device_put(params, NamedSharding(mesh, PartitionSpec()))
     pieces = _word_pieces(folder, config.vocab)
     first, last = pieces("", True)
 
-    def framed(ids: list[int]) -> list[int]:
+    def enclosed(ids: list[int]) -> list[int]:
         return [first, *ids[: config.positions - 2], last] if ids else []
 
-    @jax.jit
     def score(params: Any, windows: Array, window_lengths: Array, points: Array, point_lengths: Array) -> Array:
         def embed(tokens: Array, valid: Array) -> Array:
             return Encoder(config).apply({"params": params}, tokens, valid)
@@ -86,66 +95,106 @@ def embedding_judge(folder: Path, low: float = LOW, high: float = HIGH) -> Judge
             jnp.arange(tokens.shape[2]) < lengths[..., None]
             for tokens, lengths in ((windows, window_lengths), (points, point_lengths))
         ]
-        one = partial(embedding_scores, embed, low=low, high=high)
-        return jax.vmap(one)(windows, valid[0], points, valid[1])
+        of_caption = partial(embedding_scores, embed, low=low, high=high)
+        return jax.vmap(of_caption)(windows, valid[0], points, valid[1])
 
-    def batch(captions: Sequence[str], keypoints: Sequence[Sequence[str]]) -> Array:
+    def inputs(captions: Sequence[str], keypoints: Sequence[Sequence[str]]) -> tuple[np.ndarray, ...]:
         ids = [pieces(caption) for caption in captions]
         windows = [
-            [framed(one[start : start + WINDOW]) for start in range(0, max(1, len(one) - STRIDE), STRIDE)]
-            for one in ids
+            [enclosed(tokens[start : start + WINDOW]) for start in range(0, max(1, len(tokens) - STRIDE), STRIDE)]
+            for tokens in ids
         ]
-        points = [[framed(pieces(text)) for text in texts] for texts in keypoints]
-        return score(params, *_padded(windows), *_padded(points))
+        points = [[enclosed(pieces(text)) for text in texts] for texts in keypoints]
+        rows = _batch_size(mesh)
+        return *_padded(windows, rows), *_padded(points, rows)
 
-    return partial(_judge, batch)
+    return partial(_judge, mesh, jax.jit(score), params, inputs)
 
 
 def lm_judge(folder: str | Path, dtype: str) -> Judge:
-    """The language model in a folder, a thinker's or a text model's, asked in Qwen's chat format; computes in `dtype`.
+    """The language model in a folder, of a thinker or a text model, prompted in Qwen's chat format.
+
+    Its parameters are sharded over the local devices.
 
     Raises:
-        InputError: the folder holds none, or a tokenizer of another vocabulary, or for which yes and no begin alike.
+        InputError: the folder has no language model, its tokenizer has another vocabulary, or yes and no begin with
+            the same token.
     """
     checkpoint = open_language_model(folder)
     tokenizer = load_words(checkpoint.side_files)
-    model = Thinker(computed(checkpoint.config, dtype, scan=False))
+    config = computed(checkpoint.config, dtype, scan=True)
     yes, no = ({tokenizer.encode(text)[0] for text in texts} for texts in (YES, NO))
-    if (largest := max(tokenizer.known_ids())) >= checkpoint.config.text.vocab:
-        raise InputError(
-            f"{folder}: the tokenizer makes id {largest}, the vocabulary ends at {model.config.text.vocab}"
-        )
+    if (largest := max(tokenizer.known_ids())) >= config.text.vocab:
+        raise InputError(f"{folder}: the tokenizer makes id {largest}, the vocabulary ends at {config.text.vocab}")
     if yes & no:
         raise InputError(f"{folder}: yes and no begin with the same token")
-    answers = [np.array(sorted(ids)) for ids in (yes, no)]
-    params = load_params(checkpoint, dtype)
-    score = jax.jit(partial(lm_scores, model.apply))
+    mesh = _local_mesh()
+    with jax.set_mesh(mesh):
+        params = load_sharded(checkpoint, _language_model(config, mesh))
+    yes_no = [np.array(sorted(ids)) for ids in (yes, no)]
 
-    def batch(captions: Sequence[str], keypoints: Sequence[Sequence[str]]) -> Array:
+    def score(params: Any, *inputs: Array) -> Array:
+        return lm_scores(Thinker(config).apply, params, *inputs, *yes_no)
+
+    def inputs(captions: Sequence[str], keypoints: Sequence[Sequence[str]]) -> tuple[np.ndarray, ...]:
         before = [*chat_prompt(tokenizer, "", SYSTEM).before, *tokenizer.encode(OPENING)]
-        read = [[[*before, *tokenizer.encode(caption)]] for caption in captions]
-        asked = [[chat_prompt(tokenizer, QUESTION.format(text), SYSTEM).after for text in texts] for texts in keypoints]
-        tokens, lengths = (part[:, 0] for part in _padded(read, slots=1, each=128))
-        return score(params, tokens, np.maximum(1, lengths), *_padded(asked), *answers)
+        prefixes = [[[*before, *tokenizer.encode(caption)]] for caption in captions]
+        questions = [
+            [chat_prompt(tokenizer, QUESTION.format(text), SYSTEM).after for text in texts] for texts in keypoints
+        ]
+        rows = _batch_size(mesh)
+        tokens, lengths = (part[:, 0] for part in _padded(prefixes, rows, slots=1, each=128))
+        return tokens, np.maximum(1, lengths), *_padded(questions, rows)
 
-    return partial(_judge, batch)
+    return partial(_judge, mesh, jax.jit(score), params, inputs)
+
+
+def _language_model(config: ThinkerConfig, mesh: Mesh) -> Any:
+    """Shapes with shardings of a thinker's parameters without its towers."""
+    shapes = jax.eval_shape(partial(init, config), jax.random.key(0))
+    shapes = {name: tree for name, tree in shapes.items() if name not in ("audio", "vision")}
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        shapes,
+        shardings(shapes, mesh),
+    )
+
+
+def _local_mesh() -> Mesh:
+    """The devices of this process; computations on them involve no other process."""
+    return make_mesh(1, -1, 1, devices=jax.local_devices())
+
+
+def _batch_size(mesh: Mesh) -> int:
+    """The least multiple of the devices from `BATCH` on."""
+    return -(-BATCH // mesh.size) * mesh.size
 
 
 def _judge(
-    batch: Callable[[Sequence[str], Sequence[Sequence[str]]], Array],
+    mesh: Mesh,
+    score: Callable[..., Array],
+    params: Any,
+    inputs: Callable[[Sequence[str], Sequence[Sequence[str]]], tuple[np.ndarray, ...]],
     captions: Sequence[str],
     keypoints: Sequence[Sequence[str]],
 ) -> Callable[[], Float[np.ndarray, "N K"]]:
-    """Send batches to the device, one after another; the scores are waited for when they are asked for."""
-    captions = [_sound(caption) for caption in captions]
-    keypoints = [[_sound(text) for text in texts] for texts in keypoints]
-    starts = range(0, len(captions), BATCH)
-    parts = [batch(captions[start : start + BATCH], keypoints[start : start + BATCH]) for start in starts]
+    """Dispatch one batch after another to the local devices. The returned function waits for the scores."""
+    captions = [_replace_surrogates(caption) for caption in captions]
+    keypoints = [[_replace_surrogates(text) for text in texts] for texts in keypoints]
+    size, rows = _batch_size(mesh), rows_sharding(mesh)
+    starts = range(0, len(captions), size)
+    with jax.set_mesh(mesh):  # in place of the run's mesh, which spans all processes
+        parts = [
+            score(
+                params, *jax.device_put(inputs(captions[start : start + size], keypoints[start : start + size]), rows)
+            )
+            for start in starts
+        ]
 
     def collect() -> Float[np.ndarray, "N K"]:
         scores = np.full((len(captions), max(map(len, keypoints), default=0)), np.nan, np.float32)
         for start, part in zip(starts, parts):
-            block = scores[start : start + BATCH]
+            block = scores[start : start + size]
             found = np.asarray(part)[: len(block), : block.shape[1]]
             block[:, : found.shape[1]] = found
         return scores
@@ -153,18 +202,18 @@ def _judge(
     return collect
 
 
-def _sound(text: str) -> str:
-    """A text without halves of surrogate pairs, which JSON can hold and tokenizers refuse."""
+def _replace_surrogates(text: str) -> str:
+    """Replace unpaired surrogates, which are valid in JSON and which tokenizers refuse."""
     return text.encode(errors="replace").decode()
 
 
 def _padded(
-    texts: Sequence[Sequence[Sequence[int]]], slots: int = 8, each: int = 16
+    texts: Sequence[Sequence[Sequence[int]]], rows: int, slots: int = 8, each: int = 16
 ) -> tuple[Int[np.ndarray, "B N S"], Int[np.ndarray, "B N"]]:
-    """Lists of ids as one array and the length of each, in multiples of `slots` lists and `each` ids."""
+    """Lists of ids as one array of `rows` rows, padded to multiples of `slots` lists and `each` ids, and lengths."""
     count = max(map(len, texts), default=0)
     size = max((len(ids) for row in texts for ids in row), default=0)
-    tokens = np.zeros((BATCH, max(1, -(-count // slots)) * slots, max(1, -(-size // each)) * each), np.int32)
+    tokens = np.zeros((rows, max(1, -(-count // slots)) * slots, max(1, -(-size // each)) * each), np.int32)
     lengths = np.zeros(tokens.shape[:2], np.int32)
     for i, row in enumerate(texts):
         for j, ids in enumerate(row):

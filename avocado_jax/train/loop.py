@@ -17,8 +17,8 @@ from jax.sharding import Mesh
 
 from avocado_jax.checkpoint.training import Checkpoints
 from avocado_jax.data.pipeline import Batch
-from avocado_jax.parallel.batches import prefetch_to_mesh
 from avocado_jax.parallel.liveness import progress
+from avocado_jax.train.agree import lost_records
 from avocado_jax.train.inputs import InputMonitor
 from avocado_jax.train.metrics import Log, Meter, ProgressLog
 from avocado_jax.train.profile import Profile
@@ -31,7 +31,7 @@ class Job(NamedTuple):
 
     Attributes:
         steps: number of steps of the run.
-        batches: first step -> this host's batches from that step on.
+        batches: first step -> batches on the mesh from that step on.
         step: (state, batch on the mesh) -> (state, scalar metrics, finish), dispatched asynchronously. The loop calls
             `finish()` after it has fetched the metrics: it writes further output and returns entries for "perf".
         evaluate: (state, step) -> entries for the step's line of metrics, such as `heldout_loss`.
@@ -98,14 +98,14 @@ def train(job: Job, state: State, mesh: Mesh, checkpoints: Checkpoints, log: Log
         line = {"step": done.number, "epoch": batch.epoch, **_finite(scalars | more), "perf": perf}
         log.write(line)
         progress_log.write(line)
-        for lost in batch.lost:
-            print(f"step {done.number}: {lost.id} is lost: {lost.reason}", file=sys.stderr)
+        for lost in lost_records(batch, mesh):
+            print(f"step {done.number}: {lost}", file=sys.stderr)
         if scalars["skipped_in_row"] >= job.max_skipped:
             raise FloatingPointError(f"{job.max_skipped} steps in a row without a finite gradient; last: {done.number}")
         stop, save = np.asarray(done.flags, bool).tolist()
         return stop, save
 
-    stream = prefetch_to_mesh(job.batches(first), mesh)
+    stream = job.batches(first)
     # The flags last: a signal must not end a save that is going on.
     with _closing(profile, stream, log, checkpoints, flags):
         for number in range(first + 1, job.steps + 1):

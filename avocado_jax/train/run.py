@@ -1,7 +1,7 @@
 """From a config to a run: what is learned from, where it lies on the mesh, and the loop over it."""
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -26,10 +26,11 @@ from avocado_jax.errors import InputError
 from avocado_jax.models.config import ThinkerConfig
 from avocado_jax.models.flops import train_flops
 from avocado_jax.models.lora import add_adapters, merge
-from avocado_jax.parallel.batches import prefetch_to_mesh, process_rows
+from avocado_jax.parallel.batches import process_rows
 from avocado_jax.parallel.mesh import make_mesh
 from avocado_jax.parallel.programs import bound_compiled_programs
 from avocado_jax.sampling.captioner import caption_records, captioner_in_training
+from avocado_jax.train.agree import agreed_batches, agreement
 from avocado_jax.train.compiled import Program, compile_ahead
 from avocado_jax.train.inputs import input_workers, open_source
 from avocado_jax.train.loop import Job, train
@@ -52,7 +53,7 @@ class Setup(NamedTuple):
     recipe: Recipe
     plan: Plan
     steps: int
-    rows: Sequence[int]  # of this process
+    split: int  # rows of each clip
 
 
 def set_up(config: RunConfig, split: int = 1) -> Setup:
@@ -81,8 +82,7 @@ def set_up(config: RunConfig, split: int = 1) -> Setup:
     )
     plan = plan_batches(source.index, recipe, config.batch, config.data.shapes, config.seed)
     steps = config.steps or max(1, round(config.epochs * plan.epoch_steps))
-    rows = [row // split for row in process_rows(mesh, config.batch * split, jax.process_index())]
-    return Setup(mesh, checkpoint, model, words, source, recipe, plan, steps, rows)
+    return Setup(mesh, checkpoint, model, words, source, recipe, plan, steps, split)
 
 
 def restored(
@@ -122,7 +122,8 @@ def sft(config: SftConfig, folder: str) -> int:
 
         def programs(buckets: list[Bucket]) -> list[Program]:
             batches = [batch_shapes(config, model, bucket, mesh, config.batch) for bucket in buckets]
-            return [Program("the step", step, (shapes, *batch)) for batch in batches] + evaluation_programs
+            steps = [Program("the step", step, (shapes, *batch)) for batch in batches]
+            return agreement_programs(setup, buckets) + steps + evaluation_programs
 
         return run(
             config,
@@ -191,10 +192,19 @@ def open_folder(config: RunConfig, model: ThinkerConfig, folder: str, reading: R
         multihost_utils.sync_global_devices("the run's folder is there")
 
 
-def stream(setup: Setup, config: RunConfig, first: int) -> Iterator[Batch]:
-    """This process's batches from step `first` to the last."""
+def stream(setup: Setup, config: RunConfig, first: int, references: Callable | None = None) -> Iterator[Batch]:
+    """Batches on the mesh from step `first` to the last, the same rows on every process (`agreed_batches`)."""
     workers, threads = input_workers(config.data.workers), config.data.threads
-    return batches(setup.source, setup.plan, setup.recipe, first, setup.steps, setup.rows, workers, threads)
+    total = setup.plan.batch * setup.split
+    rows = [row // setup.split for row in process_rows(setup.mesh, total, jax.process_index())]
+    read = batches(setup.source, setup.plan, setup.recipe, first, setup.steps, rows, workers, threads)
+    return agreed_batches(read, setup.mesh, setup.recipe, total, setup.split, references)
+
+
+def agreement_programs(setup: Setup, buckets: Iterable[Bucket], references: Callable | None = None) -> list[Program]:
+    """The programs that `stream` runs on batches of these buckets."""
+    total = setup.plan.batch * setup.split
+    return [agreement(setup.mesh, setup.recipe, bucket, total, setup.split, references) for bucket in buckets]
 
 
 def heldout(config: RunConfig, setup: Setup) -> Setup:
@@ -233,7 +243,7 @@ def _heldout(
 
     def evaluate(state: State, step: int) -> dict[str, Any]:
         total = Sums(0.0, 0.0, 0.0)
-        for batch in prefetch_to_mesh(stream(kept, config, 0), setup.mesh):
+        for batch in stream(kept, config, 0):
             part = jax.device_get(sums(state.params, batch.clip, batch.captions, batch.weight))
             total = Sums(*(whole + float(one) for whole, one in zip(total, part)))
         if shown:
@@ -245,7 +255,8 @@ def _heldout(
         return {"heldout_loss": total.loss / count, "heldout_accuracy": total.correct / count}
 
     batches = [batch_shapes(config, recipe.config, bucket, setup.mesh, config.batch) for bucket in kept.plan.buckets]
-    return evaluate, [Program("evaluation", sums, (shapes.params, *batch[:3])) for batch in batches]
+    sums_programs = [Program("evaluation", sums, (shapes.params, *batch[:3])) for batch in batches]
+    return evaluate, agreement_programs(kept, kept.plan.buckets) + sums_programs
 
 
 def _captions(

@@ -61,16 +61,18 @@ def test_a_step_holds_what_its_plan_says(plan):
         update=phase("update", lambda state, experience: (state, {})),
     )
     rewards = SimpleNamespace(
-        ask=lambda *_: None,
+        judge=lambda *_: lambda: None,
         terms=lambda rollout, *_: {"length": rollout.lengths.astype("float32")},
         combine=lambda terms, _: (terms["length"], {}),
+        check=lambda judged: None,
     )
     (clip, captions, weight, cut), waiting = (made(batch) for batch in alive["inputs"])
     state, reference = made(phases["update"].args[0]), made(alive["reference"])
     batch = SimpleNamespace(clip=clip, captions=captions, weight=weight, cut=cut, records=(), references=None, step=0)
     with jax.set_mesh(plan.mesh):
         setup = SimpleNamespace(mesh=plan.mesh)
-        run_grpo._step(plan.config, setup, program, rewards, reference, None, (), "")(state, batch)
+        step, _ = run_grpo._step(plan.config, setup, program, rewards, reference, None, (), "")
+        step(state, batch)
     del waiting
     assert list(held) == list(phases)
     for name, bytes_held in held.items():

@@ -1,0 +1,227 @@
+"""Steps of one or several processes, of which some cannot read a record: test_agree.py runs these in new processes."""
+
+import hashlib
+from dataclasses import replace
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+from stream_fixtures import recipe
+
+from avocado_jax.config import GrpoConfig, OptimConfig, RewardConfig, SamplingConfig, SftConfig
+from avocado_jax.data import pipeline
+from avocado_jax.data.index import Index
+from avocado_jax.data.media import Media
+from avocado_jax.data.pipeline import batches, empty_row, plan_batches
+from avocado_jax.data.records import Record
+from avocado_jax.models.config import TINY
+from avocado_jax.parallel.batches import process_rows, rows_sharding
+from avocado_jax.parallel.mesh import make_mesh
+from avocado_jax.rewards.checklist import mean_score
+from avocado_jax.rewards.combine import References
+from avocado_jax.sampling.generate import Samples
+from avocado_jax.train import rewards as run_rewards
+from avocado_jax.train.agree import agreed_batches, lost_records
+from avocado_jax.train.grpo import GrpoProgram
+from avocado_jax.train.rewards import Unjudged, make_rewards
+from avocado_jax.train.rollout import as_rollout
+from avocado_jax.train.run import Setup, stream
+from avocado_jax.train.run_grpo import _step
+from avocado_jax.train.sft import model_of, sft_program
+from avocado_jax.train.state import State
+
+pipeline._warm = lambda: None  # no clip has sound, and compiling librosa takes seconds
+CLIPS = 4
+WORDS = ("a dog", "a red cat", "some rain", "one door")
+
+
+class Clips:
+    """Silent clips of random pixels.
+
+    Attributes:
+        lost: numbers of records that time out.
+    """
+
+    def __init__(self, lost=()):
+        self.lost = lost
+        column = np.ones(CLIPS, np.int32)
+        self.index = Index(
+            ids=[f"clip-{number}" for number in range(CLIPS)],
+            seconds=2.0 * column,
+            shard=0 * column,
+            position=np.arange(CLIPS, dtype=np.int32),
+            frames=4 * column,
+            height=56 * column,
+            width=56 * column,
+            mel=0 * column,
+            caption=40 * column,
+            prompt=0 * column,
+            unit="byte",
+        )
+
+    def __getitem__(self, number):
+        if number in self.lost:
+            raise TimeoutError("took longer than 120 s")
+        frames = np.random.default_rng(number).integers(0, 256, (4, 56, 56, 3)).astype(np.uint8)
+        fields = {
+            "id": f"clip-{number}",
+            "caption": f'Clip {number}: a man says "hello {number}".',
+            "keypoints": [{"text": text, "dimension": "static"} for text in WORDS[: 2 + number % 3]],
+        }
+        return Record(fields, Media(frames, None, 2.0), fields["id"])
+
+
+def digest(tree):
+    """Of the values of a tree of global arrays."""
+    whole = multihost_utils.process_allgather(tree, tiled=True) if jax.process_count() > 1 else tree
+    parts = [np.ascontiguousarray(leaf).tobytes() for leaf in jax.tree.leaves(whole)]
+    return hashlib.sha256(b"".join(parts)).hexdigest()
+
+
+def local_digest(tree):
+    """Of the replicas on the devices of this process."""
+    parts = [np.asarray(shard.data).tobytes() for leaf in jax.tree.leaves(tree) for shard in leaf.addressable_shards]
+    return hashlib.sha256(b"".join(parts)).hexdigest()
+
+
+def learn(*losses):
+    """SFT with tensor parallelism over all devices, once for each of `losses`.
+
+    Args:
+        losses: process -> the rows of the first batch whose records it loses.
+
+    Returns: of each, metrics of two steps, digests of parameters and of this process's batches, lines on lost records.
+    """
+    vision = replace(TINY.vision, layers=1, full_layers=(0,))
+    config = SftConfig(
+        batch=2, dtype="float32", frozen_dtype="float32", remat="none", optim=OptimConfig(lr=1e-2, warmup=0.0)
+    )
+    model = model_of(config, replace(TINY, vision=vision, text=replace(TINY.text, layers=1)))
+    asked = recipe(caption_tokens=24, max_lost_share=1.0, config=model)
+    plan = plan_batches(Clips().index, asked, config.batch, 1, 0)
+    mesh = make_mesh(1, 1, -1)
+    rows = process_rows(mesh, config.batch, jax.process_index())
+    with jax.set_mesh(mesh):
+        shapes, step, start = sft_program(config, model, mesh, 10)
+        return [_learned(lost, config, asked, plan, mesh, rows, shapes, step, start) for lost in losses]
+
+
+def _learned(lost, config, asked, plan, mesh, rows, shapes, step, start):
+    source = Clips([int(plan.step(0).records[row]) for row in lost.get(jax.process_index(), [])])
+    random = np.random.default_rng(0)
+    values = [random.normal(0, 0.1, leaf.shape).astype(leaf.dtype) for leaf in jax.tree.leaves(shapes.params)]
+    values = jax.tree.unflatten(jax.tree.structure(shapes.params), values)
+    state = start(jax.tree.map(lambda value, leaf: put(value, leaf.sharding), values, shapes.params))
+    metrics, lines, contents = [], [], []
+    for batch in agreed_batches(batches(source, plan, asked, 0, 2, rows), mesh, asked, config.batch):
+        contents.append(local_digest((batch.clip, batch.captions, batch.cut, batch.weight)))
+        lines += lost_records(batch, mesh)
+        local = jax.tree.map(lambda leaf: np.asarray(leaf.addressable_shards[0].data), (batch.clip, batch.captions))
+        for row in np.flatnonzero(np.asarray(batch.weight.addressable_shards[0].data) == 0):
+            jax.tree.map(partial(_equal, row), local, empty_row(asked, batch.bucket))
+        state, told = step(state, batch.clip, batch.captions, batch.weight, batch.cut)
+        metrics.append({name: float(value) for name, value in told.items()})
+    return {"metrics": metrics, "params": digest(state.params), "lines": lines, "contents": contents}
+
+
+def _equal(row, leaf, blank):
+    np.testing.assert_array_equal(leaf[row : row + 1], blank)
+
+
+def put(value, sharding):
+    """The same value of all processes as a global array."""
+    return jax.make_array_from_callback(value.shape, sharding, lambda index: value[index])
+
+
+class Count(NamedTuple):
+    """In place of references as arrays, which take long to compile."""
+
+    count: np.ndarray
+
+
+def count_references(table, records, limits, keypoints, features, characters):
+    """The number of keypoints; every clip has dialogue."""
+    counts = np.array([len(record.get("keypoints", ())) for record in records], np.int32)
+    return References(Count(np.ones_like(counts)), Count(counts)), None
+
+
+def score_simply(table, tokens, lengths, references, thresholds=None, answers=None, limits=None):
+    """In place of `score_captions`, whose alignments take long to compile: length, and the judge's answers."""
+    length = 1 - lengths / 12
+    if answers is None:
+        checklist = jnp.full(lengths.shape, jnp.nan)
+    else:
+        checklist = jax.vmap(jax.vmap(mean_score, (0, None)))(answers, references.keypoints.count)
+    zero = jnp.zeros(lengths.shape)
+    return {"checklist": checklist, "dialogue": zero, "length": length, "repetition": zero}
+
+
+def rewarded(folder, judge=None, sizes=(2, 1, -1), order=None, split=1, lost=None, **settings):
+    """The GRPO step with a sampler of random letters, simple terms, and an update that keeps its arguments.
+
+    Args:
+        sizes, order: of the mesh and of its devices.
+        lost: process -> the rows of the first batch whose records it loses.
+        settings: of the rewards.
+
+    Returns: advantages and weights that the update received, of all rows; metrics. Or the complaint about the judge.
+    """
+    config = GrpoConfig(
+        batch=2,
+        group=4,
+        split=split,
+        steps=1,
+        sampling=SamplingConfig(tokens=12),
+        rewards=RewardConfig(low=4, high=12, keypoints=6, lines=2, **settings),
+    )
+    asked = recipe(caption_tokens=24, max_lost_share=1.0)
+    plan = plan_batches(Clips().index, asked, config.batch, 1, 0)
+    source = Clips([int(plan.step(0).records[row // split]) for row in (lost or {}).get(jax.process_index(), [])])
+    devices = jax.devices()
+    mesh = make_mesh(*sizes, devices=[devices[place] for place in order] if order else devices)
+    setup = Setup(mesh, None, TINY, asked.words, source, asked, plan, 1, split)
+    random, received = np.random.default_rng(0), []
+    tokens = random.integers(65, 91, (config.batch * split, 4 // split, 12)).astype(np.int32)
+    lengths = random.integers(4, 13, tokens.shape[:2]).astype(np.int32)
+    samples = [put(leaf, rows_sharding(mesh)) for leaf in (tokens, np.zeros(tokens.shape, np.float32), lengths)]
+
+    def update(state, experience):
+        received.append(experience)
+        return state, {}
+
+    program = GrpoProgram(
+        state=None,
+        reference=None,
+        begin=None,
+        encode=None,
+        view=lambda params: params,
+        roll_out=lambda view, clip, encoded, step, banned: as_rollout(Samples(*samples), clip, (0,)),
+        score=lambda *_: jnp.zeros(()),
+        update=update,
+    )
+    run_rewards.make_table, run_rewards.make_references = lambda text: (), count_references
+    run_rewards.score_captions = score_simply
+    with jax.set_mesh(mesh):
+        rewards = make_rewards(config, setup, (0,), judge)
+        step, _ = _step(config, setup, program, rewards, {}, None, (0,), str(folder))
+        (batch,) = stream(setup, config, 0, rewards.references)
+        try:
+            _, metrics, finish = step(State({}, None, jnp.int32(0), jnp.int32(0), jnp.int32(0)), batch)
+        except Unjudged as error:
+            return {"unjudged": str(error)}
+        finish()
+        kept = {"advantage": received[0].advantage, "weight": batch.weight, "references": batch.references}
+        return {
+            "advantage": rows_of(received[0].advantage),
+            "weight": rows_of(batch.weight),
+            "metrics": {name: float(np.nan_to_num(value, nan=-9.0)) for name, value in metrics.items()},
+            "local": local_digest(kept),
+        }
+
+
+def rows_of(array):
+    """A global array as nested lists."""
+    return np.asarray(multihost_utils.process_allgather(array, tiled=True)).tolist()

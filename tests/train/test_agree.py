@@ -1,0 +1,177 @@
+"""Several processes that hold the same rows: one lost record, one question to the judge, one answer everywhere."""
+
+import json
+import subprocess
+import sys
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from chat import chat_server
+from processes import several
+from test_judges import encoder  # noqa: F401 (a fixture)
+
+ROOT = Path(__file__).parents[2]
+IMPORT = f"import sys, json\nsys.path.append({str(ROOT / 'tests' / 'data')!r})\nimport agreement, numpy as np, jax\n"
+LEARN = """
+print(json.dumps(agreement.learn({1: [1]}, {0: [1], 1: [1]}, {})))
+"""
+# The mesh makes each row one of both processes; with `split`, the rows of a clip are in different processes.
+REWARD = """
+from pathlib import Path
+from avocado_jax.remote.chat import Endpoint
+from avocado_jax.train.judges import open_judge
+
+folder, url, encoder, lm = sys.argv[1:5]
+both, apart = dict(order=[0, 2, 1, 3]), dict(sizes=(4, 1, 1), order=[0, 2, 1, 3], split=2)
+found = {}
+found["split none"] = agreement.rewarded(f"{folder}/a", **apart)
+found["split one"] = agreement.rewarded(f"{folder}/b", **apart, lost={1: [3]})
+found["split all"] = agreement.rewarded(f"{folder}/c", **apart, lost={0: [2], 1: [3]})
+with open_judge("remote", "any", "float32", Endpoint(url, "any")) as judge:
+    found["remote"] = agreement.rewarded(f"{folder}/remote", judge, **both)
+    found["remote split"] = agreement.rewarded(f"{folder}/remote-split", judge, **apart)
+    found["remote lost"] = agreement.rewarded(f"{folder}/remote-lost", judge, **both, lost={0: [0]})
+for name, model in (("lm", lm), ("embedding", encoder)):
+    with open_judge(name, model, "float32") as judge:
+        found[name] = agreement.rewarded(f"{folder}/{name}", judge, **both)
+        found[f"{name} alone"] = judge(["a dog", ""], [["a red cat"], ["a dog", "b"]])().tolist()
+
+def silent(captions, keypoints):  # on the last process
+    answers = np.full((len(captions), 4), np.nan if jax.process_index() == jax.process_count() - 1 else 1.0)
+    return lambda: answers
+
+found["silent"] = agreement.rewarded(f"{folder}/silent", silent, **both, max_unjudged=0.3)
+found["silent allowed"] = agreement.rewarded(f"{folder}/allowed", silent, **both, max_unjudged=0.7)
+print(json.dumps(found))
+"""
+
+
+def verdict(number, request):
+    """Arbitrary, and always the same for the same question."""
+    asked = json.loads(request["messages"][1]["content"])
+    keys = asked["statements"].items()
+    text = asked["description"]
+    return json.dumps({key: "yes" if zlib.crc32(f"{text}|{point}".encode()) % 3 else "no" for key, point in keys})
+
+
+def outcomes(program, count, devices, *arguments):
+    return [
+        json.loads(text.splitlines()[-1])
+        for text in several(IMPORT + program, count, devices, *arguments, timeout=600, optimization=0)
+    ]
+
+
+@pytest.fixture(scope="module")
+def learned():
+    return outcomes(LEARN, 2, 1)
+
+
+def test_a_record_lost_by_one_holder_is_lost_by_both(learned):
+    for one, both, none in learned:
+        assert one["metrics"] == both["metrics"]  # to the bit
+        assert one["params"] == both["params"]
+        assert one["contents"] == both["contents"]  # of the batches, on the devices of this process
+        assert [line["rows"] for line in one["metrics"]] == [1, 2]
+        assert [line["rows"] for line in none["metrics"]] == [2, 2]
+        assert one["metrics"][0]["clip_tokens"] < none["metrics"][0]["clip_tokens"]
+        assert one["metrics"][0]["cut"] < none["metrics"][0]["cut"]
+        assert one["params"] != none["params"]
+    first, second = learned
+    for one, other in zip(first, second):
+        assert [one[name] for name in ("metrics", "params", "contents")] == [
+            other[name] for name in ("metrics", "params", "contents")
+        ]
+
+
+def test_every_holder_names_what_was_lost(learned):
+    first, second = learned
+    (elsewhere,), (here,) = first[0]["lines"], second[0]["lines"]
+    name = here.split()[0]
+    assert here == f"{name} is lost: took longer than 120 s"
+    assert elsewhere == f"{name} is lost: another process could not read it"
+    assert first[1]["lines"] == second[1]["lines"] == [here]
+    assert first[2]["lines"] == []
+
+
+@pytest.fixture(scope="module")
+def judges(encoder, tmp_path_factory):  # noqa: F811
+    lm = tmp_path_factory.mktemp("lm")
+    subprocess.run([sys.executable, ROOT / "launch" / "random_checkpoint.py", lm], check=True, capture_output=True)
+    return encoder[0], lm
+
+
+def run(judges, folder, count, devices):
+    """What each process found, the questions, and the folder of rollouts."""
+    with chat_server(verdict) as server:
+        found = outcomes(REWARD, count, devices, folder, server.url, *judges)
+        return found, [request["messages"][1]["content"] for request in server.requests], folder
+
+
+@pytest.fixture(scope="module")
+def two(judges, tmp_path_factory):
+    return run(judges, tmp_path_factory.mktemp("two"), 2, 2)
+
+
+def rollouts(folder, name):
+    return [json.loads(line) for line in (folder / name / "rollouts" / "1.jsonl").read_text().splitlines()]
+
+
+def test_a_clip_of_two_rows_counts_if_both_were_read(two):
+    (first, second), _, _ = two
+    none, one, both = (first[f"split {name}"] for name in ("none", "one", "all"))
+    assert one == both  # metrics and advantages to the bit
+    assert first["split one"]["weight"] == second["split one"]["weight"] == [1, 1, 0, 0]
+    assert one["advantage"][:2] == none["advantage"][:2]  # the other clip's, as without this one
+    assert one["advantage"][2:] == [[0, 0], [0, 0]] != none["advantage"][2:]
+    rewards = np.array(none["advantage"][:2])
+    assert np.ptp(rewards) > 0.1
+    assert one["metrics"]["reward"] != none["metrics"]["reward"]
+
+
+def test_each_question_is_asked_once_and_all_use_the_answer(two):
+    (first, second), questions, folder = two
+    # Eight captions in the first step; the second has the same texts, in other rows; four of the third are lost.
+    assert len(questions) == 8 + 8 + 4
+    assert len(set(questions[:8])) == 8
+    for name in ("remote", "lm", "embedding", "remote lost"):
+        assert first[name] == second[name]  # the digest of the local replicas too
+    assert first["remote"]["metrics"]["reward_checklist_missing"] == 0
+    lines = rollouts(folder, "remote")
+    for line in lines:
+        asked = [json.loads(text) for text in questions[:8]]
+        (statements,) = [one["statements"] for one in asked if one["description"] == line["caption"]]
+        verdicts = [zlib.crc32(f"{line['caption']}|{text}".encode()) % 3 > 0 for text in statements.values()]
+        assert line["rewards"]["checklist"] == pytest.approx(np.mean(verdicts), abs=1e-6)
+    assert len({line["rewards"]["checklist"] for line in lines}) > 1
+
+
+@pytest.mark.parametrize("name", ["lm", "embedding"])
+def test_judges_with_a_model_run_in_a_step_of_two_processes(two, name):
+    (first, second), _, folder = two
+    assert first[f"{name} alone"] == second[f"{name} alone"]
+    assert first[name]["metrics"]["reward_checklist_missing"] == 0
+    scores = [line["rewards"]["checklist"] for line in rollouts(folder, name)]
+    assert all(0 <= score <= 1 for score in scores)
+    if name == "lm":
+        assert len(set(scores)) > 1
+
+
+def test_missing_answers_end_all_processes(two):
+    (first, second), _, _ = two
+    assert first["silent"] == second["silent"]
+    assert "keypoints of a step without an answer" in first["silent"]["unjudged"]
+    assert first["silent allowed"] == second["silent allowed"]
+    assert 0.3 < first["silent allowed"]["metrics"]["reward_checklist_missing"] < 0.7
+
+
+def test_one_process_gives_the_rewards_of_two(two, judges, tmp_path):
+    (alone,), _, folder = run(judges, tmp_path, 1, 4)
+    for name in ("remote", "remote-split", "lm", "embedding"):
+        for one, other in zip(rollouts(tmp_path, name), rollouts(folder, name), strict=True):
+            assert one["caption"] == other["caption"]
+            for term, value in one["rewards"].items():
+                assert value == pytest.approx(other["rewards"][term], abs=1e-5)
+            assert one["advantage"] == pytest.approx(other["advantage"], abs=1e-3)
+    assert "unjudged" in alone["silent"]
