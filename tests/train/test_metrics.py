@@ -88,21 +88,24 @@ def test_only_changes_are_uploaded_and_no_part_of_a_line(proxy, monkeypatch):
 def test_a_flush_waits_for_an_older_upload(proxy, monkeypatch):
     """Otherwise the older version could replace the newer one, behind a checkpoint that relies on it."""
     monkeypatch.setattr(metrics, "UPLOAD_SECONDS", 0.01)
-    log, real, slow = Log(RUN, 0, False, "", {}), storage.write, threading.Event()
+    log, real = Log(RUN, 0, False, "", {}), storage.write
+    started, finished = threading.Event(), threading.Event()
 
     def write(path, data):
-        if not slow.is_set():
-            slow.set()
+        first = not started.is_set()
+        started.set()
+        if first:
             time.sleep(0.5)
         real(path, data)
+        if first:
+            finished.set()
 
     monkeypatch.setattr(storage, "write", write)
     log.write(line(1))
-    slow.wait()
+    assert started.wait(20)
     log.write(line(2))
-    log.flush()
-    assert steps_in_bucket() == [1, 2]
     log.close()
+    assert finished.wait(20)
     assert steps_in_bucket() == [1, 2]
 
 
