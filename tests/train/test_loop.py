@@ -10,6 +10,7 @@ import pytest
 
 from avocado_jax.config import SftConfig
 from avocado_jax.data.pipeline import Batch
+from avocado_jax.parallel.batches import rows_sharding
 from avocado_jax.parallel.mesh import make_mesh
 from avocado_jax.train import loop
 from avocado_jax.train.metrics import Log
@@ -53,15 +54,15 @@ def finish(folder, clock, steps=12, first=0, checkpoints=None, fails=None, **fie
         values = dict(loss=1.0, lr=0.1, rows=1, tokens=8, clip_tokens=8, skipped_in_row=0)
         return state._replace(step=state.step + 1), {name: jnp.array(value) for name, value in values.items()}, dict
 
-    batch = Batch(*[None] * len(Batch._fields))._replace(epoch=0, padded=0.0, lost=())
+    mesh = make_mesh(-1, 1, 1)
+    weight = jax.device_put(np.ones(mesh.size), rows_sharding(mesh))
+    batch = Batch(*[None] * len(Batch._fields))._replace(epoch=0, padded=0.0, ids=(), lost=(), weight=weight)
     config = SftConfig(tensorboard=False, eval_every=0, **({"checkpoint_every": 0} | fields))
-    plan = SimpleNamespace(digest="d", step=lambda number: SimpleNamespace(records=np.array([0])))
-    setup = SimpleNamespace(steps=steps, plan=plan, mesh=make_mesh(-1, 1, 1))
+    plan = SimpleNamespace(digest="d", step=lambda number: SimpleNamespace(records=np.array([0]), bucket=None))
+    setup = SimpleNamespace(steps=steps, plan=plan, mesh=mesh)
     functions = dict(step=step, evaluate=lambda *_: {}, flops=lambda *_: 1.0, rank=lambda more: None)
-    status = run(
-        config, setup, str(folder), checkpoints, state, lambda first: iter([batch] * (steps - first)), **functions
-    )
-    assert status == 0
+    functions |= dict(programs=lambda buckets: [], batches=lambda first: (batch for _ in range(first, steps)))
+    assert run(config, setup, str(folder), checkpoints, state, **functions) == 0
     return checkpoints.steps
 
 
