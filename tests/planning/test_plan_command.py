@@ -21,6 +21,7 @@ from avocado_jax.models.config import TINY as TINY_MODEL
 from avocado_jax.models.thinker import init
 from avocado_jax.planning import report, search
 from avocado_jax.planning.collectives import KINDS
+from avocado_jax.planning.program import devices_of, program_of
 from avocado_jax.train.run import model_of
 from avocado_jax.train.state import split
 
@@ -58,6 +59,12 @@ def test_a_step_that_does_not_fit_this_machine(capsys, monkeypatch):
     assert set(step["collective_bytes"]) == set(KINDS)
     assert step["seconds"] is None  # the ceilings of this machine are unknown
     assert told["hosts"] == [{"process": 0, "rows": list(range(8))}]
+
+
+def test_a_plan_has_the_rows_of_every_host():
+    config = load("configs/world_tiny.py")
+    program = program_of(config, TINY_MODEL, Bucket(Shape(256, 2, 1, 1), 64), devices_of("v5p:2x2x2"))
+    assert program.hosts == {0: [0, 2, 4, 6], 1: [1, 3, 5, 7]}
 
 
 def test_rows_of_hosts_in_one_line():
