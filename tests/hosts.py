@@ -1,7 +1,7 @@
-"""Hosts of a slice on one machine: network namespaces with names of their own, or processes where those are forbidden.
+"""Hosts of a slice on one machine: network namespaces, or plain processes without the right to create those.
 
-A namespace has its own address, host name and hosts file. A host that is lost falls silent: its network is cut before
-its processes are killed, so that nobody is told.
+A namespace has its own address, host name and hosts file. `lose` disconnects the network of a host before it kills the
+processes, so that its connections are not closed and peers notice only by the heartbeat.
 """
 
 import os
@@ -21,9 +21,9 @@ class Hosts:
     """Hosts that reach each other by name.
 
     Attributes:
-        names: of the hosts, for whoever is one of them.
-        outside: the address at which they reach this machine.
-        apart: whether each has a network of its own.
+        names: host names, resolvable on every host.
+        outside: the address of this machine as the hosts reach it.
+        apart: whether each host has its own network namespace.
     """
 
     def __init__(self, count, folder, apart):
@@ -51,7 +51,7 @@ class Hosts:
         Path(self._folder, "hosts").write_text("".join(lines))
 
     def remove(self):
-        """Kill what still runs, and leave nothing behind."""
+        """Kill running processes and remove namespaces and links."""
         for number in list(self._running):
             self._kill(number)
         for name in self.names if self.apart else ():
@@ -59,7 +59,7 @@ class Hosts:
         subprocess.run(["ip", "link", "del", f"{self._net}b"], capture_output=True, check=False)
 
     def start(self, number, command, env, log):
-        """Start a command on a host, in a process group of its own; gives the process."""
+        """Start a command on a host in a new process group. Returns the process."""
         if self.apart:
             inside = ["unshare", "--uts", "--mount", "sh", "-c", ENTER, "sh"]
             inside += [self.names[number], str(Path(self._folder, "hosts")), *command]
@@ -70,7 +70,7 @@ class Hosts:
         return started
 
     def lose(self, number):
-        """A host is gone, from one moment to the next."""
+        """Lose a host without warning to the others."""
         if self.apart:
             ip("link", "set", f"{self._net}h{number}", "down")
         self._kill(number)
@@ -84,14 +84,14 @@ class Hosts:
 
 @contextmanager
 def hosts(count, folder):
-    """So many hosts for as long as the block lasts."""
+    """Create hosts for the duration of the block."""
     apart = os.geteuid() == 0
     made = Hosts(count, folder, apart)
     try:
         if apart:
             try:
                 made._build()
-            except (OSError, subprocess.CalledProcessError):  # no such rights here
+            except (OSError, subprocess.CalledProcessError):  # no right to create namespaces
                 made.remove()
                 made = Hosts(count, folder, False)
         yield made

@@ -1,4 +1,4 @@
-"""The programs that a step runs one after the other, and what lies on the devices beside each."""
+"""The programs of a training step in execution order, and the arrays that are alive beside each."""
 
 from typing import Any, NamedTuple
 
@@ -16,15 +16,15 @@ from avocado_jax.train.programs import batch_shapes, learning_programs, sampling
 from avocado_jax.train.sft import sft_program
 from avocado_jax.train.state import State
 
-STOPS = (0, 1)  # which ids end a caption changes nothing of what a program takes
-STEPS = 1000  # of a run that does not say: they are in the schedule only
+STOPS = (0, 1)  # any stop ids: they do not change memory or FLOPs
+STEPS = 1000  # where the config does not set them: they only enter the schedule
 
 
 class Phase(NamedTuple):
-    """One jitted program; every leaf is a ShapeDtypeStruct with its sharding.
+    """One jitted program and its arguments as ShapeDtypeStructs with shardings.
 
     Attributes:
-        alive: what lies on the devices while it runs, its own arguments included, by name.
+        alive: arrays on the devices while the program runs, its arguments included, by name.
     """
 
     name: str
@@ -33,21 +33,21 @@ class Phase(NamedTuple):
     alive: dict[str, Any]
 
     def lower(self, mesh: Mesh) -> jax.stages.Lowered:
-        """Trace it for the mesh's devices, into what their compiler takes."""
+        """Trace and lower the program for the devices of the mesh."""
         with jax.set_mesh(mesh):
             return self.run.lower(*self.args)
 
 
 def sft_phases(config: SftConfig, model: ThinkerConfig, bucket: Bucket, mesh: Mesh) -> tuple[Phase, ...]:
-    """A step of fine-tuning is one program.
+    """The single program of an SFT step.
 
     Raises:
         InputError: the mesh does not divide the rows.
     """
-    over = int(np.prod([mesh.shape[axis] for axis in ROWS]))
-    if config.batch % (over * config.accumulate):
+    shards = int(np.prod([mesh.shape[axis] for axis in ROWS]))
+    if config.batch % (shards * config.accumulate):
         raise InputError(
-            f"batch: {config.batch} rows are not divided by {over} parts of the mesh"
+            f"batch: {config.batch} rows are not divided by {shards} parts of the mesh"
             + (f" times accumulate {config.accumulate}" if config.accumulate > 1 else "")
         )
     state, step, _ = sft_program(config, model, mesh, config.steps or STEPS)
@@ -56,19 +56,19 @@ def sft_phases(config: SftConfig, model: ThinkerConfig, bucket: Bucket, mesh: Me
 
 
 def grpo_phases(config: GrpoConfig, model: ThinkerConfig, bucket: Bucket, mesh: Mesh) -> tuple[Phase, ...]:
-    """The phases of a step of GRPO in the order of `train/run_grpo.py`, and what lies beside each:
+    """The programs of a GRPO step in the order of `train/run_grpo.py`, with the arrays that are alive beside each:
 
-    - always: parameters, moments, the reference's own parameters, this batch and the next;
-    - the encoded clips: from `encode` until the update is done, which reads them again;
-    - the sampler's view: from `view` to the end of the rollout. Held-out evaluation holds it over all its batches,
-      so that there clips are encoded beside it and the clips before them;
-    - captions, their log-probabilities, scores and advantages: from the rollout and the scores until the update.
+    - always: parameters, optimizer state, the reference's parameters, this batch and the next;
+    - encoded clips: from `encode` to the end of `update`;
+    - the sampler's view of the parameters: during `rollout`. Held-out evaluation keeps it over all its batches, so
+      there it is alive during `encode` too, beside the encoded clips of the previous batch;
+    - captions, log-probabilities, scores and advantages: from `rollout` and `score` to the end of `update`.
 
-    The caches of clips and captions, gathered weights and gradients live and end inside their program: the compiler
-    counts them. A phase that the config does without (encoders that are trained, no scores to take) is not there.
+    KV caches, gathered weights and gradients exist only inside a program; the compiler accounts for them. `encode` is
+    absent if the encoders are trained, `score` if nothing is scored.
 
     Raises:
-        InputError: the config does not hold together, or the mesh does not divide the rows.
+        InputError: the config is inconsistent, or the mesh does not divide the rows.
     """
     program = grpo_program(config, model, mesh, config.steps or STEPS, STOPS)
     with jax.set_mesh(mesh):
@@ -95,10 +95,10 @@ def grpo_phases(config: GrpoConfig, model: ThinkerConfig, bucket: Bucket, mesh: 
 
 
 def _batch(config: RunConfig, model: ThinkerConfig, bucket: Bucket, mesh: Mesh, rows: int) -> tuple[Any, ...]:
-    """What `parallel.batches` puts of a batch: clip, captions of the data, weight, tokens cut."""
+    """The arrays of a batch on the mesh: clip, reference captions, weight, captions cut."""
     return batch_shapes(config, model, bucket._replace(caption=config.data.caption_tokens), mesh, rows)
 
 
 def _always(state: State, batch: tuple[Any, ...]) -> dict[str, Any]:
-    """What is there in every phase of every step. The next batch is put while this one is in use."""
+    """Arrays that are alive in every phase. The next batch is transferred while this one is in use."""
     return {"parameters": state.params, "optimizer": state._replace(params=None), "inputs": (batch, batch)}

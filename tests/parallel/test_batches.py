@@ -1,4 +1,4 @@
-"""Host batches onto a mesh of eight simulated devices, one batch ahead."""
+"""Prefetching of host batches onto a mesh of simulated devices."""
 
 import os
 import socket
@@ -16,8 +16,8 @@ from jax.sharding import AxisType
 from avocado_jax.parallel.batches import prefetch_to_mesh
 
 
-class Held(NamedTuple):
-    """A batch as `prefetch_to_mesh` receives it: arrays, and things that stay on the host."""
+class Example(NamedTuple):
+    """A batch as `prefetch_to_mesh` receives it: arrays, and leaves that stay on the host."""
 
     step: int
     ids: tuple[str, ...]
@@ -25,8 +25,8 @@ class Held(NamedTuple):
     flag: np.ndarray
 
 
-def held(step):
-    return Held(step, ("a", "b"), np.arange(8, dtype=np.float32).reshape(4, 2) + step, np.array([True, False] * 2))
+def example(step):
+    return Example(step, ("a", "b"), np.arange(8, dtype=np.float32).reshape(4, 2) + step, np.array([True, False] * 2))
 
 
 @pytest.fixture(scope="module")
@@ -34,12 +34,12 @@ def mesh():
     return jax.make_mesh((1, 1), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2, devices=jax.devices()[:1])
 
 
-def test_arrays_move_and_the_rest_stays(mesh):
-    for step, batch in enumerate(prefetch_to_mesh(map(held, range(5)), mesh)):
+def test_only_arrays_are_transferred(mesh):
+    for step, batch in enumerate(prefetch_to_mesh(map(example, range(5)), mesh)):
         assert (batch.step, batch.ids) == (step, ("a", "b"))
         assert isinstance(batch.x, jax.Array)
-        np.testing.assert_array_equal(batch.x, held(step).x)
-        np.testing.assert_array_equal(batch.flag, held(step).flag)
+        np.testing.assert_array_equal(batch.x, example(step).x)
+        np.testing.assert_array_equal(batch.flag, example(step).flag)
     assert step == 4
 
 
@@ -49,22 +49,22 @@ def test_one_batch_ahead_and_no_more(mesh):
     def batches():
         for step, event in enumerate(made):
             event.set()
-            yield held(step)
+            yield example(step)
 
     placed = prefetch_to_mesh(batches(), mesh)
     for step in range(3):
         assert next(placed).step == step
-        assert made[step + 1].wait(60)  # made while this one is in use
+        assert made[step + 1].wait(60)  # prefetched while this one is in use
         assert not made[step + 2].wait(0.1)
     placed.close()
 
 
-def test_errors_come_through_in_their_place(mesh):
+def test_errors_are_raised_in_order(mesh):
     closed = []
 
     def batches():
         try:
-            yield held(0)
+            yield example(0)
             raise ValueError("out of clips")
         finally:
             closed.append(True)
@@ -82,7 +82,7 @@ def test_closing_early_closes_the_source(mesh):
     def batches():
         try:
             for step in range(100):
-                yield held(step)
+                yield example(step)
         finally:
             closed.append(True)
 
@@ -92,8 +92,8 @@ def test_closing_early_closes_the_source(mesh):
     assert closed
 
 
-def test_rows_lie_where_the_mesh_says():
-    """In a process of its own, since the number of devices is fixed when jax starts."""
+def test_rows_are_sharded_over_data_and_fsdp():
+    """In a new process, since the number of devices is fixed when jax starts."""
     code = """
 import jax, numpy as np
 from jax.sharding import AxisType
@@ -121,19 +121,19 @@ jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType
-from test_batches import held
+from test_batches import example
 from avocado_jax.parallel.batches import prefetch_to_mesh, process_rows
 mesh = jax.make_mesh((2, 2), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2)
 rows = process_rows(mesh, 4, jax.process_index())
 assert rows == [2 * jax.process_index(), 2 * jax.process_index() + 1], rows
-mine = (held(step)._replace(x=held(step).x[rows], flag=held(step).flag[:2]) for step in range(3))
+mine = (example(step)._replace(x=example(step).x[rows], flag=example(step).flag[:2]) for step in range(3))
 for step, batch in enumerate(prefetch_to_mesh(mine, mesh)):
-    np.testing.assert_array_equal(multihost_utils.process_allgather(batch.x, tiled=True), held(step).x)
+    np.testing.assert_array_equal(multihost_utils.process_allgather(batch.x, tiled=True), example(step).x)
 print("good", flush=True)
 """
 
 
-def test_two_processes_each_put_their_own_rows():
+def test_two_processes_load_their_rows():
     with socket.socket() as held_port:
         held_port.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{held_port.getsockname()[1]}"
@@ -145,5 +145,5 @@ def test_two_processes_each_put_their_own_rows():
         )
         for rank in range(2)
     ]
-    said = [process.communicate(timeout=120)[0] for process in processes]
-    assert [text.splitlines()[-1] for text in said] == ["good"] * 2
+    outputs = [process.communicate(timeout=120)[0] for process in processes]
+    assert [text.splitlines()[-1] for text in outputs] == ["good"] * 2

@@ -1,4 +1,4 @@
-"""Bytes between devices, read from programs that were compiled for CPUs and for a TPU slice."""
+"""Communication of programs that were compiled for CPUs and for a TPU slice."""
 
 import os
 import subprocess
@@ -45,7 +45,7 @@ def test_each_trip_of_a_loop_counts():
     nothing = {"reduce-scatter": 0.0, "all-to-all": 0.0, "collective-permute": 0.0}
     total = {"all-reduce": 2 * 4 * 3 / 4}  # the sum
     assert compiled("") == {"all-gather": gathered, **total, **nothing}
-    # A TPU multiplies in bfloat16 unless told otherwise, and gathers what it multiplies.
+    # A TPU multiplies in bfloat16 by default, and gathers the operands in that type.
     assert compiled("v5e:2x2") == {"all-gather": gathered / 2, **total, **nothing}
 
 

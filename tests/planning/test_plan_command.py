@@ -1,4 +1,4 @@
-"""The plan command: on this machine, for TPU slices that are not there, and where a step does not fit."""
+"""The plan command: on this machine, for TPU slices, and for steps that do not fit."""
 
 import json
 import os
@@ -43,22 +43,22 @@ GRPO = [
 
 
 def test_a_step_that_does_not_fit_this_machine(capsys, monkeypatch):
-    """By how much, and what would help; and all else that is told of a step."""
+    """The report of a step, by how much it does not fit, and advice."""
     monkeypatch.setattr(report, "memory_of", lambda device: 2**20)
     assert main(["plan", *TINY, "--json"]) == 1
-    told = json.loads(capsys.readouterr().out)
-    (step,) = told["steps"]
-    assert not told["fits"]
+    plan = json.loads(capsys.readouterr().out)
+    (step,) = plan["steps"]
+    assert not plan["fits"]
     assert f"does not fit by {(step['hbm_bytes']['total'] - 2**20) / 2**30:.2f} GiB" in step["advice"]
     assert "--remat full keeps only the layers' inputs" in step["advice"]
-    assert told["topology"].startswith("cpu")
+    assert plan["topology"].startswith("cpu")
     assert step["bucket"] == dict(tokens=256, patches=2, windows=1, chunks=1, captions=1, caption=64)
     assert step["hbm_bytes"]["total"] == sum(step["hbm_bytes"][part] for part in PARTS)
     # AdamW has two moments of every parameter, all of which are trained here, and its counters
     assert 0 <= step["hbm_bytes"]["optimizer"] - 2 * step["hbm_bytes"]["parameters"] < 100
     assert set(step["collective_bytes"]) == set(KINDS)
     assert step["seconds"] is None  # the ceilings of this machine are unknown
-    assert told["hosts"] == [{"process": 0, "rows": list(range(8))}]
+    assert plan["hosts"] == [{"process": 0, "rows": list(range(8))}]
 
 
 def test_a_plan_has_the_rows_of_every_host():
@@ -86,13 +86,13 @@ def test_rows_of_hosts_in_one_line():
 )
 def test_mistakes_are_one_line(capsys, args, complaint):
     assert main(["plan", *TINY, *args]) == 2
-    said = capsys.readouterr().err
-    assert complaint in said
-    assert said.count("\n") == 1
+    err = capsys.readouterr().err
+    assert complaint in err
+    assert err.count("\n") == 1
 
 
-def test_a_search_passes_over_what_cannot_fit(monkeypatch):
-    """The first choices keep most; a device of little memory leaves those that keep less."""
+def test_a_search_skips_what_cannot_fit(monkeypatch):
+    """The first choices save the most activations; with little memory they are skipped."""
     config = load("configs/world_tiny.py", ["--mesh.fsdp", "8", "--nominal.model", "tiny"])
     model = model_of(config, TINY_MODEL)
     bucket = Bucket(Shape(4096, 2, 1, 1), 64)
@@ -115,10 +115,10 @@ def test_a_search_passes_over_what_cannot_fit(monkeypatch):
 
 
 def test_every_phase_of_grpo_is_a_step(capsys):
-    """Each is compiled, and what lies on the devices beside it counts, whether it reads it or not."""
+    """Each is compiled, and all arrays on the devices count, whether it reads them or not."""
     assert main(["plan", *GRPO, "--json"]) == 0
-    told = json.loads(capsys.readouterr().out)
-    steps = {step["name"]: step for step in told["steps"]}
+    plan = json.loads(capsys.readouterr().out)
+    steps = {step["name"]: step for step in plan["steps"]}
     assert list(steps) == ["encode", "view", "rollout", "score", "update"]
     model = model_of(load("configs/grpo_7b.py"), TINY_MODEL)
     trained, _ = split(jax.eval_shape(partial(init, model), jax.random.key(0)), "captioner")
@@ -144,7 +144,7 @@ def test_every_phase_of_grpo_is_a_step(capsys):
 
 
 def of_slice(*args):
-    """A plan for a TPU slice, in a process of its own."""
+    """Exit status and JSON of a plan for a TPU slice, made in a new process."""
     done = subprocess.run(
         [sys.executable, "-m", "avocado_jax", "plan", *args, "--json"],
         env=dict(os.environ, JAX_PLATFORMS="cpu"),
@@ -156,7 +156,7 @@ def of_slice(*args):
     return done.returncode, json.loads(done.stdout)
 
 
-def test_both_ways_of_refusing_a_program_are_read():
+def test_both_memory_errors_are_parsed():
     gib = 2**30
     whole = "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 18.50G of 15.75G hbm."
     parts = "the total memory required for HLO temporaries (28.27G) exceeds available HBM (15.75G)."
@@ -175,23 +175,23 @@ def check_slice(step):
 @pytest.mark.slow
 def test_a_step_of_a_tpu_slice():
     """Four hosts, splash attention, heads and rows sharded."""
-    status, told = of_slice(*TINY, "--topology", "v5e:4x4", "--mesh.tensor", "2", "--dtype", "bfloat16")
-    assert (status, told["fits"]) == (0, True)
-    (step,) = told["steps"]
+    status, plan = of_slice(*TINY, "--topology", "v5e:4x4", "--mesh.tensor", "2", "--dtype", "bfloat16")
+    assert (status, plan["fits"]) == (0, True)
+    (step,) = plan["steps"]
     assert step["hbm_limit_bytes"] == 16 * 2**30
     assert step["advice"] is None
-    assert [host["process"] for host in told["hosts"]] == [0, 1, 2, 3]
-    assert [host["rows"] for host in told["hosts"]] == [[0, 1], [4, 5], [2, 3], [6, 7]]
+    assert [host["process"] for host in plan["hosts"]] == [0, 1, 2, 3]
+    assert [host["rows"] for host in plan["hosts"]] == [[0, 1], [4, 5], [2, 3], [6, 7]]
     check_slice(step)
 
 
 @pytest.mark.slow
 def test_every_phase_of_grpo_on_a_tpu_slice():
     """With splash attention, heads and rows divided, and a group over two rows, as configs/grpo_7b.py has it."""
-    status, told = of_slice(*GRPO, "--topology", "v5e:2x2", "--mesh.tensor", "2", "--split", "2", "--group", "4")
-    assert (status, told["fits"]) == (0, True)
-    assert [step["name"] for step in told["steps"]] == ["encode", "view", "rollout", "score", "update"]
-    for step in told["steps"]:
+    status, plan = of_slice(*GRPO, "--topology", "v5e:2x2", "--mesh.tensor", "2", "--split", "2", "--group", "4")
+    assert (status, plan["fits"]) == (0, True)
+    assert [step["name"] for step in plan["steps"]] == ["encode", "view", "rollout", "score", "update"]
+    for step in plan["steps"]:
         assert step["bucket"]["captions"] == 2
         assert step["bound"] in ("compute", "hbm", "interconnect")
         assert (0 < step["mfu"] <= 0.65) == (step["name"] != "view")
@@ -201,16 +201,16 @@ def test_every_phase_of_grpo_on_a_tpu_slice():
 
 @pytest.mark.soak  # compiles for ten minutes
 def test_the_paper_s_step_fits_a_slice():
-    status, told = of_slice("configs/sft_7b.py", "--topology", "v5p:4x4x4", "--accumulate", "2")
-    assert (status, told["fits"]) == (0, True)
-    check_slice(told["steps"][0])
+    status, plan = of_slice("configs/sft_7b.py", "--topology", "v5p:4x4x4", "--accumulate", "2")
+    assert (status, plan["fits"]) == (0, True)
+    check_slice(plan["steps"][0])
 
 
 @pytest.mark.slow
 def test_the_paper_s_step_does_not_fit_small_chips_as_it_is():
     """The compiler refuses it before it makes any code."""
-    status, told = of_slice("configs/sft_7b.py", "--topology", "v5e:8x8")
-    (step,) = told["steps"]
-    assert (status, told["fits"]) == (1, False)
+    status, plan = of_slice("configs/sft_7b.py", "--topology", "v5e:8x8")
+    (step,) = plan["steps"]
+    assert (status, plan["fits"]) == (1, False)
     assert step["collective_bytes"] is None
     assert "--remat offload" in step["advice"]

@@ -1,4 +1,4 @@
-"""What a plan says lies on the devices beside each phase of GRPO, against what a step really holds there."""
+"""Arrays on the devices beside each phase of GRPO: a plan against a real step."""
 
 from types import SimpleNamespace
 
@@ -25,7 +25,7 @@ def plan():
 
 
 def made(shapes):
-    """Arrays of these shapes, where they say."""
+    """Arrays of these shapes and shardings."""
     return jax.tree.map(lambda leaf: jax.device_put(np.zeros(leaf.shape, leaf.dtype), leaf.sharding), shapes)
 
 
