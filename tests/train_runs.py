@@ -3,13 +3,25 @@
 import json
 import os
 import re
+import runpy
 import signal
 import socket
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
+from avocado_jax.models.config import SIZES, TINY
+
+SCRIPT = Path(__file__).parents[1] / "launch" / "random_checkpoint.py"
+ONE_LAYER = replace(
+    TINY,
+    audio=replace(TINY.audio, layers=1),
+    vision=replace(TINY.vision, layers=1, full_layers=(0,)),
+    text=replace(TINY.text, layers=1),
+)
 CONFIG = """
 from avocado_jax.config import DataConfig, OptimConfig, SftConfig
 
@@ -135,6 +147,12 @@ class Runs:
         from avocado_jax.checkpoint.load import load_params, open_checkpoint
 
         return load_params(open_checkpoint(self.folder / name), "float32")
+
+
+def write_checkpoint(folder):
+    """A Hugging Face checkpoint with random weights and one layer a tower, which compiles fast."""
+    with mock.patch.dict(SIZES, tiny=ONE_LAYER), mock.patch.object(sys, "argv", [SCRIPT.name, str(folder)]):
+        assert runpy.run_path(str(SCRIPT))["main"]() == 0
 
 
 def kill(process, number=signal.SIGKILL):

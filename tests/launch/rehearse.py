@@ -19,11 +19,13 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "launch")]
+os.environ["JAX_PLATFORMS"] = "cpu"
 
 import gcs  # noqa: E402
 from device_order import process_order  # noqa: E402
 from hosts import hosts  # noqa: E402
 from job import job_of  # noqa: E402
+from train_runs import write_checkpoint  # noqa: E402
 
 from avocado_jax.data import storage  # noqa: E402
 
@@ -62,7 +64,7 @@ def job(stage, workdir, topology):
 
 def python(*words):
     command = [PYTHON, *map(str, words)]
-    subprocess.run(command, check=True, env=os.environ | {"JAX_PLATFORMS": "cpu"}, cwd=ROOT, stdout=sys.stderr)
+    subprocess.run(command, check=True, cwd=ROOT, stdout=sys.stderr)
 
 
 def avocado(*words):
@@ -71,7 +73,7 @@ def avocado(*words):
 
 def fill(folder):
     """Write a checkpoint and prepared clips to the bucket."""
-    python("launch/random_checkpoint.py", folder / "hf", "--size", "tiny")
+    write_checkpoint(folder / "hf")
     avocado("convert", "from-hf", folder / "hf", folder / "base")
     for path in (folder / "base").rglob("*"):
         if path.is_file():
@@ -95,7 +97,6 @@ class Pod:
             "AVOCADO": str(command),
             "AVOCADO_PYTHON": PYTHON,
             "PYTHONPATH": str(ROOT),
-            "JAX_PLATFORMS": "cpu",
             "JAX_FORCE_TPU_INIT": "1",  # jax finds the other hosts as on a TPU
             "MEGASCALE_COORDINATOR_ADDRESS": "",
             "MEGASCALE_NUM_SLICES": "1",

@@ -1,10 +1,8 @@
 """Rows of each process for the device orders of TPU slices, and training where devices of processes interleave."""
 
 import json
-import runpy
 import sys
 from collections import Counter
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,11 +11,10 @@ from device_order import process_order
 from jax._src import sharding_impls
 from jax.sharding import Mesh
 from processes import several
-from train_runs import CONFIG
+from train_runs import CONFIG, write_checkpoint
 
 from avocado_jax.config import GrpoConfig, load
 from avocado_jax.errors import InputError
-from avocado_jax.models.config import SIZES, TINY
 from avocado_jax.parallel.batches import process_rows, rows_sharding
 from avocado_jax.parallel.mesh import AXES, make_mesh
 from avocado_jax.planning.program import devices_of
@@ -27,13 +24,6 @@ sys.path.append(str(ROOT / "launch"))
 
 from job import plans  # noqa: E402
 
-# One layer a tower: compilation takes most of a test's time.
-SMALL = replace(
-    TINY,
-    audio=replace(TINY.audio, layers=1),
-    vision=replace(TINY.vision, layers=1, full_layers=(0,)),
-    text=replace(TINY.text, layers=1),
-)
 SLICES = ("v6e:8x8", "v5p:4x4x4", "v5e:8x16", "v5e:8x8", "v6e:4x4", "v5e:4x4", "v5p:2x2x2", "v5p:2x2x4", "v6e:2x4")
 
 
@@ -180,12 +170,10 @@ for name, order in (("contiguous", [0, 0, 1, 1]), ("interleaved", json.loads(ord
 """
 
 
-def test_interleaved_devices_give_the_curve_of_the_contiguous_order(tmp_path, monkeypatch):
+def test_interleaved_devices_give_the_curve_of_the_contiguous_order(tmp_path):
     """Two processes with their devices in the order of v5p:2x2x2, and in the order of processes."""
     order = process_order("v5p:2x2x2", each=2)
-    monkeypatch.setitem(SIZES, "tiny", SMALL)
-    monkeypatch.setattr(sys, "argv", ["random_checkpoint.py", str(tmp_path / "init")])
-    assert runpy.run_path(str(ROOT / "launch" / "random_checkpoint.py"))["main"]() == 0
+    write_checkpoint(tmp_path / "init")
     (tmp_path / "small.py").write_text(CONFIG.format(init=str(tmp_path / "init")))
     arguments = tmp_path / "small.py", tmp_path, json.dumps(order)
     found = list(map(printed, several(TRAINED, 2, 2, *arguments, timeout=600, optimization=0)))
