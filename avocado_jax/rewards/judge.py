@@ -1,4 +1,4 @@
-"""The remote judge: an OpenAI-compatible chat endpoint, one call a caption. The one reward that does I/O."""
+"""The remote judge: an OpenAI-compatible chat endpoint, one call per caption. The only reward that does I/O."""
 
 import asyncio
 import json
@@ -22,16 +22,16 @@ Verdicts = list[bool | None]  # None: not answered
 
 
 class RemoteJudge:
-    """Asks an endpoint which keypoints each caption states.
+    """Queries an endpoint for the keypoints that each caption states.
 
-    Calls run on a thread of their own, so a batch may be started, work done on the device, and the scores collected
-    later. What the endpoint does not answer is NaN, never 0: `counts` says how often and `trouble` why.
+    Calls run in a background thread: start a batch, dispatch work to the devices, then collect the scores. Keypoints
+    without an answer are NaN, never 0: `counts` has their number and `trouble` the latest error.
 
     Attributes:
-        counts: those of `remote.chat.ChatClient`, and keypoints "missing" in what was returned.
+        counts: those of `remote.chat.ChatClient`, and the number of "missing" keypoints.
 
     Raises:
-        InputError: as the client; where scores are collected, if a question is what raises it.
+        InputError: as the client; errors of a query are raised when its scores are collected.
     """
 
     def __init__(self, endpoint: Endpoint):
@@ -40,22 +40,22 @@ class RemoteJudge:
 
     @property
     def trouble(self) -> str:
-        """The latest error, in words."""
+        """The latest error message."""
         return self.client.trouble
 
     def __call__(
         self, captions: Sequence[str], keypoints: Sequence[Sequence[str]]
     ) -> Callable[[], Float[np.ndarray, "N K"]]:
-        """Start a batch: N captions, each against its own keypoints.
+        """Start a batch of N captions, each with its own keypoints.
 
         Returns:
-            A function that waits for the scores: 1 for stated, 0 for not stated, NaN for not known and past the
-            end of a caption's keypoints. It returns within the endpoint's `patience` from now.
+            A function that waits for the scores: 1 if the caption states the keypoint, 0 if not, NaN without an
+            answer and beyond a caption's keypoints. It returns within the endpoint's `patience` from now.
         """
         return self.client.start(self._batch(captions, keypoints)).result
 
     def close(self) -> None:
-        """Give up what is under way and end the thread."""
+        """Cancel pending calls and end the thread."""
         self.client.close()
 
     def __enter__(self) -> "RemoteJudge":
@@ -76,14 +76,14 @@ class RemoteJudge:
         return scores
 
     async def _verdicts(self, caption: str, keypoints: Sequence[str], deadline: float) -> Verdicts:
-        """Ask for all keypoints, then for those that were left out, until all is known or nothing more is to be had."""
+        """Query all keypoints, then those that the answer omits, until all are known or the tries are used up."""
         verdicts: Verdicts = [None] * len(keypoints)
         for _ in range(self.client.endpoint.tries):
             missing = [place for place, verdict in enumerate(verdicts) if verdict is None]
             if not missing:
                 break
-            asked = question(caption, [keypoints[place] for place in missing])
-            reply = await self.client.ask(asked, partial(_some, count=len(missing)), deadline=deadline)
+            messages = question(caption, [keypoints[place] for place in missing])
+            reply = await self.client.ask(messages, partial(_some, count=len(missing)), deadline=deadline)
             if reply.value is None:
                 break
             for place, verdict in zip(missing, reply.value):
@@ -95,21 +95,21 @@ class RemoteJudge:
 
 
 def question(caption: str, keypoints: Sequence[str]) -> list[dict[str, str]]:
-    """The messages of one call. Caption and statements are JSON, so that neither can pass for the other."""
+    """The messages of one call. Caption and statements are JSON strings, so that neither can imitate the other."""
     statements = {str(number): text for number, text in enumerate(keypoints, start=1)}
-    asked = json.dumps({"description": caption, "statements": statements}, ensure_ascii=False, indent=1)
-    return [{"role": "system", "content": INSTRUCTIONS}, {"role": "user", "content": asked}]
+    content = json.dumps({"description": caption, "statements": statements}, ensure_ascii=False, indent=1)
+    return [{"role": "system", "content": INSTRUCTIONS}, {"role": "user", "content": content}]
 
 
 def read_answer(text: str, count: int) -> Verdicts:
-    """The verdicts in what a model wrote: its last JSON object whose keys are numbers.
+    """Parse the verdicts in a model's output: the last JSON object whose keys are numbers.
 
-    Words and fences around it are passed over. A statement that it leaves out, or answers with anything but yes or
-    no (true or false), is None.
+    Text and fences around it are ignored. A statement that is omitted, or whose verdict is not yes or no (true or
+    false), is None.
 
     Raises:
-        Malformed: there is no such object, or it has a number twice or one that was not asked for: it may then be
-            of another list.
+        Malformed: there is no such object, or it has a number twice or an unknown number: it may then belong to
+            another list.
     """
     decoder = json.JSONDecoder(object_pairs_hook=tuple)
     starts = [place for place, letter in enumerate(text) if letter == "{"]
@@ -132,7 +132,7 @@ def read_answer(text: str, count: int) -> Verdicts:
 
 
 def _some(text: str, count: int) -> Verdicts:
-    """As `read_answer`, but an answer without any verdict is none."""
+    """As `read_answer`, but an answer without any verdict is malformed."""
     verdicts = read_answer(text, count)
     if not any(verdict is not None for verdict in verdicts):
         raise Malformed(f"none of {count} statements was answered", text)

@@ -223,20 +223,20 @@ def _padded(
 
 
 def _word_pieces(folder: Path, vocab: int) -> Callable[..., list[int]]:
-    """Texts to the ids of an encoder's tokenizer, with its two marks if `marks`; nothing is cut or padded."""
+    """Texts to token ids of an encoder's tokenizer, untruncated; with its special tokens if `special`."""
     try:
         tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     except Exception as error:  # the library raises nothing narrower
         raise InputError(f"{folder}: its tokenizer cannot be loaded: {error}") from error
     tokenizer.no_truncation()
     tokenizer.no_padding()
-    tokenizer.encode_special_tokens = True  # spelled out in a text they stay text
+    tokenizer.encode_special_tokens = True  # special tokens that are spelled out in a text stay text
 
-    def pieces(text: str, marks: bool = False) -> list[int]:
-        return tokenizer.encode(text, add_special_tokens=marks).ids
+    def pieces(text: str, special: bool = False) -> list[int]:
+        return tokenizer.encode(text, add_special_tokens=special).ids
 
     if tokenizer.get_vocab_size() > vocab:
         raise InputError(f"{folder}: the tokenizer has {tokenizer.get_vocab_size()} tokens, the vocabulary {vocab}")
     if len(pieces("", True)) != 2:
-        raise InputError(f"{folder}: the tokenizer does not frame a text by two marks")
+        raise InputError(f"{folder}: the tokenizer does not enclose a text in two special tokens")
     return pieces

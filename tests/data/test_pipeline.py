@@ -72,6 +72,21 @@ def test_any_hosts_workers_and_stops_give_the_same_rows(source):
                 assert_rows(whole[batch.step], batch, rows)
 
 
+def test_a_row_that_occurs_twice_is_read_once(source):
+    asked, numbers = recipe(), []
+
+    class Counted(Spy):
+        def __getitem__(self, number):
+            numbers.append(number)
+            return super().__getitem__(number)
+
+    plan = planned(source, asked)
+    (batch,) = batches(Counted(source), plan, asked, 0, 1, [1, 0, 1, 0])
+    assert sorted(numbers) == sorted(plan.step(0).records[:2])
+    assert batch.ids == tuple(source.index.ids[number] for number in plan.step(0).records[[1, 0, 1, 0]])
+    np.testing.assert_array_equal(batch.clip.tokens[:2], batch.clip.tokens[2:])
+
+
 def test_workers_keep_off_the_device_and_to_one_core(source):
     asked = recipe()
     spied = stream(Spy(source), planned(source, asked), asked, 0, 3, workers=1)

@@ -17,35 +17,39 @@ IMPORT = f"import sys, json\nsys.path.append({str(ROOT / 'tests' / 'data')!r})\n
 LEARN = """
 print(json.dumps(agreement.learn({1: [1]}, {0: [1], 1: [1]}, {})))
 """
-# The mesh makes each row one of both processes; with `split`, the rows of a clip are in different processes.
+# Devices of the first and the second half of a host alternate: on two hosts each row is on both, and with `split` the
+# rows of a clip are on different ones.
 REWARD = """
-from pathlib import Path
 from avocado_jax.remote.chat import Endpoint
 from avocado_jax.train.judges import open_judge
 
-folder, url, encoder, lm = sys.argv[1:5]
-both, apart = dict(order=[0, 2, 1, 3]), dict(sizes=(4, 1, 1), order=[0, 2, 1, 3], split=2)
-found = {}
-found["split none"] = agreement.rewarded(f"{folder}/a", **apart)
-found["split one"] = agreement.rewarded(f"{folder}/b", **apart, lost={1: [3]})
-found["split all"] = agreement.rewarded(f"{folder}/c", **apart, lost={0: [2], 1: [3]})
-with open_judge("remote", "any", "float32", Endpoint(url, "any")) as judge:
-    found["remote"] = agreement.rewarded(f"{folder}/remote", judge, **both)
-    found["remote split"] = agreement.rewarded(f"{folder}/remote-split", judge, **apart)
-    found["remote lost"] = agreement.rewarded(f"{folder}/remote-lost", judge, **both, lost={0: [0]})
-for name, model in (("lm", lm), ("embedding", encoder)):
-    with open_judge(name, model, "float32") as judge:
-        found[name] = agreement.rewarded(f"{folder}/{name}", judge, **both)
-        found[f"{name} alone"] = judge(["a dog", ""], [["a red cat"], ["a dog", "b"]])().tolist()
+folder, url, encoder, lm, *wanted = sys.argv[1:-1]
+order = np.arange(jax.device_count()).reshape(2, -1).T.reshape(-1).tolist()
+both, apart = dict(sizes=(2, 1, -1), order=order), dict(sizes=(4, 1, -1), order=order, split=2)
+models = {"remote": "any", "embedding": encoder, "lm": lm}
 
 def silent(captions, keypoints):  # on the last process
     answers = np.full((len(captions), 4), np.nan if jax.process_index() == jax.process_count() - 1 else 1.0)
     return lambda: answers
 
-found["silent"] = agreement.rewarded(f"{folder}/silent", silent, **both, max_unjudged=0.3)
-found["silent allowed"] = agreement.rewarded(f"{folder}/allowed", silent, **both, max_unjudged=0.7)
+found = {}
+for name in wanted:
+    where = f"{folder}/{name}"
+    if name.startswith("split"):
+        lost = {"split none": {}, "split one": {1: [3]}, "split all": {0: [2], 1: [3]}}[name]
+        found[name] = agreement.rewarded(where, **apart, lost=lost)
+    elif name.startswith("silent"):
+        found[name] = agreement.rewarded(where, silent, **both, max_unjudged=0.3 if name == "silent" else 0.7)
+    else:
+        kind, _, lost = name.partition(" ")
+        with open_judge(kind, models[kind], "float32", Endpoint(url, "any")) as judge:
+            found[name] = agreement.rewarded(where, judge, **both, lost={0: [0]} if lost else {})
+            if kind != "remote":
+                found[f"{name} alone"] = judge(["a dog", ""], [["a red cat"], ["a dog", "b"]])().tolist()
 print(json.dumps(found))
 """
+JUDGED = ("remote", "embedding", "lm")
+SPLIT = ("split none", "split one", "split all")
 
 
 def verdict(number, request):
@@ -102,16 +106,17 @@ def judges(encoder, tmp_path_factory):  # noqa: F811
     return encoder[0], lm
 
 
-def run(judges, folder, count, devices):
-    """What each process found, the questions, and the folder of rollouts."""
+def run(judges, folder, count, devices, *scenarios):
+    """What each process found, the questions in their order, and the folder of rollouts."""
     with chat_server(verdict) as server:
-        found = outcomes(REWARD, count, devices, folder, server.url, *judges)
+        found = outcomes(REWARD, count, devices, folder, server.url, *judges, *scenarios)
         return found, [request["messages"][1]["content"] for request in server.requests], folder
 
 
 @pytest.fixture(scope="module")
 def two(judges, tmp_path_factory):
-    return run(judges, tmp_path_factory.mktemp("two"), 2, 2)
+    scenarios = (*SPLIT, *JUDGED, "remote lost", "silent", "silent allowed")
+    return run(judges, tmp_path_factory.mktemp("two"), 2, 2, *scenarios)
 
 
 def rollouts(folder, name):
@@ -120,7 +125,7 @@ def rollouts(folder, name):
 
 def test_a_clip_of_two_rows_counts_if_both_were_read(two):
     (first, second), _, _ = two
-    none, one, both = (first[f"split {name}"] for name in ("none", "one", "all"))
+    none, one, both = (first[name] for name in SPLIT)
     assert one == both  # metrics and advantages to the bit
     assert first["split one"]["weight"] == second["split one"]["weight"] == [1, 1, 0, 0]
     assert one["advantage"][:2] == none["advantage"][:2]  # the other clip's, as without this one
@@ -132,10 +137,9 @@ def test_a_clip_of_two_rows_counts_if_both_were_read(two):
 
 def test_each_question_is_asked_once_and_all_use_the_answer(two):
     (first, second), questions, folder = two
-    # Eight captions in the first step; the second has the same texts, in other rows; four of the third are lost.
-    assert len(questions) == 8 + 8 + 4
+    assert len(questions) == 8 + 4  # of the second step's captions half are of a lost clip
     assert len(set(questions[:8])) == 8
-    for name in ("remote", "lm", "embedding", "remote lost"):
+    for name in (*JUDGED, "remote lost"):
         assert first[name] == second[name]  # the digest of the local replicas too
     assert first["remote"]["metrics"]["reward_checklist_missing"] == 0
     lines = rollouts(folder, "remote")
@@ -167,11 +171,10 @@ def test_missing_answers_end_all_processes(two):
 
 
 def test_one_process_gives_the_rewards_of_two(two, judges, tmp_path):
-    (alone,), _, folder = run(judges, tmp_path, 1, 4)
-    for name in ("remote", "remote-split", "lm", "embedding"):
-        for one, other in zip(rollouts(tmp_path, name), rollouts(folder, name), strict=True):
+    run(judges, tmp_path, 1, 8, *JUDGED)
+    for name in JUDGED:
+        for one, other in zip(rollouts(tmp_path, name), rollouts(two[2], name), strict=True):
             assert one["caption"] == other["caption"]
             for term, value in one["rewards"].items():
                 assert value == pytest.approx(other["rewards"][term], abs=1e-5)
             assert one["advantage"] == pytest.approx(other["advantage"], abs=1e-3)
-    assert "unjudged" in alone["silent"]

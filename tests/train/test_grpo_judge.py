@@ -98,3 +98,17 @@ def test_what_is_wrong_with_a_judge_is_said(judged):
         log = judged.finish("wrong", *fields(server), expect=2)
     assert "401" in log
     assert "Traceback" not in log
+
+
+def test_a_language_model_judges_with_tensor_parallelism_over_processes(grpo_runs):
+    """Each clip is on both processes; one of them judges it, on its own devices."""
+    init = grpo_runs.folder / "init"
+    judge = ["--rewards.judge", "lm", "--rewards.judge_model", str(init), "--steps", "1", "--data.heldout", ""]
+    mesh = ["--mesh.data", "2", "--mesh.fsdp", "1", "--mesh.tensor", "2"]
+    grpo_runs.finish("lm", *judge, *mesh, devices=4)
+    grpo_runs.finish("lm-two", *judge, "--mesh.data", "1", "--mesh.fsdp", "1", "--mesh.tensor", "4", processes=2)
+    one, two = ([json.loads(line) for line in rollouts(grpo_runs, name)[0].splitlines()] for name in ("lm", "lm-two"))
+    for first, expected in zip(two, one, strict=True):
+        assert first["token_ids"] == expected["token_ids"]
+        assert first["rewards"] == pytest.approx(expected["rewards"], abs=1e-4)
+    assert len({line["rewards"]["checklist"] for line in one}) > 2

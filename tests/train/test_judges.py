@@ -121,7 +121,7 @@ def test_an_encoder_without_its_marks_is_refused(encoder, tmp_path):
         (tmp_path / path.name).write_bytes(path.read_bytes())
     fields = json.loads((tmp_path / "tokenizer.json").read_text())
     (tmp_path / "tokenizer.json").write_text(json.dumps(fields | {"post_processor": None}))
-    with pytest.raises(InputError, match="two marks"):
+    with pytest.raises(InputError, match="two special tokens"):
         embedding_judge(tmp_path)
     fields["model"]["vocab"]["extra"] = len(fields["model"]["vocab"])
     (tmp_path / "tokenizer.json").write_text(json.dumps(fields))
