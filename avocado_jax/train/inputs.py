@@ -28,48 +28,48 @@ from avocado_jax.world.script import LEVELS, SPLITS, Script
 from avocado_jax.world.sound import mix
 from avocado_jax.world.voice import RATE
 
-MUTED = 8  # of so many clips of `:mixed` one has no sound
-TOLD = ("plain", "mixed", "habits", "drills")
+MUTED = 8  # one of so many clips of `:mixed` has no sound
+VARIANTS = ("plain", "mixed", "habits", "drills")
 MOST_WORKERS = 16  # by default: each takes about 0.4 GB of the host's memory
 WARM_UP, WINDOW = 2, 20  # steps that are not measured, and steps of a measurement
 WAITING = 0.2  # share of a window's time that the loop may wait for input before it warns
-WORLD_PIXELS = 28 * 28  # frames of AVWorld are read as they are rendered, however small
+WORLD_PIXELS = 28 * 28  # frames of AVWorld are not enlarged, however small they are
 
 
 class WorldSource:
-    """Clips straight from AVWorld's generator: no file, no decoder.
+    """Clips from AVWorld's generator, without files or a decoder.
 
     Attributes:
-        index: what the batch plan needs to know of each clip.
+        index: the sizes of each clip for the batch plan.
     """
 
     def __init__(
-        self, level: int, split: str, seed: int, clips: int, references: int, fps: float, told: str = ""
+        self, level: int, split: str, seed: int, clips: int, references: int, fps: float, variant: str = ""
     ) -> None:
-        """Clips that are `told` in full (""), "mixed" or with "habits", as `DataConfig` says."""
-        self._asked = (seed, split, level, fps, references, told)
+        """`variant` is "" (full captions), "mixed" or "habits" (`DataConfig`)."""
+        self._arguments = (seed, split, level, fps, references, variant)
         scripts = [make_script(seed, number, split, level) for number in progress(range(clips), "world: scripts")]
         fields = [self._fields(number, record(script, references), script) for number, script in enumerate(scripts)]
         seconds = [script.duration for script in scripts]
-        heard = [script.duration * (not self._silent(number)) for number, script in enumerate(scripts)]
-        self.index = _index(scripts, fields, seconds, heard, fps)
+        sound = [script.duration * (not self._silent(number)) for number, script in enumerate(scripts)]
+        self.index = _index(scripts, fields, seconds, sound, fps)
 
     def _silent(self, number: int) -> bool:
-        return self._asked[-1] == "mixed" and number % MUTED == 0
+        return self._arguments[-1] == "mixed" and number % MUTED == 0
 
     def __getitem__(self, number: int) -> Record:
-        """The record of this number in the index, its clip decoded."""
-        seed, split, level, fps, references, _ = self._asked
-        made = row(seed, number, split, level, fps, references)
-        media, fields = Media(made.frames, made.samples, len(made.samples) / RATE), made.record
+        """The record of this number in the index, with its decoded clip."""
+        seed, split, level, fps, references, _ = self._arguments
+        clip = row(seed, number, split, level, fps, references)
+        media, fields = Media(clip.frames, clip.samples, len(clip.samples) / RATE), clip.record
         if self._silent(number):
             media = media._replace(samples=None)
         fields = self._fields(number, fields, make_script(seed, number, split, level))
         return Record(fields, media, fields["id"])
 
     def _fields(self, number: int, fields: dict[str, Any], script: Script) -> dict[str, Any]:
-        """Of a silent clip what can be seen, and none of the references that tell more."""
-        if self._asked[-1] == "habits":
+        """The manifest fields. A silent clip keeps only a caption of what is visible."""
+        if self._arguments[-1] == "habits":
             return fields | {"caption": (caption := habitual_caption(script)), "references": [caption]}
         if not self._silent(number):
             return fields
@@ -80,7 +80,7 @@ class DrillSource:
     """AVWorld's drills. Attributes as `WorldSource`."""
 
     def __init__(self, split: str, seed: int, clips: int, fps: float) -> None:
-        self._asked = (seed, split, fps)
+        self._arguments = (seed, split, fps)
         drills = [make_drill(seed, number, split) for number in progress(range(clips), "world: drills")]
         self.index = _index(
             [drill.script for drill in drills],
@@ -91,8 +91,8 @@ class DrillSource:
         )
 
     def __getitem__(self, number: int) -> Record:
-        """The record of this number in the index, its clip decoded."""
-        seed, split, fps = self._asked
+        """The record of this number in the index, with its decoded clip."""
+        seed, split, fps = self._arguments
         drill = make_drill(seed, number, split)
         frames = np.stack(list(render(drill.script, np.arange(round(drill.picture * fps)) / fps)))
         samples = mix(drill.script) if drill.sound else None
@@ -106,14 +106,14 @@ def _drill_fields(drill: Drill) -> dict[str, Any]:
 def _index(
     scripts: list[Script], fields: list[dict[str, Any]], pictures: list[float], sounds: list[float], fps: float
 ) -> Index:
-    """Of clips that are so many seconds of picture and sound."""
+    """The index of clips with so many seconds of picture and of sound."""
 
     def column(values: Iterable) -> np.ndarray:
         return np.array(list(values), np.int32)
 
-    captions = [max([one["caption"], *one.get("references", [])], key=len) for one in fields]
+    captions = [max([clip["caption"], *clip.get("references", [])], key=len) for clip in fields]
     return Index(
-        ids=[one["id"] for one in fields],
+        ids=[clip["id"] for clip in fields],
         seconds=np.array(pictures),
         shard=np.zeros(len(fields), np.int32),
         position=np.arange(len(fields), dtype=np.int32),
@@ -122,7 +122,7 @@ def _index(
         width=column(LEVELS[script.level].size[1] for script in scripts),
         mel=column(round(seconds * 100) for seconds in sounds),
         caption=column(len(text.encode()) for text in captions),
-        prompt=column(len((one["prompt"] + one.get("system", "")).encode()) for one in fields),
+        prompt=column(len((clip["prompt"] + clip.get("system", "")).encode()) for clip in fields),
         unit="byte",
     )
 
@@ -175,17 +175,17 @@ class InputMonitor:
 
 
 def open_source(name: str, config: DataConfig) -> tuple[Source, Reading]:
-    """The records that `name` stands for (see `DataConfig`), and how their clips are sampled.
+    """The records of the source called `name` (see `DataConfig`), and how their clips are sampled.
 
     Raises:
-        InputError: it names nothing that can be read.
+        InputError: there is no such source, or it cannot be read.
     """
     if name.startswith("world:"):
         return _world(name, config), Reading(fewest_pixels=WORLD_PIXELS)
     if name.startswith("tfds:"):
         folder, _, split = name.removeprefix("tfds:").rpartition(":")
         if not config.cache_dir:
-            raise InputError(f"{name}: data.cache_dir says where its measurements are kept; it is not set")
+            raise InputError(f"{name}: data.cache_dir, the folder for its measurements, is not set")
         return open_tfds(folder, split, Reading(), Path(config.cache_dir)), Reading()
     reading = prepared_reading(name)
     shards = open_shards(name, reading, Path(config.cache_dir) if config.cache_dir else None)
@@ -196,15 +196,15 @@ def open_source(name: str, config: DataConfig) -> tuple[Source, Reading]:
 def _world(name: str, config: DataConfig) -> WorldSource | DrillSource:
     try:
         _, level, split, seed, clips, *rest = name.split(":")
-        if rest not in ([], *([kind] for kind in TOLD)) or (rest == ["drills"] and level != "0"):
+        if rest not in ([], *([kind] for kind in VARIANTS)) or (rest == ["drills"] and level != "0"):
             raise ValueError
-        asked = int(level), split, int(seed), int(clips)
+        parsed = int(level), split, int(seed), int(clips)
     except ValueError:
         raise InputError(
             f"{name}: not world:LEVEL:SPLIT:SEED:CLIPS, with :plain, :mixed, :habits or, of level 0, :drills"
         ) from None
-    if not 0 <= asked[0] < len(LEVELS) or split not in SPLITS or asked[3] < 1:
+    if not 0 <= parsed[0] < len(LEVELS) or split not in SPLITS or parsed[3] < 1:
         raise InputError(f"{name}: levels are 0 to {len(LEVELS) - 1}, splits {' and '.join(SPLITS)}, and clips from 1")
     if rest == ["drills"]:
-        return DrillSource(*asked[1:], Reading().fps)
-    return WorldSource(*asked, 0 if rest else config.references, Reading().fps, *rest)
+        return DrillSource(*parsed[1:], Reading().fps)
+    return WorldSource(*parsed, 0 if rest else config.references, Reading().fps, *rest)

@@ -1,4 +1,4 @@
-"""From a config to a run: what is learned from, where it lies on the mesh, and the loop over it."""
+"""From a config to a run: checkpoint, data, batch plan, mesh and training loop; supervised fine-tuning."""
 
 import json
 from collections.abc import Callable, Iterable, Iterator
@@ -43,7 +43,7 @@ from avocado_jax.train.state import State
 
 
 class Setup(NamedTuple):
-    """What a run works on, the same on every process."""
+    """The opened inputs of a run; equal on all processes."""
 
     mesh: Mesh
     checkpoint: Checkpoint
@@ -57,10 +57,10 @@ class Setup(NamedTuple):
 
 
 def set_up(config: RunConfig, split: int = 1) -> Setup:
-    """Open what `config` names, and plan its batches. Each record is `split` rows.
+    """Open the checkpoint and the data of `config` and plan its batches. Each record takes `split` rows.
 
     Raises:
-        InputError: the config does not hold together, or something cannot be read.
+        InputError: the config is inconsistent, or an input cannot be read.
     """
     bound_compiled_programs()
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, config.mesh.slices)
@@ -88,10 +88,10 @@ def set_up(config: RunConfig, split: int = 1) -> Setup:
 def restored(
     config: RunConfig, setup: Setup, folder: str, checkpoints: Checkpoints, shapes: State, start: Callable
 ) -> State:
-    """Parameters and optimizer of the newest checkpoint of `folder`, or those of `init` begun by `start`.
+    """The state of the newest checkpoint in `folder`, or `start` of the parameters of `init` if there is none.
 
     Raises:
-        InputError: the folder's run learned from other data.
+        InputError: the checkpoint belongs to a run on other data.
     """
     if (newest := checkpoints.latest()) is None:
         params = load_sharded(setup.checkpoint, shapes.params)
@@ -108,7 +108,7 @@ def sft(config: SftConfig, folder: str) -> int:
     """Start, resume or finish the run in `folder` (local or gs://). Returns its exit status.
 
     Raises:
-        InputError: the config does not hold together, or the folder holds a run of another one.
+        InputError: the config is inconsistent, or the folder holds a run of another config.
     """
     setup = ready(config, folder, lambda: set_up(config))
     mesh, model = setup.mesh, setup.model
@@ -152,8 +152,8 @@ def run(
     """Compile a stage's programs and run the loop over its steps. Returns the exit status.
 
     Args:
-        programs: what the remaining steps, on these buckets, and their evaluations run.
-        batches: from a step on; by default the plain `stream`.
+        programs: from the buckets of the remaining steps to the programs that steps and evaluations run.
+        batches: from the first step to its batches; by default `stream`.
         stage: `Job`'s step, evaluate, flops and rank.
     """
     if buckets := remaining_buckets(setup, int(state.step)):
@@ -180,7 +180,7 @@ def remaining_buckets(setup: Setup, first: int) -> list[Bucket]:
 
 
 def open_folder(config: RunConfig, model: ThinkerConfig, folder: str, reading: Reading) -> None:
-    """Begin the run's folder, or see that it is this config's. config.json comes last: what has it is begun."""
+    """Initialise the run folder, or check that it belongs to this config. config.json is written last and marks it."""
     where = storage.join(folder, "config.json")
     if storage.exists(where):
         refuse_another(config, json.loads(storage.read(where)), folder)
@@ -189,7 +189,7 @@ def open_folder(config: RunConfig, model: ThinkerConfig, folder: str, reading: R
         storage.write(storage.join(folder, "hf/reading.json"), json.dumps(asdict(reading)).encode())
         storage.write(where, json.dumps(as_json(config), indent=2).encode())
     if jax.process_count() > 1:
-        multihost_utils.sync_global_devices("the run's folder is there")
+        multihost_utils.sync_global_devices("run folder")
 
 
 def stream(setup: Setup, config: RunConfig, first: int, references: Callable | None = None) -> Iterator[Batch]:
@@ -208,22 +208,23 @@ def agreement_programs(setup: Setup, buckets: Iterable[Bucket], references: Call
 
 
 def heldout(config: RunConfig, setup: Setup) -> Setup:
-    """The same run over one pass of its first `eval_rows` held-out clips.
+    """The setup for one pass over the first `eval_rows` held-out clips.
 
     Raises:
-        InputError: they are prepared in another way than the training data.
+        InputError: the held-out data was prepared with other settings than the training data.
     """
     source, reading = open_source(config.data.heldout, config.data)
     recipe = setup.recipe
     if reading != recipe.reading:
         raise InputError(f"{config.data.heldout}: prepared for {reading}, the training data for {recipe.reading}")
-    fewer = _first(source.index, config.eval_rows)
-    plan = plan_batches(fewer, recipe, config.batch, min(4, config.data.shapes), config.seed)
+    plan = plan_batches(
+        _first(source.index, config.eval_rows), recipe, config.batch, min(4, config.data.shapes), config.seed
+    )
     return setup._replace(source=source, plan=plan, steps=plan.epoch_steps)
 
 
 def _row_flops(config: SftConfig, model: ThinkerConfig, batch: Batch) -> float:
-    """The work of a row without its padding, about: the plan knows which share of the bucket's is padding."""
+    """Model FLOPs of a row, approximately without padding: the plan has the padded share of the bucket's FLOPs."""
     flops = train_flops(model, batch.bucket.shape, config.data.references, batch.bucket.caption, config.train)
     return flops * (1 - batch.padded)
 
@@ -237,32 +238,35 @@ def _heldout(
     """
     if not config.data.heldout:
         return lambda state, step: {}, []
-    recipe, kept = setup.recipe, heldout(config, setup)
+    recipe, evaluated = setup.recipe, heldout(config, setup)
     sums = jax.jit(partial(batch_sums, recipe.config), out_shardings=NamedSharding(setup.mesh, PartitionSpec()))
-    shown = [kept.source[number] for number in range(min(config.samples, len(kept.source.index.ids)))]
+    source = evaluated.source
+    samples = [source[number] for number in range(min(config.samples, len(source.index.ids)))]
 
     def evaluate(state: State, step: int) -> dict[str, Any]:
         total = Sums(0.0, 0.0, 0.0)
-        for batch in stream(kept, config, 0):
+        for batch in stream(evaluated, config, 0):
             part = jax.device_get(sums(state.params, batch.clip, batch.captions, batch.weight))
-            total = Sums(*(whole + float(one) for whole, one in zip(total, part)))
-        if shown:
-            said = _captions(config, recipe, state.params, stops, shown)
+            total = Sums(*(before + float(value) for before, value in zip(total, part)))
+        if samples:
+            captions = _captions(config, recipe, state.params, stops, samples)
             if jax.process_index() == 0:
-                lines = [json.dumps({"step": step, **one}, ensure_ascii=False) + "\n" for one in said]
+                lines = [json.dumps({"step": step, **caption}, ensure_ascii=False) + "\n" for caption in captions]
                 storage.write(storage.join(folder, f"samples/{step}.jsonl"), "".join(lines).encode())
         count = max(total.count, 1.0)
         return {"heldout_loss": total.loss / count, "heldout_accuracy": total.correct / count}
 
-    batches = [batch_shapes(config, recipe.config, bucket, setup.mesh, config.batch) for bucket in kept.plan.buckets]
+    batches = [
+        batch_shapes(config, recipe.config, bucket, setup.mesh, config.batch) for bucket in evaluated.plan.buckets
+    ]
     sums_programs = [Program("evaluation", sums, (shapes.params, *batch[:3])) for batch in batches]
-    return evaluate, agreement_programs(kept, kept.plan.buckets) + sums_programs
+    return evaluate, agreement_programs(evaluated, evaluated.plan.buckets) + sums_programs
 
 
 def _captions(
     config: SftConfig, recipe: Recipe, params: Any, stops: tuple[int, ...], records: list[Record]
 ) -> list[dict[str, Any]]:
-    """The likeliest captions of some clips, beside their references."""
+    """Greedy captions of some clips with their references."""
     model = recipe.config
     if model.text.lora:
         params, model = merge(params, model.text.lora), replace(model, text=replace(model.text, lora=None))
@@ -271,8 +275,8 @@ def _captions(
     )
     captions = caption_records(captioner, records, config.sample_tokens, len(records))
     return [
-        {"id": one.fields["id"], "caption": caption, "reference": one.fields["caption"]}
-        for one, caption in zip(records, captions)
+        {"id": record.fields["id"], "caption": caption, "reference": record.fields["caption"]}
+        for record, caption in zip(records, captions)
     ]
 
 

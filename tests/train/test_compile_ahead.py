@@ -5,6 +5,7 @@ import threading
 import jax
 import jax.numpy as jnp
 import pytest
+from gcs import storage_server
 from jax.sharding import NamedSharding, PartitionSpec
 from processes import several
 
@@ -40,6 +41,38 @@ def test_the_second_start_compiles_nothing(tmp_path, monkeypatch):
 @pytest.fixture
 def sharding():
     return NamedSharding(jax.make_mesh((8,), ("data",)), PartitionSpec())
+
+
+GLOBAL = """
+import os
+import numpy as np
+from jax._src import cache_key
+from jax.sharding import NamedSharding, PartitionSpec
+from avocado_jax.train.compiled import counts, use_cache
+
+# The fingerprint of a CPU client differs between the processes of a job, and with it every key. On TPU it does not.
+cache_key._hash_accelerator_config = cache_key._hash_devices
+use_cache(sys.argv[1])
+mesh = jax.make_mesh((4,), ("data",))
+rows = NamedSharding(mesh, PartitionSpec("data"))
+batch = jax.make_array_from_process_local_data(rows, np.ones((2, 8), np.float32))
+run = jax.jit(lambda x: x.sum(), out_shardings=NamedSharding(mesh, PartitionSpec()))
+print(run(batch).item(), counts().compiled, counts().read)
+jax.jit(lambda x: x + 1)(np.ones(3)).block_until_ready()
+print(counts().compiled, counts().read)
+"""
+
+
+@pytest.mark.slow
+def test_all_processes_read_from_a_bucket_what_process_0_wrote(tmp_path, monkeypatch):
+    """Programs of all devices. One of a single device has the device in its key, and process 0 alone writes."""
+    (tmp_path / "bucket").mkdir()
+    with storage_server(tmp_path) as port:
+        monkeypatch.setenv("STORAGE_EMULATOR_HOST", f"http://127.0.0.1:{port}")
+        first = several(GLOBAL, 2, 2, "gs://bucket/run")
+        second = several(GLOBAL, 2, 2, "gs://bucket/run")
+    assert [output.split()[-5:] for output in first] == [["32.0", "1", "0", "2", "0"]] * 2
+    assert [output.split()[-5:] for output in second] == [["32.0", "0", "1", "0", "2"], ["32.0", "0", "1", "1", "1"]]
 
 
 def test_a_call_reuses_what_was_compiled_ahead(sharding, capsys):

@@ -1,11 +1,14 @@
 """Records of AVWorld straight from its generator."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 from tiny_run import tiny_run
 
 from avocado_jax.config import DataConfig, SftConfig
 from avocado_jax.errors import InputError
+from avocado_jax.parallel.mesh import make_mesh
 from avocado_jax.train import inputs, loop, run
 from avocado_jax.train.inputs import MOST_WORKERS, MUTED, WARM_UP, WINDOW, InputMonitor, input_workers, open_source
 
@@ -49,7 +52,9 @@ def test_a_run_starts_as_many_input_processes(monkeypatch):
     monkeypatch.setattr(run, "batches", lambda *arguments: started.append(arguments[6:]))
     monkeypatch.setattr(inputs.jax, "default_backend", lambda: "gpu")
     monkeypatch.setattr(inputs.os, "sched_getaffinity", lambda _: range(8))
+    monkeypatch.setattr(run, "agreed_batches", lambda *_: None)
     setup = run.Setup(*[None] * len(run.Setup._fields))
+    setup = setup._replace(mesh=make_mesh(1, -1, 1), plan=SimpleNamespace(batch=8), split=1)
     for workers in (-1, 3):
         run.stream(setup, SftConfig(data=DataConfig(workers=workers, threads=5)), 0)
     assert started == [(4, 5), (3, 5)]
