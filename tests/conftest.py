@@ -80,8 +80,8 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 class TestProcesses:
     """What the controller of pytest-xdist does when a test process ends."""
 
-    def __init__(self) -> None:
-        self.died = ""
+    def __init__(self, terminal) -> None:
+        self.died, self._terminal = "", terminal
 
     def pytest_testnodedown(self, node, error) -> None:
         """Keep the peaks of a test process that ended, and note one that died."""
@@ -96,7 +96,10 @@ class TestProcesses:
 
     @pytest.hookimpl(trylast=True)
     def pytest_runtest_logreport(self, report) -> None:
-        """End the run at once: the other processes would first finish the modules that they have begun."""
+        """Print a failure when it happens. End the run if a process died: others would first finish their modules."""
+        if report.failed:
+            message = getattr(getattr(report.longrepr, "reprcrash", None), "message", "") or str(report.longrepr)
+            self._terminal.write_line(f"\nFAILED {report.nodeid} ({report.when}): {message.splitlines()[0][:200]}")
         if self.died:
             pytest.exit(self.died, returncode=1)
 
@@ -104,7 +107,7 @@ class TestProcesses:
 def pytest_plugin_registered(plugin, manager) -> None:
     """Register the hooks of pytest-xdist only where it is loaded."""
     if manager.hasplugin("dsession") and not manager.hasplugin("test-processes"):
-        manager.register(TestProcesses(), "test-processes")
+        manager.register(TestProcesses(manager.getplugin("terminalreporter")), "test-processes")
 
 
 def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
