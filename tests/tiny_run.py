@@ -43,7 +43,8 @@ def tiny_run(read=lambda step: None, skipped_in_row=lambda step: 0, evaluate=lam
     def batches(first):
         for number in range(first + 1, steps + 1):
             read(number)
-            yield empty._replace(clip=np.ones(jax.local_device_count(), np.float32), step=number - 1)
+            rows = np.ones(jax.local_device_count(), np.float32)
+            yield empty._replace(clip=rows, weight=rows, step=number - 1)
 
     add = jax.jit(jnp.sum)
 
