@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from avocado_jax.data.pipeline import Batch
+from avocado_jax.parallel.batches import prefetch_to_mesh
 from avocado_jax.parallel.mesh import make_mesh
 from avocado_jax.train.loop import Job, train
 from avocado_jax.train.state import State
@@ -54,7 +55,7 @@ def tiny_run(read=lambda step: None, skipped_in_row=lambda step: 0, evaluate=lam
 
     job = Job(
         steps=steps,
-        batches=batches,
+        batches=lambda first: prefetch_to_mesh(batches(first), mesh),
         step=step,
         evaluate=evaluate,
         flops=lambda *_: 1.0,
