@@ -14,12 +14,9 @@ from test_judges import encoder  # noqa: F401 (a fixture)
 
 ROOT = Path(__file__).parents[2]
 IMPORT = f"import sys, json\nsys.path.append({str(ROOT / 'tests' / 'data')!r})\nimport agreement, numpy as np, jax\n"
-LEARN = """
-print(json.dumps(agreement.learn({1: [1]}, {0: [1], 1: [1]}, {})))
-"""
 # Devices of the first and the second half of a host alternate: on two hosts each row is on both, and with `split` the
 # rows of a clip are on different ones.
-REWARD = """
+PROGRAM = """
 from avocado_jax.remote.chat import Endpoint
 from avocado_jax.train.judges import open_judge
 
@@ -35,7 +32,9 @@ def silent(captions, keypoints):  # on the last process
 found = {}
 for name in wanted:
     where = f"{folder}/{name}"
-    if name.startswith("split"):
+    if name == "learn":
+        found[name] = agreement.learn({1: [1]}, {0: [1], 1: [1]}, {})
+    elif name.startswith("split"):
         lost = {"split none": {}, "split one": {1: [3]}, "split all": {0: [2], 1: [3]}}[name]
         found[name] = agreement.rewarded(where, **apart, lost=lost)
     elif name.startswith("silent"):
@@ -43,7 +42,7 @@ for name in wanted:
     else:
         kind, _, lost = name.partition(" ")
         with open_judge(kind, models[kind], "float32", Endpoint(url, "any")) as judge:
-            found[name] = agreement.rewarded(where, judge, **both, lost={0: [0]} if lost else {})
+            found[name] = agreement.rewarded(where, judge, **both, lost={1: [0]} if lost else {})
             if kind != "remote":
                 found[f"{name} alone"] = judge(["a dog", ""], [["a red cat"], ["a dog", "b"]])().tolist()
 print(json.dumps(found))
@@ -60,19 +59,30 @@ def verdict(number, request):
     return json.dumps({key: "yes" if zlib.crc32(f"{text}|{point}".encode()) % 3 else "no" for key, point in keys})
 
 
-def outcomes(program, count, devices, *arguments):
-    return [
-        json.loads(text.splitlines()[-1])
-        for text in several(IMPORT + program, count, devices, *arguments, timeout=600, optimization=0)
-    ]
+@pytest.fixture(scope="module")
+def judges(encoder, tmp_path_factory):  # noqa: F811
+    lm = tmp_path_factory.mktemp("lm")
+    subprocess.run([sys.executable, ROOT / "launch" / "random_checkpoint.py", lm], check=True, capture_output=True)
+    return encoder[0], lm
+
+
+def run(judges, folder, count, devices, *scenarios):
+    """What each process found, the questions in their order, and the folder of rollouts."""
+    with chat_server(verdict) as server:
+        arguments = folder, server.url, *judges, *scenarios
+        said = several(IMPORT + PROGRAM, count, devices, *arguments, timeout=600, optimization=0)
+        found = [json.loads(text.splitlines()[-1]) for text in said]
+        return found, [request["messages"][1]["content"] for request in server.requests], folder
 
 
 @pytest.fixture(scope="module")
-def learned():
-    return outcomes(LEARN, 2, 1)
+def two(judges, tmp_path_factory):
+    scenarios = ("learn", *SPLIT, *JUDGED, "remote lost", "silent", "silent allowed")
+    return run(judges, tmp_path_factory.mktemp("two"), 2, 2, *scenarios)
 
 
-def test_a_record_lost_by_one_holder_is_lost_by_both(learned):
+def test_a_record_lost_by_one_holder_is_lost_by_both(two):
+    learned = [found["learn"] for found in two[0]]
     for one, both, none in learned:
         assert one["metrics"] == both["metrics"]  # to the bit
         assert one["params"] == both["params"]
@@ -89,34 +99,14 @@ def test_a_record_lost_by_one_holder_is_lost_by_both(learned):
         ]
 
 
-def test_every_holder_names_what_was_lost(learned):
-    first, second = learned
+def test_every_holder_names_what_was_lost(two):
+    first, second = (found["learn"] for found in two[0])
     (elsewhere,), (here,) = first[0]["lines"], second[0]["lines"]
     name = here.split()[0]
     assert here == f"{name} is lost: took longer than 120 s"
     assert elsewhere == f"{name} is lost: another process could not read it"
     assert first[1]["lines"] == second[1]["lines"] == [here]
     assert first[2]["lines"] == []
-
-
-@pytest.fixture(scope="module")
-def judges(encoder, tmp_path_factory):  # noqa: F811
-    lm = tmp_path_factory.mktemp("lm")
-    subprocess.run([sys.executable, ROOT / "launch" / "random_checkpoint.py", lm], check=True, capture_output=True)
-    return encoder[0], lm
-
-
-def run(judges, folder, count, devices, *scenarios):
-    """What each process found, the questions in their order, and the folder of rollouts."""
-    with chat_server(verdict) as server:
-        found = outcomes(REWARD, count, devices, folder, server.url, *judges, *scenarios)
-        return found, [request["messages"][1]["content"] for request in server.requests], folder
-
-
-@pytest.fixture(scope="module")
-def two(judges, tmp_path_factory):
-    scenarios = (*SPLIT, *JUDGED, "remote lost", "silent", "silent allowed")
-    return run(judges, tmp_path_factory.mktemp("two"), 2, 2, *scenarios)
 
 
 def rollouts(folder, name):
@@ -137,7 +127,7 @@ def test_a_clip_of_two_rows_counts_if_both_were_read(two):
 
 def test_each_question_is_asked_once_and_all_use_the_answer(two):
     (first, second), questions, folder = two
-    assert len(questions) == 8 + 4  # of the second step's captions half are of a lost clip
+    assert len(questions) == 8 + 4  # half of the second captions are of a clip that the process that asks has read
     assert len(set(questions[:8])) == 8
     for name in (*JUDGED, "remote lost"):
         assert first[name] == second[name]  # the digest of the local replicas too
