@@ -10,6 +10,7 @@ nothing and finishes. An undisturbed SFT run on one host is the reference. Print
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -43,15 +44,6 @@ CONFIGS = {
 CHIPS = 2  # of a host
 FOUR, TWO = "v6e:2x4", "v6e:2x2"  # slices of four hosts and of two
 ORDERS = {4: "v5p:2x2x4", 2: "v5p:2x2x2"}  # hosts -> slice of so many hosts, whose device order is used
-AVOCADO = """#!{python}
-import json, os, sys
-sys.path.insert(0, {tests!r})
-from avocado_jax.__main__ import main
-from device_order import reorder
-if __name__ == "__main__":
-    reorder(json.loads(os.environ["DEVICE_ORDER"]))
-    sys.exit(main())
-"""
 PYTHON = sys.executable
 
 
@@ -91,7 +83,7 @@ class Pod:
         self.hosts, self.folder, self.bucket = hosts, folder, folder / "storage" / "bucket"
         self.orders = {count: process_order(slice, each=CHIPS) for count, slice in ORDERS.items()}
         command = folder / "avocado"
-        command.write_text(AVOCADO.format(python=PYTHON, tests=str(ROOT / "tests")))
+        command.write_text(f'#!/bin/sh\nexec {PYTHON} {ROOT}/tests/launch/host.py "$@"\n')
         command.chmod(0o755)
         self.env = os.environ | {
             "AVOCADO": str(command),
@@ -127,10 +119,14 @@ class Pod:
 
     def until_step(self, name, processes):
         """Wait until a started command reports its first step; returns the number of that step."""
-        while "step " not in (log := self.log(name).read_text()):
-            assert all(process.poll() is None for process in processes), log[-3000:]
+        while (step := re.search(r"^step (\d+) of", self.log(name).read_text(), re.M)) is None:
+            assert all(process.poll() is None for process in processes), self.log(name).read_text()[-3000:]
             time.sleep(0.05)
-        return int(log.partition("step ")[2].partition(" ")[0])
+        return int(step[1])
+
+    def cache_misses(self, name, number):
+        """Names of the programs that a host compiled."""
+        return re.findall(r"COMPILATION CACHE MISS for '(\w+)'", self.log(name, number).read_text())
 
     def lines(self, run):
         """metrics.jsonl of a run."""
@@ -163,8 +159,7 @@ def rehearse(stage, folder):
         processes = pod.start("again", job(stage, "gs://bucket/broken", TWO), 2)
         resumed = pod.until_step("again", processes)
         recovered = time.monotonic() - again
-        for process in processes:
-            process.terminate()
+        processes[0].terminate()  # both hosts save and stop
         pod.finish("again", processes, expect=75)
         second = time.monotonic()
         processes = pod.start("second", job(stage, "gs://bucket/broken", TWO), 2)
@@ -177,7 +172,9 @@ def rehearse(stage, folder):
         found |= {"seconds_to_detect": round(detected, 1), "seconds_to_recover": round(recovered, 1)}
         found |= {"seconds_to_restart": round(restarted, 1)}
         found |= {"resumed_after": resumed - 1, "continued_after": continued - 1}
-        found["cache"] = len(list((pod.bucket / "broken" / "compiled").glob("*")))
+        found["cache_misses"] = {
+            name: [pod.cache_misses(name, number) for number in range(2)] for name in ("again", "second")
+        }
         if stage == "sft":
             found["whole"] = pod.lines("whole")
         else:
