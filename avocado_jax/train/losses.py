@@ -155,14 +155,14 @@ def _backward(temperature: float, kept: tuple, gradient: Scores) -> tuple[Array,
             slope = slope.astype(hidden.dtype)
             fp32 = dict(preferred_element_type=jnp.float32)
             to_hidden = jax.lax.psum(jnp.einsum("NV,VD->ND", slope, matrix, **fp32), axes.vocabulary)
-            return total + jnp.einsum("NV,ND->VD", slope, hidden, **fp32), to_hidden.astype(hidden.dtype)
+            return total + jnp.einsum("ND,NV->DV", hidden, slope, **fp32), to_hidden.astype(hidden.dtype)
 
         parts, joined = _chunks((hidden, targets, lse, gradient), matrix)
-        to_head, to_hidden = jax.lax.scan(chunk, jnp.zeros(matrix.shape, jnp.float32), parts)
-        if axes.width:
-            to_head = jax.lax.psum_scatter(to_head, axes.width, scatter_dimension=1, tiled=True)
+        to_head, to_hidden = jax.lax.scan(chunk, jnp.zeros(matrix.shape[::-1], jnp.float32), parts)
+        if axes.width:  # along the leading axis: a TPU scatters a minor axis in parts of 128 only, else it sums it all
+            to_head = jax.lax.psum_scatter(to_head, axes.width, scatter_dimension=0, tiled=True)
         left = tuple(axis for axis in axes.rows if axis not in axes.width)
-        return joined(to_hidden), jax.lax.psum(to_head, left)
+        return joined(to_hidden), jax.lax.psum(to_head, left).T
 
     by_rows = axes.by_rows
     run = _sharded(run, axes, (by_rows, by_rows, by_rows, by_rows, axes.gathered), (by_rows, axes.stored))
