@@ -18,6 +18,7 @@ from avocado_jax.parallel.mesh import ROWS, parts_of
 from avocado_jax.typing import Array, Bool, Captions, Float, Int
 
 LOGITS_BYTES = 256 * 2**20  # fp32 logits of one chunk on a device
+REDUCTIONS = 8  # parts in which the output matrix's gradient is reduced over devices
 
 
 class Scores(NamedTuple):
@@ -155,14 +156,11 @@ def _backward(temperature: float, kept: tuple, gradient: Scores) -> tuple[Array,
             slope = slope.astype(hidden.dtype)
             fp32 = dict(preferred_element_type=jnp.float32)
             to_hidden = jax.lax.psum(jnp.einsum("NV,VD->ND", slope, matrix, **fp32), axes.vocabulary)
-            return total + jnp.einsum("ND,NV->DV", hidden, slope, **fp32), to_hidden.astype(hidden.dtype)
+            return total + jnp.einsum("NV,ND->VD", slope, hidden, **fp32), to_hidden.astype(hidden.dtype)
 
         parts, joined = _chunks((hidden, targets, lse, gradient), matrix)
-        to_head, to_hidden = jax.lax.scan(chunk, jnp.zeros(matrix.shape[::-1], jnp.float32), parts)
-        if axes.width:  # along the leading axis: a TPU scatters a minor axis in parts of 128 only, else it sums it all
-            to_head = jax.lax.psum_scatter(to_head, axes.width, scatter_dimension=0, tiled=True)
-        left = tuple(axis for axis in axes.rows if axis not in axes.width)
-        return joined(to_hidden), jax.lax.psum(to_head, left).T
+        to_head, to_hidden = jax.lax.scan(chunk, jnp.zeros(matrix.shape, jnp.float32), parts)
+        return joined(to_hidden), _reduced(to_head, axes)
 
     by_rows = axes.by_rows
     run = _sharded(run, axes, (by_rows, by_rows, by_rows, by_rows, axes.gathered), (by_rows, axes.stored))
@@ -171,6 +169,24 @@ def _backward(temperature: float, kept: tuple, gradient: Scores) -> tuple[Array,
 
 
 _scores.defvjp(_forward, _backward)
+
+
+def _reduced(total: Array, axes: _Axes) -> Array:
+    """The sum over all rows of the output matrix's gradient, as `axes.stored`.
+
+    A few rows of the matrix at a time: TPU compilers may reduce-scatter by an all-reduce, which has a full-size result.
+    """
+    count = math.gcd(len(total), REDUCTIONS)
+    rest = tuple(axis for axis in axes.rows if axis not in axes.width)
+
+    def piece(number: Array) -> Array:
+        size = len(total) // count
+        part = jax.lax.dynamic_slice_in_dim(total, number * size, size)
+        if axes.width:
+            part = jax.lax.psum_scatter(part, axes.width, scatter_dimension=1, tiled=True)
+        return jax.lax.psum(part, rest)
+
+    return jax.lax.map(piece, jnp.arange(count)).reshape(len(total), -1) if axes.rows else total
 
 
 def _logits(hidden: Array, targets: Array, matrix: Array, temperature: float, axes: _Axes) -> tuple[Array, Array]:
