@@ -160,17 +160,6 @@ def batches(
             iterator.close()
 
 
-def host_rows(host: int, hosts: int, batch: int) -> range:
-    """The rows of a host where a global batch is divided over hosts in order.
-
-    Raises:
-        InputError: the hosts do not divide the batch.
-    """
-    if batch % hosts:
-        raise InputError(f"a batch of {batch} rows is not divided by {hosts} hosts")
-    return range(host * batch // hosts, (host + 1) * batch // hosts)
-
-
 def _batch(rows: list[_Row], plan: Plan, step: int, lost: list[Lost]) -> Batch:
     at = plan.step(step)
     return Batch(

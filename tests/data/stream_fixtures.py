@@ -30,6 +30,11 @@ def byte_tokenizer() -> Tokenizer:
     return tokenizer
 
 
+def contiguous_rows(host: int, hosts: int, batch: int) -> range:
+    """The rows of a host where hosts divide a global batch in order."""
+    return range(host * batch // hosts, (host + 1) * batch // hosts)
+
+
 def recipe(**changes) -> Recipe:
     """A small recipe: one short prompt, tiny frames."""
     given = dict(config=TINY, words=Words(byte_tokenizer().to_str()), reading=READING, prompts=("What?", "Tell all."))

@@ -8,11 +8,11 @@ from pathlib import Path
 import gcs
 import numpy as np
 import pytest
-from stream_fixtures import READING, Spy, byte_tokenizer, recipe, write_manifest
+from stream_fixtures import READING, Spy, byte_tokenizer, contiguous_rows, recipe, write_manifest
 
 from avocado_jax.bench.input import bench_input
 from avocado_jax.data import storage
-from avocado_jax.data.pipeline import batches, host_rows, make_captions, plan_batches
+from avocado_jax.data.pipeline import batches, make_captions, plan_batches
 from avocado_jax.data.prepare import Job, prepare
 from avocado_jax.data.prompt import special_id
 from avocado_jax.data.sources import open_shards
@@ -67,7 +67,7 @@ def test_any_hosts_workers_and_stops_give_the_same_rows(source):
     assert [batch.step for batch in whole] == list(range(last))
     for hosts, workers, first, stop in ((1, 2, 1, last), (2, 0, 3, 9), (4, 0, 5, 8)):
         for host in range(hosts):
-            rows = host_rows(host, hosts, BATCH)
+            rows = contiguous_rows(host, hosts, BATCH)
             for batch in stream(source, plan, asked, first, stop, rows, workers=workers):
                 assert_rows(whole[batch.step], batch, rows)
 
@@ -234,7 +234,9 @@ def _epoch_in_pieces(source, plan, asked, pieces, rng):
     steps = {}
     for (hosts, workers), first, stop in zip(pieces, stops, stops[1:]):
         for host in range(hosts):
-            for batch in stream(source, plan, asked, first, stop, host_rows(host, hosts, plan.batch), workers=workers):
+            for batch in stream(
+                source, plan, asked, first, stop, contiguous_rows(host, hosts, plan.batch), workers=workers
+            ):
                 assert not batch.lost
                 bucket, rows = steps.setdefault(batch.step, (batch.bucket, []))
                 assert bucket == batch.bucket

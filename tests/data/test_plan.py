@@ -5,7 +5,6 @@ from hypothesis import strategies as st
 
 from avocado_jax.data.features import choose_frames, frame_pixels, frame_size
 from avocado_jax.data.index import Index, Sizes, sizes
-from avocado_jax.data.pipeline import host_rows
 from avocado_jax.data.plan import Bucket, Plan, choose_buckets, make_plan, row_flops
 from avocado_jax.data.rows import Shape
 from avocado_jax.errors import InputError
@@ -86,12 +85,6 @@ def test_a_step_needs_no_other_step():
     for number in range(20):
         plan.step(number)
     np.testing.assert_array_equal(plan.step(far).records, fresh.step(far).records)
-
-
-def test_hosts_share_the_rows_in_order():
-    assert [row for host in range(4) for row in host_rows(host, 4, 8)] == list(range(8))
-    with pytest.raises(InputError, match="cannot be shared by 3 hosts"):
-        host_rows(0, 3, 8)
 
 
 def test_padded_share_with_sixteen_shapes():
