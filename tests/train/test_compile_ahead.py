@@ -151,15 +151,3 @@ def test_commands_set_the_cache_before_they_train(tmp_path, monkeypatch):
         monkeypatch.setattr("sys.argv", ["avocado", name, str(tmp_path / "c.py"), "--workdir", "run"])
         assert main() == 0
         assert calls == ["run", "train"]
-
-
-def test_steps_of_a_run_compile_nothing(runs):
-    """Real batches have the shapes and shardings that were compiled ahead."""
-    assert not runs.compiled_late("undisturbed") & {"step", "batch_sums", "agree"}
-
-
-@pytest.mark.slow
-def test_steps_of_a_grpo_run_compile_nothing(grpo_runs):
-    programs = {"encode", "policy_view", "view", "roll_out", "score", "grpo_update", "cut", "sums"}
-    programs |= {"agree", "score_terms", "group_advantages"}
-    assert not grpo_runs.compiled_late("undisturbed") & programs

@@ -105,3 +105,10 @@ def test_another_kind_of_config_is_refused(grpo_runs, runs):
     assert "objective.kl: 'k9' is none of k1, k2, k3" in log
     log = grpo_runs.finish("undisturbed", "--objective.beta", "0.1", expect=2)
     assert "objective.beta (0.04 there, 0.1 here)" in log
+
+
+def test_steps_compile_nothing(grpo_runs):
+    """Real batches have the shapes and shardings that were compiled before step 1."""
+    programs = {"encode", "policy_view", "view", "roll_out", "score", "grpo_update", "cut", "sums"}
+    programs |= {"agree", "score_terms", "group_advantages"}
+    assert not grpo_runs.compiled_late("undisturbed") & programs

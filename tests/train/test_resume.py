@@ -99,3 +99,8 @@ def test_killed_at_random_moments(runs, cached, kills):
     runs.finish(name, cached=cached)
     assert runs.lines(name) == runs.lines("undisturbed")
     same_parameters(runs, name)
+
+
+def test_steps_compile_nothing(runs):
+    """Real batches have the shapes and shardings that were compiled before step 1."""
+    assert not runs.compiled_late("undisturbed") & {"step", "batch_sums", "agree"}
