@@ -37,6 +37,7 @@ CONFIG = GrpoConfig(
     sampling=SamplingConfig(tokens=C),
     optim=OptimConfig(lr=1e-3, warmup=0.0),
 )
+COOL = SamplingConfig(tokens=C, temperature=0.7)
 MODEL = model_of(CONFIG, TINY)
 
 
@@ -137,13 +138,18 @@ def test_a_group_row_equals_separate_rows(name, encoded):
     params, batch = random_params(MODEL), experience()
     if encoded:
         batch = batch._replace(encoded=encoded_clip(params, batch.clip))
-    config = replace(CONFIG, objective=OBJECTIVES[name])
-    new = caption_logprobs(MODEL, params, batch.clip, batch.encoded, batch.rollout.captions, 1.0).logprob
+    config = replace(CONFIG, objective=OBJECTIVES[name], sampling=COOL)
+    new = caption_logprobs(MODEL, params, batch.clip, batch.encoded, batch.rollout.captions, COOL.temperature).logprob
     noise = np.random.default_rng(3).normal(size=(2, *new.shape)).astype(np.float32)
     near = [np.asarray(new) + 0.2 * part for part in noise]  # ratios on both sides of the bounds
     batch = batch._replace(scored=Scored(*near), rollout=batch.rollout._replace(sampled=near[0] + 0.1 * noise[1]))
     grads, loss, sums = gradients_of(params, batch, config)
     assert 0 < float(sums.objective.clipped_low) < float(sums.objective.tokens)
+    valid = batch.rollout.captions.valid & (batch.weight > 0)[:, None, None]
+    if config.objective.mask_overlong:
+        valid = valid & ~batch.rollout.truncated[..., None]
+    moved = np.where(valid, 0.2 * noise[0], 0)  # from `old`, if the trainer computes at the sampling temperature
+    assert float(sums.objective.moved) == pytest.approx(np.sum(np.exp(moved) - moved - 1), rel=1e-3)
     assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(grads))
     expected = gradients_of(params, separate(batch), config)
     same((grads, loss, sums), expected)
@@ -215,7 +221,7 @@ TWICE = replace(CONFIG, passes=2, minibatches=2)
 @pytest.mark.parametrize("train", ["captioner", pytest.param("lora", marks=pytest.mark.slow)])
 def test_the_reference_has_its_own_adapters(train):
     """Perturbed adapters of the policy change its log-probabilities, and no bit of the reference's."""
-    run = Run(replace(TWICE, train=train, lora=LoraConfig(4, 4.0)))
+    run = Run(replace(TWICE, train=train, lora=LoraConfig(4, 4.0), sampling=COOL))
     encoded, rollout = run.rollout()
     before = run.score(encoded, rollout)
     valid = np.asarray(rollout.captions.valid)
