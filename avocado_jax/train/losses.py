@@ -156,10 +156,10 @@ def _backward(temperature: float, kept: tuple, gradient: Scores) -> tuple[Array,
             slope = slope.astype(hidden.dtype)
             fp32 = dict(preferred_element_type=jnp.float32)
             to_hidden = jax.lax.psum(jnp.einsum("NV,VD->ND", slope, matrix, **fp32), axes.vocabulary)
-            return total + jnp.einsum("NV,ND->VD", slope, hidden, **fp32), to_hidden.astype(hidden.dtype)
+            return total + jnp.einsum("ND,NV->DV", hidden, slope, **fp32), to_hidden.astype(hidden.dtype)
 
         parts, joined = _chunks((hidden, targets, lse, gradient), matrix)
-        to_head, to_hidden = jax.lax.scan(chunk, jnp.zeros(matrix.shape, jnp.float32), parts)
+        to_head, to_hidden = jax.lax.scan(chunk, jnp.zeros(matrix.shape[::-1], jnp.float32), parts)
         return joined(to_hidden), _reduced(to_head, axes)
 
     by_rows = axes.by_rows
@@ -172,21 +172,23 @@ _scores.defvjp(_forward, _backward)
 
 
 def _reduced(total: Array, axes: _Axes) -> Array:
-    """The sum over all rows of the output matrix's gradient, as `axes.stored`.
+    """The sum over all rows of the output matrix's gradient [D V], as `axes.stored` [V D].
 
-    A few rows of the matrix at a time: TPU compilers may reduce-scatter by an all-reduce, which has a full-size result.
+    TPU compilers reduce-scatter along the leading axis only; along another axis, and over a whole slice, they compute
+    an all-reduce, whose result has full size. Hence the leading axis, and some tokens of the vocabulary at a time.
     """
-    count = math.gcd(len(total), REDUCTIONS)
+    width, vocabulary = total.shape
+    count = math.gcd(vocabulary, REDUCTIONS)
     rest = tuple(axis for axis in axes.rows if axis not in axes.width)
 
     def piece(number: Array) -> Array:
-        size = len(total) // count
-        part = jax.lax.dynamic_slice_in_dim(total, number * size, size)
+        size = vocabulary // count
+        part = jax.lax.dynamic_slice_in_dim(total, number * size, size, axis=1)
         if axes.width:
-            part = jax.lax.psum_scatter(part, axes.width, scatter_dimension=1, tiled=True)
-        return jax.lax.psum(part, rest)
+            part = jax.lax.psum_scatter(part, axes.width, scatter_dimension=0, tiled=True)
+        return jax.lax.psum(part, rest).T
 
-    return jax.lax.map(piece, jnp.arange(count)).reshape(len(total), -1) if axes.rows else total
+    return jax.lax.map(piece, jnp.arange(count)).reshape(vocabulary, -1) if axes.rows else total.T
 
 
 def _logits(hidden: Array, targets: Array, matrix: Array, temperature: float, axes: _Axes) -> tuple[Array, Array]:
