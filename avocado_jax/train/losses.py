@@ -177,7 +177,7 @@ def _reduced(total: Array, axes: _Axes) -> Array:
     TPU compilers reduce-scatter along the leading axis only; along another axis, and over a whole slice, they compute
     an all-reduce, whose result has full size. Hence the leading axis, and some tokens of the vocabulary at a time.
     """
-    width, vocabulary = total.shape
+    vocabulary = total.shape[1]
     count = math.gcd(vocabulary, REDUCTIONS)
     rest = tuple(axis for axis in axes.rows if axis not in axes.width)
 
