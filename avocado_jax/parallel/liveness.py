@@ -84,7 +84,9 @@ class Liveness:
 
     def _publish(self) -> None:
         """Send a heartbeat and read those of the others. Blocks while process 0 does not answer."""
-        while not self._closed.wait(min(self._heartbeat / 8, 5.0)):
+        pause = 0.0  # the first heartbeat at once: it has the name of this host
+        while not self._closed.wait(pause):
+            pause = min(self._heartbeat / 8, 5.0)
             self._mine = self._mine._replace(count=self._mine.count + 1, place=_place())
             try:
                 self._client.key_value_set(f"{KEYS}{self._process}", json.dumps(self._mine), allow_overwrite=True)
