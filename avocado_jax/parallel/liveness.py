@@ -180,4 +180,4 @@ def _place() -> str:
 
 
 def _print(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+    print(f"{text}\n", end="", file=sys.stderr, flush=True)  # one write: lines of several threads do not mix
