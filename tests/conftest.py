@@ -70,7 +70,7 @@ def _release_programs(request: pytest.FixtureRequest):
 def pytest_sessionfinish(session: pytest.Session) -> None:
     """Pass the peaks to the controller, and check that decord is not loaded beside array_record.
 
-    Both in one process crash it: the reference's reader has a process of its own (reference_clips.py).
+    Both in one process crash it: the reference's reader runs in a separate process (reference_clips.py).
     """
     if hasattr(session.config, "workeroutput"):
         session.config.workeroutput["peaks"] = session.config.stash[PEAKS].get("this process", {})

@@ -19,7 +19,7 @@ class StepFlags:
     """Broadcasts "stop" and "save" through a device array, so that all processes read the same value at one step.
 
     SIGTERM and SIGINT set "stop". Until `step_finished` is called nothing would be lost, and the process exits with
-    75 at once. After that it has `GRACE_SECONDS` to finish its step and save; then it exits with 75 all the same, as
+    75 at once. After that it has `GRACE_SECONDS` to finish its step and save; then it exits with 75 in any case, as
     it does on a second SIGINT.
     """
 
