@@ -74,6 +74,16 @@ class LoraConfig:
 
 
 @dataclass(frozen=True)
+class SplashConfig:
+    """Block sizes of the "splash" kernel: queries and keys of one step, at most; multiples of 128."""
+
+    q: int = free(1024)
+    kv: int = free(1024)
+    q_backward: int = free(1024)
+    kv_backward: int = free(1024)
+
+
+@dataclass(frozen=True)
 class NominalConfig:
     """What `plan` assumes if the checkpoint or the data is not available."""
 
@@ -157,6 +167,7 @@ class RunConfig:
     frozen_dtype: str = "bfloat16"  # of frozen parameters
     remat: str = free("full")  # what the backward pass recomputes: "none", "dots", "full", "offload"
     attention: str = free("auto")  # "auto": the platform's kernel; "plain", "splash", "cudnn"
+    splash: SplashConfig = SplashConfig()
     mesh: MeshConfig = MeshConfig()
     data: DataConfig = DataConfig()
     optim: OptimConfig = OptimConfig()
@@ -242,6 +253,9 @@ def _check(config: RunConfig) -> None:
         raise InputError(f"checkpoint_minutes: {config.checkpoint_minutes} is not a number of minutes from 0 (off)")
     if (window := config.profile) and (len(window) > 2 or not 1 <= window[0] <= window[-1]):
         raise InputError(f"profile: {','.join(map(str, window))} is not FIRST,LAST with 1 <= FIRST <= LAST")
+    for name, size in asdict(config.splash).items():
+        if size < 128 or size % 128:
+            raise InputError(f"splash.{name}: {size} is not a multiple of 128")
     if config.data.cache_dir.startswith("gs://"):
         raise InputError(f"data.cache_dir: {config.data.cache_dir} must be a local folder: it has copies of a bucket")
 

@@ -38,6 +38,7 @@ from hypothesis import settings  # noqa: E402
 from avocado_jax.parallel.programs import bound_compiled_programs, memory_maps  # noqa: E402
 
 torch.set_num_threads(2)
+jax.config.update("jax_numpy_rank_promotion", "raise")  # broadcasts between ranks are written out
 settings.register_profile("repeatable", derandomize=True, deadline=None, database=None)
 settings.load_profile("repeatable")
 

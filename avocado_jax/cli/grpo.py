@@ -5,7 +5,8 @@
 
 Each step samples a group of captions of every clip, rewards them and updates the policy. The same command starts,
 resumes and finishes a run: killed at any moment, it continues from its newest checkpoint and ends with bit-identical
-metrics. SIGTERM, Ctrl-C, several processes and timeouts work as in `sft`. `--a.b value` changes a field of the config;
+metrics. SIGTERM, Ctrl-C, several processes, timeouts, `--deterministic` and `--debug-nans` work as in `sft`; a reward
+that is NaN, because a clip has no reference for it, does not end the run. `--a.b value` changes a field of the config;
 avocado_jax/config.py describes all fields.
 
 RUN/metrics.jsonl has a line a step, RUN/rollouts/STEP.jsonl a line a caption with its rewards and advantage;
@@ -14,7 +15,7 @@ RUN/checkpoints is what `caption`, `evaluate` and `convert to-hf` read.
 
 import argparse
 
-from avocado_jax.cli.sft import add_arguments
+from avocado_jax.cli.sft import add_arguments, configure_jax
 from avocado_jax.config import GrpoConfig, load
 from avocado_jax.errors import InputError
 from avocado_jax.parallel.processes import init_distributed
@@ -27,6 +28,7 @@ def run(args: argparse.Namespace) -> int:
     config = load(args.config, args.fields)
     if not isinstance(config, GrpoConfig):
         raise InputError(f"{args.config}: its config is of type {type(config).__name__}; grpo takes a GrpoConfig")
+    configure_jax(args)
     with init_distributed(args.coordinator, args.processes, args.process, args.devices, config.timeouts):
         from avocado_jax.train.compiled import use_cache  # after init_distributed: these may touch devices
         from avocado_jax.train.run_grpo import grpo

@@ -10,11 +10,21 @@ With several processes, start each with the same command and its own `--process`
 is enough. A host that makes no progress for `--timeouts.step` seconds dumps all stacks, names the host that the others
 wait for and exits with 75.
 
+`--deterministic` makes training repeat to the bit on GPU, where the fastest kernels do not; CPU and TPU repeat without
+it. It is slower: XLA selects kernels without timing them (no autotuning), and scatters run in a fixed order. Start and
+resume a run with the same setting. `--debug-nans` ends the run with exit status 3 at the first NaN, and prints the
+operation that returned it. It is slow, because every program waits for its results, and it takes more memory: buffers
+are not donated, so that a program that returned NaN can run again, one operation at a time. Without it, steps whose
+gradient is not finite are skipped and counted (`max_skipped`).
+
 RUN/metrics.jsonl has a line a step; RUN/checkpoints is what `caption`, `evaluate` and `convert to-hf` read.
 """
 
 import argparse
+import os
 import sys
+
+import jax
 
 from avocado_jax.config import GrpoConfig, SftConfig, as_sft, load
 from avocado_jax.errors import InputError
@@ -29,7 +39,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--processes", type=int, metavar="N", help="how many there are")
     parser.add_argument("--process", type=int, metavar="I", help="which this is, from 0")
     parser.add_argument("--devices", type=int, metavar="N", help="that all processes must have together")
+    parser.add_argument("--deterministic", action="store_true", help="repeat to the bit on GPU; slower (see above)")
+    parser.add_argument(
+        "--debug-nans", action="store_true", help="end at the first NaN and locate it; slow (see above)"
+    )
     parser.set_defaults(fields=[])
+
+
+def configure_jax(args: argparse.Namespace) -> None:
+    """Apply `--deterministic` and `--debug-nans`, before a backend is initialised: XLA reads its flags once."""
+    if args.deterministic:
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_deterministic_ops=true".lstrip()
+    jax.config.update("jax_debug_nans", args.debug_nans)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -40,6 +61,7 @@ def run(args: argparse.Namespace) -> int:
         config = as_sft(config)
     if not isinstance(config, SftConfig):
         raise InputError(f"{args.config}: a {type(config).__name__}; sft takes an SftConfig")
+    configure_jax(args)
     with init_distributed(args.coordinator, args.processes, args.process, args.devices, config.timeouts):
         from avocado_jax.train.compiled import use_cache  # after init_distributed: these may touch devices
         from avocado_jax.train.run import sft

@@ -4,7 +4,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from avocado_jax.models.attention import backend
-from avocado_jax.models.config import ThinkerConfig
+from avocado_jax.models.config import Kernel, ThinkerConfig
 from avocado_jax.models.layers import dense, gelu, layer_input, stack_of
 from avocado_jax.models.rope import sinusoids
 from avocado_jax.typing import Array, Bool, Float, Int
@@ -16,7 +16,7 @@ class AudioLayer(nn.Module):
     width: int
     heads: int
     ffn: int
-    attention: str
+    kernel: Kernel
     dtype: str
     param_dtype: str
 
@@ -30,7 +30,7 @@ class AudioLayer(nn.Module):
             dense(self, self.width, name, bias=name != "k")(y).reshape(*y.shape[:2], self.heads, -1)
             for name in ("q", "k", "v")
         )
-        mixed = backend(self.attention, self.dtype, q.shape[1]).attend_block(q, k, v, valid)
+        mixed = backend(self.kernel, self.dtype, q.shape[1]).attend_block(q, k, v, valid)
         x = x + dense(self, self.width, "out")(mixed.reshape(y.shape))
         y = gelu(dense(self, self.ffn, "up")(layer_norm(self, "mlp_norm")(x)))
         return x + dense(self, self.width, "down")(y), None
@@ -62,12 +62,12 @@ class AudioTower(nn.Module):
         dtype = dtypes["dtype"]
         conv = dict(kernel_size=(3,), padding=1, **dtypes)
         x = gelu(nn.Conv(audio.width, name="conv1", **conv)(mel.astype(dtype)))
-        x = jnp.where((jnp.arange(mel.shape[1]) < length[:, None])[..., None], x, 0)
+        x = jnp.where((jnp.arange(mel.shape[1])[None] < length[:, None])[..., None], x, 0)
         x = gelu(nn.Conv(audio.width, strides=2, name="conv2", **conv)(x))
-        x = x + sinusoids(audio.window, audio.width).astype(dtype)
-        valid = jnp.arange(audio.window) < ((length - 1) // 2 + 1)[:, None]
+        x = x + sinusoids(audio.window, audio.width).astype(dtype)[None]
+        valid = jnp.arange(audio.window)[None] < ((length - 1) // 2 + 1)[:, None]
 
-        sizes = dict(width=audio.width, heads=audio.heads, ffn=audio.ffn, attention=self.config.attention, **dtypes)
+        sizes = dict(width=audio.width, heads=audio.heads, ffn=audio.ffn, kernel=self.config.kernel, **dtypes)
         run = stack_of(AudioLayer, sizes, audio.layers, self.config)
         x, _ = run(x, None, valid)
         x = (x[:, 0::2] + x[:, 1::2]) / 2

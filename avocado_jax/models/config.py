@@ -1,6 +1,7 @@
 """Sizes of the thinker. Plain data: no jax here, so that input workers and the converter may import it."""
 
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 
 @dataclass(frozen=True)
@@ -94,6 +95,22 @@ class TokenIds:
     audio_end: int = 151648
 
 
+class SplashBlocks(NamedTuple):
+    """Queries and keys that one step of the "splash" kernel computes, at most; multiples of 128."""
+
+    q: int = 1024
+    kv: int = 1024
+    q_backward: int = 1024
+    kv_backward: int = 1024
+
+
+class Kernel(NamedTuple):
+    """An attention kernel and its block sizes."""
+
+    name: str  # of ATTENTION
+    blocks: SplashBlocks = SplashBlocks()
+
+
 # The platform's kernel ("splash" on TPU, "cudnn" on GPU in half precision, "plain" elsewhere), or one by name.
 ATTENTION = ("auto", "plain", "splash", "cudnn")
 # What a layer keeps for the backward pass: everything; its input only; its input and products with weights; its
@@ -115,7 +132,13 @@ class ThinkerConfig:
     param_dtype: str = "float32"
     scan: bool = True  # one stacked layer under a scan (training), or separate layers (decoding: platform.md)
     attention: str = "auto"  # of whole sequences: see ATTENTION
+    splash: SplashBlocks = field(default_factory=SplashBlocks)
     remat: str = "full"  # what the backward pass computes again: see REMAT
+
+    @property
+    def kernel(self) -> Kernel:
+        """The attention kernel, as layers take it."""
+        return Kernel(self.attention, self.splash)
 
     @property
     def dtypes(self) -> dict[str, str]:

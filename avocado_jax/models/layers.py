@@ -29,7 +29,7 @@ class RMSNorm(nn.Module):
         scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), jnp.dtype(self.param_dtype))
         y = x.astype(jnp.float32)
         y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + self.eps)
-        return scale.astype(self.dtype) * y.astype(self.dtype)
+        return jax.lax.broadcast_to_rank(scale.astype(self.dtype), y.ndim) * y.astype(self.dtype)
 
 
 class GatedMLP(nn.Module):

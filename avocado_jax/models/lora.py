@@ -38,7 +38,7 @@ class LoraDense(nn.Module):
         x = x.astype(self.dtype)
         y = x @ param("kernel", nn.initializers.lecun_normal(), x.shape[-1], self.features)
         if self.use_bias:
-            y = y + param("bias", nn.initializers.zeros, self.features)
+            y = y + jax.lax.broadcast_to_rank(param("bias", nn.initializers.zeros, self.features), y.ndim)
         a = param("lora_a", init_a, x.shape[-1], self.lora.rank)
         b = param("lora_b", nn.initializers.zeros, self.lora.rank, self.features)
         return y + self.lora.scale * ((x @ a) @ b)

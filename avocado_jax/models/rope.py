@@ -2,6 +2,7 @@
 
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -27,14 +28,14 @@ def text_rope(positions: Int[Array, "... 3"], head: int, theta: float, sections:
     """
     frequency = 1.0 / theta ** (np.arange(0, head, 2, dtype=np.float32) / head)
     axis = np.repeat(np.arange(3), sections)
-    return _rope(positions[..., axis].astype(jnp.float32) * frequency)
+    return _rope(positions[..., axis].astype(jnp.float32) * jax.lax.broadcast_to_rank(frequency, positions.ndim))
 
 
 def patch_rope(grid: Int[Array, "... 2"], head: int, theta: float) -> Rope:
     """Rope of the vision tower: a quarter of the head turns with the row, a quarter with the column, twice."""
     half = head // 2
     frequency = 1.0 / theta ** (np.arange(0, half, 2, dtype=np.float32) / half)
-    angles = grid[..., None].astype(jnp.float32) * frequency
+    angles = grid[..., None].astype(jnp.float32) * jax.lax.broadcast_to_rank(frequency, grid.ndim + 1)
     return _rope(angles.reshape(*grid.shape[:-1], half))
 
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from avocado_jax.models.attention import backend, plain
 from avocado_jax.models.cache import KV
-from avocado_jax.models.config import TextConfig, ThinkerConfig
+from avocado_jax.models.config import Kernel, TextConfig, ThinkerConfig
 from avocado_jax.models.layers import GatedMLP, RMSNorm, dense, layer_input, stack_of
 from avocado_jax.models.rope import Rope, rotate, text_rope
 from avocado_jax.typing import Array, Bool, Float, Int
@@ -22,7 +22,7 @@ class TextLayer(nn.Module):
     """
 
     text: TextConfig
-    attention: str
+    kernel: Kernel
     dtype: str
     param_dtype: str
     captions: tuple[int, int] | None = None
@@ -74,7 +74,7 @@ class TextLayer(nn.Module):
         clip_valid: Bool[Array, "B P"] | None,
     ) -> tuple[Float[Array, "B Q H E"], KV | None]:
         """Attention of whole sequences. The clip's keys and values are returned only if there are no captions."""
-        kernel = backend(self.attention, self.dtype)
+        kernel = backend(self.kernel, self.dtype)
         rows, (group, length) = len(q), self.captions or (0, 0)
         end = q.shape[1] - group * length
         clip = KV(*(part[:, :end].swapaxes(1, 2) for part in (k, v)))
@@ -127,6 +127,6 @@ class TextModel(nn.Module):
 
         if caches is not None and not config.scan:
             caches = list(zip(*caches))
-        sizes = dict(text=text, attention=config.attention, captions=captions, **config.dtypes)
+        sizes = dict(text=text, kernel=config.kernel, captions=captions, **config.dtypes)
         x, kept = stack_of(TextLayer, sizes, text.layers, config)(x, caches, rope, clip_valid, step)
         return RMSNorm(name="norm", eps=text.rms_eps, **config.dtypes)(x), kept

@@ -116,7 +116,7 @@ def output_matrix(config: ThinkerConfig, params: Any) -> Float[Array, "V D"]:
 
 
 def _valid(clip: Clip) -> Bool[Array, "B P"]:
-    return jnp.arange(clip.tokens.shape[1]) < clip.length[:, None]
+    return jnp.arange(clip.tokens.shape[1])[None] < clip.length[:, None]
 
 
 def caption_positions(clip: Clip, index: Int[Array, "B G Q"]) -> Int[Array, "B G Q 3"]:

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from avocado_jax.models.attention import backend
-from avocado_jax.models.config import ThinkerConfig
+from avocado_jax.models.config import Kernel, ThinkerConfig
 from avocado_jax.models.layers import GatedMLP, RMSNorm, dense, gelu, layer_input, stack_of
 from avocado_jax.models.rope import Rope, patch_rope, rotate
 from avocado_jax.typing import Array, Bool, Float, Int, Shaped
@@ -18,7 +18,7 @@ class VisionLayer(nn.Module):
     width: int
     heads: int
     ffn: int
-    attention: str
+    kernel: Kernel
     dtype: str
     param_dtype: str
 
@@ -39,13 +39,13 @@ class VisionLayer(nn.Module):
         def over_windows(q: Array, k: Array, v: Array) -> Array:
             n, w, u, *rest = q.shape
             blocks = (part.reshape(n * w, u, *rest) for part in (q, k, v))
-            kernel = backend(self.attention, self.dtype, u)
+            kernel = backend(self.kernel, self.dtype, u)
             return kernel.attend_block(*blocks, valid.reshape(n * w, u)).reshape(q.shape)
 
         def over_frames(q: Array, k: Array, v: Array) -> Array:
             n, w, u, *rest = q.shape
             blocks = (part.reshape(n, w * u, *rest) for part in (q, k, v))
-            kernel = backend(self.attention, self.dtype, w * u)
+            kernel = backend(self.kernel, self.dtype, w * u)
             return kernel.attend_block(*blocks, valid.reshape(n, w * u)).reshape(q.shape)
 
         if isinstance(full, jax.Array):  # under a scan the layer's number is traced
@@ -93,7 +93,7 @@ class VisionTower(nn.Module):
         vision, dtypes = self.config.vision, self.config.dtypes
         # Pixels travel as bytes and are normalised here: a quarter of the traffic to the device.
         mean, std = (
-            np.repeat(np.float32(part) * 255, vision.patch_size // vision.channels)
+            np.repeat(np.float32(part) * 255, vision.patch_size // vision.channels)[None, None, None]
             for part in (vision.pixel_mean, vision.pixel_std)
         )
         pixels = (patches.astype(jnp.float32) - mean) / std
@@ -101,7 +101,7 @@ class VisionTower(nn.Module):
         x = nn.Dense(vision.width, use_bias=False, name="patch", **dtypes)(pixels.astype(self.config.dtype))
         rope = patch_rope(grid, vision.width // vision.heads, vision.rope_theta)
 
-        sizes = dict(width=vision.width, heads=vision.heads, ffn=vision.ffn, attention=self.config.attention, **dtypes)
+        sizes = dict(width=vision.width, heads=vision.heads, ffn=vision.ffn, kernel=self.config.kernel, **dtypes)
         full = np.isin(np.arange(vision.layers), vision.full_layers)
         run = stack_of(VisionLayer, sizes, vision.layers, self.config)
         x, _ = run(x, full if self.config.scan else full.tolist(), rope, valid)

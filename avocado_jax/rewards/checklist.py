@@ -183,7 +183,7 @@ def lexical(
     blocks, distinct = -(-size // BLOCK), len(keypoints.features)
     at = jnp.minimum(jnp.searchsorted(keypoints.features, hashes), distinct - 1)
     known = (keypoints.features[at] == hashes) & (weights > 0)
-    flat = jnp.where(known, word // BLOCK * distinct + at, blocks * distinct)
+    flat = jnp.where(known, (word // BLOCK * distinct)[None] + at, blocks * distinct)
     held = jnp.zeros(blocks * distinct + 1, bool).at[flat].set(True)[:-1].reshape(blocks, distinct)
     real = jnp.arange(size) < caption.words
     function = _by_block(real & (caption.weights <= 0), blocks)
@@ -196,10 +196,10 @@ def lexical(
         shares.at[0, keypoints.index, each].add(keypoints.weight).at[1, keypoints.index, each].add(keypoints.telling)
     )
     covered, told = jnp.matmul(held.astype(jnp.float32), shares, precision="highest")
-    wrong = jnp.sum(keypoints.telling, axis=-1) - told
+    wrong = jnp.sum(keypoints.telling, axis=-1)[None] - told
     answers = jnp.clip((covered * prose[:, None] - low) / (high - low), 0, 1) * (1 - WRONG * wrong)
     score = jnp.max(answers, axis=0)
-    place = jnp.argmax(answers + covered > jnp.max(answers + covered, axis=0) - 1e-6, axis=0)
+    place = jnp.argmax(answers + covered > jnp.max(answers + covered, axis=0, keepdims=True) - 1e-6, axis=0)
     coverage = jnp.max(covered * prose[:, None], axis=0)
     ordered = _in_order(place, score, keypoints.place)
     return Verdict(score * (1 - order * (1 - ordered)), coverage, place, ordered)
@@ -224,9 +224,9 @@ def _window(join, values: Array) -> Array:
 def _in_order(place: Int[Array, "K"], score: Float[Array, "K"], truth: Int[Array, "K"]) -> Float[Array, "K"]:
     """Of the keypoints that both captions state and the reference clearly before or after this one, those told so."""
     stated = (score >= 0.5) & (truth >= 0)
-    side = truth[:, None] - truth
-    counts = stated[:, None] & stated & (jnp.abs(side) > 1)
-    right = counts & (jnp.sign(place[:, None] - place) * jnp.sign(side) >= 0)
+    side = truth[:, None] - truth[None]
+    counts = stated[:, None] & stated[None] & (jnp.abs(side) > 1)
+    right = counts & (jnp.sign(place[:, None] - place[None]) * jnp.sign(side) >= 0)
     pairs = jnp.sum(counts, axis=-1)
     return jnp.where(pairs > 0, jnp.sum(right, axis=-1) / jnp.maximum(pairs, 1), 1.0)
 
@@ -241,6 +241,6 @@ def mean_score(scores: Float[Array, "K"], count: Int[Array, ""]) -> Float[Array,
 def dimension_scores(scores: Float[Array, "K"], keypoints: Keypoints) -> Float[Array, "5"]:
     """The mean of the answers in each of DIMENSIONS; NaN where there are none."""
     answered = (jnp.arange(len(scores)) < keypoints.count) & ~jnp.isnan(scores)
-    here = answered & (keypoints.dimension == jnp.arange(len(DIMENSIONS))[:, None])
+    here = answered[None] & (keypoints.dimension[None] == jnp.arange(len(DIMENSIONS))[:, None])
     total = jnp.sum(jnp.where(here, jnp.nan_to_num(scores), 0), axis=-1)
     return jnp.where(here.any(-1), total / jnp.maximum(here.sum(-1), 1), jnp.nan)

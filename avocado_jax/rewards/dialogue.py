@@ -152,7 +152,7 @@ def f1(pairs: Pairs, quotes: Int[Array, ""], lines: Int[Array, ""]) -> Float[Arr
 def compare(caption: Caption, reference: Dialogue, similar: float = SIMILAR, speaker: float = SPEAKER) -> Pairs:
     """Similarity and speakers of all pairs of lines."""
     distance = edit_distances(caption.lines, caption.line_length, reference)
-    longest = jnp.maximum(caption.line_length[:, None], reference.line_length)
+    longest = jnp.maximum(caption.line_length[:, None], reference.line_length[None])
     most = max(caption.lines.shape[-1], reference.lines.shape[-1])
     # How many characters must agree, in the arithmetic of the host: 1 - 2/5 >= 0.6 has to hold everywhere.
     enough = [next(k for k in range(n + 2) if n == 0 or k > n or 1 - (n - k) / n >= similar) for n in range(most + 1)]
@@ -175,7 +175,7 @@ def edit_distances(lines: Int[Array, "Q L"], length: Int[Array, "Q"], reference:
     alphabet = reference.alphabet
     other = len(alphabet)  # a character that the reference does not have
     place = jnp.arange(lines_ref.shape[-1])
-    symbol = jnp.where(place < reference.line_length[:, None], jnp.searchsorted(alphabet, lines_ref), other + 1)
+    symbol = jnp.where(place[None] < reference.line_length[:, None], jnp.searchsorted(alphabet, lines_ref), other + 1)
     masks = jnp.zeros((words, other + 1, j), jnp.uint32)
     bit = jnp.left_shift(jnp.uint32(1), (place % 32).astype(jnp.uint32))
     masks = masks.at[place // 32, symbol, jnp.arange(j)[:, None]].add(bit, mode="drop")
@@ -211,7 +211,7 @@ def edit_distances(lines: Int[Array, "Q L"], length: Int[Array, "Q"], reference:
     distance = jnp.broadcast_to(length[:, None], (len(lines), j))
     for k in range(words):
         bits = jnp.clip(reference.line_length - 32 * k, 0, 32).astype(jnp.uint32)
-        inside = jnp.where(bits == 32, jnp.uint32(0xFFFFFFFF), jnp.left_shift(jnp.uint32(1), bits) - 1)
+        inside = jnp.where(bits == 32, jnp.uint32(0xFFFFFFFF), jnp.left_shift(jnp.uint32(1), bits) - 1)[None]
         count = jax.lax.population_count(rises[k] & inside).astype(jnp.int32)
         distance = distance + count - jax.lax.population_count(falls[k] & inside).astype(jnp.int32)
     return distance
@@ -224,9 +224,9 @@ def same_speaker(caption: Caption, reference: Dialogue, least: float = SPEAKER) 
     other speaker of it. Where the reference's speakers are phrases of a caption, the share is of the phrase that says
     less. A line whose speaker the reference leaves open agrees with any.
     """
-    found = caption.speakers[:, :, None, None] == reference.speakers  # [Q, S, J, S]
+    found = caption.speakers[:, :, None, None] == reference.speakers[None, None]  # [Q, S, J, S]
     found = jnp.any(found & (caption.speaker_weights > 0)[:, :, None, None], axis=1)
-    overlap = jnp.sum(found * reference.speaker_weights, axis=-1)
+    overlap = jnp.sum(found * reference.speaker_weights[None], axis=-1)
     whole = jnp.broadcast_to(jnp.sum(reference.speaker_weights, axis=-1), overlap.shape)
     told = jnp.sum(caption.speaker_weights, axis=-1)[:, None]
     against = jnp.where(reference.derived, jnp.minimum(whole, told), whole)

@@ -29,7 +29,9 @@ def collapses(points: Int[Array, "N"], length: Int[Array, ""], min_span: int = M
     def one(unit: jax.Array) -> jax.Array:
         later = jax.lax.dynamic_slice_in_dim(ahead, unit, len(here))
         equal = (here == later) & (places + unit < length)  # beyond the text nothing equals anything
-        starts = jnp.sum(equal.reshape(words, 32).astype(jnp.uint32) << np.arange(32, dtype=np.uint32), -1, jnp.uint32)
+        starts = jnp.sum(
+            equal.reshape(words, 32).astype(jnp.uint32) << np.arange(32, dtype=np.uint32)[None], -1, jnp.uint32
+        )
         run, have = runs[unit - 1], jnp.int32(1)
         for _ in range(max(1, longest - 1).bit_length()):
             by = jnp.minimum(have, run - have)  # 0 once the run is whole

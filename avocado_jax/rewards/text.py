@@ -215,8 +215,8 @@ def parse(table: Table, points: Int[Array, "N"], length: Int[Array, ""], limits:
 
     line_length = keep(line_end - line_begin)
     columns = jnp.arange(limits.line)
-    at = keep(line_begin)[:, None] + columns
-    lines = jnp.where(columns < line_length[:, None], letters[jnp.minimum(at, len(points) - 1)], 0)
+    at = keep(line_begin)[:, None] + columns[None]
+    lines = jnp.where(columns[None] < line_length[:, None], letters[jnp.minimum(at, len(points) - 1)], 0)
     return Caption(
         points,
         jnp.minimum(length, len(points)).astype(jnp.int32),
@@ -280,7 +280,7 @@ def _meaning(table: Table, letters: Array, begin: Array, end: Array) -> Array:
         return letters[jnp.clip(begin + length - k, 0, n - 1)]
 
     def one_of(value: Array, several: str) -> Array:
-        return (value[..., None] == np.array([ord(one) for one in several])).any(-1)
+        return (value[..., None] == np.array([[ord(one) for one in several]])).any(-1)
 
     length = length - (ends_with("s", 4) & ~one_of(last(2), "sui"))
     ing = ends_with("ing", 6)
@@ -426,9 +426,9 @@ def _speakers(table: Table, words: tuple, quoted: Array, sentence: Array, spans:
     def at_word(values: Array, at: Array) -> Array:
         return values[jnp.clip(at, 0, size - 1)]
 
-    back = before[:, None] - 1 - jnp.arange(BEFORE)
+    back = before[:, None] - 1 - jnp.arange(BEFORE)[None]
     in_front = (at_word(place_sentence, back) == own[:, None]) & (at_word(opened, back) == quote[:, None])
-    ahead = before[:, None] + jnp.arange(AFTER)
+    ahead = before[:, None] + jnp.arange(AFTER)[None]
     behind = (at_word(place_sentence, ahead) == then[:, None]) & (at_word(opened, ahead) == quote[:, None] + 1)
     behind &= ~owned[:, None]
     first, first_weight = pick(back, in_front)
@@ -439,7 +439,7 @@ def _speakers(table: Table, words: tuple, quoted: Array, sentence: Array, spans:
 
     near = jnp.sum(says_who(first, first_weight), -1) + jnp.sum(says_who(second, second_weight), -1)
     skipped = jnp.sum(at_word(place_sentence, back) == own[:, None], -1)
-    far = before[:, None] - 1 - skipped[:, None] - jnp.arange(BEFORE)
+    far = before[:, None] - 1 - skipped[:, None] - jnp.arange(BEFORE)[None]
     there = at_word(place_sentence, before - 1 - skipped)[:, None]
     third, third_weight = pick(far, at_word(place_sentence, far) == there)
     bare = (near <= 0)[:, None]

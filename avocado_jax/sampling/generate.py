@@ -82,7 +82,7 @@ def generate(
             jax.lax.dynamic_update_slice_in_dim(old.logprobs, logprob[..., None], loop.step, axis=2),
             old.lengths + ~loop.stopped,
         )
-        stopped = loop.stopped | jnp.any(token[..., None] == stop_ids, axis=-1)
+        stopped = loop.stopped | jnp.any(token[..., None] == stop_ids[None, None], axis=-1)
         return _Loop(loop.step + 1, token, stopped, samples, so_far)
 
     loop = _Loop(

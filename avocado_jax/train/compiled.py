@@ -4,6 +4,7 @@ XLA compiles outside the GIL, so programs are lowered one after the other and co
 jitted function with the same shapes and shardings reuses the executable; nothing is traced or compiled twice.
 """
 
+import logging
 import os
 import sys
 import threading
@@ -21,6 +22,8 @@ THREADS = 16  # programs compiled at a time: one of a 7B model takes up to 4 GiB
 REPORT_SECONDS = 10.0
 COMPILED = "/jax/core/compile/backend_compile_duration"  # recorded for cache hits too
 READ = "/jax/compilation_cache/cache_retrieval_time_sec"
+LOGGED_SECONDS = 1.0  # later compilations that take less are not logged: small helper programs
+LOGGED_SHAPES = 12
 
 
 class Program(NamedTuple):
@@ -49,6 +52,43 @@ class Counts:
         with self._lock:
             self.read += event == READ
             self.compiled += (event == COMPILED) - (event == READ)
+
+
+class CompilationLog(logging.Filter):
+    """Logs each program that is compiled, or read from the cache, in LOGGED_SECONDS or more: one line on stderr.
+
+    jax.monitoring reports the name and the seconds of a compilation. Only the debug log of jax has the shapes: this
+    filter of that logger reads them, and drops its debug records.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._shapes: dict[str, list[Any]] = {}
+        logger = logging.getLogger("jax._src.interpreters.pxla")
+        logger.addFilter(self)
+        logger.setLevel(logging.DEBUG)
+        jax.monitoring.register_event_duration_secs_listener(self._log)
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Keep the argument shapes of a program that is about to be compiled. True for warnings and errors."""
+        if record.msg.startswith("Compiling ") and record.args:
+            self._shapes[record.args[0]] = record.args[1]
+        return record.levelno > logging.DEBUG
+
+    def _log(self, event: str, seconds: float, **details: Any) -> None:
+        if event != COMPILED or (name := details.get("fun_name")) is None:
+            return
+        shapes = [shape.str_short(short_dtypes=True) for shape in self._shapes.pop(name, ())]
+        if seconds >= LOGGED_SECONDS and jax.process_index() == 0:
+            before = f"{len(shapes) - LOGGED_SHAPES} arrays, " if len(shapes) > LOGGED_SHAPES else ""
+            text = f"{name}({before}{', '.join(shapes[-LOGGED_SHAPES:])})"
+            print(f"compiled during the run, in {seconds:.1f} s: {text}", file=sys.stderr, flush=True)
+
+
+@cache
+def log_compilations() -> CompilationLog:
+    """Log the compilations of this process from the first call on."""
+    return CompilationLog()
 
 
 @cache

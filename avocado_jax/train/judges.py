@@ -92,7 +92,7 @@ def embedding_judge(folder: Path, low: float = LOW, high: float = HIGH) -> Judge
             return Encoder(config).apply({"params": params}, tokens, valid)
 
         valid = [
-            jnp.arange(tokens.shape[2]) < lengths[..., None]
+            jnp.arange(tokens.shape[2])[None, None] < lengths[..., None]
             for tokens, lengths in ((windows, window_lengths), (points, point_lengths))
         ]
         of_caption = partial(embedding_scores, embed, low=low, high=high)
@@ -183,7 +183,8 @@ def _judge(
     keypoints = [[_replace_surrogates(text) for text in texts] for texts in keypoints]
     size, rows = _batch_size(mesh), rows_sharding(mesh)
     starts = range(0, len(captions), size)
-    with jax.set_mesh(mesh):  # in place of the run's mesh, which spans all processes
+    # The judge's mesh replaces the run's, which spans all processes. A score without a keypoint is NaN.
+    with jax.set_mesh(mesh), jax.debug_nans(False):
         parts = [
             score(
                 params, *jax.device_put(inputs(captions[start : start + size], keypoints[start : start + size]), rows)

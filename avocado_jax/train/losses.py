@@ -195,7 +195,7 @@ def _logits(hidden: Array, targets: Array, matrix: Array, temperature: float, ax
     """This device's part of the fp32 logits of N tokens, [N V], and which of them are the targets'."""
     logits = jnp.einsum("ND,VD->NV", hidden, matrix, preferred_element_type=jnp.float32) / temperature
     first = jax.lax.axis_index(axes.vocabulary) * len(matrix) if axes.vocabulary else 0
-    return logits, first + jnp.arange(len(matrix)) == targets[:, None]
+    return logits, first + jnp.arange(len(matrix))[None] == targets[:, None]
 
 
 def _chunks(tokens: tuple, matrix: Array) -> tuple[tuple, Callable]:

@@ -94,9 +94,9 @@ def as_rollout(samples: Samples, clip: Clip, stops: tuple[int, ...]) -> Rollout:
     rows, group, length = samples.tokens.shape
     first = jnp.broadcast_to(clip.first[:, None, None], (rows, group, 1))
     inputs = jnp.concatenate([first, samples.tokens[..., :-1]], axis=-1)
-    valid = jnp.arange(length) < samples.lengths[..., None]
+    valid = jnp.arange(length)[None, None] < samples.lengths[..., None]
     last = jnp.take_along_axis(samples.tokens, jnp.maximum(samples.lengths - 1, 0)[..., None], axis=-1)
-    stopped = jnp.any(last == jnp.asarray(stops), axis=-1)
+    stopped = jnp.any(last == jnp.asarray(stops)[None, None], axis=-1)
     return Rollout(Captions(inputs, samples.tokens, valid), samples.logprobs, samples.lengths, ~stopped)
 
 

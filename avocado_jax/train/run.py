@@ -31,7 +31,7 @@ from avocado_jax.parallel.mesh import make_mesh
 from avocado_jax.parallel.programs import bound_compiled_programs
 from avocado_jax.sampling.captioner import caption_records, captioner_in_training
 from avocado_jax.train.agree import agreed_batches, agreement
-from avocado_jax.train.compiled import Program, compile_ahead
+from avocado_jax.train.compiled import Program, compile_ahead, log_compilations
 from avocado_jax.train.inputs import input_workers, open_source
 from avocado_jax.train.loop import Job, train
 from avocado_jax.train.losses import Sums
@@ -158,6 +158,7 @@ def run(
     """
     if buckets := remaining_buckets(setup, int(state.step)):
         compile_ahead(programs(buckets))
+    log_compilations()
     job = Job(
         steps=setup.steps,
         batches=batches or (lambda first: stream(setup, config, first)),

@@ -174,13 +174,15 @@ def _step(
         scored = program.score(state.params, reference, clip, encoded, cropped.captions)
         phases.end("score", scored)
         judged = answers()  # the devices score while the host waits for a remote judge
-        terms = rewards.terms(rollout, batch.references, judged)
-        reward, advantage, reward_metrics = group_advantages(terms, batch.weight)
+        with jax.debug_nans(False):  # a term without a reference is NaN
+            terms = rewards.terms(rollout, batch.references, judged)
+            reward, advantage, reward_metrics = group_advantages(terms, batch.weight)
         phases.end("reward", advantage)
         experience = Experience(clip, encoded, cropped, scored, advantage, batch.weight)
         state, metrics = program.update(state, experience)
         phases.end("update", metrics)
-        written = gather((rollout.captions.targets, rollout.lengths, terms, advantage), reward)
+        with jax.debug_nans(False):
+            written = gather((rollout.captions.targets, rollout.lengths, terms, advantage), reward)
         seconds = phases.step()
         rewards.check(judged)  # after the update is dispatched, so that the devices need not wait for the host
 
@@ -253,7 +255,9 @@ def _heldout(
             encoded = program.encode and program.encode(state.params, batch.clip)
             rollout = greedy_program.roll_out(view, batch.clip, encoded, state.step, banned)
             judged = rewards.judge(rollout, batch)()
-            part = sums(rewards.terms(rollout, batch.references, judged), rollout, batch.weight)
+            with jax.debug_nans(False):  # a term without a reference is NaN
+                terms = rewards.terms(rollout, batch.references, judged)
+            part = sums(terms, rollout, batch.weight)
             rewards.check(judged)
             for name, (value, count) in jax.device_get(part).items():
                 before = total.get(name, (0.0, 0))

@@ -1,7 +1,7 @@
 """Supervised fine-tuning: mean cross-entropy over caption tokens, one update per step (paper, 4.1)."""
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
 
@@ -11,7 +11,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from avocado_jax.config import RunConfig, SftConfig
-from avocado_jax.models.config import Lora, ThinkerConfig, computed
+from avocado_jax.models.config import Lora, SplashBlocks, ThinkerConfig, computed
 from avocado_jax.models.thinker import Thinker, output_matrix
 from avocado_jax.train.losses import Sums, caption_sums, counted
 from avocado_jax.train.optim import gradient, optimizer, schedule
@@ -78,7 +78,8 @@ def model_of(config: RunConfig, checkpoint: ThinkerConfig) -> ThinkerConfig:
     model = computed(checkpoint, config.dtype, scan=True, remat=config.remat)
     lora = Lora(config.lora.rank, config.lora.alpha) if config.train == "lora" else None
     text = replace(model.text, lora=lora)
-    return replace(model, text=text, param_dtype=config.param_dtype, attention=config.attention)
+    splash = SplashBlocks(**asdict(config.splash))
+    return replace(model, text=text, param_dtype=config.param_dtype, attention=config.attention, splash=splash)
 
 
 def sft_program(config: SftConfig, model: ThinkerConfig, mesh: Mesh, steps: int) -> tuple[State, Callable, Callable]:

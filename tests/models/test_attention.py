@@ -3,16 +3,23 @@
 import os
 import subprocess
 import sys
+from dataclasses import replace
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from avocado_jax.config import SftConfig, SplashConfig, load
+from avocado_jax.errors import InputError
 from avocado_jax.models.attention import backend, cudnn, splash
 from avocado_jax.models.attention import plain as attention
 from avocado_jax.models.attention.plain import attend, merge
 from avocado_jax.models.cache import KV
+from avocado_jax.models.config import TINY, Kernel, SplashBlocks
+from avocado_jax.models.thinker import Thinker, example, init
+from avocado_jax.train.sft import model_of
 
 ROWS, QUERIES, KEYS, HEADS, KV_HEADS, WIDTH = 2, 50, 70, 4, 2, 8
 
@@ -32,7 +39,7 @@ def plain(q, k, v, valid=None, causal=False):
     if valid is not None:
         seen &= valid[:, None, None]
     if causal:
-        seen &= (jnp.arange(k.shape[2]) <= jnp.arange(q.shape[1])[:, None])[None, :, None]
+        seen &= (jnp.arange(k.shape[2])[None] <= jnp.arange(q.shape[1])[:, None])[None, :, None]
     scores = jnp.where(seen, scores, -jnp.inf)
     return jnp.einsum("bqhs,bhse->bqhe", jax.nn.softmax(scores), v), jax.nn.logsumexp(scores, axis=-1)
 
@@ -50,7 +57,7 @@ def plain(q, k, v, valid=None, causal=False):
 def test_is_the_formula(monkeypatch, causal, masked, score_bytes):
     monkeypatch.setattr(attention, "SCORE_BYTES", score_bytes)
     q, k, v = draws()
-    valid = jnp.arange(KEYS) < jnp.array([[KEYS - 9], [33]]) if masked else None
+    valid = jnp.arange(KEYS)[None] < jnp.array([[KEYS - 9], [33]]) if masked else None
     for ours, theirs in zip(attend(q, k, v, valid, causal), plain(q, k, v, valid, causal)):
         np.testing.assert_allclose(ours, theirs, atol=2e-6)
 
@@ -79,7 +86,7 @@ def sequences(rows=ROWS, clip=KEYS, heads=HEADS, kv_heads=KV_HEADS, width=WIDTH)
     kv = KV(*(jax.random.normal(key, (rows, kv_heads, clip, width)) for key in keys[1:3]))
     said = jax.random.normal(keys[3], (rows, GROUP, CAPTION, heads, width))
     own = KV(*(jax.random.normal(key, (rows, GROUP, kv_heads, CAPTION, width)) for key in keys[4:]))
-    return q, kv, said, own, jnp.arange(clip) < jnp.linspace(clip, clip // 2, rows).astype(int)[:, None]
+    return q, kv, said, own, jnp.arange(clip)[None] < jnp.linspace(clip, clip // 2, rows).astype(int)[:, None]
 
 
 def outputs(module, **options):
@@ -97,14 +104,13 @@ def outputs(module, **options):
     return run
 
 
-KERNELS = {"splash": dict(interpret=True), "cudnn": dict(implementation="xla")}
+KERNELS = {"splash": dict(interpret=True, blocks=SplashBlocks(128, 128, 128, 128)), "cudnn": dict(implementation="xla")}
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("clip", [KEYS, pytest.param(131, marks=pytest.mark.slow)])  # one block and two; odd
-def test_kernels_are_the_plain_form(kernel, clip, monkeypatch):
+def test_kernels_are_the_plain_form(kernel, clip):
     """Forward and gradients. The GPU's own kernel needs one: here its arguments go to the same function in XLA."""
-    monkeypatch.setattr(splash, "BLOCK", 128)
     args = sequences(clip=clip)
     ours, theirs = outputs({"splash": splash, "cudnn": cudnn}[kernel], **KERNELS[kernel]), outputs(attention)
     for one, other in zip(ours(*args), theirs(*args)):
@@ -164,6 +170,42 @@ def test_the_platform_chooses(monkeypatch):
         ("gpu", "float32", attention),
     ):
         monkeypatch.setattr(jax, "default_backend", lambda platform=platform: platform)
-        assert backend("auto", dtype) is module
-        assert backend("auto", dtype, 64) is attention  # a window
-        assert backend("splash", dtype) is splash
+        chosen = backend(Kernel("auto"), dtype).attend_clip
+        assert getattr(chosen, "func", chosen) is module.attend_clip
+        assert backend(Kernel("auto"), dtype, 64) is attention  # a window
+        assert backend(Kernel("splash"), dtype).attend_clip.func is splash.attend_clip
+
+
+@pytest.mark.parametrize(
+    ("field", "size", "sizes"),
+    [
+        ("q", 256, ["block_q"]),
+        ("kv", 128, ["block_kv"]),
+        ("q_backward", 256, ["block_q_dkv", "block_q_dq"]),
+        ("kv_backward", 128, ["block_kv_dkv", "block_kv_dq"]),
+    ],
+)
+def test_block_sizes_reach_the_kernel(field, size, sizes, monkeypatch):
+    """From the config, through the model. By default, 1,280 tokens are two blocks."""
+
+    class Made(Exception):
+        """The kernel's block sizes."""
+
+    def block_sizes(**sizes):
+        raise Made(sizes)
+
+    monkeypatch.setattr(splash.splash, "BlockSizes", block_sizes)
+    config = SftConfig(attention="splash", splash=replace(SplashConfig(), **{field: size}))
+    model, clip = model_of(config, TINY), example(TINY, shape=(1280, 1, 1, 1))[0]
+    params = jax.eval_shape(partial(init, TINY), jax.random.key(0))
+    with pytest.raises(Made) as made:
+        jax.eval_shape(lambda *args: Thinker(model).apply({"params": args[0]}, args[1], method="prefill"), params, clip)
+    (used,) = made.value.args
+    assert {name: used[name] for name in sizes} == dict.fromkeys(sizes, size)
+    assert {value for name, value in used.items() if name not in sizes} == {640}
+
+
+def test_block_sizes_are_multiples_of_128(tmp_path):
+    (tmp_path / "config.py").write_text("from avocado_jax.config import SftConfig\nconfig = SftConfig()\n")
+    with pytest.raises(InputError, match=r"splash\.kv_backward: 1000 is not a multiple of 128"):
+        load(str(tmp_path / "config.py"), ["--splash.kv_backward", "1000"])

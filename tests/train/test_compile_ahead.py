@@ -1,16 +1,20 @@
 """The compile cache of a run, programs compiled before step 1, and how many there are."""
 
+import logging
+import re
 import threading
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from gcs import storage_server
 from jax.sharding import NamedSharding, PartitionSpec
 from processes import several
 
-from avocado_jax.config import load
-from avocado_jax.train import compiled
+from avocado_jax.config import SftConfig, load
+from avocado_jax.train import compiled, run
 from avocado_jax.train.compiled import Program, compile_ahead, counts
 from avocado_jax.train.rollout import fitting, widths
 
@@ -87,6 +91,45 @@ def test_a_call_reuses_what_was_compiled_ahead(sharding, capsys):
     for batch in batches:
         run(batch, 3)
     assert counts().compiled == before
+
+
+@pytest.fixture
+def compilation_log():
+    log = compiled.CompilationLog()
+    yield log
+    jax.monitoring.unregister_event_duration_listener(log._log)
+    logging.getLogger("jax._src.interpreters.pxla").removeFilter(log)
+
+
+def test_a_slow_compilation_is_logged_with_its_shapes(compilation_log, monkeypatch, capsys, caplog):
+    def later(*arrays):
+        return sum(array.sum() for array in arrays)
+
+    arrays = [np.ones((3, 5), np.float32), np.int32(2)]
+    monkeypatch.setattr(compiled, "LOGGED_SECONDS", 0.0)
+    jax.jit(later)(*arrays)
+    line = r"compiled during the run, in \d+\.\d s: jit\(later\)\({}f32\[3,5\], i32\[\]\)\n"
+    assert re.fullmatch(line.format(""), capsys.readouterr().err)
+    monkeypatch.setattr(compiled, "LOGGED_SHAPES", 2)
+    jax.jit(later)(np.ones(1), np.ones(2), *arrays)
+    assert re.fullmatch(line.format("2 arrays, "), capsys.readouterr().err)
+    monkeypatch.undo()
+    jax.jit(later)(np.ones(7))  # takes less than a second
+    assert not capsys.readouterr().err
+    assert not caplog.records  # the debug log of jax is not printed
+
+
+def test_compilations_are_logged_once_the_programs_are_compiled(monkeypatch):
+    calls = []
+    monkeypatch.setattr(run, "remaining_buckets", lambda *_: ["bucket"])
+    monkeypatch.setattr(run, "compile_ahead", lambda _: calls.append("ahead"))
+    monkeypatch.setattr(run, "log_compilations", lambda: calls.append("log"))
+    monkeypatch.setattr(run, "Log", lambda *_: None)
+    monkeypatch.setattr(run, "train", lambda *_: calls.append("train") or 0)
+    setup = SimpleNamespace(steps=1, plan=SimpleNamespace(digest=""), mesh=None)
+    stage = dict.fromkeys(("step", "evaluate", "flops", "rank"))
+    assert run.run(SftConfig(), setup, "", None, SimpleNamespace(step=0), lambda _: [], **stage) == 0
+    assert calls == ["ahead", "log", "train"]
 
 
 def test_programs_compile_at_the_same_time(sharding, monkeypatch):

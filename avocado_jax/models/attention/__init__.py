@@ -4,15 +4,21 @@
 """
 
 import importlib
-from types import ModuleType
+from functools import partial
+from types import ModuleType, SimpleNamespace
 
 import jax
+
+from avocado_jax.models.config import Kernel
 
 WORTH = 512  # slots from which a block of a tower is worth a kernel
 
 
-def backend(attention: str, dtype: str, block: int | None = None) -> ModuleType:
-    """The module that `ThinkerConfig.attention` means for activations of `dtype`.
+FUNCTIONS = ("attend_clip", "attend_captions", "attend_block")
+
+
+def backend(kernel: Kernel, dtype: str, block: int | None = None) -> ModuleType | SimpleNamespace:
+    """The functions of the kernel that `ThinkerConfig` selects for activations of `dtype`.
 
     "auto" is the kernel of the platform that jax uses by default, in the dtypes it takes; a program for another
     platform (`plan` compiles for a TPU on a machine without one) must name its own.
@@ -20,10 +26,14 @@ def backend(attention: str, dtype: str, block: int | None = None) -> ModuleType:
     Args:
         block: slots of a tower's block; short ones are plain everywhere.
     """
+    attention = kernel.name
     if attention == "auto":
         half = dtype in ("bfloat16", "float16")
         attention = {"tpu": "splash", "gpu": "cudnn" if half else "plain"}.get(jax.default_backend(), "plain")
     if block is not None and block < WORTH:
         attention = "plain"
-    # Imported where it is chosen: a kernel's machinery is of no use to other platforms.
-    return importlib.import_module(f"avocado_jax.models.attention.{attention}")
+    # Imported on demand: other platforms need not load a kernel's dependencies.
+    module = importlib.import_module(f"avocado_jax.models.attention.{attention}")
+    if attention != "splash":
+        return module
+    return SimpleNamespace(**{name: partial(getattr(module, name), blocks=kernel.blocks) for name in FUNCTIONS})

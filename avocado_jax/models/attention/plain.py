@@ -44,7 +44,7 @@ def attend(
         if valid is not None:
             scores = jnp.where(valid[:, None, None, None], scores, MASKED)
         if causal:
-            seen = jnp.arange(keys) <= (first + jnp.arange(q.shape[1]))[:, None]
+            seen = jnp.arange(keys)[None] <= (first + jnp.arange(q.shape[1]))[:, None]
             scores = jnp.where(seen[:, None, None], scores, MASKED)
         lse = jax.nn.logsumexp(scores, axis=-1)
         weights = jnp.exp(scores - lse[..., None]).astype(v.dtype)

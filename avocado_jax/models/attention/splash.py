@@ -2,8 +2,14 @@
 
 A row's captions are one list of queries over [captions; clip], with a mask that skips other captions' blocks: the
 clip's keys are shared by all. The kernel's log-sum-exp cannot be differentiated, so this is one call, not two that are
-merged. Lengths are padded to the kernel's blocks, here and unseen from outside. It runs in parts over the mesh in
-context: rows over the mesh's rows, heads over `tensor`.
+merged. Lengths are padded to the kernel's blocks, and outputs cut to their length. Rows are sharded over the mesh's
+rows, heads over `tensor`.
+
+The default of 1,024 queries by 1,024 keys (`models.config.SplashBlocks`) was selected by compiling ahead of time for
+28,032 clip tokens and captions of 4,096, forward and backward: it fits the vector memory of v5e, v5p and v6e, while
+2,048 fits v6e only. A block of q queries reads every key once, so the kernel computes q operations per byte of keys and
+values: 512 is below the ratio of a v6e's peak to its HBM bandwidth (560), 1,024 above. How long a block takes is not
+known ahead of time.
 """
 
 import math
@@ -21,20 +27,25 @@ from jax.sharding import PartitionSpec
 
 from avocado_jax.errors import InputError
 from avocado_jax.models.cache import KV
+from avocado_jax.models.config import SplashBlocks
 from avocado_jax.parallel.mesh import ROWS, parts_of
 from avocado_jax.typing import Array, Bool, Float
 
 LANES = 128  # of the vector unit: blocks are multiples
-BLOCK = 512  # queries or keys of one step of the kernel, at most
 SEEN, HIDDEN = 0, 1  # segments: a query of one sees keys of the same
 
 
-def attend_clip(q: Float[Array, "B P H E"], own: KV, interpret: bool = False) -> Float[Array, "B P H E"]:
+DEFAULT = SplashBlocks()
+
+
+def attend_clip(
+    q: Float[Array, "B P H E"], own: KV, interpret: bool = False, blocks: SplashBlocks = DEFAULT
+) -> Float[Array, "B P H E"]:
     """Every token of the clip sees itself and what came before; `own` is [B K P E].
 
     Padding at the end is seen by padding only, so it needs no mask.
     """
-    return _splash("causal", q, own, None, interpret)
+    return _splash("causal", q, own, None, interpret, blocks)
 
 
 def attend_captions(
@@ -43,13 +54,15 @@ def attend_captions(
     clip: KV,
     clip_valid: Bool[Array, "B P"],
     interpret: bool = False,
+    blocks: SplashBlocks = DEFAULT,
 ) -> Float[Array, "B G C H E"]:
     """A caption's tokens see the clip's valid ones and, causally, the caption's own, [B G K C E]."""
     rows, group, length, *heads = q.shape
     listed = (part.swapaxes(1, 2).reshape(rows, -1, group * length, heads[1]) for part in own)
     keys = KV(*(jnp.concatenate(both, axis=2) for both in zip(listed, clip)))
     valid = jnp.pad(clip_valid, ((0, 0), (group * length, 0)), constant_values=True)
-    return _splash(f"captions {group} {length}", q.reshape(rows, -1, *heads), keys, valid, interpret).reshape(q.shape)
+    flat = q.reshape(rows, -1, *heads)
+    return _splash(f"captions {group} {length}", flat, keys, valid, interpret, blocks).reshape(q.shape)
 
 
 def attend_block(
@@ -58,12 +71,13 @@ def attend_block(
     v: Float[Array, "B S H E"],
     valid: Bool[Array, "B S"],
     interpret: bool = False,
+    blocks: SplashBlocks = DEFAULT,
 ) -> Float[Array, "B S H E"]:
     """All valid tokens of a block see each other. A block without any gives finite, meaningless output."""
-    return _splash("full", q, KV(k.swapaxes(1, 2), v.swapaxes(1, 2)), valid, interpret)
+    return _splash("full", q, KV(k.swapaxes(1, 2), v.swapaxes(1, 2)), valid, interpret, blocks)
 
 
-def _splash(kind: str, q: Array, kv: KV, valid: Array | None, interpret: bool) -> Array:
+def _splash(kind: str, q: Array, kv: KV, valid: Array | None, interpret: bool, blocks: SplashBlocks) -> Array:
     """One call of the kernel a row and a key head, in parts over the mesh: rows over its rows, heads over `tensor`."""
     rows, queries, heads, width = q.shape
     kv_heads, keys = kv.k.shape[1:3]
@@ -74,14 +88,15 @@ def _splash(kind: str, q: Array, kv: KV, valid: Array | None, interpret: bool) -
         kv = KV(*(jnp.repeat(part, tensor // kv_heads, axis=1) for part in kv))
 
     q = jnp.einsum("BQHE->BHQE", q) * jnp.asarray(1 / math.sqrt(width), q.dtype)
-    side, room = _block(queries), _block(keys)
+    side, room = _block(queries, blocks.q), _block(keys, blocks.kv)
     q = _padded(q, 2, side)
     kv = KV(*(_padded(part, 2, room) for part in kv))
     segments = None
     if valid is not None:
         hidden = jnp.where(_padded(valid, 1, room), SEEN, HIDDEN).astype(jnp.int32)
         segments = splash.SegmentIds(jnp.full((rows, q.shape[2]), SEEN, jnp.int32), hidden)
-    kernel = _kernel(kind, q.shape[2], kv.k.shape[2], side, room, heads // tensor, interpret)
+    backward = _divisor(q.shape[2], blocks.q_backward), _divisor(kv.k.shape[2], blocks.kv_backward)
+    kernel = _kernel(kind, q.shape[2], kv.k.shape[2], SplashBlocks(side, room, *backward), heads // tensor, interpret)
 
     def run(q: Array, k: Array, v: Array, segments: Any) -> Array:
         return jax.vmap(kernel)(q, k, v, segments)
@@ -95,10 +110,15 @@ def _splash(kind: str, q: Array, kv: KV, valid: Array | None, interpret: bool) -
     return jnp.einsum("BHQE->BQHE", run(q, *kv, segments)[:, :, :queries])
 
 
-def _block(length: int) -> int:
-    """The size of blocks that covers `length` with the fewest steps and little padding."""
-    steps = -(-length // BLOCK)
+def _block(length: int, most: int) -> int:
+    """The block size of at most `most` that covers `length` with the fewest steps and little padding."""
+    steps = -(-length // most)
     return -(-length // (steps * LANES)) * LANES
+
+
+def _divisor(length: int, most: int) -> int:
+    """The largest block size of at most `most` that divides `length`, a multiple of LANES."""
+    return max(size for size in range(LANES, max(most, LANES) + 1, LANES) if length % size == 0)
 
 
 def _padded(x: Array, axis: int, unit: int) -> Array:
@@ -131,7 +151,7 @@ class _CaptionMask(masks.Mask):
 
 
 @lru_cache(maxsize=64)
-def _kernel(kind: str, queries: int, keys: int, side: int, room: int, heads: int, interpret: bool) -> Callable:
+def _kernel(kind: str, queries: int, keys: int, blocks: SplashBlocks, heads: int, interpret: bool) -> Callable:
     """The compiled-in form of one mask; making it costs seconds at full length, and layers share it."""
     name, *sizes = kind.split()
     mask: masks.Mask = {
@@ -139,16 +159,16 @@ def _kernel(kind: str, queries: int, keys: int, side: int, room: int, heads: int
         "captions": lambda: _CaptionMask((queries, keys), *map(int, sizes)),
         "full": lambda: masks.FullMask((queries, keys)),
     }[name]()
-    blocks = splash.BlockSizes(
-        block_q=side,
-        block_kv=room,
-        block_q_dkv=side,
-        block_kv_dkv=room,
-        block_q_dq=side,
-        block_kv_dq=room,
+    sizes = splash.BlockSizes(
+        block_q=blocks.q,
+        block_kv=blocks.kv,
+        block_q_dkv=blocks.q_backward,
+        block_kv_dkv=blocks.kv_backward,
+        block_q_dq=blocks.q_backward,
+        block_kv_dq=blocks.kv_backward,
     )
     heads_mask = masks.MultiHeadMask([mask] * heads)
-    make = partial(splash.make_splash_mha, block_sizes=blocks, head_shards=1, q_seq_shards=1, interpret=interpret)
+    make = partial(splash.make_splash_mha, block_sizes=sizes, head_shards=1, q_seq_shards=1, interpret=interpret)
     # It computes with jax at once: in a thread of its own neither a trace nor a mesh is in use.
     with ThreadPoolExecutor(1) as apart:
         kernel = apart.submit(make, heads_mask).result()
