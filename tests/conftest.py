@@ -4,6 +4,9 @@ A process maps each program that XLA compiles for the CPU into memory. Linux all
 past that, LLVM cannot allocate memory and the process dies of a segmentation fault inside `backend_compile_and_load`.
 So compiled programs are dropped behind each module, as in the product where a module compiles many, and the summary
 reports the peaks. `python tests/measure_maps.py` shows the growth.
+
+Nearly all of a test is compilation. The test processes share a persistent cache in .cache/xla, so a program that
+several modules need is compiled once, and a second run of the suite reads nearly all of them.
 """
 
 import faulthandler
@@ -12,6 +15,7 @@ import os
 import resource
 import signal
 import sys
+from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -43,25 +47,47 @@ settings.register_profile("repeatable", derandomize=True, deadline=None, databas
 settings.load_profile("repeatable")
 
 PEAKS = pytest.StashKey[dict[str, dict[str, float]]]()  # of each test process, by its name
+SAVED = "/jax/compilation_cache/compile_time_saved_sec"
+
+if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):  # in this process only: subprocesses have caches of their own
+    jax.config.update("jax_compilation_cache_dir", str(Path(__file__).parents[1] / ".cache" / "xla"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+    jax.config.update("jax_persistent_cache_enable_xla_caches", "none")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     """SIGUSR1, which launch/test.sh sends at its time limit, prints the stacks of every thread."""
     config.stash[PEAKS] = {}
+    config.stash[PEAKS]["this process"] = peaks = {"maps": 0, "GiB": 0.0, "read": 0, "saved": 0.0}
     bound_compiled_programs()
+
+    def count_saved(event: str, seconds: float, **_: object) -> None:
+        if event == SAVED:
+            peaks["read"], peaks["saved"] = peaks["read"] + 1, peaks["saved"] + seconds
+
+    jax.monitoring.register_event_duration_secs_listener(count_saved)
     faulthandler.register(signal.SIGUSR1, file=os.dup(sys.__stderr__.fileno()), all_threads=True)
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(items: list) -> None:
-    """Run the modules in tests/train first: they take longest, and a long one at the end leaves the other core idle."""
+    """Run the modules in tests/train first: they take longest, and a long one at the end leaves the other core idle.
+
+    A module runs in one process, and so do all modules that compare with the same undisturbed run.
+    """
     items.sort(key=lambda item: item.path.parent.name != "train")
+    groups = {item.path: item.path.stem for item in items}
+    for item in items:
+        groups |= {item.path: name for name in ("runs", "grpo_runs") if name in item.fixturenames}
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group(groups[item.path]))
 
 
 @pytest.fixture(scope="module", autouse=True)
 def _release_programs(request: pytest.FixtureRequest):
     """Drop the compiled programs of a module, and record the peak number of maps, which only grows in a module."""
     yield
-    peaks = request.config.stash[PEAKS].setdefault("this process", {"maps": 0})
+    peaks = request.config.stash[PEAKS]["this process"]
     peaks["maps"] = max(peaks["maps"], memory_maps())
     peaks["GiB"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     jax.clear_caches()
@@ -74,7 +100,7 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     Both in one process crash it: the reference's reader runs in a separate process (reference_clips.py).
     """
     if hasattr(session.config, "workeroutput"):
-        session.config.workeroutput["peaks"] = session.config.stash[PEAKS].get("this process", {})
+        session.config.workeroutput["peaks"] = session.config.stash[PEAKS]["this process"]
     assert "decord" not in sys.modules
 
 
@@ -114,7 +140,8 @@ def pytest_plugin_registered(plugin, manager) -> None:
 def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
     """Print the peaks of each test process."""
     for name, peaks in config.stash[PEAKS].items():
-        if peaks:
+        if peaks and peaks["maps"]:
             terminalreporter.write_line(
-                f"{name}: peak {peaks['maps']} memory maps (limit 65530), peak memory {peaks['GiB']:.1f} GiB"
+                f"{name}: peak {peaks['maps']} memory maps (limit 65530), peak memory {peaks['GiB']:.1f} GiB, "
+                f"{peaks['read']} programs read from the cache ({peaks['saved']:.0f} s of compilation)"
             )
