@@ -78,7 +78,7 @@ def pytest_collection_modifyitems(items: list) -> None:
     items.sort(key=lambda item: item.path.parent.name != "train")
     groups = {item.path: item.path.stem for item in items}
     for item in items:
-        groups |= {item.path: name for name in ("runs", "grpo_runs") if name in item.fixturenames}
+        groups[item.path] = next((one for one in ("runs", "grpo_runs") if one in item.fixturenames), groups[item.path])
     for item in items:
         item.add_marker(pytest.mark.xdist_group(groups[item.path]))
 
