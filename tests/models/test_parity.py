@@ -77,7 +77,7 @@ def recorded(modules):
 
 
 def sizes(part):
-    return {"width": part.width, "heads": part.heads, "ffn": part.ffn, "attention": "plain", **CONFIG.dtypes}
+    return {"width": part.width, "heads": part.heads, "ffn": part.ffn, "kernel": CONFIG.kernel, **CONFIG.dtypes}
 
 
 def test_vision_tower_and_layers(reference):
@@ -139,7 +139,7 @@ def test_text_layers(reference):
     for number, record in enumerate(records):
         x = jnp.asarray(record["input"].numpy())
         layer = {"params": params["text"][f"layers_{number}"]}
-        ours, _ = TextLayer(text, attention="plain", **CONFIG.dtypes).apply(layer, x, None, rope, None, None)
+        ours, _ = TextLayer(text, kernel=CONFIG.kernel, **CONFIG.dtypes).apply(layer, x, None, rope, None, None)
         close(ours, record["output"], 1e-5)
 
 
