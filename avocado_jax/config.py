@@ -43,7 +43,7 @@ class DataConfig:
     train: str = ""
     heldout: str = ""  # its loss is measured every `eval_every` steps
     references: int = 1  # captions per clip
-    caption_tokens: int = 1024  # longer captions are truncated and counted
+    caption_tokens: int = 1024  # SFT: longer captions are truncated and counted (GRPO: `sampling.tokens`)
     shapes: int = 8  # maximum number of compiled shapes
     max_lost_share: float = 0.02  # the run stops if more records cannot be read
     cache_dir: str = free("")  # local; copies of remote shards, and measurements of tfds sources
@@ -53,11 +53,11 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """AdamW, linear warm-up, cosine to zero."""
+    """AdamW, global-norm clipping, linear warm-up, cosine decay."""
 
     lr: float = 2e-5
-    warmup: float = 0.05  # share of the steps
-    final: float = 0.0  # share of `lr` at the last step
+    warmup: float = 0.05  # share of the steps; the first update has a positive rate, with 0 the full one
+    final: float = 0.0  # share of `lr` that the cosine approaches at the last step
     beta1: float = 0.9
     beta2: float = 0.95
     eps: float = 1e-8
@@ -162,8 +162,7 @@ class RunConfig:
     accumulate: int = free(1)  # microbatches per batch
     train: str = "captioner"  # "captioner": adapters and language model; "all"; "adapters"; "lora": with adapters
     lora: LoraConfig = LoraConfig()
-    dtype: str = "bfloat16"  # of activations
-    param_dtype: str = "float32"  # of trained parameters, their gradients and moments
+    dtype: str = "bfloat16"  # of activations; trained parameters, their gradients and moments are float32
     frozen_dtype: str = "bfloat16"  # of frozen parameters
     remat: str = free("full")  # what the backward pass recomputes: "none", "dots", "full", "offload"
     attention: str = free("auto")  # "auto": the platform's kernel; "plain", "splash", "cudnn"

@@ -177,7 +177,7 @@ def rewarded(folder, judge=None, sizes=(2, 1, -1), order=None, split=1, lost=Non
         sampling=SamplingConfig(tokens=12),
         rewards=RewardConfig(low=4, high=12, keypoints=6, lines=2, **settings),
     )
-    asked = recipe(caption_tokens=24, max_lost_share=1.0)
+    asked = recipe(group=4, caption_tokens=12, sampled=True, max_lost_share=1.0)
     plan = plan_batches(Clips().index, asked, config.batch, 1, 0)
     source = Clips([int(plan.step(0).records[row // split]) for row in (lost or {}).get(jax.process_index(), [])])
     devices = jax.devices()

@@ -28,6 +28,7 @@ from avocado_jax.config import GrpoConfig, as_json, as_sft, load, refuse_another
 from avocado_jax.data import storage
 from avocado_jax.errors import InputError
 from avocado_jax.eval.ablation import PAPER, Arm, parse_arms, summary, table
+from avocado_jax.parallel.backend import use_gpu_memory
 from avocado_jax.rewards.combine import TERMS
 from avocado_jax.train.compiled import use_cache
 
@@ -56,6 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Train, caption and measure what has not been, then compare. Returns the exit status."""
+    use_gpu_memory()
     config = load(args.config, args.fields)
     if not isinstance(config, GrpoConfig):
         raise InputError(f"{args.config}: a {type(config).__name__}; ablate takes a GrpoConfig")

@@ -14,7 +14,6 @@ a large copy, measured in the same run. Needs jax, flax, optax and numpy only; `
 
 import argparse
 import json
-import os
 
 import jax
 
@@ -24,6 +23,7 @@ from avocado_jax.bench.rewards import bench_rewards
 from avocado_jax.bench.sft import bench_sft
 from avocado_jax.errors import InputError
 from avocado_jax.models.config import REMAT, SIZES
+from avocado_jax.parallel.backend import use_exact_fp32, use_gpu_memory
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -44,10 +44,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Measure one path."""
-    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.94")  # the default keeps a quarter of a GPU unused
+    use_gpu_memory()
     if min(args.group, args.caption_tokens, args.clips) < 1 or args.clip_tokens < 1024:
         raise InputError("--group, --caption-tokens and --clips start at 1, --clip-tokens at 1024")
     dtype = args.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
+    use_exact_fp32(dtype)
     if args.what == "input":
         from avocado_jax.bench.input import bench_input  # the other paths must run without what this one needs
         from avocado_jax.data.media import Reading

@@ -28,6 +28,7 @@ import jax
 
 from avocado_jax.config import GrpoConfig, SftConfig, as_sft, load
 from avocado_jax.errors import InputError
+from avocado_jax.parallel.backend import use_gpu_memory
 from avocado_jax.parallel.processes import init_distributed
 
 
@@ -47,7 +48,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def configure_jax(args: argparse.Namespace) -> None:
-    """Apply `--deterministic` and `--debug-nans`, before a backend is initialised: XLA reads its flags once."""
+    """Configure jax for training, before a backend is initialised: XLA reads its environment once."""
+    use_gpu_memory()
     if args.deterministic:
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_deterministic_ops=true".lstrip()
     jax.config.update("jax_debug_nans", args.debug_nans)

@@ -58,7 +58,7 @@ class Batch(NamedTuple):
     ids: tuple[str, ...]  # "" in padding rows
     records: tuple[dict[str, Any], ...]  # the manifest fields of each row: what rewards compare with
     clip: Clip
-    captions: Captions
+    captions: Captions | None  # None if the recipe's captions are sampled
     weight: Float[Array, "B"]  # 1, or 0 for a row that does not count: padding, or a lost record
     cut: Int[Array, "B"]  # captions of each row that were longer than the bucket
     padded: float  # share of the step's FLOPs, over all hosts, that is spent on padding
@@ -75,6 +75,7 @@ class Recipe:
     reading: Reading = field(default_factory=Reading)
     group: int = 1  # captions of a row; if a record has fewer references, the rest have no targets
     caption_tokens: int = 1024  # including the stop; longer captions are cut
+    sampled: bool = False  # GRPO samples `group` captions of up to `caption_tokens`: rows have no reference captions
     aligned: tuple[int, int] = (128, 64)  # clip tokens and caption tokens of a shape are multiples of these
     prompts: tuple[str, ...] = PROMPTS  # one is drawn for a record without a prompt
     record_seconds: float = 120.0  # timeout for reading and decoding one record
@@ -85,7 +86,7 @@ class _Row(NamedTuple):
     """A row as a worker sends it: clip and captions are padded to the bucket, with a leading axis of 1."""
 
     clip: Clip
-    captions: Captions
+    captions: Captions | None
     weight: float
     cut: int
     id: str
@@ -94,10 +95,14 @@ class _Row(NamedTuple):
 
 
 def row_sizes(index: Index, recipe: Recipe) -> Sizes:
-    """The bucket sizes that each record needs, whichever of the recipe's prompts and captions is drawn."""
+    """The bucket sizes that each record needs, whichever of the recipe's prompts and captions is drawn.
+
+    Where captions are sampled, each may have `caption_tokens`, whatever the length of the record's own.
+    """
     prompts = [chat_prompt(recipe.words, text) for text in recipe.prompts]
     longest = max(len(prompt.before) + len(prompt.after) for prompt in prompts)
-    return sizes(index, longest, recipe.caption_tokens, recipe.config)
+    known = sizes(index, longest, recipe.caption_tokens, recipe.config)
+    return known._replace(caption=np.full_like(known.caption, recipe.caption_tokens)) if recipe.sampled else known
 
 
 def plan_batches(index: Index, recipe: Recipe, batch: int, shapes: int, seed: int) -> Plan:
@@ -169,7 +174,7 @@ def _batch(rows: list[_Row], plan: Plan, step: int, lost: list[Lost]) -> Batch:
         ids=tuple(row.id for row in rows),
         records=tuple(row.record for row in rows),
         clip=_joined([row.clip for row in rows]),
-        captions=_joined([row.captions for row in rows]),
+        captions=None if rows[0].captions is None else _joined([row.captions for row in rows]),
         weight=np.array([row.weight for row in rows], np.float32),
         cut=np.array([row.cut for row in rows], np.int32),
         padded=at.padded,
@@ -210,7 +215,7 @@ class _MakeRow:
         return _Row(*empty_row(self.recipe, bucket), 0.0, 0, name, {}, reason)
 
 
-def empty_row(recipe: Recipe, bucket: Bucket) -> tuple[Clip, Captions]:
+def empty_row(recipe: Recipe, bucket: Bucket) -> tuple[Clip, Captions | None]:
     """A row without content, padded to the bucket: the smallest picture, no sound, no caption.
 
     The picture keeps every intermediate value finite, so that a weight of 0 removes the row from all sums.
@@ -218,8 +223,8 @@ def empty_row(recipe: Recipe, bucket: Bucket) -> tuple[Clip, Captions]:
     side = recipe.config.vision.patch * recipe.config.vision.merge
     media = Media(np.zeros((recipe.config.vision.temporal_patch, side, side, 3), np.uint8), None, 0.0)
     row = make_row(media, Prompt([0], [0]), recipe.config, recipe.reading)
-    captions, _ = make_captions([], int(row.clip.first), bucket.caption, recipe.group)
-    return stack([row.clip], bucket.shape), captions
+    clip = stack([row.clip], bucket.shape)
+    return clip, None if recipe.sampled else make_captions([], int(row.clip.first), bucket.caption, recipe.group)[0]
 
 
 @lru_cache
@@ -238,6 +243,8 @@ def record_row(record: Record, number: int, epoch: int, bucket: Bucket, recipe: 
     text = fields.get("prompt") or draw(recipe.prompts, 1, seed, PROMPT, epoch, number)[0]
     prompt = chat_prompt(recipe.words, text, fields.get("system", SYSTEM))
     clip = make_row(decoded(record, recipe.reading), prompt, recipe.config, recipe.reading).clip
+    if recipe.sampled:
+        return _Row(stack([clip], bucket.shape), None, 1.0, 0, fields["id"], fields, "")
     known = list(dict.fromkeys([fields["caption"], *fields.get("references", [])]))
     chosen = draw(known, recipe.group, seed, REFERENCES, epoch, number)
     stop = special_id(recipe.words, "<|im_end|>")

@@ -9,6 +9,7 @@ from avocado_jax.data.prompt import PROMPTS
 from avocado_jax.data.words import load_words
 from avocado_jax.errors import InputError
 from avocado_jax.models.config import computed
+from avocado_jax.parallel.backend import use_exact_fp32
 from avocado_jax.parallel.programs import bound_compiled_programs
 from avocado_jax.sampling.captioner import Captioner, captioner_of
 
@@ -42,6 +43,5 @@ def load_captioner(checkpoint: Checkpoint, text: str | None, dtype: str) -> Capt
 def computing_dtype(asked: str | None) -> str:
     """What is computed in: as asked, else bfloat16 on accelerators and float32 on a CPU; float32 is then exact."""
     dtype = asked or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
-    if dtype == "float32":
-        jax.config.update("jax_default_matmul_precision", "highest")  # accelerators round fp32 products otherwise
+    use_exact_fp32(dtype)
     return dtype

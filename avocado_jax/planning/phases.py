@@ -95,7 +95,7 @@ def grpo_phases(config: GrpoConfig, model: ThinkerConfig, bucket: Bucket, mesh: 
 
 
 def _batch(config: RunConfig, model: ThinkerConfig, bucket: Bucket, mesh: Mesh, rows: int) -> tuple[Any, ...]:
-    """The arrays of a batch on the mesh: clip, reference captions, weight, captions cut."""
+    """The arrays of a batch on the mesh, with captions of the greatest length."""
     return batch_shapes(config, model, bucket._replace(caption=config.data.caption_tokens), mesh, rows)
 
 

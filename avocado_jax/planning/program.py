@@ -10,16 +10,18 @@ from jax.sharding import Mesh
 
 from avocado_jax.checkpoint.load import open_checkpoint
 from avocado_jax.config import GrpoConfig, RunConfig
-from avocado_jax.data.pipeline import Recipe, plan_batches
+from avocado_jax.data.pipeline import plan_batches
 from avocado_jax.data.plan import Bucket
 from avocado_jax.data.rows import Shape
 from avocado_jax.data.words import load_words
 from avocado_jax.errors import InputError
 from avocado_jax.models.config import SIZES, ThinkerConfig
+from avocado_jax.parallel.backend import use_exact_fp32
 from avocado_jax.parallel.batches import process_rows
 from avocado_jax.parallel.mesh import make_mesh
 from avocado_jax.planning.phases import Phase, grpo_phases, sft_phases
 from avocado_jax.train.inputs import open_source
+from avocado_jax.train.run import make_recipe
 from avocado_jax.train.sft import model_of
 
 # Environment of libtpu, read when it loads: no metadata server, no lock on this machine's TPU, few logs.
@@ -100,8 +102,7 @@ def model_and_buckets(config: RunConfig) -> tuple[ThinkerConfig, list[Bucket]]:
     data = config.data
     if checkpoint and (":" in data.train or os.path.exists(data.train)):
         source, reading = open_source(data.train, data)
-        words = load_words(checkpoint.side_files)
-        recipe = Recipe(model, words, reading, data.references, data.caption_tokens)
+        recipe = make_recipe(config, model, load_words(checkpoint.side_files), reading)
         return model, list(plan_batches(source.index, recipe, config.batch, data.shapes, config.seed).buckets)
     return model, [Bucket(Shape(*nominal.clip), data.caption_tokens)]
 
@@ -113,6 +114,7 @@ def program_of(config: RunConfig, model: ThinkerConfig, bucket: Bucket, devices:
         InputError: the mesh does not match the devices or does not divide the rows, or the processes cannot load
             their rows.
     """
+    use_exact_fp32(config.dtype)
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, config.mesh.slices, devices)
     if model.attention == "auto":  # resolved for these devices, not for this machine
         kernel = {"tpu": "splash", "gpu": "cudnn" if model.dtype == "bfloat16" else "plain"}

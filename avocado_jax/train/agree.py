@@ -32,7 +32,7 @@ class _Contents(NamedTuple):
     """What the step reads of rows."""
 
     clip: Clip
-    captions: Captions | None  # None in GRPO, which samples its own
+    captions: Captions | None
     cut: Int[Array, "B"]
     references: Any
 
@@ -54,7 +54,7 @@ def agreed_batches(
         rows: of a batch, on all processes together.
         split: rows of each clip.
         references: makes what rewards compare with, as numpy arrays [B, ...], from the records of rows. It runs in
-            the prefetching thread. The batches then have no captions.
+            the prefetching thread.
     """
     local = process_rows(mesh, rows, jax.process_index())
     agree = _agree(mesh, split)
@@ -64,7 +64,7 @@ def agreed_batches(
         with closing(batches):
             for batch in batches:
                 if references:
-                    batch = batch._replace(references=references(batch.records), captions=None)
+                    batch = batch._replace(references=references(batch.records))
                 yield batch._replace(weight=observe(mesh, local, rows, batch.weight))
 
     def agreed(batch: Batch) -> Batch:
@@ -92,7 +92,7 @@ def agreement(
 def _empty(recipe: Recipe, bucket: Bucket, references: References | None) -> _Contents:
     clip, captions = empty_row(recipe, bucket)
     compared = references([{}]) if references else None
-    return _Contents(clip, None if references else captions, np.zeros(1, np.int32), compared)
+    return _Contents(clip, captions, np.zeros(1, np.int32), compared)
 
 
 def _compact(row: _Contents) -> _Contents:

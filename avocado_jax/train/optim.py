@@ -15,9 +15,14 @@ MATRICES = ("kernel", "embedding", "head", "lora_a", "lora_b")  # leaves with we
 
 
 def schedule(config: OptimConfig, steps: int) -> optax.Schedule:
-    """Learning rate by update: linear from 0 over the first `warmup` share, then a cosine to `final` times the peak."""
-    up = max(1, round(config.warmup * steps))
-    return optax.warmup_cosine_decay_schedule(0.0, config.lr, up, max(steps, up + 1), config.lr * config.final)
+    """Learning rate by the number of updates before: linear to the peak, then a cosine to `final` times the peak.
+
+    With W = `warmup` x steps (at least 1), update n = 1 ... W has lr x n / W, so update W has the peak.
+    """
+    warmup = max(1, round(config.warmup * steps))
+    return optax.warmup_cosine_decay_schedule(
+        config.lr / warmup, config.lr, warmup - 1, max(steps, warmup), config.lr * config.final
+    )
 
 
 def optimizer(config: OptimConfig, steps: int) -> optax.GradientTransformation:

@@ -24,15 +24,16 @@ from avocado_jax.train.rollout import VIEW_OVER, Rollout, cut
 class StepShapes(NamedTuple):
     """What the programs of a GRPO step pass on, for one bucket; every leaf is a ShapeDtypeStruct with its sharding."""
 
-    batch: tuple[Any, ...]  # clip, reference captions, weight, captions cut
+    batch: tuple[Any, ...]  # `batch_shapes`
     encoded: Any  # None where the encoders are trained
     view: Any
     rollout: Rollout  # at its full width
 
 
 def batch_shapes(config: RunConfig, model: ThinkerConfig, bucket: Bucket, mesh: Mesh, rows: int) -> tuple[Any, ...]:
-    """A batch on the mesh: clip, reference captions, weight, captions cut."""
-    shapes = example(model, rows, config.data.references, tuple(bucket.shape), bucket.caption)
+    """A batch on the mesh: clip, captions (None in GRPO, which samples its own), weight, captions cut."""
+    clip, captions = example(model, rows, config.data.references, tuple(bucket.shape), bucket.caption)
+    shapes = clip, None if isinstance(config, GrpoConfig) else captions
     per_row = (jax.ShapeDtypeStruct((rows,), dtype) for dtype in (jnp.float32, jnp.int32))
     return by_rows((*shapes, *per_row), mesh)
 

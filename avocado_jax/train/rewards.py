@@ -16,6 +16,7 @@ from avocado_jax.config import GrpoConfig, RewardConfig
 from avocado_jax.data.pipeline import Batch, Source
 from avocado_jax.data.storage import StorageError
 from avocado_jax.errors import InputError
+from avocado_jax.parallel.backend import on_cpu
 from avocado_jax.parallel.batches import process_rows, rows_sharding
 from avocado_jax.parallel.replicas import observe, row_owners
 from avocado_jax.remote.chat import Endpoint
@@ -59,7 +60,8 @@ class Rewards(NamedTuple):
         judge: (rollout, batch) -> a function that waits for the answers. It starts the judge, and returns before the
             answers are there. None if captions are judged by their words.
         terms: (rollout, references, judged) -> each term, [B G]; NaN if a clip has no reference for it.
-        combine: (terms of complete groups, weight [B]) -> (reward [B G], metrics of the rows that count).
+        combine: (terms of complete groups, weight [B], normalize=`rewards.normalize`) -> (reward [B G], metrics of the
+            rows that count).
         program: shapes of a rollout -> the program that `terms` runs.
         check: raises `Unjudged` if too many answers are missing. It waits for the devices; all processes agree.
     """
@@ -67,7 +69,7 @@ class Rewards(NamedTuple):
     references: Callable[[Sequence[Mapping[str, Any]]], References]
     judge: Callable[[Rollout, Batch], Callable[[], Judged | None]]
     terms: Callable[[Rollout, References, Judged | None], dict[str, Array]]
-    combine: Callable[[dict[str, Array], Array], tuple[Array, dict[str, Array]]]
+    combine: Callable[..., tuple[Array, dict[str, Array]]]
     program: Callable[[Rollout], Program]
     check: Callable[[Judged | None], None]
 
@@ -125,7 +127,8 @@ def make_rewards(config: GrpoConfig, setup: Setup, stops: Sequence[int], judge: 
         return score_captions(table, tokens, lengths, references, thresholds, answers, limits)
 
     def references(records: Sequence[Mapping[str, Any]]) -> References:
-        return make_references(table, records, limits, settings.keypoints, MAX_FEATURES, MAX_CHARACTERS)[0]
+        with on_cpu():  # this runs in the input thread while the accelerators compute a step
+            return make_references(table, records, limits, settings.keypoints, MAX_FEATURES, MAX_CHARACTERS)[0]
 
     def no_judge(rollout: Rollout, batch: Batch) -> Callable[[], None]:
         return lambda: None
@@ -142,9 +145,11 @@ def make_rewards(config: GrpoConfig, setup: Setup, stops: Sequence[int], judge: 
         inputs = by_rows((shapes, answers), setup.mesh)
         return Program("rewards", score_terms, (table, rollout.captions.targets, rollout.lengths, *inputs))
 
-    def reward(terms: dict[str, Array], weight: Array) -> tuple[Array, dict[str, Array]]:
+    def reward(
+        terms: dict[str, Array], weight: Array, normalize: bool = settings.normalize
+    ) -> tuple[Array, dict[str, Array]]:
         counted = {name: jnp.where((weight > 0)[:, None], value, jnp.nan) for name, value in terms.items()}
-        return combine(counted, weights, settings.normalize, settings.gate)
+        return combine(counted, weights, normalize, settings.gate)
 
     def check(judged: Judged | None) -> None:
         asked, missing = jax.device_get((judged.asked, judged.missing)) if judged else (0, 0)

@@ -1,12 +1,14 @@
 """From a config to a run: checkpoint, data, batch plan, mesh and training loop; supervised fine-tuning."""
 
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -14,7 +16,7 @@ from avocado_jax.checkpoint.convert import begin_run
 from avocado_jax.checkpoint.hf_config import stop_ids
 from avocado_jax.checkpoint.load import Checkpoint, load_sharded, open_checkpoint
 from avocado_jax.checkpoint.training import Checkpoints
-from avocado_jax.config import RunConfig, SftConfig, as_json, refuse_another
+from avocado_jax.config import GrpoConfig, RunConfig, SftConfig, as_json, refuse_another
 from avocado_jax.data import storage
 from avocado_jax.data.index import Index
 from avocado_jax.data.media import Reading
@@ -26,6 +28,7 @@ from avocado_jax.errors import InputError
 from avocado_jax.models.config import ThinkerConfig
 from avocado_jax.models.flops import train_flops
 from avocado_jax.models.lora import add_adapters, merge
+from avocado_jax.parallel.backend import use_exact_fp32
 from avocado_jax.parallel.batches import process_rows
 from avocado_jax.parallel.mesh import make_mesh
 from avocado_jax.parallel.programs import bound_compiled_programs
@@ -34,12 +37,28 @@ from avocado_jax.train.agree import agreed_batches, agreement
 from avocado_jax.train.compiled import Program, compile_ahead, log_compilations
 from avocado_jax.train.inputs import input_workers, open_source
 from avocado_jax.train.loop import Job, train
-from avocado_jax.train.losses import Sums
 from avocado_jax.train.metrics import Log
 from avocado_jax.train.programs import batch_shapes
 from avocado_jax.train.sft import batch_sums, model_of, sft_program
 from avocado_jax.train.startup import ready
 from avocado_jax.train.state import State
+from avocado_jax.typing import Array
+
+Measured = dict[str, tuple[Array, Array]]  # by metric: a sum over a batch, and the number of its summands
+
+
+class Evaluator(NamedTuple):
+    """The held-out evaluation of a stage.
+
+    Attributes:
+        evaluate: (state, step) -> entries for the step's line of metrics.
+        rank: entries -> what checkpoints are ranked by, lower is better; None: unranked.
+        programs: the programs that it runs.
+    """
+
+    evaluate: Callable[[State, int], dict[str, Any]] = lambda state, step: {}
+    rank: Callable[[dict[str, Any]], float | None] = lambda entries: None
+    programs: Sequence[Program] = ()
 
 
 class Setup(NamedTuple):
@@ -63,6 +82,7 @@ def set_up(config: RunConfig, split: int = 1) -> Setup:
         InputError: the config is inconsistent, or an input cannot be read.
     """
     bound_compiled_programs()
+    use_exact_fp32(config.dtype)
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, config.mesh.slices)
     parts = config.accumulate * mesh.shape["data"] * mesh.shape["fsdp"]
     if config.batch * split % parts:
@@ -72,17 +92,24 @@ def set_up(config: RunConfig, split: int = 1) -> Setup:
     checkpoint = open_checkpoint(config.init)
     model, words = model_of(config, checkpoint.config), load_words(checkpoint.side_files)
     source, reading = open_source(config.data.train, config.data)
-    recipe = Recipe(
-        config=model,
-        words=words,
-        reading=reading,
-        group=config.data.references,
-        caption_tokens=config.data.caption_tokens,
-        max_lost_share=config.data.max_lost_share,
-    )
+    recipe = make_recipe(config, model, words, reading)
     plan = plan_batches(source.index, recipe, config.batch, config.data.shapes, config.seed)
     steps = config.steps or max(1, round(config.epochs * plan.epoch_steps))
     return Setup(mesh, checkpoint, model, words, source, recipe, plan, steps, split)
+
+
+def make_recipe(config: RunConfig, model: ThinkerConfig, words: Words, reading: Reading) -> Recipe:
+    """How the records of a run become rows. It does not depend on free fields, so that a run resumes with its plan."""
+    grpo = isinstance(config, GrpoConfig)
+    return Recipe(
+        config=model,
+        words=words,
+        reading=reading,
+        group=config.group if grpo else config.data.references,
+        caption_tokens=config.sampling.tokens if grpo else config.data.caption_tokens,
+        sampled=grpo,
+        max_lost_share=config.data.max_lost_share,
+    )
 
 
 def restored(
@@ -118,12 +145,12 @@ def sft(config: SftConfig, folder: str) -> int:
     with jax.set_mesh(mesh):
         shapes, step, start = sft_program(config, model, mesh, setup.steps)
         state = restored(config, setup, folder, checkpoints, shapes, start)
-        evaluate, evaluation_programs = _heldout(config, setup, shapes, stops, folder)
+        evaluator = _evaluator(config, setup, shapes, stops, folder)
 
         def programs(buckets: list[Bucket]) -> list[Program]:
             batches = [batch_shapes(config, model, bucket, mesh, config.batch) for bucket in buckets]
             steps = [Program("the step", step, (shapes, *batch)) for batch in batches]
-            return agreement_programs(setup, buckets) + steps + evaluation_programs
+            return agreement_programs(setup, buckets) + steps
 
         return run(
             config,
@@ -132,10 +159,9 @@ def sft(config: SftConfig, folder: str) -> int:
             checkpoints,
             state,
             programs,
+            evaluator,
             step=lambda state, batch: (*step(state, batch.clip, batch.captions, batch.weight, batch.cut), dict),
-            evaluate=evaluate,
             flops=lambda batch, _: config.batch * _row_flops(config, model, batch),
-            rank=lambda more: more.get("heldout_loss"),
         )
 
 
@@ -146,21 +172,24 @@ def run(
     checkpoints: Checkpoints,
     state: State,
     programs: Callable[[list[Bucket]], list[Program]],
+    evaluator: Evaluator,
     batches: Callable[[int], Iterator[Batch]] | None = None,
     **stage: Callable,
 ) -> int:
     """Compile a stage's programs and run the loop over its steps. Returns the exit status.
 
     Args:
-        programs: from the buckets of the remaining steps to the programs that steps and evaluations run.
+        programs: from the buckets of the remaining steps to the programs that steps run.
         batches: from the first step to its batches; by default `stream`.
-        stage: `Job`'s step, evaluate, flops and rank.
+        stage: `Job`'s step and flops.
     """
     if buckets := remaining_buckets(setup, int(state.step)):
-        compile_ahead(programs(buckets))
+        compile_ahead([*programs(buckets), *evaluator.programs])
     log_compilations()
     job = Job(
         steps=setup.steps,
+        evaluate=evaluator.evaluate,
+        rank=evaluator.rank,
         batches=batches or (lambda first: stream(setup, config, first)),
         rows=lambda number: int((setup.plan.step(number).records >= 0).sum()),
         position={"plan": setup.plan.digest},
@@ -224,44 +253,57 @@ def heldout(config: RunConfig, setup: Setup) -> Setup:
     return setup._replace(source=source, plan=plan, steps=plan.epoch_steps)
 
 
+def heldout_means(
+    config: RunConfig, evaluated: Setup, measure: Callable[[Batch], Measured], references: Callable | None = None
+) -> dict[str, float]:
+    """Means over the held-out clips, as `heldout_NAME`.
+
+    Args:
+        measure: batch -> for each name, a sum over the batch and the number of its summands.
+    """
+    totals: dict[str, np.ndarray] = defaultdict(lambda: np.zeros(2))
+    for batch in stream(evaluated, config, 0, references):
+        for name, part in jax.device_get(measure(batch)).items():
+            totals[name] += np.array(part, np.float64)
+    return {f"heldout_{name}": float(total / max(count, 1)) for name, (total, count) in totals.items()}
+
+
 def _row_flops(config: SftConfig, model: ThinkerConfig, batch: Batch) -> float:
     """Model FLOPs of a row, approximately without padding: the plan has the padded share of the bucket's FLOPs."""
     flops = train_flops(model, batch.bucket.shape, config.data.references, batch.bucket.caption, config.train)
     return flops * (1 - batch.padded)
 
 
-def _heldout(
-    config: SftConfig, setup: Setup, shapes: State, stops: tuple[int, ...], folder: str
-) -> tuple[Callable[[State, int], dict[str, Any]], list[Program]]:
-    """The evaluation and its programs.
-
-    It computes loss and accuracy over the first `eval_rows` held-out clips, and captions the first `samples` to a file.
-    """
+def _evaluator(config: SftConfig, setup: Setup, shapes: State, stops: tuple[int, ...], folder: str) -> Evaluator:
+    """Loss and accuracy over the first `eval_rows` held-out clips, and captions of the first `samples` in a file."""
     if not config.data.heldout:
-        return lambda state, step: {}, []
+        return Evaluator()
     recipe, evaluated = setup.recipe, heldout(config, setup)
     sums = jax.jit(partial(batch_sums, recipe.config), out_shardings=NamedSharding(setup.mesh, PartitionSpec()))
     source = evaluated.source
     samples = [source[number] for number in range(min(config.samples, len(source.index.ids)))]
 
     def evaluate(state: State, step: int) -> dict[str, Any]:
-        total = Sums(0.0, 0.0, 0.0)
-        for batch in stream(evaluated, config, 0):
-            part = jax.device_get(sums(state.params, batch.clip, batch.captions, batch.weight))
-            total = Sums(*(before + float(value) for before, value in zip(total, part)))
+        def measure(batch: Batch) -> Measured:
+            part = sums(state.params, batch.clip, batch.captions, batch.weight)
+            return {"loss": (part.loss, part.count), "accuracy": (part.correct, part.count)}
+
         if samples:
             captions = _captions(config, recipe, state.params, stops, samples)
             if jax.process_index() == 0:
                 lines = [json.dumps({"step": step, **caption}, ensure_ascii=False) + "\n" for caption in captions]
                 storage.write(storage.join(folder, f"samples/{step}.jsonl"), "".join(lines).encode())
-        count = max(total.count, 1.0)
-        return {"heldout_loss": total.loss / count, "heldout_accuracy": total.correct / count}
+        return heldout_means(config, evaluated, measure)
 
-    batches = [
-        batch_shapes(config, recipe.config, bucket, setup.mesh, config.batch) for bucket in evaluated.plan.buckets
-    ]
-    sums_programs = [Program("evaluation", sums, (shapes.params, *batch[:3])) for batch in batches]
-    return evaluate, agreement_programs(evaluated, evaluated.plan.buckets) + sums_programs
+    buckets = evaluated.plan.buckets
+    batches = [batch_shapes(config, recipe.config, bucket, setup.mesh, config.batch) for bucket in buckets]
+    programs = [Program("evaluation", sums, (shapes.params, *batch[:3])) for batch in batches]
+    return Evaluator(evaluate, rank_by_loss, agreement_programs(evaluated, buckets) + programs)
+
+
+def rank_by_loss(entries: dict[str, Any]) -> float | None:
+    """The best checkpoint has the lowest held-out loss."""
+    return entries.get("heldout_loss")
 
 
 def _captions(

@@ -34,11 +34,14 @@ from avocado_jax.train.programs import (
     with_sharding,
 )
 from avocado_jax.train.rewards import Rewards, caption_text, open_rewards
-from avocado_jax.train.rollout import Rollout, cut, fitting, widths
+from avocado_jax.train.rollout import cut, fitting, widths
 from avocado_jax.train.run import (
+    Evaluator,
+    Measured,
     Setup,
     agreement_programs,
     heldout,
+    heldout_means,
     open_folder,
     restored,
     run,
@@ -75,15 +78,15 @@ def grpo(config: GrpoConfig, folder: str) -> int:
             return config.batch * row * (1 - batch.padded)
 
         step, step_programs = _step(config, setup, program, rewards, reference, banned, stops, folder)
-        evaluate, evaluation_programs = _heldout(config, setup, program, rewards, banned, stops)
+        evaluator = _evaluator(config, setup, program, rewards, banned, stops)
 
         def programs(buckets: list[Bucket]) -> list[Program]:
-            found = agreement_programs(setup, read_shapes(buckets), rewards.references)
+            found = agreement_programs(setup, buckets, rewards.references)
             for shapes in shapes_of(config, setup, program, buckets):
                 found += sampling_programs(model, program, shapes).values()
                 for width in widths(config.sampling.tokens):
                     found += learning_programs(config, program, shapes, mesh, width).values()
-            return found + step_programs(shapes) + evaluation_programs
+            return found + step_programs(shapes)
 
         return run(
             config,
@@ -92,22 +95,16 @@ def grpo(config: GrpoConfig, folder: str) -> int:
             checkpoints,
             state,
             programs,
+            evaluator,
             batches=lambda first: stream(setup, config, first, rewards.references),
             step=step,
-            evaluate=evaluate,
             flops=flops,
-            rank=lambda entries: -entries["heldout_reward"] if "heldout_reward" in entries else None,
         )
-
-
-def read_shapes(buckets: Iterable[Bucket]) -> list[Bucket]:
-    """One bucket of those that differ only in reference captions, which GRPO does not read."""
-    return list(dict.fromkeys(bucket._replace(caption=1) for bucket in buckets))
 
 
 def shapes_of(config: GrpoConfig, setup: Setup, program: GrpoProgram, buckets: Iterable[Bucket]) -> list[StepShapes]:
     """The shapes of a step on each bucket."""
-    return [step_shapes(config, setup.model, program, bucket, setup.mesh) for bucket in read_shapes(buckets)]
+    return [step_shapes(config, setup.model, program, bucket, setup.mesh) for bucket in buckets]
 
 
 def _step(
@@ -231,44 +228,55 @@ def _number(value: np.floating) -> float | None:
     return float(value) if np.isfinite(value) else None
 
 
-def _heldout(
+def _evaluator(
     config: GrpoConfig, setup: Setup, program: GrpoProgram, rewards: Rewards, banned: Array, stops: tuple[int, ...]
-) -> tuple[Callable[[State, int], dict[str, Any]], list[Program]]:
-    """The evaluation and its programs: mean rewards of greedy captions of the first `eval_rows` held-out clips."""
+) -> Evaluator:
+    """Mean rewards of greedy captions of the first `eval_rows` held-out clips."""
     if not config.data.heldout:
-        return lambda state, step: {}, []
+        return Evaluator()
     evaluated = heldout(config, setup)
     greedy = replace(config, group=config.split, sampling=replace(config.sampling, temperature=0.0))
     greedy_program = grpo_program(greedy, setup.model, setup.mesh, setup.steps, stops)
-
-    @jax.jit
-    def sums(terms: dict[str, Array], rollout: Rollout, weight: Array) -> dict[str, tuple[Array, Array]]:
-        reward, _ = rewards.combine(terms, weight)
-        measured = {f"reward_{name}": value for name, value in terms.items()}
-        measured |= {"reward": reward, "length": rollout.lengths.astype(jnp.float32)}
-        known = {name: jnp.isfinite(value) & (weight > 0)[:, None] for name, value in measured.items()}
-        return {name: (jnp.sum(value, where=known[name]), jnp.sum(known[name])) for name, value in measured.items()}
+    sums = jax.jit(partial(heldout_sums, rewards))
 
     def evaluate(state: State, step: int) -> dict[str, Any]:
-        view, total = program.view(state.params), {}
-        for batch in stream(evaluated, config, 0, rewards.references):
+        view = program.view(state.params)
+
+        def measure(batch: Batch) -> Measured:
             encoded = program.encode and program.encode(state.params, batch.clip)
             rollout = greedy_program.roll_out(view, batch.clip, encoded, state.step, banned)
             judged = rewards.judge(rollout, batch)()
             with jax.debug_nans(False):  # a term without a reference is NaN
                 terms = rewards.terms(rollout, batch.references, judged)
-            part = sums(terms, rollout, batch.weight)
+            part = sums(terms, rollout.lengths, batch.weight)
             rewards.check(judged)
-            for name, (value, count) in jax.device_get(part).items():
-                before = total.get(name, (0.0, 0))
-                total[name] = before[0] + float(value), before[1] + int(count)
-        return {f"heldout_{name}": value / max(count, 1) for name, (value, count) in total.items()}
+            return part
 
-    buckets = read_shapes(evaluated.plan.buckets)
+        return heldout_means(config, evaluated, measure, rewards.references)
+
+    buckets = evaluated.plan.buckets
     found = agreement_programs(evaluated, buckets, rewards.references)
     for shapes in shapes_of(greedy, evaluated, greedy_program, buckets):
         sampling = greedy_program._replace(encode=program.encode, view=program.view)
         found += sampling_programs(setup.model, sampling, shapes).values()
-    scoring = rewards.program(shapes.rollout)
+    scoring, lengths = rewards.program(shapes.rollout), shapes.rollout.lengths
     terms = by_rows(jax.eval_shape(scoring.run, *scoring.args), setup.mesh)
-    return evaluate, [*found, scoring, Program("held-out sums", sums, (terms, shapes.rollout, shapes.batch[2]))]
+    found += [scoring, Program("held-out sums", sums, (terms, lengths, shapes.batch[2]))]
+    return Evaluator(evaluate, rank_by_reward, found)
+
+
+def rank_by_reward(entries: dict[str, Any]) -> float | None:
+    """The best checkpoint has the highest held-out reward."""
+    return -entries["heldout_reward"] if "heldout_reward" in entries else None
+
+
+def heldout_sums(rewards: Rewards, terms: dict[str, Array], lengths: Array, weight: Array) -> Measured:
+    """Sums of the reward, its terms and the lengths over the captions that count, and their numbers.
+
+    The reward is the weighted sum of the terms, never normalised: a caption has no group to compare it with.
+    """
+    reward, _ = rewards.combine(terms, weight, normalize=False)
+    measured = {f"reward_{name}": value for name, value in terms.items()}
+    measured |= {"reward": reward, "length": lengths.astype(jnp.float32)}
+    known = {name: jnp.isfinite(value) & (weight > 0)[:, None] for name, value in measured.items()}
+    return {name: (jnp.sum(value, where=known[name]), jnp.sum(known[name])) for name, value in measured.items()}

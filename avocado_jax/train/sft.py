@@ -74,12 +74,15 @@ def sft_step(
 
 
 def model_of(config: RunConfig, checkpoint: ThinkerConfig) -> ThinkerConfig:
-    """A checkpoint's model with the dtypes, remat, attention and adapters of the config."""
+    """A checkpoint's model with the dtype, remat, attention and adapters of the config.
+
+    Parameters are fp32: in bf16 most updates would be rounded away.
+    """
     model = computed(checkpoint, config.dtype, scan=True, remat=config.remat)
     lora = Lora(config.lora.rank, config.lora.alpha) if config.train == "lora" else None
     text = replace(model.text, lora=lora)
     splash = SplashBlocks(**asdict(config.splash))
-    return replace(model, text=text, param_dtype=config.param_dtype, attention=config.attention, splash=splash)
+    return replace(model, text=text, param_dtype="float32", attention=config.attention, splash=splash)
 
 
 def sft_program(config: SftConfig, model: ThinkerConfig, mesh: Mesh, steps: int) -> tuple[State, Callable, Callable]:

@@ -8,16 +8,20 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from avocado_jax.checkpoint import training as checkpoint
+from avocado_jax.checkpoint.orbax import finished_steps
 from avocado_jax.config import SftConfig
 from avocado_jax.data.pipeline import Batch
 from avocado_jax.parallel.batches import rows_sharding
 from avocado_jax.parallel.mesh import make_mesh
 from avocado_jax.train import loop
 from avocado_jax.train.metrics import Log
-from avocado_jax.train.run import run
+from avocado_jax.train.run import Evaluator, rank_by_loss, run
+from avocado_jax.train.run_grpo import rank_by_reward
 from avocado_jax.train.state import State
 
 STEP_SECONDS = 7 * 60.0
+NOTHING = Evaluator()
 
 
 class Checkpoints:
@@ -41,11 +45,11 @@ def clock(monkeypatch):
     return clock
 
 
-def finish(folder, clock, steps=12, first=0, checkpoints=None, fails=None, **fields):
+def finish(folder, clock, steps=12, first=0, checkpoints=None, fails=None, evaluator=NOTHING, **fields):
     """Run to the end; gives the steps that were saved."""
     checkpoints = checkpoints or Checkpoints()
     zero = jnp.zeros((), jnp.int32)
-    state = State(zero + first, {}, None, zero, zero)
+    state = State(zero + first, {"w": jnp.ones(2)}, None, zero, zero)
 
     def step(state, batch):
         clock.now += STEP_SECONDS
@@ -57,13 +61,26 @@ def finish(folder, clock, steps=12, first=0, checkpoints=None, fails=None, **fie
     mesh = make_mesh(-1, 1, 1)
     weight = jax.device_put(np.ones(mesh.size), rows_sharding(mesh))
     batch = Batch(*[None] * len(Batch._fields))._replace(epoch=0, padded=0.0, ids=(), lost=(), weight=weight)
-    config = SftConfig(tensorboard=False, eval_every=0, **({"checkpoint_every": 0} | fields))
+    config = SftConfig(tensorboard=False, **({"checkpoint_every": 0, "eval_every": 0} | fields))
     plan = SimpleNamespace(digest="d", step=lambda number: SimpleNamespace(records=np.array([0]), bucket=None))
     setup = SimpleNamespace(steps=steps, plan=plan, mesh=mesh)
-    functions = dict(step=step, evaluate=lambda *_: {}, flops=lambda *_: 1.0, rank=lambda more: None)
+    functions = dict(step=step, flops=lambda *_: 1.0, evaluator=evaluator)
     functions |= dict(programs=lambda buckets: [], batches=lambda first: (batch for _ in range(first, steps)))
     assert run(config, setup, str(folder), checkpoints, state, **functions) == 0
-    return checkpoints.steps
+    return getattr(checkpoints, "steps", None)
+
+
+@pytest.mark.parametrize(
+    ("metric", "rank", "values", "best"),
+    [("heldout_loss", rank_by_loss, [2, 1, 3, 4], 2), ("heldout_reward", rank_by_reward, [-2, 0.5, 0.7, -4], 3)],
+)
+def test_the_best_checkpoint_is_kept(tmp_path, clock, metric, rank, values, best):
+    """With the lowest held-out loss, or the highest held-out reward; the newest is kept beside it."""
+    evaluator = Evaluator(lambda state, step: {metric: values[int(state.step) - 1]}, rank)
+    checkpoints = checkpoint.Checkpoints(tmp_path, keep=1)
+    finish(tmp_path, clock, 4, checkpoints=checkpoints, evaluator=evaluator, checkpoint_every=1, eval_every=1)
+    assert finished_steps(tmp_path) == [best, 4]
+    assert rank({}) is None
 
 
 def test_minutes_between_checkpoints(tmp_path, clock):
