@@ -41,7 +41,7 @@ class DataConfig:
     """
 
     train: str = ""
-    heldout: str = ""  # its loss is measured every `eval_every` steps
+    heldout: str = ""  # its loss (GRPO: its reward, never normalised) is measured every `eval_every` steps
     references: int = 1  # captions per clip
     caption_tokens: int = 1024  # SFT: longer captions are truncated and counted (GRPO: `sampling.tokens`)
     shapes: int = 8  # maximum number of compiled shapes
@@ -172,7 +172,7 @@ class RunConfig:
     optim: OptimConfig = OptimConfig()
     checkpoint_every: int = free(500)  # steps
     checkpoint_minutes: float = free(0.0)  # a checkpoint also after so many minutes without one; 0: off
-    keep: int = free(2)  # newest checkpoints to keep; the best by held-out loss is kept too
+    keep: int = free(2)  # newest checkpoints to keep; the best by held-out loss or reward is kept too
     eval_every: int = 500  # steps; it adds to metrics.jsonl, so it is part of what the run is
     eval_rows: int = 128  # maximum number of held-out clips
     max_skipped: int = 20  # the run stops after so many steps in a row without a finite gradient

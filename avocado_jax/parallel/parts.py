@@ -14,7 +14,11 @@ from avocado_jax.typing import Array
 
 def in_parts(batch: Any, parts: int) -> Any:
     """Reshape a tree of [rows, ...] to [parts, rows / parts, ...]."""
-    return jax.tree.map(lambda leaf: jnp.moveaxis(leaf.reshape(-1, parts, *leaf.shape[1:]), 1, 0), batch)
+
+    def divide(leaf: Array) -> Array:  # no size of -1: leaves may be empty, as the sound of silent clips
+        return jnp.moveaxis(leaf.reshape(len(leaf) // parts, parts, *leaf.shape[1:]), 1, 0)
+
+    return jax.tree.map(divide, batch)
 
 
 def by_parts(run: Callable, batch: tuple, parts: int) -> Any:
@@ -32,6 +36,6 @@ def by_parts(run: Callable, batch: tuple, parts: int) -> Any:
         return run(*batch)
 
     def merge(leaf: Array) -> Array:
-        return jnp.moveaxis(leaf, 0, 1).reshape(-1, *leaf.shape[2:])
+        return jnp.moveaxis(leaf, 0, 1).reshape(leaf.shape[0] * leaf.shape[1], *leaf.shape[2:])
 
     return jax.tree.map(merge, jax.lax.map(lambda part: run(*part), in_parts(batch, parts)))
