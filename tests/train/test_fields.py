@@ -1,0 +1,401 @@
+"""Every config field has an effect: one table of (another value, where a run shows it), for SFT and for GRPO.
+
+A run starts with all fields changed (started_run.py). Recorded calls show what arrives where a field is consumed; the
+objective is evaluated on a few numbers. What the receivers make of it is tested beside them: the optimizer in
+test_optim.py, rewards in tests/rewards, the loop in test_loop.py, rows and plans in tests/data, sampling in
+tests/sampling.
+"""
+
+import signal
+from contextlib import suppress
+from dataclasses import replace
+from operator import attrgetter
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax.traverse_util import flatten_dict
+from started_run import ADVANTAGES, CLIPS, GRPO_OPTIMIZER, MESH, Clips, Stop, index, some_scores, started
+
+from avocado_jax.config import GrpoConfig, ObjectiveConfig, SamplingConfig, SftConfig, as_sft, flat
+from avocado_jax.models.config import SIZES
+from avocado_jax.parallel import processes
+from avocado_jax.planning import program as planning
+from avocado_jax.rewards.text import limits_for
+from avocado_jax.train import grpo, inputs, run
+from avocado_jax.train.rewards import Judged, Unjudged
+from avocado_jax.train.rollout import Rollout
+from avocado_jax.train.state import initial_state, split
+from avocado_jax.typing import Captions, Clip
+
+# --- where fields show
+
+
+def observed(calls, where):
+    """The values at a place: `FUNCTION.ARGUMENT[.ATTRIBUTE...]` of all calls, or what a function of the calls gives."""
+    if callable(where):
+        return where(calls)
+    function, _, path = where.partition(".")
+    return [attrgetter(path)(one) for one in calls.calls[function]]
+
+
+def epochs(calls):
+    setup = run.set_up(replace(calls.config, steps=0), getattr(calls.config, "split", 1))
+    return [setup.steps / setup.plan.epoch_steps]
+
+
+def trained(calls):
+    """The moments are those of adapters, and so is every parameter with gradients."""
+    paths = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(calls.shapes.optimizer)]
+    gradients = flatten_dict(calls.gradient[0].trained, sep="/")
+    is_lora = any("lora_a" in path for path in paths) and not any("embedding" in path for path in paths)
+    return ["lora"] if is_lora and "embedding" not in gradients and any("lora_a" in path for path in gradients) else []
+
+
+def frozen_dtypes(calls):
+    return [str(leaf.dtype) for leaf in jax.tree.leaves(split(calls.shapes.params, "lora")[1])]
+
+
+def nominal(calls):
+    return planning.model_and_buckets(replace(calls.config, init=""))
+
+
+def nominal_model(calls):
+    return [name for name, size in SIZES.items() if size.text.width == nominal(calls)[0].text.width]
+
+
+def in_fine_tuning(calls):
+    """GRPO reads no reference captions; `ablate` fine-tunes on them for comparison."""
+    return [as_sft(calls.config).data.caption_tokens]
+
+
+def limits(calls):
+    """Of the captions that are read for rewards."""
+    tokens = calls.config.sampling.tokens
+    return [
+        tokens if one.limits.words == limits_for(tokens).words else None
+        for one in calls.make_references + calls.score_captions
+    ]
+
+
+def reference_dtypes(calls):
+    return [str(leaf.dtype) for leaf in jax.tree.leaves(calls.results["grpo_program"][0].reference)]
+
+
+def group(calls):
+    """Of the rollouts that are trained on."""
+    return [max(one.group for one in calls.roll_out)]
+
+
+def rows(calls):
+    """Rows of a step that this process reads."""
+    return len(calls.batches[0].rows)
+
+
+def cache_dir(calls):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(inputs, "prepared_reading", lambda _: None)
+        patch.setattr(
+            inputs, "open_shards", lambda name, reading, cache: SimpleNamespace(check=lambda: None, dir=cache)
+        )
+        return [str(inputs.open_source("shards", calls.open_source[0].config)[0].dir)]
+
+
+def world_references(calls):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(inputs, "WorldSource", lambda *args: args)
+        return [inputs.open_source("world:0:train:0:4", calls.open_source[0].config)[0][4]]
+
+
+def timeouts(field):
+    """What arrives where they are consumed, beside what the command passes on."""
+
+    def stop(*args):
+        raise Stop(*args)
+
+    def consumed(calls):
+        given, before = calls.init_distributed[0].timeouts, signal.getsignal(signal.SIGTERM)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(processes, "deadline", stop)
+            patch.setattr(processes.liveness, "start", stop)
+            patch.setattr(processes.jax.config, "update", lambda *_: None)
+            try:
+                if field == "start":
+                    processes._initialize("here:1", 2, 0, given)
+                with processes.init_distributed(None, None, None, None, given):
+                    pass
+            except Stop as stopped:
+                return [stopped.args[{"start": 0, "heartbeat": 0, "step": 1}[field]]]
+            finally:
+                signal.signal(signal.SIGTERM, before)
+
+    return consumed
+
+
+def on_rollouts(field):
+    """Of the rollouts that are trained on; those of evaluation are greedy, one a row."""
+    return lambda calls: [getattr(one.sampling, field) for one in calls.roll_out if one.group == calls.config.group]
+
+
+def weight(term):
+    return lambda calls: [one.weights[term] for one in calls.combine]
+
+
+def max_unjudged(calls):
+    """Between these shares of missing answers the step is refused."""
+    check = calls.results["make_rewards"][0].check
+    check(Judged(None, np.int32(100), np.int32(25)))
+    with suppress(Unjudged):
+        check(Judged(None, np.int32(100), np.int32(26)))
+        return []
+    return [0.25]
+
+
+def updates(field, other):
+    """Updates of one rollout, as the optimizer counts them; and as the schedule does."""
+
+    def counted(calls):
+        config, zero = calls.config, jnp.zeros(())
+        sums = grpo._Sums(grpo.Sums(*[zero] * len(grpo.Sums._fields)), zero, zero)
+        make = GRPO_OPTIMIZER(config.optim, 10)
+        state = initial_state({"lora_a": jnp.ones(2)}, make, "all")
+        clip = Clip(*[None] * len(Clip._fields))._replace(length=np.ones(6))
+        rollout = Rollout(None, None, np.ones((6, 2)), np.ones((6, 2)))
+        batch = grpo.Experience(clip, None, rollout, None, None, np.ones(6))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(grpo, "batch_gradient", lambda params, *_, **__: (params, zero, sums))
+            options = dict(model=None, adamw=make, rate=lambda count: count)
+            after, metrics = grpo.grpo_update(state, batch, config=replace(config, train="all"), **options)
+        del metrics
+        done = max(int(leaf) for leaf in jax.tree.leaves(after.optimizer) if leaf.dtype == jnp.int32)
+        planned = {one.steps // config.steps for one in calls.optimizer + calls.schedule}
+        return [count / getattr(config, other) for count in (done, *planned)]
+
+    return counted
+
+
+def changes_the_loss(field):
+    """The loss of some captions with only this field changed differs from that without."""
+
+    def effect(calls):
+        objective = replace(ObjectiveConfig(), **{field: getattr(calls.config.objective, field)})
+        return [getattr(objective, field)] if loss(calls, objective) != loss(calls, ObjectiveConfig()) else []
+
+    return effect
+
+
+def limit_changes_the_loss(calls):
+    constant, tokens = ObjectiveConfig(aggregate="constant"), calls.config.sampling.tokens
+    return [tokens] if loss(calls, constant, tokens) != loss(calls, constant) else []
+
+
+def loss(calls, objective, tokens=8):
+    rng, shape = np.random.default_rng(0), (2, 3, 8)
+    targets, lengths = rng.integers(0, 99, shape).astype(np.int32), np.array([[1, 8, 5], [8, 8, 3]])
+    captions = Captions(targets, targets, np.arange(8) < lengths[..., None])
+    old, reference, sampled = (-rng.exponential(1, shape).astype(np.float32) for _ in range(3))
+    rollout = Rollout(captions, sampled, lengths, lengths == 8)
+    advantage = rng.normal(size=(2, 3)).astype(np.float32)
+    batch = grpo.Experience(None, None, rollout, grpo.Scored(old, reference), advantage, np.ones(2, np.float32))
+    config = GrpoConfig(train="all", objective=objective, sampling=SamplingConfig(tokens=tokens))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(grpo, "gradient", lambda loss, trained, rows, _: (None, loss(trained, *rows)[1]))
+        patch.setattr(grpo, "caption_logprobs", some_scores)
+        return float(grpo.batch_gradient({}, batch, model=None, config=config)[1])
+
+
+def changes_advantages(field):
+    def effect(calls):
+        values = np.array([[0.1, 0.4, 0.2, 0.9]], np.float32)
+        objective = replace(ObjectiveConfig(), **{field: getattr(calls.advantages[0].config, field)})
+        differs = not np.allclose(ADVANTAGES(values, objective), ADVANTAGES(values, ObjectiveConfig()))
+        return [getattr(objective, field)] if differs else []
+
+    return effect
+
+
+def shared(program, seed=()):
+    """Fields of every run. `program` makes the programs of the stage."""
+    return {
+        "init": ("elsewhere", "open_checkpoint.folder", "begin_run.init"),
+        "seed": (5, "plan_batches.seed", "add_adapters.seed", *seed),
+        "steps": (9, "train.job.steps", f"{program}.steps"),
+        "epochs": (3.0, epochs),
+        "train": ("lora", trained),
+        "lora.rank": (3, f"{program}.model.text.lora.rank"),
+        "lora.alpha": (5.0, f"{program}.model.text.lora.alpha"),
+        "dtype": ("float32", f"{program}.model.dtype", "use_exact_fp32.dtype"),
+        "frozen_dtype": ("float32", frozen_dtypes),
+        "remat": ("none", f"{program}.model.remat"),
+        "attention": ("plain", f"{program}.model.attention"),
+        **{
+            f"splash.{name}": (128 * number, f"{program}.model.splash.{name}")
+            for number, name in enumerate(("q", "kv", "q_backward", "kv_backward"), start=1)
+        },
+        **{f"mesh.{name}": (2 + number, f"make_mesh.{name}") for number, name in enumerate(MESH)},
+        "data.train": ("train", lambda calls: [calls.open_source[0].name]),
+        "data.heldout": ("heldout", lambda calls: [calls.open_source[1].name]),
+        "data.shapes": (2, "plan_batches.shapes"),
+        "data.max_lost_share": (0.5, "plan_batches.recipe.max_lost_share"),
+        "data.cache_dir": ("cache", cache_dir),
+        "data.workers": (3, "batches.workers"),
+        "data.threads": (5, "batches.threads"),
+        **{
+            f"optim.{name}": (value, f"optimizer.config.{name}", f"schedule.config.{name}")
+            for name, value in dict(
+                lr=0.1, warmup=0.3, final=0.2, beta1=0.7, beta2=0.8, eps=1e-3, weight_decay=0.4, clip_norm=2.0
+            ).items()
+        },
+        "checkpoint_every": (4, "train.job.checkpoint_every"),
+        "checkpoint_minutes": (7.0, "train.job.checkpoint_minutes"),
+        "keep": (6, "Checkpoints.keep"),
+        "eval_every": (8, "train.job.eval_every"),
+        "eval_rows": (3, lambda calls: [len(calls.plan_batches[1].index.ids)]),
+        "max_skipped": (11, "train.job.max_skipped"),
+        "profile": ((2, 3), "train.job.profile"),
+        "tensorboard": (False, "Log.tensorboard"),
+        "wandb": ("project", "Log.wandb"),
+        "nominal.model": ("3b", nominal_model),
+        "nominal.clip": ((256, 2, 1, 1), lambda calls: [tuple(bucket.shape) for bucket in nominal(calls)[1]]),
+        **{
+            f"timeouts.{name}": (value, f"init_distributed.timeouts.{name}", timeouts(name))
+            for name, value in dict(start=70, heartbeat=80, step=90).items()
+        },
+    }
+
+
+FIELDS = {
+    "SftConfig": {
+        **shared("sft_program"),
+        "batch": (6, "plan_batches.batch", "example.rows", lambda calls: [rows(calls)]),
+        "accumulate": (2, "gradient.accumulate"),
+        "data.references": (3, world_references, "plan_batches.recipe.group", "example.group", "train_flops.group"),
+        "data.caption_tokens": (24, "plan_batches.recipe.caption_tokens"),
+        "samples": (2, lambda calls: [len(one.records) for one in calls.caption_records]),
+        "sample_tokens": (17, "caption_records.length"),
+    },
+    "GrpoConfig": {
+        **shared("grpo_program", ("roll_out.seed",)),
+        "batch": (6, "plan_batches.batch", lambda calls: [rows(calls) / 2]),
+        "accumulate": (2, "gradient.accumulate", "by_parts.parts", "roll_out.parts"),
+        "data.references": (3, world_references),
+        "data.caption_tokens": (24, in_fine_tuning),
+        "group": (4, "plan_batches.recipe.group", "grpo_flops.group", group),
+        "split": (2, "roll_out.split", lambda calls: [rows(calls) / 6]),
+        "passes": (5, updates("passes", "minibatches")),
+        "minibatches": (3, updates("minibatches", "passes")),
+        "reference_dtype": ("float32", reference_dtypes),
+        "sampling.tokens": (
+            10,
+            on_rollouts("tokens"),
+            "plan_batches.recipe.caption_tokens",
+            "widths.limit",
+            limits,
+            limit_changes_the_loss,
+        ),
+        "sampling.temperature": (0.7, on_rollouts("temperature"), "caption_logprobs.temperature"),
+        "sampling.top_k": (12, on_rollouts("top_k")),
+        "sampling.top_p": (0.9, on_rollouts("top_p")),
+        "objective.advantage": ("mean", changes_advantages("advantage")),
+        "objective.std_floor": (0.9, changes_advantages("std_floor")),
+        **{
+            f"objective.{name}": (value, f"objective.config.{name}", changes_the_loss(name))
+            for name, value in dict(
+                ratio="sequence",
+                clip_low=0.1,
+                clip_high=0.3,
+                kl="k1",
+                beta=0.5,
+                aggregate="token",
+                importance_cap=1.5,
+                mask_overlong=True,
+            ).items()
+        },
+        **{
+            f"rewards.{name}": (value, weight(name))
+            for name, value in dict(checklist=0.5, dialogue=0.6, length=0.7, repetition=0.8).items()
+        },
+        "rewards.normalize": (True, "combine.normalize"),
+        "rewards.gate": (True, "combine.gate"),
+        "rewards.low": (11, "score_captions.thresholds.length_low"),
+        "rewards.high": (22, "score_captions.thresholds.length_high"),
+        "rewards.covered_low": (0.1, "score_captions.thresholds.low"),
+        "rewards.covered_high": (0.9, "score_captions.thresholds.high"),
+        "rewards.keypoints": (5, "make_references.keypoints", "_shared.limit"),
+        "rewards.lines": (6, "make_references.limits.quotes", "score_captions.limits.quotes"),
+        "rewards.judge": ("remote", "open_judge.name"),
+        "rewards.judge_model": ("model", "open_judge.model", "open_judge.endpoint.model"),
+        "rewards.judge_url": ("https://judge/v1", "open_judge.endpoint.url"),
+        "rewards.judge_cache": ("answers", lambda calls: [str(one.endpoint.cache) for one in calls.open_judge]),
+        "rewards.judge_patience": (7.0, "open_judge.endpoint.patience"),
+        "rewards.max_unjudged": (0.25, max_unjudged),
+    },
+}
+KINDS = {"SftConfig": SftConfig, "GrpoConfig": GrpoConfig}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """The calls of a run of each kind, made when they are first needed; what was replaced stays so in this module."""
+    made, folder = {}, tmp_path_factory.mktemp("fields")
+    with pytest.MonkeyPatch.context() as patch:
+
+        def calls(kind):
+            if kind not in made:
+                patch.undo()
+                values = {name: value for name, (value, *_) in FIELDS[kind].items()}
+                made[kind] = started(kind, values, folder / kind, patch)
+            return made[kind]
+
+        yield calls
+
+
+@pytest.mark.parametrize("kind", FIELDS)
+def test_the_table_has_every_field_with_another_value(kind):
+    defaults = {name: value for name, value, _ in flat(KINDS[kind]())}
+    assert FIELDS[kind].keys() == defaults.keys()
+    assert not [name for name, (value, *where) in FIELDS[kind].items() if value == defaults[name] or not where]
+
+
+@pytest.mark.parametrize(("kind", "field"), [(kind, field) for kind, fields in FIELDS.items() for field in fields])
+def test_a_field_has_its_effect(runs, kind, field):
+    value, *places = FIELDS[kind][field]
+    for place in places:
+        found = observed(runs(kind), place)
+        assert found, place  # it was called
+        assert all(one == value for one in found), (place, found)
+
+
+@pytest.mark.parametrize("kind", FIELDS)
+def test_checkpoints_are_ranked_by_the_held_out_metric(runs, kind):
+    """Lower is better: the lowest loss, the highest reward."""
+    rank = runs(kind).train[0].job.rank
+    if kind == "SftConfig":
+        assert rank({"heldout_loss": 1.0}) < rank({"heldout_loss": 2.0})
+    else:
+        assert rank({"heldout_reward": 2.0}) < rank({"heldout_reward": -1.0})
+    assert rank({}) is None
+
+
+def test_held_out_captions_are_greedy_one_a_row(runs):
+    calls = runs("GrpoConfig")
+    greedy = [one for one in calls.roll_out if one.group != calls.config.group]
+    assert {(one.group, one.sampling.temperature) for one in greedy} == {(calls.config.split, 0.0)}
+
+
+def test_the_plan_of_grpo_does_not_depend_on_reference_captions(runs, monkeypatch):
+    """Nor on fields that may change when a run is resumed."""
+    calls = runs("GrpoConfig")
+    setup = run.set_up(calls.config, 2)
+    longer = Clips()
+    longer.index = index()._replace(caption=np.arange(CLIPS, dtype=np.int32) * 300)
+    monkeypatch.setattr(run, "open_source", lambda *_: (longer, setup.recipe.reading))
+    other = run.set_up(replace(calls.config, split=1, accumulate=1), 1)
+    assert other.plan.digest == setup.plan.digest
+    assert {bucket.caption for bucket in other.plan.buckets} == {64}  # 10 tokens, aligned
+    np.testing.assert_array_equal(other.plan.needs, setup.plan.needs)
+    more = run.set_up(replace(calls.config, group=8), 2)
+    assert (more.plan.needs > setup.plan.needs).all()
+    assert planning.make_recipe(calls.config, setup.model, setup.words, setup.recipe.reading) == setup.recipe
