@@ -176,6 +176,11 @@ def updates(field, other):
     return counted
 
 
+def in_the_update(field):
+    """What the update of the run passes on; later calls are of `loss`."""
+    return lambda calls: [getattr(calls.objective[0].config, field)]
+
+
 def changes_the_loss(field):
     """The loss of some captions with only this field changed differs from that without."""
 
@@ -301,7 +306,7 @@ FIELDS = {
         "objective.advantage": ("mean", changes_advantages("advantage")),
         "objective.std_floor": (0.9, changes_advantages("std_floor")),
         **{
-            f"objective.{name}": (value, f"objective.config.{name}", changes_the_loss(name))
+            f"objective.{name}": (value, in_the_update(name), changes_the_loss(name))
             for name, value in dict(
                 ratio="sequence",
                 clip_low=0.1,
