@@ -12,12 +12,13 @@ from types import SimpleNamespace
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from tokenizer import write_tokenizer
 from train_runs import ONE_LAYER
 
 from avocado_jax.cli import grpo as cli_grpo
 from avocado_jax.cli import sft as cli_sft
-from avocado_jax.config import load
+from avocado_jax.config import GrpoConfig, SamplingConfig, load
 from avocado_jax.data.index import Index
 from avocado_jax.data.media import Reading
 from avocado_jax.parallel.mesh import make_mesh
@@ -112,6 +113,22 @@ def some_scores(model, params, clip, encoded, captions, temperature):
     """Log-probabilities without a model, all below 0 and none like its neighbour."""
     values = -0.1 - jnp.abs(jnp.sin(captions.targets + 1.0 + jnp.arange(captions.targets.shape[-1])[None, None]))
     return Scores(values, jnp.ones_like(values), values < 0)
+
+
+def loss_of(objective, tokens=8):
+    """The GRPO loss of some captions, without a model."""
+    rng, shape = np.random.default_rng(0), (2, 3, 8)
+    targets, lengths = rng.integers(0, 99, shape).astype(np.int32), np.array([[1, 8, 5], [8, 8, 3]])
+    captions = Captions(targets, targets, np.arange(8) < lengths[..., None])
+    old, reference, sampled = (-rng.exponential(1, shape).astype(np.float32) for _ in range(3))
+    rollout = Rollout(captions, sampled, lengths, lengths == 8)
+    advantage = rng.normal(size=(2, 3)).astype(np.float32)
+    batch = grpo.Experience(None, None, rollout, grpo.Scored(old, reference), advantage, np.ones(2, np.float32))
+    config = GrpoConfig(train="all", objective=objective, sampling=SamplingConfig(tokens=tokens))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(grpo, "gradient", lambda loss, trained, rows, _: (None, loss(trained, *rows)[1]))
+        patch.setattr(grpo, "caption_logprobs", some_scores)
+        return float(grpo.batch_gradient({}, batch, model=None, config=config)[1])
 
 
 def empty_rollout(view, clip, *_, sampling, group, split, **__):
