@@ -77,10 +77,10 @@ class LoraConfig:
 class SplashConfig:
     """Block sizes of the "splash" kernel: queries and keys of one step, at most; multiples of 128."""
 
-    q: int = free(1024)
-    kv: int = free(1024)
-    q_backward: int = free(1024)
-    kv_backward: int = free(1024)
+    q: int = free(512)
+    kv: int = free(512)
+    q_backward: int = free(512)
+    kv_backward: int = free(512)
 
 
 @dataclass(frozen=True)

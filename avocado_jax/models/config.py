@@ -98,10 +98,10 @@ class TokenIds:
 class SplashBlocks(NamedTuple):
     """Queries and keys that one step of the "splash" kernel computes, at most; multiples of 128."""
 
-    q: int = 1024
-    kv: int = 1024
-    q_backward: int = 1024
-    kv_backward: int = 1024
+    q: int = 512
+    kv: int = 512
+    q_backward: int = 512
+    kv_backward: int = 512
 
 
 class Kernel(NamedTuple):

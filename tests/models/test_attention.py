@@ -196,13 +196,13 @@ def test_block_sizes_reach_the_kernel(field, size, sizes, monkeypatch):
 
     monkeypatch.setattr(splash.splash, "BlockSizes", block_sizes)
     config = SftConfig(attention="splash", splash=replace(SplashConfig(), **{field: size}))
-    model, clip = model_of(config, TINY), example(TINY, shape=(1280, 1, 1, 1))[0]
+    model, clip = model_of(config, TINY), example(TINY, shape=(1536, 1, 1, 1))[0]
     params = jax.eval_shape(partial(init, TINY), jax.random.key(0))
     with pytest.raises(Made) as made:
         jax.eval_shape(lambda *args: Thinker(model).apply({"params": args[0]}, args[1], method="prefill"), params, clip)
     (used,) = made.value.args
     assert {name: used[name] for name in sizes} == dict.fromkeys(sizes, size)
-    assert {value for name, value in used.items() if name not in sizes} == {640}
+    assert {value for name, value in used.items() if name not in sizes} == {512}
 
 
 def test_block_sizes_are_multiples_of_128(tmp_path):

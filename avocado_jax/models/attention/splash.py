@@ -5,11 +5,11 @@ clip's keys are shared by all. The kernel's log-sum-exp cannot be differentiated
 merged. Lengths are padded to the kernel's blocks, and outputs cut to their length. Rows are sharded over the mesh's
 rows, heads over `tensor`.
 
-The default of 1,024 queries by 1,024 keys (`models.config.SplashBlocks`) was selected by compiling ahead of time for
-28,032 clip tokens and captions of 4,096, forward and backward: it fits the vector memory of v5e, v5p and v6e, while
-2,048 fits v6e only. A block of q queries reads every key once, so the kernel computes q operations per byte of keys and
-values: 512 is below the ratio of a v6e's peak to its HBM bandwidth (560), 1,024 above. How long a block takes is not
-known ahead of time.
+Block sizes are fields of the config (`splash`). A compiler without a chip can only refuse what exceeds the vector
+memory. Compiled alone, for 28,032 clip tokens and captions of 4,096, forward and backward, 1,024 queries by 1,024 keys
+fit v5e, v5p and v6e, and 2,048 fit v6e only. In the step of `sft_7b` on v5p, 1,024 in the backward pass exceed the
+kernel's 16 MiB by 1.1 MiB, so the default is 512. On v6e a larger `splash.q` is worth measuring: a block of q queries
+computes q operations per byte of keys and values, and 512 is below the chip's ratio of 560.
 """
 
 import math
