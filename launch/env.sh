@@ -17,7 +17,7 @@ export OPENBLAS_NUM_THREADS=${OPENBLAS_NUM_THREADS-1} OMP_NUM_THREADS=${OMP_NUM_
 # With several slices, gradients cross the data-center network. The first flag overlaps them with computation, the second
 # pipelines those of unequal sizes over iterations (MaxText's data-parallel flags). Within a slice libtpu's defaults
 # apply: the table in README.md was compiled with them.
-if [[ ${MEGASCALE_NUM_SLICES-1} != 1 ]]; then
+if [[ " $* " =~ " "--mesh\.slices[=\ ]([2-9]|[1-9][0-9]) ]]; then
   LIBTPU_INIT_ARGS+=" --xla_tpu_enable_data_parallel_all_reduce_opt=true"
   LIBTPU_INIT_ARGS+=" --xla_tpu_data_parallel_opt_different_sized_ops=true"
   export LIBTPU_INIT_ARGS

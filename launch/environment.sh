@@ -1,4 +1,4 @@
-# Sourced by quickstart.sh, test.sh and setup.sh: a virtual environment in .venv with what the given files ask for.
+# Sourced by quickstart.sh and test.sh: a virtual environment in .venv with what the given files ask for.
 # Nothing is installed twice: a stamp in .venv holds the checksum of what was installed.
 # shellcheck shell=bash
 

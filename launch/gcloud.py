@@ -1,27 +1,41 @@
-"""Training on TPU VMs of Google Cloud, by gcloud's queued resources.
+"""Jobs on TPU VMs of Google Cloud, through queued resources.
 
   python launch/gcloud.py start --name NAME --project P --zone Z sft configs/sft_7b.py --topology v5p:4x4x4 \\
     --workdir gs://BUCKET/RUN --init gs://BUCKET/base --data.train gs://BUCKET/shards --accumulate 2
   python launch/gcloud.py logs --name NAME --project P --zone Z
 
-`start` asks for the slice, waits for it, copies the commit that is checked out here, sets up every host and starts
-the job on all of them, where systemd starts it again on every status but 0, 2 and 3. `resume` takes the arguments of
-`start`: it gives back what was preempted and starts anew, on another slice if another is named; the run goes on from
-its newest checkpoint. `stop` ends the step and saves. With --dry-run every command is printed and none is run.
+`start` looks at the queued resource first and continues from there: it creates it where there is none or it was
+preempted, waits until it is active, copies the commit that is checked out, sets up every host, and starts the job on
+all of them as a systemd service that restarts it on every status but 0, 2 and 3. Run it again after any failure, and
+after a preemption: the run resumes from its newest checkpoint. A job that runs is left alone. `stop` saves and keeps
+the slices; `start` then starts the job again. With --dry-run all commands are printed and none is run.
 """
 
 import argparse
-import shlex
 import subprocess
 import sys
 import time
+from typing import Any
 
-from job import ROOT, SYSTEMS, Job, act, add_arguments, job_of, main
+from commands import exported_commit, main, query, query_json, run
+from job import SYSTEMS, Job, add_arguments, job_of
 
 from avocado_jax.errors import InputError
 
 QUEUED = ["gcloud", "compute", "tpus", "queued-resources"]
 POLL_SECONDS = 30
+ATTEMPTS = 20  # polls in a row that fail
+UNPACK = (
+    "(sudo systemctl stop avocado 2>/dev/null || true) && mkdir -p avocado_jax && cd avocado_jax"
+    " && find . -mindepth 1 -maxdepth 1 ! -name .venv -exec rm -rf {} + && tar -xzf ../avocado.tar.gz"
+)
+VERBS = {
+    "start": "create the slices or continue with those there are, and start the job",
+    "logs": "follow the log of a host",
+    "status": "of the queued resource, and of the job on every host",
+    "stop": "end the step, save, and keep the slices",
+    "delete": "delete the slices",
+}
 
 
 def parser() -> argparse.ArgumentParser:
@@ -32,105 +46,127 @@ def parser() -> argparse.ArgumentParser:
     verbs = made.add_subparsers(dest="verb", required=True)
     for verb, meaning in VERBS.items():
         one = verbs.add_parser(verb, help=meaning, allow_abbrev=False)
-        one.add_argument("--name", required=True, help="of the queued resource and its nodes")
+        one.add_argument("--name", required=True, help="of the queued resource")
         one.add_argument("--project", required=True)
         one.add_argument("--zone", required=True)
         one.add_argument("--dry-run", action="store_true", help="print the commands, run none")
-        if verb in ("start", "resume"):
+        if verb == "start":
             one.add_argument("--spot", action="store_true", help="cheaper, and may be preempted")
-            one.add_argument("--service-account", metavar="EMAIL", help="whom the hosts act as")
+            one.add_argument("--service-account", metavar="EMAIL", help="the identity of the hosts")
             add_arguments(one)
-        else:
-            one.add_argument("--slices", type=int, default=1, metavar="N", help="as the job was started with")
         if verb == "logs":
-            one.add_argument("--host", type=int, default=0, metavar="I", help="of the first slice")
+            one.add_argument("--slice", type=int, default=0, metavar="I", help="which slice")
+            one.add_argument("--host", type=int, default=0, metavar="I", help="which host of the slice")
     return made
 
 
-VERBS = {
-    "start": "ask for the slices, wait for them, set them up, start the job",
-    "resume": "give back what was preempted, and start anew",
-    "logs": "follow what a host says",
-    "status": "of the queued resource, and of the job on every host",
-    "stop": "end the step, save, and leave the slices idle",
-    "delete": "give the slices back",
-}
-
-
-def run(args: argparse.Namespace, fields: list[str]) -> None:
-    """Do what `args.verb` says."""
-    where = [f"--project={args.project}", f"--zone={args.zone}"]
-    nodes = [args.name] if args.slices == 1 else [f"{args.name}-{number}" for number in range(args.slices)]
-    give_back = [*QUEUED, "delete", args.name, *where, "--force", "--quiet"]
-    if args.verb in ("start", "resume"):
-        job = job_of(args, fields)
-        if args.verb == "resume":
-            act([give_back], args.dry_run)
-        start(args, job, where, nodes)
+def verbs(args: argparse.Namespace, fields: list[str]) -> None:
+    """Run a verb."""
+    if args.verb == "start":
+        start(args, job_of(args, fields, args.project))
     elif args.verb == "logs":
-        said = "sudo journalctl --unit avocado --output cat --lines 50 --follow"
-        act([on_host(nodes[0], where, str(args.host), said)], args.dry_run)
+        follow = "sudo journalctl --unit avocado --output cat --lines 50 --follow"
+        run(_ssh(args, follow, str(args.slice), str(args.host)), args.dry_run)
     elif args.verb == "status":
-        state = [*QUEUED, "describe", args.name, *where, "--format=value(state.state)"]
-        act(
-            [state, *(on_host(node, where, "all", "systemctl is-active avocado || true") for node in nodes)],
-            args.dry_run,
-        )
+        run([*QUEUED, "describe", args.name, *_where(args), "--format=value(state.state)"], args.dry_run)
+        run(_ssh(args, "systemctl is-active avocado || true"), args.dry_run)
     elif args.verb == "stop":
-        act([on_host(node, where, "all", "sudo systemctl stop avocado") for node in nodes], args.dry_run)
+        run(_ssh(args, "sudo systemctl disable --now avocado"), args.dry_run)
     else:
-        act([give_back], args.dry_run)
+        run(_delete(args), args.dry_run)
 
 
-def start(args: argparse.Namespace, job: Job, where: list[str], nodes: list[str]) -> None:
-    """From nothing to a job that runs on every host."""
-    archive = f"/tmp/{args.name}.tar.gz"
-    if not args.dry_run and subprocess.run(["git", "diff", "--quiet", "HEAD"], cwd=ROOT, check=False).returncode:
-        raise InputError("there are changes that are not committed: what is sent to the hosts is the commit")
-    shape = [f"--node-id={args.name}"]
-    if job.slices > 1:
-        shape = [f"--node-count={job.slices}", f"--node-prefix={args.name}"]
-    shape += [f"--accelerator-type={job.place.accelerator}", f"--runtime-version={SYSTEMS[job.place.generation]}"]
-    shape += ["--spot"] if args.spot else []
-    shape += [f"--service-account={args.service_account}"] if args.service_account else []
-    act([[*QUEUED, "create", args.name, *where, *shape]], args.dry_run)
-    wait(args, where)
-    act([["git", "archive", "--format=tar.gz", f"--output={archive}", "HEAD"]], args.dry_run)
-    unpack = "rm -rf avocado_jax && mkdir avocado_jax && tar -xzf avocado.tar.gz -C avocado_jax"
-    for node in nodes:
-        copy = ["gcloud", "compute", "tpus", "tpu-vm", "scp", archive, f"{node}:avocado.tar.gz", "--worker=all", *where]
-        act([copy, on_host(node, where, "all", f"{unpack} && bash avocado_jax/launch/setup.sh")], args.dry_run)
-    service = shlex.join([*job.words[:3], "avocado_jax/launch/service.sh", *job.words[4:]])
-    act([on_host(node, where, "all", service) for node in nodes], args.dry_run)
+def start(args: argparse.Namespace, job: Job) -> None:
+    """Bring the job to the state in which it runs on every host, from whatever state it is in."""
+    create_slices(args, job)
+    active = query(_ssh(args, "systemctl is-active avocado || true"), args.dry_run)
+    states = {word for word in (active or "").split() if word in ("active", "activating", "inactive", "failed")}
+    if states and states <= {"active", "activating"}:
+        print(f"{args.name}: the job runs on every host; `stop` it to start another")
+        return
+    with exported_commit(args.dry_run) as folder:
+        everywhere = ["--node=all", "--worker=all", *_where(args)]
+        run([*QUEUED, "scp", "avocado.tar.gz", f"{args.name}:", *everywhere], args.dry_run, cwd=folder)
+    run(_ssh(args, f"{UNPACK} && bash launch/setup.sh {' '.join(job.extras)}"), args.dry_run)
+    run(_ssh(args, f"cd avocado_jax && bash launch/service.sh {job.command}"), args.dry_run)
 
 
-def wait(args: argparse.Namespace, where: list[str]) -> None:
-    """Until the slices are there.
+def create_slices(args: argparse.Namespace, job: Job) -> None:
+    """Wait until the slices are active. Create them where there are none, or they were preempted.
 
     Raises:
-        InputError: they will not come.
+        InputError: others of this name exist, or the new ones failed.
+        subprocess.CalledProcessError: a command failed, or polling did `ATTEMPTS` times in a row.
     """
-    command = [*QUEUED, "describe", args.name, *where, "--format=value(state.state)"]
     if args.dry_run:
-        print(f"until {shlex.join(command)} | grep -x ACTIVE; do sleep {POLL_SECONDS}; done")
+        _find(args)
+        run(_create(args, job), dry=True)
         return
-    before = None
+    created, before, failures = False, None, 0
     while True:
-        state = subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+        try:
+            found = _find(args)
+        except subprocess.CalledProcessError:
+            if (failures := failures + 1) == ATTEMPTS:
+                raise
+            time.sleep(POLL_SECONDS)
+            continue
+        failures = 0
+        state = found["state"]["state"] if found else "absent"
         if state != before:
             print(f"{args.name}: {state}", file=sys.stderr, flush=True)
+        before = state
+        if state in ("absent", "FAILED", "SUSPENDED"):
+            if created:
+                raise InputError(f"{args.name} is {state}; `status` and the console have the reason")
+            if found:
+                run(_delete(args), dry=False)
+            run(_create(args, job), dry=False)
+            created = True
+            continue
+        if state not in ("SUSPENDING", "DELETING"):
+            _check_same(found, args, job)
         if state == "ACTIVE":
             return
-        if state in ("FAILED", "SUSPENDING", "SUSPENDED"):
-            raise InputError(f"{args.name} is {state}: `resume` gives it back and asks again")
-        before = state
         time.sleep(POLL_SECONDS)
 
 
-def on_host(node: str, where: list[str], worker: str, command: str) -> list[str]:
-    """A command for a host of a node ("all": for each of them)."""
-    return ["gcloud", "compute", "tpus", "tpu-vm", "ssh", node, *where, f"--worker={worker}", f"--command={command}"]
+def _find(args: argparse.Namespace) -> dict[str, Any] | None:
+    """The queued resource; None where there is none."""
+    listed = query_json([*QUEUED, "list", *_where(args), "--format=json"], args.dry_run)
+    return next((one for one in listed or [] if one["name"].split("/")[-1] == args.name), None)
+
+
+def _check_same(found: dict[str, Any], args: argparse.Namespace, job: Job) -> None:
+    (spec,) = found["tpu"]["nodeSpec"]
+    count = int((spec.get("multisliceParams") or spec.get("multiNodeParams") or {}).get("nodeCount", 1))
+    there, wanted = (count, spec["node"]["acceleratorType"]), (job.slices, job.place.accelerator)
+    if there != wanted:
+        differ = "{} x {}, not {} x {}".format(*there, *wanted)
+        raise InputError(f"{args.name} is {differ}: `delete` it first; the run resumes on the new slices")
+
+
+def _create(args: argparse.Namespace, job: Job) -> list[str]:
+    nodes = [f"--node-id={args.name}"]
+    if job.slices > 1:
+        nodes = [f"--node-count={job.slices}", f"--node-prefix={args.name}"]
+    nodes += [f"--accelerator-type={job.place.accelerator}", f"--runtime-version={SYSTEMS[job.place.generation]}"]
+    nodes += ["--spot"] if args.spot else []
+    nodes += [f"--service-account={args.service_account}"] if args.service_account else []
+    return [*QUEUED, "create", args.name, *_where(args), *nodes]
+
+
+def _delete(args: argparse.Namespace) -> list[str]:
+    return [*QUEUED, "delete", args.name, *_where(args), "--force", "--quiet"]
+
+
+def _ssh(args: argparse.Namespace, command: str, node: str = "all", worker: str = "all") -> list[str]:
+    return [*QUEUED, "ssh", args.name, *_where(args), f"--node={node}", f"--worker={worker}", f"--command={command}"]
+
+
+def _where(args: argparse.Namespace) -> list[str]:
+    return [f"--project={args.project}", f"--zone={args.zone}"]
 
 
 if __name__ == "__main__":
-    sys.exit(main(parser(), run))
+    sys.exit(main(parser(), verbs))

@@ -1,14 +1,29 @@
 #!/usr/bin/env bash
-# On a TPU VM: worker.sh as a systemd service that outlives the connection; `bash launch/service.sh sft CONFIG ...`.
-# systemd starts it again on every status but 0, 2 and 3; worker.sh bounds the starts. `sudo systemctl stop avocado`
-# finishes the step, saves and stops it. All hosts of a launch get the same AVOCADO_LAUNCH.
+# On a TPU VM: run a command in this folder as the systemd service `avocado`: `bash launch/service.sh COMMAND...`.
+# It outlives the connection, starts again after a reboot, and is restarted on every status but 0, 2 and 3; worker.sh
+# bounds the restarts. A service that runs is replaced, since its process keeps /dev/vfio and with it the chips.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-# A process of an earlier start would keep /dev/vfio, and with it the chips.
-sudo systemctl stop avocado 2>/dev/null || true
-sudo systemctl reset-failed avocado 2>/dev/null || true
-sudo systemd-run --unit=avocado --uid="$(id -u)" --gid="$(id -g)" --working-directory="$PWD" \
-  --property=Restart=on-failure --property=RestartPreventExitStatus="2 3" --property=RestartSec=15 \
-  --property=StartLimitIntervalSec=0 --property=KillMode=mixed --property=TimeoutStopSec=120 \
-  --setenv=AVOCADO_LAUNCH="${AVOCADO_LAUNCH-}" \
-  bash launch/worker.sh "$@"
+(umask 077 && printf '%q ' exec "$@" >job.sh) # systemd does not read a shell's quotes
+sudo tee /etc/systemd/system/avocado.service >/dev/null <<UNIT
+[Unit]
+Description=avocado
+Wants=network-online.target
+After=network-online.target
+StartLimitIntervalSec=0
+[Service]
+Type=exec
+User=$(id -un)
+WorkingDirectory=$PWD
+ExecStart=/bin/bash job.sh
+Restart=on-failure
+RestartPreventExitStatus=2 3
+RestartSec=15
+KillMode=mixed
+TimeoutStopSec=120
+[Install]
+WantedBy=multi-user.target
+UNIT
+sudo systemctl daemon-reload
+sudo systemctl --quiet enable avocado
+sudo systemctl restart avocado

@@ -50,7 +50,8 @@ PYTHON = sys.executable
 def job(stage, workdir, topology):
     """The command of every host, as the launchers build it."""
     config, more = CONFIGS[stage]
-    args = Namespace(stage=stage, config=config, workdir=workdir, topology=topology, slices=1, unplanned=True, name="r")
+    args = Namespace(stage=stage, target=config, workdir=workdir, topology=topology, slices=1, unplanned=True, name="r")
+    args.env, args.secret = [], []
     return list(job_of(args, [*FIELDS, *more]).words)
 
 

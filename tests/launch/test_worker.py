@@ -22,13 +22,13 @@ ROOT = Path(__file__).parents[2]
 def worker(tmp_path):
     """`worker(script)` starts worker.sh over a command of ours, as one of the hosts of a run in `tmp_path`."""
 
-    def started(script, host="0", launch="first", run=tmp_path / "a run", **env):
+    def started(script, host="0", launch="first", run=tmp_path / "a run", more=(), **env):
         command = tmp_path / f"avocado-{host}"
         command.write_text(f"#!/usr/bin/env bash\n{script}\n")
         command.chmod(0o755)
         env = {key: value for key, value in os.environ.items() if not key.startswith("OPENBLAS")} | env
         env |= {"AVOCADO": str(command), "AVOCADO_PYTHON": sys.executable, "AVOCADO_LAUNCH": launch}
-        words = ["bash", "launch/worker.sh", "sft", "configs/x.py", "--workdir", str(run), "--process", host]
+        words = ["bash", "launch/worker.sh", "sft", "configs/x.py", "--workdir", str(run), "--process", host, *more]
         return subprocess.Popen(words, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
     return started
@@ -64,7 +64,7 @@ def test_sigterm_reaches_the_command(worker):
 
 
 def test_the_environment_of_a_host(worker):
-    _, out, _ = finished(worker("env", MEGASCALE_NUM_SLICES="2"))
+    _, out, _ = finished(worker("env", more=("--mesh.slices", "2")))
     env = dict(line.split("=", 1) for line in out.splitlines() if "=" in line)
     assert env["JAX_COORDINATOR_PORT"] == "8476"
     assert env["GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT"] == "false"
@@ -73,7 +73,7 @@ def test_the_environment_of_a_host(worker):
         "--xla_tpu_enable_data_parallel_all_reduce_opt=true",
         "--xla_tpu_data_parallel_opt_different_sized_ops=true",
     ]
-    _, out, _ = finished(worker("env", JAX_COMPILATION_CACHE_DIR="gs://bucket/compiled"))
+    _, out, _ = finished(worker("env", JAX_COMPILATION_CACHE_DIR="gs://bucket/compiled", more=("--mesh.slices", "1")))
     assert "JAX_COMPILATION_CACHE_DIR=gs://bucket/compiled" in out.splitlines()
     assert "LIBTPU_INIT_ARGS" not in out
 

@@ -22,16 +22,15 @@ from avocado_jax.planning.program import devices_of
 ROOT = Path(__file__).parents[2]
 sys.path.append(str(ROOT / "launch"))
 
-from job import plans  # noqa: E402
+from plans import read_plans  # noqa: E402
 
 SLICES = ("v6e:8x8", "v5p:4x4x4", "v5e:8x16", "v5e:8x8", "v6e:4x4", "v5e:4x4", "v5p:2x2x2", "v5p:2x2x4", "v6e:2x4")
 
 
 def planned_configs():
-    """(slice, config) of every line in the table of plans."""
-    for (path, *fields), _ in plans():
-        at = fields.index("--topology")
-        yield fields[at + 1], load(str(ROOT / path), fields[:at] + fields[at + 2 :])
+    """(slice, config) of every plan."""
+    for plan in read_plans():
+        yield plan["topology"], load(str(ROOT / plan["config"]), plan["fields"])
 
 
 class OfProcess:

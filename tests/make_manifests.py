@@ -1,0 +1,56 @@
+"""Record what the launchers submit for each stage: the JobSet that xpk renders, and the task that SkyPilot reads.
+
+  python tests/make_manifests.py XPK SKY    # virtual environments with xpk 1.16.0 and with skypilot 0.14.1
+
+Writes tests/launch/manifests/LAUNCHER-STAGE.yaml: the commands of the dry run as comments, then the manifest.
+SkyPilot's own parser reads every task. tests/launch/test_manifests.py compares them with what is printed today.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+MANIFESTS = ROOT / "tests" / "launch" / "manifests"
+# The value of the key must be in no manifest.
+ENV = {"AVOCADO_LAUNCH": "20260101-000000", "WANDB_ENTITY": "a team", "WANDB_API_KEY": "value-of-the-key"}
+KEY = "--env WANDB_ENTITY --secret WANDB_API_KEY"
+HOST = f"--topology v6e:2x2 {KEY}"
+STAGES = {
+    "sft": f"sft configs/sft_7b.py --workdir gs://bucket/sft --topology v5p:4x4x4 {KEY} --init gs://bucket/base "
+    "--data.train gs://bucket/shards --accumulate 2 --wandb captions",
+    "grpo": f"grpo configs/grpo_7b.py --workdir gs://bucket/grpo --topology v6e:8x8 {KEY} --init gs://bucket/sft "
+    "--data.train gs://bucket/shards",
+    "caption": f"caption gs://bucket/clips {HOST} --checkpoint gs://bucket/grpo --out gs://bucket/captions --shard 0/4",
+    "evaluate": f"evaluate worldsense {HOST} --checkpoint gs://bucket/grpo --data gs://bucket/worldsense.json "
+    "--videos gs://bucket/videos --out gs://bucket/worldsense",
+    "prepare": f"prepare gs://bucket/clips.jsonl gs://bucket/shards {HOST} --tokenizer gs://bucket/base",
+}
+SLICES = STAGES["sft"].replace(" --accumulate 2", " --slices 2 --unplanned")
+WHERE = "--project my-project --zone us-east5-a --cluster c1 --image registry/avocado:1"
+JOBS = {
+    **{("gke", stage): f"start --dry-run --name {stage} {WHERE} {words}" for stage, words in STAGES.items()},
+    ("gke", "slices"): f"start --dry-run --name slices {WHERE} {SLICES}",
+    **{("sky", stage): f"start --dry-run --name {stage} --zone us-east5-a {words}" for stage, words in STAGES.items()},
+}
+PARSE = "import sys, sky; [print(sky.Task.from_yaml(path).name, 'is read') for path in sys.argv[1:]]"
+
+
+def recorded(output: str) -> str:
+    """The text of a file: commands of a dry run as comments, the manifest without blanks at line ends."""
+    lines = [line.rstrip() for line in output.splitlines()]
+    first = next(number for number, line in enumerate(lines) if line.startswith(("apiVersion:", "name:")))
+    return "\n".join([*(f"# {line}" for line in lines[:first]), *lines[first:]]) + "\n"
+
+
+if __name__ == "__main__":
+    xpk, sky = map(Path, sys.argv[1:])
+    env = os.environ | ENV | {"PATH": f"{xpk.absolute()}/bin:{os.environ['PATH']}"}
+    MANIFESTS.mkdir(exist_ok=True)
+    for (launcher, stage), words in JOBS.items():
+        command = [sys.executable, ROOT / "launch" / f"{launcher}.py", *words.split()]
+        done = subprocess.run(command, check=True, env=env, stdout=subprocess.PIPE, text=True)
+        (MANIFESTS / f"{launcher}-{stage}.yaml").write_text(recorded(done.stdout))
+    tasks = sorted(MANIFESTS.glob("sky-*.yaml"))
+    subprocess.run([sky / "bin" / "python", "-c", PARSE, *tasks], check=True)
