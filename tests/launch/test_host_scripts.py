@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture
 def host(tmp_path):
-    """`host(script, *words)` runs a script of launch/ in a copy; `sudo` and uv append to calls, and `sudo tee` to unit."""
+    """`host(script, *words)` runs a script of launch/ and returns the calls of `sudo` and uv; `tee` writes unit."""
     bin_ = tmp_path / "bin"
     (tmp_path / ".uv" / "bin").mkdir(parents=True)
     (tmp_path / "launch").mkdir()
