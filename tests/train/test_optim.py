@@ -94,7 +94,7 @@ LOSS, GRADIENT = np.array([[1, 0], [1, 1], [np.nan, 1], [1, np.nan]], np.float32
 def test_steps_skip_what_is_not_finite_and_report_their_learning_rate(monkeypatch, stage, number):
     """A NaN in the loss or in the gradient alone is enough. Skipped updates do not advance the schedule."""
     loss, value = jnp.asarray(LOSS[number]), GRADIENT[number]
-    params, make, rate = parameters(), optimizer(CONFIG, STEPS), schedule(CONFIG, STEPS)
+    params, make, rate = {"kernel": np.ones((2, 2), np.float32)}, optimizer(CONFIG, STEPS), schedule(CONFIG, STEPS)
     grads = jax.tree.map(lambda leaf: jnp.full_like(leaf, value), params)
     state = initial_state(params, make, "all")._replace(step=jnp.int32(5), skipped=jnp.int32(3))
     weight = np.ones(2, np.float32)
