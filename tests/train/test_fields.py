@@ -58,7 +58,7 @@ def shared(program, seed=()):
         "remat": ("none", f"{program}.model.remat"),
         "attention": ("plain", f"{program}.model.attention"),
         **{
-            f"splash.{name}": (128 * number, f"{program}.model.splash.{name}")
+            f"splash.{name}": (1024 + 128 * number, f"{program}.model.splash.{name}")
             for number, name in enumerate(("q", "kv", "q_backward", "kv_backward"), start=1)
         },
         **{f"mesh.{name}": (2 + number, f"make_mesh.{name}") for number, name in enumerate(MESH)},
