@@ -50,13 +50,23 @@ def main(command: list[str]) -> int:
 
 def supervise(command: list[str], run: str, launch: str) -> int:
     """Run the command to its end, or until another host has failed for good. Passes SIGTERM and SIGINT on."""
+    child, stopped = None, False
+
+    def stop(*_: Any) -> None:  # the command finishes its step, saves and ends with 75
+        nonlocal stopped
+        stopped = True
+        if child is not None:
+            child.terminate()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, stop)
     try:
         child = subprocess.Popen(command)
     except OSError as error:
         record_failure(run, launch, 3)
         return _print(f"{command[0]}: {error.strerror}", 3)
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: child.terminate())  # the command finishes its step, saves and ends with 75
+    if stopped:  # while the command was being started
+        child.terminate()
     while True:
         try:
             status = child.wait(timeout=POLL_SECONDS)

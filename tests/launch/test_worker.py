@@ -63,6 +63,23 @@ def test_sigterm_reaches_the_command(worker):
     assert finished(process)[:2] == (75, "saving\n")
 
 
+def test_sigterm_while_the_command_is_started(monkeypatch):
+    """It would end the supervisor and leave the command running."""
+    real = subprocess.Popen
+
+    def start(command):
+        child = real(command)
+        os.kill(os.getpid(), signal.SIGTERM)
+        return child
+
+    monkeypatch.setattr(supervisor.subprocess, "Popen", start)
+    before = signal.signal(signal.SIGTERM, lambda *_: None)
+    try:
+        assert supervisor.supervise(["sleep", "5"], "", "") == 128 + signal.SIGTERM
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def test_the_environment_of_a_host(worker):
     _, out, _ = finished(worker("env", more=("--mesh.slices", "2")))
     env = dict(line.split("=", 1) for line in out.splitlines() if "=" in line)
