@@ -5,10 +5,11 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -16,16 +17,8 @@ import numpy as np
 from avocado_jax.checkpoint.hf import SAME, Entry, HfCheckpoint, copied_files, open_hf, read_json, refuse_code
 from avocado_jax.checkpoint.hf_config import declare_dtype
 from avocado_jax.checkpoint.load import Checkpoint, open_checkpoint
-from avocado_jax.checkpoint.orbax import (
-    Pieces,
-    RunCheckpoint,
-    fetched,
-    is_remote,
-    open_run,
-    row_slices,
-    run_path,
-    save_pieces,
-)
+from avocado_jax.checkpoint.orbax import Pieces, RunCheckpoint, open_run, row_slices, save_pieces
+from avocado_jax.checkpoint.references import commit_of, hub_errors, located, run_path
 from avocado_jax.checkpoint.safetensors import SHARD_BYTES, Spec, Tensor, read_header, write_shards
 from avocado_jax.data import storage
 from avocado_jax.errors import InputError
@@ -33,30 +26,40 @@ from avocado_jax.models.config import Lora
 from avocado_jax.progress import progress
 
 MARK = ".being-converted"  # in a folder that may be deleted
+MADE = ".made-from.json"  # in a folder of `to_hf`: the run, the step and the dtype
+COMMITTED = "checkpoints/0/commit_success.txt"
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 
 
-def from_hf(source: Path, target: Path) -> None:
+def from_hf(source: str | os.PathLike, target: str | os.PathLike, reading: Mapping[str, Any] = {}) -> None:
     """Make the run folder `target`, at step 0, of a checkpoint in Hugging Face format; dtypes are kept.
+
+    Args:
+        source: a model reference (references.py).
+        target: local or gs://.
+        reading: how the checkpoint's clips are sampled, added to its `reading.json`.
 
     Raises:
         InputError: `source` is not a sound checkpoint, or `target` exists.
+        StorageError: storage failed, or the hub cannot be reached.
     """
-    checkpoint = open_hf(source)
+    checkpoint = open_hf(located(source))
     done = progress(range(len(checkpoint.entries) + 1), "tensors", len(checkpoint.entries))
     stacks = _stacks(checkpoint, lambda: next(done))
-    with _appearing(target, sum(map(_nbytes, [*checkpoint.tensors.values(), *checkpoint.carried.values()]))) as folder:
-        _write_beside(checkpoint, folder)
-        save_pieces(folder / "checkpoints" / "0" / "params", stacks)
-        (folder / "checkpoints" / "0" / "commit_success.txt").touch()  # so that the run may be copied to a bucket
+    nbytes = sum(map(_nbytes, [*checkpoint.tensors.values(), *checkpoint.carried.values()]))
+    with _appearing(str(target), nbytes) as folder, storage.library_errors(str(target)):
+        _write_beside(checkpoint, folder, reading)
+        save_pieces(run_path(folder) / "checkpoints" / "0" / "params", stacks)
+        storage.write(storage.join(folder, COMMITTED), b"")  # Orbax's mark of a finished step in a bucket
 
 
 def to_hf(
     source: str | os.PathLike,
-    target: Path,
+    target: str | os.PathLike,
     step: int | None = None,
     dtype: str | None = None,
     shard_bytes: int = SHARD_BYTES,
+    keep: bool = False,
 ) -> int:
     """Write step `step` of a run (the newest finished one) as a checkpoint that transformers loads.
 
@@ -64,6 +67,10 @@ def to_hf(
 
     Returns:
         The step that was written.
+
+    Args:
+        target: local or gs://.
+        keep: a target that an earlier call has made of the same step and dtype is left as it is.
 
     Raises:
         InputError: no such run or step, or `target` exists.
@@ -82,53 +89,97 @@ def to_hf(
                 yield piece.astype(spec.dtype)
         yield from _pieces_of(carried.values())
 
-    with _appearing(target, sum(spec.nbytes for spec in specs)) as folder:
-        for path in copied_files(run.side_files):
-            shutil.copyfile(path, folder / path.name)
-        if dtype:
-            config = declare_dtype(read_json(folder / "config.json"), dtype)
-            (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        write_shards(folder, specs, values(), shard_bytes)
-        refuse_code(folder)
+    refuse_code(run.side_files)
+    made = {"run": str(run.folder), "step": run.step, "dtype": dtype}
+    if keep and Path(target, MADE).is_file() and read_json(Path(target, MADE)) == made:
+        return run.step
+    with _appearing(str(target), sum(spec.nbytes for spec in specs)) as folder:
+        remote = storage.is_remote(folder)
+        with tempfile.TemporaryDirectory() if remote else nullcontext(folder) as local:
+
+            def upload(path: Path) -> None:
+                storage.upload(path, storage.join(folder, path.name))
+
+            write_shards(Path(local), specs, values(), shard_bytes, upload if remote else lambda path: None)
+        # config.json comes last: without it a folder in a bucket is no checkpoint.
+        for path in sorted(copied_files(run.side_files), key=lambda path: path.name == "config.json"):
+            data = path.read_bytes()
+            if dtype and path.name == "config.json":
+                data = (json.dumps(declare_dtype(read_json(path), dtype), indent=2) + "\n").encode()
+            storage.write(storage.join(folder, path.name), data)
+        if not remote:
+            storage.write(storage.join(folder, MADE), json.dumps(made).encode())
     return run.step
 
 
-def begin_run(init: str | os.PathLike, folder: str | os.PathLike, lora: Lora | None = None) -> None:
-    """Put into a training run what its checkpoints are used with: the side files and carried tensors of `init`.
+def push(folder: Path, name: str) -> str:
+    """Upload a folder of `to_hf` to the repository `name` on the hub, which is created if it does not exist.
 
-    What is there already is written again: a beginning that was killed is simply begun once more. One process calls
-    it, before the first checkpoint is saved.
+    Repeating it uploads what is missing. Weights that an earlier push left under other names are removed.
+
+    Returns:
+        The address of the commit.
+
+    Raises:
+        InputError: no token, or no permission.
+        StorageError: the hub cannot be reached or is busy.
+    """
+    from huggingface_hub import HfApi
+
+    api = HfApi()
+    with hub_errors(name):
+        api.create_repo(name, exist_ok=True)
+        stale = ["*.safetensors", "*.safetensors.index.json"]
+        done = api.upload_folder(repo_id=name, folder_path=folder, ignore_patterns=[MADE], delete_patterns=stale)
+    return done.commit_url
+
+
+def begin_run(
+    init: str | os.PathLike,
+    folder: str | os.PathLike,
+    lora: Lora | None = None,
+    reading: Mapping[str, Any] = {},
+) -> None:
+    """Write the side files and carried tensors of `init` into a training run.
+
+    Existing files are written again, so that a start which was killed is repeated. One process calls it, before the
+    first checkpoint is saved.
 
     Args:
-        init: the checkpoint that training starts from: Hugging Face folder or run.
+        init: the model reference that training starts from.
         folder: of the run, local or gs://.
         lora: the adapters that will be trained.
+        reading: how the clips of training are sampled, added to the `reading.json` of `init`.
     """
-    checkpoint, run = open_checkpoint(init), run_path(folder)
-    scratch = Path(tempfile.mkdtemp()) if is_remote(run) else Path(run, ".beginning")
+    _write_beside(open_checkpoint(init), str(folder), reading, lora)
+
+
+def _write_beside(checkpoint: Checkpoint, folder: str, reading: Mapping[str, Any], lora: Lora | None = None) -> None:
+    """Write everything of a run folder but its checkpoints."""
+    prefix, carried = _beside(checkpoint)
+    remote = storage.is_remote(folder)
+    scratch = Path(tempfile.mkdtemp()) if remote else Path(folder, ".beginning")
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True)
+    source = {"prefix": prefix} | ({"hub": commit} if (commit := commit_of(checkpoint.folder)) else {})
     try:
-        _write_beside(checkpoint, scratch)
-        if lora is not None:
-            (scratch / "lora.json").write_text(json.dumps(asdict(lora)) + "\n")
+        (scratch / "hf").mkdir()
+        for path in copied_files(checkpoint.side_files):
+            shutil.copyfile(path, scratch / "hf" / path.name)
+        stated = scratch / "hf" / "reading.json"
+        held = (read_json(stated) if stated.is_file() else {}) | dict(reading)
+        written = {"source.json": source, "hf/reading.json": held, "lora.json": asdict(lora) if lora else {}}
+        for name, value in written.items():
+            if value:
+                (scratch / name).write_text(json.dumps(value) + "\n")
+        if carried:
+            (scratch / "carried").mkdir()
+            specs = [Spec(name, tensor.dtype, tensor.shape) for name, tensor in carried.items()]
+            write_shards(scratch / "carried", specs, _pieces_of(carried.values()))
         for path in sorted(path for path in scratch.rglob("*") if path.is_file()):
-            storage.upload(path, str(run / path.relative_to(scratch)))
+            storage.upload(path, storage.join(folder, str(path.relative_to(scratch))))
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-
-
-def _write_beside(checkpoint: Checkpoint, folder: Path) -> None:
-    """Everything of a run folder but its checkpoints."""
-    prefix, carried = _beside(checkpoint)
-    (folder / "hf").mkdir()
-    for path in copied_files(checkpoint.side_files):
-        shutil.copyfile(path, folder / "hf" / path.name)
-    (folder / "source.json").write_text(json.dumps({"prefix": prefix}) + "\n")
-    if carried:
-        (folder / "carried").mkdir()
-        specs = [Spec(name, tensor.dtype, tensor.shape) for name, tensor in carried.items()]
-        write_shards(folder / "carried", specs, _pieces_of(carried.values()))
 
 
 def _beside(checkpoint: Checkpoint) -> tuple[str, dict[str, Tensor]]:
@@ -142,30 +193,47 @@ def _beside(checkpoint: Checkpoint) -> tuple[str, dict[str, Tensor]]:
         raise InputError(f"{checkpoint.folder / 'source.json'}: no prefix of tensor names")
     carried: dict[str, Tensor] = {}
     folder = checkpoint.folder / "carried"
-    for path in sorted(fetched(folder).glob("*.safetensors")) if storage.names(str(folder)) else ():
-        carried |= read_header(path)
+    for name in storage.names(str(folder)):
+        if name.endswith(".safetensors"):
+            carried |= read_header(folder / name)
     return prefix, carried
 
 
 @contextmanager
-def _appearing(target: Path, nbytes: int) -> Iterator[Path]:
-    """A folder to fill that takes the name `target` only when the block ends well."""
-    if target.exists():
+def _appearing(target: str, nbytes: int) -> Iterator[str]:
+    """A folder to fill. A local one takes the name `target` when the block ends well.
+
+    A bucket has no renames: there, a mark shows that the folder is unfinished, and the caller writes the file by which
+    the checkpoint is recognised last.
+    """
+    if storage.is_remote(target):
+        with storage.library_errors(target):
+            path = run_path(target)
+            if path.exists():
+                if not storage.exists(storage.join(target, MARK)):
+                    raise InputError(f"{target}: already exists")
+                path.rmtree()  # what a killed conversion left
+            storage.write(storage.join(target, MARK), b"")
+            yield target
+            storage.delete(storage.join(target, MARK))
+        return
+    final = Path(target)
+    if final.exists():
         raise InputError(f"{target}: already exists")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(target.parent).free
+    final.parent.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(final.parent).free
     if nbytes > free:
         raise InputError(f"{target}: needs {nbytes / 1e9:.1f} GB, the disk has {free / 1e9:.1f} GB free")
-    partial = target.with_name(target.name + ".partial")
+    partial = final.with_name(final.name + ".partial")
     if partial.exists() and not (partial / MARK).exists():
         raise InputError(f"{partial}: is in the way, and not ours to delete")
     shutil.rmtree(partial, ignore_errors=True)  # what a killed conversion left
     partial.mkdir()
     try:
         (partial / MARK).touch()
-        yield partial
+        yield str(partial)
         (partial / MARK).unlink()
-        partial.rename(target)
+        partial.rename(final)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 

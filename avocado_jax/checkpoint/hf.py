@@ -1,6 +1,7 @@
 """Qwen2.5-Omni checkpoints in Hugging Face format: one bijective table of names, read tensor by tensor."""
 
 import json
+import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path, PurePath
@@ -10,7 +11,9 @@ import jax
 import numpy as np
 
 from avocado_jax.checkpoint.hf_config import read_config, read_text_config, says_tied
+from avocado_jax.checkpoint.references import INDEX, fetched, is_remote, run_path
 from avocado_jax.checkpoint.safetensors import Tensor, read_header
+from avocado_jax.data import storage
 from avocado_jax.errors import InputError
 from avocado_jax.models.config import ThinkerConfig
 from avocado_jax.models.thinker import init
@@ -22,12 +25,13 @@ class Change(NamedTuple):
     ours: Callable[[np.ndarray], np.ndarray]
     theirs: Callable[[np.ndarray, tuple[int, ...]], np.ndarray]  # also given the shape on their side
     shape: Callable[[tuple[int, ...], ThinkerConfig], tuple[int, ...]]  # their shape from ours
+    rows: int  # our axis that is their first: a range of their rows is a range of it
 
 
-SAME = Change(lambda x: x, lambda x, _: x, lambda shape, _: shape)
-LINEAR = Change(lambda x: x.T, lambda x, _: x.T, lambda shape, _: shape[::-1])  # [out, in] -> [in, out]
+SAME = Change(lambda x: x, lambda x, _: x, lambda shape, _: shape, 0)
+LINEAR = Change(lambda x: x.T, lambda x, _: x.T, lambda shape, _: shape[::-1], 1)  # [out, in] -> [in, out]
 CONV1D = Change(  # [out, in, taps] -> [taps, in, out]
-    lambda x: x.transpose(2, 1, 0), lambda x, _: x.transpose(2, 1, 0), lambda shape, _: shape[::-1]
+    lambda x: x.transpose(2, 1, 0), lambda x, _: x.transpose(2, 1, 0), lambda shape, _: shape[::-1], 2
 )
 CONV3D = Change(  # [out, channels, frames, rows, columns] -> [patch, out]: stride = kernel, a matrix product
     lambda x: x.reshape(x.shape[0], -1).T,
@@ -39,6 +43,7 @@ CONV3D = Change(  # [out, channels, frames, rows, columns] -> [patch, out]: stri
         config.vision.patch,
         config.vision.patch,
     ),
+    1,
 )
 
 WEIGHT, BIAS = ("kernel", "weight", LINEAR), ("bias", "bias", SAME)
@@ -127,32 +132,34 @@ def without_towers(entries: Mapping[str, Entry]) -> dict[str, Entry]:
 
 
 class HfCheckpoint(NamedTuple):
-    """An opened folder: nothing is read but headers."""
+    """An opened folder, local or gs://: nothing is read but headers and side files."""
 
-    folder: Path
+    folder: PurePath
     config: ThinkerConfig
     entries: dict[str, Entry]
     tensors: dict[str, Tensor]  # modelled, by entry name
     carried: dict[str, Tensor]  # everything else, by its full name in the file
     prefix: str  # "thinker." in a full checkpoint
-
-    @property
-    def side_files(self) -> Path:
-        """The folder of config.json, the tokenizer and generation settings."""
-        return self.folder
+    side_files: Path  # the local folder of config.json, the tokenizer and generation settings
 
     def read(self, entry: Entry) -> np.ndarray:
         """One parameter, or one layer of a stacked one, in our layout."""
         return entry.change.ours(self.tensors[entry.name].read())
 
     def read_part(self, entry: Entry, where: tuple[slice, ...]) -> np.ndarray:
-        """A block of what `read` gives; only the pages that hold it are read."""
-        return np.ascontiguousarray(entry.change.ours(self.tensors[entry.name].mapped())[where])
+        """A block of what `read` gives; only the pages that hold it are read, or in a bucket the rows."""
+        tensor = self.tensors[entry.name]
+        if not is_remote(tensor.file):
+            return np.ascontiguousarray(entry.change.ours(tensor.mapped())[where])
+        rows = entry.change.rows
+        value = entry.change.ours(tensor.read(where[rows]))
+        return np.ascontiguousarray(value[(*where[:rows], slice(None), *where[rows + 1 :])])
 
 
-def is_hf(folder: Path) -> bool:
-    """Whether `folder` looks like a checkpoint in Hugging Face format."""
-    return (folder / "config.json").is_file() and any(folder.glob("*.safetensors*"))
+def is_hf(folder: str | os.PathLike) -> bool:
+    """Whether `folder`, local or gs://, looks like a checkpoint in Hugging Face format."""
+    names = storage.names(str(folder))
+    return "config.json" in names and any(".safetensors" in name for name in names)
 
 
 def read_json(path: PurePath) -> Any:
@@ -162,14 +169,12 @@ def read_json(path: PurePath) -> Any:
         InputError: missing, or not JSON.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file") from None
+        return json.loads(storage.read(str(path)))
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: not JSON: {error}") from error
 
 
-def open_hf(folder: Path, text_only: bool = False) -> HfCheckpoint:
+def open_hf(folder: str | os.PathLike, text_only: bool = False) -> HfCheckpoint:
     """Open a checkpoint of the thinker alone or of full Omni, with or without an index.
 
     Args:
@@ -179,10 +184,13 @@ def open_hf(folder: Path, text_only: bool = False) -> HfCheckpoint:
         InputError: a missing, unknown, doubled or misshapen tensor, by name; a config that does not fit;
             remote code, pickles or paths that leave the folder.
     """
-    refuse_code(folder)
+    folder = run_path(folder) if storage.is_remote(str(folder)) else Path(folder)
+    refuse_names(folder)
+    side_files = fetched(folder, weights=False)
+    refuse_code(side_files)
     found = read_tensors(folder)
     prefix = "thinker." if any(name.startswith("thinker.") for name in found) else ""
-    fields = read_json(folder / "config.json")
+    fields = read_json(side_files / "config.json")
     tied = f"{prefix}lm_head.weight" not in found and says_tied(fields)
     config = (read_text_config if text_only else read_config)(fields, tied)
     entries = table(config)
@@ -207,29 +215,36 @@ def open_hf(folder: Path, text_only: bool = False) -> HfCheckpoint:
     for name in entries:
         if name not in tensors:
             raise InputError(f"{folder}: tensor '{prefix}{name}' is missing")
-    return HfCheckpoint(folder, config, entries, tensors, carried, prefix)
+    return HfCheckpoint(folder, config, entries, tensors, carried, prefix, side_files)
 
 
-def refuse_code(folder: Path) -> None:
-    """Refuse a folder that brings code: modules to import or pickles to run (`spk_dict.pt` is only copied)."""
-    if not folder.is_dir():
-        raise InputError(f"{folder}: no such folder")
-    for path in sorted(folder.iterdir()):
+def refuse_names(folder: PurePath) -> None:
+    """Refuse a folder, local or gs://, with modules to import or pickles to run (`spk_dict.pt` is only copied)."""
+    for name in storage.names(str(folder)):
+        path = folder / name
         if path.suffix == ".py":
             raise InputError(f"{path}: a checkpoint with code is not loaded")
         if path.suffix in (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt") and path.name != "spk_dict.pt":
             raise InputError(f"{path}: pickles are not loaded")
+
+
+def refuse_code(folder: Path) -> None:
+    """Refuse a local folder that brings code, or whose configs name code to load."""
+    if not folder.is_dir():
+        raise InputError(f"{folder}: no such folder")
+    refuse_names(folder)
+    for path in sorted(folder.iterdir()):
         if path.suffix == ".json" and path.name.endswith("config.json"):
             fields = read_json(path)
             if isinstance(fields, dict) and "auto_map" in fields:
                 raise InputError(f"{path}: a checkpoint with remote code ('auto_map') is not loaded")
 
 
-def read_tensors(folder: Path) -> dict[str, Tensor]:
-    """All tensors of a folder's shards by name."""
-    index = folder / "model.safetensors.index.json"
+def read_tensors(folder: PurePath) -> dict[str, Tensor]:
+    """All tensors of the shards of a folder, local or gs://, by name."""
+    index, present = folder / INDEX, storage.names(str(folder))
     where: Mapping[str, str] | None = None
-    if index.is_file():
+    if INDEX in present:
         fields = read_json(index)
         where = fields.get("weight_map") if isinstance(fields, dict) else None
         if not isinstance(where, dict) or not all(isinstance(name, str) for name in where.values()):
@@ -239,12 +254,12 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
             if name != Path(name).name or not name.endswith(".safetensors"):
                 raise InputError(f"{index}: '{name}' is not a safetensors file of this folder")
     else:
-        files = sorted(path.name for path in folder.glob("*.safetensors"))
+        files = [name for name in present if name.endswith(".safetensors")]
     if not files:
         raise InputError(f"{folder}: no *.safetensors files")
     tensors: dict[str, Tensor] = {}
     for name in files:
-        if not (folder / name).is_file():
+        if name not in present:
             raise InputError(f"{folder / name}: missing, though the index names it")
         for tensor, place in read_header(folder / name).items():
             if tensor in tensors:

@@ -16,45 +16,56 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from avocado_jax.checkpoint.hf import Entry, HfCheckpoint, is_hf, open_hf, read_json, without_towers
 from avocado_jax.checkpoint.hf_config import TEXT_MODEL
 from avocado_jax.checkpoint.orbax import RunCheckpoint, is_run, open_run
+from avocado_jax.checkpoint.references import fetched, is_remote, located, run_path
+from avocado_jax.data import storage
 from avocado_jax.errors import InputError
 from avocado_jax.progress import progress
 
-READERS = 4  # layers of a stack that are read at once
+READERS = 4  # tensors that are read at once
 SHIPPED = Path(__file__).parents[1] / "assets" / "captioner"
 Checkpoint = HfCheckpoint | RunCheckpoint  # both read one parameter, or one layer of it, at a time
 
 
-def open_checkpoint(folder: str | os.PathLike) -> Checkpoint:
-    """Open a folder in Hugging Face format, or a run, here or gs:// (its newest finished step).
+def open_checkpoint(reference: str | os.PathLike) -> Checkpoint:
+    """Open a model reference (references.py): a folder in Hugging Face format, or a run at its newest finished step.
 
     Raises:
         InputError: neither, or not sound.
+        StorageError: storage failed, or the hub cannot be reached.
     """
+    folder = located(reference)
     if is_run(folder):
         return open_run(folder)
-    if str(folder).startswith("gs://"):
-        raise InputError(f"{folder}: not a run folder")
-    folder = Path(folder)
     if is_hf(folder):
         return open_hf(folder)
-    if not folder.is_dir():
+    if not storage.is_remote(folder) and not Path(folder).is_dir():
         raise InputError(f"{folder}: no such folder")
     raise InputError(f"{folder}: neither a checkpoint in Hugging Face format nor a run folder")
 
 
-def open_language_model(folder: str | os.PathLike) -> Checkpoint:
-    """The language model in a folder: that of a thinker, its towers left out, or a text model (Qwen2).
+def open_language_model(reference: str | os.PathLike) -> Checkpoint:
+    """The language model of a reference: that of a thinker, its towers left out, or a text model (Qwen2).
 
     Raises:
-        InputError: as `open_checkpoint`.
+        InputError, StorageError: as `open_checkpoint`.
     """
-    config = Path(folder) / "config.json"
-    if not is_run(folder) and config.is_file():
-        fields = read_json(config)
+    folder = located(reference)
+    if not is_run(folder) and is_hf(folder):
+        fields = read_json(run_path(folder) / "config.json")
         if isinstance(fields, dict) and fields.get("model_type") == TEXT_MODEL:
-            return open_hf(Path(folder), text_only=True)
+            return open_hf(folder, text_only=True)
     checkpoint = open_checkpoint(folder)
     return checkpoint._replace(entries=without_towers(checkpoint.entries))
+
+
+def tokenizer_folder(reference: str | os.PathLike) -> Path:
+    """The local folder of the tokenizer of a model reference; of a model on the hub, only its tokenizer is downloaded.
+
+    Raises:
+        InputError, StorageError: as `open_checkpoint`.
+    """
+    folder = run_path(located(reference, tokenizer_only=True))
+    return fetched(folder / "hf" if is_run(folder) else folder, weights=False)
 
 
 def shipped_checkpoint() -> Path:
@@ -64,12 +75,12 @@ def shipped_checkpoint() -> Path:
         InputError: this copy of the package has none.
     """
     if not is_hf(SHIPPED):
-        raise InputError("no checkpoint comes with this copy of the package: name one with --checkpoint DIR")
+        raise InputError("no checkpoint comes with this copy of the package: name one with --checkpoint REF")
     return SHIPPED
 
 
 def named_checkpoint(given: str | None) -> Checkpoint:
-    """The checkpoint that a user names, or the shipped one.
+    """The checkpoint of a user's reference, or the shipped one.
 
     Raises:
         InputError: as `open_checkpoint`; or none is named and none is shipped.
@@ -78,7 +89,7 @@ def named_checkpoint(given: str | None) -> Checkpoint:
 
 
 def identity(checkpoint: Checkpoint) -> str:
-    """A digest of what a checkpoint holds, wherever it lies: what was made with it can be told by it."""
+    """A digest of a checkpoint's content, the same wherever it is stored in one format."""
     digest = hashlib.sha256()
     if isinstance(checkpoint, RunCheckpoint):  # Orbax names its files by random numbers: names tell the contents
         names = sorted(str(path).removeprefix(str(checkpoint.params)) for path in _files(checkpoint.params))
@@ -87,6 +98,9 @@ def identity(checkpoint: Checkpoint) -> str:
     for path in progress(sorted(whole), "reading the checkpoint's identity"):
         with path.open("rb") as file:
             digest.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
+    if isinstance(checkpoint, HfCheckpoint) and is_remote(checkpoint.folder):  # the storage computes sums of its own
+        for path in sorted({tensor.file for tensor in checkpoint.tensors.values()}):
+            digest.update(f"{path.name} {storage.fingerprint(str(path))}".encode())
     return digest.hexdigest()
 
 
@@ -99,12 +113,16 @@ def _files(folder: epath.Path) -> Iterator[epath.Path]:
 def load_params(checkpoint: Checkpoint, dtype: str) -> dict[str, Any]:
     """Every parameter on the default device in `dtype`, layers apart (`ThinkerConfig.scan` false)."""
     params: dict[str, Any] = {}
-    for entry in progress(list(checkpoint.entries.values()), "loading tensors"):
-        node = params
-        for key in entry.path[:-1]:
-            name = key if key != "layers" else f"layers_{entry.layer}"
-            node = node.setdefault(name, {})
-        node[entry.path[-1]] = jax.device_put(checkpoint.read(entry).astype(jnp.dtype(dtype)))
+    entries = list(checkpoint.entries.values())
+    runs = [entries[first : first + READERS] for first in range(0, len(entries), READERS)]
+    with ThreadPoolExecutor(READERS) as pool:
+        values = (value for run in runs for value in pool.map(checkpoint.read, run))
+        for entry, value in progress(zip(entries, values), "loading tensors", len(entries)):
+            node = params
+            for key in entry.path[:-1]:
+                name = key if key != "layers" else f"layers_{entry.layer}"
+                node = node.setdefault(name, {})
+            node[entry.path[-1]] = jax.device_put(value.astype(jnp.dtype(dtype)))
     return params
 
 

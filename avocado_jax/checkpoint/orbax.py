@@ -9,16 +9,13 @@ RUN/lora.json      where adapters were trained, their rank and alpha; `lora_a` a
 RUN is local or gs://. Parameters are read with adapters merged.
 """
 
-import atexit
 import json
 import os
 import re
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, NamedTuple
 
 import jax
@@ -29,6 +26,7 @@ from etils import epath
 
 from avocado_jax.checkpoint.hf import Entry, read_json, table
 from avocado_jax.checkpoint.hf_config import read_config
+from avocado_jax.checkpoint.references import fetched, is_remote, run_path
 from avocado_jax.data import storage
 from avocado_jax.errors import InputError
 from avocado_jax.models.config import Lora, ThinkerConfig
@@ -80,50 +78,15 @@ def save_args(stacked: bool) -> ocp.SaveArgs:
     return ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES, shard_axes=(0,) if stacked else ())
 
 
-def save_pieces(folder: Path, tree: Mapping[str, Any]) -> None:
-    """Write a tree of `Pieces` as an Orbax checkpoint. `folder` appears only when it is complete."""
+def save_pieces(folder: PurePath, tree: Mapping[str, Any]) -> None:
+    """Write a tree of `Pieces` as an Orbax checkpoint, local or gs://. A local `folder` appears when it is complete."""
     registry = ocp.type_handlers.create_type_handler_registry(
         (Pieces, _PiecesHandler()), (jax.Array, ocp.type_handlers.ArrayHandler())
     )
     handler = ocp.PyTreeCheckpointHandler(type_handler_registry=registry)
     args = jax.tree_util.tree_map_with_path(lambda path, _: save_args("layers" in jax.tree_util.keystr(path)), tree)
     with ocp.Checkpointer(handler) as checkpointer:
-        checkpointer.save(folder.absolute(), args=ocp.args.PyTreeSave(tree, save_args=args))
-
-
-def run_path(folder: str | os.PathLike) -> epath.Path:
-    """A run folder by its name, here or in a bucket (`STORAGE_EMULATOR_HOST` is honoured)."""
-    path = epath.Path(folder)
-    if not is_remote(path):
-        return path.absolute()
-    # gcsfs waits for minutes on a probe unless told not to; tensorstore has a name of its own for the emulator.
-    os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
-    if host := os.environ.get("STORAGE_EMULATOR_HOST"):
-        os.environ.setdefault("TENSORSTORE_GCS_HTTP_URL", host)
-    return path
-
-
-def is_remote(path: epath.Path) -> bool:
-    """Whether `path` lies in a bucket."""
-    return str(path).startswith("gs://")
-
-
-def fetched(folder: epath.Path) -> Path:
-    """A local folder with the files of `folder`: itself, or a copy that lives as long as the process.
-
-    Raises:
-        InputError: there are no such files in the bucket, or no permission to read them.
-        StorageError: storage failed.
-    """
-    if not is_remote(folder):
-        return Path(folder)
-    if not (names := storage.names(str(folder))):
-        raise InputError(f"{folder}: no such folder, or no files in it")
-    local = Path(tempfile.mkdtemp(prefix="avocado-"))
-    atexit.register(shutil.rmtree, local, ignore_errors=True)
-    for name in names:
-        storage.download(storage.join(str(folder), name), local / name)
-    return local
+        checkpointer.save(run_path(folder), args=ocp.args.PyTreeSave(tree, save_args=args))
 
 
 class RunCheckpoint(NamedTuple):

@@ -8,13 +8,14 @@ the library is the oracle in the tests. Headers come from strangers: every field
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator
-from pathlib import Path
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path, PurePath
 from typing import NamedTuple
 
 import ml_dtypes
 import numpy as np
 
+from avocado_jax.data import storage
 from avocado_jax.errors import InputError
 
 DTYPES = {
@@ -42,7 +43,7 @@ SHARD_BYTES = 5 * 10**9
 class Tensor(NamedTuple):
     """Where one tensor lies."""
 
-    file: Path
+    file: PurePath  # local, or in a bucket
     dtype: np.dtype
     shape: tuple[int, ...]
     offset: int  # of its first byte in the file
@@ -55,15 +56,21 @@ class Tensor(NamedTuple):
             row_bytes = math.prod(self.shape[1:]) * self.dtype.itemsize
         else:
             first, shape, row_bytes = 0, (), 0
+        start = self.offset + first * row_bytes
+        if storage.is_remote(str(self.file)):
+            data = storage.read_range(str(self.file), start, math.prod(shape) * self.dtype.itemsize)
+            if len(data) != math.prod(shape) * self.dtype.itemsize:
+                raise InputError(f"{self.file}: ends in the middle of a tensor")
+            return np.frombuffer(data, self.dtype).reshape(shape)
         values = np.empty(shape, self.dtype)
-        with self.file.open("rb") as file:
-            file.seek(self.offset + first * row_bytes)
+        with Path(self.file).open("rb") as file:
+            file.seek(start)
             if file.readinto(values.reshape(-1).view(np.uint8)) != values.nbytes:
                 raise InputError(f"{self.file}: ends in the middle of a tensor")
         return values
 
     def mapped(self) -> np.ndarray:
-        """Its values where they lie in the file: read when they are touched."""
+        """Its values where they lie in a local file: read when they are touched."""
         return np.memmap(self.file, self.dtype, "r", self.offset, self.shape)
 
 
@@ -76,19 +83,18 @@ def _pairs(pairs: list[tuple[str, object]]) -> dict[str, object]:
     return out
 
 
-def read_header(path: Path) -> dict[str, Tensor]:
+def read_header(path: PurePath) -> dict[str, Tensor]:
     """The tensors of one file.
 
     Raises:
         InputError: naming the file and what is wrong with it: cut short, not JSON, a name twice, an
             unknown dtype, offsets that overlap, leave the file or do not fit the shape.
     """
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if size < 8 or length > min(HEADER_LIMIT, size - 8):
-            raise InputError(f"{path}: not a safetensors file, or cut short")
-        text = file.read(length)
+    size = storage.size(str(path))
+    length = int.from_bytes(storage.read_range(str(path), 0, min(8, size)), "little")
+    if size < 8 or length > min(HEADER_LIMIT, size - 8):
+        raise InputError(f"{path}: not a safetensors file, or cut short")
+    text = storage.read_range(str(path), 8, length)
     try:
         header = json.loads(text, object_pairs_hook=_pairs)
         if not isinstance(header, dict):
@@ -108,7 +114,7 @@ def read_header(path: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def _tensor(path: Path, name: str, entry: object, base: int, size: int) -> Tensor:
+def _tensor(path: PurePath, name: str, entry: object, base: int, size: int) -> Tensor:
     if not isinstance(entry, dict):
         raise ValueError(f"'{name}' is not described by an object")
     (begin, end), shape, dtype = entry["data_offsets"], entry["shape"], entry["dtype"]
@@ -136,7 +142,11 @@ class Spec(NamedTuple):
 
 
 def write_shards(
-    folder: Path, specs: Iterable[Spec], values: Iterator[np.ndarray], shard_bytes: int = SHARD_BYTES
+    folder: Path,
+    specs: Iterable[Spec],
+    values: Iterator[np.ndarray],
+    shard_bytes: int = SHARD_BYTES,
+    on_file: Callable[[Path], object] = lambda path: None,
 ) -> None:
     """Write `model*.safetensors` of at most `shard_bytes` each, with an index where there are several.
 
@@ -145,6 +155,7 @@ def write_shards(
         specs: what will come, in order.
         values: the tensors' values in the same order, each as one array or several pieces of whole rows:
             as many elements as its spec says. Drawn one at a time and never kept.
+        on_file: called with each file when it is complete; it may move the file away.
     """
     shards: list[list[Spec]] = [[]]
     used = 0
@@ -158,11 +169,13 @@ def write_shards(
     for number, shard in enumerate(shards, start=1):
         name = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         _write_shard(folder / name, shard, values)
+        on_file(folder / name)
         where |= {spec.name: name for spec in shard}
     if len(shards) > 1:
         total = sum(spec.nbytes for shard in shards for spec in shard)
         index = {"metadata": {"total_size": total}, "weight_map": where}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+        on_file(folder / "model.safetensors.index.json")
 
 
 def _write_shard(path: Path, specs: list[Spec], values: Iterator[np.ndarray]) -> None:

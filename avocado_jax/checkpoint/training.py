@@ -27,7 +27,8 @@ import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
-from avocado_jax.checkpoint.orbax import finished_steps, is_remote, run_path, save_args
+from avocado_jax.checkpoint.orbax import finished_steps, save_args
+from avocado_jax.checkpoint.references import is_remote, run_path
 from avocado_jax.data import storage
 from avocado_jax.errors import InputError
 

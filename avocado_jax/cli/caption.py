@@ -36,7 +36,7 @@ from avocado_jax.sampling.logits import Sampling
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command."""
     parser.add_argument("clips", nargs="+", metavar="CLIP", help="video files")
-    parser.add_argument("--checkpoint", metavar="DIR", help="the model (see above; default: the one that is shipped)")
+    parser.add_argument("--checkpoint", metavar="REF", help="the model (see above; default: the one that is shipped)")
     parser.add_argument("--no-audio", action="store_true", help="look without listening")
     parser.add_argument("--prompt", metavar="TEXT", help="what to ask (default: the checkpoint's own, or AVoCaDO's)")
     parser.add_argument("--max-new-tokens", type=int, default=2048, metavar="N", help="default: %(default)s")

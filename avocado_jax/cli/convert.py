@@ -1,7 +1,8 @@
 """Take a checkpoint from Hugging Face format to a run folder (Orbax), or back.
 
-  avocado convert from-hf Qwen2.5-Omni-7B runs/base
+  avocado convert from-hf AVoCaDO-Captioner/AVoCaDO gs://bucket/avocado
   avocado convert to-hf runs/grpo grpo-hf --step 500
+  avocado convert to-hf runs/grpo grpo-hf --push ORG/NAME
 
 Both ways stream: one tensor, one layer, in memory at a time. Tensors keep their dtype. What is not modelled
 (talker, token2wav, spk_dict.pt, tokenizer and config files) comes back as it was.
@@ -13,7 +14,9 @@ from pathlib import Path
 
 import jax
 
-from avocado_jax.checkpoint.convert import DTYPES, from_hf, to_hf
+from avocado_jax.checkpoint.convert import DTYPES, from_hf, push, to_hf
+from avocado_jax.data.media import parse_reading
+from avocado_jax.errors import InputError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -21,22 +24,34 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     ways = parser.add_subparsers(dest="way", required=True, metavar="from-hf|to-hf")
     there = ways.add_parser("from-hf", help="a checkpoint in Hugging Face format to a run folder, at step 0")
     back = ways.add_parser("to-hf", help="a run folder to a checkpoint that transformers loads")
-    there.add_argument("source", type=Path, metavar="SRC")
+    there.add_argument("source", metavar="SRC", help="a folder, gs:// or ORG/NAME[@REVISION] on the hub")
     back.add_argument("source", metavar="SRC", help="local or gs://")
     for way in (there, back):
-        way.add_argument("target", type=Path, metavar="DST", help="must not exist")
+        way.add_argument("target", metavar="DST", help="local or gs://; must not exist")
+    there.add_argument(
+        "--reading",
+        metavar="NAME=VALUE",
+        action="append",
+        default=[],
+        help="how the checkpoint's clips are sampled, where it is not AVoCaDO's way (as in `avocado prepare --help`)",
+    )
     back.add_argument("--step", type=int, metavar="N", help="default: the newest finished step")
     back.add_argument("--dtype", choices=sorted(DTYPES), help="default: as stored")
+    back.add_argument("--push", metavar="ORG/NAME", help="upload DST, a local folder, to the hub; may be repeated")
 
 
 def run(args: argparse.Namespace) -> int:
     """Convert."""
-    logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs the traceback of what we tell in a line
+    logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs tracebacks of errors that we report
     jax.config.update("jax_platforms", "cpu")  # nothing is computed: an accelerator in use is left alone
     if args.way == "from-hf":
-        from_hf(args.source, args.target)
+        from_hf(args.source, args.target, parse_reading(args.reading))
         print(args.target)
     else:
-        step = to_hf(args.source, args.target, args.step, args.dtype)
+        if args.push and args.target.startswith("gs://"):
+            raise InputError(f"--push: DST is {args.target}, not a local folder")
+        step = to_hf(args.source, args.target, args.step, args.dtype, keep=bool(args.push))
         print(f"{args.target} (step {step})")
+        if args.push:
+            print(push(Path(args.target), args.push))
     return 0

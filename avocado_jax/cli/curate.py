@@ -32,7 +32,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from avocado_jax.checkpoint.load import Checkpoint, identity, named_checkpoint
+from avocado_jax.checkpoint.load import Checkpoint, identity, named_checkpoint, tokenizer_folder
 from avocado_jax.curation.asking import Asker
 from avocado_jax.curation.estimate import expected
 from avocado_jax.curation.journal import Journal, open_journal
@@ -57,12 +57,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--url", required=True, metavar="URL", help="of an OpenAI-compatible API: https://HOST/v1")
     add("--model", required=True, metavar="M", help="its name at the endpoint")
     add("--key", default="OPENAI_API_KEY", metavar="VARIABLE", help="holds the API key (default: %(default)s)")
-    add("--checkpoint", metavar="DIR", help="a thinker that captions picture and sound instead of M")
+    add("--checkpoint", metavar="REF", help="a thinker that captions picture and sound instead of M")
     add("--dtype", choices=("float32", "bfloat16"), help="it computes in (default: bfloat16, on a CPU float32)")
     add("--fps", type=float, default=1.0, metavar="F", help="frames a second that M is shown (default: %(default)g)")
     add("--frames", type=int, default=64, metavar="N", help="frames at most (default: %(default)s)")
     add("--pixels", type=int, default=200_704, metavar="N", help="of a frame, at most (default: %(default)s)")
-    add("--tokenizer", type=Path, metavar="DIR", help="counts the tokens of captions (else three bytes are one)")
+    add("--tokenizer", metavar="REF", help="counts the tokens of captions (else three bytes are one)")
     add("--fewest-tokens", type=int, default=16, metavar="N", help="of a caption (default: %(default)s)")
     add("--most-tokens", type=int, default=4096, metavar="N", help="of a caption (default: %(default)s)")
     add("--answer-tokens", type=int, default=8192, metavar="N", help="of an answer, at most (default: %(default)s)")
@@ -82,7 +82,7 @@ def run(args: argparse.Namespace) -> int:
     check(args)
     clips = clips_of(args.videos)
     checkpoint = named_checkpoint(args.checkpoint) if args.checkpoint else None
-    tokenizer = load_words(args.tokenizer) if args.tokenizer else None
+    tokenizer = load_words(tokenizer_folder(args.tokenizer)) if args.tokenizer else None
     settings = Settings(reading_of(args, checkpoint), args.fewest_tokens, args.most_tokens, tokenizer)
     options = request_options(args)
     if args.dry_run:

@@ -74,7 +74,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--data", required=True, type=Path, metavar="FILE", help="clips.jsonl of `avocado world`, or the official file"
     )
-    parser.add_argument("--checkpoint", metavar="DIR", help="the model (default: the one that is shipped)")
+    parser.add_argument("--checkpoint", metavar="REF", help="the model (default: the one that is shipped)")
     parser.add_argument("--captions", type=Path, metavar="FILE", help="measure these instead of asking a model")
     parser.add_argument(
         "--out",
@@ -265,7 +265,7 @@ def _made(args: argparse.Namespace, items: list[Item], how: How, file: Any, fram
 def _given(args: argparse.Namespace, every: dict[str, Any], wanted: list[str]) -> Outcome:
     """Captions made elsewhere."""
     captions = read_captions(args.captions, every)
-    tokenizer = load_words(named_checkpoint(args.checkpoint).side_files) if args.checkpoint else None
+    tokenizer = load_words(tokenizer_folder(args.checkpoint)) if args.checkpoint else None
     if tokenizer:
         captions = {
             name: Caption(one.text, len(tokenizer.encode(one.text)) if one.tokens is None else one.tokens)

@@ -15,16 +15,14 @@ import signal
 import sys
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import fields
-from difflib import get_close_matches
-from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
-from avocado_jax.data.media import Reading
+from avocado_jax.checkpoint.load import tokenizer_folder
+from avocado_jax.data.media import Reading, parse_reading
 from avocado_jax.data.prepare import Job, prepare
 from avocado_jax.data.storage import StorageError
 from avocado_jax.data.words import load_words
-from avocado_jax.errors import InputError
 
 STOPPED = 75
 
@@ -35,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("manifest", metavar="MANIFEST", help="JSONL file, local or gs://")
     parser.add_argument("out", metavar="OUT", help="folder, local or gs://")
     parser.add_argument("--features", action="store_true", help="store resized frames and sound, not the video files")
-    parser.add_argument("--tokenizer", metavar="DIR", type=Path, help="count captions in tokens (else in bytes)")
+    parser.add_argument("--tokenizer", metavar="REF", help="count captions in tokens (else in bytes)")
     names = ", ".join(field.name for field in fields(Reading))
     parser.add_argument(
         "--reading",
@@ -56,8 +54,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Prepare. Returns 0, 1 where too much was rejected or storage failed, or 75 where it was stopped."""
     before = signal.signal(signal.SIGTERM, _stop)
-    words = load_words(args.tokenizer) if args.tokenizer else None
-    reading = _reading(args.reading)
+    words = load_words(tokenizer_folder(args.tokenizer)) if args.tokenizer else None
+    reading = Reading(**parse_reading(args.reading))
     job = Job(args.manifest, args.out, args.features, words, args.shard_records, args.clip_seconds, reading)
     try:
         done = prepare(job, args.workers, args.max_reject_share)
@@ -89,27 +87,6 @@ def run(args: argparse.Namespace) -> int:
 
 def _stop(signum: int, frame: FrameType | None) -> NoReturn:
     raise KeyboardInterrupt
-
-
-def _reading(given: list[str]) -> Reading:
-    """The way of sampling that NAME=VALUE arguments ask for.
-
-    Raises:
-        InputError: there is no such name, or its value is no positive number.
-    """
-    kinds, asked = {field.name: field.type for field in fields(Reading)}, {}
-    for part in given:
-        name, _, value = part.partition("=")
-        if name not in kinds:
-            near = get_close_matches(name, kinds, 1)
-            raise InputError(f"--reading {part}: no '{name}'" + (f"; did you mean {near[0]}?" if near else ""))
-        try:
-            asked[name] = kinds[name](value)
-        except ValueError:
-            asked[name] = 0
-        if not asked[name] > 0:
-            raise InputError(f"--reading {part}: '{value}' is not a positive {kinds[name].__name__}")
-    return Reading(**asked)
 
 
 def _count(text: str) -> int:

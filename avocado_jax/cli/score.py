@@ -28,6 +28,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from avocado_jax.checkpoint.load import tokenizer_folder
 from avocado_jax.data.words import Words, load_words
 from avocado_jax.errors import InputError
 from avocado_jax.eval.captioner import computing_dtype
@@ -59,7 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="SECONDS",
         help="what is not answered by then is missing (default: %(default)g)",
     )
-    parser.add_argument("--tokenizer", type=Path, metavar="DIR", help="counts the tokens of captions")
+    parser.add_argument("--tokenizer", metavar="REF", help="counts the tokens of captions")
     parser.add_argument("--explain", action="store_true", help="say what matched, in words")
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
 
@@ -70,7 +71,7 @@ def run(args: argparse.Namespace) -> int:
     if unknown := [name for name in terms if name not in TERMS]:
         raise InputError(f'--terms: no term "{unknown[0]}"; there are {", ".join(TERMS)}')
     lines = [checked(where, line) for where, line in read_lines(args.file, {"id": str, "caption": str})]
-    tokenizer = load_words(args.tokenizer) if args.tokenizer else None
+    tokenizer = load_words(tokenizer_folder(args.tokenizer)) if args.tokenizer else None
     told_missing(lines, terms, tokenizer)
     answers = asked(args, lines)
     references = [line["reference"] for line in lines]

@@ -1,7 +1,9 @@
 """What is read of a clip, and what that gives: the frames that are chosen, its sound at 16 kHz."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from difflib import get_close_matches
 from pathlib import Path
 from typing import NamedTuple
 
@@ -47,6 +49,27 @@ def load_reading(folder: Path) -> Reading:
         if type(value) not in (int, kinds[name]) or not value > 0:
             raise InputError(f"{path}: {name} is {value!r}, not a positive {kinds[name].__name__}")
     return Reading(**held)
+
+
+def parse_reading(given: Sequence[str]) -> dict[str, int | float]:
+    """The properties of a reading in NAME=VALUE arguments.
+
+    Raises:
+        InputError: there is no such property, or its value is not a positive number.
+    """
+    kinds, changed = {field.name: field.type for field in fields(Reading)}, {}
+    for part in given:
+        name, _, value = part.partition("=")
+        if name not in kinds:
+            near = get_close_matches(name, kinds, 1)
+            raise InputError(f"--reading {part}: no '{name}'" + (f"; did you mean {near[0]}?" if near else ""))
+        try:
+            changed[name] = kinds[name](value)
+        except ValueError:
+            changed[name] = 0
+        if not changed[name] > 0:
+            raise InputError(f"--reading {part}: '{value}' is not a positive {kinds[name].__name__}")
+    return changed
 
 
 class Media(NamedTuple):

@@ -101,6 +101,31 @@ def read(path: str) -> bytes:
         return Path(path).read_bytes()
 
 
+def size(path: str) -> int:
+    """The bytes of a file. Raises as `read` does."""
+    if is_remote(path):
+
+        def of(blob: Any) -> int:
+            blob.reload(timeout=TIMEOUT, retry=None)
+            return blob.size
+
+        return _remote(path, of)
+    with local_errors(path):
+        return Path(path).stat().st_size
+
+
+def read_range(path: str, first: int, count: int) -> bytes:
+    """`count` bytes from byte `first` on, or as many as there are. Raises as `read` does."""
+    if count <= 0:
+        return b""
+    if is_remote(path):
+        last = first + count - 1
+        return _remote(path, lambda blob: blob.download_as_bytes(None, first, last, timeout=TIMEOUT, retry=None))
+    with local_errors(path), Path(path).open("rb") as file:
+        file.seek(first)
+        return file.read(count)
+
+
 def write(path: str, data: bytes) -> None:
     """Write a file atomically: no reader sees a part of it. Raises as `read` does."""
     if is_remote(path):

@@ -20,7 +20,7 @@ from tokenizers import Tokenizer
 
 from avocado_jax.checkpoint.hf_encoder import read_encoder
 from avocado_jax.checkpoint.load import load_sharded, open_language_model
-from avocado_jax.checkpoint.orbax import fetched, run_path
+from avocado_jax.checkpoint.references import fetched, located, run_path
 from avocado_jax.data.prompt import chat_prompt
 from avocado_jax.data.words import load_words
 from avocado_jax.errors import InputError
@@ -65,7 +65,7 @@ def open_judge(name: str, model: str, dtype: str, endpoint: Endpoint | None = No
         with RemoteJudge(endpoint) as judge:
             yield judge
     else:
-        yield embedding_judge(fetched(run_path(model))) if name == "embedding" else lm_judge(model, dtype)
+        yield embedding_judge(fetched(run_path(located(model)))) if name == "embedding" else lm_judge(model, dtype)
 
 
 def embedding_judge(folder: Path, low: float = LOW, high: float = HIGH) -> Judge:

@@ -215,8 +215,7 @@ def open_folder(config: RunConfig, model: ThinkerConfig, folder: str, reading: R
     if storage.exists(where):
         refuse_another(config, json.loads(storage.read(where)), folder)
     elif jax.process_index() == 0:
-        begin_run(config.init, folder, model.text.lora)
-        storage.write(storage.join(folder, "hf/reading.json"), json.dumps(asdict(reading)).encode())
+        begin_run(config.init, folder, model.text.lora, asdict(reading))
         storage.write(where, json.dumps(as_json(config), indent=2).encode())
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("run folder")

@@ -1,0 +1,274 @@
+"""Model references: a local folder, `gs://BUCKET/PATH`, or `ORG/NAME[@REVISION]` on the Hugging Face hub.
+
+Files of the hub are downloaded into the cache of `huggingface_hub`, so HF_ENDPOINT, HF_TOKEN, HF_HOME and
+HF_HUB_OFFLINE apply, and other programs find them there. Only the files that are needed are downloaded.
+
+Shards are downloaded by `_download`, not by `snapshot_download`, which deletes an unfinished file: a shard of 5 GB
+resumes after the process was killed, and its SHA-256 sum is checked. Processes that share a cache, the hosts of a pod
+among them, download each shard once: the library's lock protects it.
+"""
+
+import atexit
+import hashlib
+import json
+import os
+import re
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import lru_cache
+from pathlib import Path, PurePath
+
+from etils import epath
+
+from avocado_jax.data import storage
+from avocado_jax.errors import InputError
+
+HUB = re.compile(r"(?P<name>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>[^\s@]+))?")
+INDEX = "model.safetensors.index.json"
+TOKENIZER = ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"]
+# Side files of a checkpoint. Modules and pickles are not among them: of these only spk_dict.pt is copied, never loaded.
+SIDE_FILES = ["*.json", "*.jinja", "merges.txt", "vocab.txt", "question.txt", "spk_dict.pt", "LICENSE*", "NOTICE*"]
+POOLING = "1_Pooling/config.json"  # of a sentence encoder: the only side file in a folder of its own
+DOWNLOADS = 4  # shards at a time
+BUSY = (408, 429, 500, 502, 503, 504)  # statuses that a retry may change
+
+
+def is_hub(reference: str | os.PathLike) -> bool:
+    """Whether a reference names a model on the hub: `ORG/NAME[@REVISION]`, and no local path of that name exists."""
+    text = str(reference)
+    return HUB.fullmatch(text) is not None and not os.path.exists(text)
+
+
+def located(reference: str | os.PathLike, tokenizer_only: bool = False) -> str:
+    """The folder of a model's files, local or gs://. Files of the hub are downloaded first, if they are not cached.
+
+    A process resolves a reference once: a branch that moves meanwhile does not mix two commits.
+
+    Args:
+        tokenizer_only: of a model on the hub, download only the tokenizer.
+
+    Raises:
+        InputError: there is no such model or revision on the hub, access is denied, or offline mode is set and it is
+            not in the cache.
+        StorageError: the hub cannot be reached or is busy.
+    """
+    text = str(reference)
+    return _snapshot(text, tokenizer_only) if is_hub(text) else text
+
+
+def run_path(folder: str | os.PathLike) -> epath.Path:
+    """A folder as a path, local and absolute or in a bucket (`STORAGE_EMULATOR_HOST` is honoured)."""
+    path = epath.Path(folder)
+    if not is_remote(path):
+        return path.absolute()
+    # gcsfs would wait for minutes on a probe; tensorstore has another variable for the emulator.
+    os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
+    if host := os.environ.get("STORAGE_EMULATOR_HOST"):
+        os.environ.setdefault("TENSORSTORE_GCS_HTTP_URL", host)
+    return path
+
+
+def is_remote(path: PurePath) -> bool:
+    """Whether `path` is in a bucket."""
+    return storage.is_remote(str(path))
+
+
+def fetched(folder: PurePath, weights: bool = True) -> Path:
+    """A local folder with the files of `folder`: itself, or a copy that lives as long as the process.
+
+    Args:
+        weights: copy files of tensors too.
+
+    Raises:
+        InputError: there are no such files in the bucket, or no permission to read them.
+        StorageError: storage failed.
+    """
+    if not is_remote(folder):
+        return Path(folder)
+    if not (names := storage.names(str(folder))):
+        raise InputError(f"{folder}: no such folder, or no files in it")
+    local = Path(tempfile.mkdtemp(prefix="avocado-"))
+    atexit.register(shutil.rmtree, local, ignore_errors=True)
+    for name in names:
+        if weights or not name.endswith(".safetensors"):
+            storage.download(storage.join(str(folder), name), local / name)
+    return local
+
+
+def commit_of(folder: str | os.PathLike) -> str:
+    """`ORG/NAME@COMMIT` of a folder in the hub's cache; empty for every other folder."""
+    parts = Path(folder).parts[-3:]
+    if len(parts) < 3 or parts[1] != "snapshots" or not parts[0].startswith("models--"):
+        return ""
+    return f"{'/'.join(parts[0].split('--', 2)[1:])}@{parts[2]}"
+
+
+@lru_cache
+def _snapshot(reference: str, tokenizer_only: bool) -> str:
+    """The snapshot of `ORG/NAME[@REVISION]` in the cache, with the files that are needed."""
+    import huggingface_hub  # slow to import, and needed only here
+    from huggingface_hub.utils import disable_progress_bars, logging
+
+    logging.set_verbosity_error()  # a retry is no message of its own
+    if not sys.stderr.isatty():
+        disable_progress_bars()
+    found = HUB.fullmatch(reference)
+    assert found is not None
+    name, revision = found["name"], found["revision"]
+
+    def download(patterns: list[str], revision: str | None, ignore: str = "*/*") -> Path:
+        def once() -> str:
+            with hub_errors(reference):
+                return huggingface_hub.snapshot_download(
+                    name, revision=revision, allow_patterns=patterns, ignore_patterns=ignore
+                )
+
+        return Path(storage.retried(once, reference, (Busy,), storage.PATIENCE))
+
+    folder = download(TOKENIZER if tokenizer_only else SIDE_FILES, revision)
+    if tokenizer_only:
+        return str(folder)
+    if (folder / "modules.json").is_file():
+        download([POOLING], folder.name, "")
+    shards = _indexed(folder / INDEX) if (folder / INDEX).is_file() else ["*.safetensors"]
+    if not huggingface_hub.constants.HF_HUB_OFFLINE:
+        _download_all(reference, name, folder, shards)
+    return str(download(shards, folder.name))
+
+
+def _indexed(index: Path) -> list[str]:
+    """The shards that an index names. `hf.read_tensors` checks it."""
+    try:
+        return sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise InputError(f"{index}: no 'weight_map' from tensors to files") from None
+
+
+def _download_all(reference: str, name: str, folder: Path, shards: list[str]) -> None:
+    """Download the shards of a snapshot that are not in the cache yet."""
+    from huggingface_hub import get_cached_repo_tree
+
+    tree = {file.path: file.size for file in get_cached_repo_tree(name, revision=folder.name)}
+    if shards == ["*.safetensors"]:
+        shards = sorted(path for path in tree if path.endswith(".safetensors") and "/" not in path)
+    for shard in shards:
+        if shard not in tree:
+            raise InputError(f"{reference}: has no '{shard}', which {INDEX} names")
+    missing = [shard for shard in shards if not (folder / shard).is_file()]
+    if missing:
+        size = sum(tree[shard] for shard in missing) / 1e9
+        print(f"{name}@{folder.name}: downloading {len(missing)} shards, {size:.2f} GB", file=sys.stderr, flush=True)
+
+    def one(shard: str) -> None:
+        def once() -> None:
+            with hub_errors(reference):
+                _download(name, folder, shard)
+
+        storage.retried(once, f"{reference}: {shard}", (Busy,), storage.PATIENCE)
+
+    with ThreadPoolExecutor(DOWNLOADS) as pool:
+        list(pool.map(one, missing))
+
+
+def _download(name: str, folder: Path, shard: str) -> None:
+    """Download a file of the snapshot `folder` into the cache's blobs, from where an earlier attempt has ended.
+
+    `snapshot_download` then links it.
+    """
+    import httpx2
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url
+    from huggingface_hub.file_download import http_get
+    from huggingface_hub.utils import WeakFileLock, build_hf_headers
+
+    url = hf_hub_url(name, shard, revision=folder.name)
+    about = get_hf_file_metadata(url)
+    cache = folder.parents[1]
+    blob = cache / "blobs" / str(about.etag)
+    part = blob.with_name(f"{blob.name}.part")
+    lock = cache.parent / ".locks" / cache.name / f"{about.etag}.lock"  # the library's own
+    for path in (blob, lock):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    # The address in a content delivery network is signed: the token is for the hub only.
+    same = httpx2.URL(about.location).netloc == httpx2.URL(url).netloc
+    headers = build_hf_headers() if same else build_hf_headers(token=False)
+    with WeakFileLock(lock):
+        if blob.is_file():
+            return
+        while True:
+            with part.open("ab") as file:
+                before = file.tell()
+                try:
+                    http_get(about.location, file, resume_size=before, headers=headers, expected_size=about.size)
+                    break
+                except httpx2.TransportError:
+                    if file.tell() == before:  # nothing arrived
+                        raise
+        if re.fullmatch("[0-9a-f]{64}", blob.name):
+            with part.open("rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+            if digest != blob.name:
+                part.unlink()
+                raise storage.StorageError(f"{name}: {shard} arrived damaged (SHA-256 {digest})")
+        os.replace(part, blob)
+
+
+class Busy(storage.StorageError):
+    """The hub answered that a later request may succeed."""
+
+
+@contextmanager
+def hub_errors(reference: str) -> Iterator[None]:
+    """Raise errors of `huggingface_hub` as one line: an InputError, a StorageError, or `Busy` for a retry.
+
+    Raises:
+        InputError: the model, the revision or a file does not exist, access is denied, or it is not cached offline.
+        StorageError: the hub cannot be reached.
+        Busy: the hub answered 429 or 5xx.
+    """
+    import httpx2
+    from huggingface_hub import constants, errors
+
+    try:
+        yield
+    except (errors.HfHubHTTPError, errors.LocalEntryNotFoundError, httpx2.HTTPError, OSError) as error:
+        if isinstance(error, storage.StorageError):
+            raise
+        raise _translated(reference, error, constants.ENDPOINT) from error
+
+
+def _translated(reference: str, error: BaseException, endpoint: str) -> InputError | storage.StorageError:
+    from huggingface_hub import errors
+
+    # "Not in the cache" has the reason why the hub was of no help as its cause.
+    while isinstance(error, errors.LocalEntryNotFoundError) and error.__cause__ is not None:
+        error = error.__cause__
+    name = reference.partition("@")[0]
+    response = getattr(error, "response", None)
+    status = response.status_code if response is not None else None
+    if isinstance(error, errors.OfflineModeIsEnabled | errors.LocalEntryNotFoundError):
+        return InputError(f"{reference}: no such folder, and not in the hub's cache (HF_HUB_OFFLINE is set)")
+    if isinstance(error, errors.GatedRepoError):
+        return InputError(
+            f"{reference}: access is gated; accept the terms at {endpoint}/{name} and set HF_TOKEN ({status})"
+        )
+    if isinstance(error, errors.RevisionNotFoundError):
+        return InputError(f"{reference}: {name} has no such revision ({status})")
+    if isinstance(error, errors.EntryNotFoundError):
+        return InputError(f"{reference}: no such file on the hub: {getattr(response, 'url', '')} ({status})")
+    if isinstance(error, errors.RepositoryNotFoundError):
+        return InputError(
+            f"{reference}: no such folder, and no such model on the hub, or a private one: "
+            f"check the name, or set HF_TOKEN ({status})"
+        )
+    if status == 401:
+        return InputError(f"{reference}: the hub does not accept the token (401); set HF_TOKEN to a valid one")
+    if status in BUSY:
+        return Busy(f"{reference}: the hub is busy ({status})")
+    text = " ".join(str(error).split())[:200] or type(error).__name__
+    if status is not None:
+        return InputError(f"{reference}: no access ({text})")
+    return storage.StorageError(f"{reference}: no such folder, and the hub ({endpoint}) cannot be reached: {text}")
