@@ -14,7 +14,7 @@ ALLOWED = {
     "models": {"parallel"},
     "parallel": set(),
     "sampling": {"models", "data", "parallel"},
-    "checkpoint": {"models", "data.storage"},
+    "checkpoint": {"models", "data.storage", "data.hub"},
     "remote": set(),
     "rewards": set(),
     "rewards/judge.py": {"remote"},  # the one reward that does I/O

@@ -18,9 +18,10 @@ from avocado_jax.checkpoint.hf import SAME, Entry, HfCheckpoint, copied_files, o
 from avocado_jax.checkpoint.hf_config import declare_dtype
 from avocado_jax.checkpoint.load import Checkpoint, open_checkpoint
 from avocado_jax.checkpoint.orbax import Pieces, RunCheckpoint, open_run, row_slices, save_pieces
-from avocado_jax.checkpoint.references import commit_of, hub_errors, located, run_path
+from avocado_jax.checkpoint.references import commit_of, located, run_path
 from avocado_jax.checkpoint.safetensors import SHARD_BYTES, Spec, Tensor, read_header, write_shards
 from avocado_jax.data import storage
+from avocado_jax.data.hub import hub_errors
 from avocado_jax.errors import InputError
 from avocado_jax.models.config import Lora
 from avocado_jax.progress import progress

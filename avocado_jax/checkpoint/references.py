@@ -16,15 +16,14 @@ import re
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path, PurePath
 
 from etils import epath
 
 from avocado_jax.data import storage
+from avocado_jax.data.hub import Busy, hub_errors
 from avocado_jax.errors import InputError
 
 HUB = re.compile(r"(?P<name>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>[^\s@]+))?")
@@ -34,7 +33,6 @@ TOKENIZER = ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json
 SIDE_FILES = ["*.json", "*.jinja", "merges.txt", "vocab.txt", "question.txt", "spk_dict.pt", "LICENSE*", "NOTICE*"]
 POOLING = "1_Pooling/config.json"  # of a sentence encoder: the only side file in a folder of its own
 DOWNLOADS = 4  # shards at a time
-BUSY = (408, 429, 500, 502, 503, 504)  # statuses that a retry may change
 
 
 def is_hub(reference: str | os.PathLike) -> bool:
@@ -214,61 +212,3 @@ def _download(name: str, folder: Path, shard: str) -> None:
                 part.unlink()
                 raise storage.StorageError(f"{name}: {shard} arrived damaged (SHA-256 {digest})")
         os.replace(part, blob)
-
-
-class Busy(storage.StorageError):
-    """The hub answered that a later request may succeed."""
-
-
-@contextmanager
-def hub_errors(reference: str) -> Iterator[None]:
-    """Raise errors of `huggingface_hub` as one line: an InputError, a StorageError, or `Busy` for a retry.
-
-    Raises:
-        InputError: the model, the revision or a file does not exist, access is denied, or it is not cached offline.
-        StorageError: the hub cannot be reached.
-        Busy: the hub answered 429 or 5xx.
-    """
-    import httpx2
-    from huggingface_hub import constants, errors
-
-    try:
-        yield
-    except (errors.HfHubHTTPError, errors.LocalEntryNotFoundError, httpx2.HTTPError, OSError) as error:
-        if isinstance(error, storage.StorageError):
-            raise
-        raise _translated(reference, error, constants.ENDPOINT) from error
-
-
-def _translated(reference: str, error: BaseException, endpoint: str) -> InputError | storage.StorageError:
-    from huggingface_hub import errors
-
-    # "Not in the cache" has the reason why the hub was of no help as its cause.
-    while isinstance(error, errors.LocalEntryNotFoundError) and error.__cause__ is not None:
-        error = error.__cause__
-    name = reference.partition("@")[0]
-    response = getattr(error, "response", None)
-    status = response.status_code if response is not None else None
-    if isinstance(error, errors.OfflineModeIsEnabled | errors.LocalEntryNotFoundError):
-        return InputError(f"{reference}: no such folder, and not in the hub's cache (HF_HUB_OFFLINE is set)")
-    if isinstance(error, errors.GatedRepoError):
-        return InputError(
-            f"{reference}: access is gated; accept the terms at {endpoint}/{name} and set HF_TOKEN ({status})"
-        )
-    if isinstance(error, errors.RevisionNotFoundError):
-        return InputError(f"{reference}: {name} has no such revision ({status})")
-    if isinstance(error, errors.EntryNotFoundError):
-        return InputError(f"{reference}: no such file on the hub: {getattr(response, 'url', '')} ({status})")
-    if isinstance(error, errors.RepositoryNotFoundError):
-        return InputError(
-            f"{reference}: no such folder, and no such model on the hub, or a private one: "
-            f"check the name, or set HF_TOKEN ({status})"
-        )
-    if status == 401:
-        return InputError(f"{reference}: the hub does not accept the token (401); set HF_TOKEN to a valid one")
-    if status in BUSY:
-        return Busy(f"{reference}: the hub is busy ({status})")
-    text = " ".join(str(error).split())[:200] or type(error).__name__
-    if status is not None:
-        return InputError(f"{reference}: no access ({text})")
-    return storage.StorageError(f"{reference}: no such folder, and the hub ({endpoint}) cannot be reached: {text}")

@@ -1,13 +1,13 @@
 """Describe video clips in words, picture and sound together.
 
   avocado caption clip.mp4                          # by the small captioner of AVWorld that comes with the package
-  avocado caption clip.mp4 --checkpoint DIR
-  avocado caption a.mp4 b.mp4 --checkpoint DIR --json --temperature 0.7 --seed 3
+  avocado caption clip.mp4 --checkpoint AVoCaDO-Captioner/AVoCaDO
+  avocado caption a.mp4 b.mp4 --checkpoint REF --json --temperature 0.7 --seed 3
 
-DIR is a checkpoint in Hugging Face format (Qwen2.5-Omni, AVoCaDO: the whole of it or the thinker alone) or a
-run folder, here or gs:// (its newest finished step). With --json, one object a clip in the order given: clip, caption,
-token_ids, prompt_ids, seconds, audio; for a clip that cannot be read: clip, error. Exit status: 0, 1 if some
-clips failed, 2 if all did.
+REF is a checkpoint in Hugging Face format (Qwen2.5-Omni, AVoCaDO: the full model or the thinker alone) or a run folder
+(its newest finished step), local or gs://; or ORG/NAME[@REVISION] on the Hugging Face hub. With --json, one object a
+clip in the order given: clip, caption, token_ids, prompt_ids, seconds, audio; for a clip that cannot be read: clip,
+error. Exit status: 0, 1 if some clips failed, 2 if all did.
 """
 
 import argparse
@@ -25,6 +25,7 @@ import numpy as np
 from avocado_jax.checkpoint.load import named_checkpoint
 from avocado_jax.data.decode import read_media
 from avocado_jax.data.media import Media
+from avocado_jax.data.prompt import read_prompts
 from avocado_jax.errors import InputError
 from avocado_jax.eval.captioner import computing_dtype, load_captioner
 from avocado_jax.eval.runner import FAILURES, first_line, read_ahead
@@ -39,6 +40,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--checkpoint", metavar="REF", help="the model (see above; default: the one that is shipped)")
     parser.add_argument("--no-audio", action="store_true", help="look without listening")
     parser.add_argument("--prompt", metavar="TEXT", help="what to ask (default: the checkpoint's own, or AVoCaDO's)")
+    parser.add_argument(
+        "--prompt-file", metavar="FILE", help="prompts, one a line; the name of a clip decides which one it gets"
+    )
     parser.add_argument("--max-new-tokens", type=int, default=2048, metavar="N", help="default: %(default)s")
     parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 (default): the likeliest")
     parser.add_argument("--top-p", type=float, default=1.0, metavar="P", help="default: %(default)s, all tokens")
@@ -61,6 +65,9 @@ def run(args: argparse.Namespace) -> int:
         raise InputError(f"--max-new-tokens is {args.max_new_tokens}, at least 1 is asked for")
     if not 0 <= args.seed < 2**32:
         raise InputError(f"--seed is {args.seed}, 0 to {2**32 - 1} are asked for")
+    if args.prompt is not None and args.prompt_file:
+        raise InputError("--prompt and --prompt-file exclude each other")
+    prompts = read_prompts(args.prompt_file) if args.prompt_file else ()
     checkpoint = named_checkpoint(args.checkpoint)
     if not any(Path(clip).exists() for clip in args.clips):  # told before a model is loaded
         clips = [(clip, InputError(f"{clip}: no such file")) for clip in args.clips]
@@ -78,7 +85,7 @@ def run(args: argparse.Namespace) -> int:
             try:
                 if isinstance(media, Exception):
                     raise media
-                record = _caption(captioner, clip, media, sampling, args)
+                record = _caption(captioner, clip, media, sampling, args, prompts)
             except FAILURES as error:  # the others are still captioned
                 failed += 1
                 reason = str(error) if isinstance(error, InputError) else f"{clip}: {first_line(error)}"
@@ -92,10 +99,16 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _caption(
-    captioner: Captioner, clip: str, media: Media, sampling: Sampling, args: argparse.Namespace
+    captioner: Captioner,
+    clip: str,
+    media: Media,
+    sampling: Sampling,
+    args: argparse.Namespace,
+    prompts: tuple[str, ...],
 ) -> dict[str, Any]:
-    row = captioner.row(media)
-    number = np.array([zlib.crc32(os.fsencode(clip)) >> 1])  # its draws do not depend on its place in the list
+    digest = zlib.crc32(os.fsencode(clip))
+    row = captioner.row(media, {"prompt": prompts[digest % len(prompts)]} if prompts else {})
+    number = np.array([digest >> 1])  # its draws do not depend on its place in the list
     samples = caption_rows(captioner, [row], number, sampling, args.max_new_tokens, args.seed)
     tokens = samples.tokens[0, 0, : samples.lengths[0, 0]]
     return {

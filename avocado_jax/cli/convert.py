@@ -33,7 +33,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME=VALUE",
         action="append",
         default=[],
-        help="how the checkpoint's clips are sampled, where it is not AVoCaDO's way (as in `avocado prepare --help`)",
+        help="how the checkpoint's clips are sampled and prompted, where it is not AVoCaDO's way: names as in "
+        "`avocado prepare --help`, and prompt=TEXT, system=TEXT (empty: none), media_first=true/false",
     )
     back.add_argument("--step", type=int, metavar="N", help="default: the newest finished step")
     back.add_argument("--dtype", choices=sorted(DTYPES), help="default: as stored")
@@ -45,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
     logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs tracebacks of errors that we report
     jax.config.update("jax_platforms", "cpu")  # nothing is computed: an accelerator in use is left alone
     if args.way == "from-hf":
-        from_hf(args.source, args.target, parse_reading(args.reading))
+        from_hf(args.source, args.target, parse_reading(args.reading, habits=True))
         print(args.target)
     else:
         if args.push and args.target.startswith("gs://"):

@@ -49,6 +49,7 @@ from pathlib import Path
 from typing import Any
 
 from avocado_jax.checkpoint.load import identity, named_checkpoint, open_language_model
+from avocado_jax.data.manifest import prompt_fields
 from avocado_jax.data.words import load_words
 from avocado_jax.errors import InputError
 from avocado_jax.eval.benchmarks import BENCHMARKS
@@ -137,11 +138,13 @@ def _world(args: argparse.Namespace) -> int:
     if args.captions:
         outcome = _given(args, every, list(records))
     else:
-        for one in records.values():
-            if not isinstance(one.get("prompt", ""), str):
-                raise InputError(f'{args.data}: the "prompt" of {one["id"]} must be a string')
         folder = args.data.parent
-        items = [Item(one["id"], folder / one["video"], one.get("prompt") or None) for one in records.values()]
+        items = []
+        for one in records.values():
+            try:
+                items.append(Item(one["id"], folder / one["video"], prompt_fields(one)))
+            except InputError as error:
+                raise InputError(f"{args.data}: {one['id']}: {error}") from error
         how = How(args.max_new_tokens, computing_dtype(args.dtype), not args.no_audio, not args.no_picture)
         outcome = _made(args, items, how, lambda known: args.out or folder / f"captions-{known}.jsonl")
     captions = [outcome.captions.get(name, EMPTY) for name in records]
@@ -209,7 +212,7 @@ def _captioned(
     """Captions of the checkpoint, those that other hosts made among them, and the folder they are kept in."""
     sound = benchmark.sound and not args.no_audio
     how = How(args.max_new_tokens, computing_dtype(args.dtype), sound, not args.no_picture)
-    items = [Item(one.id, videos[one.id], one.prompt) for one in records]
+    items = [Item(one.id, videos[one.id], {"prompt": one.prompt} if one.prompt else {}) for one in records]
     part, parts = _shard(args.shard)
     name = f"captions.{part}-of-{parts}.jsonl" if args.shard else "captions.jsonl"
     made: list[Path] = []

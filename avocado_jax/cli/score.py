@@ -1,6 +1,6 @@
 """Score captions with the rewards that train captioners: whoever wrote the captions.
 
-  avocado score captions.jsonl --tokenizer DIR --json
+  avocado score captions.jsonl --tokenizer REF --json
   avocado score captions.jsonl --terms dialogue,repetition --json --explain
 
 FILE holds lines {"id", "caption", "reference": {"caption"?, "dialogues"?, "keypoints"?}}: dialogues are

@@ -38,7 +38,7 @@ def local_captions(load: Callable[[], Captioner], identity: str, length: int, jo
                 loaded.append(load())
             captioner = loaded[0]
             try:
-                row = captioner.row(media, prompt(stage))
+                row = captioner.row(media, {"prompt": prompt(stage)})
                 samples = caption_rows(captioner, [row], np.zeros(1, np.int32), GREEDY, length)
             except FAILURES as error:  # of this clip: the others are still captioned
                 raise Unanswered(stage.removeprefix("local_"), first_line(error)) from error

@@ -1,12 +1,14 @@
 """Manifests: JSONL lines, DESIGN's own or ms-swift's, to entries to prepare and lines to reject."""
 
 import json
+import re
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from avocado_jax.data.records import LISTS
 from avocado_jax.errors import InputError
 
-PLACEHOLDERS = ("<video>", "<audio>", "<image>")
+MARK = re.compile("<video>|<audio>|<image>")  # media placeholders of ms-swift
 
 
 class Entry(NamedTuple):
@@ -71,9 +73,7 @@ def _checked(fields: dict[str, Any]) -> str:
             raise InputError(f"has no '{name}'")
         if not isinstance(fields[name], str) or not fields[name].strip():
             raise InputError(f"its '{name}' is not a text, or empty")
-    for name in ("prompt", "system"):
-        if not isinstance(fields.get(name, ""), str):
-            raise InputError(f"its '{name}' is not a text")
+    prompt_fields(fields)
     for name in LISTS:
         kind = str if name == "references" else dict
         held = fields.get(name, [])
@@ -84,6 +84,19 @@ def _checked(fields: dict[str, Any]) -> str:
     except UnicodeEncodeError as error:
         raise InputError("a text in it holds half of a surrogate pair") from error
     return fields.pop("video")
+
+
+def prompt_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """`prompt`, `system` and `media_first` of a line, those that it has.
+
+    Raises:
+        InputError: one of them has another type.
+    """
+    kinds = {"prompt": str, "system": str, "media_first": bool}
+    for name, kind in kinds.items():
+        if name in fields and not isinstance(fields[name], kind):
+            raise InputError(f"its '{name}' is not {'a text' if kind is str else 'true or false'}")
+    return {name: fields[name] for name in kinds if name in fields}
 
 
 def _from_swift(held: dict[str, Any], number: int) -> dict[str, Any]:
@@ -101,9 +114,13 @@ def _from_swift(held: dict[str, Any], number: int) -> dict[str, Any]:
     said = dict(zip(roles, (part["content"] for part in messages)))
     if roles not in (["user", "assistant"], ["system", "user", "assistant"]):
         raise InputError(f"messages by {roles}: one question and one answer are supported")
-    prompt = said["user"]
-    for mark in PLACEHOLDERS:
-        prompt = prompt.replace(mark, "")
+    # The placeholders stand where the media go: before the question, or behind it.
+    before, *inner, after = MARK.split(said["user"]) if MARK.search(said["user"]) else ("", said["user"])
+    if (before.strip() and after.strip()) or any(part.strip() for part in inner):
+        raise InputError("the video stands in the middle of the question: before and behind it are supported")
     fields = {"id": held.get("id", f"{videos[0]}#{number}"), "video": videos[0], "caption": said["assistant"]}
-    optional = {"prompt": prompt.strip(), "system": said.get("system", "")}
-    return fields | {key: value for key, value in optional.items() if value}
+    if prompt := before.strip() or after.strip():
+        fields["prompt"] = prompt
+    if "system" in said:  # empty: none
+        fields["system"] = said["system"]
+    return fields | ({"media_first": False} if before.strip() else {})

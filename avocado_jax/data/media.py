@@ -5,8 +5,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+from avocado_jax.data.prompt import Habits
 from avocado_jax.errors import InputError
 from avocado_jax.typing import Array, Float, Shaped
 
@@ -43,6 +44,7 @@ def load_reading(folder: Path) -> Reading:
     kinds = {field.name: field.type for field in fields(Reading)}
     if not isinstance(held, dict):
         raise InputError(f"{path}: not an object")
+    held = {name: value for name, value in held.items() if name not in Habits._fields}
     for name, value in held.items():
         if name not in kinds:
             raise InputError(f"{path}: no property '{name}' of a reading")
@@ -51,15 +53,24 @@ def load_reading(folder: Path) -> Reading:
     return Reading(**held)
 
 
-def parse_reading(given: Sequence[str]) -> dict[str, int | float]:
+def parse_reading(given: Sequence[str], habits: bool = False) -> dict[str, Any]:
     """The properties of a reading in NAME=VALUE arguments.
 
+    Args:
+        habits: accept the prompt habits of a checkpoint too (prompt.py).
+
     Raises:
-        InputError: there is no such property, or its value is not a positive number.
+        InputError: there is no such property, or its value is not a positive number, or for `media_first` not "true"
+            or "false".
     """
     kinds, changed = {field.name: field.type for field in fields(Reading)}, {}
     for part in given:
         name, _, value = part.partition("=")
+        if habits and name in Habits._fields:
+            if name == "media_first" and value not in ("true", "false"):
+                raise InputError(f"--reading {part}: '{value}' is not true or false")
+            changed[name] = value == "true" if name == "media_first" else value
+            continue
         if name not in kinds:
             near = get_close_matches(name, kinds, 1)
             raise InputError(f"--reading {part}: no '{name}'" + (f"; did you mean {near[0]}?" if near else ""))

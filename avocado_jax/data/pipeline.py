@@ -18,7 +18,7 @@ from avocado_jax.data.features import log_mel
 from avocado_jax.data.index import Index, Sizes, sizes
 from avocado_jax.data.media import Media, Reading
 from avocado_jax.data.plan import Bucket, Plan, choose_buckets, make_plan
-from avocado_jax.data.prompt import PROMPTS, SYSTEM, Prompt, chat_prompt, special_id
+from avocado_jax.data.prompt import PROMPTS, Habits, Prompt, record_prompt, special_id
 from avocado_jax.data.records import Record, decoded
 from avocado_jax.data.rows import make_row, stack
 from avocado_jax.data.storage import StorageError, within
@@ -78,6 +78,7 @@ class Recipe:
     sampled: bool = False  # GRPO samples `group` captions of up to `caption_tokens`: rows have no reference captions
     aligned: tuple[int, int] = (128, 64)  # clip tokens and caption tokens of a shape are multiples of these
     prompts: tuple[str, ...] = PROMPTS  # one is drawn for a record without a prompt
+    habits: Habits = Habits()  # of the checkpoint: the rest of the prompt, where a record does not state it
     record_seconds: float = 120.0  # timeout for reading and decoding one record
     max_lost_share: float = 0.02  # of this host's rows; if more are lost, the stream stops
 
@@ -99,7 +100,7 @@ def row_sizes(index: Index, recipe: Recipe) -> Sizes:
 
     Where captions are sampled, each may have `caption_tokens`, whatever the length of the record's own.
     """
-    prompts = [chat_prompt(recipe.words, text) for text in recipe.prompts]
+    prompts = [record_prompt(recipe.words, {}, text, recipe.habits) for text in recipe.prompts]
     longest = max(len(prompt.before) + len(prompt.after) for prompt in prompts)
     known = sizes(index, longest, recipe.caption_tokens, recipe.config)
     return known._replace(caption=np.full_like(known.caption, recipe.caption_tokens)) if recipe.sampled else known
@@ -240,8 +241,8 @@ def record_row(record: Record, number: int, epoch: int, bucket: Bucket, recipe: 
         InputError: it cannot be decoded, or does not fit the bucket.
     """
     fields = record.fields
-    text = fields.get("prompt") or draw(recipe.prompts, 1, seed, PROMPT, epoch, number)[0]
-    prompt = chat_prompt(recipe.words, text, fields.get("system", SYSTEM))
+    text = draw(recipe.prompts, 1, seed, PROMPT, epoch, number)[0]
+    prompt = record_prompt(recipe.words, fields, text, recipe.habits)
     clip = make_row(decoded(record, recipe.reading), prompt, recipe.config, recipe.reading).clip
     if recipe.sampled:
         return _Row(stack([clip], bucket.shape), None, 1.0, 0, fields["id"], fields, "")

@@ -1,5 +1,7 @@
 """The chat prompt: what is asked about a clip, as token ids around the place where its media go."""
 
+import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,6 +25,47 @@ PROMPTS = (
     "Please caption this video thoroughly, saying who does and says what, what it looks like and what it "
     "sounds like as it goes on.",
 )
+
+
+class Habits(NamedTuple):
+    """The prompt of a checkpoint, where a clip's manifest line states none; the defaults are AVoCaDO's."""
+
+    prompt: str = ""  # empty: one of `PROMPTS`
+    system: str = SYSTEM  # empty: no system line
+    media_first: bool = True  # the media come before the question
+
+
+def load_habits(folder: Path) -> Habits:
+    """The prompt habits in `reading.json` of a checkpoint's folder.
+
+    Raises:
+        InputError: a value has another type.
+    """
+    path = folder / "reading.json"
+    try:
+        stated = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except ValueError as error:
+        raise InputError(f"{path}: not JSON: {error}") from error
+    stated = {name: value for name, value in stated.items() if name in Habits._fields}
+    for name, value in stated.items():
+        if type(value) is not type(Habits._field_defaults[name]):
+            raise InputError(f"{path}: {name} is {value!r}, not a {type(Habits._field_defaults[name]).__name__}")
+    return Habits(**stated)
+
+
+def read_prompts(path: str | Path) -> tuple[str, ...]:
+    """The prompts of a file, one a line. Empty lines are skipped.
+
+    Raises:
+        InputError: there is no such file, or no prompt in it.
+    """
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: {getattr(error, 'strerror', None) or error}") from error
+    if not (prompts := tuple(line.strip() for line in lines if line.strip())):
+        raise InputError(f"{path}: no prompt in it")
+    return prompts
 
 
 class Prompt(NamedTuple):
@@ -49,8 +92,18 @@ def load_tokenizer(folder: Path) -> Any:
         raise InputError(f"{folder}: its tokenizer cannot be loaded: {reason}") from error
 
 
-def chat_prompt(tokenizer: Any, text: str, system: str = SYSTEM) -> Prompt:
-    """Qwen's chat format with the media first in the user's turn.
+def record_prompt(tokenizer: Any, fields: Mapping[str, Any], question: str, habits: Habits = Habits()) -> Prompt:
+    """The prompt of a clip: as its manifest fields state, else `question` in the way of `habits`."""
+    return chat_prompt(
+        tokenizer,
+        fields.get("prompt") or question,
+        fields.get("system", habits.system),
+        fields.get("media_first", habits.media_first),
+    )
+
+
+def chat_prompt(tokenizer: Any, text: str, system: str = SYSTEM, media_first: bool = True) -> Prompt:
+    """Qwen's chat format: a system turn unless `system` is empty, and a user turn with media and question.
 
     Special tokens that are spelled out in `text` or `system` stay text.
     """
@@ -60,8 +113,11 @@ def chat_prompt(tokenizer: Any, text: str, system: str = SYSTEM) -> Prompt:
         return tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
 
     line = words("\n")
-    before = [start, *words(f"system\n{system}"), end, *line, start, *words("user\n")]
-    return Prompt(before, [*words(text), end, *line, start, *words("assistant\n")])
+    opening = [start, *words(f"system\n{system}"), end, *line] if system else []
+    closing = [end, *line, start, *words("assistant\n")]
+    if media_first:
+        return Prompt([*opening, start, *words("user\n")], [*words(text), *closing])
+    return Prompt([*opening, start, *words(f"user\n{text}")], closing)
 
 
 def special_id(tokenizer: Any, token: str) -> int:

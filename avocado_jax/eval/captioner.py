@@ -5,7 +5,7 @@ import jax
 from avocado_jax.checkpoint.hf_config import stop_ids
 from avocado_jax.checkpoint.load import Checkpoint, load_params
 from avocado_jax.data.media import load_reading
-from avocado_jax.data.prompt import PROMPTS
+from avocado_jax.data.prompt import PROMPTS, load_habits
 from avocado_jax.data.words import load_words
 from avocado_jax.errors import InputError
 from avocado_jax.models.config import computed
@@ -29,12 +29,12 @@ def load_captioner(checkpoint: Checkpoint, text: str | None, dtype: str) -> Capt
     tokenizer = load_words(folder)
     config = computed(checkpoint.config, dtype, scan=False)
     stops = stop_ids(folder, tokenizer, config.text.vocab)
-    reading = load_reading(folder)
+    reading, habits = load_reading(folder), load_habits(folder)
     if text is None:
         own = folder / QUESTION
-        text = own.read_text(encoding="utf-8").strip() if own.is_file() else PROMPTS[0]
+        text = habits.prompt or (own.read_text(encoding="utf-8").strip() if own.is_file() else PROMPTS[0])
     try:
-        made = captioner_of(config, {}, tokenizer, stops, text, reading)
+        made = captioner_of(config, {}, tokenizer, stops, text, reading, habits)
     except InputError as error:
         raise InputError(f"{folder}: {error}") from error
     return made._replace(params=load_params(checkpoint, dtype))

@@ -19,7 +19,6 @@ import jax
 import numpy as np
 
 from avocado_jax.data.decode import read_media
-from avocado_jax.data.prompt import SYSTEM
 from avocado_jax.data.rows import Row, Shape, rounded, shape_of
 from avocado_jax.errors import InputError
 from avocado_jax.jsonl import appending, parse_lines, read_lines
@@ -45,8 +44,7 @@ class Item(NamedTuple):
 
     id: str
     video: Path
-    text: str | None = None  # what is asked; None for the question of the captioner
-    system: str = SYSTEM
+    prompt: Mapping[str, Any] = {}  # `prompt`, `system` and `media_first`, where they are not the captioner's
 
 
 @dataclass(frozen=True)
@@ -142,7 +140,7 @@ def caption_items(
 def caption_key(item: Item, identity: str, how: How) -> str:
     """A digest of what decides an item's caption: the checkpoint, the options, the question and the clip."""
     size = item.video.stat().st_size if item.video.is_file() else 0
-    return digest([identity, asdict(how), item.text, item.system, item.video.name, size])
+    return digest([identity, asdict(how), dict(item.prompt), item.video.name, size])
 
 
 def digest(held: Any) -> str:
@@ -173,7 +171,7 @@ def _captioned(
         media = read_media(item.video, captioner.reading, sound=how.sound)
         if not how.picture:
             media = media._replace(frames=np.full_like(media.frames, GREY))
-        return captioner.row(media, item.text, item.system)
+        return captioner.row(media, item.prompt)
 
     waiting: dict[Shape, list[tuple[Item, Row]]] = defaultdict(list)
     for item, made in read_ahead(items, row, threads=2, depth=2 * batch):

@@ -13,6 +13,7 @@ from avocado_jax.config import GrpoConfig, RunConfig
 from avocado_jax.data.pipeline import plan_batches
 from avocado_jax.data.plan import Bucket
 from avocado_jax.data.rows import Shape
+from avocado_jax.data.prompt import load_habits
 from avocado_jax.data.words import load_words
 from avocado_jax.errors import InputError
 from avocado_jax.models.config import SIZES, ThinkerConfig
@@ -102,7 +103,8 @@ def model_and_buckets(config: RunConfig) -> tuple[ThinkerConfig, list[Bucket]]:
     data = config.data
     if checkpoint and (":" in data.train or os.path.exists(data.train)):
         source, reading = open_source(data.train, data)
-        recipe = make_recipe(config, model, load_words(checkpoint.side_files), reading)
+        words, habits = load_words(checkpoint.side_files), load_habits(checkpoint.side_files)
+        recipe = make_recipe(config, model, words, reading, habits)
         return model, list(plan_batches(source.index, recipe, config.batch, data.shapes, config.seed).buckets)
     return model, [Bucket(Shape(*nominal.clip), data.caption_tokens)]
 

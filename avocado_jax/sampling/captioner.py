@@ -1,7 +1,7 @@
 """A policy, its tokenizer and a question, ready to caption clips; from parameters in memory too."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -10,7 +10,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from avocado_jax.data.media import Media, Reading
-from avocado_jax.data.prompt import SYSTEM, Prompt, chat_prompt
+from avocado_jax.data.prompt import Habits, Prompt, record_prompt
 from avocado_jax.data.records import Record, decoded
 from avocado_jax.data.rows import Row, Shape, fit, make_row, rounded, shape_of, stack
 from avocado_jax.data.words import Words
@@ -36,10 +36,12 @@ class Captioner(NamedTuple):
     stops: tuple[int, ...]
     banned: Bool[Array, "V"]
     reading: Reading  # how the model's clips are sampled
+    question: str
+    habits: Habits
 
-    def row(self, media: Media, text: str | None = None, system: str = SYSTEM) -> Row:
-        """A clip and what is asked about it, by default the captioner's own question."""
-        prompt = self.prompt if text is None else chat_prompt(self.tokenizer, text, system)
+    def row(self, media: Media, fields: Mapping[str, Any] = {}) -> Row:
+        """A clip with its prompt: `prompt`, `system` and `media_first` of its manifest fields, else the captioner's."""
+        prompt = record_prompt(self.tokenizer, fields, self.question, self.habits)
         return make_row(media, prompt, self.config, self.reading)
 
 
@@ -50,16 +52,18 @@ def captioner_of(
     stops: tuple[int, ...],
     text: str,
     reading: Reading = Reading(),
+    habits: Habits = Habits(),
 ) -> Captioner:
     """A captioner of parameters that have their layers apart already.
 
     Raises:
         InputError: the tokenizer makes ids that the vocabulary does not have.
     """
-    prompt = chat_prompt(tokenizer, text)
+    prompt = record_prompt(tokenizer, {}, text, habits)
     if (largest := max([*prompt.before, *prompt.after])) >= config.text.vocab:
         raise InputError(f"the tokenizer makes id {largest}, the vocabulary ends at {config.text.vocab}")
-    return Captioner(config, params, tokenizer, prompt, stops, banned_ids(config, tokenizer, stops), reading)
+    banned = banned_ids(config, tokenizer, stops)
+    return Captioner(config, params, tokenizer, prompt, stops, banned, reading, text, habits)
 
 
 def captioner_in_training(
@@ -70,13 +74,14 @@ def captioner_in_training(
     text: str,
     dtype: str,
     reading: Reading = Reading(),
+    habits: Habits = Habits(),
 ) -> Captioner:
     """A captioner of a training state's parameters: a copy in `dtype`, layers apart, divided as they are divided.
 
     Over several processes every one of them calls this, and then `caption_rows` with the same rows.
     """
     apart = _for_decoding(params, dtype, _mesh(params))
-    return captioner_of(computed(config, dtype, scan=False), apart, tokenizer, stops, text, reading)
+    return captioner_of(computed(config, dtype, scan=False), apart, tokenizer, stops, text, reading, habits)
 
 
 @partial(jax.jit, static_argnames=("dtype", "mesh"))
@@ -175,7 +180,7 @@ def caption_records(captioner: Captioner, records: Sequence[Record], length: int
             media = decoded(record, captioner.reading)
         except InputError:
             continue
-        rows[place] = captioner.row(media, record.fields.get("prompt"), record.fields.get("system", SYSTEM))
+        rows[place] = captioner.row(media, record.fields)
     captions: list[str | None] = [None] * len(records)
     if not rows:
         return captions

@@ -22,6 +22,7 @@ from avocado_jax.data.index import Index
 from avocado_jax.data.media import Reading
 from avocado_jax.data.pipeline import Batch, Recipe, Source, batches, plan_batches
 from avocado_jax.data.plan import Bucket, Plan
+from avocado_jax.data.prompt import PROMPTS, Habits, load_habits
 from avocado_jax.data.records import Record
 from avocado_jax.data.words import Words, load_words
 from avocado_jax.errors import InputError
@@ -92,19 +93,23 @@ def set_up(config: RunConfig, split: int = 1) -> Setup:
     checkpoint = open_checkpoint(config.init)
     model, words = model_of(config, checkpoint.config), load_words(checkpoint.side_files)
     source, reading = open_source(config.data.train, config.data)
-    recipe = make_recipe(config, model, words, reading)
+    recipe = make_recipe(config, model, words, reading, load_habits(checkpoint.side_files))
     plan = plan_batches(source.index, recipe, config.batch, config.data.shapes, config.seed)
     steps = config.steps or max(1, round(config.epochs * plan.epoch_steps))
     return Setup(mesh, checkpoint, model, words, source, recipe, plan, steps, split)
 
 
-def make_recipe(config: RunConfig, model: ThinkerConfig, words: Words, reading: Reading) -> Recipe:
+def make_recipe(
+    config: RunConfig, model: ThinkerConfig, words: Words, reading: Reading, habits: Habits = Habits()
+) -> Recipe:
     """How the records of a run become rows. It does not depend on free fields, so that a run resumes with its plan."""
     grpo = isinstance(config, GrpoConfig)
     return Recipe(
         config=model,
         words=words,
         reading=reading,
+        prompts=(habits.prompt,) if habits.prompt else PROMPTS,
+        habits=habits,
         group=config.group if grpo else config.data.references,
         caption_tokens=config.sampling.tokens if grpo else config.data.caption_tokens,
         sampled=grpo,
@@ -313,7 +318,7 @@ def _captions(
     if model.text.lora:
         params, model = merge(params, model.text.lora), replace(model, text=replace(model.text, lora=None))
     captioner = captioner_in_training(
-        model, params, recipe.words, stops, recipe.prompts[0], config.dtype, recipe.reading
+        model, params, recipe.words, stops, recipe.prompts[0], config.dtype, recipe.reading, recipe.habits
     )
     captions = caption_records(captioner, records, config.sample_tokens, len(records))
     return [

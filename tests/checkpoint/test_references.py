@@ -175,7 +175,7 @@ def test_offline(hub, monkeypatch):
 @pytest.mark.parametrize(
     ("case", "status", "reason"),
     [
-        ("missing", 2, "no such model on the hub"),
+        ("missing", 2, "no such repository on the hub"),
         ("private", 2, "set HF_TOKEN"),
         ("token", 2, "does not accept the token"),
         ("gated", 2, "access is gated; accept the terms at"),

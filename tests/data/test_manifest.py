@@ -71,3 +71,32 @@ def test_swift_lines_beside_our_own():
     assert entries[1].fields == {"id": "b.mp4#2", "caption": "A cat.", "prompt": "What is it?", "system": "Be brief."}
     assert entries[2].fields == {"id": "named", "caption": "A cat.", "prompt": "What is it?"}
     assert entries[1].video == "b.mp4"
+
+
+@pytest.mark.parametrize(
+    ("question", "system", "fields"),
+    [
+        ("What is it?<video>", None, {"prompt": "What is it?", "media_first": False}),
+        ("What is it? <video><audio>\n", "", {"prompt": "What is it?", "media_first": False, "system": ""}),
+        ("<video>\n<audio> What?", None, {"prompt": "What?"}),
+        ("<video>", None, {}),
+        ("What?", None, {"prompt": "What?"}),
+        ("What <video> is it?", None, "middle of the question"),
+        ("<video>What<audio>", None, "middle of the question"),
+    ],
+)
+def test_swift_lines_place_the_media(question, system, fields):
+    turns = [{"role": "user", "content": question}, {"role": "assistant", "content": "A cat."}]
+    if system is not None:
+        turns.insert(0, {"role": "system", "content": system})
+    entries, rejects = parsed({"messages": turns, "videos": ["b.mp4"], "id": "b"})
+    if isinstance(fields, str):
+        assert fields in rejects[0].reason
+    else:
+        assert entries[0].fields == {"id": "b", "caption": "A cat.", **fields}
+
+
+def test_media_first_is_a_boolean():
+    entries, rejects = parsed(GOOD | {"media_first": False, "system": ""}, GOOD | {"id": "b", "media_first": 1})
+    assert entries[0].fields["media_first"] is False
+    assert "media_first" in rejects[0].reason

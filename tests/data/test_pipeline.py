@@ -3,6 +3,7 @@
 import hashlib
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import gcs
@@ -12,9 +13,13 @@ from stream_fixtures import READING, Spy, byte_tokenizer, contiguous_rows, recip
 
 from avocado_jax.bench.input import bench_input
 from avocado_jax.data import storage
-from avocado_jax.data.pipeline import batches, make_captions, plan_batches
+from avocado_jax.data.media import Media
+from avocado_jax.data.pipeline import batches, make_captions, plan_batches, record_row
+from avocado_jax.data.plan import Bucket
 from avocado_jax.data.prepare import Job, prepare
-from avocado_jax.data.prompt import special_id
+from avocado_jax.data.prompt import Habits, chat_prompt, special_id
+from avocado_jax.data.records import Record
+from avocado_jax.data.rows import make_row, shape_of
 from avocado_jax.data.sources import open_shards
 from avocado_jax.errors import InputError
 
@@ -54,6 +59,20 @@ def assert_rows(whole, part, rows):
     ]
     for left, right in zip(arrays(whole), arrays(part)):
         np.testing.assert_array_equal(left[rows.start : rows.stop], right)
+
+
+def test_prompt_of_a_row():
+    """`prompt`, `system` and `media_first` of a record, else the recipe's prompts and habits."""
+    clip = Media(np.zeros((2, 56, 56, 3), np.uint8), None, 1.0)
+    asked = replace(recipe(), prompts=("Why?",), habits=Habits(system="H", media_first=False))
+    for fields, expected in (
+        ({}, ("Why?", "H", False)),
+        ({"prompt": "Who?", "system": "", "media_first": True}, ("Who?", "", True)),
+    ):
+        row = make_row(clip, chat_prompt(asked.words, *expected), asked.config).clip
+        record = Record({"id": "a", "caption": "A cat.", **fields}, clip, "a")
+        made = record_row(record, 0, 0, Bucket(shape_of(row), 16), asked, 0).clip
+        np.testing.assert_array_equal(made.tokens[0], row.tokens)
 
 
 def test_any_hosts_workers_and_stops_give_the_same_rows(source):

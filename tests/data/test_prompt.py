@@ -11,8 +11,18 @@ from tokenizer import special_ids, write_processor, write_tokenizer
 from transformers import Qwen2_5OmniProcessor
 
 from avocado_jax.data.features import windows
-from avocado_jax.data.media import Media
-from avocado_jax.data.prompt import PROMPTS, SYSTEM, chat_prompt, load_tokenizer, special_id
+from avocado_jax.data.media import Media, Reading, load_reading
+from avocado_jax.data.prompt import (
+    PROMPTS,
+    SYSTEM,
+    Habits,
+    chat_prompt,
+    load_habits,
+    load_tokenizer,
+    read_prompts,
+    record_prompt,
+    special_id,
+)
 from avocado_jax.data.rows import make_row
 from avocado_jax.errors import InputError
 from avocado_jax.models.config import SEVEN_B
@@ -39,12 +49,18 @@ def media(frames: int = 4, samples: int | None = 40_000) -> Media:
     return Media(random.integers(0, 256, (frames, 280, 392, 3), np.uint8), sound, frames / 2)
 
 
-def reference(processor: Any, clip: Media, text: str, system: str = SYSTEM) -> dict[str, torch.Tensor]:
-    turns = [
-        {"role": "system", "content": [{"type": "text", "text": system}]},
-        {"role": "user", "content": [{"type": "video", "video": "clip.mp4"}, {"type": "text", "text": text}]},
-    ]
+def reference(
+    processor: Any, clip: Media, text: str, system: str | None = SYSTEM, media_first: bool = True
+) -> dict[str, torch.Tensor]:
+    """The processor's ids. Its template inserts a system line of its own where none is given (`system` None)."""
+    parts = [{"type": "video", "video": "clip.mp4"}, {"type": "text", "text": text}]
+    turns = [{"role": "user", "content": parts if media_first else parts[::-1]}]
+    if system is not None:
+        turns.insert(0, {"role": "system", "content": [{"type": "text", "text": system}]})
     chat = processor.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+    if system == "":
+        chat = chat.removeprefix("<|im_start|>system\n<|im_end|>\n")
+        assert chat.startswith("<|im_start|>user")
     pictures = torch.from_numpy(clip.frames).permute(0, 3, 1, 2)
     if clip.samples is None:
         return processor(text=chat, videos=[pictures], return_tensors="pt")
@@ -77,6 +93,49 @@ TEXTS = (
 def test_prompt_is_that_of_the_reference(tokenizer: Any, processor: Any, text: str, samples: int | None):
     clip = media(samples=samples)
     assert prompt_ids(tokenizer, clip, text) == reference(processor, clip, text)["input_ids"][0].tolist()
+
+
+@pytest.mark.parametrize("samples", [None, 40_000])
+@pytest.mark.parametrize("media_first", [True, False])
+@pytest.mark.parametrize("system", [SYSTEM, "Be brief.", "", None])
+@pytest.mark.parametrize("text", [PROMPTS[0], "  What?\n\n", "12 of <tool_call> 什么"])
+def test_system_line_and_order(
+    tokenizer: Any, processor: Any, text: str, system: str | None, media_first: bool, samples: int | None
+):
+    """All combinations of a row's `system` and `media_first`, as a manifest line states them."""
+    clip = media(samples=samples)
+    fields = {"prompt": text, "media_first": media_first, "system": "You are a helpful assistant."}
+    if system is not None:
+        fields["system"] = system
+    ours = make_row(clip, record_prompt(tokenizer, fields, "Not this?"), SEVEN_B).prompt_ids
+    assert ours.tolist() == reference(processor, clip, text, system, media_first)["input_ids"][0].tolist()
+    if media_first and system == SYSTEM:  # the defaults
+        plain = record_prompt(tokenizer, {}, text)
+        assert plain == record_prompt(tokenizer, fields, "")
+
+
+def test_habits_of_a_checkpoint(tokenizer: Any, tmp_path: Path):
+    """`reading.json` has prompt habits beside the sampling of clips; a row's own fields come first."""
+    assert load_habits(tmp_path) == Habits()
+    (tmp_path / "reading.json").write_text('{"fps": 1.0, "system": "", "media_first": false, "prompt": "Why?"}')
+    habits = load_habits(tmp_path)
+    assert habits == Habits("Why?", "", False)
+    assert load_reading(tmp_path) == Reading(fps=1.0)
+    assert record_prompt(tokenizer, {}, "Who?", habits) == chat_prompt(tokenizer, "Who?", "", False)
+    fields = {"system": "S", "media_first": True}
+    assert record_prompt(tokenizer, fields, "Who?", habits) == chat_prompt(tokenizer, "Who?", "S", True)
+    (tmp_path / "reading.json").write_text('{"media_first": 1}')
+    with pytest.raises(InputError, match="media_first is 1"):
+        load_habits(tmp_path)
+
+
+def test_prompt_file(tmp_path: Path):
+    (tmp_path / "prompts.txt").write_text("First?\n\n  Second? \n")
+    assert read_prompts(tmp_path / "prompts.txt") == ("First?", "Second?")
+    (tmp_path / "empty.txt").write_text("\n")
+    for name in ("empty.txt", "nowhere.txt"):
+        with pytest.raises(InputError, match=name):
+            read_prompts(tmp_path / name)
 
 
 @pytest.mark.parametrize(("frames", "samples"), [(2, 5000), (3, 1000), (10, 100_000), (12, 17_000)])

@@ -130,7 +130,10 @@ def test_senses_are_taken_away_and_shapes_kept_apart(world, checkpoint, monkeypa
     """What reaches the model, clip by clip; a late failure takes its batch only."""
     captioner = load_captioner(load.open_checkpoint(checkpoint), "What?", "float32")
     lines = [json.loads(line) for line in (world / "clips.jsonl").read_text().splitlines()]
-    items = [runner.Item(one["id"], world / one["video"], "Which?" * (500 * (i % 2))) for i, one in enumerate(lines)]
+    items = [
+        runner.Item(one["id"], world / one["video"], {"prompt": "Which?" * (500 * (i % 2))})
+        for i, one in enumerate(lines)
+    ]
     calls = []
 
     def fake(captioner, rows, numbers, sampling, length, shape):
@@ -176,7 +179,7 @@ def test_killed_and_started_again_it_ends_the_same(world, checkpoint, capsys, tm
 
 
 def test_another_checkpoint_or_question_has_captions_of_its_own(world, checkpoint, tmp_path):
-    items = [runner.Item("a", world / "clips.jsonl", text) for text in ("What?", "Who?")]
+    items = [runner.Item("a", world / "clips.jsonl", {"prompt": text}) for text in ("What?", "Who?")]
     hows = [runner.How(5, "float32"), runner.How(6, "float32"), runner.How(5, "bfloat16")]
     keys = {runner.caption_key(item, name, how) for item in items for name in "xy" for how in hows}
     assert len(keys) == 12

@@ -10,7 +10,9 @@ import pytest
 from jax.sharding import PartitionSpec
 from reference import random_media
 
+from avocado_jax.data.prompt import Habits, chat_prompt
 from avocado_jax.data.records import Record
+from avocado_jax.data.rows import make_row
 from avocado_jax.data.tokenizer import write_tokenizer
 from avocado_jax.data.words import load_words
 from avocado_jax.errors import InputError
@@ -52,6 +54,18 @@ def records():
     media = [random_media(*one, seed=i) for i, one in enumerate(sizes)]
     fields = [{"id": "a"}, {"id": "b"}, {"id": "c", "prompt": "Who is it?"}, {"id": "d"}]
     return [Record(each, clip, each["id"]) for each, clip in zip(fields, [*media, b"no video"])]
+
+
+def test_prompt_of_a_row(tokenizer):
+    """A row's own fields, then the habits of the checkpoint."""
+    clip = records()[0].media
+    captioner = captioner_of(CONFIG, {}, tokenizer, STOPS, "What?", habits=Habits(system="", media_first=False))
+    for fields, expected in (
+        ({}, ("What?", "", False)),
+        ({"prompt": "Who?", "system": "S", "media_first": True}, ("Who?", "S", True)),
+    ):
+        ids = make_row(clip, chat_prompt(tokenizer, *expected), CONFIG).prompt_ids
+        assert captioner.row(clip, fields).prompt_ids.tolist() == ids.tolist()
 
 
 def test_unstacked_layers_are_the_stack_s(params):

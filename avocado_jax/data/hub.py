@@ -1,0 +1,174 @@
+"""Data sets on the Hugging Face hub, `hub:ORG/NAME[@REVISION]`, read by ranges; and the hub's errors as one line.
+
+Nothing is stored: a reader requests the blocks that it reads. The settings of `huggingface_hub` apply (HF_ENDPOINT,
+HF_TOKEN).
+"""
+
+import io
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import BinaryIO, NamedTuple
+
+from avocado_jax.data import storage
+from avocado_jax.errors import InputError
+
+SOURCE = re.compile(r"hub:(?P<name>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>[^\s@]+))?")
+BLOCK = 16 * 2**20  # bytes of a request when a file is read in order
+TIMEOUT = 60.0  # seconds between bytes
+BUSY = (408, 429, 500, 502, 503, 504)  # statuses that a retry may change
+
+
+class HubDataset(NamedTuple):
+    """The files of a data set at one commit. Plain data: workers may receive it.
+
+    Attributes:
+        name: ORG/NAME.
+        commit: the commit that the revision resolved to.
+        sizes: bytes of each file by its path.
+    """
+
+    name: str
+    commit: str
+    sizes: dict[str, int]
+
+    def open(self, path: str) -> BinaryIO:
+        """A seekable reader of a file. It reads ahead by `BLOCK` bytes, and requests a failed block again.
+
+        Raises (when it reads too):
+            InputError: there is no such file, or access is denied.
+            StorageError: the hub cannot be reached, or is busy.
+        """
+        if path not in self.sizes:
+            raise InputError(f"hub:{self.name}@{self.commit}: no file '{path}'")
+        return io.BufferedReader(_Ranges(self, path), BLOCK)
+
+
+def open_dataset(source: str) -> HubDataset:
+    """Resolve `hub:ORG/NAME[@REVISION]` and list its files.
+
+    Raises:
+        InputError: it is not of this form, there is no such data set or revision, or access is denied.
+        StorageError: the hub cannot be reached, or is busy.
+    """
+    from huggingface_hub import HfApi, constants
+    from huggingface_hub.hf_api import RepoFile
+
+    if (found := SOURCE.fullmatch(source)) is None:
+        raise InputError(f"{source}: not of the form hub:ORG/NAME or hub:ORG/NAME@REVISION")
+    name, api = found["name"], HfApi(endpoint=constants.ENDPOINT)
+
+    def once() -> HubDataset:
+        with hub_errors(source):
+            commit = str(api.repo_info(name, repo_type="dataset", revision=found["revision"]).sha)
+            tree = api.list_repo_tree(name, recursive=True, revision=commit, repo_type="dataset")
+            return HubDataset(name, commit, {entry.path: entry.size for entry in tree if isinstance(entry, RepoFile)})
+
+    return storage.retried(once, source, (Busy,), storage.PATIENCE)
+
+
+class _Ranges(io.RawIOBase):
+    """A file of a data set; each read is one request of a range."""
+
+    def __init__(self, dataset: HubDataset, path: str) -> None:
+        self._dataset, self._path, self._at, self._size = dataset, path, 0, dataset.sizes[path]
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self._at = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._size}[whence]
+        return self._at
+
+    def readinto(self, buffer: memoryview) -> int:
+        count = min(len(buffer), self._size - self._at)
+        if count <= 0:
+            return 0
+        name = f"hub:{self._dataset.name}@{self._dataset.commit}"
+        data = storage.retried(lambda: self._range(name, count), f"{name}: {self._path}", (Busy,), storage.PATIENCE)
+        buffer[:count] = data
+        self._at += count
+        return count
+
+    def _range(self, name: str, count: int) -> bytes:
+        import httpx2
+        from huggingface_hub import hf_hub_url
+        from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
+
+        url = hf_hub_url(self._dataset.name, self._path, repo_type="dataset", revision=self._dataset.commit)
+        headers = build_hf_headers() | {
+            "Range": f"bytes={self._at}-{self._at + count - 1}",
+            "Accept-Encoding": "identity",
+        }
+        with hub_errors(name):
+            try:  # the client follows the redirect to the storage, and leaves the token out there
+                response = get_session().get(url, headers=headers, timeout=TIMEOUT)
+            except httpx2.ConnectError:
+                raise
+            except httpx2.TransportError as error:  # the connection ended early
+                raise Busy(f"{name}: {self._path}: {error}") from error
+            hf_raise_for_status(response)
+        if len(response.content) != count:
+            raise Busy(f"{name}: {self._path}: {len(response.content)} bytes arrived instead of {count}")
+        return response.content
+
+
+class Busy(storage.StorageError):
+    """The hub answered that a later request may succeed."""
+
+
+@contextmanager
+def hub_errors(reference: str) -> Iterator[None]:
+    """Raise errors of `huggingface_hub` as one line: an InputError, a StorageError, or `Busy` for a retry.
+
+    Raises:
+        InputError: the model, the revision or a file does not exist, access is denied, or it is not cached offline.
+        StorageError: the hub cannot be reached.
+        Busy: the hub answered 429 or 5xx.
+    """
+    import httpx2
+    from huggingface_hub import constants, errors
+
+    try:
+        yield
+    except (errors.HfHubHTTPError, errors.LocalEntryNotFoundError, httpx2.HTTPError, OSError) as error:
+        if isinstance(error, storage.StorageError):
+            raise
+        raise _translated(reference, error, constants.ENDPOINT) from error
+
+
+def _translated(reference: str, error: BaseException, endpoint: str) -> InputError | storage.StorageError:
+    from huggingface_hub import errors
+
+    # "Not in the cache" has the reason why the hub was of no help as its cause.
+    while isinstance(error, errors.LocalEntryNotFoundError) and error.__cause__ is not None:
+        error = error.__cause__
+    name = reference.partition("@")[0]
+    response = getattr(error, "response", None)
+    status = response.status_code if response is not None else None
+    if isinstance(error, errors.OfflineModeIsEnabled | errors.LocalEntryNotFoundError):
+        return InputError(f"{reference}: no such folder, and not in the hub's cache (HF_HUB_OFFLINE is set)")
+    if isinstance(error, errors.GatedRepoError):
+        return InputError(
+            f"{reference}: access is gated; accept the terms at {endpoint}/{name} and set HF_TOKEN ({status})"
+        )
+    if isinstance(error, errors.RevisionNotFoundError):
+        return InputError(f"{reference}: {name} has no such revision ({status})")
+    if isinstance(error, errors.EntryNotFoundError):
+        return InputError(f"{reference}: no such file on the hub: {getattr(response, 'url', '')} ({status})")
+    if isinstance(error, errors.RepositoryNotFoundError):
+        return InputError(
+            f"{reference}: no such folder, and no such repository on the hub, or a private one: "
+            f"check the name, or set HF_TOKEN ({status})"
+        )
+    if status == 401:
+        return InputError(f"{reference}: the hub does not accept the token (401); set HF_TOKEN to a valid one")
+    if status in BUSY:
+        return Busy(f"{reference}: the hub is busy ({status})")
+    text = " ".join(str(error).split())[:200] or type(error).__name__
+    if status is not None:
+        return InputError(f"{reference}: no access ({text})")
+    return storage.StorageError(f"{reference}: no such folder, and the hub ({endpoint}) cannot be reached: {text}")

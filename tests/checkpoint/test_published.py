@@ -1,0 +1,113 @@
+"""The released checkpoint as it is: read, converted, and given back so that both classes of transformers load it."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from hub import hub_server
+from published import PUBLISHED, write_published
+from safetensors import safe_open
+from transformers import (
+    PreTrainedModel,
+    Qwen2_5OmniForConditionalGeneration,
+    Qwen2_5OmniThinkerForConditionalGeneration,
+)
+
+from avocado_jax.__main__ import main
+from avocado_jax.checkpoint.hf_config import stop_ids
+from avocado_jax.checkpoint.load import open_checkpoint
+from avocado_jax.data.words import load_words
+
+NAME = "AVoCaDO-Captioner/AVoCaDO"
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory) -> Path:
+    return write_published(tmp_path_factory.mktemp("published") / "AVoCaDO")
+
+
+def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
+    out = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, "pt") as file:
+            out |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    return out
+
+
+def loaded(cls, folder: Path):
+    """The model, without a missing, unexpected or misshapen tensor."""
+    load = PreTrainedModel.from_pretrained.__func__ if cls is Qwen2_5OmniForConditionalGeneration else None
+    arguments = dict(dtype=torch.float32, attn_implementation="eager", output_loading_info=True)
+    model, report = load(cls, folder, **arguments) if load else cls.from_pretrained(folder, **arguments)
+    assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")), report
+    return model
+
+
+def test_published_form_from_the_hub_and_back(published, tmp_path, monkeypatch):
+    """Every tensor and side file comes back to the bit, and transformers' thinker and whole-model class load it."""
+    names = json.loads((published / "model.safetensors.index.json").read_text())["weight_map"]
+    assert len(names) == 1346
+    assert all(name.startswith("thinker.") for name in names)
+    assert len(set(names.values())) == 4
+    with hub_server(tmp_path / "home", monkeypatch) as hub:
+        hub.add(NAME, published)
+        commit = hub.repos["models", NAME].refs["main"]
+        checkpoint = open_checkpoint(f"{NAME}@{commit}")
+        assert not checkpoint.config.text.tied
+        assert stop_ids(checkpoint.side_files, load_words(checkpoint.side_files), 512) == (258, 256)
+        arguments = ["--reading", "fps=1.0", "--reading", "system=", "--reading", "media_first=false"]
+        assert main(["convert", "from-hf", NAME, str(tmp_path / "run"), *arguments]) == 0
+        assert not {"README.md", ".gitattributes"} & {*hub.fetched()}
+    assert json.loads((tmp_path / "run/source.json").read_text()) == {"prefix": "thinker.", "hub": f"{NAME}@{commit}"}
+    assert main(["convert", "to-hf", str(tmp_path / "run"), str(tmp_path / "back")]) == 0
+    ours, theirs = tensors_of(tmp_path / "back"), tensors_of(published)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    for path in published.iterdir():
+        if path.suffix in (".json", ".pt", ".txt") and "index" not in path.name:
+            assert (tmp_path / "back" / path.name).read_bytes() == path.read_bytes()
+    assert json.loads((tmp_path / "back/reading.json").read_text()) == {
+        "fps": 1.0,
+        "system": "",
+        "media_first": False,
+    }
+    whole = loaded(Qwen2_5OmniForConditionalGeneration, tmp_path / "back")
+    thinker = loaded(Qwen2_5OmniThinkerForConditionalGeneration, tmp_path / "back")
+    assert not whole.has_talker
+    for name, value in thinker.state_dict().items():
+        assert torch.equal(value, whole.thinker.state_dict()[name]), name
+
+
+def test_caption_command_takes_the_published_form(tmp_path, monkeypatch, capsys):
+    """`caption` by a public name, pinned, with prompts of a file; fewer layers compile faster."""
+    config = replace(
+        PUBLISHED,
+        audio=replace(PUBLISHED.audio, layers=1),
+        vision=replace(PUBLISHED.vision, layers=2, full_layers=(1,)),
+        text=replace(PUBLISHED.text, layers=1),
+    )
+    assert main(["world", str(tmp_path / "world"), "--clips", "1", "--seed", "0", "--level", "0"]) == 0
+    clip = next((tmp_path / "world").rglob("*.mp4"))
+    (tmp_path / "prompts.txt").write_text("Why?\n")
+    with hub_server(tmp_path / "home", monkeypatch) as hub:
+        repo = hub.add(NAME, write_published(tmp_path / "hf", config))
+        (tmp_path / "hf" / "reading.json").write_text('{"media_first": false, "system": ""}')
+        hub.add("ORG/sibling", tmp_path / "hf")
+        ids = {}
+        for name in (f"{NAME}@{repo.refs['main']}", "ORG/sibling"):
+            capsys.readouterr()
+            command = ["caption", str(clip), "--checkpoint", name, "--max-new-tokens", "2", "--json"]
+            assert main([*command, "--prompt-file", str(tmp_path / "prompts.txt")]) == 0
+            ids[name[:3]] = json.loads(capsys.readouterr().out)["prompt_ids"]
+    text = list(b"Why?")
+    start, end, line = 257, 258, [10]
+    assert ids["AVo"][-len([*text, end, *line, start, *b"assistant\n"]) :] == [
+        *text,
+        end,
+        *line,
+        start,
+        *b"assistant\n",
+    ]
+    assert ids["ORG"][: len([start, *b"user\n", *text])] == [start, *b"user\n", *text]
