@@ -58,6 +58,18 @@ def located(reference: str | os.PathLike, tokenizer_only: bool = False) -> str:
     return _snapshot(text, tokenizer_only) if is_hub(text) else text
 
 
+def pinned(reference: str, run: str) -> str:
+    """A model reference at the commit with which the run in folder `run` was begun.
+
+    A branch on the hub may have moved since, and the reference model of GRPO is read at every start.
+    """
+    source = storage.join(run, "source.json")
+    if not is_hub(reference) or not storage.exists(source):
+        return reference
+    begun = json.loads(storage.read(source)).get("hub", "")
+    return begun if begun.partition("@")[0] == reference.partition("@")[0] else reference
+
+
 def run_path(folder: str | os.PathLike) -> epath.Path:
     """A folder as a path, local and absolute or in a bucket (`STORAGE_EMULATOR_HOST` is honoured)."""
     path = epath.Path(folder)

@@ -15,6 +15,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from avocado_jax.checkpoint.convert import begin_run
 from avocado_jax.checkpoint.hf_config import stop_ids
 from avocado_jax.checkpoint.load import Checkpoint, load_sharded, open_checkpoint
+from avocado_jax.checkpoint.references import pinned
 from avocado_jax.checkpoint.training import Checkpoints
 from avocado_jax.config import GrpoConfig, RunConfig, SftConfig, as_json, refuse_another
 from avocado_jax.data import storage
@@ -76,8 +77,11 @@ class Setup(NamedTuple):
     split: int  # rows of each clip
 
 
-def set_up(config: RunConfig, split: int = 1) -> Setup:
+def set_up(config: RunConfig, split: int = 1, folder: str = "") -> Setup:
     """Open the checkpoint and the data of `config` and plan its batches. Each record takes `split` rows.
+
+    Args:
+        folder: of the run, whose commit of `init` is kept where `init` is on the hub.
 
     Raises:
         InputError: the config is inconsistent, or an input cannot be read.
@@ -90,7 +94,7 @@ def set_up(config: RunConfig, split: int = 1) -> Setup:
         raise InputError(f"batch: {config.batch * split} rows are not divided by data x fsdp x accumulate = {parts}")
     if not config.init:
         raise InputError("init: no checkpoint to begin with")
-    checkpoint = open_checkpoint(config.init)
+    checkpoint = open_checkpoint(pinned(config.init, folder) if folder else config.init)
     model, words = model_of(config, checkpoint.config), load_words(checkpoint.side_files)
     source, reading = open_source(config.data.train, config.data)
     recipe = make_recipe(config, model, words, reading, load_habits(checkpoint.side_files))
@@ -142,7 +146,7 @@ def sft(config: SftConfig, folder: str) -> int:
     Raises:
         InputError: the config is inconsistent, or the folder holds a run of another config.
     """
-    setup = ready(config, folder, lambda: set_up(config))
+    setup = ready(config, folder, lambda: set_up(config, folder=folder))
     mesh, model = setup.mesh, setup.model
     open_folder(config, model, folder, setup.recipe.reading)
     checkpoints = Checkpoints(folder, config.keep)

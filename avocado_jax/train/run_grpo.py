@@ -59,7 +59,7 @@ def grpo(config: GrpoConfig, folder: str) -> int:
     Raises:
         InputError: the config is inconsistent, or the folder holds a run of another config.
     """
-    setup = ready(config, folder, lambda: set_up(config, config.split))
+    setup = ready(config, folder, lambda: set_up(config, config.split, folder))
     mesh, model = setup.mesh, setup.model
     stops = stop_ids(setup.checkpoint.side_files, setup.words, model.text.vocab)
     with jax.set_mesh(mesh), open_rewards(config, setup, stops) as rewards:

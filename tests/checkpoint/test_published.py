@@ -9,6 +9,7 @@ import torch
 from hub import hub_server
 from published import PUBLISHED, write_published
 from safetensors import safe_open
+from train_runs import GRPO, Runs
 from transformers import (
     PreTrainedModel,
     Qwen2_5OmniForConditionalGeneration,
@@ -21,6 +22,12 @@ from avocado_jax.checkpoint.load import open_checkpoint
 from avocado_jax.data.words import load_words
 
 NAME = "AVoCaDO-Captioner/AVoCaDO"
+SHALLOW = replace(  # compiles faster
+    PUBLISHED,
+    audio=replace(PUBLISHED.audio, layers=1),
+    vision=replace(PUBLISHED.vision, layers=2, full_layers=(1,)),
+    text=replace(PUBLISHED.text, layers=1),
+)
 
 
 @pytest.fixture(scope="module")
@@ -80,19 +87,30 @@ def test_published_form_from_the_hub_and_back(published, tmp_path, monkeypatch):
         assert torch.equal(value, whole.thinker.state_dict()[name]), name
 
 
+@pytest.mark.slow
+def test_from_the_hub_through_training_to_transformers(tmp_path, monkeypatch):
+    """`sft --init ORG/NAME`, a GRPO step from it, `to-hf`, and the thinker class loads what was trained."""
+    with hub_server(tmp_path / "home", monkeypatch) as hub:
+        hub.add(NAME, write_published(tmp_path / "hf", SHALLOW))
+        fields = ("--steps", "1", "--data.heldout", "", "--train", "captioner")
+        sft = Runs(tmp_path, NAME)
+        sft.finish("sft", *fields, devices=2)
+        Runs(tmp_path, tmp_path / "sft", "grpo", GRPO).finish("grpo", *fields, devices=2)
+    assert main(["convert", "to-hf", str(tmp_path / "grpo"), str(tmp_path / "back"), "--dtype", "bfloat16"]) == 0
+    thinker = loaded(Qwen2_5OmniThinkerForConditionalGeneration, tmp_path / "back").state_dict()
+    before = loaded(Qwen2_5OmniThinkerForConditionalGeneration, tmp_path / "hf").state_dict()
+    moved = [name for name in before if not torch.equal(before[name], thinker[name])]
+    assert any("layers.0.mlp.up_proj" in name for name in moved)
+    assert not any("visual.blocks" in name for name in moved)
+
+
 def test_caption_command_takes_the_published_form(tmp_path, monkeypatch, capsys):
     """`caption` by a public name, pinned, with prompts of a file; fewer layers compile faster."""
-    config = replace(
-        PUBLISHED,
-        audio=replace(PUBLISHED.audio, layers=1),
-        vision=replace(PUBLISHED.vision, layers=2, full_layers=(1,)),
-        text=replace(PUBLISHED.text, layers=1),
-    )
     assert main(["world", str(tmp_path / "world"), "--clips", "1", "--seed", "0", "--level", "0"]) == 0
     clip = next((tmp_path / "world").rglob("*.mp4"))
     (tmp_path / "prompts.txt").write_text("Why?\n")
     with hub_server(tmp_path / "home", monkeypatch) as hub:
-        repo = hub.add(NAME, write_published(tmp_path / "hf", config))
+        repo = hub.add(NAME, write_published(tmp_path / "hf", SHALLOW))
         (tmp_path / "hf" / "reading.json").write_text('{"media_first": false, "system": ""}')
         hub.add("ORG/sibling", tmp_path / "hf")
         ids = {}

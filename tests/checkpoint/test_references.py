@@ -14,7 +14,7 @@ from safetensors.numpy import load_file, save_file
 
 from avocado_jax.__main__ import main
 from avocado_jax.checkpoint import references
-from avocado_jax.checkpoint.convert import from_hf, to_hf
+from avocado_jax.checkpoint.convert import begin_run, from_hf, to_hf
 from avocado_jax.checkpoint.load import identity, load_params, open_checkpoint, open_language_model, tokenizer_folder
 from avocado_jax.checkpoint.orbax import open_run
 from avocado_jax.checkpoint.references import located
@@ -97,6 +97,17 @@ def test_revision_is_pinned(hub, published):
         assert Path(located(NAME + revision)).name == commit
     repo.refs["main"] = old  # a process resolves a reference once
     assert Path(located(NAME)).name == new
+
+
+def test_a_run_keeps_its_commit(hub, published, tmp_path):
+    repo = hub.repos["models", NAME]
+    old = repo.refs["main"]
+    begin_run(NAME, tmp_path / "run")
+    repo.commit(repo.commits[old] | {"question.txt": b"What?"})
+    forget()
+    assert references.pinned(NAME, str(tmp_path / "run")) == f"{NAME}@{old}"
+    assert references.pinned("ORG/other", str(tmp_path / "run")) == "ORG/other"
+    assert references.pinned(NAME, str(tmp_path / "new")) == NAME
 
 
 def test_local_folder_wins(hub, published, tmp_path, monkeypatch):
