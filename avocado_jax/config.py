@@ -130,7 +130,7 @@ class RewardConfig:
     low: int = 2048  # tokens from which R_L falls from 1
     high: int = 4096  # to 0
     judge: str = "lexical"  # of R_C: "lexical", "remote", "lm" or "embedding" (rewards/README.md)
-    judge_model: str = ""  # folder (local or gs://) of an "lm" or "embedding"; name at the endpoint of a "remote"
+    judge_model: str = ""  # model reference of an "lm" or "embedding"; name at the endpoint of a "remote"
     judge_url: str = free("")  # endpoint of a "remote" judge: https://HOST/v1; its key is in OPENAI_API_KEY
     judge_cache: str = free("")  # local folder for a "remote" judge's answers; a resumed run repeats no request
     judge_patience: float = free(600.0)  # seconds that a step waits for it
@@ -154,7 +154,7 @@ class TimeoutConfig:
 class RunConfig:
     """Fields of every training run."""
 
-    init: str = ""  # a checkpoint: Hugging Face folder or run
+    init: str = ""  # a checkpoint: folder in Hugging Face format or run, local or gs://; or ORG/NAME[@REVISION]
     seed: int = 0
     steps: int = 0  # 0: `epochs` of the data
     epochs: float = 2.0

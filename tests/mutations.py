@@ -39,6 +39,84 @@ class Mutation(NamedTuple):
 
 
 MUTATIONS = (
+    # --- model references, prompts and data sets by their public names
+    Mutation(
+        "hub: files that are not needed are downloaded",
+        "checkpoint/references.py",
+        'ignore: str = "*/*"',
+        'ignore: str = ""',
+        "tests/checkpoint/test_references.py -k needed",
+    ),
+    Mutation(
+        "hub: a download begins from the start",
+        "checkpoint/references.py",
+        "resume_size=before",
+        "resume_size=0",
+        "tests/checkpoint/test_references.py -k resumes",
+    ),
+    Mutation(
+        "hub: the sum of a shard is not checked",
+        "checkpoint/references.py",
+        "if digest != blob.name:",
+        "if False:",
+        "tests/checkpoint/test_references.py -k damaged",
+    ),
+    Mutation(
+        "hub: a local folder does not take precedence",
+        "checkpoint/references.py",
+        "HUB.fullmatch(text) is not None and not os.path.exists(text)",
+        "HUB.fullmatch(text) is not None",
+        "tests/checkpoint/test_references.py -k wins",
+    ),
+    Mutation(
+        "hub: the token is sent to the storage of large files",
+        "checkpoint/references.py",
+        "build_hf_headers() if same else build_hf_headers(token=False)",
+        "build_hf_headers()",
+        "tests/checkpoint/test_references.py -k token_is_sent",
+    ),
+    Mutation(
+        "hub: a resumed run follows its branch",
+        "checkpoint/references.py",
+        'return begun if begun.partition("@")[0] == reference.partition("@")[0] else reference',
+        "return reference",
+        "tests/checkpoint/test_references.py -k keeps_its_commit",
+    ),
+    Mutation(
+        "bucket: a part of a tensor takes all of it",
+        "checkpoint/hf.py",
+        "if not is_remote(tensor.file):",
+        "if is_remote(tensor.file):\n            return np.ascontiguousarray(self.read(entry)[where])\n        else:",
+        "tests/checkpoint/test_references.py -k buckets",
+    ),
+    Mutation(
+        "convert: --reading is ignored",
+        "checkpoint/convert.py",
+        "_write_beside(checkpoint, folder, reading)",
+        "_write_beside(checkpoint, folder, {})",
+        "tests/checkpoint/test_references.py -k buckets",
+    ),
+    Mutation(
+        "prompt: media_first of a row is ignored",
+        "data/prompt.py",
+        'fields.get("media_first", habits.media_first)',
+        "habits.media_first",
+        "tests/data/test_prompt.py -k system_line",
+    ),
+    Mutation(
+        "prompt: habits are not read in training",
+        "train/run.py",
+        "habits=habits,",
+        "",
+        "tests/checkpoint/test_published.py -k habits",
+    ),
+    Mutation(
+        "hub data: a reader follows its branch",
+        "data/hub.py",
+        "revision=self._dataset.commit)",
+        'revision="main")',
+        "tests/data/test_hub.py",
+    ),
     # --- GRPO and its objective
     Mutation(
         "overlong captions are not masked",

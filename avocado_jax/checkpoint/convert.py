@@ -21,7 +21,7 @@ from avocado_jax.checkpoint.orbax import Pieces, RunCheckpoint, open_run, row_sl
 from avocado_jax.checkpoint.references import commit_of, located, run_path
 from avocado_jax.checkpoint.safetensors import SHARD_BYTES, Spec, Tensor, read_header, write_shards
 from avocado_jax.data import storage
-from avocado_jax.data.hub import hub_errors
+from avocado_jax.data.hub import Busy, hub_errors
 from avocado_jax.errors import InputError
 from avocado_jax.models.config import Lora
 from avocado_jax.progress import progress
@@ -128,11 +128,15 @@ def push(folder: Path, name: str) -> str:
     from huggingface_hub import HfApi
 
     api = HfApi()
-    with hub_errors(name):
-        api.create_repo(name, exist_ok=True)
-        stale = ["*.safetensors", "*.safetensors.index.json"]
-        done = api.upload_folder(repo_id=name, folder_path=folder, ignore_patterns=[MADE], delete_patterns=stale)
-    return done.commit_url
+    stale = ["*.safetensors", "*.safetensors.index.json"]
+
+    def once() -> str:
+        with hub_errors(name):
+            api.create_repo(name, exist_ok=True)
+            done = api.upload_folder(repo_id=name, folder_path=folder, ignore_patterns=[MADE], delete_patterns=stale)
+            return done.commit_url
+
+    return storage.retried(once, name, (Busy,), storage.PATIENCE)
 
 
 def begin_run(

@@ -161,8 +161,12 @@ def _indexed(index: Path) -> list[str]:
 def _download_all(reference: str, name: str, folder: Path, shards: list[str]) -> None:
     """Download the shards of a snapshot that are not in the cache yet."""
     from huggingface_hub import get_cached_repo_tree
+    from huggingface_hub.errors import CachedRepoTreeNotFoundError
 
-    tree = {file.path: file.size for file in get_cached_repo_tree(name, revision=folder.name)}
+    try:
+        tree = {file.path: file.size for file in get_cached_repo_tree(name, revision=folder.name)}
+    except CachedRepoTreeNotFoundError:  # the hub was out of reach: the snapshot is what an earlier program cached
+        return
     if shards == ["*.safetensors"]:
         shards = sorted(path for path in tree if path.endswith(".safetensors") and "/" not in path)
     for shard in shards:

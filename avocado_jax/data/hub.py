@@ -109,15 +109,15 @@ class _Ranges(io.RawIOBase):
             except httpx2.ConnectError:
                 raise
             except httpx2.TransportError as error:  # the connection ended early
-                raise Busy(f"{name}: {self._path}: {error}") from error
+                raise Busy(str(error)) from error
             hf_raise_for_status(response)
         if len(response.content) != count:
-            raise Busy(f"{name}: {self._path}: {len(response.content)} bytes arrived instead of {count}")
+            raise Busy(f"{len(response.content)} bytes arrived instead of {count}")
         return response.content
 
 
 class Busy(storage.StorageError):
-    """The hub answered that a later request may succeed."""
+    """The hub answered that a later request may succeed. Raised to `storage.retried`, which names the place."""
 
 
 @contextmanager
@@ -134,13 +134,14 @@ def hub_errors(reference: str) -> Iterator[None]:
 
     try:
         yield
-    except (errors.HfHubHTTPError, errors.LocalEntryNotFoundError, httpx2.HTTPError, OSError) as error:
+    except (httpx2.HTTPError, OSError, errors.HFValidationError) as error:
         if isinstance(error, storage.StorageError):
             raise
         raise _translated(reference, error, constants.ENDPOINT) from error
 
 
 def _translated(reference: str, error: BaseException, endpoint: str) -> InputError | storage.StorageError:
+    import httpx2
     from huggingface_hub import errors
 
     # "Not in the cache" has the reason why the hub was of no help as its cause.
@@ -167,8 +168,12 @@ def _translated(reference: str, error: BaseException, endpoint: str) -> InputErr
     if status == 401:
         return InputError(f"{reference}: the hub does not accept the token (401); set HF_TOKEN to a valid one")
     if status in BUSY:
-        return Busy(f"{reference}: the hub is busy ({status})")
+        return Busy(f"the hub is busy ({status})")
     text = " ".join(str(error).split())[:200] or type(error).__name__
     if status is not None:
         return InputError(f"{reference}: no access ({text})")
-    return storage.StorageError(f"{reference}: no such folder, and the hub ({endpoint}) cannot be reached: {text}")
+    if isinstance(error, errors.HFValidationError):
+        return InputError(f"{reference}: no such folder, and not a name on the hub")
+    if isinstance(error, httpx2.HTTPError | ConnectionError):
+        return storage.StorageError(f"{reference}: no such folder, and the hub ({endpoint}) cannot be reached: {text}")
+    return storage.StorageError(f"{reference}: {text}")  # a full disk, for one

@@ -19,7 +19,10 @@ from transformers import (
 from avocado_jax.__main__ import main
 from avocado_jax.checkpoint.hf_config import stop_ids
 from avocado_jax.checkpoint.load import open_checkpoint
+from avocado_jax.config import DataConfig, SftConfig
+from avocado_jax.data.prompt import Habits
 from avocado_jax.data.words import load_words
+from avocado_jax.train.run import open_folder, set_up
 
 NAME = "AVoCaDO-Captioner/AVoCaDO"
 SHALLOW = replace(  # compiles faster
@@ -85,6 +88,20 @@ def test_published_form_from_the_hub_and_back(published, tmp_path, monkeypatch):
     assert not whole.has_talker
     for name, value in thinker.state_dict().items():
         assert torch.equal(value, whole.thinker.state_dict()[name]), name
+
+
+def test_training_keeps_the_habits_of_its_checkpoint(tmp_path):
+    """A run samples clips as its data does, and prompts as its checkpoint; both are in the run's `reading.json`."""
+    folder = write_published(tmp_path / "hf", SHALLOW)
+    (folder / "reading.json").write_text('{"fps": 1.0, "media_first": false, "prompt": "Why?"}')
+    data = DataConfig(train="world:0:train:0:8:plain", shapes=1)
+    config = SftConfig(init=str(folder), batch=8, data=data)
+    setup = set_up(config)
+    assert setup.recipe.habits == Habits("Why?", media_first=False)
+    assert setup.recipe.prompts == ("Why?",)
+    open_folder(config, setup.model, str(tmp_path / "run"), setup.recipe.reading)
+    kept = json.loads((tmp_path / "run/hf/reading.json").read_text())
+    assert (kept["fps"], kept["media_first"], kept["prompt"]) == (setup.recipe.reading.fps, False, "Why?")
 
 
 @pytest.mark.slow

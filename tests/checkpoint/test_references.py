@@ -3,6 +3,9 @@
 import json
 import os
 import shutil
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -136,19 +139,26 @@ def test_interrupted_download_resumes(hub, published, tmp_path):
     again = [request.range for request in hub.requests if request.origin == "cdn" and shard in request.path]
     size = (published / shard).stat().st_size
     assert again == ["", f"bytes={size // 2}-"]
-    (blob,) = [path for path in (tmp_path / "home").rglob("blobs/*") if path.stat().st_size == size][:1]
-    data = blob.read_bytes()  # as a killed process leaves it
-    for link in (tmp_path / "home").rglob(shard):
-        blob = link.resolve()
-        data = blob.read_bytes()
-        link.unlink()
-    blob.unlink()
+    link = next((tmp_path / "home").rglob(shard))
+    blob, data = link.resolve(), link.read_bytes()
+    link.unlink()
+    blob.unlink()  # as a killed process leaves it:
     blob.with_name(f"{blob.name}.part").write_bytes(data[:1000])
     hub.requests.clear()
     forget()
     located(NAME)
     assert [request.range for request in hub.requests if request.origin == "cdn"] == ["bytes=1000-"]
     assert blob.read_bytes() == data
+
+
+def test_processes_that_share_a_cache_download_once(hub):
+    """The hosts of a pod that share a disk, at the same moment; the downloads take a while."""
+    hub.faults = lambda request: time.sleep(0.3 * (request.origin == "cdn")) or ""
+    command = [sys.executable, "-c", f"from avocado_jax.checkpoint.references import located; print(located({NAME!r}))"]
+    hosts = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    first, second = (host.communicate(timeout=120)[0] for host in hosts)
+    assert first == second != ""
+    assert len(shards_of(hub.fetched())) == SHARDS
 
 
 def test_damaged_download_is_refused(hub, tmp_path):
