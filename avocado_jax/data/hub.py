@@ -83,6 +83,9 @@ class _Ranges(io.RawIOBase):
         self._at = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._size}[whence]
         return self._at
 
+    def readall(self) -> bytes:  # by default in requests of 8 KiB
+        return b"".join(iter(lambda: self.read(BLOCK), b""))
+
     def readinto(self, buffer: memoryview) -> int:
         count = min(len(buffer), self._size - self._at)
         if count <= 0:
