@@ -123,10 +123,13 @@ def test_local_folder_wins(hub, published, tmp_path, monkeypatch):
     assert not [request for request in hub.requests if "api/models" in request.path]
 
 
-def test_interrupted_download_resumes(hub, published, tmp_path):
+def test_interrupted_download_resumes(hub, published, tmp_path, monkeypatch):
     """A connection that ends halfway, and a process that was killed: only the rest is requested."""
+    from huggingface_hub import constants
+
     shard = f"model-00001-of-0000{SHARDS}.safetensors"
     cut = []
+    monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 1000)  # a chunk that does not arrive in full is dropped
 
     def fault(request):
         if request.origin == "cdn" and shard in request.path and not cut:
@@ -138,7 +141,7 @@ def test_interrupted_download_resumes(hub, published, tmp_path):
     located(NAME)
     again = [request.range for request in hub.requests if request.origin == "cdn" and shard in request.path]
     size = (published / shard).stat().st_size
-    assert again == ["", f"bytes={size // 2}-"]
+    assert again == ["", f"bytes={size // 2 // 1000 * 1000}-"]
     link = next((tmp_path / "home").rglob(shard))
     blob, data = link.resolve(), link.read_bytes()
     link.unlink()
