@@ -12,8 +12,8 @@ from avocado_jax.checkpoint.load import open_checkpoint
 from avocado_jax.config import GrpoConfig, RunConfig
 from avocado_jax.data.pipeline import plan_batches
 from avocado_jax.data.plan import Bucket
-from avocado_jax.data.rows import Shape
 from avocado_jax.data.prompt import load_habits
+from avocado_jax.data.rows import Shape
 from avocado_jax.data.words import load_words
 from avocado_jax.errors import InputError
 from avocado_jax.models.config import SIZES, ThinkerConfig
