@@ -232,7 +232,8 @@ class Hub:
         name = f"{asked['organization']}/{asked['name']}"
         kind = f"{asked.get('type') or 'model'}s"
         if (kind, name) in self.repos:
-            return _error(409, "", "You already created this model repo")
+            answer = {"error": "You already created this model repo", "url": f"{self.url}/{name}"}
+            return 409, {"Content-Type": "application/json"}, json.dumps(answer).encode()
         self.add(name, {".gitattributes": b""}, kind)
         return _json({"url": f"{self.url}/{name}", "name": name})
 

@@ -21,7 +21,7 @@ from avocado_jax.checkpoint.orbax import Pieces, RunCheckpoint, open_run, row_sl
 from avocado_jax.checkpoint.references import commit_of, located, run_path
 from avocado_jax.checkpoint.safetensors import SHARD_BYTES, Spec, Tensor, read_header, write_shards
 from avocado_jax.data import storage
-from avocado_jax.data.hub import Busy, hub_errors
+from avocado_jax.data.hub import Busy, hub_errors, quiet
 from avocado_jax.errors import InputError
 from avocado_jax.models.config import Lora
 from avocado_jax.progress import progress
@@ -127,6 +127,7 @@ def push(folder: Path, name: str) -> str:
     """
     from huggingface_hub import HfApi
 
+    quiet()
     api = HfApi()
     stale = ["*.safetensors", "*.safetensors.index.json"]
 

@@ -23,7 +23,7 @@ from pathlib import Path, PurePath
 from etils import epath
 
 from avocado_jax.data import storage
-from avocado_jax.data.hub import Busy, hub_errors
+from avocado_jax.data.hub import Busy, hub_errors, quiet
 from avocado_jax.errors import InputError
 
 HUB = re.compile(r"(?P<name>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>[^\s@]+))?")
@@ -121,11 +121,8 @@ def commit_of(folder: str | os.PathLike) -> str:
 def _snapshot(reference: str, tokenizer_only: bool) -> str:
     """The snapshot of `ORG/NAME[@REVISION]` in the cache, with the files that are needed."""
     import huggingface_hub  # slow to import, and needed only here
-    from huggingface_hub.utils import disable_progress_bars, logging
 
-    logging.set_verbosity_error()  # a retry is no message of its own
-    if not sys.stderr.isatty():
-        disable_progress_bars()
+    quiet()
     found = HUB.fullmatch(reference)
     assert found is not None
     name, revision = found["name"], found["revision"]

@@ -6,6 +6,7 @@ HF_TOKEN).
 
 import io
 import re
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import BinaryIO, NamedTuple
@@ -56,6 +57,7 @@ def open_dataset(source: str) -> HubDataset:
 
     if (found := SOURCE.fullmatch(source)) is None:
         raise InputError(f"{source}: not of the form hub:ORG/NAME or hub:ORG/NAME@REVISION")
+    quiet()
     name, api = found["name"], HfApi(endpoint=constants.ENDPOINT)
 
     def once() -> HubDataset:
@@ -65,6 +67,15 @@ def open_dataset(source: str) -> HubDataset:
             return HubDataset(name, commit, {entry.path: entry.size for entry in tree if isinstance(entry, RepoFile)})
 
     return storage.retried(once, source, (Busy,), storage.PATIENCE)
+
+
+def quiet() -> None:
+    """Silence the client: a retry is no message of its own, and bars are for terminals."""
+    from huggingface_hub.utils import disable_progress_bars, logging
+
+    logging.set_verbosity_error()
+    if not sys.stderr.isatty():
+        disable_progress_bars()
 
 
 class _Ranges(io.RawIOBase):
