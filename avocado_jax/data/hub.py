@@ -9,7 +9,7 @@ import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import BinaryIO, NamedTuple
+from typing import NamedTuple
 
 from avocado_jax.data import storage
 from avocado_jax.errors import InputError
@@ -33,7 +33,7 @@ class HubDataset(NamedTuple):
     commit: str
     sizes: dict[str, int]
 
-    def open(self, path: str) -> BinaryIO:
+    def open(self, path: str) -> io.BufferedReader:
         """A seekable reader of a file. It reads ahead by `BLOCK` bytes, and requests a failed block again.
 
         Raises (when it reads too):
@@ -97,7 +97,7 @@ class _Ranges(io.RawIOBase):
     def readall(self) -> bytes:  # by default in requests of 8 KiB
         return b"".join(iter(lambda: self.read(BLOCK), b""))
 
-    def readinto(self, buffer: memoryview) -> int:
+    def readinto(self, buffer: bytearray | memoryview) -> int:
         count = min(len(buffer), self._size - self._at)
         if count <= 0:
             return 0
