@@ -168,6 +168,8 @@ def read_json(path: PurePath) -> Any:
     Raises:
         InputError: missing, or not JSON.
     """
+    if not storage.exists(str(path)):
+        raise InputError(f"{path}: no such file")
     try:
         return json.loads(storage.read(str(path)))
     except (ValueError, RecursionError) as error:
