@@ -15,8 +15,12 @@ export PYTHONUNBUFFERED=1
 export OPENBLAS_NUM_THREADS=${OPENBLAS_NUM_THREADS-1} OMP_NUM_THREADS=${OMP_NUM_THREADS-1}
 
 # With several slices, gradients cross the data-center network. The first flag overlaps them with computation, the second
-# pipelines those of unequal sizes over iterations (MaxText's data-parallel flags). Within a slice libtpu's defaults
-# apply: the table in README.md was compiled with them.
+# pipelines those of unequal sizes over iterations (MaxText's data-parallel flags).
+#
+# Within a slice libtpu's defaults apply, and the table in README.md was compiled with them. Of the flags that are often
+# set there, xla_enable_async_all_gather, xla_tpu_enable_async_collective_fusion_fuse_all_gather (each on v6e and v5p) and
+# xla_tpu_prefer_async_allgather_to_allreduce (on v5p) leave the compiled gradient of an FSDP stack unchanged to the
+# letter with libtpu 0.0.52, and the first two together with a larger xla_tpu_scoped_vmem_limit_kib are refused on v6e.
 if [[ " $* " =~ " "--mesh\.slices[=\ ]([2-9]|[1-9][0-9]) ]]; then
   LIBTPU_INIT_ARGS+=" --xla_tpu_enable_data_parallel_all_reduce_opt=true"
   LIBTPU_INIT_ARGS+=" --xla_tpu_data_parallel_opt_different_sized_ops=true"
