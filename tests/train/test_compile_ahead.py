@@ -127,7 +127,7 @@ def test_compilations_are_logged_once_the_programs_are_compiled(monkeypatch):
     monkeypatch.setattr(run, "Log", lambda *_: None)
     monkeypatch.setattr(run, "train", lambda *_: calls.append("train") or 0)
     setup = SimpleNamespace(steps=1, plan=SimpleNamespace(digest=""), mesh=None)
-    stage = dict.fromkeys(("step", "evaluate", "flops", "rank"))
+    stage = {"evaluator": run.Evaluator(), "step": None, "flops": None}
     assert run.run(SftConfig(), setup, "", None, SimpleNamespace(step=0), lambda _: [], **stage) == 0
     assert calls == ["ahead", "log", "train"]
 
