@@ -15,7 +15,8 @@ import json
 import os
 import sys
 import zlib
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,9 +24,10 @@ from typing import Any
 import numpy as np
 
 from avocado_jax.checkpoint.load import named_checkpoint
-from avocado_jax.data.decode import read_media
+from avocado_jax.data.container import printable
 from avocado_jax.data.media import Media
 from avocado_jax.data.prompt import read_prompts
+from avocado_jax.data.reader import CLIP_SECONDS, ClipReader
 from avocado_jax.errors import InputError
 from avocado_jax.eval.captioner import computing_dtype, load_captioner
 from avocado_jax.eval.runner import FAILURES, first_line, read_ahead
@@ -39,6 +41,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("clips", nargs="+", metavar="CLIP", help="video files")
     parser.add_argument("--checkpoint", metavar="REF", help="the model (see above; default: the one that is shipped)")
     parser.add_argument("--no-audio", action="store_true", help="look without listening")
+    parser.add_argument(
+        "--align-sound", action="store_true", help="place late sound at its time (default: as the reference, from 0)"
+    )
+    parser.add_argument(
+        "--clip-seconds", type=float, default=CLIP_SECONDS, metavar="S", help="to read one clip (default: %(default)g)"
+    )
     parser.add_argument("--prompt", metavar="TEXT", help="what to ask (default: the checkpoint's own, or AVoCaDO's)")
     parser.add_argument(
         "--prompt-file", metavar="FILE", help="prompts, one a line; the name of a clip decides which one it gets"
@@ -67,34 +75,40 @@ def run(args: argparse.Namespace) -> int:
         raise InputError(f"--seed is {args.seed}, 0 to {2**32 - 1} are asked for")
     if args.prompt is not None and args.prompt_file:
         raise InputError("--prompt and --prompt-file exclude each other")
+    if not args.clip_seconds > 0:
+        raise InputError(f"--clip-seconds is {args.clip_seconds:g}, more than 0 is asked for")
     prompts = read_prompts(args.prompt_file) if args.prompt_file else ()
-    checkpoint = named_checkpoint(args.checkpoint)
-    if not any(Path(clip).exists() for clip in args.clips):  # told before a model is loaded
-        clips = [(clip, InputError(f"{clip}: no such file")) for clip in args.clips]
+    checkpoint, stack = named_checkpoint(args.checkpoint), ExitStack()
+    if not any(os.path.exists(clip) for clip in args.clips):  # told before a model is loaded
+        clips = [(clip, InputError(f"{printable(clip)}: no such file")) for clip in args.clips]
         captioner = None
     else:
         captioner = load_captioner(checkpoint, args.prompt, computing_dtype(args.dtype))
-        clips = read_ahead(args.clips, partial(read_media, reading=captioner.reading, sound=not args.no_audio))
+        reading = replace(captioner.reading, align_sound=captioner.reading.align_sound or args.align_sound)
+        reader = stack.enter_context(ClipReader(seconds=args.clip_seconds))
+        clips = read_ahead(args.clips, partial(reader.read, reading=reading, sound=not args.no_audio))
     try:
         out = args.out.open("w", encoding="utf-8") if args.out else nullcontext(sys.stdout)
     except OSError as error:
         raise InputError(f"--out {args.out}: {error.strerror}") from error
     failed = 0
-    with out as out:
+    with stack, out as out:
         for clip, media in progress(clips, "clips", len(args.clips)) if len(args.clips) > 1 else clips:
             try:
                 if isinstance(media, Exception):
                     raise media
+                for warning in media.warnings:
+                    print(f"avocado caption: {printable(clip)}: warning: {warning}", file=sys.stderr)
                 record = _caption(captioner, clip, media, sampling, args, prompts)
             except FAILURES as error:  # the others are still captioned
                 failed += 1
-                reason = str(error) if isinstance(error, InputError) else f"{clip}: {first_line(error)}"
+                reason = str(error) if isinstance(error, InputError) else f"{printable(clip)}: {first_line(error)}"
                 record = {"clip": clip, "error": reason}
                 print(f"avocado caption: {reason}", file=sys.stderr)
             if args.json:
                 print(json.dumps(record), file=out, flush=True)
             elif "caption" in record:
-                print(f"{clip}:\n" * (len(args.clips) > 1) + record["caption"], file=out, flush=True)
+                print(f"{printable(clip)}:\n" * (len(args.clips) > 1) + record["caption"], file=out, flush=True)
     return 0 if not failed else 2 if failed == len(args.clips) else 1
 
 

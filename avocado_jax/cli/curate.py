@@ -29,6 +29,7 @@ import argparse
 import json
 import math
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -120,9 +121,10 @@ def check(args: argparse.Namespace) -> None:
 def reading_of(args: argparse.Namespace, checkpoint: Checkpoint | None) -> Reading:
     """How clips are sampled: a checkpoint's own way, or as the command says."""
     if checkpoint:
-        return load_reading(checkpoint.side_files)
+        return replace(load_reading(checkpoint.side_files), align_sound=True)
     fewest = min(Reading.fewest_pixels, args.pixels)
-    return Reading(fps=args.fps, most_frames=args.frames, asked_pixels=args.pixels, fewest_pixels=fewest)
+    given = dict(fps=args.fps, most_frames=args.frames, asked_pixels=args.pixels, fewest_pixels=fewest)
+    return Reading(**given, align_sound=True)
 
 
 def request_options(args: argparse.Namespace) -> dict[str, Any]:

@@ -50,6 +50,7 @@ from typing import Any
 
 from avocado_jax.checkpoint.load import identity, named_checkpoint, open_language_model
 from avocado_jax.data.manifest import prompt_fields
+from avocado_jax.data.reader import CLIP_SECONDS
 from avocado_jax.data.words import load_words
 from avocado_jax.errors import InputError
 from avocado_jax.eval.benchmarks import BENCHMARKS
@@ -104,6 +105,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--no-picture", action="store_true", help="listen without looking: every frame is grey")
     parser.add_argument("--max-new-tokens", type=int, default=2048, metavar="N", help="default: %(default)s")
     parser.add_argument("--batch", type=int, default=8, metavar="N", help="clips at once (default: %(default)s)")
+    parser.add_argument(
+        "--clip-seconds", type=float, default=CLIP_SECONDS, metavar="S", help="to read one clip (default: %(default)g)"
+    )
     parser.add_argument("--limit", type=int, metavar="N", help="the first N clips only")
     parser.add_argument(
         "--max-failed", type=float, default=0.05, metavar="SHARE", help="of the clips (default: %(default)s)"
@@ -119,6 +123,8 @@ def run(args: argparse.Namespace) -> int:
     for name in ("max_new_tokens", "batch", "limit", "rounds"):
         if (value := getattr(args, name)) is not None and value < 1:
             raise InputError(f"--{name.replace('_', '-')} is {value}, at least 1 is asked for")
+    if not args.clip_seconds > 0:
+        raise InputError(f"--clip-seconds is {args.clip_seconds:g}, more than 0 is asked for")
     if not 0 <= args.max_failed <= 1:
         raise InputError(f"--max-failed is {args.max_failed}, a share from 0 to 1 is asked for")
     try:
@@ -262,7 +268,7 @@ def _made(args: argparse.Namespace, items: list[Item], how: How, file: Any, fram
         return captioner._replace(reading=replace(reading, most_frames=most))
 
     others = [] if args.benchmark == "world" else sorted(set(place.parent.glob("captions*.jsonl")) - {place})
-    return caption_items(items, load, known, how, place, args.batch, args.max_failed, others)
+    return caption_items(items, load, known, how, place, args.batch, args.max_failed, others, args.clip_seconds)
 
 
 def _given(args: argparse.Namespace, every: dict[str, Any], wanted: list[str]) -> Outcome:

@@ -34,13 +34,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("out", metavar="OUT", help="folder, local or gs://")
     parser.add_argument("--features", action="store_true", help="store resized frames and sound, not the video files")
     parser.add_argument("--tokenizer", metavar="REF", help="count captions in tokens (else in bytes)")
-    names = ", ".join(field.name for field in fields(Reading))
+    names = ", ".join(field.name for field in fields(Reading) if field.name != "align_sound")
     parser.add_argument(
         "--reading",
         metavar="NAME=VALUE",
         action="append",
         default=[],
         help=f"how clips are sampled, where it is not AVoCaDO's way; the run must ask for the same ({names})",
+    )
+    parser.add_argument(
+        "--align-sound",
+        action="store_true",
+        help="place late sound and sound behind gaps at its time (default: as the reference, without gaps)",
     )
     parser.add_argument("--workers", metavar="N", type=_count, default=cores, help=f"processes ({cores})")
     parser.add_argument("--shard-records", metavar="N", type=_count, default=64, help="lines to a shard (64)")
@@ -55,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
     """Prepare. Returns 0, 1 where too much was rejected or storage failed, or 75 where it was stopped."""
     before = signal.signal(signal.SIGTERM, _stop)
     words = load_words(tokenizer_folder(args.tokenizer)) if args.tokenizer else None
-    reading = Reading(**parse_reading(args.reading))
+    reading = Reading(**parse_reading(args.reading), align_sound=args.align_sound)
     job = Job(args.manifest, args.out, args.features, words, args.shard_records, args.clip_seconds, reading)
     try:
         done = prepare(job, args.workers, args.max_reject_share)
@@ -67,6 +72,10 @@ def run(args: argparse.Namespace) -> int:
         return STOPPED
     finally:
         signal.signal(signal.SIGTERM, before)
+    for warning in done.warnings[:5]:
+        print(f"warning: {warning}", file=sys.stderr)
+    if len(done.warnings) > 5:
+        print(f"... and {len(done.warnings) - 5} more warnings", file=sys.stderr)
     for reject in done.rejects[:5]:
         print(f"rejected line {reject.line} ({reject.id}): {reject.reason}", file=sys.stderr)
     if len(done.rejects) > 5:

@@ -20,7 +20,7 @@ Parts = list[dict[str, Any]]
 
 def picture_parts(media: Media) -> Parts:
     """The frames of a clip, each after its time."""
-    times = frame_times(len(media.frames), media.seconds)
+    times = frame_times(len(media.frames), media.seconds) if media.times is None else media.times
     parts = [text_part(json.dumps({"seconds": round(media.seconds, 2), "frames": len(times)}))]
     for time, frame in zip(times, media.frames):
         url = f"data:image/jpeg;base64,{base64.b64encode(jpeg(frame)).decode()}"

@@ -1,5 +1,6 @@
 """What curating clips would take, before anything is asked: calls and tokens, as the client will count them."""
 
+import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -9,7 +10,8 @@ from avocado_jax.curation.asking import TRIES, prompt
 from avocado_jax.curation.content import text_part
 from avocado_jax.curation.pipeline import BYTES, Settings
 from avocado_jax.curation.run import Clip
-from avocado_jax.data.decode import Probe, probe_media
+from avocado_jax.data.decode import Probe
+from avocado_jax.data.reader import ClipReader
 from avocado_jax.errors import InputError
 from avocado_jax.progress import progress
 from avocado_jax.remote.chat import AUDIO_BYTES, estimate
@@ -36,12 +38,13 @@ def expected(clips: Sequence[Clip], settings: Settings, limit: int, local: bool)
 
     def look(clip: Clip) -> Probe | None:
         try:
-            return probe_media(clip.path, settings.reading)
+            return reader.probe(clip.path, settings.reading)
         except InputError:
             return None
 
+    workers = len(os.sched_getaffinity(0))
     total = Counter(clips=len(clips), unreadable=0, calls=0, tokens=0, calls_at_most=0, tokens_at_most=0)
-    with ThreadPoolExecutor() as pool:
+    with ClipReader(workers) as reader, ThreadPoolExecutor(workers) as pool:
         for probe in progress(pool.map(look, clips), "curate: clips", len(clips)):
             if probe is None:
                 total["unreadable"] += 1

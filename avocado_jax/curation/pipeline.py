@@ -4,7 +4,7 @@ import asyncio
 import hashlib
 import json
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -24,15 +24,15 @@ from avocado_jax.curation.answers import (
 from avocado_jax.curation.asking import Asker, Question, Rejected
 from avocado_jax.curation.content import Parts, picture_parts, silent, sound_parts
 from avocado_jax.curation.words import Sentence, joined
-from avocado_jax.data import storage
-from avocado_jax.data.decode import Probe, probe_media, read_media
-from avocado_jax.data.media import Media, Reading
+from avocado_jax.data.container import printable
+from avocado_jax.data.decode import Probe
+from avocado_jax.data.media import Media, Reading, reading_fields
+from avocado_jax.data.reader import ClipReader
 from avocado_jax.data.words import Words
 from avocado_jax.errors import InputError
 
 T = TypeVar("T")
 COMPLETE = 4  # of 5: the least score that is kept
-READ_SECONDS = 300.0  # to read one clip, before it is given up: decoders may hang
 BYTES = 3  # of text to a token, where there is no tokenizer
 
 
@@ -57,13 +57,13 @@ Captions = Callable[["Source"], Awaitable[tuple[list[Sentence], list[Sentence]]]
 class Source:
     """A clip's file. It is decoded once, and not before something must be shown. All raise Rejected: it is damaged."""
 
-    def __init__(self, name: str, path: Path, reading: Reading) -> None:
-        self.name, self.path, self.reading = name, path, reading
+    def __init__(self, name: str, path: Path, reading: Reading, reader: ClipReader) -> None:
+        self.name, self.path, self.reading, self._reader = name, path, reading, reader
         self._media: asyncio.Task[Media] | None = None
 
     async def probe(self) -> Probe:
         """What the file says of itself."""
-        probe = await self._read(probe_media, self.path, self.reading)
+        probe = await self._read(self._reader.probe, self.path, self.reading)
         if probe.sound and probe.seconds > self.reading.sound_seconds:
             listened = f"{self.reading.sound_seconds} s are listened to at most"
             raise Rejected("read", f"{probe.seconds:.0f} s long; {listened}")
@@ -81,7 +81,7 @@ class Source:
     async def media(self) -> Media:
         """The clip in memory."""
         if self._media is None:
-            self._media = asyncio.create_task(self._read(read_media, self.path, self.reading))
+            self._media = asyncio.create_task(self._read(self._reader.read, self.path, self.reading))
         return await self._media
 
     async def pictures(self) -> Parts:
@@ -98,10 +98,9 @@ class Source:
 
     async def _read(self, call: Callable[..., T], *args: Any) -> T:
         try:
-            return await asyncio.to_thread(storage.within, READ_SECONDS, partial(call, *args))
-        except (InputError, MemoryError) as error:
-            reason = str(error).removeprefix(f"{self.path}: ") or "needs more memory than there is"
-            raise Rejected("read", reason) from error
+            return await asyncio.to_thread(call, *args)
+        except InputError as error:
+            raise Rejected("read", str(error).removeprefix(f"{printable(self.path)}: ")) from error
         except OSError as error:
             raise Rejected("read", error.strerror or str(error)) from error
 
@@ -134,7 +133,7 @@ async def curate_clip(asker: Asker, source: Source, settings: Settings, local: C
 async def seen_and_heard(asker: Asker, source: Source) -> tuple[list[Sentence], list[Sentence]]:
     """The visual and the audio caption by the endpoint; the second is empty where there is nothing to hear."""
     probe, known = await source.probe(), await source.digest()
-    about = [known, asdict(source.reading)]
+    about = [known, reading_fields(replace(source.reading, align_sound=False))]
     read = partial(read_caption, seconds=probe.seconds)
     visual = Question("visual", about, source.pictures, TimedCaption, partial(read, least=1))
     audio = Question("audio", about, source.sound, TimedCaption, partial(read, least=0))

@@ -11,6 +11,7 @@ from typing import Any
 from avocado_jax.curation.asking import Asker, Rejected, Stopped, Unanswered
 from avocado_jax.curation.pipeline import Captions, Settings, Source, curate_clip
 from avocado_jax.data import storage
+from avocado_jax.data.reader import ClipReader
 from avocado_jax.errors import InputError
 from avocado_jax.progress import progress
 
@@ -81,12 +82,12 @@ def curate(asker: Asker, clips: Sequence[Clip], settings: Settings, local: Capti
     Raises:
         InputError: the endpoint has never answered, and refuses for a reason that is the caller's.
     """
-    done = Curated()
+    done, reader = Curated(), ClipReader(min(at_once, len(os.sched_getaffinity(0))))
 
     async def one(clip: Clip) -> None:
         try:
             done.lines[clip.id] = await curate_clip(
-                asker, Source(clip.id, clip.path, settings.reading), settings, local
+                asker, Source(clip.id, clip.path, settings.reading, reader), settings, local
             )
         except (Rejected, Unanswered) as error:
             final = isinstance(error, Rejected)
@@ -100,8 +101,9 @@ def curate(asker: Asker, clips: Sequence[Clip], settings: Settings, local: Capti
                 return
             yield one(clip)
 
-    for _ in progress(asker.client.each(works(), at_once), "curate: clips", len(clips)):
-        pass
+    with reader:
+        for _ in progress(asker.client.each(works(), at_once), "curate: clips", len(clips)):
+            pass
     asker.note_spent()
     return done
 

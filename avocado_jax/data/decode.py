@@ -1,8 +1,7 @@
 """A clip's file to arrays, with PyAV."""
 
-import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -10,22 +9,28 @@ import av
 import librosa
 import numpy as np
 
+from avocado_jax.data.container import (
+    LOST,
+    Clock,
+    Packets,
+    check_size,
+    one_line,
+    open_clip,
+    scan,
+    video_stream,
+)
 from avocado_jax.data.features import choose_frames, frame_pixels, frame_size, resize
 from avocado_jax.data.media import Media, Reading
 from avocado_jax.errors import InputError
 from avocado_jax.typing import Array, Float, Shaped
 
-
-class _Packets(NamedTuple):
-    """What demuxing tells, before anything is decoded."""
-
-    frames: int
-    seconds: float
-    times: list[int] | None  # each frame's presentation time, in order; None where packets do not tell
+OFFSET = 0.1  # seconds between where sound is and where it is expected, from which on it counts as displaced
+EARLY = 1.0  # seconds that the times of sound may lag behind its samples: some containers interpolate them
+TAIL = 2  # packets at the end of a stream that may yield no picture
 
 
 class Probe(NamedTuple):
-    """What a clip's file says of itself, with nothing decoded."""
+    """What a clip's packets show, with nothing decoded."""
 
     seconds: float
     frames: int  # that would be chosen
@@ -35,149 +40,141 @@ class Probe(NamedTuple):
 def probe_media(path: str | Path, reading: Reading = Reading()) -> Probe:
     """Look at a clip's packets. Raises as `read_media`, for what shows without decoding."""
     path = Path(path)
-    with _one_line(path):
-        packets = _demux(path)
-        with _open(path) as container:
-            rate, sound = _rate(_video(container)), container.streams.best("audio") is not None
-        chosen = choose_frames(packets.frames, rate, reading.fps, reading.fewest_frames, reading.most_frames)
-    return Probe(packets.seconds, len(chosen), sound)
+    with one_line(path):
+        packets = scan(path)
+        with open_clip(path) as container:
+            sound = container.streams.best("audio") is not None
+        return Probe(packets.seconds, len(_chosen(packets.frames, packets.rate, reading)), sound)
 
 
 def read_media(path: str | Path, reading: Reading = Reading(), sound: bool = True) -> Media:
     """Read a clip: chosen frames, upright and resized, and its sound if there is any and it is wanted.
+
+    A clip with little damage is read, and `warnings` states what is lost.
 
     Raises:
         InputError: one line with the path and the reason: missing, empty, not a video, no picture, cut
             short, damaged.
     """
     path = Path(path)
-    with _one_line(path):
-        packets = _demux(path)
-        frames = _picture(path, packets, reading)
-        samples = _sound(path, reading) if sound else None
-    return Media(frames, samples, packets.seconds)
+    with one_line(path):
+        packets = scan(path)
+        frames, times, warnings = _picture(path, packets, reading)
+        samples = None
+        if sound:
+            samples, heard = _sound(path, packets, times[0], reading)
+            warnings += heard
+        return Media(frames, samples, packets.seconds, np.array(times), tuple(warnings))
 
 
-@contextmanager
-def _one_line(path: Path) -> Iterator[None]:
-    """Every way in which a file can be bad, as one line that names it."""
-    try:
-        if not path.exists():
-            raise InputError("no such file")
-        if not path.is_file():  # a pipe would be waited for
-            raise InputError("is a folder" if path.is_dir() else "is not a file")
-        if path.stat().st_size == 0:
-            raise InputError("is empty (zero bytes)")
-        if not os.access(path, os.R_OK):
-            raise InputError("may not be read")
-        yield
-    except InputError as error:
-        raise InputError(f"{path}: {error}") from error
-    except (av.error.FFmpegError, ValueError, OSError) as error:
-        reason = " ".join(str(getattr(error, "strerror", None) or error).split())
-        raise InputError(f"{path}: damaged, cannot be decoded ({reason})") from error
+class _Decoder:
+    """Decodes one stream of a clip, past packets that cannot be decoded.
+
+    Attributes:
+        packets, failed: how many packets were decoded, and how many of them raised an error.
+    """
+
+    def __init__(self, container: av.container.InputContainer, stream: av.stream.Stream) -> None:
+        self._container, self._stream = container, stream
+        self.packets = self.failed = 0
+
+    def frames(self, wanted: set[int] | None = None) -> Iterator[av.VideoFrame | av.AudioFrame]:
+        """All frames in order of presentation; with `wanted`, only what these times need is decoded."""
+        context = self._stream.codec_context
+        for packet in Clock(self._container).packets(self._container, self._stream):
+            if wanted is not None:
+                needed = packet.pts is None or packet.pts in wanted
+                context.skip_frame = "DEFAULT" if needed else "NONREF"
+            self.packets += 1
+            yield from self._attempt(packet)
+        yield from self._attempt(None)
+
+    def _attempt(self, packet: av.Packet | None) -> list[av.VideoFrame | av.AudioFrame]:
+        try:
+            return self._stream.codec_context.decode(packet)
+        except av.error.EOFError:
+            return []
+        except av.error.FFmpegError as error:
+            if isinstance(error, MemoryError):
+                raise
+            self.failed += 1
+            return []
 
 
-def _open(path: Path) -> av.container.InputContainer:
-    """Open a file: by the scheme that takes any name (`12:30.mp4` is no protocol), whatever its titles' encoding."""
-    try:
-        return av.open(f"file:{path}", metadata_errors="replace")
-    except av.error.InvalidDataError as error:
-        raise InputError("not a video, or its header is damaged or cut off") from error
+def _chosen(total: int, rate: float, reading: Reading) -> list[int]:
+    return choose_frames(total, rate, reading.fps, reading.fewest_frames, reading.most_frames).tolist()
 
 
-def _video(container: av.container.InputContainer) -> av.VideoStream:
-    """The picture's stream, by the rule of FFmpeg's tools; a cover is none."""
-    stream = container.streams.best("video")
-    if stream is None or stream.disposition & av.stream.Disposition.attached_pic:
-        raise InputError("has no picture" + (" (sound only)" if container.streams.audio else ""))
-    return stream
+def _picture(path: Path, packets: Packets, reading: Reading) -> tuple[Shaped[Array, "N h w 3"], list[float], list[str]]:
+    """The chosen frames, their times in seconds, and warnings. Only chosen frames are converted and resized."""
+    chosen = _chosen(packets.frames, packets.rate, reading)
+    lost, total = packets.missing, packets.frames + packets.missing
+    found = _decode_by_time(path, packets, chosen, reading) if packets.times else None
+    if found is None:
+        good, unreadable, times = _decodable(path, packets)
+        lost += unreadable
+        if not good or lost > LOST * total:
+            raise InputError(f"damaged: {len(good)} of {total} frames can be decoded")
+        chosen = [good[index] for index in _chosen(len(good), packets.rate, reading)]
+        found = _decode_in_order(path, chosen, reading), [times[number] for number in chosen]
+    warnings = [f"{lost} of {total} frames ({lost / total:.1%}) are damaged or missing"] * bool(lost)
+    return np.stack(found[0]), found[1], warnings
 
 
-def _demux(path: Path) -> _Packets:
-    """Count the picture's packets, and notice a file that ends before it says it does."""
-    with _open(path) as container:
-        stream = _video(container)
-        stated = float(container.duration / av.time_base) if container.duration else None
-        frames, end, times = 0, 0.0, []
-        for packet in container.demux():
-            if packet.size and packet.pts is not None:
-                begun = float(packet.pts * packet.time_base)
-                end = max(end, begun + float((packet.duration or 0) * packet.time_base))
-            if packet.size and packet.stream.index == stream.index and not packet.is_discard:
-                frames += 1
-                times.append(packet.pts)
-        start = max(0.0, float((container.start_time or 0) / av.time_base))
-        if not frames:
-            raise InputError("its picture has no frames")
-        # A tenth and a frame of slack: containers round, and the last packet may state no duration.
-        slack = 0.1 * (stated or 0.0) + 0.1 + 1 / _rate(stream)
-        if stream.frames > frames + 1 or (stated and end - start < stated - slack):
-            raise InputError(
-                f"cut short or damaged: {frames} of {stream.frames or 'its'} frames, {end:.1f} s of {stated or 0:.1f} s"
-            )
-        told = None not in times and len(set(times)) == frames
-        return _Packets(frames, stated or end - start or frames / _rate(stream), sorted(times) if told else None)
-
-
-def _picture(path: Path, packets: _Packets, reading: Reading) -> Shaped[Array, "N h w 3"]:
-    """Decode once, converting and resizing only the chosen frames."""
-    with _open(path) as container:
-        rate = _rate(_video(container))
-    chosen = choose_frames(packets.frames, rate, reading.fps, reading.fewest_frames, reading.most_frames).tolist()
-    fit = _Fit(len(chosen), reading)
-    if packets.times:
-        found = _decode_by_time(path, [packets.times[index] for index in chosen], fit)
-        if all(time in found for time in (packets.times[index] for index in chosen)):
-            return np.stack([found[packets.times[index]] for index in chosen])
-    return np.stack(_decode_in_order(path, packets.frames, chosen, fit))
-
-
-def _decode_by_time(path: Path, times: list[int], fit: "_Fit") -> dict[int, np.ndarray]:
-    """The frames shown at these times, as far as there are such.
+def _decode_by_time(
+    path: Path, packets: Packets, chosen: list[int], reading: Reading
+) -> tuple[list[np.ndarray], list[float]] | None:
+    """The frames that are shown at the chosen times; None where one is missing or something cannot be decoded.
 
     Frames that are neither wanted nor referred to by others are not decoded: the rest is the same to the bit,
     for two thirds of the work in an ordinary h264 file.
     """
-    wanted, found = set(times), {}
-    with _open(path) as container:
-        stream = _video(container)
+    times = [packets.times[index] for index in chosen]
+    wanted, found, fit = set(times), {}, _Fit(len(chosen), reading)
+    with open_clip(path) as container:
+        stream = video_stream(container)
         stream.thread_type = "SLICE"
-        for packet in container.demux(stream):
-            needed = packet.pts is None or packet.pts in wanted
-            stream.codec_context.skip_frame = "DEFAULT" if needed else "NONREF"
-            for frame in packet.decode():
-                if frame.pts in wanted:
-                    found[frame.pts] = fit(frame)
-            if len(found) == len(wanted):
+        decoder, tick = _Decoder(container, stream), float(stream.time_base)
+        for frame in decoder.frames(wanted):
+            if frame.pts in wanted and not frame.is_corrupt:
+                found[frame.pts] = fit(frame)
+            if len(found) == len(wanted) or decoder.failed:
                 break
-    return found
+    if decoder.failed or len(found) < len(wanted):
+        return None
+    return [found[time] for time in times], [packets.time(time, tick) for time in times]
 
 
-def _decode_in_order(path: Path, total: int, chosen: list[int], fit: "_Fit") -> list[np.ndarray]:
-    """The chosen frames by counting all of them: for files whose packets do not tell their times."""
-    out, wanted, frame = [], iter(chosen), None
-    with _open(path) as container:
-        index = next(wanted)
-        for number, frame in enumerate(container.decode(_video(container))):
-            while index == number:
-                out.append(fit(frame))
-                index = next(wanted, None)
-            if index is None:
-                break
-        if frame is None:
-            raise InputError("its picture has no frames")
-        if len(out) < len(chosen):
-            # Streams may end in a packet or two that yield no picture; more is damage.
-            if number + 1 < 0.9 * total and number + 2 < total:
-                raise InputError(f"damaged: {number + 1} of {total} frames can be decoded")
-            out += [fit(frame)] * (len(chosen) - len(out))
-    return out
+def _decodable(path: Path, packets: Packets) -> tuple[list[int], int, list[float]]:
+    """Decode everything. Returns the numbers of the good frames, how many frames are lost, and the times of all."""
+    good, times, corrupt, fields = [], [], 0, False
+    with open_clip(path) as container:
+        stream = video_stream(container)
+        decoder, tick = _Decoder(container, stream), float(stream.time_base)
+        for number, frame in enumerate(decoder.frames()):
+            time = number / packets.rate if frame.pts is None else packets.time(frame.pts, tick)
+            times.append(time)
+            fields = fields or frame.interlaced_frame
+            if frame.is_corrupt:
+                corrupt += 1
+            else:
+                good.append(number)
+    absent = packets.frames - len(times)
+    if absent <= TAIL or (fields and len(times) >= packets.frames // 2 - TAIL):  # two fields make one frame
+        absent = 0
+    return good, max(absent, decoder.failed) + corrupt, times
 
 
-def _rate(stream: av.VideoStream) -> float:
-    """Frames a second."""
-    return float(stream.average_rate or stream.base_rate or 25)
+def _decode_in_order(path: Path, chosen: list[int], reading: Reading) -> list[np.ndarray]:
+    """The frames with these numbers, in the order in which they are decoded."""
+    out, fit, wanted = {}, _Fit(len(chosen), reading), set(chosen)
+    with open_clip(path) as container:
+        for number, frame in enumerate(_Decoder(container, video_stream(container)).frames()):
+            if number in wanted:
+                out[number] = fit(frame)
+                if len(out) == len(wanted):
+                    break
+    return [out[number] for number in chosen]
 
 
 class _Fit:
@@ -188,17 +185,28 @@ class _Fit:
         self.sizes: list[tuple[int, int]] | None = None
 
     def __call__(self, frame: av.VideoFrame) -> Shaped[Array, "rows columns 3"]:
-        picture = np.ascontiguousarray(np.rot90(frame.to_ndarray(format="rgb24"), k=round(frame.rotation / 90)))
+        check_size(frame.width, frame.height)
+        picture = np.ascontiguousarray(_upright(frame))
         self.sizes = self.sizes or _sizes(*picture.shape[:2], self.frames, self.reading)
         for size in self.sizes:
             picture = resize(picture, *size)
         return picture
 
 
+def _upright(frame: av.VideoFrame) -> Shaped[Array, "rows columns 3"]:
+    """A frame as it is to be shown: its display matrix rotates it, and may mirror it."""
+    picture, turned = frame.to_ndarray(format="rgb24"), frame.rotation
+    if (side := frame.side_data.get("DISPLAYMATRIX")) is not None:
+        a, b, _, c, d, *_ = (int(part) for part in np.frombuffer(bytes(side), "<i4"))
+        if a * d - b * c < 0:  # mirrored: the mirror image, rotated by what remains
+            picture, turned = picture[:, ::-1], -np.degrees(np.arctan2(-b, -a))
+    return np.rot90(picture, k=round(turned / 90))
+
+
 def _sizes(height: int, width: int, frames: int, reading: Reading) -> list[tuple[int, int]]:
     """What each of `frames` frames is resized to, one size after the other.
 
-    The first is the share of the clip's budget. Rounded down to whole cells, it may hold fewer pixels than
+    The first is the share of the clip's budget. Rounded down to whole cells, it may have fewer pixels than
     the least, and then the reference's processor enlarges the frame once more: so it is for long clips.
     """
     least, factor = reading.fewest_pixels, reading.size_factor
@@ -207,32 +215,106 @@ def _sizes(height: int, width: int, frames: int, reading: Reading) -> list[tuple
     return [shared, frame_size(*shared, least, reading.most_pixels, factor)]
 
 
-def _sound(path: Path, reading: Reading) -> Float[Array, "n"] | None:
-    """The best audio stream as mono at `sound_rate`; None where there is none, or nothing in it."""
-    with _open(path) as container:
+class _Stretch:
+    """Sound of one rate without a gap."""
+
+    def __init__(self, start: float, rate: int) -> None:
+        self.start, self.rate, self.length = start, rate, 0
+        self.blocks: list[np.ndarray] = []
+
+    @property
+    def end(self) -> float:
+        return self.start + self.length / self.rate
+
+
+def _sound(
+    path: Path, packets: Packets, picture: float, reading: Reading
+) -> tuple[Float[Array, "n"] | None, list[str]]:
+    """The best audio stream as mono at `sound_rate`, and warnings; None where there is no stream, or nothing in it.
+
+    Args:
+        picture: seconds at which the picture starts.
+    """
+    with open_clip(path) as container:
         stream = container.streams.best("audio")
         if stream is None:
-            return None
+            if container.streams.audio:
+                raise InputError("its sound is in a format that cannot be decoded")
+            return None, []
         if stream.codec_context is None:
             raise InputError("its sound is in a format that cannot be decoded")
-        parts, length = [], 0
-        for frame in container.decode(stream):
-            block, rate = frame.to_ndarray(), frame.sample_rate
-            if not frame.format.is_planar:
-                block = block.reshape(-1, frame.layout.nb_channels).T
-            if block.dtype.kind != "f":  # integers to -1..1; unsigned bytes are centred on 128
-                bounds = np.iinfo(block.dtype)
-                middle, half = (bounds.max + bounds.min + 1) / 2, (bounds.max - bounds.min + 1) / 2
-                block = (block.astype(np.float32) - middle) / half
-            parts.append(block.astype(np.float32).mean(axis=0))
-            length += frame.samples
-            if length > (reading.sound_seconds + 1) * rate:
+        stretches, length, decoder, more = [], 0.0, _Decoder(container, stream), False
+        for frame in decoder.frames():
+            expected = stretches[-1].end if stretches else 0.0
+            start = expected if frame.pts is None else packets.time(frame.pts, float(stream.time_base))
+            if not stretches or frame.sample_rate != stretches[-1].rate or not -EARLY <= start - expected <= OFFSET:
+                stretches.append(_Stretch(start, frame.sample_rate))
+            stretches[-1].blocks.append(_mono(frame))
+            stretches[-1].length += frame.samples
+            length += frame.samples / frame.sample_rate
+            if (stretches[-1].end if reading.align_sound else length) > reading.sound_seconds + 1:
+                more = True
                 break
+    if decoder.failed > LOST * decoder.packets:
+        raise InputError(
+            f"damaged: {decoder.packets - decoder.failed} of {decoder.packets} packets of its sound remain"
+        )
+    warnings = [f"{decoder.failed} packets of its sound are damaged"] * bool(decoder.failed)
     if not length:
-        return None
-    mono = np.concatenate(parts)
-    if not np.isfinite(mono).all():
-        raise InputError("damaged: its sound holds values that are no numbers")
-    if rate != reading.sound_rate:
-        mono = librosa.resample(mono, orig_sr=rate, target_sr=reading.sound_rate, res_type="soxr_hq")
-    return mono[: reading.sound_seconds * reading.sound_rate]
+        return None, warnings
+    if more:
+        warnings.append(f"only the first {reading.sound_seconds} s of its sound are used")
+    warnings += _displaced(stretches, picture)
+    parts = _resampled(stretches, reading)
+    if reading.align_sound:
+        mono = np.zeros(max(place + len(part) for place, part in parts), np.float32)
+        for place, part in parts:
+            mono[max(0, place) : place + len(part)] = part[max(0, -place) :]
+    else:
+        mono = np.concatenate([part for _, part in parts])
+    return mono[: reading.sound_seconds * reading.sound_rate], warnings
+
+
+def _mono(frame: av.AudioFrame) -> Float[Array, "n"]:
+    """The mean of a frame's channels, as floats."""
+    block = frame.to_ndarray()
+    if not frame.format.is_planar:
+        block = block.reshape(-1, frame.layout.nb_channels).T
+    if block.dtype.kind != "f":  # integers to -1..1; unsigned bytes are centred on 128
+        bounds = np.iinfo(block.dtype)
+        middle, half = (bounds.max + bounds.min + 1) / 2, (bounds.max - bounds.min + 1) / 2
+        block = (block.astype(np.float32) - middle) / half
+    return block.astype(np.float32).mean(axis=0)
+
+
+def _displaced(stretches: list[_Stretch], picture: float) -> list[str]:
+    """Warnings of sound that starts away from the picture, or has gaps."""
+    warnings, offset = [], stretches[0].start - picture
+    if abs(offset) > OFFSET:
+        side = "after" if offset > 0 else "before"
+        warnings.append(f"its sound starts {abs(offset):.2f} s {side} its picture")
+    gaps = [(one.end, two.start - one.end) for one, two in pairwise(stretches)]
+    gaps = [(time, gap) for time, gap in gaps if abs(gap) > OFFSET]
+    if gaps:
+        total = sum(gap for _, gap in gaps)
+        warnings.append(f"its sound has {len(gaps)} gap(s), {total:.2f} s in total, the first at {gaps[0][0]:.2f} s")
+    return warnings
+
+
+def _resampled(stretches: list[_Stretch], reading: Reading) -> list[tuple[int, Float[Array, "n"]]]:
+    """Sound at `sound_rate` and the sample at which it starts; without `align_sound` gaps are closed first."""
+    groups: list[list[_Stretch]] = []
+    for stretch in stretches:
+        if groups and not reading.align_sound and groups[-1][0].rate == stretch.rate:
+            groups[-1].append(stretch)
+        else:
+            groups.append([stretch])
+    parts = []
+    for group in groups:
+        mono = np.concatenate([block for stretch in group for block in stretch.blocks])
+        if not np.isfinite(mono).all():
+            raise InputError("damaged: its sound holds values that are no numbers")
+        if group[0].rate != reading.sound_rate:
+            mono = librosa.resample(mono, orig_sr=group[0].rate, target_sr=reading.sound_rate, res_type="soxr_hq")
+        parts.append((round(group[0].start * reading.sound_rate), mono))
+    return parts

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,6 +26,16 @@ class Reading:
     size_factor: int = 28  # sides of a frame are multiples of it
     sound_rate: int = 16_000  # samples a second
     sound_seconds: int = 300  # of sound at most
+    # Place sound at its time. Without it gaps are closed and late sound starts at 0, as in the reference.
+    align_sound: bool = field(default=False, repr=False)
+
+
+def reading_fields(reading: Reading) -> dict[str, Any]:
+    """The fields of a reading for manifests and digests.
+
+    `align_sound` is left out where it is not set, so that what was made before the field existed stays valid.
+    """
+    return {name: value for name, value in asdict(reading).items() if name != "align_sound" or value}
 
 
 def load_reading(folder: Path) -> Reading:
@@ -48,7 +58,10 @@ def load_reading(folder: Path) -> Reading:
     for name, value in held.items():
         if name not in kinds:
             raise InputError(f"{path}: no property '{name}' of a reading")
-        if type(value) not in (int, kinds[name]) or not value > 0:
+        if name == "align_sound":
+            if type(value) is not bool:
+                raise InputError(f"{path}: align_sound is {value!r}, not true or false")
+        elif type(value) not in (int, kinds[name]) or not value > 0:
             raise InputError(f"{path}: {name} is {value!r}, not a positive {kinds[name].__name__}")
     return Reading(**held)
 
@@ -63,7 +76,8 @@ def parse_reading(given: Sequence[str], habits: bool = False) -> dict[str, Any]:
         InputError: there is no such property, or its value is not a positive number, or for `media_first` not "true"
             or "false".
     """
-    kinds, changed = {field.name: field.type for field in fields(Reading)}, {}
+    kinds = {field.name: field.type for field in fields(Reading) if field.name != "align_sound"}  # has its own option
+    changed: dict[str, Any] = {}
     for part in given:
         name, _, value = part.partition("=")
         if habits and name in Habits._fields:
@@ -88,4 +102,6 @@ class Media(NamedTuple):
 
     frames: Shaped[Array, "N h w 3"]  # uint8, resized
     samples: Float[Array, "n"] | None  # mono; None where there is no sound to use
-    seconds: float  # length of the file
+    seconds: float  # length of picture and sound
+    times: Float[Array, "N"] | None = None  # seconds at which each frame is shown; None where that is not known
+    warnings: tuple[str, ...] = ()  # what is lost of it, or displaced in it

@@ -12,7 +12,7 @@ import shutil
 import signal
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field
 from multiprocessing import active_children, get_context, parent_process
@@ -22,13 +22,17 @@ from typing import Any, NamedTuple
 from array_record.python.array_record_module import ArrayRecordWriter
 
 from avocado_jax.data import storage
+from avocado_jax.data.container import printable
 from avocado_jax.data.index import measured
 from avocado_jax.data.manifest import Entry, Reject, parse_manifest
-from avocado_jax.data.media import Reading
+from avocado_jax.data.media import Reading, reading_fields
+from avocado_jax.data.reader import ClipReader
 from avocado_jax.data.records import VERSION, Record, decoded, pack
 from avocado_jax.data.words import Words
 from avocado_jax.errors import InputError
 from avocado_jax.progress import progress
+
+MOST_BYTES = 1 << 30  # of a clip's file that is stored in a record
 
 
 @dataclass(frozen=True)
@@ -52,6 +56,7 @@ class Prepared(NamedTuple):
     bytes: int
     rejects: list[Reject]
     complete: bool  # False: too many rejects, the folder cannot be used
+    warnings: Sequence[str] = ()  # of clips that were kept; only from the run that completes the folder
 
 
 def prepare(job: Job, workers: int, max_reject_share: float = 0.05) -> Prepared:
@@ -68,7 +73,10 @@ def prepare(job: Job, workers: int, max_reject_share: float = 0.05) -> Prepared:
     entries, rejects = parse_manifest(text)
     if not entries and not rejects:
         raise InputError(f"{job.manifest}: has no lines")
-    key = _sum([VERSION, _sum(text.hex()), job.features, job.shard_records, asdict(job.reading), asdict(job)["words"]])
+    key = _sum(
+        [VERSION, _sum(text.hex()), job.features, job.shard_records, reading_fields(job.reading), asdict(job)["words"]]
+    )
+    warnings: list[str] = []
     if not _claimed(job.out, key):
         cuts = [entries[first : first + job.shard_records] for first in range(0, len(entries), job.shard_records)]
         names = [f"shard-{number:05d}-of-{len(cuts):05d}.array_record" for number in range(len(cuts))]
@@ -81,13 +89,16 @@ def prepare(job: Job, workers: int, max_reject_share: float = 0.05) -> Prepared:
         said = "".join(_line(reject._asdict()) for reject in rejects)
         storage.write(storage.join(job.out, "rejects.jsonl"), said.encode())
         good = sum(len(part["entries"]) for part in parts)
+        warnings = [warning for part in parts for warning in part.get("warnings", ())]
         if len(rejects) > max_reject_share * (good + len(rejects)):
-            return Prepared(good, len(parts), 0, rejects, False)
+            return Prepared(good, len(parts), 0, rejects, False, warnings)
         _complete(job, key, parts, len(rejects))
     held = json.loads(storage.read(storage.join(job.out, "manifest.json")))
     lines = storage.read(storage.join(job.out, "rejects.jsonl")).splitlines()
     size = sum(shard["bytes"] for shard in held["shards"])
-    return Prepared(held["records"], len(held["shards"]), size, [Reject(**json.loads(line)) for line in lines], True)
+    return Prepared(
+        held["records"], len(held["shards"]), size, [Reject(**json.loads(line)) for line in lines], True, warnings
+    )
 
 
 def _claimed(out: str, key: str) -> bool:
@@ -150,46 +161,64 @@ def _live_with_parent() -> None:
 
 def _make_shard(job: Job, name: str, entries: list[Entry]) -> None:
     """Read the clips of a stretch of lines, write those that are good, and say what was done."""
-    good, rejects = [], []
+    good, rejects, warnings = [], [], []
     local = None if storage.is_remote(job.out) else storage.join(job.out, "parts")
-    with tempfile.TemporaryDirectory(dir=local) as folder:
+    with tempfile.TemporaryDirectory(dir=local) as folder, ClipReader(seconds=job.clip_seconds) as reader:
         file = Path(folder, name)
         try:
             # Encoded clips do not shrink any further.
             writer = ArrayRecordWriter(str(file), f"group_size:1,{'zstd' if job.features else 'uncompressed'}")
             for entry in entries:
                 try:
-                    record, index = storage.within(job.clip_seconds, lambda entry=entry: _read(job, entry))
+                    record, index, told = _read(job, entry, reader)
                 except (InputError, TimeoutError) as error:
                     rejects.append(Reject(entry.line, entry.fields["id"], entry.video, str(error)))
                 else:
                     writer.write(record)
                     good.append(index)
+                    warnings += [f"line {entry.line} ({entry.fields['id']}): {warning}" for warning in told]
             writer.close()
         except RuntimeError as error:  # of the writer: a full disk above all
             raise storage.StorageError(f"{file}: {error}") from error
-        part = {"bytes": file.stat().st_size, "md5": storage.fingerprint(str(file)), "entries": good}
+        part = {
+            "bytes": file.stat().st_size,
+            "md5": storage.fingerprint(str(file)),
+            "entries": good,
+            "warnings": warnings,
+        }
         if good:
             storage.upload(file, storage.join(job.out, name))
     storage.write(_part(job.out, name), _line({"file": name, **part, "rejects": rejects}).encode())
 
 
-def _read(job: Job, entry: Entry) -> tuple[bytes, dict[str, Any]]:
-    """One clip as an encoded record, and its index line.
+def _read(job: Job, entry: Entry, reader: ClipReader) -> tuple[bytes, dict[str, Any], tuple[str, ...]]:
+    """One clip as an encoded record, its index line, and warnings.
 
     Raises:
         InputError: the clip cannot be read; the reason does not repeat its path.
+        TimeoutError: its bytes did not come in time.
     """
     path = storage.join(os.path.dirname(job.manifest), entry.video)
     name = Path(entry.video).name
     try:
-        record = Record(entry.fields, storage.read(path), name)
+        size = 0 if storage.is_remote(path) else _local_bytes(path)
+        if size > MOST_BYTES and not job.features:
+            raise InputError(f"{size / 2**30:.1f} GiB: {MOST_BYTES >> 30} GiB are stored at most, or use --features")
+        if size > MOST_BYTES:
+            record, media = Record(entry.fields, b"", name), reader.read(path, job.reading)
+        else:
+            record = Record(entry.fields, storage.within(job.clip_seconds, lambda: storage.read(path)), name)
+            media = decoded(record, job.reading, reader.read)
     except InputError as error:
-        raise InputError(str(error).removeprefix(f"{path}: ")) from error
-    media = decoded(record, job.reading)
+        raise InputError(str(error).removeprefix(f"{path}: ").removeprefix(f"{printable(path)}: ")) from error
     if job.features:
         record = record._replace(clip=media)
-    return pack(record), measured(record, media, job.words)
+    return pack(record), measured(record, media, job.words), media.warnings
+
+
+def _local_bytes(path: str) -> int:
+    with storage.local_errors(path):
+        return os.stat(path).st_size
 
 
 def _complete(job: Job, key: str, parts: list[dict[str, Any]], rejected: int) -> None:
@@ -211,7 +240,7 @@ def _complete(job: Job, key: str, parts: list[dict[str, Any]], rejected: int) ->
         "rejected": rejected,
         "features": job.features,
         "text_unit": "token" if job.words else "byte",
-        "reading": asdict(job.reading),
+        "reading": reading_fields(job.reading),
         "index_md5": hashlib.md5(index, usedforsecurity=False).hexdigest(),
         "shards": shards,
     }
@@ -225,7 +254,8 @@ def _complete(job: Job, key: str, parts: list[dict[str, Any]], rejected: int) ->
 
 
 def _line(held: dict[str, Any]) -> str:
-    return json.dumps(held, ensure_ascii=False) + "\n"
+    text = json.dumps(held, ensure_ascii=False) + "\n"
+    return text.encode(errors="backslashreplace").decode()  # half of a surrogate pair is escaped, as JSON does
 
 
 def _sum(held: Any) -> str:

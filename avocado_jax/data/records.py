@@ -2,6 +2,7 @@
 
 import json
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -73,8 +74,11 @@ def from_example(example: dict[str, Any]) -> Record:
     return Record(plain, bytes(example["video"]), plain["id"])
 
 
-def decoded(record: Record, reading: Reading) -> Media:
+def decoded(record: Record, reading: Reading, read: Callable[[str, Reading], Media] | None = None) -> Media:
     """The clip of a record in memory.
+
+    Args:
+        read: reads a file, by default `read_media` in this process.
 
     Raises:
         InputError: one line with the reason.
@@ -88,9 +92,12 @@ def decoded(record: Record, reading: Reading) -> Media:
         with storage.local_errors(file.name):
             file.write(record.clip)
             file.flush()
-        from avocado_jax.data.decode import read_media  # needs PyAV, which training on AVWorld or features does not
+        if read is None:
+            from avocado_jax.data.decode import (
+                read_media as read,  # needs PyAV: training on AVWorld or features does not
+            )
 
         try:
-            return read_media(file.name, reading)
+            return read(file.name, reading)
         except InputError as error:
             raise InputError(str(error).removeprefix(f"{file.name}: ").replace(file.name, record.name)) from error

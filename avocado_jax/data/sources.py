@@ -6,7 +6,6 @@ import json
 import os
 import threading
 from collections import OrderedDict
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,7 +13,7 @@ from array_record.python.array_record_module import ArrayRecordReader
 
 from avocado_jax.data import storage
 from avocado_jax.data.index import Index, load_index, measured
-from avocado_jax.data.media import Reading
+from avocado_jax.data.media import Reading, reading_fields
 from avocado_jax.data.records import VERSION, Record, decoded, from_example, unpack
 from avocado_jax.errors import InputError
 from avocado_jax.progress import progress
@@ -153,8 +152,9 @@ def open_shards(
         raise InputError(f"{where}: not what `prepare` writes ({error})") from error
     if version != VERSION:
         raise InputError(f"{where}: version {version}; this code reads {VERSION}: run prepare again")
-    if prepared != asdict(reading):
-        raise InputError(f"{where}: prepared for {prepared}, the run asks for {asdict(reading)}: run prepare again")
+    if prepared != reading_fields(reading):
+        asked = reading_fields(reading)
+        raise InputError(f"{where}: prepared for {prepared}, the run asks for {asked}: run prepare again")
     text = storage.read(storage.join(folder, "index.jsonl"))
     if hashlib.md5(text, usedforsecurity=False).hexdigest() != manifest["index_md5"]:
         raise InputError(f"{folder}: index.jsonl is not the one of its manifest.json")
@@ -235,7 +235,7 @@ def open_tfds(folder: str, split: str, reading: Reading, cache_dir: Path) -> Tfd
     source = TfdsSource(folder, split, None)
     if not storage.exists(storage.join(folder, "dataset_info.json")):
         raise InputError(f"{folder}: not a tfds data set (it has no dataset_info.json)")
-    key = json.dumps([folder, split, len(source), asdict(reading)])
+    key = json.dumps([folder, split, len(source), reading_fields(reading)])
     kept = cache_dir / f"index-{hashlib.md5(key.encode(), usedforsecurity=False).hexdigest()}.jsonl"
     if not kept.exists():
         lines = []

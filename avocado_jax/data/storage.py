@@ -5,6 +5,7 @@ reads public buckets anonymously.
 """
 
 import base64
+import errno
 import hashlib
 import os
 import queue
@@ -255,9 +256,13 @@ def local_errors(path: str) -> Iterator[None]:
         yield
     except (FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError) as error:
         raise InputError(f"{path}: {error.strerror}") from error
+    except ValueError as error:  # a name with a NUL character, or that no file can have
+        raise InputError(f"{path}: not a file name ({error})") from error
     except StorageError:
         raise
     except OSError as error:
+        if error.errno in (errno.ENAMETOOLONG, errno.ELOOP):
+            raise InputError(f"{path}: {error.strerror}") from error
         raise StorageError(f"{path}: {error.strerror or error}") from error
 
 

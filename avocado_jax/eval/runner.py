@@ -18,7 +18,7 @@ from typing import Any, BinaryIO, NamedTuple, TypeVar
 import jax
 import numpy as np
 
-from avocado_jax.data.decode import read_media
+from avocado_jax.data.reader import CLIP_SECONDS, ClipReader
 from avocado_jax.data.rows import Row, Shape, rounded, shape_of
 from avocado_jax.errors import InputError
 from avocado_jax.jsonl import appending, parse_lines, read_lines
@@ -31,6 +31,7 @@ SHAPE_BITS = 2  # of each size that clips are padded to: fewer programs to compi
 KEPT = {"id": str, "caption": str, "tokens": int, "key": str}
 HELD = 4  # batches' worth of clips that wait for others of their shape, at most
 GREY = 128
+READERS = 2  # clips that are read at once
 FAILURES = (InputError, MemoryError, jax.errors.JaxRuntimeError)  # of one clip: the others are still captioned
 
 
@@ -84,6 +85,7 @@ def caption_items(
     batch: int,
     max_failed: float,
     others: Sequence[Path] = (),
+    clip_seconds: float = CLIP_SECONDS,
 ) -> Outcome:
     """Greedy captions of all items, those that `file` holds among them.
 
@@ -95,6 +97,7 @@ def caption_items(
         identity: of the checkpoint.
         max_failed: share of the items.
         others: more files that hold captions, such as those of other hosts; they are only read.
+        clip_seconds: to read one clip, which then counts as failed.
 
     Raises:
         InputError: `file` cannot be written, is in use or holds other things.
@@ -123,7 +126,9 @@ def caption_items(
                 out.flush()
                 yield from group
 
-        for item, caption in progress(appended(_captioned(load(), left, how, batch)), "captions", len(left)):
+        for item, caption in progress(
+            appended(_captioned(load(), left, how, batch, clip_seconds)), "captions", len(left)
+        ):
             if isinstance(caption, Caption):
                 made[item.id] = caption
                 continue
@@ -163,27 +168,30 @@ def _whole(file: Path) -> list[dict[str, Any]]:
 
 
 def _captioned(
-    captioner: Captioner, items: Sequence[Item], how: How, batch: int
+    captioner: Captioner, items: Sequence[Item], how: How, batch: int, clip_seconds: float
 ) -> Iterator[list[tuple[Item, Caption | Exception]]]:
     """Every item with its caption or why it has none, in groups that were made together."""
 
     def row(item: Item) -> Row:
-        media = read_media(item.video, captioner.reading, sound=how.sound)
+        media = reader.read(item.video, captioner.reading, sound=how.sound)
+        for warning in media.warnings:
+            print(f"{item.id}: warning: {warning}", file=sys.stderr)
         if not how.picture:
             media = media._replace(frames=np.full_like(media.frames, GREY))
         return captioner.row(media, item.prompt)
 
     waiting: dict[Shape, list[tuple[Item, Row]]] = defaultdict(list)
-    for item, made in read_ahead(items, row, threads=2, depth=2 * batch):
-        if isinstance(made, Exception):
-            yield [(item, made)]
-            continue
-        shape = rounded(shape_of(made.clip), SHAPE_BITS)
-        waiting[shape].append((item, made))
-        if len(waiting[shape]) < batch and sum(map(len, waiting.values())) < HELD * batch:
-            continue
-        shape = max(waiting, key=lambda each: len(waiting[each]))
-        yield _together(captioner, waiting.pop(shape), shape, how, batch)
+    with ClipReader(READERS, clip_seconds) as reader:
+        for item, made in read_ahead(items, row, threads=READERS, depth=2 * batch):
+            if isinstance(made, Exception):
+                yield [(item, made)]
+                continue
+            shape = rounded(shape_of(made.clip), SHAPE_BITS)
+            waiting[shape].append((item, made))
+            if len(waiting[shape]) < batch and sum(map(len, waiting.values())) < HELD * batch:
+                continue
+            shape = max(waiting, key=lambda each: len(waiting[each]))
+            yield _together(captioner, waiting.pop(shape), shape, how, batch)
     for shape in list(waiting):
         yield _together(captioner, waiting.pop(shape), shape, how, batch)
 

@@ -1,0 +1,290 @@
+"""A clip's file as a container of packets: what may be opened, one timeline for its packets, and what is missing."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import av
+
+from avocado_jax.errors import InputError
+
+# Demuxers of video and sound files. Playlists and scripts (hls, dash, concat, sdp), texts, images and devices are not
+# among them, so that nothing but the named file is opened.
+FORMATS = (
+    "mov,mp4,matroska,webm,avi,asf,asf_o,flv,live_flv,mpegts,mpeg,mpegvideo,m4v,h261,h263,h264,hevc,vvc,av1,obu,ivf,"
+    "vc1,vc1test,dirac,mjpeg,cavsvideo,avs2,avs3,ogg,nut,rm,mxf,mxf_opatom,gxf,wtv,dv,swf,gif,apng,yuv4mpegpipe,nsv,"
+    "nuv,pva,roq,smk,bink,thp,film_cpk,4xm,ipmovie,rpl,ea,psxstr,xmv,viv,"
+    "wav,w64,mp3,flac,aac,aiff,au,caf,amr,amrnb,amrwb,ac3,eac3,dts,truehd,ape,wv,tta,tak,ape,mpc,mpc8,loas"
+)
+MOST_PIXELS = 8192 * 8192  # of a frame: beyond 8K, and below what a decoder needs gigabytes for
+BACKWARD = 0.5  # seconds that decoding times may step back by before they count as restarted
+FORWARD = 10.0  # seconds that they may skip, in formats whose clocks may change
+LOST = 0.25  # share of the frames: more damage is refused
+STILLS = (b"avif", b"heic", b"heix", b"mif1")
+
+
+def printable(path: str | Path) -> str:
+    """A path in one line of printable characters: newlines, controls and undecodable bytes are escaped."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(path))
+
+
+@contextmanager
+def one_line(path: Path) -> Iterator[None]:
+    """Raise every failure of one clip as an InputError whose single line names the clip."""
+    try:
+        _check_file(path)
+        yield
+    except InputError as error:
+        raise InputError(f"{printable(path)}: {error}") from error
+    except MemoryError as error:
+        raise InputError(f"{printable(path)}: needs more memory than there is") from error
+    except (av.error.FFmpegError, ValueError, OSError) as error:
+        reason = " ".join(str(getattr(error, "strerror", None) or error).split())
+        raise InputError(f"{printable(path)}: damaged, cannot be decoded ({reason})") from error
+    except Exception as error:  # whatever a file provokes: the other clips are still read
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise InputError(f"{printable(path)}: cannot be read ({reason})") from error
+
+
+def _check_file(path: Path) -> None:
+    try:
+        size = os.stat(path).st_size
+    except FileNotFoundError:
+        raise InputError("no such file") from None
+    except ValueError:
+        raise InputError("no such file (its name holds a NUL character)") from None
+    except OSError as error:
+        raise InputError(f"cannot be opened ({error.strerror})") from None
+    if not path.is_file():  # opening a pipe would block
+        raise InputError("is a folder" if path.is_dir() else "is not a file")
+    if size == 0:
+        raise InputError("is empty (zero bytes)")
+    if not os.access(path, os.R_OK):
+        raise InputError("may not be read")
+
+
+def open_clip(path: Path) -> av.container.InputContainer:
+    """Open a media file, and no other file or address that it names.
+
+    The `file:` scheme takes any name (`12:30.mp4` is no protocol); titles may have any encoding.
+    """
+    allowed = {"format_whitelist": FORMATS, "protocol_whitelist": "file"}
+    try:
+        return av.open(f"file:{path}", options=allowed, metadata_errors="replace")
+    except av.error.InvalidDataError as error:
+        raise InputError("not a video, or its header is damaged or cut off") from error
+    except av.error.ArgumentError as error:  # of the whitelist
+        if _head(path)[8:12] == b"WEBP":
+            raise InputError("not a video: a WebP image, animated or not, cannot be decoded") from error
+        raise InputError("not a video: playlists, scripts, images and texts are not read") from error
+
+
+def _head(path: Path, length: int = 65_536) -> bytes:
+    with path.open("rb") as file:
+        return file.read(length)
+
+
+def video_stream(container: av.container.InputContainer) -> av.VideoStream:
+    """The picture's stream, by the rule of FFmpeg's tools; a cover is none.
+
+    Raises:
+        InputError: there is none, there is no decoder for it, or its frames are too large.
+    """
+    stream = container.streams.best("video")
+    if stream is None:  # `best` passes over streams without a decoder
+        stream = next((one for one in container.streams.video), None)
+    if stream is None or stream.disposition & av.stream.Disposition.attached_pic:
+        raise InputError("has no picture" + (" (sound only)" if container.streams.audio else ""))
+    if stream.codec_context is None:
+        raise InputError("its picture is in a format that cannot be decoded")
+    check_size(stream.codec_context.width, stream.codec_context.height)
+    return stream
+
+
+def check_size(width: int, height: int) -> None:
+    """Raise InputError for a frame of too many pixels."""
+    if width * height > MOST_PIXELS:
+        raise InputError(f"a picture of {width}x{height}: {MOST_PIXELS} pixels are the most that is read")
+
+
+def frame_rate(stream: av.VideoStream) -> float:
+    """Frames a second."""
+    return float(stream.average_rate or stream.base_rate or 25)
+
+
+class Clock:
+    """Puts the packets of a container on one timeline.
+
+    Where decoding times restart or leap, as in joined recordings, the following packets are shifted so that they
+    continue where the earlier ones end. Streams that leap by the same amount get the same shift and stay in step.
+    The times of mp4 files follow from their edit lists and are left alone.
+    """
+
+    def __init__(self, container: av.container.InputContainer) -> None:
+        self._fixed = "mp4" in container.format.name
+        self._forward = FORWARD if container.format.flags & av.format.Flags.ts_discont.value else float("inf")
+        self._shifts, self._place, self._last, self._end = [0.0], {}, {}, float("-inf")
+
+    def packets(
+        self, container: av.container.InputContainer, only: av.stream.Stream | None = None
+    ) -> Iterator[av.Packet]:
+        """All packets with content, or those of one stream, in file order, with continuous times."""
+        for packet in container.demux():
+            if packet.size:
+                if not self._fixed and packet.stream.type in ("video", "audio"):
+                    self._shift(packet)
+                if only is None or packet.stream_index == only.index:
+                    yield packet
+
+    def _shift(self, packet: av.Packet) -> None:
+        stream, tick = packet.stream_index, float(packet.time_base)
+        place = self._place.setdefault(stream, len(self._shifts) - 1)
+        if packet.dts is not None:
+            time = packet.dts * tick
+            last = self._last.get(stream)
+            if last is not None and not self._continues(last, time + self._shifts[place], packet):
+                shown = (packet.dts if packet.pts is None else packet.pts) * tick
+                later = range(place + 1, len(self._shifts))
+                place = next((n for n in later if self._continues(last, time + self._shifts[n], packet)), None)
+                if place is None:
+                    self._shifts.append(self._end - shown)
+                    place = len(self._shifts) - 1
+                self._place[stream] = place
+            self._last[stream] = time + self._shifts[place]
+        if shift := round(self._shifts[place] / tick):
+            if packet.dts is not None:
+                packet.dts += shift
+            if packet.pts is not None:
+                packet.pts += shift
+        if packet.pts is not None:
+            self._end = max(self._end, (packet.pts + (packet.duration or 0)) * tick)
+
+    def _continues(self, last: float, time: float, packet: av.Packet) -> bool:
+        most = max(self._forward, 3 * float((packet.duration or 0) * packet.time_base))
+        return -BACKWARD <= time - last <= most
+
+
+class Packets(NamedTuple):
+    """What demuxing shows, before anything is decoded."""
+
+    frames: int  # packets of the picture that are to be shown
+    missing: int  # frames that the file states and does not contain
+    times: list[int] | None  # each frame's presentation time in ticks, in order; None where packets do not have them
+    origin: float  # seconds at which the first of picture and sound starts
+    seconds: float  # from there to the end of both
+    rate: float  # frames a second
+
+    def time(self, ticks: int, tick: float) -> float:
+        """Seconds since the clip's beginning."""
+        return ticks * tick - self.origin
+
+
+def scan(path: Path) -> Packets:
+    """Read a clip's packets without decoding them.
+
+    Raises:
+        InputError: it has no frames, is encrypted, or is cut short by more than a share of `LOST`.
+    """
+    with open_clip(path) as container:
+        stream = video_stream(container)
+        rate, frames, last, times = frame_rate(stream), 0, 0, []
+        spans: dict[int, list[float]] = {}
+        try:
+            for packet in Clock(container).packets(container):
+                last = packet.pos or last
+                if packet.stream.type not in ("video", "audio") or packet.is_discard:
+                    continue
+                if packet.has_sidedata("encryption_info"):
+                    raise InputError("is encrypted")
+                picture = packet.stream_index == stream.index
+                if picture:
+                    frames += 1
+                    times.append(packet.pts)
+                if packet.pts is not None and (picture or packet.stream.type == "audio"):
+                    tick, span = float(packet.time_base), spans.setdefault(packet.stream_index, [float("inf"), 0.0])
+                    length = packet.duration * tick if packet.duration else picture / rate
+                    span[:] = min(span[0], packet.pts * tick), max(span[1], packet.pts * tick + length)
+        except av.error.FFmpegError as error:
+            if not frames:
+                raise
+            if last / path.stat().st_size < 1 - LOST:
+                raise InputError(f"damaged, cannot be decoded ({error.strerror})") from error
+        if not frames:
+            raise InputError("its picture has no frames")
+        if path.suffix and _head(path, 12)[8:] in STILLS and frames == 1:
+            raise InputError("not a video: a still image")
+        for one in container.streams.audio:  # samples before it are not heard: encoder delay
+            if one.index in spans and one.start_time is not None:
+                spans[one.index][0] = max(spans[one.index][0], float(one.start_time * one.time_base))
+        origin = min((span[0] for span in spans.values()), default=0.0)
+        end = max((span[1] for span in spans.values()), default=origin + frames / rate)
+        stated = container.duration / av.time_base if container.duration else 0.0
+        lost = _lost(path, container, stream, frames, origin, end, stated)
+        missing = round(frames * lost / (1 - lost)) if lost < 1 else frames
+        if lost > LOST:
+            raise InputError(
+                f"cut short or damaged: {frames} of {stream.frames or 'its'} frames, "
+                f"{end - origin:.1f} s of {stated:.1f} s"
+            )
+        seconds = stated if abs(stated - (end - origin)) < 0.1 else end - origin  # last packets are filled up
+        known = None not in times and len(set(times)) == frames
+        return Packets(frames, missing, sorted(times) if known else None, origin, seconds, rate)
+
+
+def _lost(
+    path: Path,
+    container: av.container.InputContainer,
+    stream: av.VideoStream,
+    frames: int,
+    origin: float,
+    end: float,
+    stated: float,
+) -> float:
+    """The share of a clip that lies beyond the end of its file, by what its container states of its own bytes.
+
+    mp4 lists every frame's place in the file; matroska, AVI and ASF state their size in bytes. Lengths in time mean
+    different things in different files and are used only where bytes are missing. Other formats state nothing.
+    """
+    size, name = path.stat().st_size, container.format.name
+    if "mp4" in name:
+        entries = stream.index_entries or ()
+        beyond = sum(entry.pos + entry.size > size for entry in entries)
+        return beyond / len(entries) if beyond else 0.0
+    whole = _stated_bytes(path, name) or int(container.metadata.get("filesize", "0").split(".")[0] or 0)
+    if whole <= size:
+        return 0.0
+    if name == "avi" and stream.frames:
+        return max(0.0, 1 - max(frames / stream.frames, end / stated if stated else 0))
+    if "matroska" in name and stated:  # the length, or the time of the end
+        return max(0.0, 1 - max((end - origin) / stated, (end - origin) / max(stated - origin, 1e-3)))
+    return 1 - size / whole
+
+
+def _stated_bytes(path: Path, name: str) -> int:
+    """The size of the file that its own headers state; 0 where they do not."""
+    head = _head(path)
+    if "matroska" in name:
+        at = head.find(b"\x18\x53\x80\x67")
+        if at < 0 or len(head) < at + 12 or not head[at + 4]:
+            return 0
+        width = 9 - head[at + 4].bit_length()
+        value = int.from_bytes(head[at + 4 : at + 4 + width]) & ((1 << 7 * width) - 1)
+        return 0 if value == (1 << 7 * width) - 1 else at + 4 + width + value  # all ones: unknown, as in a live stream
+    if name == "avi":
+        at, size = 0, path.stat().st_size
+        with path.open("rb") as file:
+            while at + 8 <= size:  # files above 1 GB have several of these
+                file.seek(at)
+                chunk = file.read(8)
+                if chunk[:4] != b"RIFF":
+                    break
+                at += 8 + int.from_bytes(chunk[4:], "little")
+        return at
+    if name.startswith("asf"):
+        at = head.find(bytes.fromhex("a1dcab8c47a9cf118ee400c00c205365"))
+        if at < 0 or len(head) < at + 92 or head[at + 88] & 1:  # a broadcast states no size
+            return 0
+        return int.from_bytes(head[at + 40 : at + 48], "little")
+    return 0

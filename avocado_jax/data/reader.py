@@ -1,0 +1,133 @@
+"""Clips are read in processes that may die: a decoder that crashes, hangs or exhausts memory costs one clip."""
+
+import contextlib
+import multiprocessing
+import os
+import queue
+import signal
+import threading
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+from avocado_jax.data.container import printable
+from avocado_jax.data.media import Media, Reading
+from avocado_jax.errors import InputError
+
+START_SECONDS = 300.0  # for a process to import the decoder
+CLIP_SECONDS = 300.0  # to read one clip
+
+
+class ClipReader:
+    """Reads clips in child processes, each with a deadline. Safe to use from several threads.
+
+    Processes start when they are first needed. One that dies, or that is killed at the deadline, is replaced.
+
+    Args:
+        processes: how many clips are read at once.
+        seconds: to read one clip.
+    """
+
+    def __init__(self, processes: int = 1, seconds: float = CLIP_SECONDS) -> None:
+        self._seconds = seconds
+        self._idle: queue.LifoQueue[_Child | None] = queue.LifoQueue()
+        for _ in range(processes):
+            self._idle.put(None)
+
+    def __enter__(self) -> "ClipReader":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with contextlib.suppress(queue.Empty):
+            while True:
+                if child := self._idle.get_nowait():
+                    child.process.kill()
+                    child.process.join()
+
+    def read(self, path: str | Path, reading: Reading = Reading(), sound: bool = True) -> Media:
+        """`decode.read_media`. Raises InputError also for a clip that exceeds the deadline or kills its process."""
+        return self._call("read_media", path, reading, sound)
+
+    def probe(self, path: str | Path, reading: Reading = Reading()) -> Any:
+        """`decode.probe_media`. Raises as `read`."""
+        return self._call("probe_media", path, reading)
+
+    def _call(self, function: str, path: str | Path, *args: Any) -> Any:
+        child = self._idle.get()
+        try:
+            if child is None or not child.process.is_alive():
+                child = _Child()
+            answer = child.call((function, path, *args), self._seconds)
+        except BaseException as error:
+            if child is not None:
+                child.process.kill()
+                child.process.join()
+            code = child.process.exitcode if child else None
+            child = None
+            if isinstance(error, TimeoutError):
+                raise InputError(f"{printable(path)}: took longer than {self._seconds:g} s") from None
+            if isinstance(error, EOFError | ConnectionError):
+                how = signal.Signals(-code).name if code is not None and code < 0 else f"exit status {code}"
+                raise InputError(f"{printable(path)}: the process that read it died ({how})") from None
+            raise
+        finally:
+            self._idle.put(child)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+
+class _Child:
+    """One process and the pipe to it."""
+
+    def __init__(self) -> None:
+        # Children are forked from a clean server that has imported the decoder and has no other threads.
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["avocado_jax.data.decode"])
+        self.pipe, theirs = context.Pipe()
+        self.process = context.Process(target=_serve, args=(theirs,), daemon=False)
+        self.process.start()
+        theirs.close()
+        if not self.pipe.poll(START_SECONDS):
+            self.process.kill()
+            raise OSError("the process that reads clips did not start")
+        self.pipe.recv()
+
+    def call(self, message: tuple[Any, ...], seconds: float) -> Any:
+        """The result, or the InputError, of one function of `decode`.
+
+        Raises:
+            TimeoutError: there is none in time.
+            EOFError, ConnectionError: the process died.
+        """
+        self.pipe.send(message)
+        if not self.pipe.poll(seconds):
+            raise TimeoutError
+        return self.pipe.recv()
+
+
+def _serve(pipe: Connection) -> None:
+    """Answer calls until the parent is gone."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    with contextlib.suppress(OSError):  # out of memory, this process goes and not the parent
+        Path("/proc/self/oom_score_adj").write_text("1000", encoding="ascii")
+
+    def watch() -> None:
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+    from avocado_jax.data import decode
+
+    pipe.send(None)
+    while True:
+        try:
+            function, *args = pipe.recv()
+        except EOFError:
+            return
+        try:
+            answer = getattr(decode, function)(*args)
+        except InputError as error:
+            answer = error
+        pipe.send(answer)

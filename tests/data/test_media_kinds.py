@@ -1,0 +1,88 @@
+"""The reader on clips as people cut, join, record and damage them: frames, times, sound and verdicts."""
+
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import media_kinds
+import numpy as np
+import pytest
+
+from avocado_jax.data.decode import read_media
+from avocado_jax.data.media import Reading
+from avocado_jax.errors import InputError
+
+READING = Reading(fewest_pixels=28 * 28 * 4)
+
+
+def burst_time(samples: np.ndarray) -> float:
+    """Seconds at which the loud part begins."""
+    return float(np.argmax(np.abs(samples) > 0.3)) / 16_000
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [*media_kinds.FAST.items(), *(pytest.param(*one, marks=pytest.mark.slow) for one in media_kinds.SLOW.items())],
+)
+def test_kind_of_clip(tmp_path: Path, name: str, kind: media_kinds.Kind):
+    path = tmp_path / name
+    kind.write(path)
+    if kind.refused:
+        with pytest.raises(InputError, match=kind.refused) as caught:
+            read_media(path, READING)
+        assert str(caught.value).startswith(f"{path}: ")
+        assert "\n" not in str(caught.value)
+        return
+    media = read_media(path, READING)
+    assert media.seconds == pytest.approx(kind.seconds, abs=0.12)
+    assert (np.diff(media.times) > 0).all()
+    assert media.times[0] == pytest.approx(kind.first, abs=0.05)
+    if name.startswith("mirrored"):
+        middle = media.frames.shape[2] // 2
+        assert media.frames[:, :, : middle - 8].mean() < 60 < 150 < media.frames[:, :, middle + 8 :].mean()
+    else:
+        shown = media.times - kind.first + kind.begins
+        expected = media_kinds.brightness(shown % 2.0 if kind.falls else shown)
+        seen = media.frames.mean(axis=(1, 2, 3))
+        near_joint = np.abs(shown - 2.0) < 0.06 if kind.falls else np.zeros(len(shown), bool)
+        assert (np.abs(seen - expected) < 8)[~near_joint].all(), (seen, expected)
+    warnings = "; ".join(media.warnings)
+    assert re.search(kind.warning, warnings) if kind.warning else not warnings
+    for align, burst in ((False, kind.burst), (True, kind.aligned)):
+        if burst is not None:
+            samples = read_media(path, replace(READING, align_sound=align)).samples
+            assert burst_time(samples) == pytest.approx(burst, abs=0.06)
+
+
+def test_each_stretch_of_sound_has_its_own_rate(tmp_path: Path):
+    samples = read_media(media_kinds.rate_changes(tmp_path / "rates.ts"), READING).samples
+    assert len(samples) / 16_000 == pytest.approx(4.0, abs=0.2)
+    for part in (samples[:32_000], samples[-32_000:]):
+        loud = part[np.abs(part).argmax() - 800 :][:1600]
+        peak = np.abs(np.fft.rfft(loud, 16_000)).argmax()
+        assert peak == pytest.approx(1000, abs=15)
+
+
+def test_sound_beyond_the_limit_is_reported(tmp_path: Path):
+    path = media_kinds.write(tmp_path / "long.mkv", sound=4.0)
+    media = read_media(path, replace(READING, sound_seconds=2))
+    assert len(media.samples) == 32_000
+    assert media.warnings == ("only the first 2 s of its sound are used",)
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("a\nb.mp4", "a\\nb.mp4: no such file"),
+        ("a\0b.mp4", "NUL"),
+        ("\udce9.mp4", "\\udce9.mp4: no such file"),
+        ("x" * 300 + ".mp4", "name too long"),
+        ("loop.mp4", "symbolic links"),
+    ],
+)
+def test_odd_names_get_one_line(tmp_path: Path, name: str, reason: str):
+    (tmp_path / "loop.mp4").symlink_to(tmp_path / "loop.mp4")
+    with pytest.raises(InputError) as caught:
+        read_media(tmp_path / name, READING)
+    assert reason in str(caught.value)
+    assert str(caught.value).isprintable()
