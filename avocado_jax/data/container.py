@@ -73,12 +73,12 @@ def open_clip(path: Path) -> av.container.InputContainer:
     allowed = {"format_whitelist": FORMATS, "protocol_whitelist": "file"}
     try:
         return av.open(f"file:{path}", options=allowed, metadata_errors="replace")
-    except av.error.InvalidDataError as error:
-        raise InputError("not a video, or its header is damaged or cut off") from error
-    except av.error.ArgumentError as error:  # of the whitelist
+    except (av.error.InvalidDataError, av.error.ArgumentError) as error:
         if _head(path)[8:12] == b"WEBP":
-            raise InputError("not a video: a WebP image, animated or not, cannot be decoded") from error
-        raise InputError("not a video: playlists, scripts, images and texts are not read") from error
+            raise InputError("not a video: WebP images, animated or not, cannot be decoded") from error
+        if isinstance(error, av.error.ArgumentError):  # of the whitelist
+            raise InputError("not a video: playlists, scripts, images and texts are not read") from error
+        raise InputError("not a video, or its header is damaged or cut off") from error
 
 
 def _head(path: Path, length: int = 65_536) -> bytes:
@@ -213,7 +213,7 @@ def scan(path: Path) -> Packets:
                 raise InputError(f"damaged, cannot be decoded ({error.strerror})") from error
         if not frames:
             raise InputError("its picture has no frames")
-        if path.suffix and _head(path, 12)[8:] in STILLS and frames == 1:
+        if _head(path, 12)[8:] in STILLS and frames == 1:
             raise InputError("not a video: a still image")
         for one in container.streams.audio:  # samples before it are not heard: encoder delay
             if one.index in spans and one.start_time is not None:

@@ -85,7 +85,7 @@ class _Child:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["avocado_jax.data.decode"])
         self.pipe, theirs = context.Pipe()
-        self.process = context.Process(target=_serve, args=(theirs,), daemon=False)
+        self.process = context.Process(target=_serve, args=(theirs,), daemon=True)
         self.process.start()
         theirs.close()
         if not self.pipe.poll(START_SECONDS):

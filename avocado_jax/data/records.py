@@ -30,7 +30,7 @@ def pack(record: Record) -> bytes:
     if isinstance(record.clip, bytes):
         clip: dict[str, Any] = {"video": record.clip}
     else:
-        frames, samples, seconds = record.clip
+        frames, samples, seconds = record.clip[:3]
         clip = {"frames": frames.tobytes(), "size": frames.shape, "seconds": seconds}
         clip["samples"] = None if samples is None else samples.astype("<f4").tobytes()
     return msgpack.packb({"version": VERSION, "fields": record.fields, "name": record.name, **clip})
