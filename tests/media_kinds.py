@@ -211,12 +211,10 @@ def shortened(path: Path, share: float, **options) -> Path:
     return path
 
 
-def lost_packets(path: Path, share: float) -> Path:
-    """A transport stream that begins between keyframes."""
-    data = _base(path, bframes=0, group=15).read_bytes()
-    head, body = data[: 188 * 3], data[188 * 3 :]
-    path.write_bytes(head + body[round(len(body) * share / 188) * 188 :])
-    return path
+def between_keyframes(path: Path) -> Path:
+    """A recording that begins with frame 8, where the keyframes are 0, 15, 30, ..."""
+    base = _base(path, bframes=0, group=15)
+    return remux(base, path, lambda number, packet: None if number < 8 else packet)
 
 
 def mirrored(path: Path) -> Path:
@@ -360,7 +358,7 @@ SLOW = {
     "tenth_lost.mkv": Kind(lambda p: damaged(p, "video", lambda n: n % 10 == 9, group=5), warning="10 of 100"),
     "most_lost.mkv": Kind(lambda p: damaged(p, "video", lambda n: n % 2 == 1, group=5), "damaged"),
     "sound_lost.mkv": Kind(lambda p: damaged(p, "audio", lambda n: n % 2 == 1, sound=SECONDS), "damaged"),
-    "between_keyframes.ts": Kind(lambda p: lost_packets(p, 0.1), seconds=3.6, begins=0.4, warning="damaged or missing"),
+    "between_keyframes.ts": Kind(between_keyframes, seconds=3.68, first=0.28, begins=0.6, warning="7 of 92"),
     "half.mkv": Kind(lambda p: shortened(p, 0.5, options={"cluster_time_limit": "500"}), "cut short"),
     "half_faststart.mp4": Kind(lambda p: shortened(p, 0.5, options={"movflags": "faststart"}), "cut short"),
     "half.avi": Kind(lambda p: shortened(p, 0.5, codec="mpeg4"), "cut short"),
@@ -371,11 +369,11 @@ SLOW = {
 
 
 def enormous(path: Path) -> None:
-    """A header that states a picture of 16,384 x 16,384."""
+    """One frame of 8,208 x 8,192 pixels."""
     with av.open(str(path), "w", format="matroska") as out:
         video = out.add_stream("mjpeg", rate=1)
-        video.width, video.height, video.pix_fmt = 16_384, 16_384, "yuvj420p"
-        frame = av.VideoFrame(16_384, 16_384, "yuvj420p")
+        video.width, video.height, video.pix_fmt = 8_208, 8_192, "yuvj420p"
+        frame = av.VideoFrame(8_208, 8_192, "yuvj420p")
         frame.pts = 0
         out.mux(video.encode(frame))
         out.mux(video.encode(None))
