@@ -20,6 +20,7 @@ FORMATS = (
 )
 MOST_PIXELS = 8192 * 8192  # of a frame: beyond 8K, and below what a decoder needs gigabytes for
 BACKWARD = 0.5  # seconds that decoding times may step back by before they count as restarted
+BLOCK = 2048  # bytes of a matroska file between two packets, at most
 FORWARD = 10.0  # seconds that they may skip, in formats whose clocks may change
 LOST = 0.25  # share of the frames: more damage is refused
 STILLS = (b"avif", b"heic", b"heix", b"mif1")
@@ -189,11 +190,15 @@ def scan(path: Path) -> Packets:
     """
     with open_clip(path) as container:
         stream = video_stream(container)
-        rate, frames, last, times = frame_rate(stream), 0, 0, []
+        rate, frames, times = frame_rate(stream), 0, []
+        last = skipped = read = 0  # bytes
         spans: dict[int, list[float]] = {}
         try:
             for packet in Clock(container).packets(container):
-                last = packet.pos or last
+                if last and packet.pos is not None and packet.pos - last > BLOCK:
+                    skipped += packet.pos - last
+                read += packet.size
+                last = max(last, (packet.pos or 0) + packet.size)
                 if packet.stream.type not in ("video", "audio") or packet.is_discard:
                     continue
                 if packet.has_sidedata("encryption_info"):
@@ -222,6 +227,8 @@ def scan(path: Path) -> Packets:
         end = max((span[1] for span in spans.values()), default=origin + frames / rate)
         stated = container.duration / av.time_base if container.duration else 0.0
         lost = _lost(path, container, stream, frames, origin, end, stated)
+        if "matroska" in container.format.name:  # packets follow each other: what lies between them is unreadable
+            lost = max(lost, skipped / (skipped + read))
         missing = round(frames * lost / (1 - lost)) if lost < 1 else frames
         if lost > LOST:
             raise InputError(
@@ -255,8 +262,8 @@ def _lost(
     whole = _stated_bytes(path, name) or int(container.metadata.get("filesize", "0").split(".")[0] or 0)
     if whole <= size:
         return 0.0
-    if name == "avi" and stream.frames:
-        return max(0.0, 1 - max(frames / stream.frames, end / stated if stated else 0))
+    if name == "avi" and stream.frames:  # places of frames; some may be empty
+        return max(0.0, 1 - max(frames, round(end * frame_rate(stream))) / stream.frames)
     if "matroska" in name and stated:  # the length, or the time of the end
         return max(0.0, 1 - max((end - origin) / stated, (end - origin) / max(stated - origin, 1e-3)))
     return 1 - size / whole

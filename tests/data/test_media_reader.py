@@ -17,14 +17,14 @@ from avocado_jax.errors import InputError
 READING = Reading(fewest_pixels=28 * 28 * 4)
 
 
-class Abort:
+class Abort(Reading):
     """Ends the process that unpickles it, as a crash of a decoder does."""
 
     def __reduce__(self):
         return os.abort, ()
 
 
-class Sleep:
+class Sleep(Reading):
     """Keeps the process that unpickles it busy, as an endless clip does."""
 
     def __reduce__(self):
