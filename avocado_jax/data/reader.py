@@ -29,7 +29,7 @@ class ClipReader:
     """
 
     def __init__(self, processes: int = 1, seconds: float = CLIP_SECONDS) -> None:
-        self._seconds = seconds
+        self._seconds, self._children = seconds, set()
         self._idle: queue.LifoQueue[_Child | None] = queue.LifoQueue()
         for _ in range(processes):
             self._idle.put(None)
@@ -38,11 +38,9 @@ class ClipReader:
         return self
 
     def __exit__(self, *_: object) -> None:
-        with contextlib.suppress(queue.Empty):
-            while True:
-                if child := self._idle.get_nowait():
-                    child.process.kill()
-                    child.process.join()
+        for child in list(self._children):  # those that are reading too, so that no thread waits for them
+            child.process.kill()
+            child.process.join()
 
     def read(self, path: str | Path, reading: Reading = Reading(), sound: bool = True) -> Media:
         """`decode.read_media`. Raises InputError also for a clip that exceeds the deadline or kills its process."""
@@ -56,10 +54,13 @@ class ClipReader:
         child = self._idle.get()
         try:
             if child is None or not child.process.is_alive():
+                self._children.discard(child)
                 child = _Child()
+                self._children.add(child)
             answer = child.call((function, path, *args), self._seconds)
         except BaseException as error:
             if child is not None:
+                self._children.discard(child)
                 child.process.kill()
                 child.process.join()
             code = child.process.exitcode if child else None
@@ -120,14 +121,12 @@ def _serve(pipe: Connection) -> None:
     threading.Thread(target=watch, daemon=True).start()
     from avocado_jax.data import decode
 
-    pipe.send(None)
-    while True:
-        try:
+    with contextlib.suppress(EOFError, ConnectionError):  # the parent has closed the pipe
+        pipe.send(None)
+        while True:
             function, *args = pipe.recv()
-        except EOFError:
-            return
-        try:
-            answer = getattr(decode, function)(*args)
-        except InputError as error:
-            answer = error
-        pipe.send(answer)
+            try:
+                answer = getattr(decode, function)(*args)
+            except InputError as error:
+                answer = error
+            pipe.send(answer)
