@@ -192,6 +192,7 @@ def scan(path: Path) -> Packets:
         stream = video_stream(container)
         rate, frames, times = frame_rate(stream), 0, []
         last = skipped = read = 0  # bytes
+        reach = 0.0  # the latest time of any stream
         spans: dict[int, list[float]] = {}
         try:
             for packet in Clock(container).packets(container):
@@ -199,6 +200,8 @@ def scan(path: Path) -> Packets:
                     skipped += packet.pos - last
                 read += packet.size
                 last = max(last, (packet.pos or 0) + packet.size)
+                if packet.pts is not None:  # of subtitles too
+                    reach = max(reach, float((packet.pts + (packet.duration or 0)) * packet.time_base))
                 if packet.stream.type not in ("video", "audio") or packet.is_discard:
                     continue
                 if packet.has_sidedata("encryption_info"):
@@ -226,7 +229,7 @@ def scan(path: Path) -> Packets:
         origin = min((span[0] for span in spans.values()), default=0.0)
         end = max((span[1] for span in spans.values()), default=origin + frames / rate)
         stated = container.duration / av.time_base if container.duration else 0.0
-        lost = _lost(path, container, stream, frames, origin, end, stated)
+        lost = _lost(path, container, stream, frames, last, origin, max(end, reach), stated)
         if "matroska" in container.format.name:  # packets follow each other: what lies between them is unreadable
             lost = max(lost, skipped / (skipped + read))
         missing = round(frames * lost / (1 - lost)) if lost < 1 else frames
@@ -245,6 +248,7 @@ def _lost(
     container: av.container.InputContainer,
     stream: av.VideoStream,
     frames: int,
+    last: int,
     origin: float,
     end: float,
     stated: float,
@@ -252,21 +256,22 @@ def _lost(
     """The share of a clip that lies beyond the end of its file, by what its container states of its own bytes.
 
     mp4 lists every frame's place in the file; matroska, AVI and ASF state their size in bytes. Lengths in time mean
-    different things in different files and are used only where bytes are missing. Other formats state nothing.
+    different things in different files and are used only where bytes are missing or, in matroska, were not read. Other formats state nothing.
     """
     size, name = path.stat().st_size, container.format.name
     if "mp4" in name:
         entries = stream.index_entries or ()
         beyond = sum(entry.pos + entry.size > size for entry in entries)
         return beyond / len(entries) if beyond else 0.0
-    whole = _stated_bytes(path, name) or int(container.metadata.get("filesize", "0").split(".")[0] or 0)
-    if whole <= size:
+    filesize = container.metadata.get("filesize", "").split(".")[0]  # of FLV
+    whole = _stated_bytes(path, name) or (int(filesize) if filesize.isdecimal() else 0)
+    if whole <= size and not ("matroska" in name and size - last > BLOCK):
         return 0.0
     if name == "avi" and stream.frames:  # places of frames; some may be empty
         return max(0.0, 1 - max(frames, round(end * frame_rate(stream))) / stream.frames)
     if "matroska" in name and stated:  # the length, or the time of the end
         return max(0.0, 1 - max((end - origin) / stated, (end - origin) / max(stated - origin, 1e-3)))
-    return 1 - size / whole
+    return max(0.0, 1 - size / whole) if whole else 0.0
 
 
 def _stated_bytes(path: Path, name: str) -> int:
