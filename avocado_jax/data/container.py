@@ -256,7 +256,8 @@ def _lost(
     """The share of a clip that lies beyond the end of its file, by what its container states of its own bytes.
 
     mp4 lists every frame's place in the file; matroska, AVI and ASF state their size in bytes. Lengths in time mean
-    different things in different files and are used only where bytes are missing or, in matroska, were not read. Other formats state nothing.
+    different things in different files and are used only where bytes are missing or, in matroska, were not read.
+    Other formats state nothing.
     """
     size, name = path.stat().st_size, container.format.name
     if "mp4" in name:
