@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -54,6 +54,19 @@ def from_hf(source: str | os.PathLike, target: str | os.PathLike, reading: Mappi
         storage.write(storage.join(folder, COMMITTED), b"")  # Orbax's mark of a finished step in a bucket
 
 
+class Exported(NamedTuple):
+    """The result of `to_hf`.
+
+    Attributes:
+        step: the step that was written.
+        rounding: None without adapters or if an earlier target was kept, else what rounding to the written dtype loses of their updates:
+            |rounded - exact| / |update|, Frobenius norms over all merged kernels.
+    """
+
+    step: int
+    rounding: float | None
+
+
 def to_hf(
     source: str | os.PathLike,
     target: str | os.PathLike,
@@ -61,13 +74,11 @@ def to_hf(
     dtype: str | None = None,
     shard_bytes: int = SHARD_BYTES,
     keep: bool = False,
-) -> int:
+) -> Exported:
     """Write step `step` of a run (the newest finished one) as a checkpoint that transformers loads.
 
-    Tensors keep the dtype they are stored in, or take `dtype`; what was carried through is not touched.
-
-    Returns:
-        The step that was written.
+    Tensors keep the dtype they are stored in, or take `dtype`; what was carried through is not touched. Low-rank
+    adapters are merged in fp32 before the cast.
 
     Args:
         target: local or gs://.
@@ -84,16 +95,23 @@ def to_hf(
     ]
     specs += [Spec(name, tensor.dtype, tensor.shape) for name, tensor in carried.items()]
 
+    lost = total = 0.0  # squared norms
+
     def values() -> Iterator[np.ndarray]:
+        nonlocal lost, total
         for entry, spec in progress(list(zip(run.entries.values(), specs)), "tensors"):
             for piece in _their_pieces(run, entry):
-                yield piece.astype(spec.dtype)
+                cast = piece.astype(spec.dtype)
+                if run.has_adapter(entry):
+                    lost += float(np.sum(np.square(cast.astype(np.float32) - piece)))
+                    total += float(np.sum(np.square(run.update(entry))))
+                yield cast
         yield from _pieces_of(carried.values())
 
     refuse_code(run.side_files)
     made = {"run": str(run.folder), "step": run.step, "dtype": dtype}
     if keep and Path(target, MADE).is_file() and read_json(Path(target, MADE)) == made:
-        return run.step
+        return Exported(run.step, None)
     with _appearing(str(target), sum(spec.nbytes for spec in specs)) as folder:
         remote = storage.is_remote(folder)
         with tempfile.TemporaryDirectory() if remote else nullcontext(folder) as local:
@@ -110,7 +128,7 @@ def to_hf(
             storage.write(storage.join(folder, path.name), data)
         if not remote:
             storage.write(storage.join(folder, MADE), json.dumps(made).encode())
-    return run.step
+    return Exported(run.step, math.sqrt(lost / total) if total else None)
 
 
 def push(folder: Path, name: str) -> str:

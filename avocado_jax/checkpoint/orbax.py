@@ -30,7 +30,7 @@ from avocado_jax.checkpoint.references import fetched, is_remote, run_path
 from avocado_jax.data import storage
 from avocado_jax.errors import InputError
 from avocado_jax.models.config import Lora, ThinkerConfig
-from avocado_jax.models.lora import merged
+from avocado_jax.models.lora import update_of
 
 CHUNK_BYTES = 64 * 2**20
 
@@ -134,16 +134,23 @@ class RunCheckpoint(NamedTuple):
         return self.read_part(entry, ())
 
     def read_part(self, entry: Entry, where: tuple[slice, ...]) -> np.ndarray:
-        """A block of what `read` gives; only the chunks that hold it are read."""
+        """A block of what `read` returns; only its chunks are read. The sum of a kernel and its update is fp32."""
         array = self.open(entry)
         with self.damage(entry):
             value = (array if entry.layer is None else array[entry.layer])[where].read().result()
-            if self.lora is None or entry.path[:2] != ("text", "layers") or entry.path[-1] != "kernel":
-                return value
-            rows, columns = where or (slice(None), slice(None))
+        return value.astype(np.float32) + self.update(entry, where) if self.has_adapter(entry) else value
+
+    def has_adapter(self, entry: Entry) -> bool:
+        """Whether low-rank adapters were trained for this parameter."""
+        return self.lora is not None and entry.path[:2] == ("text", "layers") and entry.path[-1] == "kernel"
+
+    def update(self, entry: Entry, where: tuple[slice, ...] = ()) -> np.ndarray:
+        """A block of the fp32 update that the adapter adds to its kernel, in our layout."""
+        rows, columns = where or (slice(None), slice(None))
+        with self.damage(entry):
             a = self._stored(entry, "lora_a")[entry.layer, rows].read().result()
             b = self._stored(entry, "lora_b")[entry.layer, :, columns].read().result()
-            return merged(value, a, b, self.lora)
+        return update_of(a, b, self.lora)
 
     def read_rows(self, entry: Entry) -> Iterator[np.ndarray]:
         """An unstacked parameter in runs of rows."""

@@ -4,12 +4,14 @@
   avocado convert to-hf runs/grpo grpo-hf --step 500
   avocado convert to-hf runs/grpo grpo-hf --push ORG/NAME
 
-Both ways stream: one tensor, one layer, in memory at a time. Tensors keep their dtype. What is not modelled
-(talker, token2wav, spk_dict.pt, tokenizer and config files) comes back as it was.
+Both ways stream: one tensor, one layer, in memory at a time. Tensors keep their dtype. Low-rank adapters are merged in
+fp32 and then cast; stderr reports how much of their update the cast loses (`--dtype float32` keeps it). What is not
+modelled (talker, token2wav, spk_dict.pt, tokenizer and config files) comes back as it was.
 """
 
 import argparse
 import logging
+import sys
 from pathlib import Path
 
 import jax
@@ -51,8 +53,10 @@ def run(args: argparse.Namespace) -> int:
     else:
         if args.push and args.target.startswith("gs://"):
             raise InputError(f"--push: DST is {args.target}, not a local folder")
-        step = to_hf(args.source, args.target, args.step, args.dtype, keep=bool(args.push))
+        step, rounding = to_hf(args.source, args.target, args.step, args.dtype, keep=bool(args.push))
         print(f"{args.target} (step {step})")
+        if rounding is not None:
+            print(f"adapters merged; rounding loses {rounding:.1%} of their update (relative norm)", file=sys.stderr)
         if args.push:
             print(push(Path(args.target), args.push))
     return 0

@@ -68,7 +68,7 @@ class AudioTower(nn.Module):
         valid = jnp.arange(audio.window)[None] < ((length - 1) // 2 + 1)[:, None]
 
         sizes = dict(width=audio.width, heads=audio.heads, ffn=audio.ffn, kernel=self.config.kernel, **dtypes)
-        run = stack_of(AudioLayer, sizes, audio.layers, self.config)
+        run = stack_of(self, AudioLayer, sizes, audio.layers, self.config)
         x, _ = run(x, None, valid)
         x = (x[:, 0::2] + x[:, 1::2]) / 2
         return nn.LayerNorm(1e-5, use_fast_variance=False, **dtypes, name="norm")(x)

@@ -78,13 +78,23 @@ def _kept(remat: str) -> Callable | None:
     return None
 
 
-def stack_of(layer: type[nn.Module], sizes: Mapping[str, Any], count: int, config: ThinkerConfig) -> Callable:
-    """`count` layers, applied in turn: `run(x, per_layer, *shared) -> (x, outputs of each layer)`.
+def stack_of(
+    module: nn.Module, layer: type[nn.Module], sizes: Mapping[str, Any], count: int, config: ThinkerConfig
+) -> Callable:
+    """`count` layers applied in turn: `run(x, per_layer, *shared) -> (x, outputs of each layer)`.
 
-    `layer(**sizes)` is called as `(x, own, *shared) -> (x, output)`. With `config.scan` the parameters are
-    stacked under `layers`, `per_layer` is a pytree whose leaves have a leading axis of `count`, and outputs
-    come stacked; without, layer i is `layers_{i}`, `per_layer` is a sequence of `count` entries and
-    outputs come as a tuple: no weight is copied out of a stack in decoding.
+    `layer(**sizes)` is called as `(x, own, *shared) -> (x, output)`.
+
+    With `config.scan` the parameters are stacked under `layers` and scanned; leaves of `per_layer` and of the outputs
+    have a leading axis of `count`.
+
+    Without, layer i has its own parameters `layers_{i}` and the outputs are a tuple. If `per_layer` is a sequence of
+    `count` entries, as in decoding, the layers are unrolled: a step reads each weight where it is. Otherwise one layer
+    is compiled for all and selects its parameters by index: it copies each weight once, which is cheap for a sequence
+    of many tokens, and the program does not grow with the number of layers.
+
+    Args:
+        module: the module that the layers belong to.
     """
     if config.remat != "none":
         layer = nn.remat(layer, prevent_cse=not config.scan, policy=_kept(config.remat))
@@ -102,24 +112,24 @@ def stack_of(layer: type[nn.Module], sizes: Mapping[str, Any], count: int, confi
     def unrolled(x: Array, per_layer: Any, *shared: Any) -> tuple[Array, tuple]:
         outputs = []
         for i in range(count):
-            own = None if per_layer is None else per_layer[i]
-            x, output = layer(**sizes, name=f"layers_{i}")(x, own, *shared)
+            x, output = layer(**sizes, name=f"layers_{i}")(x, per_layer[i], *shared)
             outputs.append(output)
         return x, tuple(outputs)
 
-    return scanned if config.scan else unrolled
+    def selected(x: Array, per_layer: Any, *shared: Any) -> tuple[Array, tuple]:
+        params = module.variables["params"]
+        branches = [lambda own=params[f"layers_{i}"]: own for i in range(count)]
 
+        def body(x: Array, item: tuple[Array, Any]) -> tuple[Array, Any]:
+            number, own = item
+            weights = jax.lax.switch(number, branches)
+            return layer(**sizes, parent=None).apply({"params": weights}, x, own, *shared)
 
-def unstacked(params: Mapping[str, Any]) -> dict[str, Any]:
-    """Parameters as training has them, in the layout of decoding: `layers` becomes `layers_0`, `layers_1`, ...
+        x, outputs = jax.lax.scan(body, x, (jnp.arange(count), per_layer))
+        return x, tuple(jax.tree.map(itemgetter(i), outputs) for i in range(count))
 
-    A tree that has its layers apart comes back as it is.
-    """
-    apart: dict[str, Any] = {}
-    for name, part in params.items():
-        if name == "layers":
-            for layer in range(jax.tree.leaves(part)[0].shape[0]):
-                apart[f"layers_{layer}"] = jax.tree.map(itemgetter(layer), part)
-        else:
-            apart[name] = unstacked(part) if isinstance(part, Mapping) else part
-    return apart
+    if config.scan:
+        return scanned
+    if module.is_initializing():
+        return lambda x, per_layer, *shared: unrolled(x, [None] * count if per_layer is None else per_layer, *shared)
+    return lambda x, per_layer, *shared: (unrolled if isinstance(per_layer, list) else selected)(x, per_layer, *shared)

@@ -44,19 +44,9 @@ class LoraDense(nn.Module):
         return y + self.lora.scale * ((x @ a) @ b)
 
 
-def merged(kernel: Array, a: Array, b: Array, lora: Lora) -> Array:
-    """W + (alpha / rank) A B, summed in fp32, in the dtype of W; leading axes are layers of a stack."""
-    return (kernel.astype("float32") + lora.scale * (a.astype("float32") @ b.astype("float32"))).astype(kernel.dtype)
-
-
-def merge(params: Mapping[str, Any], lora: Lora) -> dict[str, Any]:
-    """The parameters of a model without adapters that computes the same."""
-    flat = flatten_dict(params)
-    for path in [path for path in flat if path[-1] == "lora_a"]:
-        module = path[:-1]
-        a, b = flat.pop(path), flat.pop((*module, "lora_b"))
-        flat[*module, "kernel"] = merged(flat[*module, "kernel"], a, b, lora)
-    return unflatten_dict(flat)
+def update_of(a: Array, b: Array, lora: Lora) -> Array:
+    """The update that an adapter adds to its kernel, (alpha / rank) A B, in fp32; leading axes are stacked layers."""
+    return lora.scale * (a.astype("float32") @ b.astype("float32"))
 
 
 def add_adapters(params: Mapping[str, Any], like: Any, seed: int) -> dict[str, Any]:

@@ -95,11 +95,11 @@ def _decode(
     captions: KV,
     clip_valid: Bool[Array, "B P"],
     step: Int[Array, ""],
-) -> tuple[Float[Array, "B G 1 H E"], KV]:
+) -> tuple[Float[Array, "B G H E"], KV]:
     """Attention of one token of each caption, and the captions' cache with that token written at `step`."""
     captions = captions.write(KV(k[..., None, :], v[..., None, :]), step)
     written = jnp.arange(captions.k.shape[3]) <= step
-    return plain.attend_captions(q[:, :, None], captions, clip, clip_valid, written), captions
+    return plain.attend_step(q, captions, clip, clip_valid, written), captions
 
 
 class TextModel(nn.Module):
@@ -128,5 +128,5 @@ class TextModel(nn.Module):
         if caches is not None and not config.scan:
             caches = list(zip(*caches))
         sizes = dict(text=text, kernel=config.kernel, captions=captions, **config.dtypes)
-        x, kept = stack_of(TextLayer, sizes, text.layers, config)(x, caches, rope, clip_valid, step)
+        x, kept = stack_of(self, TextLayer, sizes, text.layers, config)(x, caches, rope, clip_valid, step)
         return RMSNorm(name="norm", eps=text.rms_eps, **config.dtypes)(x), kept

@@ -103,8 +103,8 @@ class VisionTower(nn.Module):
 
         sizes = dict(width=vision.width, heads=vision.heads, ffn=vision.ffn, kernel=self.config.kernel, **dtypes)
         full = np.isin(np.arange(vision.layers), vision.full_layers)
-        run = stack_of(VisionLayer, sizes, vision.layers, self.config)
-        x, _ = run(x, full if self.config.scan else full.tolist(), rope, valid)
+        run = stack_of(self, VisionLayer, sizes, vision.layers, self.config)
+        x, _ = run(x, full, rope, valid)
         return x.reshape(x.shape[0], -1, x.shape[-1])
 
 

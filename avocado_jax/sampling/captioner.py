@@ -16,11 +16,10 @@ from avocado_jax.data.rows import Row, Shape, fit, make_row, rounded, shape_of, 
 from avocado_jax.data.words import Words
 from avocado_jax.errors import InputError
 from avocado_jax.models.config import ThinkerConfig, computed
-from avocado_jax.models.layers import unstacked
 from avocado_jax.parallel.batches import ROWS, rows_sharding
-from avocado_jax.parallel.rules import shardings
 from avocado_jax.sampling.generate import Samples, caption_keys, generate
 from avocado_jax.sampling.logits import Sampling
+from avocado_jax.sampling.weights import decoding_weights
 from avocado_jax.typing import Array, Bool, Clip, Int
 
 GREEDY = Sampling(0.0)
@@ -30,7 +29,7 @@ class Captioner(NamedTuple):
     """Everything that captioning needs."""
 
     config: ThinkerConfig
-    params: Any  # layers apart, on the default device or over a mesh
+    params: Any  # of `config`, on the default device or over a mesh
     tokenizer: Words
     prompt: Prompt  # the question, where a clip brings none of its own
     stops: tuple[int, ...]
@@ -54,7 +53,7 @@ def captioner_of(
     reading: Reading = Reading(),
     habits: Habits = Habits(),
 ) -> Captioner:
-    """A captioner of parameters that have their layers apart already.
+    """A captioner of parameters in the layout of `config`.
 
     Raises:
         InputError: the tokenizer makes ids that the vocabulary does not have.
@@ -76,18 +75,12 @@ def captioner_in_training(
     reading: Reading = Reading(),
     habits: Habits = Habits(),
 ) -> Captioner:
-    """A captioner of a training state's parameters: a copy in `dtype`, layers apart, divided as they are divided.
+    """A captioner of a training state's parameters: a copy in `dtype` with separate layers, sharded like them.
 
-    Over several processes every one of them calls this, and then `caption_rows` with the same rows.
+    All processes call this, and then `caption_rows` with the same rows.
     """
-    apart = _for_decoding(params, dtype, _mesh(params))
-    return captioner_of(computed(config, dtype, scan=False), apart, tokenizer, stops, text, reading, habits)
-
-
-@partial(jax.jit, static_argnames=("dtype", "mesh"))
-def _for_decoding(params: Any, dtype: str, mesh: Mesh | None) -> Any:
-    apart = jax.tree.map(lambda leaf: leaf.astype(dtype), unstacked(params))
-    return jax.lax.with_sharding_constraint(apart, shardings(apart, mesh)) if mesh else apart
+    weights = decoding_weights(params, dtype, _mesh(params))
+    return captioner_of(computed(config, dtype, scan=False), weights, tokenizer, stops, text, reading, habits)
 
 
 def _mesh(params: Any) -> Mesh | None:

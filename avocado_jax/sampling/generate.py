@@ -56,21 +56,21 @@ def generate(
     """Sample captions of clips.
 
     Args:
-        params: of `Thinker(config)`; layers apart (`config.scan` false) decode fastest.
+        params: of `Thinker(config)`; separate layers (`config.scan` false) decode fastest.
         clip: B clips.
         keys: one key a caption, [B G] (`caption_keys`).
         banned: ids that are never drawn: media placeholders, special tokens, rows without a token.
         encoded: the clips behind their encoders, where that is done already.
         stops: ids that end a caption.
         length: most tokens of a caption.
-        parts: the clips are read in so many parts, one after the other, and decoded together; layers are apart then.
+        parts: number of sequential parts that the clips are prefilled in; needs separate layers. Decoding is one batch.
     """
     apply = partial(Thinker(config).apply, {"params": params})
     cache = by_parts(partial(apply, method="prefill"), (clip, encoded), parts)
     rows, group = keys.shape
     stop_ids = jnp.asarray(stops, jnp.int32)
 
-    def step(keys: jax.Array, loop: _Loop) -> _Loop:
+    def step(loop: _Loop) -> _Loop:
         logits, so_far = apply(cache, clip, loop.so_far, loop.step, loop.last, method="decode")
         step_keys = jax.vmap(jax.vmap(lambda key: jax.random.fold_in(key, loop.step)))(keys)
         token, logprob = jax.vmap(jax.vmap(lambda logits, key: draw(logits, banned, key, sampling)))(logits, step_keys)
@@ -96,35 +96,8 @@ def generate(
         ),
         caption_cache(config, rows, group, length),
     )
-    # Captions that have stopped are left behind: decoding goes on with a quarter of the group once no clip has more
-    # than that still going, then with a quarter of the quarter. Each size is compiled, so there are few.
-    sizes = [size for power in range(10) if (size := group // 4**power)]
-    whole = None  # all samples, once they are not the loop's
-    places = jnp.broadcast_to(jnp.arange(group), (rows, group))  # in the group, of the captions in the loop
-    for fewer in [*sizes[1:], 0]:
 
-        def going(loop: _Loop, fewer: int = fewer) -> Bool[Array, ""]:
-            return (loop.step < length) & (jnp.max(jnp.sum(~loop.stopped, axis=1)) > fewer)
+    def unfinished(loop: _Loop) -> Bool[Array, ""]:
+        return (loop.step < length) & ~jnp.all(loop.stopped)
 
-        loop = jax.lax.while_loop(going, partial(step, keys), loop)
-        whole = loop.samples if whole is None else _put(whole, loop.samples, places)
-        if fewer:
-            order = jnp.argsort(loop.stopped, axis=1, stable=True)[:, :fewer]
-            axis = int(config.scan)  # of rows in the caches: stacked layers come first
-            keys, places = (part[jnp.arange(rows)[:, None], order] for part in (keys, places))
-            so_far = jax.tree.map(lambda part, order=order, axis=axis: _taken(part, order, axis), loop.so_far)
-            rest = jax.tree.map(lambda part, order=order: _taken(part, order, 0), loop[1:4])
-            loop = _Loop(loop.step, *rest, so_far)
-    return whole
-
-
-def _taken(part: Array, order: Int[Array, "B F"], axis: int) -> Array:
-    """Some captions of each row, from an array with rows along `axis` and captions behind it."""
-    index = order.reshape((1,) * axis + order.shape + (1,) * (part.ndim - axis - 2))
-    return jnp.take_along_axis(part, index, axis=axis + 1)
-
-
-def _put(whole: Samples, some: Samples, places: Int[Array, "B F"]) -> Samples:
-    """All samples with those of some captions, which have grown, in their places."""
-    rows = jnp.arange(len(places))[:, None]
-    return jax.tree.map(lambda old, new: old.at[rows, places].set(new), whole, some)
+    return jax.lax.while_loop(unfinished, step, loop).samples

@@ -17,15 +17,16 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from avocado_jax.config import GrpoConfig
 from avocado_jax.errors import InputError
-from avocado_jax.models.config import ThinkerConfig
+from avocado_jax.models.config import ThinkerConfig, computed
 from avocado_jax.models.thinker import Encoded, Thinker, output_matrix
 from avocado_jax.parallel import rules
 from avocado_jax.parallel.batches import rows_sharding
 from avocado_jax.parallel.parts import by_parts, in_parts
+from avocado_jax.sampling.weights import decoding_weights
 from avocado_jax.train.losses import Scores, caption_scores
 from avocado_jax.train.objective import SHARES, Sums, check_objective, objective, without_overlong
 from avocado_jax.train.optim import gradient, optimizer, schedule
-from avocado_jax.train.rollout import VIEW_OVER, Rollout, policy_view, roll_out, sampling_model
+from avocado_jax.train.rollout import VIEW_AXES, Rollout, roll_out
 from avocado_jax.train.state import State, apply_gradient, initial_state, join, split, state_shapes
 from avocado_jax.typing import Array, Captions, Clip, Float
 
@@ -245,7 +246,7 @@ def grpo_program(
     bound = dict(model=model, config=config)
     sample = partial(
         roll_out,
-        model=sampling_model(model),
+        model=computed(model, model.dtype, scan=False),
         sampling=config.sampling,
         group=config.group,
         split=config.split,
@@ -253,7 +254,7 @@ def grpo_program(
         seed=config.seed,
         parts=config.accumulate,
     )
-    view = partial(policy_view, model=model, mesh=mesh, encoders=not frozen_encoders)
+    view = partial(decoding_weights, dtype=model.dtype, mesh=mesh, axes=VIEW_AXES, encoders=not frozen_encoders)
     update = partial(grpo_update, **bound, adamw=make, rate=schedule(config.optim, updates))
     reference = partial(reference_part, train=config.train, dtype=config.reference_dtype)
     return GrpoProgram(
@@ -263,7 +264,7 @@ def grpo_program(
             partial(initial_state, optimizer=make, train=config.train), donate_argnums=0, out_shardings=shardings
         ),
         encode=jax.jit(encode, out_shardings=rows) if frozen_encoders else None,
-        view=jax.jit(view, out_shardings=rules.shardings(jax.eval_shape(view, shapes.params), mesh, over=VIEW_OVER)),
+        view=jax.jit(view, out_shardings=rules.shardings(jax.eval_shape(view, shapes.params), mesh, over=VIEW_AXES)),
         roll_out=jax.jit(sample, out_shardings=rows),
         score=jax.jit(partial(score, **bound), out_shardings=rows),
         update=jax.jit(update, donate_argnums=0, out_shardings=(shardings, replicated)),

@@ -18,7 +18,7 @@ from avocado_jax.parallel.batches import rows_sharding
 from avocado_jax.parallel.rules import shardings
 from avocado_jax.train.compiled import Program
 from avocado_jax.train.grpo import Experience, GrpoProgram, Scored
-from avocado_jax.train.rollout import VIEW_OVER, Rollout, cut
+from avocado_jax.train.rollout import VIEW_AXES, Rollout, cut
 
 
 class StepShapes(NamedTuple):
@@ -46,7 +46,7 @@ def step_shapes(
     params = program.state.params
     encoded = program.encode and by_rows(jax.eval_shape(program.encode, params, batch[0]), mesh)
     view = jax.eval_shape(program.view, params)
-    view = jax.tree.map(with_sharding, view, shardings(view, mesh, over=VIEW_OVER))
+    view = jax.tree.map(with_sharding, view, shardings(view, mesh, over=VIEW_AXES))
     rollout = jax.eval_shape(program.roll_out, *_sampling(model, program, view, batch[0], encoded))
     return StepShapes(batch, encoded, view, by_rows(rollout, mesh))
 

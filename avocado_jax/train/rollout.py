@@ -1,25 +1,24 @@
-"""Rollouts: what a policy says of a batch of clips, as the update reads it."""
+"""Rollouts: captions that a policy samples of a batch of clips, as the update reads them."""
 
-from dataclasses import replace
+import sys
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
 
 from avocado_jax.config import SamplingConfig
-from avocado_jax.models.config import ThinkerConfig, computed
-from avocado_jax.models.layers import unstacked
-from avocado_jax.models.lora import merge
+from avocado_jax.models.config import ThinkerConfig
 from avocado_jax.models.thinker import Encoded
-from avocado_jax.parallel.rules import shardings
 from avocado_jax.sampling.generate import Samples, caption_keys, generate
 from avocado_jax.sampling.logits import Sampling
 from avocado_jax.typing import Array, Bool, Captions, Clip, Float, Int
 
 ROLLOUT = 5  # the purpose of these random numbers
 WIDTHS = 2  # that captions are cut to, in equal parts of the limit; `score` and `update` are compiled for each
-VIEW_OVER = ("tensor",)  # the axes that divide the sampler's weights
+VIEW_AXES = ("tensor",)  # the mesh axes that shard the sampler's weights: each decoding step reads all of them
+# Bound on `sampler_gap`, nats per token. Rounding in bf16 gives GAP_HERE
+# (tests/train/test_sampler.py); a sampler that is not the trained policy biases the gradient.
+SAMPLER_GAP = 0.05
 
 
 class Rollout(NamedTuple):
@@ -29,27 +28,6 @@ class Rollout(NamedTuple):
     sampled: Float[Array, "B G C"]  # log-probability of each token when it was drawn; 0 behind the stop
     lengths: Int[Array, "B G"]  # tokens, with the stop
     truncated: Bool[Array, "B G"]  # the limit came before a stop
-
-
-def sampling_model(model: ThinkerConfig) -> ThinkerConfig:
-    """The model that samples: in the dtype of activations, layers apart, adapters merged."""
-    return replace(computed(model, model.dtype, scan=False), text=replace(model.text, lora=None))
-
-
-def policy_view(params: Any, model: ThinkerConfig, mesh: Mesh, encoders: bool) -> Any:
-    """A copy of the policy as decoding wants it: cast, unstacked, adapters merged.
-
-    Each device of `fsdp` has it whole, since every step of decoding reads all weights; `tensor` still divides it.
-
-    Args:
-        encoders: keep the towers too; not needed where clips come encoded.
-    """
-    if model.text.lora:
-        params = merge(params, model.text.lora)
-    if not encoders:
-        params = params | {"vision": {"merger": params["vision"]["merger"]}, "audio": {"proj": params["audio"]["proj"]}}
-    view = jax.tree.map(lambda leaf: leaf.astype(model.dtype), unstacked(params))
-    return jax.lax.with_sharding_constraint(view, shardings(view, mesh, over=VIEW_OVER))
 
 
 def roll_out(
@@ -67,9 +45,10 @@ def roll_out(
     seed: int,
     parts: int = 1,
 ) -> Rollout:
-    """Sample captions, `group` of each clip, which is `split` rows; a row's clip is read once for all of its own.
+    """Sample `group` captions of each clip, which is `split` rows.
 
-    What is drawn depends on (seed, step, clip, caption) alone. `model` is `sampling_model`'s; `generate` has the rest.
+    The draws depend on (seed, step, clip, caption) alone. `view` are the policy's `decoding_weights` and `model` is
+    their config; `generate` describes the other arguments.
     """
     key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), ROLLOUT), step)
     rows = len(clip.tokens)
@@ -90,7 +69,7 @@ def roll_out(
 
 
 def as_rollout(samples: Samples, clip: Clip, stops: tuple[int, ...]) -> Rollout:
-    """Samples as teacher-forced captions: what counts is told by lengths, never guessed from the tokens."""
+    """Samples as teacher-forced captions. The mask comes from the lengths, never from the tokens."""
     rows, group, length = samples.tokens.shape
     first = jnp.broadcast_to(clip.first[:, None, None], (rows, group, 1))
     inputs = jnp.concatenate([first, samples.tokens[..., :-1]], axis=-1)
@@ -98,6 +77,20 @@ def as_rollout(samples: Samples, clip: Clip, stops: tuple[int, ...]) -> Rollout:
     last = jnp.take_along_axis(samples.tokens, jnp.maximum(samples.lengths - 1, 0)[..., None], axis=-1)
     stopped = jnp.any(last == jnp.asarray(stops)[None, None], axis=-1)
     return Rollout(Captions(inputs, samples.tokens, valid), samples.logprobs, samples.lengths, ~stopped)
+
+
+def warn_of_gap(step: int, gap: float) -> None:
+    """Print a warning on process 0 if the sampler's log-probabilities are not the trainer's.
+
+    Args:
+        step: finished steps.
+        gap: the step's `sampler_gap`.
+    """
+    if gap > SAMPLER_GAP and jax.process_index() == 0:
+        print(
+            f"step {step}: warning: sampler_gap {gap:.3f} is above {SAMPLER_GAP}: rollouts are off-policy",
+            file=sys.stderr,
+        )
 
 
 def widths(limit: int) -> tuple[int, ...]:

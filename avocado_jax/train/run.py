@@ -3,7 +3,7 @@
 import json
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -29,7 +29,7 @@ from avocado_jax.data.words import Words, load_words
 from avocado_jax.errors import InputError
 from avocado_jax.models.config import ThinkerConfig
 from avocado_jax.models.flops import train_flops
-from avocado_jax.models.lora import add_adapters, merge
+from avocado_jax.models.lora import add_adapters
 from avocado_jax.parallel.backend import use_exact_fp32
 from avocado_jax.parallel.batches import process_rows
 from avocado_jax.parallel.mesh import make_mesh
@@ -319,8 +319,6 @@ def _captions(
 ) -> list[dict[str, Any]]:
     """Greedy captions of some clips with their references."""
     model = recipe.config
-    if model.text.lora:
-        params, model = merge(params, model.text.lora), replace(model, text=replace(model.text, lora=None))
     captioner = captioner_in_training(
         model, params, recipe.words, stops, recipe.prompts[0], config.dtype, recipe.reading, recipe.habits
     )

@@ -34,7 +34,7 @@ from avocado_jax.train.programs import (
     with_sharding,
 )
 from avocado_jax.train.rewards import Rewards, caption_text, open_rewards
-from avocado_jax.train.rollout import cut, fitting, widths
+from avocado_jax.train.rollout import cut, fitting, warn_of_gap, widths
 from avocado_jax.train.run import (
     Evaluator,
     Measured,
@@ -184,6 +184,7 @@ def _step(
         rewards.check(judged)  # after the update is dispatched, so that the devices need not wait for the host
 
         def finish() -> dict[str, Any]:
+            warn_of_gap(batch.step + 1, metrics["sampler_gap"].item())
             lines = _lines(setup, stops, batch.step, *jax.device_get(written))
             if jax.process_index() == 0:
                 storage.write(storage.join(folder, f"rollouts/{batch.step + 1}.jsonl"), "".join(lines).encode())

@@ -82,7 +82,7 @@ def test_omni_round_trip(omni, tmp_path):
     assert len(list(omni.glob("*.safetensors"))) > 2
     assert open_checkpoint(omni).prefix == "thinker."
     convert.from_hf(omni, tmp_path / "run")
-    assert convert.to_hf(tmp_path / "run", tmp_path / "back", shard_bytes=400_000) == 0
+    assert convert.to_hf(tmp_path / "run", tmp_path / "back", shard_bytes=400_000) == (0, None)
     theirs = all_tensors(omni)
     assert any(name.startswith("token2wav.") for name in theirs)
     same(all_tensors(tmp_path / "back"), theirs)
@@ -113,7 +113,7 @@ def test_dtype_and_step(thinker, tmp_path):
     steps = tmp_path / "run" / "checkpoints"
     shutil.copytree(steps / "0", steps / "7")
     (steps / "9" / "params").mkdir(parents=True)  # begun, never finished
-    assert convert.to_hf(tmp_path / "run", tmp_path / "bf16", dtype="bfloat16") == 7
+    assert convert.to_hf(tmp_path / "run", tmp_path / "bf16", dtype="bfloat16").step == 7
     for name, tensor in all_tensors(tmp_path / "bf16").items():
         if "audio_bos_eos" not in name:
             assert torch.equal(tensor, all_tensors(thinker)[name].to(torch.bfloat16)), name

@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from adapters import merge
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh
 from processes import several
 from reference import write_reference
@@ -21,7 +23,7 @@ from avocado_jax.checkpoint.training import Checkpoints
 from avocado_jax.data.tokenizer import write_tokenizer
 from avocado_jax.errors import InputError
 from avocado_jax.models.config import TINY, Lora
-from avocado_jax.models.lora import add_adapters, merge
+from avocado_jax.models.lora import add_adapters
 from avocado_jax.models.thinker import init
 from avocado_jax.parallel.rules import shardings
 
@@ -185,9 +187,37 @@ def test_adapters_are_merged_as_they_are_read(hf, tmp_path):
     same(stacked(open_checkpoint(tmp_path / "run")), jax.tree.map(np.asarray, base))  # fresh ones change nothing
     params = jax.tree.map(lambda leaf: leaf + 0.01, params)
     trained(tmp_path / "run", params, 2)
-    plain = merge(params, lora)
+    plain = merge(params, 2.0)
     close = partial(np.testing.assert_allclose, rtol=1e-6, atol=1e-6)
     jax.tree.map(close, stacked(open_checkpoint(tmp_path / "run")), plain)
     jax.tree.map(close, load_sharded(open_checkpoint(tmp_path / "run"), like(mesh_of(1, 2, 2))), plain)
-    to_hf(tmp_path / "run", tmp_path / "back")
+    assert to_hf(tmp_path / "run", tmp_path / "back").rounding < 1e-4  # fp32
     jax.tree.map(close, stacked(open_checkpoint(tmp_path / "back")), plain)
+
+
+def test_merged_adapters_are_rounded_once_and_the_loss_is_reported(hf, tmp_path):
+    """A bf16 base and an update of which bf16 keeps little."""
+    lora = Lora(rank=4, alpha=8.0)
+    config = dataclasses.replace(TINY, text=dataclasses.replace(TINY.text, lora=lora))
+    wanted = like(mesh_of(1, 2, 2), config)
+    begin_run(hf, tmp_path / "run", lora)
+    params = flatten_dict(add_adapters(load_sharded(open_checkpoint(hf), wanted), wanted, seed=0))
+    for path, leaf in params.items():
+        params[path] = leaf + 2e-4 if path[-1] == "lora_b" else leaf if "lora" in path[-1] else leaf.astype("bfloat16")
+    trained(tmp_path / "run", unflatten_dict(params), 1)
+    exact = to_hf(tmp_path / "run", tmp_path / "exact", dtype="float32")
+    half = to_hf(tmp_path / "run", tmp_path / "half")
+    assert (exact.step, half.step) == (1, 1)
+    merged, rounded = (flatten_dict(stacked(open_checkpoint(tmp_path / name))) for name in ("exact", "half"))
+    lost = total = 0.0
+    for path in params:
+        if path[-1] == "lora_a":
+            kernel = *path[:-1], "kernel"
+            update = 2.0 * np.asarray(params[path]) @ np.asarray(params[*path[:-1], "lora_b"])
+            expected = np.float32(params[kernel]) + update
+            np.testing.assert_allclose(merged[kernel], expected, rtol=1e-6, atol=1e-8)
+            np.testing.assert_array_equal(rounded[kernel], expected.astype("bfloat16").astype(np.float32))
+            lost, total = lost + np.sum((rounded[kernel] - expected) ** 2), total + np.sum(update**2)
+    assert half.rounding == pytest.approx((lost / total) ** 0.5, rel=1e-3)
+    assert half.rounding > 0.3
+    assert exact.rounding < 1e-3

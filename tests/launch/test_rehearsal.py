@@ -14,7 +14,7 @@ CLOSE = dict(rel=1e-4, abs=1e-6)
 # The programs of a step that run on all hosts together.
 PROGRAMS = {
     "sft": {"jit_agree", "jit_step", "jit_batch_sums"},
-    "grpo": {"jit_agree", "jit_encode", "jit_policy_view", "jit_roll_out", "jit_score", "jit_grpo_update"},
+    "grpo": {"jit_agree", "jit_encode", "jit_decoding_weights", "jit_roll_out", "jit_score", "jit_grpo_update"},
 }
 
 

@@ -36,7 +36,7 @@ def test_what_a_phase_does_not_read_counts(plan):
     assert beside["total"] - alone["total"] == beside["other"] == alone["parameters"] > 0
 
 
-def test_a_step_holds_what_its_plan_says(plan):
+def test_a_step_holds_what_its_plan_says(plan, tmp_path, capsys):
     """The step of a run, with phases that only make what the real ones would return, and see what is there."""
     phases = {phase.name: phase for phase in plan.phases}
     alive = phases["rollout"].alive | phases["update"].alive
@@ -58,7 +58,7 @@ def test_a_step_holds_what_its_plan_says(plan):
         view=phase("view", lambda *_: made(alive["view"])),
         roll_out=phase("rollout", lambda *_: made(rollout)),
         score=phase("score", lambda *_: made(scored)),
-        update=phase("update", lambda state, experience: (state, {})),
+        update=phase("update", lambda state, experience: (state, {"sampler_gap": np.float32(0.3)})),
     )
     rewards = SimpleNamespace(
         judge=lambda *_: lambda: None,
@@ -70,9 +70,11 @@ def test_a_step_holds_what_its_plan_says(plan):
     state, reference = made(phases["update"].args[0]), made(alive["reference"])
     batch = SimpleNamespace(clip=clip, captions=captions, weight=weight, cut=cut, records=(), references=None, step=0)
     with jax.set_mesh(plan.mesh):
-        setup = SimpleNamespace(mesh=plan.mesh)
-        step, _ = run_grpo._step(plan.config, setup, program, rewards, reference, None, (), "")
-        step(state, batch)
+        setup = SimpleNamespace(mesh=plan.mesh, plan=SimpleNamespace(step=lambda _: batch))
+        step, _ = run_grpo._step(plan.config, setup, program, rewards, reference, None, (), str(tmp_path))
+        _, _, finish = step(state, batch)
+        finish()
+    assert "step 1: warning: sampler_gap 0.300" in capsys.readouterr().err
     del waiting
     assert list(held) == list(phases)
     for name, bytes_held in held.items():

@@ -93,12 +93,12 @@ def test_captions_stop(params, rows):
         assert (logprobs[place][length:] == 0).all()
 
 
-def test_captions_that_are_left_behind_change_nothing(params, rows):
-    """A group of eight goes on as two once six have stopped: each caption is what it is alone."""
+def test_a_caption_does_not_depend_on_its_group(params, rows):
+    """Captions that stop late are drawn as alone, after others have stopped."""
     stops = tuple(range(0, 250, 12))
     clip, together = sample(params, rows, [0, 1, 2], group=8, stops=stops, length=64)
     lengths = np.sort(np.asarray(together.lengths), axis=1)
-    assert lengths[:, -3].max() < lengths[:, -1].max()  # the loop of two has run
+    assert lengths[:, -3].max() < lengths[:, -1].max()
     banned = np.arange(CONFIG.text.vocab) >= 250
     keys = caption_keys(jax.random.key(3), np.arange(3), 8)
     options = {"config": CONFIG, "sampling": Sampling(1.0), "stops": stops, "length": 64}

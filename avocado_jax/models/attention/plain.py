@@ -76,22 +76,46 @@ def attend_captions(
     own: KV,
     clip: KV,
     clip_valid: Bool[Array, "B P"],
-    seen: Bool[Array, "S"] | None = None,
 ) -> Float[Array, "B G Q H E"]:
-    """Captions in parallel: each sees its clip's valid tokens, [B K P E], and its own causally, [B G K S E].
-
-    Args:
-        seen: the own keys that may be seen instead, the same for all captions: a step of decoding.
-    """
+    """Captions in parallel: each sees its clip's valid tokens, [B K P E], and its own causally, [B G K S E]."""
     rows, group, queries = q.shape[:3]
-    valid = None if seen is None else jnp.broadcast_to(seen, (rows * group, len(seen)))
-    itself, itself_lse = attend(
-        *(part.reshape(rows * group, *part.shape[2:]) for part in (q, *own)), valid, causal=seen is None
-    )
+    itself, itself_lse = attend(*(part.reshape(rows * group, *part.shape[2:]) for part in (q, *own)), causal=True)
     # The captions of a row are one long list of queries: its clip's keys are read once for all.
     listed, lse = attend(q.reshape(rows, group * queries, *q.shape[3:]), *clip, clip_valid)
     parts = [(itself, itself_lse), (listed, lse)]
     return merge([(out.reshape(q.shape), lse.reshape(q.shape[:-1])) for out, lse in parts])
+
+
+def attend_step(
+    q: Float[Array, "B G H E"],
+    own: KV,
+    clip: KV,
+    clip_valid: Bool[Array, "B P"],
+    written: Bool[Array, "S"],
+) -> Float[Array, "B G H E"]:
+    """One decoding step: the new token of each caption attends to its clip, [B K P E], and its caption, [B G K S E].
+
+    Computes one softmax over both parts without concatenating them. The clip's keys are read once for all captions.
+
+    Args:
+        clip_valid: the clip tokens that are attended to.
+        written: the positions of the caption cache that are attended to, the same for all captions.
+    """
+    kv_heads, width = clip.k.shape[1], q.shape[-1]
+    heads = q.reshape(*q.shape[:2], kv_heads, -1, width)
+    scores = (
+        jnp.einsum("BGKRE,BKPE->BGKRP", heads, clip.k, preferred_element_type=jnp.float32),
+        jnp.einsum("BGKRE,BGKSE->BGKRS", heads, own.k, preferred_element_type=jnp.float32),
+    )
+    valid = clip_valid[:, None, None, None], written[None, None, None, None]
+    scores = [jnp.where(mask, part / math.sqrt(width), MASKED) for mask, part in zip(valid, scores)]
+    largest = jnp.maximum(*(jnp.max(part, axis=-1, keepdims=True) for part in scores))
+    weights = [jnp.exp(part - largest) for part in scores]
+    total = sum(jnp.sum(part, axis=-1, keepdims=True) for part in weights)
+    of_clip, of_own = (part.astype(q.dtype) for part in weights)
+    mixed = jnp.einsum("BGKRP,BKPE->BGKRE", of_clip, clip.v, preferred_element_type=jnp.float32)
+    mixed = mixed + jnp.einsum("BGKRS,BGKSE->BGKRE", of_own, own.v, preferred_element_type=jnp.float32)
+    return (mixed / total).astype(q.dtype).reshape(q.shape)
 
 
 def attend_block(
