@@ -1,4 +1,4 @@
-"""The decoding loop: G captions of each of B clips in step, ending when the last of them has stopped."""
+"""The decoding loop: one token of each of G captions of B clips a step, until all captions have stopped."""
 
 from functools import partial
 from typing import Any, NamedTuple
@@ -18,8 +18,8 @@ class Samples(NamedTuple):
     """Sampled captions. Tokens past a caption's length are the first stop id, their log-probabilities 0."""
 
     tokens: Int[Array, "B G C"]
-    logprobs: Float[Array, "B G C"]  # of each token when it was drawn (see `logits.draw`)
-    lengths: Int[Array, "B G"]  # tokens of each caption, the stop id included if it was reached
+    logprobs: Float[Array, "B G C"]  # of each token, as drawn (see `logits.draw`)
+    lengths: Int[Array, "B G"]  # tokens of each caption, including the stop id if it was reached
 
 
 class _Loop(NamedTuple):
@@ -31,9 +31,9 @@ class _Loop(NamedTuple):
 
 
 def caption_keys(key: jax.Array, clips: Int[Array, "B"], captions: int) -> jax.Array:
-    """A random key for each caption, [B G], from one key, its clip's number and its own.
+    """A random key for each caption, [B G], from one key, the number of its clip and its index in the group.
 
-    What a caption draws does not depend on which clips share its batch.
+    The draws of a caption do not depend on the other clips of its batch.
     """
     of_clip = jax.vmap(lambda clip: jax.random.fold_in(key, clip))(jnp.asarray(clips))
     return jax.vmap(lambda key: jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(captions)))(of_clip)
@@ -56,13 +56,13 @@ def generate(
     """Sample captions of clips.
 
     Args:
-        params: of `Thinker(config)`; separate layers (`config.scan` false) decode fastest.
+        params: parameters of `Thinker(config)`; separate layers (`config.scan` false) decode fastest.
         clip: B clips.
-        keys: one key a caption, [B G] (`caption_keys`).
+        keys: a key for each caption, [B G] (`caption_keys`).
         banned: ids that are never drawn: media placeholders, special tokens, rows without a token.
-        encoded: the clips behind their encoders, where that is done already.
+        encoded: encoder outputs of the clips; None: the encoders run here.
         stops: ids that end a caption.
-        length: most tokens of a caption.
+        length: maximum number of tokens of a caption.
         parts: number of sequential parts that the clips are prefilled in; needs separate layers. Decoding is one batch.
     """
     apply = partial(Thinker(config).apply, {"params": params})

@@ -84,9 +84,9 @@ def test_weights_keep_small_updates(policy):
         assert np.linalg.norm(merged - update) > 0.5 * np.linalg.norm(update)
 
 
-@pytest.mark.parametrize("large", [False, True])
-def test_sampler_and_trainer_agree_in_bf16(policy, large):
-    """With the adapters after 20 small updates, and with ones that change every logit."""
+@pytest.mark.parametrize(("large", "bound"), [(False, 0.02), (True, SAMPLER_GAP)])
+def test_sampler_and_trainer_agree_in_bf16(policy, large, bound):
+    """Mean difference in nats with the adapters after 20 small updates, and with ones that change every logit."""
     program, params = policy
     if large:
         flat = flatten_dict(params)
@@ -101,9 +101,8 @@ def test_sampler_and_trainer_agree_in_bf16(policy, large):
     score = partial(program.score, reference={}, clip=clip, encoded=encoded, captions=rollout.captions)
     valid, sampled = np.asarray(rollout.captions.valid), np.asarray(rollout.sampled)
     gap = np.abs(np.asarray(score(params).old) - sampled)[valid]
-    print(f"mean {gap.mean():.4f}, largest {gap.max():.4f}")
-    assert gap.mean() < SAMPLER_GAP
-    assert gap.max() < 5 * SAMPLER_GAP
+    assert gap.mean() < bound
+    assert gap.max() < 10 * bound
     if large:  # the bound finds a sampler without adapters
         without = np.abs(np.asarray(score(policy[1]).old) - sampled)[valid]
         assert without.mean() > 5 * SAMPLER_GAP
