@@ -111,7 +111,7 @@ def _files(folder: epath.Path) -> Iterator[epath.Path]:
 
 
 def load_params(checkpoint: Checkpoint, dtype: str) -> dict[str, Any]:
-    """Every parameter on the default device in `dtype`, layers apart (`ThinkerConfig.scan` false)."""
+    """Every parameter on the default device in `dtype`, with separate layers (`ThinkerConfig.scan` false)."""
     params: dict[str, Any] = {}
     entries = list(checkpoint.entries.values())
     runs = [entries[first : first + READERS] for first in range(0, len(entries), READERS)]

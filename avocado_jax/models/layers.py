@@ -88,10 +88,10 @@ def stack_of(
     With `config.scan` the parameters are stacked under `layers` and scanned; leaves of `per_layer` and of the outputs
     have a leading axis of `count`.
 
-    Without, layer i has its own parameters `layers_{i}` and the outputs are a tuple. If `per_layer` is a sequence of
-    `count` entries, as in decoding, the layers are unrolled: a step reads each weight where it is. Otherwise one layer
-    is compiled for all and selects its parameters by index: it copies each weight once, which is cheap for a sequence
-    of many tokens, and the program does not grow with the number of layers.
+    Without, layer i has its own parameters `layers_{i}` and the outputs are a tuple. If `per_layer` is a list of
+    `count` entries, as in decoding, the layers are unrolled, so that a step reads each weight in place. Otherwise one
+    layer is compiled for all and selects its parameters by index: this copies each weight once, which is cheap for a
+    sequence of many tokens, and the program does not grow with the number of layers.
 
     Args:
         module: the module that the layers belong to.
@@ -128,8 +128,11 @@ def stack_of(
         x, outputs = jax.lax.scan(body, x, (jnp.arange(count), per_layer))
         return x, tuple(jax.tree.map(itemgetter(i), outputs) for i in range(count))
 
-    if config.scan:
-        return scanned
-    if module.is_initializing():
-        return lambda x, per_layer, *shared: unrolled(x, [None] * count if per_layer is None else per_layer, *shared)
-    return lambda x, per_layer, *shared: (unrolled if isinstance(per_layer, list) else selected)(x, per_layer, *shared)
+    def separate(x: Array, per_layer: Any, *shared: Any) -> tuple[Array, tuple]:
+        creating = module.is_initializing()
+        if creating and per_layer is None:
+            per_layer = [None] * count
+        run = unrolled if creating or isinstance(per_layer, list) else selected
+        return run(x, per_layer, *shared)
+
+    return scanned if config.scan else separate

@@ -86,7 +86,7 @@ def test_bf16_is_near_fp32():
 def test_layers_are_recomputed_where_the_config_says_so(scan, remat):
     names = {equation.primitive.name for equation in equations(traced(computed(TINY, "float32", scan, remat)).jaxpr)}
     assert ("remat2" in names or "checkpoint" in names or "remat" in names) == (remat != "none")
-    assert ("scan" in names) == scan
+    assert "scan" in names  # one layer is compiled for each stack in both layouts
 
 
 @pytest.mark.slow
