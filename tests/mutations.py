@@ -206,8 +206,8 @@ MUTATIONS = (
     Mutation(
         "a caption's cache is read one position short",
         "models/attention/plain.py",
-        "seen = jnp.arange(keys) <= (first + jnp.arange(q.shape[1]))[:, None]",
-        "seen = jnp.arange(keys) < (first + jnp.arange(q.shape[1]))[:, None]",
+        "seen = jnp.arange(keys)[None] <= (first + jnp.arange(q.shape[1]))[:, None]",
+        "seen = jnp.arange(keys)[None] < (first + jnp.arange(q.shape[1]))[:, None]",
         "tests/models/test_attention.py",
     ),
     Mutation(
@@ -373,12 +373,117 @@ MUTATIONS = (
         "pass",
         "tests/parallel/test_programs.py",
     ),
+    # --- sampling and low-rank adapters
+    Mutation(
+        "the sampler's adapters are merged into bf16 kernels",
+        "sampling/weights.py",
+        "    weights = jax.tree.map(lambda leaf: leaf.astype(dtype), unstacked(params))\n",
+        """    weights = jax.tree.map(lambda leaf: leaf.astype(dtype), unstacked(params))
+    from flax.traverse_util import flatten_dict, unflatten_dict
+
+    flat = flatten_dict(weights)
+    for path in [path for path in flat if path[-1] == "lora_a"]:
+        b, kernel = (*path[:-1], "lora_b"), (*path[:-1], "kernel")
+        flat[kernel] = flat[kernel] + 2 * (flat[path] @ flat[b])
+        flat[b] = 0 * flat[b]
+    weights = unflatten_dict(flat)
+""",
+        "tests/train/test_sampler.py -k small_updates",
+    ),
+    Mutation(
+        "the scale of adapters is rank / alpha",
+        "models/config.py",
+        "return self.alpha / self.rank",
+        "return self.rank / self.alpha",
+        "tests/models/test_lora.py -k fresh",
+    ),
+    Mutation(
+        "rollouts ignore the adapters",
+        "train/grpo.py",
+        "model=computed(model, model.dtype, scan=False)",
+        "model=computed(replace(model, text=replace(model.text, lora=None)), model.dtype, scan=False)",
+        "tests/train/test_sampler.py -k agree",
+    ),
+    Mutation(
+        "held-out captions ignore the adapters",
+        "train/run.py",
+        "    captioner = captioner_in_training(\n",
+        """    from dataclasses import replace
+
+    model = replace(model, text=replace(model.text, lora=None))
+    captioner = captioner_in_training(
+""",
+        "tests/train/test_sampler.py -k held_out",
+    ),
+    Mutation(
+        "adapters are merged in the stored dtype",
+        "checkpoint/orbax.py",
+        "return value.astype(np.float32) + self.update(entry, where) if",
+        "return (value.astype(np.float32) + self.update(entry, where)).astype(value.dtype) if",
+        "tests/checkpoint/test_load.py -k rounded_once",
+    ),
+    Mutation(
+        "the rounding error is not relative",
+        "checkpoint/convert.py",
+        "math.sqrt(lost / total) if total",
+        "math.sqrt(lost) if total",
+        "tests/checkpoint/test_load.py -k rounded_once",
+    ),
+    Mutation(
+        "a sampler that is off-policy is not reported",
+        "train/run_grpo.py",
+        "warn_of_gap(batch.step + 1, ",
+        "(lambda *_: None)(batch.step + 1, ",
+        "tests/planning/test_resident.py -k holds",
+    ),
+    Mutation(
+        "sampling stops with the first caption",
+        "sampling/generate.py",
+        "~jnp.all(loop.stopped)",
+        "~jnp.any(loop.stopped)",
+        "tests/sampling/test_generate.py -k captions_stop",
+    ),
+    Mutation(
+        "prefill runs the first layer in place of all",
+        "models/layers.py",
+        "weights = jax.lax.switch(number, branches)",
+        "weights = branches[0]()",
+        "tests/train/test_sampler.py -k agree",
+    ),
+    Mutation(
+        "a decoding step does not read its own token",
+        "models/text.py",
+        "written = jnp.arange(captions.k.shape[3]) <= step",
+        "written = jnp.arange(captions.k.shape[3]) < step",
+        "tests/train/test_sampler.py -k agree",
+    ),
+    Mutation(
+        "decoding reads the padding of clips",
+        "models/attention/plain.py",
+        "valid = clip_valid[:, None, None, None], written",
+        "valid = clip_valid[:, None, None, None] | True, written",
+        "tests/sampling/test_generate.py -k parallel",
+    ),
+    Mutation(
+        "prefill is unrolled",
+        "models/layers.py",
+        "creating = module.is_initializing()",
+        "creating = True",
+        "tests/sampling/test_program_size.py -k prefill",
+    ),
+    Mutation(
+        "decoding copies the weights of each layer",
+        "models/text.py",
+        "caches = list(zip(*caches))",
+        "caches = tuple(zip(*caches))",
+        "tests/sampling/test_program_size.py -k decoding",
+    ),
     # --- checkpoints and data
     Mutation(
         "an exported tensor has other values",
         "checkpoint/convert.py",
-        "yield piece.astype(spec.dtype)",
-        "yield (piece * 1.01).astype(spec.dtype)",
+        "cast = piece.astype(spec.dtype)",
+        "cast = (piece * 1.01).astype(spec.dtype)",
         "tests/checkpoint/test_convert.py -k round_trip",
     ),
     Mutation(
