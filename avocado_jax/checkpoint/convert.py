@@ -59,8 +59,8 @@ class Exported(NamedTuple):
 
     Attributes:
         step: the step that was written.
-        rounding: None without adapters or if an earlier target was kept, else what rounding to the written dtype loses of their updates:
-            |rounded - exact| / |update|, Frobenius norms over all merged kernels.
+        rounding: what rounding to the written dtype loses of the updates of adapters: |rounded - exact| / |update|,
+            Frobenius norms over all merged kernels. None without adapters, and if an earlier target was kept.
     """
 
     step: int

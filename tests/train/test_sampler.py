@@ -119,7 +119,7 @@ def test_held_out_captions_keep_the_adapters(monkeypatch, policy):
     captioners = []
     monkeypatch.setattr(run, "captioner_in_training", lambda *args: captioners.append(args))
     monkeypatch.setattr(run, "caption_records", lambda *_: [])
-    recipe = SimpleNamespace(config=MODEL, words=None, prompts=("What?",), reading=None)
+    recipe = SimpleNamespace(config=MODEL, words=None, prompts=("What?",), reading=None, habits=None)
     run._captions(SimpleNamespace(dtype="bfloat16", sample_tokens=4), recipe, policy[1], (258,), [])
     ((model, params, *_),) = captioners
     assert model.text.lora == Lora(4, 8.0)
