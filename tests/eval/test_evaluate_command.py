@@ -146,7 +146,7 @@ def test_senses_are_taken_away_and_shapes_kept_apart(world, checkpoint, monkeypa
     monkeypatch.setattr(runner, "caption_rows", fake)
     for how in (runner.How(9, "float32"), runner.How(9, "float32", sound=False), runner.How(9, "float32", True, False)):
         calls.clear()
-        groups = list(runner._captioned(captioner, items, how, 2))
+        groups = list(runner._captioned(captioner, items, how, 2, 60.0))
         told = {item.id: made for group in groups for item, made in group}
         assert told.keys() == {item.id for item in items}
         failed = {name for name, made in told.items() if isinstance(made, MemoryError)}
