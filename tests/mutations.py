@@ -4,8 +4,8 @@
 
 A line of mutations.jsonl is a fault: in `path`, the passage `old`, which occurs once, becomes `new`; `tests` are
 arguments of pytest. The files with these tests must pass in a clone of HEAD; then each fault is applied to the clone in
-turn and its tests run. Prints `killed` or `SURVIVED` for each. Exits with 1 if one survives or its tests do not run, with
-2 if a passage is no longer in its file or a test fails without a fault.
+turn and its tests run. Prints `killed` or `SURVIVED` for each. Exits with 1 if one survives or its tests do not run,
+with 2 if a passage is no longer in its file or a test fails without a fault.
 """
 
 import argparse
@@ -38,7 +38,8 @@ def main() -> int:
         tree = Path(folder) / "clone"
         subprocess.run(["git", "clone", "--quiet", "--shared", ROOT, tree], check=True)
         (ROOT / ".cache").mkdir(exist_ok=True)
-        (tree / ".cache").symlink_to(ROOT / ".cache")  # of compiled programs (conftest.py)
+        for name in (".cache", ".venv"):  # the first has compiled programs (conftest.py)
+            (tree / name).symlink_to(ROOT / name)
         used = {word.partition("::")[0] for one in chosen for word in one["tests"].split() if word.startswith("tests/")}
         if _pytest(tree, f"--numprocesses auto --dist loadgroup {' '.join(sorted(used))}") != 0:
             print("tests fail without a fault")
