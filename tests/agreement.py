@@ -190,7 +190,7 @@ def rewarded(folder, judge=None, sizes=(2, 1, -1), order=None, split=1, lost=Non
 
     def update(state, experience):
         received.append(experience)
-        return state, {}
+        return state, {"sampler_gap": jnp.zeros(())}
 
     program = GrpoProgram(
         state=None,

@@ -200,7 +200,6 @@ def started(kind, values, folder, patch):
     if name == "sft":
         for one, result in (("captioner_in_training", None), ("stream", ())):
             patch.setattr(run, one, lambda *_, result=result: result)
-        patch.setattr(run, "merge", lambda params, _: params)
         calls.record(run, "caption_records", instead=lambda _, records, *__: ["a caption"] * len(records))
         job.evaluate(EMPTY, 1)
     return calls

@@ -46,7 +46,7 @@ from avocado_jax.train import run
 def shared(program, seed=()):
     """Fields of every run. `program` makes the programs of the stage."""
     return {
-        "init": ("elsewhere", "open_checkpoint.folder", "begin_run.init"),
+        "init": ("elsewhere", "open_checkpoint.reference", "begin_run.init"),
         "seed": (5, "plan_batches.seed", "add_adapters.seed", *seed),
         "steps": (9, "train.job.steps", f"{program}.steps"),
         "epochs": (3.0, epochs),
