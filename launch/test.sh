@@ -27,7 +27,7 @@ fi
 # SIGUSR1 makes every test process print its stacks (tests/conftest.py); half a minute later all of them are killed.
 status=0
 timeout --signal=USR1 --kill-after=30 "${TEST_MINUTES-$minutes}m" \
-  .venv/bin/python -m pytest --numprocesses auto --dist loadgroup --no-loadscope-reorder --max-worker-restart=0 \
+  .venv/bin/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder --max-worker-restart=0 \
   --durations=20 ${marks[@]+"${marks[@]}"} "$@" || status=$?
 if ((status == 124 || status == 137)); then
   echo "launch/test.sh: stopped after ${TEST_MINUTES-$minutes} minutes; the stacks of its processes are above" >&2

@@ -69,18 +69,9 @@ def pytest_configure(config: pytest.Config) -> None:
     faulthandler.register(signal.SIGUSR1, file=os.dup(sys.__stderr__.fileno()), all_threads=True)
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(items: list) -> None:
-    """Run the modules in tests/train first: they take longest, and a long one at the end leaves the other core idle.
-
-    A module runs in one process, and so do all modules that compare with the same undisturbed run.
-    """
+    """Run the modules in tests/train first: they take longest, and a long one at the end leaves the other core idle."""
     items.sort(key=lambda item: item.path.parent.name != "train")
-    groups = {item.path: item.path.stem for item in items}
-    for item in items:
-        groups[item.path] = next((one for one in ("runs", "grpo_runs") if one in item.fixturenames), groups[item.path])
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group(groups[item.path]))
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -41,7 +41,7 @@ def main() -> int:
         for name in (".cache", ".venv"):  # the first has compiled programs (conftest.py)
             (tree / name).symlink_to(ROOT / name)
         used = {word.partition("::")[0] for one in chosen for word in one["tests"].split() if word.startswith("tests/")}
-        if _pytest(tree, f"--numprocesses auto --dist loadgroup {' '.join(sorted(used))}") != 0:
+        if _pytest(tree, f"--numprocesses auto --dist loadfile {' '.join(sorted(used))}") != 0:
             print("tests fail without a fault")
             return 2
         for one in chosen:

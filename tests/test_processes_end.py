@@ -33,7 +33,7 @@ def test_a_dead_process_fails_the_run(tmp_path):
     (tmp_path / "test_dies.py").write_text(DIES)
     (tmp_path / "test_long.py").write_text(LONG)
     command = [sys.executable, "-m", "pytest", "-p", "conftest", "--rootdir", tmp_path, tmp_path, "--numprocesses", "2"]
-    command += ["--dist", "loadgroup", "--max-worker-restart=0"]
+    command += ["--dist", "loadfile", "--max-worker-restart=0"]
     env = os.environ | {"PYTHONPATH": os.pathsep.join([str(TESTS), str(TESTS.parent)])}
     with subprocess.Popen(command, cwd=tmp_path, env=env, stdout=subprocess.PIPE, text=True) as run:
         lines = []
