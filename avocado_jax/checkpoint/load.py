@@ -15,8 +15,8 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from avocado_jax.checkpoint.hf import Entry, HfCheckpoint, is_hf, open_hf, read_json, without_towers
 from avocado_jax.checkpoint.hf_config import TEXT_MODEL
-from avocado_jax.checkpoint.orbax import RunCheckpoint, is_run, open_run
-from avocado_jax.checkpoint.references import fetched, is_remote, located, run_path
+from avocado_jax.checkpoint.orbax import RunCheckpoint, open_run
+from avocado_jax.checkpoint.references import is_remote, is_run, located, run_path
 from avocado_jax.data import storage
 from avocado_jax.errors import InputError
 from avocado_jax.progress import progress
@@ -56,16 +56,6 @@ def open_language_model(reference: str | os.PathLike) -> Checkpoint:
             return open_hf(folder, text_only=True)
     checkpoint = open_checkpoint(folder)
     return checkpoint._replace(entries=without_towers(checkpoint.entries))
-
-
-def tokenizer_folder(reference: str | os.PathLike) -> Path:
-    """The local folder of the tokenizer of a model reference; of a model on the hub, only its tokenizer is downloaded.
-
-    Raises:
-        InputError, StorageError: as `open_checkpoint`.
-    """
-    folder = run_path(located(reference, tokenizer_only=True))
-    return fetched(folder / "hf" if is_run(folder) else folder, weights=False)
 
 
 def shipped_checkpoint() -> Path:

@@ -160,12 +160,6 @@ class RunCheckpoint(NamedTuple):
                 yield array[rows].read().result()
 
 
-def is_run(folder: str | os.PathLike) -> bool:
-    """Whether `folder` looks like a run."""
-    steps = run_path(folder) / "checkpoints"
-    return bool(storage.folders(str(steps))) if is_remote(steps) else steps.is_dir()
-
-
 def finished_steps(folder: str | os.PathLike) -> list[int]:
     """Steps that Orbax has committed, oldest first: by a rename on disk, by `commit_success.txt` in a bucket.
 

@@ -82,6 +82,12 @@ def run_path(folder: str | os.PathLike) -> epath.Path:
     return path
 
 
+def is_run(folder: str | os.PathLike) -> bool:
+    """Whether `folder` looks like a run."""
+    steps = run_path(folder) / "checkpoints"
+    return bool(storage.folders(str(steps))) if is_remote(steps) else steps.is_dir()
+
+
 def is_remote(path: PurePath) -> bool:
     """Whether `path` is in a bucket."""
     return storage.is_remote(str(path))
@@ -107,6 +113,16 @@ def fetched(folder: PurePath, weights: bool = True) -> Path:
         if weights or not name.endswith(".safetensors"):
             storage.download(storage.join(str(folder), name), local / name)
     return local
+
+
+def tokenizer_folder(reference: str | os.PathLike) -> Path:
+    """The local folder of the tokenizer of a model reference; of a model on the hub, only its tokenizer is downloaded.
+
+    Raises:
+        InputError, StorageError: as `load.open_checkpoint`.
+    """
+    folder = run_path(located(reference, tokenizer_only=True))
+    return fetched(folder / "hf" if is_run(folder) else folder, weights=False)
 
 
 def commit_of(folder: str | os.PathLike) -> str:

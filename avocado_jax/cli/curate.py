@@ -33,7 +33,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from avocado_jax.checkpoint.load import Checkpoint, identity, named_checkpoint, tokenizer_folder
+from avocado_jax.checkpoint.load import Checkpoint, identity, named_checkpoint
+from avocado_jax.checkpoint.references import tokenizer_folder
 from avocado_jax.curation.asking import Asker
 from avocado_jax.curation.estimate import expected
 from avocado_jax.curation.journal import Journal, open_journal

@@ -48,7 +48,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from avocado_jax.checkpoint.load import identity, named_checkpoint, open_language_model, tokenizer_folder
+from avocado_jax.checkpoint.load import identity, named_checkpoint, open_language_model
+from avocado_jax.checkpoint.references import tokenizer_folder
 from avocado_jax.data.manifest import prompt_fields
 from avocado_jax.data.reader import CLIP_SECONDS
 from avocado_jax.data.words import load_words

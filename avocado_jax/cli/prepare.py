@@ -18,7 +18,7 @@ from dataclasses import fields
 from types import FrameType
 from typing import NoReturn
 
-from avocado_jax.checkpoint.load import tokenizer_folder
+from avocado_jax.checkpoint.references import tokenizer_folder
 from avocado_jax.data.media import Reading, parse_reading
 from avocado_jax.data.prepare import Job, prepare
 from avocado_jax.data.storage import StorageError

@@ -28,7 +28,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from avocado_jax.checkpoint.load import tokenizer_folder
+from avocado_jax.checkpoint.references import tokenizer_folder
 from avocado_jax.data.words import Words, load_words
 from avocado_jax.errors import InputError
 from avocado_jax.eval.captioner import computing_dtype

@@ -2,7 +2,8 @@
 
 Everything runs inside one `shard_map` over the mesh in context: rows are divided over (data, fsdp), the vocabulary over
 `tensor`. The output matrix is gathered over `fsdp` once, in the compute dtype, and kept for the backward pass; its
-gradient is accumulated over the chunks in fp32 and reduce-scattered once.
+gradient is accumulated over the chunks in fp32 and reduce-scattered once. That happens a piece of the vocabulary at a
+time, so that a device never has the full gradient.
 """
 
 import math
@@ -18,7 +19,7 @@ from avocado_jax.parallel.mesh import ROWS, parts_of
 from avocado_jax.typing import Array, Bool, Captions, Float, Int
 
 LOGITS_BYTES = 256 * 2**20  # fp32 logits of one chunk on a device
-REDUCTIONS = 8  # parts in which the output matrix's gradient is reduced over devices
+PIECES = 8  # of the vocabulary: the output matrix's gradient is computed and reduced over devices piece by piece
 
 
 class Scores(NamedTuple):
@@ -149,18 +150,28 @@ def _backward(temperature: float, kept: tuple, gradient: Scores) -> tuple[Array,
     axes = _axes(head)
 
     def run(hidden: Array, targets: Array, lse: Array, gradient: Array, matrix: Array) -> tuple[Array, Array]:
-        def chunk(total: Array, part: tuple) -> tuple[Array, Array]:
-            hidden, targets, lse, gradient = part
-            scores, hit = _logits(hidden, targets, matrix, temperature, axes)
-            slope = (hit - jnp.exp(scores - lse[:, None])) * (gradient / temperature)[:, None]
-            slope = slope.astype(hidden.dtype)
-            fp32 = dict(preferred_element_type=jnp.float32)
-            to_hidden = jax.lax.psum(jnp.einsum("NV,VD->ND", slope, matrix, **fp32), axes.vocabulary)
-            return total + jnp.einsum("ND,NV->DV", hidden, slope, **fp32), to_hidden.astype(hidden.dtype)
+        fp32 = dict(preferred_element_type=jnp.float32)
+        pieces = matrix.reshape(math.gcd(len(matrix), PIECES), -1, matrix.shape[1])
+        parts, joined = _chunks((hidden, targets, lse, gradient), pieces[0])
 
-        parts, joined = _chunks((hidden, targets, lse, gradient), matrix)
-        to_head, to_hidden = jax.lax.scan(chunk, jnp.zeros(matrix.shape[::-1], jnp.float32), parts)
-        return joined(to_hidden), _reduced(to_head, axes)
+        def piece(to_hidden: Array, numbered: tuple) -> tuple[Array, Array]:
+            number, matrix = numbered
+
+            def chunk(total: Array, part: tuple) -> tuple[Array, Array]:
+                hidden, targets, lse, gradient = part
+                scores, hit = _logits(hidden, targets, matrix, temperature, axes, number, len(pieces))
+                slope = (hit - jnp.exp(scores - lse[:, None])) * (gradient / temperature)[:, None]
+                slope = slope.astype(hidden.dtype)
+                to_hidden = jnp.einsum("NV,VD->ND", slope, matrix, **fp32)
+                return total + jnp.einsum("ND,NV->DV", hidden, slope, **fp32), to_hidden
+
+            to_head, more = jax.lax.scan(chunk, jnp.zeros(matrix.shape[::-1], jnp.float32), parts)
+            return to_hidden + more, _reduced(to_head, axes)
+
+        start = jnp.zeros(parts[0].shape, jnp.float32)
+        to_hidden, to_head = jax.lax.scan(piece, start, (jnp.arange(len(pieces)), pieces))
+        to_hidden = jax.lax.psum(to_hidden, axes.vocabulary).astype(hidden.dtype)
+        return joined(to_hidden), to_head.reshape(len(matrix), -1)
 
     by_rows = axes.by_rows
     run = _sharded(run, axes, (by_rows, by_rows, by_rows, by_rows, axes.gathered), (by_rows, axes.stored))
@@ -172,30 +183,24 @@ _scores.defvjp(_forward, _backward)
 
 
 def _reduced(total: Array, axes: _Axes) -> Array:
-    """The sum over all rows of the output matrix's gradient [D V], as `axes.stored` [V D].
+    """The sum over all rows of a piece of the output matrix's gradient [D V], as `axes.stored` [V D].
 
     TPU compilers reduce-scatter along the leading axis only; along another axis, and over a whole slice, they compute
-    an all-reduce, whose result has full size. Hence the leading axis, and some tokens of the vocabulary at a time.
+    an all-reduce, whose result has full size. Hence the leading axis, and a piece of the vocabulary at a time.
     """
-    vocabulary = total.shape[1]
-    count = math.gcd(vocabulary, REDUCTIONS)
     rest = tuple(axis for axis in axes.rows if axis not in axes.width)
-
-    def piece(number: Array) -> Array:
-        size = vocabulary // count
-        part = jax.lax.dynamic_slice_in_dim(total, number * size, size, axis=1)
-        if axes.width:
-            part = jax.lax.psum_scatter(part, axes.width, scatter_dimension=0, tiled=True)
-        return jax.lax.psum(part, rest).T
-
-    return jax.lax.map(piece, jnp.arange(count)).reshape(vocabulary, -1) if axes.rows else total.T
+    if axes.width:
+        total = jax.lax.psum_scatter(total, axes.width, scatter_dimension=0, tiled=True)
+    return jax.lax.psum(total, rest).T
 
 
-def _logits(hidden: Array, targets: Array, matrix: Array, temperature: float, axes: _Axes) -> tuple[Array, Array]:
-    """This device's part of the fp32 logits of N tokens, [N V], and which of them are the targets'."""
+def _logits(
+    hidden: Array, targets: Array, matrix: Array, temperature: float, axes: _Axes, number: Array | int = 0, of: int = 1
+) -> tuple[Array, Array]:
+    """The fp32 logits of N tokens, [N V], of piece `number` `of` this device's part, and which are the targets'."""
     logits = jnp.einsum("ND,VD->NV", hidden, matrix, preferred_element_type=jnp.float32) / temperature
-    first = jax.lax.axis_index(axes.vocabulary) * len(matrix) if axes.vocabulary else 0
-    return logits, first + jnp.arange(len(matrix))[None] == targets[:, None]
+    first = jax.lax.axis_index(axes.vocabulary) * of + number if axes.vocabulary else number
+    return logits, first * len(matrix) + jnp.arange(len(matrix))[None] == targets[:, None]
 
 
 def _chunks(tokens: tuple, matrix: Array) -> tuple[tuple, Callable]:

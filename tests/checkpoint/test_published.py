@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torchvision_ops  # noqa: F401 (must come before transformers' models)
 from hub import hub_server
 from published import PUBLISHED, write_published
 from safetensors import safe_open
@@ -20,7 +21,7 @@ from avocado_jax.__main__ import main
 from avocado_jax.checkpoint.hf_config import stop_ids
 from avocado_jax.checkpoint.load import open_checkpoint
 from avocado_jax.config import DataConfig, SftConfig
-from avocado_jax.data.prompt import Habits
+from avocado_jax.data.prompt import Habits, special_id
 from avocado_jax.data.words import load_words
 from avocado_jax.train.run import open_folder, set_up
 
@@ -136,13 +137,11 @@ def test_caption_command_takes_the_published_form(tmp_path, monkeypatch, capsys)
             command = ["caption", str(clip), "--checkpoint", name, "--max-new-tokens", "2", "--json"]
             assert main([*command, "--prompt-file", str(tmp_path / "prompts.txt")]) == 0
             ids[name[:3]] = json.loads(capsys.readouterr().out)["prompt_ids"]
-    text = list(b"Why?")
-    start, end, line = 257, 258, [10]
-    assert ids["AVo"][-len([*text, end, *line, start, *b"assistant\n"]) :] == [
-        *text,
-        end,
-        *line,
-        start,
-        *b"assistant\n",
-    ]
-    assert ids["ORG"][: len([start, *b"user\n", *text])] == [start, *b"user\n", *text]
+    words = load_words(tmp_path / "hf")
+    start, end = (special_id(words, token) for token in ("<|im_start|>", "<|im_end|>"))
+    question, line, user, assistant = (
+        words.encode(text, add_special_tokens=False) for text in ("Why?", "\n", "user\n", "assistant\n")
+    )
+    last, first = [*question, end, *line, start, *assistant], [start, *user, *question]
+    assert ids["AVo"][-len(last) :] == last
+    assert ids["ORG"][: len(first)] == first

@@ -18,9 +18,9 @@ from safetensors.numpy import load_file, save_file
 from avocado_jax.__main__ import main
 from avocado_jax.checkpoint import references
 from avocado_jax.checkpoint.convert import begin_run, from_hf, to_hf
-from avocado_jax.checkpoint.load import identity, load_params, open_checkpoint, open_language_model, tokenizer_folder
+from avocado_jax.checkpoint.load import identity, load_params, open_checkpoint, open_language_model
 from avocado_jax.checkpoint.orbax import open_run
-from avocado_jax.checkpoint.references import located
+from avocado_jax.checkpoint.references import located, tokenizer_folder
 from avocado_jax.data import storage
 from avocado_jax.data.tokenizer import write_tokenizer
 from avocado_jax.errors import InputError
@@ -276,6 +276,7 @@ def test_token_is_sent_to_the_hub_only(hub, monkeypatch):
     assert all(request.token == TOKEN for request in hub.requests if "/resolve/" in request.path)
 
 
+@pytest.mark.slow
 def test_buckets(hub, published, tmp_path, monkeypatch):
     """From the hub to a run in a bucket, to Hugging Face format in a bucket, which is read by ranges."""
     theirs = load_params(open_checkpoint(NAME), "float32")

@@ -12,7 +12,7 @@ from avocado_jax.parallel.mesh import make_mesh
 from avocado_jax.train import losses
 from avocado_jax.typing import Captions
 
-B, G, C, D, V = 3, 2, 13, 8, 50
+B, G, C, D, V = 3, 2, 13, 8, 48
 
 
 @pytest.fixture
@@ -52,6 +52,8 @@ def test_whole_logits_never_exist(case, monkeypatch):
     assert f"[{B * G * 3},{V}]" in text
     assert f"[{B * G * C},{V}]" not in text
     assert f"[{B},{G},{C},{V}]" not in text
+    assert f"f32[{D},{V // losses.PIECES}]" in text  # nor the full gradient of the output matrix
+    assert f"f32[{D},{V}]" not in text
 
 
 def scores_of_whole_logits(hidden, head, targets, temperature):
