@@ -323,6 +323,7 @@ def flat(tree):
     return [(path, np.asarray(value)) for path, value in flatten_dict(tree).items()]
 
 
+@pytest.mark.slow
 def test_interrupted_conversion_to_a_bucket(published, tmp_path, monkeypatch):
     for name in ("modeling.py", "pytorch_model.bin", "consolidated.safetensors"):
         assert (published / name).is_file()
