@@ -115,6 +115,19 @@ def frame_rate(stream: av.VideoStream) -> float:
     return float(stream.average_rate or stream.base_rate or 25)
 
 
+def _demux(container: av.container.InputContainer) -> Iterator[av.Packet]:
+    """All packets. Behind the last one PyAV looks up every stream, and fails on a stream that appeared on the way."""
+    packets = container.demux()
+    while True:
+        try:
+            packet = next(packets, None)
+        except IndexError:
+            return
+        if packet is None:
+            return
+        yield packet
+
+
 class Clock:
     """Puts the packets of a container on one timeline.
 
@@ -132,7 +145,7 @@ class Clock:
         self, container: av.container.InputContainer, only: av.stream.Stream | None = None
     ) -> Iterator[av.Packet]:
         """All packets with content, or those of one stream, in file order, with continuous times."""
-        for packet in container.demux():
+        for packet in _demux(container):
             if packet.size:
                 if not self._fixed and packet.stream.type in ("video", "audio"):
                     self._shift(packet)

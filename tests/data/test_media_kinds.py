@@ -1,13 +1,16 @@
 """The reader on clips as people cut, join, record and damage them: frames, times, sound and verdicts."""
 
+import inspect
 import re
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import media_kinds
 import numpy as np
 import pytest
 
+from avocado_jax.data import container
 from avocado_jax.data.decode import read_media
 from avocado_jax.data.media import Reading
 from avocado_jax.errors import InputError
@@ -86,3 +89,13 @@ def test_odd_names_get_one_line(tmp_path: Path, name: str, reason: str):
         read_media(tmp_path / name, READING)
     assert reason in str(caught.value)
     assert str(caught.value).isprintable()
+
+
+def test_a_stream_that_appears_on_the_way():
+    """PyAV raises IndexError behind the last packet of such a file; no packet is lost."""
+
+    def demux():
+        yield from "abc"
+        raise IndexError("list index out of range")
+
+    assert list(inspect.unwrap(container._demux)(SimpleNamespace(demux=demux))) == ["a", "b", "c"]
