@@ -218,12 +218,12 @@ def between_keyframes(path: Path) -> Path:
 
 
 def mirrored(path: Path) -> Path:
-    """A display matrix that mirrors: stored with the dark half on the right, shown with it on the left."""
+    """A display matrix that mirrors: stored with a dark lower right quarter, shown with it on the left."""
     with av.open(str(path.with_suffix(".base.mp4")), "w") as out:
         video = out.add_stream("libx264", rate=RATE, options={"crf": "12"})
         video.width, video.height, video.pix_fmt = 96, 64, "yuv420p"
         image = np.full((64, 96, 3), 200, np.uint8)
-        image[:, 48:] = 20
+        image[32:, 48:] = 20
         for number in range(20):
             frame = av.VideoFrame.from_ndarray(image, format="rgb24")
             frame.pts = number
