@@ -88,7 +88,7 @@ def identity(checkpoint: Checkpoint) -> str:
     for path in progress(sorted(whole), "reading the checkpoint's identity"):
         with path.open("rb") as file:
             digest.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
-    if isinstance(checkpoint, HfCheckpoint) and is_remote(checkpoint.folder):  # the storage computes sums of its own
+    if isinstance(checkpoint, HfCheckpoint) and is_remote(checkpoint.folder):  # by the checksums of the service
         for path in sorted({tensor.file for tensor in checkpoint.tensors.values()}):
             digest.update(f"{path.name} {storage.fingerprint(str(path))}".encode())
     return digest.hexdigest()

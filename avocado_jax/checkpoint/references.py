@@ -31,7 +31,7 @@ INDEX = "model.safetensors.index.json"
 TOKENIZER = ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"]
 # Side files of a checkpoint. Modules and pickles are not among them: of these only spk_dict.pt is copied, never loaded.
 SIDE_FILES = ["*.json", "*.jinja", "merges.txt", "vocab.txt", "question.txt", "spk_dict.pt", "LICENSE*", "NOTICE*"]
-POOLING = "1_Pooling/config.json"  # of a sentence encoder: the only side file in a folder of its own
+POOLING = "1_Pooling/config.json"  # of a sentence encoder: the only side file in a subfolder
 DOWNLOADS = 4  # shards at a time
 
 

@@ -76,10 +76,10 @@ def run(args: argparse.Namespace) -> int:
     if args.prompt is not None and args.prompt_file:
         raise InputError("--prompt and --prompt-file exclude each other")
     if not args.clip_seconds > 0:
-        raise InputError(f"--clip-seconds is {args.clip_seconds:g}, more than 0 is asked for")
+        raise InputError(f"--clip-seconds: {args.clip_seconds:g} is not a positive number of seconds")
     prompts = read_prompts(args.prompt_file) if args.prompt_file else ()
     checkpoint, stack = named_checkpoint(args.checkpoint), ExitStack()
-    if not any(os.path.exists(clip) for clip in args.clips):  # told before a model is loaded
+    if not any(os.path.exists(clip) for clip in args.clips):  # before a model is loaded
         clips = [(clip, InputError(f"{printable(clip)}: no such file")) for clip in args.clips]
         captioner = None
     else:

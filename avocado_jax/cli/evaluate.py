@@ -125,7 +125,7 @@ def run(args: argparse.Namespace) -> int:
         if (value := getattr(args, name)) is not None and value < 1:
             raise InputError(f"--{name.replace('_', '-')} is {value}, at least 1 is asked for")
     if not args.clip_seconds > 0:
-        raise InputError(f"--clip-seconds is {args.clip_seconds:g}, more than 0 is asked for")
+        raise InputError(f"--clip-seconds: {args.clip_seconds:g} is not a positive number of seconds")
     if not 0 <= args.max_failed <= 1:
         raise InputError(f"--max-failed is {args.max_failed}, a share from 0 to 1 is asked for")
     try:

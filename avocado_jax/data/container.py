@@ -16,7 +16,7 @@ FORMATS = (
     "mov,mp4,matroska,webm,avi,asf,asf_o,flv,live_flv,mpegts,mpeg,mpegvideo,m4v,h261,h263,h264,hevc,vvc,av1,obu,ivf,"
     "vc1,vc1test,dirac,mjpeg,cavsvideo,avs2,avs3,ogg,nut,rm,mxf,mxf_opatom,gxf,wtv,dv,swf,gif,apng,yuv4mpegpipe,nsv,"
     "nuv,pva,roq,smk,bink,thp,film_cpk,4xm,ipmovie,rpl,ea,psxstr,xmv,viv,"
-    "wav,w64,mp3,flac,aac,aiff,au,caf,amr,amrnb,amrwb,ac3,eac3,dts,truehd,ape,wv,tta,tak,ape,mpc,mpc8,loas"
+    "wav,w64,mp3,flac,aac,aiff,au,caf,amr,amrnb,amrwb,ac3,eac3,dts,truehd,ape,wv,tta,tak,mpc,mpc8,loas"
 )
 MOST_PIXELS = 8192 * 8192  # of a frame: beyond 8K, and below what a decoder needs gigabytes for
 BACKWARD = 0.5  # seconds that decoding times may step back by before they count as restarted
@@ -266,7 +266,7 @@ def _lost(
     end: float,
     stated: float,
 ) -> float:
-    """The share of a clip that lies beyond the end of its file, by what its container states of its own bytes.
+    """The share of a clip that lies beyond the end of its file, from the sizes that its container states.
 
     mp4 lists every frame's place in the file; matroska, AVI and ASF state their size in bytes. Lengths in time mean
     different things in different files and are used only where bytes are missing or, in matroska, were not read.

@@ -70,7 +70,7 @@ def open_dataset(source: str) -> HubDataset:
 
 
 def quiet() -> None:
-    """Silence the client: a retry is no message of its own, and bars are for terminals."""
+    """Silence the client's messages on retries, and its progress bars where stderr is no terminal."""
     from huggingface_hub.utils import disable_progress_bars, logging
 
     logging.set_verbosity_error()

@@ -170,13 +170,13 @@ def _make_shard(job: Job, name: str, entries: list[Entry]) -> None:
             writer = ArrayRecordWriter(str(file), f"group_size:1,{'zstd' if job.features else 'uncompressed'}")
             for entry in entries:
                 try:
-                    record, index, told = _read(job, entry, reader)
+                    record, index, messages = _read(job, entry, reader)
                 except (InputError, TimeoutError) as error:
                     rejects.append(Reject(entry.line, entry.fields["id"], entry.video, str(error)))
                 else:
                     writer.write(record)
                     good.append(index)
-                    warnings += [f"line {entry.line} ({entry.fields['id']}): {warning}" for warning in told]
+                    warnings += [f"line {entry.line} ({entry.fields['id']}): {warning}" for warning in messages]
             writer.close()
         except RuntimeError as error:  # of the writer: a full disk above all
             raise storage.StorageError(f"{file}: {error}") from error

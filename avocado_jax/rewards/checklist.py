@@ -195,8 +195,8 @@ def lexical(
     shares = (
         shares.at[0, keypoints.index, each].add(keypoints.weight).at[1, keypoints.index, each].add(keypoints.telling)
     )
-    covered, told = jnp.matmul(held.astype(jnp.float32), shares, precision="highest")
-    wrong = jnp.sum(keypoints.telling, axis=-1)[None] - told
+    covered, telling = jnp.matmul(held.astype(jnp.float32), shares, precision="highest")
+    wrong = jnp.sum(keypoints.telling, axis=-1)[None] - telling
     answers = jnp.clip((covered * prose[:, None] - low) / (high - low), 0, 1) * (1 - WRONG * wrong)
     score = jnp.max(answers, axis=0)
     place = jnp.argmax(answers + covered > jnp.max(answers + covered, axis=0, keepdims=True) - 1e-6, axis=0)

@@ -213,6 +213,12 @@ def test_one_clip_that_fails_late_does_not_take_the_others(checkpoint, tmp_path,
     assert "caption" in second
 
 
+def test_a_clip_past_its_deadline_fails(checkpoint, tmp_path, capsys):
+    clip = str(GOOD["plain.mp4"](tmp_path / "plain.mp4"))
+    assert main(["caption", clip, "--checkpoint", str(checkpoint), "--clip-seconds", "1e-6", "--json"]) == 2
+    assert json.loads(capsys.readouterr().out)["error"] == f"{clip}: took longer than 1e-06 s"
+
+
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [

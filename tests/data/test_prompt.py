@@ -52,7 +52,7 @@ def media(frames: int = 4, samples: int | None = 40_000) -> Media:
 def reference(
     processor: Any, clip: Media, text: str, system: str | None = SYSTEM, media_first: bool = True
 ) -> dict[str, torch.Tensor]:
-    """The processor's ids. Its template inserts a system line of its own where none is given (`system` None)."""
+    """The processor's ids. Its template inserts a default system line if none is given (`system` None)."""
     parts = [{"type": "video", "video": "clip.mp4"}, {"type": "text", "text": text}]
     turns = [{"role": "user", "content": parts if media_first else parts[::-1]}]
     if system is not None:

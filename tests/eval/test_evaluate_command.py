@@ -217,6 +217,11 @@ def test_failed_clips_are_counted_listed_and_too_many_stop(world, made, checkpoi
     assert "failed" not in evaluate(capsys, world, "--checkpoint", checkpoint)[0]  # it is tried again
 
 
+def test_a_clip_past_its_deadline_fails(world, checkpoint, capsys):
+    _, said = evaluate(capsys, world, "--checkpoint", checkpoint, "--clip-seconds", "1e-6", status=1)
+    assert "took longer than 1e-06 s" in said
+
+
 def test_captions_made_elsewhere(world, checkpoint, capsys, tmp_path):
     records = [json.loads(line) for line in (world / "clips.jsonl").read_text().splitlines()]
     file = tmp_path / "captions.jsonl"

@@ -65,7 +65,7 @@ def cloud(tmp_path, monkeypatch):
         processes = False
 
         def __call__(self, script, words):
-            monkeypatch.setenv("AVOCADO_LAUNCH", f"launch-{next(LAUNCHES)}")  # each start has a name of its own
+            monkeypatch.setenv("AVOCADO_LAUNCH", f"launch-{next(LAUNCHES)}")  # each start has a unique name
             monkeypatch.setattr(sys, "argv", [script, *shlex.split(words)])
             module = importlib.import_module(script)
             return commands.main(module.parser(), module.verbs)
