@@ -191,8 +191,8 @@ def _write_beside(checkpoint: Checkpoint, folder: str, reading: Mapping[str, Any
         for path in copied_files(checkpoint.side_files):
             shutil.copyfile(path, scratch / "hf" / path.name)
         stated = scratch / "hf" / "reading.json"
-        held = (read_json(stated) if stated.is_file() else {}) | dict(reading)
-        written = {"source.json": source, "hf/reading.json": held, "lora.json": asdict(lora) if lora else {}}
+        stored = (read_json(stated) if stated.is_file() else {}) | dict(reading)
+        written = {"source.json": source, "hf/reading.json": stored, "lora.json": asdict(lora) if lora else {}}
         for name, value in written.items():
             if value:
                 (scratch / name).write_text(json.dumps(value) + "\n")
