@@ -6,7 +6,7 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import jax
 from jax._src import distributed
@@ -42,37 +42,45 @@ def init_distributed(
     """
     several = not (coordinator is None and processes is None and process is None)
     # Before and between steps there is nothing to save: SIGTERM exits at once, also inside a C++ call.
-    restore = on_signal((signal.SIGTERM,), lambda _: os._exit(75))
-    if several:
-        _initialize(coordinator, processes, process, timeouts)
-        restore()  # jax has replaced the handler
-        restore = on_signal((signal.SIGTERM,), lambda _: os._exit(75))
-    watch = liveness.start(
-        timeouts.heartbeat,
-        timeouts.step,
-        distributed.global_state.client,
-        distributed.global_state.process_id,
-        distributed.global_state.num_processes,
-    )
-    try:
-        if devices is not None and jax.device_count() != devices:
-            raise InputError(f"--devices {devices}: {jax.process_count()} processes have {jax.device_count()} together")
-        yield
-    except Exception as error:
-        if not several or jax.process_count() == 1:
+    with ExitStack() as cleanup:
+        cleanup.callback(on_signal((signal.SIGTERM,), lambda _: os._exit(75)))
+        if several:
+            _initialize(coordinator, processes, process, timeouts)
+            cleanup.close()  # jax has replaced the handler
+            cleanup.callback(on_signal((signal.SIGTERM,), lambda _: os._exit(75)))
+        watch = liveness.start(
+            timeouts.heartbeat,
+            timeouts.step,
+            distributed.global_state.client,
+            distributed.global_state.process_id,
+            distributed.global_state.num_processes,
+        )
+        cleanup.callback(watch.close)
+        try:
+            if devices is not None and jax.device_count() != devices:
+                together = f"{jax.process_count()} processes have {jax.device_count()} together"
+                raise InputError(f"--devices {devices}: {together}")
+            yield
+        except Exception as error:
+            if several and jax.process_count() > 1:
+                _exit_before_the_others(error, watch, 2 * timeouts.heartbeat)
             raise
-        # An error of the runtime may follow from a lost process; then a retry helps, whatever its status code.
-        if runtime_code(error) not in (None, "RESOURCE_EXHAUSTED"):
-            print(f"{error}\nchecking whether a host was lost", file=sys.stderr, flush=True)
-            if lost := watch.lost_peers(2 * timeouts.heartbeat):
-                _exit_soon(1)
-                reason = str(error).splitlines()[0]
-                raise ConnectionError(f"lost {', '.join(lost)}; {reason}") from error
-        _exit_soon(exit_status(error))
-        raise
-    finally:
-        watch.close()
-        restore()
+
+
+def _exit_before_the_others(error: Exception, watch: liveness.Liveness, patience: float) -> None:
+    """Exit soon with the status of `error`: the other processes may wait for this one in the middle of a step.
+
+    Raises:
+        ConnectionError: `error` follows from the loss of another process.
+    """
+    # An error of the runtime may follow from a lost process; then a retry helps, whatever its status code.
+    if runtime_code(error) not in (None, "RESOURCE_EXHAUSTED"):
+        print(f"{error}\nchecking whether a host was lost", file=sys.stderr, flush=True)
+        if lost := watch.lost_peers(patience):
+            _exit_soon(1)
+            reason = str(error).splitlines()[0]
+            raise ConnectionError(f"lost {', '.join(lost)}; {reason}") from error
+    _exit_soon(exit_status(error))
 
 
 def _exit_soon(status: int) -> None:

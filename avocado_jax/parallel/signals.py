@@ -21,6 +21,7 @@ def on_signal(numbers: tuple[int, ...], handle: Callable[[int], None]) -> Callab
         while received := os.read(reading, 1):
             if received[0] in numbers:
                 handle(received[0])
+        os.close(reading)
 
     def restore() -> None:
         signal.set_wakeup_fd(descriptor)

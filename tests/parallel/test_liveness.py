@@ -1,5 +1,6 @@
 """Which host is named when a job makes no progress, and what counts as progress."""
 
+import signal
 import time
 
 import jax
@@ -146,3 +147,22 @@ def test_an_error_that_follows_from_a_lost_host_can_be_retried(monkeypatch, erro
     with pytest.raises(kind), processes.init_distributed("h:1", 2, 0, None, TimeoutConfig(step=0)):
         raise error
     assert left == [status]
+
+
+@pytest.mark.parametrize("failing", ["_initialize", "liveness.start"])
+def test_a_failed_start_restores_the_signal_handlers(monkeypatch, failing):
+    """Otherwise a later SIGTERM ends this process with 75."""
+
+    def fail(*_):
+        raise OSError("a port in use")
+
+    monkeypatch.setattr(processes, "_initialize", lambda *_: None)
+    monkeypatch.setattr(f"avocado_jax.parallel.processes.{failing}", fail)
+    handler, descriptor = signal.getsignal(signal.SIGTERM), signal.set_wakeup_fd(-1)
+    signal.set_wakeup_fd(descriptor)
+    with (
+        pytest.raises(OSError, match="in use"),
+        processes.init_distributed("h:1", 2, 0, None, TimeoutConfig(step=0)),
+    ):
+        pass
+    assert (signal.getsignal(signal.SIGTERM), signal.set_wakeup_fd(descriptor)) == (handler, descriptor)

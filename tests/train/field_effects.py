@@ -1,6 +1,5 @@
 """Where the fields of a config show in the calls of a run (started_run.py): each function gives the values found."""
 
-import signal
 from contextlib import suppress
 from dataclasses import replace
 from operator import attrgetter
@@ -109,7 +108,7 @@ def timeouts(field):
         raise Stop(*args)
 
     def consumed(calls):
-        given, before = calls.init_distributed[0].timeouts, signal.getsignal(signal.SIGTERM)
+        given = calls.init_distributed[0].timeouts
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(processes, "deadline", stop)
             patch.setattr(processes.liveness, "start", stop)
@@ -121,8 +120,6 @@ def timeouts(field):
                     pass
             except Stop as stopped:
                 return [stopped.args[{"start": 0, "heartbeat": 0, "step": 1}[field]]]
-            finally:
-                signal.signal(signal.SIGTERM, before)
 
     return consumed
 
