@@ -1,7 +1,8 @@
-"""Turn raw videos into a training manifest: captions, keypoints and dialogues by models that see, hear and write.
+"""Make a training manifest from raw videos, or from captions: captions, keypoints and dialogues by an endpoint.
 
   avocado curate videos/ --out curated --url https://HOST/v1 --model M --dry-run
   avocado curate videos/ --out curated --url https://HOST/v1 --model M --budget-tokens 2000000
+  avocado curate --from-captions captions.jsonl --out references --url https://HOST/v1 --model M
   avocado prepare curated/manifest.jsonl gs://bucket/shards
 
 VIDEOS are files, or folders that are searched for them. Each goes through these stages, and is left out at the first
@@ -15,6 +16,10 @@ that it does not pass:
   length        tokens, --fewest-tokens to --most-tokens          repetition    no caption falls into repetition
   completeness  1 to 5 by comparison with the captions before fusion, kept from 4
   keypoints     atomic facts in five dimensions, each once        dialogues     lines as the caption quotes them
+
+With --from-captions, the captions are those of a manifest (the lines of `avocado prepare`, or ms-swift `messages`), and
+only length, repetition, keypoints and dialogues are run, for the lines that lack keypoints or dialogues: lines for SFT
+become lines for GRPO. All other fields stay. M need only read and write.
 
 The endpoint speaks the OpenAI chat protocol, and M takes images and sound; with --checkpoint a thinker at hand writes
 the captions of picture and sound, and M need only read and write. The key comes from the environment.
@@ -30,17 +35,19 @@ import json
 import math
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from avocado_jax.checkpoint.load import Checkpoint, identity, named_checkpoint
 from avocado_jax.checkpoint.references import tokenizer_folder
 from avocado_jax.curation.asking import Asker
-from avocado_jax.curation.estimate import expected
+from avocado_jax.curation.captions import add_references, read_captions
+from avocado_jax.curation.estimate import expected, expected_references
 from avocado_jax.curation.journal import Journal, open_journal
 from avocado_jax.curation.local import local_captions
 from avocado_jax.curation.pipeline import Captions, Settings
-from avocado_jax.curation.run import clips_of, curate, write_outcome
+from avocado_jax.curation.run import clips_of, curate, curate_clips, write_outcome
 from avocado_jax.data.media import Reading, load_reading
 from avocado_jax.data.words import load_words
 from avocado_jax.errors import InputError
@@ -54,7 +61,8 @@ SILENCE = 8  # questions in a row without an answer that end a run, or as many a
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command."""
     add = parser.add_argument
-    add("videos", nargs="+", type=Path, metavar="VIDEO", help="files, or folders of them")
+    add("videos", nargs="*", type=Path, metavar="VIDEO", help="files, or folders of them")
+    add("--from-captions", type=Path, metavar="FILE", help="a manifest whose captions get keypoints and dialogues")
     add("--out", required=True, type=Path, metavar="DIR", help="folder to write")
     add("--url", required=True, metavar="URL", help="of an OpenAI-compatible API: https://HOST/v1")
     add("--model", required=True, metavar="M", help="its name at the endpoint")
@@ -82,22 +90,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Curate, write, print. Returns the exit status."""
     check(args)
-    clips = clips_of(args.videos)
+    captions, bad_lines = read_captions(args.from_captions) if args.from_captions else ([], [])
+    clips = captions or clips_of(args.videos)
     checkpoint = named_checkpoint(args.checkpoint) if args.checkpoint else None
     tokenizer = load_words(tokenizer_folder(args.tokenizer)) if args.tokenizer else None
     settings = Settings(reading_of(args, checkpoint), args.fewest_tokens, args.most_tokens, tokenizer)
     options = request_options(args)
     if args.dry_run:
-        tell(expected(clips, settings, args.answer_tokens, bool(checkpoint)), args.json)
+        if args.from_captions:
+            tell(expected_references(captions, settings, args.answer_tokens), args.json)
+        else:
+            tell(expected(clips, settings, args.answer_tokens, bool(checkpoint)), args.json)
         return 0
     with open_journal(args.out / "answers.jsonl") as journal, ChatClient(endpoint(args, journal, options)) as client:
         asker = Asker(client, journal, 60 / args.per_minute, max(SILENCE, args.concurrency))
-        done = curate(asker, clips, settings, local(args, checkpoint, journal), args.concurrency)
-    write_outcome(args.out, clips, done)
+        if args.from_captions:
+            done = curate(asker, captions, partial(add_references, asker, settings), args.concurrency)
+        else:
+            done = curate_clips(asker, clips, settings, local(args, checkpoint, journal), args.concurrency)
+    write_outcome(args.out, clips, done, bad_lines)
     left = len(clips) - len(done.lines) - len(done.rejects)
     if asker.why:
         print(f"avocado curate: stopped: {asker.why}; what is done is kept, run it again to go on", file=sys.stderr)
     counts = {"clips": len(clips), "kept": len(done.lines), "rejected": done.stages()}
+    counts |= {"bad_lines": len(bad_lines)} if args.from_captions else {}
     tell(counts | {"unanswered": done.unanswered(), "left": left} | asker.spent(), args.json)
     if asker.exhausted:
         return 3
@@ -113,6 +129,12 @@ def check(args: argparse.Namespace) -> None:
         if value is not None and not (value > 0 if name in above else value >= least.get(name, 0)):
             asked = "more than 0" if name in above else f"at least {least.get(name, 0)}"
             raise InputError(f"--{name.replace('_', '-')} is {value}, {asked} is asked for")
+    if bool(args.videos) == bool(args.from_captions):
+        raise InputError("either videos or --from-captions FILE must be given")
+    if args.from_captions and args.from_captions.resolve() == (args.out / "manifest.jsonl").resolve():
+        raise InputError(f"{args.from_captions} would be overwritten; name another folder with --out")
+    if args.from_captions and args.checkpoint:
+        raise InputError("--checkpoint captions videos; --from-captions has captions")
     if args.out.exists() and not args.out.is_dir():
         raise InputError(f"--out {args.out} is not a folder")
     if args.dtype and not args.checkpoint:

@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from avocado_jax.curation.asking import TRIES, prompt
+from avocado_jax.curation.captions import Captioned
 from avocado_jax.curation.content import text_part
 from avocado_jax.curation.pipeline import BYTES, Settings
 from avocado_jax.curation.run import Clip
@@ -52,24 +53,49 @@ def expected(clips: Sequence[Clip], settings: Settings, limit: int, local: bool)
             for stage in ANSWERS:
                 if (local and stage in ("visual", "audio")) or (stage in OF_SOUND and not probe.sound):
                     continue
-                total["calls"] += 1
-                total["calls_at_most"] += TRIES
-                total["tokens"] += _tokens(stage, probe, ANSWERS, ANSWERS[stage])
-                most = _tokens(stage, probe, dict.fromkeys(ANSWERS, settings.most), limit)
-                total["tokens_at_most"] += (
-                    TRIES * most + TRIES * (TRIES - 1) // 2 * limit
-                )  # bad answers are shown again
+                _add(total, stage, probe, ANSWERS, dict.fromkeys(ANSWERS, settings.most), limit)
     return dict(total)
 
 
-def _tokens(stage: str, probe: Probe, lengths: Mapping[str, int], answer: int) -> int:
-    """Of one call, by the client's own reckoning."""
+def expected_references(captions: Sequence[Captioned], settings: Settings, limit: int) -> dict[str, int]:
+    """The same for the references that captions lack.
+
+    Args:
+        limit: tokens of an answer.
+    """
+    total = Counter(captions=len(captions), complete=0, calls=0, tokens=0, calls_at_most=0, tokens_at_most=0)
+    for line in captions:
+        total["complete"] += not line.missing()
+        for stage in line.missing():
+            length = {"fusion": settings.tokens(line.fields["caption"])}
+            _add(total, stage, None, length, length, limit)
+    return dict(total)
+
+
+def _add(
+    total: Counter[str],
+    stage: str,
+    probe: Probe | None,
+    lengths: Mapping[str, int],
+    longest: Mapping[str, int],
+    limit: int,
+) -> None:
+    """Count a question: one call with captions of these lengths, or `TRIES` calls with the longest ones."""
+    total["calls"] += 1
+    total["calls_at_most"] += TRIES
+    total["tokens"] += _tokens(stage, probe, lengths, ANSWERS[stage])
+    most = _tokens(stage, probe, longest, limit)
+    total["tokens_at_most"] += TRIES * most + TRIES * (TRIES - 1) // 2 * limit  # bad answers are sent again
+
+
+def _tokens(stage: str, probe: Probe | None, lengths: Mapping[str, int], answer: int) -> int:
+    """Tokens of one call, by the client's own estimate. `probe` is that of the clip, for picture and sound."""
     sound = 0
-    if stage == "visual":
+    if stage == "visual" and probe:
         parts: list[dict[str, Any]] = [text_part(" " * 32), *[text_part("0.00 s"), PICTURE] * probe.frames]
     else:
         parts = [text_part(" " * (BYTES * sum(lengths[name] for name in READS.get(stage, ())) + 32))]
-    if stage == "audio":
+    if stage == "audio" and probe:
         sound = int(probe.seconds * 16_000 * 2 * 4 / 3) // AUDIO_BYTES + 8
     messages = [{"role": "system", "content": prompt(stage)}, {"role": "user", "content": parts}]
     return estimate({"messages": messages, "max_tokens": answer}) + sound

@@ -117,17 +117,14 @@ async def curate_clip(asker: Asker, source: Source, settings: Settings, local: C
     within(settings, joined([*visual, *audio]), "the visual and the audio caption", most_only=True)
     caption = await fused(asker, source.name, visual, audio) if audio else joined(visual)
     within(settings, caption, "the fused caption")
-    ask = partial(asker.ask, source.name)
     if audio:  # else nothing could be lost
-        score = await ask(question("completeness", both(visual, audio) | {"fused": caption}, Completeness, read_score))
+        held = both(visual, audio) | {"fused": caption}
+        score = await asker.ask(source.name, question("completeness", held, Completeness, read_score))
         if score < COMPLETE:
             raise Rejected("completeness", f"completeness {score} of 5, {COMPLETE} is the least")
-    held = {"caption": caption}
-    keypoints = await ask(question("keypoints", held, Keypoints, partial(read_keypoints, caption=caption)))
-    dialogues: list[dict[str, str]] = []
-    if audio:
-        dialogues = await ask(question("dialogues", held, Dialogues, partial(read_dialogues, caption=caption)))
-    return held | {"dialogues": dialogues, "keypoints": keypoints}
+    keypoints = await keypoints_of(asker, source.name, caption)
+    dialogues = await dialogues_of(asker, source.name, caption) if audio else []
+    return {"caption": caption, "dialogues": dialogues, "keypoints": keypoints}
 
 
 async def seen_and_heard(asker: Asker, source: Source) -> tuple[list[Sentence], list[Sentence]]:
@@ -147,6 +144,18 @@ async def fused(asker: Asker, name: str, visual: Sequence[Sentence], audio: Sequ
     """Both captions as one, in the order of time, with every sentence of both."""
     read = partial(read_fused, visual=visual, audio=audio)
     return await asker.ask(name, question("fusion", both(visual, audio), FusedCaption, read))
+
+
+async def keypoints_of(asker: Asker, name: str, caption: str) -> list[dict[str, str]]:
+    """The atomic facts of a caption, each once. Raises as `Asker.ask`."""
+    read = partial(read_keypoints, caption=caption)
+    return await asker.ask(name, question("keypoints", {"caption": caption}, Keypoints, read))
+
+
+async def dialogues_of(asker: Asker, name: str, caption: str) -> list[dict[str, str]]:
+    """The lines of dialogue of a caption, as it quotes them. Raises as `Asker.ask`."""
+    read = partial(read_dialogues, caption=caption)
+    return await asker.ask(name, question("dialogues", {"caption": caption}, Dialogues, read))
 
 
 def both(visual: Sequence[Sentence], audio: Sequence[Sentence]) -> dict[str, Any]:

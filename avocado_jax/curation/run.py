@@ -3,12 +3,13 @@
 import json
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, TypeVar
 
 from avocado_jax.curation.asking import Asker, Rejected, Stopped, Unanswered
+from avocado_jax.curation.captions import Captioned
 from avocado_jax.curation.pipeline import Captions, Settings, Source, curate_clip
 from avocado_jax.data import storage
 from avocado_jax.data.reader import ClipReader
@@ -24,6 +25,14 @@ class Clip:
 
     id: str
     path: Path
+    fields: ClassVar[dict[str, Any]] = {}  # of its manifest line that are known before
+
+    def video(self, out: Path) -> str:
+        """The video as a manifest in `out` names it."""
+        return os.path.relpath(self.path.resolve(), out.resolve())
+
+
+Item = TypeVar("Item", Clip, Captioned)
 
 
 @dataclass
@@ -31,7 +40,7 @@ class Curated:
     """What became of the clips.
 
     Attributes:
-        lines: of the manifest, by clip.
+        lines: fields that were made, by clip.
         rejects: {"stage", "reason", "final"} by clip; what is not final may do better in another run.
     """
 
@@ -76,52 +85,67 @@ def clips_of(given: Sequence[Path]) -> list[Clip]:
     return [Clip(path.stem if stems[path.stem] == 1 else path.as_posix(), path) for path in paths]
 
 
-def curate(asker: Asker, clips: Sequence[Clip], settings: Settings, local: Captions | None, at_once: int) -> Curated:
-    """Take clips through all stages, `at_once` at a time, until all are done or `asker.why` says why not.
+def curate_clips(
+    asker: Asker, clips: Sequence[Clip], settings: Settings, local: Captions | None, at_once: int
+) -> Curated:
+    """Take clips through all stages, `at_once` at a time. Ends and raises as `curate`."""
+    with ClipReader(min(at_once, len(os.sched_getaffinity(0)))) as reader:
+
+        async def one(clip: Clip) -> dict[str, Any]:
+            return await curate_clip(asker, Source(clip.id, clip.path, settings.reading, reader), settings, local)
+
+        return curate(asker, clips, one, at_once)
+
+
+def curate(
+    asker: Asker, items: Sequence[Item], work: Callable[[Item], Awaitable[dict[str, Any]]], at_once: int
+) -> Curated:
+    """Run `work` on all items, `at_once` at a time, until all are done or `asker.why` says why not.
+
+    Args:
+        work: makes fields of the item's manifest line; raises Rejected, Unanswered or Stopped.
 
     Raises:
         InputError: the endpoint has never answered, and refuses for a reason that is the caller's.
     """
-    done, reader = Curated(), ClipReader(min(at_once, len(os.sched_getaffinity(0))))
+    done = Curated()
 
-    async def one(clip: Clip) -> None:
+    async def one(item: Item) -> None:
         try:
-            done.lines[clip.id] = await curate_clip(
-                asker, Source(clip.id, clip.path, settings.reading, reader), settings, local
-            )
+            done.lines[item.id] = await work(item)
         except (Rejected, Unanswered) as error:
             final = isinstance(error, Rejected)
-            done.rejects[clip.id] = {"stage": error.stage, "reason": str(error), "final": final}
+            done.rejects[item.id] = {"stage": error.stage, "reason": str(error), "final": final}
         except Stopped:
             pass
 
     def works() -> Iterator[Any]:
-        for clip in clips:
+        for item in items:
             if asker.why:
                 return
-            yield one(clip)
+            yield one(item)
 
-    with reader:
-        for _ in progress(asker.client.each(works(), at_once), "curate: clips", len(clips)):
-            pass
+    for _ in progress(asker.client.each(works(), at_once), "curate: clips", len(items)):
+        pass
     asker.note_spent()
     return done
 
 
-def write_outcome(out: Path, clips: Sequence[Clip], done: Curated) -> None:
-    """Write manifest.jsonl and rejects.jsonl, in the order of the clips; videos as seen from the folder."""
-    lines, rejects = [], []
-    for clip in clips:
-        video = relative(clip.path, out)
-        if clip.id in done.lines:
-            lines.append({"id": clip.id, "video": video} | done.lines[clip.id])
-        elif clip.id in done.rejects:
-            rejects.append({"id": clip.id, "video": video} | done.rejects[clip.id])
+def write_outcome(
+    out: Path, items: Sequence[Clip | Captioned], done: Curated, bad_lines: Sequence[dict[str, Any]] = ()
+) -> None:
+    """Write manifest.jsonl and rejects.jsonl, in the order of the items; videos as seen from the folder.
+
+    Args:
+        bad_lines: more rejects.
+    """
+    lines, rejects = [], list(bad_lines)
+    for item in items:
+        named = {"id": item.id, "video": item.video(out)}
+        if item.id in done.lines:
+            lines.append(named | item.fields | done.lines[item.id])
+        elif item.id in done.rejects:
+            rejects.append(named | done.rejects[item.id])
     for name, held in (("manifest.jsonl", lines), ("rejects.jsonl", rejects)):
         text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in held)
         storage.write(str(out / name), text.encode(errors="backslashreplace"))
-
-
-def relative(path: Path, folder: Path) -> str:
-    """A path as seen from a folder, whose links are followed."""
-    return os.path.relpath(path.resolve(), folder.resolve())

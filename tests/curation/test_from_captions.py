@@ -1,0 +1,236 @@
+"""`curate --from-captions` against a real server: captions of a manifest get the references that GRPO needs."""
+
+import json
+import re
+import shutil
+
+import pytest
+from chat import chat_server
+from teller import stage_of
+
+from avocado_jax.__main__ import main
+from avocado_jax.data.manifest import parse_manifest
+from avocado_jax.remote import chat as module
+
+SAID = 'A dog number {0} sits on a red chair. A man says "Good day, number {0}." The dog number {0} barks twice.'
+CAPTIONS = [SAID.format(number) for number in range(4)]
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch):
+    monkeypatch.setattr(module, "FIRST_PAUSE", 0.05)
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+
+
+def keypoints(caption):
+    """What an honest model makes of a caption."""
+    return [{"text": text, "dimension": "dynamic"} for text in re.findall(r"The dog[^.]*\.|A dog[^.]*\.", caption)]
+
+
+def dialogues(caption):
+    return [{"speaker": "a man", "text": text} for text in re.findall('"([^"]*)"', caption)]
+
+
+def honest(number, request):
+    stage, caption = stage_of(request), json.loads(request["messages"][1]["content"])["caption"]
+    return json.dumps({stage: {"keypoints": keypoints, "dialogues": dialogues}[stage](caption)})
+
+
+def write_manifest(folder, lines):
+    folder.mkdir(exist_ok=True)
+    path = folder / "captions.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+@pytest.fixture
+def manifest(tmp_path):
+    """Four lines without references: one of the set's own format, one with more fields, two plain ones."""
+    user = {"role": "user", "content": "<video>What happens?"}
+    swift = {"messages": [user, {"role": "assistant", "content": CAPTIONS[0]}], "videos": ["videos/a.mp4"]}
+    more = {"prompt": "Tell.", "system": "", "media_first": False, "references": ["A dog."]}
+    lines = [swift, {"id": "b", "video": "clips/b.mp4", "caption": CAPTIONS[1]} | more]
+    lines += [{"id": name, "video": f"gs://b/{name}.mp4", "caption": CAPTIONS[at]} for at, name in ((2, "c"), (3, "d"))]
+    path = write_manifest(tmp_path / "set", lines)
+    (tmp_path / "set" / "clips").mkdir()
+    (tmp_path / "set" / "clips" / "b.mp4").write_bytes(b"it is named, not read")
+    return path
+
+
+def curate(capsys, manifest, out, url, *more):
+    """Exit status, the counts, lines of the manifest and the rejects by id, and stderr."""
+    given = ["--out", str(out), "--url", url, "--model", "m", "--patience", "60", "--json", *more]
+    status = main(["curate", "--from-captions", str(manifest), *given])
+    said = capsys.readouterr()
+    written = [
+        {line["id"]: line for line in map(json.loads, (out / name).read_text().splitlines())}
+        if (out / name).exists()
+        else {}
+        for name in ("manifest.jsonl", "rejects.jsonl")
+    ]
+    return status, json.loads(said.out) if said.out else None, *written, said.err
+
+
+def check_rows(lines, names):
+    """The manifest has these lines, each with the references of its caption."""
+    assert list(lines) == names
+    entries, bad = parse_manifest("".join(json.dumps(line) + "\n" for line in lines.values()).encode())
+    assert (len(entries), bad) == (len(names), [])
+    for entry in entries:
+        assert entry.fields["keypoints"] == keypoints(entry.fields["caption"])
+        assert entry.fields["dialogues"] == dialogues(entry.fields["caption"])
+
+
+NAMES = ["videos/a.mp4#1", "b", "c", "d"]
+
+
+def test_captions_become_rows_for_grpo(manifest, tmp_path, capsys):
+    """Every field stays; a file beside the manifest is named as seen from the new one, other names stay."""
+    out = tmp_path / "other" / "out"
+    with chat_server(honest) as server:
+        status, counts, lines, rejects, _ = curate(capsys, manifest, out, server.url)
+        assert (status, rejects, counts["kept"], counts["calls"], len(server.requests)) == (0, {}, 4, 8, 8)
+        assert curate(capsys, manifest, out, server.url)[:3] == (0, counts, lines)
+        assert len(server.requests) == 8
+    check_rows(lines, NAMES)
+    assert [line["video"] for line in lines.values()] == [
+        "videos/a.mp4",
+        "../../set/clips/b.mp4",
+        "gs://b/c.mp4",
+        "gs://b/d.mp4",
+    ]
+    assert lines["videos/a.mp4#1"]["prompt"] == "What happens?"
+    more = {name: lines["b"][name] for name in ("prompt", "system", "media_first", "references")}
+    assert more == {"prompt": "Tell.", "system": "", "media_first": False, "references": ["A dog."]}
+
+
+def test_lines_that_have_references_cost_nothing(tmp_path, capsys):
+    point = {"text": "A dog sits.", "dimension": "static"}
+    lines = [
+        {"id": "both", "video": "v", "caption": "Short.", "keypoints": [point], "dialogues": []},
+        {"id": "points", "video": "v", "caption": CAPTIONS[0], "keypoints": [point]},
+        {"id": "lines", "video": "v", "caption": CAPTIONS[1], "keypoints": [], "dialogues": []},
+    ]
+    manifest = write_manifest(tmp_path, lines)
+    with chat_server(honest) as server:
+        status, counts, written, rejects, _ = curate(capsys, manifest, tmp_path / "out", server.url)
+    assert (status, counts["calls"], rejects) == (0, 2, {})
+    assert written["both"] == lines[0]
+    assert written["points"] == lines[1] | {"dialogues": dialogues(CAPTIONS[0])}
+    assert written["lines"] == lines[2] | {"keypoints": keypoints(CAPTIONS[1])}
+
+
+def test_a_run_that_was_killed_asks_nothing_twice(manifest, tmp_path, capsys):
+    """What kill -9 leaves of the journal at the sixth question: five answers and a part of a line."""
+    killed = tmp_path / "killed"
+
+    def spy(number, request):
+        if number == 5:
+            killed.mkdir()
+            shutil.copy(tmp_path / "out" / "answers.jsonl", killed)
+            with (killed / "answers.jsonl").open("ab") as file:
+                file.write(b'{"key": "half a li')
+        return honest(number, request)
+
+    with chat_server(spy) as server:
+        curate(capsys, manifest, tmp_path / "out", server.url, "--concurrency", "1")
+    with chat_server(honest) as server:
+        status, counts, lines, _, _ = curate(capsys, manifest, killed, server.url)
+        assert (status, counts["calls"], len(server.requests)) == (0, 8, 3)
+    check_rows(lines, NAMES)
+
+
+def test_wrong_answers_are_asked_again_and_then_listed(manifest, tmp_path, capsys):
+    """One caption's first answer invents a fact, another's answers always invent a line."""
+
+    def liar(number, request):
+        caption, stage = json.loads(request["messages"][1]["content"])["caption"], stage_of(request)
+        if (caption, stage, len(request["messages"])) == (CAPTIONS[1], "keypoints", 2):
+            return json.dumps({"keypoints": [{"text": "Two cats sleep below an umbrella.", "dimension": "static"}]})
+        if (caption, stage) == (CAPTIONS[2], "dialogues"):
+            return json.dumps({"dialogues": [{"speaker": "the dog", "text": "Who are you?"}]})
+        return honest(number, request)
+
+    with chat_server(liar) as server:
+        status, counts, lines, rejects, _ = curate(capsys, manifest, tmp_path / "out", server.url)
+    assert (status, counts["calls"], counts["rejected"]) == (0, 8 + 1 + 2, {"dialogues": 1})
+    check_rows(lines, ["videos/a.mp4#1", "b", "d"])
+    assert rejects["c"]["video"] == "gs://b/c.mp4"
+    assert "does not hold" in rejects["c"]["reason"]
+    again = [request["messages"][3]["content"] for request in server.requests if len(request["messages"]) == 4]
+    assert any("the caption does not state: «Two cats" in words for words in again)
+
+
+def test_the_budget_holds_over_all_runs(manifest, tmp_path, capsys):
+    out = tmp_path / "out"
+    with chat_server(honest) as server:
+        for _ in range(2):
+            budget = ["--budget-calls", "5", "--concurrency", "1"]
+            status, counts, lines, _, said = curate(capsys, manifest, out, server.url, *budget)
+            assert (status, len(server.requests), counts["calls"], counts["left"]) == (3, 5, 5, 2)
+            assert "the budget would be exceeded" in said
+            check_rows(lines, NAMES[:2])
+        status, counts, lines, _, _ = curate(capsys, manifest, out, server.url, "--budget-calls", "8")
+        assert (status, len(server.requests)) == (0, 8)
+    check_rows(lines, NAMES)
+
+
+def test_bad_lines_and_bad_captions_are_listed_without_a_call(tmp_path, capsys):
+    lines = [
+        {"id": "short", "video": "v", "caption": "A dog."},
+        {"id": "again", "video": "v", "caption": "A red circle spins slowly. " * 30},
+        {"id": "none", "video": "v"},
+        {"id": "good", "video": "v", "caption": CAPTIONS[0]},
+        {"id": "good", "video": "v", "caption": CAPTIONS[1]},
+    ]
+    manifest = write_manifest(tmp_path, lines)
+    with chat_server(honest) as server:
+        status, counts, written, rejects, _ = curate(capsys, manifest, tmp_path / "out", server.url)
+    assert (status, counts["calls"], counts["bad_lines"], list(written)) == (0, 2, 2, ["good"])
+    assert counts["rejected"] == {"length": 1, "repetition": 1}
+    stages = {name: one["stage"] for name, one in rejects.items()}
+    assert stages == {"none": "line", "good": "line", "short": "length", "again": "repetition"}
+    assert rejects["none"]["reason"] == "line 3: has no 'caption'"
+
+
+def test_the_dry_run_bounds_what_is_spent(manifest, tmp_path, capsys):
+    spent = []
+
+    def counting(number, request):
+        spent.append(module.estimate(request) - 100)
+        answer = {"choices": [{"message": {"content": honest(number, request)}}], "usage": {"total_tokens": spent[-1]}}
+        return json.dumps(answer).encode()
+
+    with chat_server(counting) as server:
+        least = ["--answer-tokens", "300"]
+        _, told, *_ = curate(capsys, manifest, tmp_path / "out", server.url, "--dry-run", *least)
+        assert (told["captions"], told["complete"], told["calls"], told["calls_at_most"]) == (4, 0, 8, 24)
+        assert not server.requests
+        assert not (tmp_path / "out").exists()
+        budget = ["--budget-tokens", str(told["tokens_at_most"]), *least]
+        status, counts, *_ = curate(capsys, manifest, tmp_path / "out", server.url, *budget)
+    assert (status, counts["tokens"]) == (0, sum(spent))
+    assert 0 < counts["tokens"] <= told["tokens_at_most"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ([], "either videos or --from-captions"),
+        (["MANIFEST", "--from-captions", "MANIFEST"], "either videos or --from-captions"),
+        (["--from-captions", "MANIFEST", "--checkpoint", "REF"], "--from-captions has captions"),
+        (["--from-captions", "nowhere.jsonl"], "nowhere.jsonl: No such file"),
+        (["--from-captions", "EMPTY"], "has no lines"),
+        (["--from-captions", "OUT"], "would be overwritten"),
+    ],
+)
+def test_bad_input_is_one_line(arguments, said, manifest, tmp_path, capsys):
+    named = {"MANIFEST": manifest, "EMPTY": tmp_path / "empty", "OUT": tmp_path / "out" / "manifest.jsonl"}
+    named["EMPTY"].write_text("\n")
+    named["OUT"].parent.mkdir()
+    shutil.copy(manifest, named["OUT"])
+    given = ["--out", str(tmp_path / "out"), "--url", "http://127.0.0.1:9/v1", "--model", "m"]
+    assert main(["curate", *given, *[str(named.get(one, one)) for one in arguments]]) == 2
+    told = capsys.readouterr()
+    assert said in told.err
+    assert len(told.err.splitlines()) == 1
