@@ -1,6 +1,7 @@
 """Storage that is slow, breaks connections, refuses, or has no checksum, behind a real storage server."""
 
 import hashlib
+import os
 import time
 
 import gcs
@@ -86,6 +87,18 @@ def test_the_patience_starts_at_the_first_failure(proxy):
     assert storage.PATIENCE < time.monotonic() - begun < 60
 
 
+def test_the_patience_of_other_calls_starts_at_the_first_failure():
+    attempts = []
+
+    def call():
+        attempts.append(time.sleep(0.3))
+        if len(attempts) == 1:
+            raise ConnectionError
+        return "content"
+
+    assert storage.retried(call, "name", (ConnectionError,), patience=0.2) == "content"
+
+
 def test_a_download_resumes_while_it_makes_progress(proxy):
     """Connections that end early for longer than the patience, each after half of the bytes that were left."""
     storage.write(PATH, DATA)
@@ -157,6 +170,7 @@ def test_a_public_bucket_without_credentials(real_client, proxy, monkeypatch):
     assert storage.names("gs://bucket/public") == ["file"]
     assert storage.fingerprint(public) == hashlib.md5(DATA).hexdigest()
     assert proxy.credentials == {None}
+    assert os.environ["CLOUD_STORAGE_EMULATOR_ENDPOINT"] == "https://storage.googleapis.com"  # of array_record's client
     with pytest.raises(InputError, match=r"gs://bucket/secret: no credentials; use a service account"):
         storage.read("gs://bucket/secret")
 
