@@ -8,6 +8,7 @@ chip), limit_gib, and where it fits seconds (of a step), bound and mfu.
 """
 
 import json
+import math
 import re
 import shlex
 import sys
@@ -27,7 +28,11 @@ PLANNED = re.compile(
     r"|(mesh|lora|nominal)\..*|data\.(references|caption_tokens)|sampling\.tokens|objective\.beta"
 )
 TABLE = re.compile(r"(<!-- printed by launch/plans.py -->\n).*?(<!-- end -->)", re.DOTALL)
-HEAD = "| command | fits | GiB a chip | of | step | bound | MFU |\n|---|---|---|---|---|---|---|\n"
+HEAD = (
+    "| command | fits | GiB a chip | of | step | bound | MFU | hours | chip-hours |\n"
+    "|---|---|---|---|---|---|---|---|---|\n"
+)
+CLIPS = {"SftConfig": 106_959, "GrpoConfig": 2_000}  # of the paper, for hours and chip-hours
 
 
 def read_plans() -> list[dict[str, Any]]:
@@ -71,12 +76,22 @@ def table() -> str:
     return HEAD + "".join(_row(plan) for plan in read_plans())
 
 
+def steps(path: str, fields: Sequence[str]) -> int:
+    """The steps of a config with the clips of the paper."""
+    config = load(str(HERE.parent / path), list(fields))
+    return math.ceil(config.epochs * CLIPS[type(config).__name__] / config.batch)
+
+
 def _row(plan: dict[str, Any]) -> str:
     command = shlex.join(["avocado", "plan", plan["config"], "--topology", plan["topology"], *plan["fields"]])
     fits = "yes" if plan["fits"] else "no"
     step = f"{plan['seconds']} s" if plan["fits"] else "-"
+    hours = steps(plan["config"], plan["fields"]) * plan.get("seconds", 0) / 3600
+    chips = math.prod(map(int, plan["topology"].partition(":")[2].split("x")))
     mfu = f"{plan['mfu']:.0%}" if "mfu" in plan else "-"
+    hours, chip_hours = (f"{hours:.1f}", f"{chips * hours:.0f}") if plan["fits"] else ("-", "-")
     cells = [f"`{command}`", fits, plan["gib"], f"{plan['limit_gib']:g}", step, plan.get("bound", "-"), mfu]
+    cells += [hours, chip_hours]
     return "| " + " | ".join(map(str, cells)) + " |\n"
 
 
