@@ -1,11 +1,23 @@
-"""Turn a manifest of videos into shards to train from.
+"""Turn videos and their captions into shards to train from.
 
     avocado prepare clips.jsonl gs://bucket/clips
     avocado prepare clips.jsonl prepared --features --tokenizer checkpoint
+    avocado prepare AVoCaDO_training_set.jsonl gs://bucket/shards --media 'parts/videos.part-*.tar.gz'
+    avocado prepare hub:AVoCaDO-Captioner/training_set gs://bucket/shards
 
-MANIFEST has a JSON object a line: {"id", "video", "caption", ...} or ms-swift's {"messages", "videos"}; video paths
-are relative to it, or gs://. OUT gets shard-*.array_record, index.jsonl, rejects.jsonl (what was left out, and why)
-and, when all is done, manifest.json. A run that was stopped goes on where it was, and ends with the same bytes.
+SOURCE is a JSONL file with an object a line, {"id", "video", "caption", ...} or ms-swift's {"messages", "videos"};
+Parquet files with these columns, where `video` is a path or has the bytes; or WebDataset tar files (a clip and a .json
+or .txt file of one key). It is a path, a glob or a folder (ending in /), local or gs://, or hub:ORG/NAME[@REVISION].
+
+Paths of videos are relative to SOURCE or to the folder --media, or are gs://. With --media PARTS.tar.gz, or tar files
+beside the JSONL on the hub, clips are read from the tar files as streams: each is read once, and only the clips of
+(workers + 1) shards are in TMPDIR at a time.
+
+OUT gets shard-*.array_record, the index, rejects.jsonl (what was left out, and why), unused.jsonl (clips without a row,
+with --media or parts) and, when all is done, manifest.json. Run the same command again to resume; to add rows that were
+appended to SOURCE; and to retry rejects whose cause may have passed. New records go to new shards behind the others.
+
+On several machines, run with --shard I/N on each, and then once with --finish.
 """
 
 import argparse
@@ -19,8 +31,9 @@ from types import FrameType
 from typing import NoReturn
 
 from avocado_jax.checkpoint.references import tokenizer_folder
+from avocado_jax.data.make_shard import Job
 from avocado_jax.data.media import Reading, parse_reading
-from avocado_jax.data.prepare import Job, prepare
+from avocado_jax.data.prepare import prepare
 from avocado_jax.data.storage import StorageError
 from avocado_jax.data.words import load_words
 
@@ -30,8 +43,13 @@ STOPPED = 75
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
     cores = len(os.sched_getaffinity(0))
-    parser.add_argument("manifest", metavar="MANIFEST", help="JSONL file, local or gs://")
+    parser.add_argument("source", metavar="SOURCE", help="manifest, WebDataset or Parquet: a path, gs:// or hub:")
     parser.add_argument("out", metavar="OUT", help="folder, local or gs://")
+    parser.add_argument(
+        "--media",
+        metavar="PATH",
+        help="clips: a folder or tar files (path or glob), local, gs:// or hub:",
+    )
     parser.add_argument("--features", action="store_true", help="store resized frames and sound, not the video files")
     parser.add_argument("--tokenizer", metavar="REF", help="count captions in tokens (else in bytes)")
     names = ", ".join(field.name for field in fields(Reading) if field.name != "align_sound")
@@ -48,11 +66,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="place late sound and sound behind gaps at its time (default: as the reference, without gaps)",
     )
     parser.add_argument("--workers", metavar="N", type=_count, default=cores, help=f"processes ({cores})")
-    parser.add_argument("--shard-records", metavar="N", type=_count, default=64, help="lines to a shard (64)")
+    parser.add_argument("--shard-records", metavar="N", type=_count, default=64, help="clips to a shard (64)")
     parser.add_argument("--clip-seconds", metavar="S", type=float, default=300.0, help="to read one clip (300)")
     parser.add_argument(
         "--max-reject-share", metavar="X", type=float, default=0.05, help="of lines, past which it fails (0.05)"
     )
+    machines = parser.add_mutually_exclusive_group()
+    machines.add_argument(
+        "--shard", metavar="I/N", type=_machine, help="do the work of machine I of N, from 0: by lines, or by tar files"
+    )
+    machines.add_argument("--finish", action="store_true", help="complete what machines with --shard have made")
     parser.add_argument("--json", action="store_true", help="print the result as a JSON object")
 
 
@@ -61,9 +84,9 @@ def run(args: argparse.Namespace) -> int:
     before = signal.signal(signal.SIGTERM, _stop)
     words = load_words(tokenizer_folder(args.tokenizer)) if args.tokenizer else None
     reading = Reading(**parse_reading(args.reading), align_sound=args.align_sound)
-    job = Job(args.manifest, args.out, args.features, words, args.shard_records, args.clip_seconds, reading)
+    job = Job(args.source, args.out, args.features, words, args.shard_records, args.clip_seconds, reading, args.media)
     try:
-        done = prepare(job, args.workers, args.max_reject_share)
+        done = prepare(job, args.workers, args.max_reject_share, args.shard, args.finish)
     except (StorageError, BrokenProcessPool) as error:
         print(f"avocado prepare: {error}; what is done is kept, run it again to go on", file=sys.stderr)
         return 1
@@ -72,6 +95,9 @@ def run(args: argparse.Namespace) -> int:
         return STOPPED
     finally:
         signal.signal(signal.SIGTERM, before)
+    if done is None:
+        print(f"machine {args.shard[0]} of {args.shard[1]} is done; --finish completes", file=sys.stderr)
+        return 0
     for warning in done.warnings[:5]:
         print(f"warning: {warning}", file=sys.stderr)
     if len(done.warnings) > 5:
@@ -81,6 +107,7 @@ def run(args: argparse.Namespace) -> int:
     if len(done.rejects) > 5:
         print(f"... and {len(done.rejects) - 5} more: see rejects.jsonl", file=sys.stderr)
     counts = {"records": done.records, "rejected": len(done.rejects), "shards": done.shards, "bytes": done.bytes}
+    counts |= {"unused": done.unused}
     if not done.complete:
         lines = done.records + len(done.rejects)
         print(
@@ -91,6 +118,8 @@ def run(args: argparse.Namespace) -> int:
         print(json.dumps(counts | {"complete": done.complete}))
     elif done.complete:
         print(f"{done.records} clips in {done.shards} shards ({done.bytes / 1e6:.1f} MB), {len(done.rejects)} rejected")
+        if done.unused:
+            print(f"{done.unused} clips have no row: see unused.jsonl")
     return 0 if done.complete else 1
 
 
@@ -102,3 +131,10 @@ def _count(text: str) -> int:
     if (value := int(text)) < 1:
         raise ValueError
     return value
+
+
+def _machine(text: str) -> tuple[int, int]:
+    number, _, count = text.partition("/")
+    if not 0 <= int(number) < int(count):
+        raise ValueError
+    return int(number), int(count)

@@ -12,10 +12,10 @@ from contextlib import contextmanager
 from typing import NamedTuple
 
 from avocado_jax.data import storage
+from avocado_jax.data.ranges import open_ranges
 from avocado_jax.errors import InputError
 
 SOURCE = re.compile(r"hub:(?P<name>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>[^\s@]+))?")
-BLOCK = 16 * 2**20  # bytes of a request when a file is read in order
 TIMEOUT = 60.0  # seconds between bytes
 BUSY = (408, 429, 500, 502, 503, 504)  # statuses that a retry may change
 
@@ -34,7 +34,7 @@ class HubDataset(NamedTuple):
     sizes: dict[str, int]
 
     def open(self, path: str) -> io.BufferedReader:
-        """A seekable reader of a file. It reads ahead by `BLOCK` bytes, and requests a failed block again.
+        """A seekable reader of a file. It reads ahead by `ranges.BLOCK` bytes, and requests a failed block again.
 
         Raises (when it reads too):
             InputError: there is no such file, or access is denied.
@@ -42,7 +42,12 @@ class HubDataset(NamedTuple):
         """
         if path not in self.sizes:
             raise InputError(f"hub:{self.name}@{self.commit}: no file '{path}'")
-        return io.BufferedReader(_Ranges(self, path), BLOCK)
+        where = f"hub:{self.name}@{self.commit}: {path}"
+
+        def fetch(first: int, count: int) -> bytes:
+            return storage.retried(lambda: _range(self, path, first, count), where, (Busy,), storage.PATIENCE)
+
+        return open_ranges(self.sizes[path], fetch)
 
 
 def open_dataset(source: str) -> HubDataset:
@@ -78,56 +83,27 @@ def quiet() -> None:
         disable_progress_bars()
 
 
-class _Ranges(io.RawIOBase):
-    """A file of a data set; each read is one request of a range."""
+def _range(dataset: HubDataset, path: str, start: int, count: int) -> bytes:
+    import httpx2
+    from huggingface_hub import hf_hub_url
+    from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
 
-    def __init__(self, dataset: HubDataset, path: str) -> None:
-        self._dataset, self._path, self._at, self._size = dataset, path, 0, dataset.sizes[path]
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        self._at = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._size}[whence]
-        return self._at
-
-    def readall(self) -> bytes:  # by default in requests of 8 KiB
-        return b"".join(iter(lambda: self.read(BLOCK), b""))
-
-    def readinto(self, buffer: bytearray | memoryview) -> int:
-        count = min(len(buffer), self._size - self._at)
-        if count <= 0:
-            return 0
-        name = f"hub:{self._dataset.name}@{self._dataset.commit}"
-        data = storage.retried(lambda: self._range(name, count), f"{name}: {self._path}", (Busy,), storage.PATIENCE)
-        buffer[:count] = data
-        self._at += count
-        return count
-
-    def _range(self, name: str, count: int) -> bytes:
-        import httpx2
-        from huggingface_hub import hf_hub_url
-        from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
-
-        url = hf_hub_url(self._dataset.name, self._path, repo_type="dataset", revision=self._dataset.commit)
-        headers = build_hf_headers() | {
-            "Range": f"bytes={self._at}-{self._at + count - 1}",
-            "Accept-Encoding": "identity",
-        }
-        with hub_errors(name):
-            try:  # the client follows the redirect to the storage, and leaves the token out there
-                response = get_session().get(url, headers=headers, timeout=TIMEOUT)
-            except httpx2.ConnectError:
-                raise
-            except httpx2.TransportError as error:  # the connection ended early
-                raise Busy(str(error)) from error
-            hf_raise_for_status(response)
-        if len(response.content) != count:
-            raise Busy(f"{len(response.content)} bytes arrived instead of {count}")
-        return response.content
+    url = hf_hub_url(dataset.name, path, repo_type="dataset", revision=dataset.commit)
+    headers = build_hf_headers() | {
+        "Range": f"bytes={start}-{start + count - 1}",
+        "Accept-Encoding": "identity",
+    }
+    with hub_errors(f"hub:{dataset.name}@{dataset.commit}"):
+        try:  # the client follows the redirect to the storage, and leaves the token out there
+            response = get_session().get(url, headers=headers, timeout=TIMEOUT)
+        except httpx2.ConnectError:
+            raise
+        except httpx2.TransportError as error:  # the connection ended early
+            raise Busy(str(error)) from error
+        hf_raise_for_status(response)
+    if len(response.content) != count:
+        raise Busy(f"{len(response.content)} bytes arrived instead of {count}")
+    return response.content
 
 
 class Busy(storage.StorageError):

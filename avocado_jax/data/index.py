@@ -1,6 +1,12 @@
-"""The index of a prepared data set: where each record lies and how large it is, from which batches are planned."""
+"""The index of a prepared data set: where each record lies and how large it is, from which batches are planned.
 
-import json
+It is stored as an uncompressed .npz file with an array for each column. The ids are one array of UTF-8 bytes and the
+length of each.
+"""
+
+import io
+import zipfile
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,6 +21,8 @@ from avocado_jax.models.config import ThinkerConfig
 from avocado_jax.typing import Array, Int
 
 COLUMNS = ("shard", "position", "frames", "height", "width", "mel", "caption", "prompt")
+FORMAT = 2  # of a prepared folder: 2 has the index in columns
+KINDS = {"seconds": np.float64}  # of columns that are not int32
 BYTES_PER_TOKEN = 3  # of captions that no tokenizer has counted: few texts have less
 
 
@@ -42,7 +50,7 @@ class Sizes(NamedTuple):
 
 
 def measured(record: Record, media: Media, words: Words | None = None) -> dict[str, Any]:
-    """The index line of one record, but for its place; texts are counted in tokens of `words`, or in bytes."""
+    """The columns of one record except its place. Texts are counted in tokens of `words`, or in bytes."""
 
     def length(text: str) -> int:
         return len(words.encode(text) if words else text.encode())
@@ -62,19 +70,55 @@ def measured(record: Record, media: Media, words: Words | None = None) -> dict[s
     }
 
 
-def load_index(text: bytes, unit: str, where: str) -> Index:
-    """The index from its JSONL file.
+def dump_index(ids: list[str], columns: Mapping[str, Any]) -> bytes:
+    """The index file of records. Equal records give equal bytes.
+
+    Args:
+        ids: id of each record.
+        columns: `seconds` and `COLUMNS`, and others that only `prepare` reads; each of the length of `ids`.
+    """
+    texts = [name.encode() for name in ids]
+    file = io.BytesIO()
+    np.savez(
+        file,
+        allow_pickle=False,
+        id_bytes=np.frombuffer(b"".join(texts), np.uint8),
+        id_lengths=np.array([len(text) for text in texts], np.int32),
+        **{name: np.asarray(column, KINDS.get(name, np.int32)) for name, column in columns.items()},
+    )
+    return file.getvalue()
+
+
+def load_columns(data: bytes, where: str) -> tuple[list[str], dict[str, Array]]:
+    """The ids and all columns of an index file.
+
+    Raises:
+        InputError: it is damaged, or not an index.
+    """
+    try:
+        with np.load(io.BytesIO(data), allow_pickle=False) as file:
+            columns = {name: file[name] for name in file.files}
+        text, lengths = columns.pop("id_bytes").tobytes(), columns.pop("id_lengths")
+        ends = np.cumsum(lengths, dtype=np.int64).tolist()
+        ids = [text[first:last].decode() for first, last in zip([0, *ends], ends)]
+        if any(len(column) != len(ids) for column in columns.values()) or len(text) != sum(lengths.tolist()):
+            raise ValueError("columns of several lengths")
+        return ids, columns
+    except (ValueError, KeyError, TypeError, EOFError, OSError, zipfile.BadZipFile) as error:
+        raise InputError(f"{where}: not an index ({error})") from error
+
+
+def load_index(data: bytes, unit: str, where: str) -> Index:
+    """The index from its file.
 
     Raises:
         InputError: it cannot be read as one.
     """
+    ids, columns = load_columns(data, where)
     try:
-        lines = [json.loads(line) for line in text.splitlines()]
-        columns = {name: np.array([line[name] for line in lines], np.int32) for name in COLUMNS}
-        seconds = np.array([line["seconds"] for line in lines], np.float64)
-        return Index(ids=[line["id"] for line in lines], seconds=seconds, unit=unit, **columns)
-    except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{where}: not an index ({error})") from error
+        return Index(ids=ids, unit=unit, **{name: columns[name] for name in ("seconds", *COLUMNS)})
+    except KeyError as error:
+        raise InputError(f"{where}: not an index (no column {error})") from error
 
 
 def sizes(index: Index, prompt: int, longest: int, config: ThinkerConfig) -> Sizes:

@@ -1,14 +1,23 @@
-"""Manifests: JSONL lines, DESIGN's own or ms-swift's, to entries to prepare and lines to reject."""
+"""Manifests: JSONL lines, our own or ms-swift's, to entries to prepare and lines to reject."""
 
+import hashlib
+import io
 import json
 import re
-from collections.abc import Mapping
+from array import array
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
+
+import msgpack
+import numpy as np
 
 from avocado_jax.data.records import LISTS
 from avocado_jax.errors import InputError
+from avocado_jax.typing import Array
 
 MARK = re.compile("<video>|<audio>|<image>")  # media placeholders of ms-swift
+LONGEST_LINE = 64 * 2**20  # bytes of a line
+REASON = 1000  # characters that a reject keeps of a text
 
 
 class Entry(NamedTuple):
@@ -22,36 +31,128 @@ class Entry(NamedTuple):
 class Reject(NamedTuple):
     """A line or a clip that is left out."""
 
-    line: int
+    line: (
+        int  # number of the manifest's line; of the sample, from 1, in a part that holds its own rows; 0: a whole part
+    )
     id: str | None
     video: str | None
     reason: str
+    retry: bool = False  # the cause may pass: the next run tries again
+    part: str = ""  # name of the tar or Parquet part that holds the clip
+
+
+class Lines(NamedTuple):
+    """What is kept of a manifest: one entry a good line, in order, and the bad lines."""
+
+    number: Array  # int32, from 1
+    start: Array  # int64, byte offset
+    bytes: Array  # int32
+    video: Array  # uint64, hash of the key of its clip
+    rejects: list[Reject]
+    size: int  # bytes of the manifest, or the limit
+    sums: dict[int, str]  # MD5 sum of the first N bytes
+
+    def text(self, file: io.BufferedIOBase, row: int) -> bytes:
+        """The line of an entry."""
+        file.seek(int(self.start[row]))
+        return file.read(int(self.bytes[row]))
+
+
+def hash_name(text: str) -> int:
+    """A 64-bit hash of a name, the same in every process."""
+    return int.from_bytes(hashlib.blake2b(text.encode(errors="surrogatepass"), digest_size=8).digest(), "little")
+
+
+def parse_line(line: bytes, number: int) -> Entry | Reject:
+    """One line: `{"id", "video", "caption", ...}`, or ms-swift's `{"messages": [...], "videos": [path]}`."""
+    held: Any = None
+    try:
+        held = _loaded(line)
+        fields = _from_swift(held, number) if "messages" in held else dict(held)
+        return Entry(number, _checked(fields), fields)
+    except Exception as error:  # nothing in one line may end the job
+        known = [_text(held.get(key)) if isinstance(held, dict) else None for key in ("id", "video")]
+        reason = str(error) if isinstance(error, InputError) else f"{type(error).__name__}: {error}"
+        return Reject(number, *known, " ".join(reason.split())[:REASON])
 
 
 def parse_manifest(text: bytes) -> tuple[list[Entry], list[Reject]]:
-    """Good entries in order, and bad lines with the reason; of lines with one id the first is good.
+    """Good entries in order, and bad lines with the reason. Of lines with one id the first is good.
 
-    A line is `{"id", "video", "caption", ...}` or ms-swift's `{"messages": [...], "videos": [path]}`, told apart
-    line by line. Empty lines count in the numbering only.
+    Empty lines count in the numbering only. The manifest is in memory: `scan_manifest` is for large ones.
     """
-    entries, rejects, taken = [], [], {}
+    entries: list[Entry] = []
+    rejects: list[Reject] = []
+    taken: dict[str, int] = {}
     for number, line in enumerate(text.split(b"\n"), start=1):
         if not line.strip():
             continue
-        held: Any = None
-        try:
-            held = _loaded(line)
-            fields = _from_swift(held, number) if "messages" in held else dict(held)
-            video = _checked(fields)
-            if fields["id"] in taken:
-                raise InputError(f"its id is that of line {taken[fields['id']]}")
-        except InputError as error:
-            known = [held.get(key) if isinstance(held, dict) else None for key in ("id", "video")]
-            rejects.append(Reject(number, *(part if isinstance(part, str) else None for part in known), str(error)))
+        parsed = parse_line(line, number)
+        if isinstance(parsed, Entry) and (name := parsed.fields["id"]) in taken:
+            parsed = _duplicate(parsed, taken[name])
+        if isinstance(parsed, Reject):
+            rejects.append(parsed)
         else:
-            taken[fields["id"]] = number
-            entries.append(Entry(number, video, fields))
+            taken[parsed.fields["id"]] = number
+            entries.append(parsed)
     return entries, rejects
+
+
+def scan_manifest(
+    file: io.BufferedIOBase, key: Callable[[str], str], limit: int | None = None, sums_at: Collection[int] = ()
+) -> Lines:
+    """Check a manifest line by line. Memory: 36 bytes a line, and the rejects.
+
+    Args:
+        key: what identifies the clip in a line's video.
+        limit: bytes to read; None: to the end.
+        sums_at: byte counts whose MD5 sums are wanted besides that of all.
+    """
+    numbers, starts, sizes, videos, ids = (array(kind) for kind in "iqiQQ")
+    rejects: list[Reject] = []
+    sums: dict[int, str] = {}
+    digest, at, number = hashlib.md5(usedforsecurity=False), 0, 0
+    cuts = sorted(cut for cut in sums_at if limit is None or cut < limit)
+    skipping = False  # the rest of a line that is too long
+    while data := file.readline(LONGEST_LINE + 1 if limit is None else min(LONGEST_LINE + 1, limit - at)):
+        first = 0
+        while cuts and cuts[0] <= at + len(data):
+            digest.update(data[first : cuts[0] - at])
+            first, sums[cuts[0]] = cuts[0] - at, digest.hexdigest()
+            del cuts[0]
+        digest.update(data[first:])
+        short = data.endswith(b"\n") or len(data) <= LONGEST_LINE
+        number += not skipping
+        if not skipping and data.strip():
+            parsed = parse_line(data, number) if short else Reject(number, None, None, "is too long for a line")
+            if isinstance(parsed, Reject):
+                rejects.append(parsed)
+            else:
+                numbers.append(number)
+                starts.append(at)
+                sizes.append(len(data))
+                ids.append(hash_name(parsed.fields["id"]))
+                videos.append(hash_name(key(parsed.video)))
+        skipping = not data.endswith(b"\n") and (skipping or not short)
+        at += len(data)
+    sums[at] = digest.hexdigest()
+    columns = [np.array(column, kind) for column, kind in zip((numbers, starts, sizes, videos), "iqiQ")]
+    _, first, which = np.unique(np.array(ids, np.uint64), return_index=True, return_inverse=True)
+    keep = first[which] == np.arange(len(which))
+    for row in np.flatnonzero(~keep).tolist():
+        file.seek(starts[row])
+        entry = parse_line(file.read(sizes[row]), numbers[row])
+        rejects.append(_duplicate(entry, numbers[first[which[row]]]))
+    rejects.sort(key=lambda reject: reject.line)
+    return Lines(*(column[keep] for column in columns), rejects, at, sums)
+
+
+def _duplicate(entry: Entry, line: int) -> Reject:
+    return Reject(entry.line, entry.fields["id"], entry.video, f"its id is that of line {line}")
+
+
+def _text(value: Any) -> str | None:
+    return value[:REASON] if isinstance(value, str) else None
 
 
 def _loaded(line: bytes) -> dict[str, Any]:
@@ -59,7 +160,7 @@ def _loaded(line: bytes) -> dict[str, Any]:
         held = json.loads(line.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         raise InputError(f"not UTF-8 ({error.reason} at byte {error.start})") from error
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # a ValueError too: an integer of thousands of digits
         raise InputError(f"not JSON ({error})") from error
     if not isinstance(held, dict):
         raise InputError("not a JSON object")
@@ -81,8 +182,13 @@ def _checked(fields: dict[str, Any]) -> str:
             raise InputError(f"its '{name}' is not a list of {'texts' if kind is str else 'objects'}")
     try:
         json.dumps(fields, ensure_ascii=False).encode()
+        msgpack.packb(fields)
     except UnicodeEncodeError as error:
         raise InputError("a text in it holds half of a surrogate pair") from error
+    except (OverflowError, ValueError) as error:
+        raise InputError(f"cannot be stored: {error}") from error
+    if "\0" in fields["video"]:
+        raise InputError("its 'video' is not a file name: it has a NUL character")
     return fields.pop("video")
 
 

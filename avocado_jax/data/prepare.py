@@ -1,55 +1,46 @@
-"""Manifest to shards: clips are read once, checked, measured and written as ArrayRecord files with an index.
+"""Manifest and clips to shards: clips are read once, checked, measured and written as ArrayRecord files with an index.
 
-A shard is a fixed stretch of the manifest's good lines and is made by one process. When it is in its place, a part
-file says so with its checksum; a run that starts again skips the shards whose parts hold. manifest.json is
-written last: a folder that has it is complete.
+A run that opens a folder fixes which rows it prepares (`parts/job.json`): this is a generation. Its shards follow from
+these rows alone, so that several machines can make them and a run that was stopped makes those that are missing. A
+file in parts/ lists what each finished shard has. Finishing merges these files into the index, and writes manifest.json
+last. The next run opens another generation for rows that were appended, for rejects whose cause may have passed, and
+for the rows of shards that were lost: into new shards, behind the others.
+
+Memory of the main process: 36 bytes a manifest line, about 150 a record when it finishes, and the rejects. Temporary
+space (TMPDIR): a copy of a manifest that is not a local file, and with parts the clips of (workers + 1) shards; each
+worker makes its shard in OUT/parts, or in TMPDIR if OUT is remote.
 """
 
 import hashlib
 import json
-import os
 import shutil
-import signal
 import tempfile
-import threading
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict, dataclass, field
-from multiprocessing import active_children, get_context, parent_process
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
-from array_record.python.array_record_module import ArrayRecordWriter
+import numpy as np
 
 from avocado_jax.data import storage
-from avocado_jax.data.container import printable
-from avocado_jax.data.index import measured
-from avocado_jax.data.manifest import Entry, Reject, parse_manifest
-from avocado_jax.data.media import Reading, reading_fields
-from avocado_jax.data.reader import ClipReader
-from avocado_jax.data.records import VERSION, Record, decoded, pack
-from avocado_jax.data.words import Words
+from avocado_jax.data.generation import NO_CLIP, Base, Folder, contained, load_base, open_generation, other_job
+from avocado_jax.data.index import FORMAT, dump_index
+from avocado_jax.data.make_shard import MEASURED, Job, json_line, run_tasks
+from avocado_jax.data.manifest import Lines, Reject, hash_name, scan_manifest
+from avocado_jax.data.media import reading_fields
+from avocado_jax.data.media_sources import CLIPS, Source, open_source, spool
+from avocado_jax.data.records import VERSION
+from avocado_jax.data.shard_tasks import line_shards, line_tasks, part_name, part_tasks, parts_read, shard_name
 from avocado_jax.errors import InputError
 from avocado_jax.progress import progress
 
-MOST_BYTES = 1 << 30  # of a clip's file that is stored in a record
-
-
-@dataclass(frozen=True)
-class Job:
-    """What to prepare. The same job on the same clips gives the same bytes."""
-
-    manifest: str  # JSONL, local or gs://
-    out: str  # folder, local or gs://
-    features: bool = False  # store resized frames and samples instead of the files
-    words: Words | None = None  # counts the texts in tokens; without it the index counts bytes
-    shard_records: int = 64  # manifest lines to a shard
-    clip_seconds: float = 300.0  # to read one clip, before it is given up
-    reading: Reading = field(default_factory=Reading)
+T = TypeVar("T")
+REQUESTS = 32  # to a bucket at a time
 
 
 class Prepared(NamedTuple):
-    """What came of a job."""
+    """The result of a job."""
 
     records: int
     shards: int
@@ -57,206 +48,256 @@ class Prepared(NamedTuple):
     rejects: list[Reject]
     complete: bool  # False: too many rejects, the folder cannot be used
     warnings: Sequence[str] = ()  # of clips that were kept; only from the run that completes the folder
+    unused: int = 0  # clips without a row, where these are listed
 
 
-def prepare(job: Job, workers: int, max_reject_share: float = 0.05) -> Prepared:
-    """Run a job in `workers` processes, or go on where it stopped.
+def prepare(
+    job: Job, workers: int, max_reject_share: float = 0.05, shard: tuple[int, int] | None = None, finish: bool = False
+) -> Prepared | None:
+    """Run a job in `workers` processes, or resume it.
 
-    Past `max_reject_share` of the lines the folder is not completed, and running again with a larger share is quick.
+    If more than `max_reject_share` of the rows are rejected, the folder is not completed; running again with a larger
+    share is quick.
+
+    Args:
+        shard: (I, N): make the shards of machine I of N, from 0, and do not finish; returns None.
+        finish: make no shard; merge those of all machines.
 
     Raises:
-        InputError: the manifest cannot be read or is empty, or `out` holds something else.
+        InputError: the source cannot be read or is empty, `out` has something else, or `finish` finds shards missing.
         StorageError: storage failed, or the disk is full; what is done stays done.
         BrokenProcessPool: a process was killed; what is done stays done.
     """
-    text = storage.read(job.manifest)
-    entries, rejects = parse_manifest(text)
-    if not entries and not rejects:
-        raise InputError(f"{job.manifest}: has no lines")
-    key = _sum(
-        [VERSION, _sum(text.hex()), job.features, job.shard_records, reading_fields(job.reading), asdict(job)["words"]]
-    )
-    warnings: list[str] = []
-    if not _claimed(job.out, key):
-        cuts = [entries[first : first + job.shard_records] for first in range(0, len(entries), job.shard_records)]
-        names = [f"shard-{number:05d}-of-{len(cuts):05d}.array_record" for number in range(len(cuts))]
-        todo = [(job, name, cut) for name, cut in zip(names, cuts) if not _done(job.out, name)]
-        for _ in progress(_parallel(todo, workers), f"prepare {job.out}: shards", len(todo)):
-            pass
-        parts = [json.loads(storage.read(_part(job.out, name))) for name in names]
-        rejects += [Reject(*reject) for part in parts for reject in part["rejects"]]
-        rejects.sort(key=lambda reject: reject.line)
-        said = "".join(_line(reject._asdict()) for reject in rejects)
-        storage.write(storage.join(job.out, "rejects.jsonl"), said.encode())
-        good = sum(len(part["entries"]) for part in parts)
-        warnings = [warning for part in parts for warning in part.get("warnings", ())]
-        if len(rejects) > max_reject_share * (good + len(rejects)):
-            return Prepared(good, len(parts), 0, rejects, False, warnings)
-        _complete(job, key, parts, len(rejects))
-    held = json.loads(storage.read(storage.join(job.out, "manifest.json")))
-    lines = storage.read(storage.join(job.out, "rejects.jsonl")).splitlines()
-    size = sum(shard["bytes"] for shard in held["shards"])
-    return Prepared(
-        held["records"], len(held["shards"]), size, [Reject(**json.loads(line)) for line in lines], True, warnings
-    )
+    folder = Folder(job.out)
+    words = asdict(job)["words"]
+    key = _sum([FORMAT, VERSION, job.features, job.shard_records, reading_fields(job.reading), words])
+    base = load_base(folder, key)
+    opened = folder.read("parts/job.json") if "parts/job.json" in folder.files else None
+    if opened is not None and opened.get("job") != key:
+        raise other_job(job.out)
+    if opened is not None and opened["generation"] != base.doc["generation"] + 1:
+        opened = None  # it was finished, and then the run was stopped
+    source = open_source(job.source, job.media)
+    with tempfile.TemporaryDirectory() as temporary:
+        manifest = spool(source, Path(temporary)) if source.manifests else None
+        lines = _scan(job, source, manifest, base, opened)
+        if opened is None:
+            opened = open_generation(folder, source, lines, base, key)
+            work = opened["parts"] if source.parts else opened["rows"]
+            if finish:
+                if base.complete:
+                    return _result(base)
+                if base.doc["generation"] < 0:
+                    raise InputError(f"{job.out}: nothing is prepared; run prepare without --finish first")
+                opened |= {"rows": [], "parts": [], "lost": []}  # with another share of rejects
+            elif base.complete and not work and not opened["lost"] and opened["size"] == base.doc["size"]:
+                return _result(base) if shard is None else None
+            if not finish:
+                storage.write(folder.path("parts/job.json"), json_line(opened).encode())
+        if not finish:
+            machine, machines = shard or (0, 1)
+            if source.parts:
+                place = Path(temporary, "clips")
+                place.mkdir()
+                tasks = part_tasks(folder, opened, source, lines, manifest, job, machine, machines, place)
+            else:
+                tasks = line_tasks(folder, opened, lines, manifest, job, machine, machines)
+            for name in progress(run_tasks(job, source, tasks, workers), f"prepare {job.out}: shards"):
+                folder.made.add(name)
+    if shard is not None:
+        return None
+    return _finish(folder, job, key, source, lines, base, opened, max_reject_share)
 
 
-def _claimed(out: str, key: str) -> bool:
-    """Mark `out` as this job's. Returns whether the job is complete.
-
-    Raises:
-        InputError: it is another job's.
-    """
-    for name in ("manifest.json", "parts/job.json"):
-        path = storage.join(out, name)
-        if storage.exists(path):
-            try:
-                same = json.loads(storage.read(path))["job"] == key
-            except (ValueError, KeyError, TypeError):
-                same = False
-            if not same:
-                raise InputError(f"{out}: was made of another manifest or with other options; empty it first")
-            if name == "manifest.json":
-                return True
-    storage.write(storage.join(out, "parts/job.json"), _line({"job": key}).encode())
-    return False
+def _scan(job: Job, source: Source, manifest: Path | None, base: Base, opened: dict[str, Any] | None) -> Lines:
+    """Check the manifest; it must begin with what earlier runs have read."""
+    if manifest is None:
+        none = np.zeros(0, np.int64)
+        return Lines(none, none, none, none, [], 0, {0: ""})
+    limit = opened["size"] if opened else None
+    with storage.local_errors(str(manifest)), manifest.open("rb") as file:
+        lines = scan_manifest(file, source.key, limit, [base.doc["size"]])
+    if not len(lines.number) and not lines.rejects:
+        raise InputError(f"{job.source}: has no lines")
+    known = [(part["size"], part["md5"]) for part in (base.doc, opened) if part and "md5" in part]
+    if any(lines.sums.get(size) != md5 for size, md5 in known):
+        raise other_job(job.out)
+    return lines
 
 
-def _part(out: str, name: str) -> str:
-    """The file that says a shard is done, and what is in it."""
-    return storage.join(out, f"parts/{name}.json")
+def _finish(
+    folder: Folder,
+    job: Job,
+    key: str,
+    source: Source,
+    lines: Lines,
+    base: Base,
+    opened: dict[str, Any],
+    max_reject_share: float,
+) -> Prepared:
+    """Merge a generation into the index; write manifest.json, or parts/manifest.json if too much was rejected."""
+    folder.refresh()
+    generation, todo = opened["generation"], contained(lines.number, opened["rows"])
+    names, ends = _expected(folder, job, source, opened, int(todo.sum()))
+    reports = _parallel(folder.read, [folder.report_of(name) for name in names])
+    ends = _parallel(folder.read, ends)
 
+    # Records: those of the shards that are kept, then the new ones. Of equal lines or ids the first is indexed.
+    kept = [number for number, one in enumerate(base.doc["shards"]) if one["file"] not in opened["lost"]]
+    place = np.full(len(base.doc["shards"]), -1, np.int64)
+    place[kept] = np.arange(len(kept))
+    shards = [base.doc["shards"][number] for number in kept]
+    stays = np.flatnonzero(place[base.columns["shard"]] >= 0) if base.ids else np.zeros(0, np.int64)
+    ids = [base.ids[row] for row in stays.tolist()]
+    columns = {name: [base.columns[name][stays]] for name in ("line", *MEASURED, "position") if base.ids}
+    columns = columns or {name: [] for name in ("line", *MEASURED, "position")}
+    columns["shard"] = [place[base.columns["shard"][stays]]] if base.ids else []
+    taken = set(ids)
+    unused = [one for one in base.unused if one["part"] not in {part for part, _ in opened["parts"]}]
+    rejects, warnings = list(lines.rejects), []
+    damaged = {end["part"] for end in ends if end["damage"]}
+    for report in reports:
+        again = {"retry": True} if report["part"] in damaged else {}  # the bytes of its clips may be wrong
+        rejects += [Reject(*reject)._replace(**again) for reject in report["rejects"]]
+        warnings += report["warnings"]
+        new = report["columns"]
+        fresh = []
+        for row, name in enumerate(new["id"]):
+            if name not in taken:
+                taken.add(name)
+                fresh.append(row)
+            elif source.rows_inside:
+                reason = "its id is that of an earlier clip"
+                rejects.append(Reject(new["line"][row], name, None, reason, part=report["part"]))
+            else:
+                unused.append({"part": report["part"], "clip": f"{name} (a second copy)"})
+        if new["id"]:
+            ids += [new["id"][row] for row in fresh]
+            for name in ("line", *MEASURED):
+                columns[name].append(np.array(new[name])[fresh])
+            columns["position"].append(np.array(fresh, np.int32))
+            columns["shard"].append(np.full(len(fresh), len(shards), np.int32))
+            shards.append(
+                {name: report[name] for name in ("file", "part", "bytes", "md5")} | {"records": len(new["id"])}
+            )
+    table = {name: np.concatenate(column) if column else np.zeros(0, np.int32) for name, column in columns.items()}
 
-def _done(out: str, name: str) -> bool:
-    """Whether a shard is in its place, whole."""
-    if not storage.exists(_part(out, name)):
-        return False
-    part = json.loads(storage.read(_part(out, name)))
-    return part["md5"] == storage.fingerprint(storage.join(out, name)) or not part["entries"]
-
-
-def _parallel(tasks: list[tuple[Job, str, list[Entry]]], workers: int) -> Iterator[None]:
-    """Make shards in processes, in no particular order; when the caller leaves, they are ended."""
-    others = set(active_children())
-    pool = ProcessPoolExecutor(min(workers, len(tasks)) or 1, get_context("spawn"), _live_with_parent)
-    try:
-        for future in as_completed([pool.submit(_make_shard, *task) for task in tasks]):
-            yield future.result()
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)
-        for child in set(active_children()) - others:
-            child.terminate()
-
-
-def _live_with_parent() -> None:
-    """In a worker: leave Ctrl-C to the parent, and end when it is gone, however it went."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-    def watch() -> None:
-        parent_process().join()
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
-
-
-def _make_shard(job: Job, name: str, entries: list[Entry]) -> None:
-    """Read the clips of a stretch of lines, write those that are good, and say what was done."""
-    good, rejects, warnings = [], [], []
-    local = None if storage.is_remote(job.out) else storage.join(job.out, "parts")
-    with tempfile.TemporaryDirectory(dir=local) as folder, ClipReader(seconds=job.clip_seconds) as reader:
-        file = Path(folder, name)
-        try:
-            # Encoded clips do not shrink any further.
-            writer = ArrayRecordWriter(str(file), f"group_size:1,{'zstd' if job.features else 'uncompressed'}")
-            for entry in entries:
-                try:
-                    record, index, messages = _read(job, entry, reader)
-                except (InputError, TimeoutError) as error:
-                    rejects.append(Reject(entry.line, entry.fields["id"], entry.video, str(error)))
-                else:
-                    writer.write(record)
-                    good.append(index)
-                    warnings += [f"line {entry.line} ({entry.fields['id']}): {warning}" for warning in messages]
-            writer.close()
-        except RuntimeError as error:  # of the writer: a full disk above all
-            raise storage.StorageError(f"{file}: {error}") from error
-        part = {
-            "bytes": file.stat().st_size,
-            "md5": storage.fingerprint(str(file)),
-            "entries": good,
-            "warnings": warnings,
-        }
-        if good:
-            storage.upload(file, storage.join(job.out, name))
-    storage.write(_part(job.out, name), _line({"file": name, **part, "rejects": rejects}).encode())
-
-
-def _read(job: Job, entry: Entry, reader: ClipReader) -> tuple[bytes, dict[str, Any], tuple[str, ...]]:
-    """One clip as an encoded record, its index line, and warnings.
-
-    Raises:
-        InputError: the clip cannot be read; the reason does not repeat its path.
-        TimeoutError: its bytes did not come in time.
-    """
-    path = storage.join(os.path.dirname(job.manifest), entry.video)
-    name = Path(entry.video).name
-    try:
-        size = 0 if storage.is_remote(path) else _local_bytes(path)
-        if size > MOST_BYTES and not job.features:
-            raise InputError(f"{size / 2**30:.1f} GiB: {MOST_BYTES >> 30} GiB are stored at most, or use --features")
-        if size > MOST_BYTES:
-            record, media = Record(entry.fields, b"", name), reader.read(path, job.reading)
-        else:
-            record = Record(entry.fields, storage.within(job.clip_seconds, lambda: storage.read(path)), name)
-            media = decoded(record, job.reading, reader.read)
-    except InputError as error:
-        raise InputError(str(error).removeprefix(f"{path}: ").removeprefix(f"{printable(path)}: ")) from error
-    if job.features:
-        record = record._replace(clip=media)
-    return pack(record), measured(record, media, job.words), media.warnings
-
-
-def _local_bytes(path: str) -> int:
-    with storage.local_errors(path):
-        return os.stat(path).st_size
-
-
-def _complete(job: Job, key: str, parts: list[dict[str, Any]], rejected: int) -> None:
-    """Write the index and, last of all, manifest.json; then the parts may go."""
-    kept = [part for part in parts if part["entries"]]
-    index = "".join(
-        _line({**entry, "shard": number, "position": position})
-        for number, part in enumerate(kept)
-        for position, entry in enumerate(part["entries"])
-    ).encode()
-    storage.write(storage.join(job.out, "index.jsonl"), index)
-    shards = [
-        {**{name: part[name] for name in ("file", "bytes", "md5")}, "records": len(part["entries"])} for part in kept
-    ]
-    manifest = {
-        "version": VERSION,
+    # Rejects: earlier ones whose rows were not tried again, then the new ones.
+    rejects += _earlier_rejects(source, lines, todo, base, opened)
+    rejects += [Reject(0, None, end["part"], end["damage"], True, end["part"]) for end in ends if end["damage"]]
+    if source.parts and not source.rows_inside:
+        settled = np.concatenate([table["line"], np.array([one.line for one in rejects], int)])
+        rejects += [Reject(line, None, None, NO_CLIP, True) for line in np.setdiff1d(lines.number, settled).tolist()]
+    rejects.sort(key=lambda reject: (reject.part, reject.line) if source.rows_inside else (reject.line, reject.part))
+    unused += [{"part": end["part"], "clip": clip} for end in ends for clip in end["unused"]]
+    if source.listed and not source.parts:
+        unused = _clips_without_row(source, lines)
+    data = dump_index(ids, table)
+    doc = {
+        "version": FORMAT,
         "job": key,
-        "records": sum(shard["records"] for shard in shards),
-        "rejected": rejected,
+        "generation": generation,
+        "size": opened["size"],
+        "md5": opened["md5"],
+        "media": base.doc["media"] | {end["part"]: end["bytes"] for end in ends},
+        "records": len(ids),
+        "rejected": len(rejects),
+        "unused": len(unused),
         "features": job.features,
         "text_unit": "token" if job.words else "byte",
         "reading": reading_fields(job.reading),
-        "index_md5": hashlib.md5(index, usedforsecurity=False).hexdigest(),
+        "index": f"index-{generation:05d}.npz",
+        "index_md5": hashlib.md5(data, usedforsecurity=False).hexdigest(),
         "shards": shards,
     }
-    storage.write(storage.join(job.out, "manifest.json"), (json.dumps(manifest, indent=1) + "\n").encode())
-    if storage.is_remote(job.out):
-        for part in parts:
-            storage.delete(_part(job.out, part["file"]))
-        storage.delete(storage.join(job.out, "parts/job.json"))
+    complete = len(rejects) <= max_reject_share * (len(ids) + len(rejects))
+    done = Base(doc, ids, table, rejects, unused, complete)
+    same = {name: base.doc.get(name) for name in ("generation", "index")}
+    if not (base.complete and doc | same == base.doc and rejects == base.rejects and unused == base.unused):
+        storage.write(folder.path(doc["index"]), data)
+        storage.write(folder.path("rejects.jsonl"), _json_lines(one._asdict() for one in rejects))
+        if source.parts or source.listed:
+            storage.write(folder.path("unused.jsonl"), _json_lines(unused))
+        where = "manifest.json" if complete else "parts/manifest.json"
+        storage.write(folder.path(where), (json.dumps(doc, indent=1) + "\n").encode())
+        if complete:
+            base = done
+    _clean(folder, base if complete else done, opened if complete else None)
+    return _result(done, warnings)
+
+
+def _expected(
+    folder: Folder, job: Job, source: Source, opened: dict[str, Any], count: int
+) -> tuple[list[str], list[str]]:
+    """The shards of a generation, and the files about its parts.
+
+    Raises:
+        InputError: some are not made.
+    """
+    if not source.parts:
+        names, ends = line_shards(opened, count, job), []
     else:
-        shutil.rmtree(storage.join(job.out, "parts"))
+        names, ends, read = [], [], parts_read(folder)
+        for number, (part, _) in enumerate(opened["parts"]):
+            if part_name(opened, number) not in read:
+                raise InputError(f"{folder.out}: part {part} is not prepared; run prepare without --finish first")
+            end, shards = read[part_name(opened, number)]
+            ends.append(end)
+            names += [shard_name(opened["generation"], number, shard) for shard in range(shards)]
+    if missing := [name for name in names if folder.report_of(name) is None]:
+        some = f"{len(missing)} of {len(names)} shards are not made, {missing[0]} for one"
+        raise InputError(f"{folder.out}: {some}; run prepare without --finish first")
+    return names, ends
 
 
-def _line(held: dict[str, Any]) -> str:
-    text = json.dumps(held, ensure_ascii=False) + "\n"
-    return text.encode(errors="backslashreplace").decode()  # half of a surrogate pair is escaped, as JSON does
+def _earlier_rejects(source: Source, lines: Lines, todo: Any, base: Base, opened: dict[str, Any]) -> list[Reject]:
+    """Rejects of clips that this generation has not tried again."""
+    if source.rows_inside:
+        skipped = dict(opened["parts"])
+        return [
+            one
+            for one in base.rejects
+            if one.part not in skipped or (one.line and contained(np.array([one.line]), skipped[one.part])[0])
+        ]
+    good = set(lines.number[~todo].tolist())
+    return [one for one in base.rejects if one.line in good and one.reason != NO_CLIP]
 
 
-def _sum(held: Any) -> str:
-    return hashlib.md5(json.dumps(held).encode(), usedforsecurity=False).hexdigest()
+def _clips_without_row(source: Source, lines: Lines) -> list[dict[str, str]]:
+    names = source.dataset.sizes if source.dataset else [one.name for one in storage.listing(source.base)]
+    clips = [name for name in names if name.lower().endswith(CLIPS)]
+    keys = np.array([hash_name(source.key(name)) for name in clips], np.uint64)
+    return [{"part": "", "clip": clips[row]} for row in np.flatnonzero(~np.isin(keys, lines.video)).tolist()]
+
+
+def _clean(folder: Folder, base: Base, finished: dict[str, Any] | None) -> None:
+    """Remove what is merged; with a complete folder all of parts/, lost shards and earlier indexes."""
+    parts = [name for name in folder.files if name.startswith("parts/")]
+    if finished is None:
+        gone = [name for name in parts if name != "parts/manifest.json"]
+    else:
+        gone = [*parts, *finished["lost"]] + [
+            name for name in folder.files if name.startswith("index-") and name != base.doc["index"]
+        ]
+    _parallel(lambda name: storage.delete(folder.path(name)), gone)
+    if finished is not None and not storage.is_remote(folder.out):
+        shutil.rmtree(folder.path("parts"), ignore_errors=True)
+
+
+def _parallel(call: Callable[[str], T], names: Iterable[str]) -> list[T]:
+    with ThreadPoolExecutor(REQUESTS) as pool:
+        return list(pool.map(call, names))
+
+
+def _result(base: Base, warnings: Sequence[str] = ()) -> Prepared:
+    shards = base.doc["shards"]
+    size = sum(shard["bytes"] for shard in shards)
+    return Prepared(len(base.ids), len(shards), size, base.rejects, base.complete, warnings, len(base.unused))
+
+
+def _json_lines(values: Iterable[dict[str, Any]]) -> bytes:
+    return "".join(map(json_line, values)).encode()
+
+
+def _sum(value: Any) -> str:
+    return hashlib.md5(json.dumps(value).encode(), usedforsecurity=False).hexdigest()

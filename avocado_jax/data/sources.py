@@ -9,12 +9,13 @@ from collections import OrderedDict
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader
 
 from avocado_jax.data import storage
-from avocado_jax.data.index import Index, load_index, measured
+from avocado_jax.data.index import COLUMNS, FORMAT, Index, dump_index, load_index, measured
 from avocado_jax.data.media import Reading, reading_fields
-from avocado_jax.data.records import VERSION, Record, decoded, from_example, unpack
+from avocado_jax.data.records import Record, decoded, from_example, unpack
 from avocado_jax.errors import InputError
 from avocado_jax.progress import progress
 
@@ -146,21 +147,26 @@ def open_shards(
     where = storage.join(folder, "manifest.json")
     try:
         manifest = json.loads(storage.read(where))
-        shards = [Shard(**shard) for shard in manifest["shards"]]
-        version, prepared, unit = manifest["version"], manifest["reading"], manifest["text_unit"]
+        version = manifest["version"]
+        if version == FORMAT:
+            shards = [Shard(*(shard[name] for name in Shard._fields)) for shard in manifest["shards"]]
+            prepared, unit, file, md5 = (manifest[name] for name in ("reading", "text_unit", "index", "index_md5"))
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{where}: not what `prepare` writes ({error})") from error
-    if version != VERSION:
-        raise InputError(f"{where}: version {version}; this code reads {VERSION}: run prepare again")
+    if version != FORMAT:
+        raise InputError(
+            f"{where}: version {version}; this code reads {FORMAT}: run prepare again into an empty folder"
+        )
     if prepared != reading_fields(reading):
         asked = reading_fields(reading)
         raise InputError(f"{where}: prepared for {prepared}, the run asks for {asked}: run prepare again")
-    text = storage.read(storage.join(folder, "index.jsonl"))
-    if hashlib.md5(text, usedforsecurity=False).hexdigest() != manifest["index_md5"]:
-        raise InputError(f"{folder}: index.jsonl is not the one of its manifest.json")
-    index = load_index(text, unit, folder)
-    if (counted := sum(shard.records for shard in shards)) != len(index.ids):
-        raise InputError(f"{folder}: shards of {counted} records, an index of {len(index.ids)}")
+    data = storage.read(storage.join(folder, file))
+    if hashlib.md5(data, usedforsecurity=False).hexdigest() != md5:
+        raise InputError(f"{folder}: {file} is not the one of its manifest.json")
+    index = load_index(data, unit, folder)
+    counts = np.array([shard.records for shard in shards])  # may exceed what is indexed: duplicates are left out
+    if len(index.ids) != manifest["records"] or (len(index.ids) and not (index.position < counts[index.shard]).all()):
+        raise InputError(f"{folder}: {file} does not match the shards of its manifest.json")
     return Shards(folder, shards, index, cache_dir, patience)
 
 
@@ -236,12 +242,12 @@ def open_tfds(folder: str, split: str, reading: Reading, cache_dir: Path) -> Tfd
     if not storage.exists(storage.join(folder, "dataset_info.json")):
         raise InputError(f"{folder}: not a tfds data set (it has no dataset_info.json)")
     key = json.dumps([folder, split, len(source), reading_fields(reading)])
-    kept = cache_dir / f"index-{hashlib.md5(key.encode(), usedforsecurity=False).hexdigest()}.jsonl"
+    kept = cache_dir / f"index-{hashlib.md5(key.encode(), usedforsecurity=False).hexdigest()}.npz"
     if not kept.exists():
         lines = []
         for number in progress(range(len(source)), f"measure {folder}"):
             record = source[number]
-            line = measured(record, decoded(record, reading)) | {"shard": 0, "position": number}
-            lines.append(json.dumps(line, ensure_ascii=False))
-        storage.write(str(kept), "\n".join(lines).encode())
+            lines.append(measured(record, decoded(record, reading)) | {"shard": 0, "position": number})
+        columns = {name: [line[name] for line in lines] for name in ("seconds", *COLUMNS)}
+        storage.write(str(kept), dump_index([line["id"] for line in lines], columns))
     return TfdsSource(folder, split, load_index(kept.read_bytes(), "byte", str(kept)))

@@ -26,7 +26,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from avocado_jax.data.storage_errors import StorageError, failure, first_line
 from avocado_jax.errors import InputError
@@ -202,6 +202,34 @@ def sizes(folder: str) -> dict[str, int]:
         return {one.name.rsplit("/", 1)[-1]: one.size for one in found}
     found = Path(folder).iterdir() if Path(folder).is_dir() else ()
     return {path.name: path.stat().st_size for path in found if path.is_file()}
+
+
+class Listed(NamedTuple):
+    """A file of a listing."""
+
+    name: str  # its path from the folder
+    bytes: int
+    md5: str | None  # in hexadecimal; None on local disk, and where storage has no sum of the object
+
+
+def listing(folder: str) -> list[Listed]:
+    """Every file below a folder, at any depth, sorted by name; empty without such a folder. Raises as `read` does."""
+    if is_remote(folder):
+        prefix = f"{folder.rstrip('/')}/"
+        fields = "items(name,size,md5Hash),nextPageToken"
+
+        def pages(blob: Any) -> list[Listed]:
+            found = blob.bucket.list_blobs(prefix=blob.name, fields=fields, timeout=TIMEOUT, retry=None)
+            return [
+                Listed(
+                    one.name[len(blob.name) :], one.size, base64.b64decode(one.md5_hash).hex() if one.md5_hash else None
+                )
+                for one in found
+            ]
+
+        return sorted(_remote(prefix, pages))
+    found = (Path(at, name) for at, _, files in os.walk(folder) for name in files)
+    return sorted(Listed(os.path.relpath(path, folder), path.stat().st_size, None) for path in found if path.is_file())
 
 
 def names(folder: str) -> list[str]:

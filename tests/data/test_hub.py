@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 from hub import TOKEN, hub_server
 
-from avocado_jax.data import hub as reader
-from avocado_jax.data import storage
+from avocado_jax.data import ranges, storage
 from avocado_jax.data.hub import open_dataset
 from avocado_jax.errors import InputError, exit_status
 
@@ -50,7 +49,7 @@ def test_listing_ranges_and_streaming(served, tmp_path, monkeypatch):
     assert dataset.open("lines.jsonl").readlines() == [b'{"id": "a"}\n'] * 3
     part = "parts/videos.part-000.tar.gz"
     data.commit({"lines.jsonl": b""})  # a later commit changes nothing for this reader
-    monkeypatch.setattr(reader, "BLOCK", 4096)
+    monkeypatch.setattr(ranges, "BLOCK", 4096)
     cuts = iter([True, False] * 100)
     hub.faults = lambda request: "cut" if request.origin == "cdn" and next(cuts) else ""
     hub.requests.clear()
@@ -71,7 +70,7 @@ def test_listing_ranges_and_streaming(served, tmp_path, monkeypatch):
     assert spans_of(hub)[0] == (len(whole) - 100, len(whole) - 1)
     hub.requests.clear()
     assert dataset.open(part).read() == whole
-    assert len(spans_of(hub)) == -(-len(whole) // reader.BLOCK)
+    assert len(spans_of(hub)) == -(-len(whole) // ranges.BLOCK)
     assert not list((tmp_path / "home").rglob("blobs/*"))
 
 

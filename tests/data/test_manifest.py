@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from avocado_jax.data.manifest import parse_manifest
+from avocado_jax.data.manifest import Reject, parse_manifest
 
 GOOD = {"id": "a", "video": "a.mp4", "caption": "A dog barks."}
 
@@ -55,7 +55,7 @@ def test_bad_lines_are_rejected_with_number_and_reason(line, reason):
 def test_of_equal_ids_the_first_stays():
     entries, rejects = parsed(GOOD, b"", GOOD | {"video": "b.mp4"})
     assert [entry.video for entry in entries] == ["a.mp4"]
-    assert rejects[0] == (3, "a", "b.mp4", "its id is that of line 1")
+    assert rejects == [Reject(3, "a", "b.mp4", "its id is that of line 1")]
 
 
 def test_swift_lines_beside_our_own():

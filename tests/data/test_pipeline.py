@@ -13,10 +13,11 @@ from stream_fixtures import READING, Spy, byte_tokenizer, contiguous_rows, recip
 
 from avocado_jax.bench.input import bench_input
 from avocado_jax.data import storage
+from avocado_jax.data.make_shard import Job
 from avocado_jax.data.media import Media
 from avocado_jax.data.pipeline import batches, make_captions, plan_batches, record_row
 from avocado_jax.data.plan import Bucket
-from avocado_jax.data.prepare import Job, prepare
+from avocado_jax.data.prepare import prepare
 from avocado_jax.data.prompt import Habits, chat_prompt, special_id
 from avocado_jax.data.records import Record
 from avocado_jax.data.rows import make_row, shape_of

@@ -11,9 +11,10 @@ import tfds_clips
 from stream_fixtures import READING, recipe, write_manifest
 
 from avocado_jax.data import storage
+from avocado_jax.data.make_shard import Job
 from avocado_jax.data.media import Reading
 from avocado_jax.data.pipeline import batches, plan_batches
-from avocado_jax.data.prepare import Job, prepare
+from avocado_jax.data.prepare import prepare
 from avocado_jax.data.sources import open_shards, open_tfds
 from avocado_jax.errors import InputError
 
@@ -74,8 +75,8 @@ def test_a_bucket_holds_the_same_bytes_as_a_folder(bucket):
     held = {path.name: path.read_bytes() for path in (bucket.local / "out").iterdir()}
     assert {name: storage.read(f"gs://clips-bucket/out/{name}") for name in held} == held
     assert not storage.exists("gs://clips-bucket/out/parts/job.json")
-    assert storage.fingerprint("gs://clips-bucket/out/index.jsonl") == storage.fingerprint(
-        str(bucket.local / "out" / "index.jsonl")
+    assert storage.fingerprint("gs://clips-bucket/out/index-00000.npz") == storage.fingerprint(
+        str(bucket.local / "out" / "index-00000.npz")
     )
 
 
@@ -101,13 +102,13 @@ def test_uploads_survive_faults(faulty):
 def test_storage_that_stays_away_costs_rows_and_then_the_run(faulty):
     faulty.faulty, faulty.every, faulty.faults = lambda method, path: "shard-" in path, 1, ("truncated",)
     source = open_shards("gs://clips-bucket/out", READING, patience=1.0)
-    with pytest.raises(storage.StorageError, match="gs://clips-bucket/out/shard-00000"):
+    with pytest.raises(storage.StorageError, match="gs://clips-bucket/out/shard-00000-00000"):
         source[0]
 
 
 def test_a_missing_or_exchanged_shard_is_noticed(faulty, tmp_path):
     for path in (faulty.local / "out").iterdir():
-        if "shard-00001" not in path.name:
+        if "shard-00000-00001" not in path.name:
             storage.write(f"gs://clips-bucket/missing/{path.name}", path.read_bytes())
     source = open_shards("gs://clips-bucket/missing", READING, patience=1.0)
     assert source[0].fields["id"] == "clip-0"
@@ -129,10 +130,10 @@ def test_folders_that_cannot_be_used(bucket, tmp_path):
             open_shards(folder, READING)
     with pytest.raises(InputError, match="run prepare again"):
         open_shards(str(bucket.local / "out"), Reading())
-    for name, change in (("version", 2), ("shards", 3), ("index_md5", "")):
+    for name, change in (("version", 1), ("shards", 3), ("index_md5", "")):
         held = json.loads((bucket.local / "out" / "manifest.json").read_text()) | {name: change}
         (tmp_path / "manifest.json").write_text(json.dumps(held))
-        (tmp_path / "index.jsonl").write_bytes((bucket.local / "out" / "index.jsonl").read_bytes())
+        (tmp_path / "index-00000.npz").write_bytes((bucket.local / "out" / "index-00000.npz").read_bytes())
         with pytest.raises(InputError):
             open_shards(str(tmp_path), READING)
 

@@ -9,7 +9,7 @@ import pytest
 
 from avocado_jax.config import SftConfig, TimeoutConfig
 from avocado_jax.data import storage
-from avocado_jax.data.index import load_index
+from avocado_jax.data.index import COLUMNS, dump_index, load_index
 from avocado_jax.data.sources import Shard, Shards
 from avocado_jax.errors import InputError
 from avocado_jax.parallel.processes import init_distributed
@@ -102,7 +102,8 @@ def test_shards_that_are_missing_or_short(tmp_path):
     (tmp_path / "one").write_bytes(b"12345")
     (tmp_path / "two").write_bytes(b"123")
     shards = [Shard("one", 1, 5, ""), Shard("two", 1, 3, "")]
-    index = load_index(b"", "byte", "nothing")
+    columns = {name: [] for name in ("seconds", *COLUMNS)}
+    index = load_index(dump_index([], columns), "byte", "nothing")
     Shards(str(tmp_path), shards, index, None, 1.0).check()
     (tmp_path / "two").write_bytes(b"12")
     with pytest.raises(InputError, match="two: has 2 bytes, where manifest"):

@@ -1,0 +1,190 @@
+"""The state of a prepared folder between runs: what is finished, which files are there, and the open generation."""
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from avocado_jax.data import storage
+from avocado_jax.data.index import FORMAT, load_columns
+from avocado_jax.data.manifest import Lines, Reject, hash_name
+from avocado_jax.data.media_sources import Source
+from avocado_jax.errors import InputError
+from avocado_jax.typing import Array
+
+DONE = re.compile(r"parts/(?P<shard>shard-.*\.array_record)\.(?P<md5>[0-9a-f]{32}|none)\.json")
+NO_CLIP = "its clip is in none of the parts"
+
+
+class Base(NamedTuple):
+    """What earlier generations have finished."""
+
+    doc: dict[str, Any]  # manifest.json
+    ids: list[str]
+    columns: dict[str, Array]
+    rejects: list[Reject]
+    unused: list[dict[str, str]]  # clips without a row
+    complete: bool
+
+
+class Folder:
+    """The files of a folder that is prepared, from one listing.
+
+    Attributes:
+        files: by name.
+        made: shards that this run has made or checked.
+    """
+
+    def __init__(self, out: str) -> None:
+        self.out = out
+        self.made: set[str] = set()
+        self.refresh()
+
+    def refresh(self) -> None:
+        """List the folder again."""
+        self.files = {one.name: one for one in storage.listing(self.out)}
+        self._done: dict[str, list[str]] = {}
+        for name in self.files:
+            if found := DONE.fullmatch(name):
+                self._done.setdefault(found["shard"], []).append(found["md5"])
+
+    def path(self, name: str) -> str:
+        """Where a file is."""
+        return storage.join(self.out, name)
+
+    def read(self, name: str) -> dict[str, Any]:
+        """A file with a JSON object."""
+        try:
+            content = json.loads(storage.read(self.path(name)))
+        except ValueError as error:
+            raise InputError(f"{self.path(name)}: not JSON: {error}") from error
+        return content if isinstance(content, dict) else {}
+
+    def lines(self, name: str) -> list[dict[str, Any]]:
+        """A file with JSON lines; empty if there is none."""
+        return [json.loads(line) for line in storage.read(self.path(name)).splitlines()] if name in self.files else []
+
+    def md5(self, name: str) -> str | None:
+        """The sum of a file: of the listing where it has one."""
+        if name not in self.files:
+            return None
+        return self.files[name].md5 or storage.fingerprint(self.path(name))
+
+    def report_of(self, shard: str) -> str | None:
+        """The file that lists a finished shard; None if it is not finished."""
+        for md5 in self._done.get(shard, ()):
+            if md5 == "none" or shard in self.made or self.md5(shard) == md5:
+                self.made.add(shard)
+                return f"parts/{shard}.{md5}.json"
+        return None
+
+
+def other_job(out: str) -> InputError:
+    return InputError(f"{out}: was made of another manifest or with other options; empty it first")
+
+
+def load_base(folder: Folder, key: str) -> Base:
+    """The newest finished state: manifest.json, or parts/manifest.json if too much was rejected."""
+    base = Base({"generation": -1, "size": 0, "media": {}, "shards": []}, [], {"line": np.zeros(0, int)}, [], [], False)
+    for name in ("manifest.json", "parts/manifest.json"):
+        if name not in folder.files:
+            continue
+        doc = folder.read(name)
+        if doc.get("version") != FORMAT or doc.get("job") != key:
+            raise other_job(folder.out)
+        if doc["generation"] > base.doc["generation"]:
+            data = storage.read(folder.path(doc["index"]))
+            if hashlib.md5(data, usedforsecurity=False).hexdigest() != doc["index_md5"]:
+                raise InputError(f"{folder.path(doc['index'])}: damaged; empty {folder.out}")
+            rejects = [Reject(**line) for line in folder.lines("rejects.jsonl")]
+            unused = folder.lines("unused.jsonl")
+            base = Base(doc, *load_columns(data, doc["index"]), rejects, unused, name == "manifest.json")
+    return base
+
+
+def open_generation(folder: Folder, source: Source, lines: Lines, base: Base, key: str) -> dict[str, Any]:
+    """What the next generation prepares, as plain data for parts/job.json.
+
+    `rows` are ranges of line numbers. `parts` are pairs: the name of a part to read, and ranges of its samples to skip.
+    """
+    lost = [number for number, one in enumerate(base.doc["shards"]) if _is_lost(folder, one, base.complete)]
+    kept = ~np.isin(base.columns["shard"], lost) if lost else np.ones(len(base.ids), bool)
+    final = {(one.part if source.rows_inside else "", one.line) for one in base.rejects if not one.retry}
+    parts = []
+    if source.rows_inside:
+        place = np.array([shard["part"] for shard in base.doc["shards"]])
+        settled = list(final)
+        if len(base.ids):
+            settled += zip(place[base.columns["shard"][kept]].tolist(), base.columns["line"][kept].tolist())
+        again = {one.part for one in base.rejects if one.retry} | {
+            base.doc["shards"][number]["part"] for number in lost
+        }
+        for part in source.parts:
+            if base.doc["media"].get(part.name) != part.bytes or part.name in again:
+                parts.append([part.name, _ranges(line for name, line in settled if name == part.name)])
+        rows: list[list[int]] = []
+    else:
+        settled_lines = np.concatenate([base.columns["line"][kept], np.array([line for _, line in final], int)])
+        todo = ~np.isin(lines.number, settled_lines)
+        rows = _ranges(lines.number[todo].tolist())
+        if source.parts:
+            wanted = _parts_of(lines, todo, base, lost)
+            parts = [
+                [part.name, []]
+                for part in source.parts
+                if base.doc["media"].get(part.name) != part.bytes or part.name in wanted
+            ]
+    return {
+        "job": key,
+        "generation": base.doc["generation"] + 1,
+        "size": lines.size,
+        "md5": lines.sums[lines.size],
+        "rows": rows,
+        "parts": parts,
+        "lost": [base.doc["shards"][number]["file"] for number in lost],
+    }
+
+
+def _is_lost(folder: Folder, shard: dict[str, Any], complete: bool) -> bool:
+    """Whether a shard is missing or damaged. Sums of local files are compared only until the folder is complete."""
+    found = folder.files.get(shard["file"])
+    if found is None or found.bytes != shard["bytes"]:
+        return True
+    if found.md5 is None and complete:
+        return False
+    return folder.md5(shard["file"]) != shard["md5"]
+
+
+def _parts_of(lines: Lines, todo: Array, base: Base, lost: list[int]) -> set[str]:
+    """Parts that were read before and have clips of rows that are to be prepared."""
+    shards = base.doc["shards"]
+    absent = np.array([one.line for one in base.rejects if one.reason == NO_CLIP], int)
+    fresh = lines.video[todo & ~np.isin(lines.number, absent)]  # the others were looked for in all parts
+    parts = {shards[number]["part"] for number in lost} | {one.part for one in base.rejects if one.retry}
+    if len(base.ids):
+        used = lines.video[np.searchsorted(lines.number, base.columns["line"])]
+        parts |= {shards[number]["part"] for number in np.unique(base.columns["shard"][np.isin(used, fresh)])}
+    names = np.array([hash_name(one["clip"].rpartition("/")[2]) for one in base.unused], np.uint64)
+    return parts | {base.unused[number]["part"] for number in np.flatnonzero(np.isin(names, fresh))}
+
+
+def _ranges(numbers: Iterable[int]) -> list[list[int]]:
+    """Whole numbers as ranges [first, last] in order."""
+    ranges: list[list[int]] = []
+    for number in sorted(numbers):
+        if ranges and number <= ranges[-1][1] + 1:
+            ranges[-1][1] = number
+        else:
+            ranges.append([number, number])
+    return ranges
+
+
+def contained(numbers: Array, ranges: list[list[int]]) -> Array:
+    """Which of the sorted numbers are in one of the ranges."""
+    found = np.zeros(len(numbers), bool)
+    for first, last in ranges:
+        found[np.searchsorted(numbers, first) : np.searchsorted(numbers, last, "right")] = True
+    return found

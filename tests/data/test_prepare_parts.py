@@ -1,0 +1,293 @@
+"""prepare from the layout of the published training set, WebDataset and Parquet; machines, kills, appended rows."""
+
+import io
+import json
+import shutil
+import tarfile
+from contextlib import nullcontext
+from pathlib import Path
+from types import SimpleNamespace
+
+import gcs
+import pytest
+from hub import hub_server
+from stream_fixtures import READING, write_clip
+
+from avocado_jax.__main__ import main
+from avocado_jax.data import media_sources, storage
+from avocado_jax.data import prepare as module
+from avocado_jax.data.decode import read_media
+from avocado_jax.data.make_shard import Job, make_shard
+from avocado_jax.data.prepare import prepare
+from avocado_jax.data.sources import open_shards
+from avocado_jax.errors import InputError
+
+ROWS = 10
+
+
+def swift(number: int, video: str) -> dict:
+    turns = [("system", "Be exact."), ("user", "<video>Describe it."), ("assistant", f"Clip {number}.")]
+    return {"messages": [{"role": role, "content": text} for role, text in turns], "videos": [video]}
+
+
+def pack_tar(path: Path, files: dict[str, bytes]) -> None:
+    with tarfile.open(path, "w:gz" if path.name.endswith("gz") else "w") as tar:
+        for name, data in files.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+
+
+def lines_of(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.fixture(scope="module")
+def clip_bytes(tmp_path_factory) -> list[bytes]:
+    folder = tmp_path_factory.mktemp("clip_bytes")
+    return [write_clip(folder / f"{number}.mov", 0.4, seed=number).read_bytes() for number in range(4)]
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory, clip_bytes) -> Path:
+    """The layout of the training set: ten rows, of which two have one clip and one has none; 9 clips in three parts."""
+    folder = tmp_path_factory.mktemp("published")
+    names = [f"videos/{number:02d}.mp4" for number in range(9)]
+    rows = [swift(number, name) for number, name in enumerate(names[:8])]
+    rows += [swift(8, "/data/authors/videos/03.mp4"), swift(9, "videos/lost.mp4")]
+    (folder / "set.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for part in range(3):
+        files = {name: clip_bytes[number % 4] for number, name in enumerate(names) if number // 3 == part}
+        pack_tar(folder / f"videos.part-{part:03d}.tar.gz", {"README": b"clips"} | files)
+    assert prepare(job(folder, folder / "whole"), 2, 0.2).complete
+    return folder
+
+
+@pytest.fixture
+def in_process(monkeypatch):
+    """Shards are made and clips read in this process: quick, and it can be stopped anywhere."""
+
+    def run(job, source, tasks, workers):
+        for task in tasks:
+            make_shard(job, source._replace(manifests=[], parts=[]), task)
+            if task.folder:
+                shutil.rmtree(task.folder)
+            yield task.name
+
+    monkeypatch.setattr(module, "run_tasks", run)
+    reader = SimpleNamespace(read=read_media)
+    monkeypatch.setattr("avocado_jax.data.make_shard.ClipReader", lambda seconds: nullcontext(reader))
+
+
+@pytest.fixture
+def opened(monkeypatch) -> list[str]:
+    """Names of the files of sources, as they are opened."""
+    names: list[str] = []
+    real = media_sources.File.open
+    monkeypatch.setattr(media_sources.File, "open", lambda self: names.append(self.name) or real(self))
+    return names
+
+
+def job(folder: Path, out: Path, **changes) -> Job:
+    given = dict(shard_records=2, reading=READING, media=f"{folder}/videos.part-*.tar.gz")
+    return Job(str(folder / "set.jsonl"), str(out), **(given | changes))
+
+
+def test_rows_and_clips_are_matched_counted_and_listed(published, clip_bytes):
+    source = open_shards(str(published / "whole"), READING)
+    ids = [name.partition("#")[0] for name in source.index.ids]
+    assert ids == [f"videos/0{n}.mp4" for n in (0, 1, 2, 3)] + ["/data/authors/videos/03.mp4"] + [
+        f"videos/0{n}.mp4" for n in (4, 5, 6, 7)
+    ]
+    assert source.index.shard.tolist() == [0, 0, 1, 2, 2, 3, 3, 4, 4]  # 4 and 5 of part 1; a shard has one part's clips
+    for number, clip in enumerate((0, 1, 2, 3, 3, 4, 5, 6, 7)):
+        record = source[number]
+        assert record.clip == clip_bytes[clip % 4]
+        assert record.fields["system"] == "Be exact."
+    rejects = lines_of(published / "whole" / "rejects.jsonl")
+    assert [(one["line"], one["reason"], one["retry"]) for one in rejects] == [
+        (10, "its clip is in none of the parts", True)
+    ]
+    assert lines_of(published / "whole" / "unused.jsonl") == [
+        {"part": "videos.part-002.tar.gz", "clip": "videos/08.mp4"}
+    ]
+
+
+def test_a_bucket_and_the_hub_give_the_same_bytes(published, tmp_path, monkeypatch, in_process):
+    files = {path.name: path.read_bytes() for path in published.iterdir() if path.is_file()}
+    whole = contents(published / "whole")
+    with hub_server(tmp_path / "home", monkeypatch) as hub:
+        hub.add("ORG/set", files, "datasets")
+        arguments = ["hub:ORG/set", str(tmp_path / "out"), "--shard-records", "2", "--max-reject-share", "0.2"]
+        small = ("fewest_pixels=784", "most_pixels=3136", "clip_pixels=313600")
+        assert main(["prepare", *arguments, *(part for one in small for part in ("--reading", one))]) == 0
+        assert contents(tmp_path / "out") == whole
+        assert sorted(name for name in hub.fetched() if name in files) == sorted(files)  # each once
+    with gcs.proxied_bucket(tmp_path / "storage", monkeypatch):
+        for name, data in files.items():
+            storage.write(f"gs://bucket/set/{name}", data)
+        remote = Job("gs://bucket/set/set.jsonl", "gs://bucket/out", False, None, 2, reading=READING)
+        done = prepare(Job(**(vars(remote) | {"media": "gs://bucket/set/"})), 1, 0.2)
+        assert (done.records, len(done.rejects), done.unused) == (9, 1, 1)
+        assert {
+            one.name: storage.read(f"gs://bucket/out/{one.name}") for one in storage.listing("gs://bucket/out")
+        } == whole
+
+
+def test_stopped_anywhere_and_resumed_gives_the_same_bytes(published, tmp_path, monkeypatch, in_process):
+    whole = contents(published / "whole")
+
+    def stop_at(last: int) -> None:
+        calls = iter(range(1000))
+        for name in ("write", "upload"):
+            real = getattr(storage, name)
+
+            def call(*args, real=real):
+                if next(calls) == last:
+                    raise KeyboardInterrupt
+                return real(*args)
+
+            patch.setattr(storage, name, call)
+
+    for last in (0, 1, 2, 4, 7, 9, 12, 15, 16, 17):
+        out = tmp_path / str(last)
+        with monkeypatch.context() as patch:
+            stop_at(last)
+            with pytest.raises(KeyboardInterrupt):
+                prepare(job(published, out), 1, 0.2)
+        assert prepare(job(published, out), 1, 0.2).complete
+        assert contents(out) == whole, last
+
+
+def test_machines_and_finish_give_the_same_bytes(published, tmp_path, in_process, opened):
+    out = tmp_path / "out"
+    with pytest.raises(InputError, match="nothing is prepared"):
+        prepare(job(published, out), 1, 0.2, finish=True)
+    for machine in (1, 0):
+        opened.clear()
+        if machine == 0:
+            with pytest.raises(InputError, match="is not prepared"):
+                prepare(job(published, out), 1, 0.2, finish=True)
+        assert prepare(job(published, out), 1, 0.2, shard=(machine, 2)) is None
+        parts = [name for name in opened if name.endswith("gz")]
+        assert parts == [f"videos.part-00{part}.tar.gz" for part in ((1,), (0, 2))[1 - machine]]
+        opened.clear()
+        prepare(job(published, out), 1, 0.2, shard=(machine, 2))
+        assert not opened  # done: nothing is read again
+    assert not (out / "manifest.json").exists()
+    assert prepare(job(published, out), 1, 0.2, finish=True).complete
+    assert contents(out) == contents(published / "whole")
+    assert prepare(job(published, out), 1, 0.2, finish=True).records == 9
+
+
+def test_later_rows_and_parts_go_to_new_shards_and_old_parts_are_left_alone(
+    published, tmp_path, clip_bytes, in_process, opened
+):
+    folder, out = tmp_path / "set", tmp_path / "out"
+    shutil.copytree(published, folder, ignore=shutil.ignore_patterns("whole"))
+    assert prepare(job(folder, out), 1, 0.2).complete
+    made = {path: path.read_bytes() for path in out.glob("shard-*")}
+    opened.clear()
+    before = contents(out)
+    assert prepare(job(folder, out), 1, 0.2).complete
+    assert not opened
+    assert contents(out) == before
+
+    pack_tar(folder / "videos.part-003.tar.gz", {"videos/lost.mp4": clip_bytes[1]})
+    done = prepare(job(folder, out), 1, 0.2)
+    assert (done.records, done.rejects) == (10, [])
+    assert opened == ["videos.part-003.tar.gz"]
+    opened.clear()
+    with (folder / "set.jsonl").open("a") as file:  # a clip without a row so far, and one that has a row
+        file.write(
+            "".join(json.dumps(swift(n, video)) + "\n" for n, video in ((10, "videos/08.mp4"), (11, "videos/00.mp4")))
+        )
+    assert prepare(job(folder, out), 1, 0.2).records == 12
+    assert opened == ["videos.part-000.tar.gz", "videos.part-002.tar.gz"]
+    assert {path: path.read_bytes() for path in made} == made
+    source = open_shards(str(out), READING)
+    assert [source[number].fields["id"] for number in range(12)] == source.index.ids
+    assert [name.partition("#")[0] for name in source.index.ids[9:]] == [
+        "videos/lost.mp4",
+        "videos/00.mp4",
+        "videos/08.mp4",
+    ]
+    assert lines_of(out / "unused.jsonl") == []
+    (folder / "set.jsonl").write_text(json.dumps(swift(0, "videos/01.mp4")))
+    with pytest.raises(InputError, match="another manifest"):
+        prepare(job(folder, out), 1, 0.2)
+
+
+def test_a_damaged_part_costs_its_rest_and_is_read_again(published, tmp_path, in_process, opened):
+    folder, out = tmp_path / "set", tmp_path / "out"
+    shutil.copytree(published, folder, ignore=shutil.ignore_patterns("whole"))
+    part = folder / "videos.part-001.tar.gz"
+    data = part.read_bytes()
+    part.write_bytes(data[: len(data) // 2] + bytes(len(data) - len(data) // 2))
+    done = prepare(job(folder, out), 1, 0.7)
+    assert "damaged or cut short" in done.rejects[0].reason
+    assert 5 <= done.records < 9
+    part.write_bytes(data)
+    opened.clear()
+    assert prepare(job(folder, out), 1, 0.2).records == 9
+    assert opened == ["videos.part-001.tar.gz"]
+
+
+def test_webdataset(tmp_path, clip_bytes, in_process, opened):
+    clips = {
+        "a/1.mp4": clip_bytes[0],
+        "a/1.txt": b"One.",
+        "2.json": b'{"caption": "Two.", "id": "two"}',
+        "2.mp4": clip_bytes[1],
+    }
+    pack_tar(tmp_path / "a-0.tar", clips | {"3.mp4": clip_bytes[2], "4.json": b'{"caption": "Four."}'})
+    pack_tar(
+        tmp_path / "a-1.tar",
+        {"2.mp4": clip_bytes[3], "2.json": b'{"caption": "Again.", "id": "two"}', "5.mp4": b"x", "5.json": b"{"},
+    )
+    wanted = Job(str(tmp_path / "a-*.tar"), str(tmp_path / "out"), shard_records=4, reading=READING)
+    done = prepare(wanted, 1, 0.7)
+    assert done.complete
+    source = open_shards(str(tmp_path / "out"), READING)
+    assert source.index.ids == ["a-0/a/1", "two"]
+    assert [source[number].clip for number in (0, 1)] == clip_bytes[:2]
+    assert [source[number].fields["caption"] for number in (0, 1)] == ["One.", "Two."]
+    assert [(one.part, one.line, one.reason.partition(" (")[0]) for one in done.rejects] == [
+        ("a-0.tar", 4, "has no clip beside it"),
+        ("a-1.tar", 1, "its id is that of an earlier clip"),
+        ("a-1.tar", 2, "not JSON"),
+    ]
+    assert lines_of(tmp_path / "out" / "unused.jsonl") == [{"part": "a-0.tar", "clip": "3.mp4"}]
+    pack_tar(tmp_path / "a-2.tar", {"9.mp4": clip_bytes[2], "9.txt": b"Nine."})
+    opened.clear()
+    assert prepare(wanted, 1, 0.7).records == 3
+    assert opened == ["a-2.tar"]
+
+
+def test_parquet_with_clips_and_with_paths(tmp_path, clip_bytes, in_process):
+    import pyarrow
+    import pyarrow.parquet
+
+    rows = [
+        {"id": str(n), "caption": f"Clip {n}.", "video": {"bytes": clip_bytes[n], "path": f"{n}.mov"}} for n in range(3)
+    ]
+    rows[1]["video"]["bytes"] = None
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "inside.parquet")
+    done = prepare(Job(str(tmp_path / "inside.parquet"), str(tmp_path / "one"), reading=READING), 1, 0.5)
+    assert [(one.line, one.reason) for one in done.rejects] == [(2, "has no clip beside it")]
+    source = open_shards(str(tmp_path / "one"), READING)
+    assert [(source[n].fields, source[n].clip) for n in (0, 1)] == [
+        ({"id": "0", "caption": "Clip 0."}, clip_bytes[0]), ({"id": "2", "caption": "Clip 2."}, clip_bytes[2])
+    ]  # fmt: skip
+    (tmp_path / "clips").mkdir()
+    (tmp_path / "clips" / "0.mov").write_bytes(clip_bytes[0])
+    table = pyarrow.Table.from_pylist([swift(0, "0.mov") | {"id": "a"}, swift(1, "1.mov") | {"id": None}])
+    pyarrow.parquet.write_table(table, tmp_path / "paths.parquet")
+    wanted = Job(str(tmp_path / "paths.parquet"), str(tmp_path / "two"), media=str(tmp_path / "clips"), reading=READING)
+    done = prepare(wanted, 1, 0.5)
+    assert [(one.line, one.video, one.retry) for one in done.rejects] == [(2, "1.mov", True)]
+    assert open_shards(str(tmp_path / "two"), READING)[0].fields["prompt"] == "Describe it."
