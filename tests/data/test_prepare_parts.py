@@ -4,9 +4,7 @@ import io
 import json
 import shutil
 import tarfile
-from contextlib import nullcontext
 from pathlib import Path
-from types import SimpleNamespace
 
 import gcs
 import pytest
@@ -19,6 +17,7 @@ from avocado_jax.data import prepare as module
 from avocado_jax.data.decode import read_media
 from avocado_jax.data.make_shard import Job, make_shard
 from avocado_jax.data.prepare import prepare
+from avocado_jax.data.reader import ClipReader
 from avocado_jax.data.sources import open_shards
 from avocado_jax.errors import InputError
 
@@ -79,8 +78,7 @@ def in_process(monkeypatch):
             yield task.name
 
     monkeypatch.setattr(module, "run_tasks", run)
-    reader = SimpleNamespace(read=read_media)
-    monkeypatch.setattr("avocado_jax.data.make_shard.ClipReader", lambda seconds: nullcontext(reader))
+    monkeypatch.setattr(ClipReader, "read", lambda self, path, reading: read_media(path, reading))
 
 
 @pytest.fixture
