@@ -218,8 +218,8 @@ def listing(folder: str) -> list[Listed]:
         prefix = f"{folder.rstrip('/')}/"
         fields = "items(name,size,md5Hash),nextPageToken"
 
-        def pages(blob: Any) -> list[Listed]:
-            found = blob.bucket.list_blobs(prefix=blob.name, fields=fields, timeout=TIMEOUT, retry=None)
+        def pages(blob: Any, options: dict[str, Any]) -> list[Listed]:
+            found = blob.bucket.list_blobs(prefix=blob.name, fields=fields, **options)
             return [
                 Listed(
                     one.name[len(blob.name) :], one.size, base64.b64decode(one.md5_hash).hex() if one.md5_hash else None
