@@ -229,7 +229,7 @@ def test_bad_input_is_one_line(arguments, said, manifest, tmp_path, capsys):
     named["EMPTY"].write_text("\n")
     named["OUT"].parent.mkdir()
     shutil.copy(manifest, named["OUT"])
-    given = ["--out", str(tmp_path / "out"), "--url", "http://127.0.0.1:9/v1", "--model", "m"]
+    given = ["--out", str(tmp_path / "out"), "--url", "http://127.0.0.1:9/v1", "--model", "m", "--patience", "0.5"]
     assert main(["curate", *given, *[str(named.get(one, one)) for one in arguments]]) == 2
     told = capsys.readouterr()
     assert said in told.err
