@@ -12,7 +12,6 @@ resumable session, and interrupted downloads request the bytes that are missing.
 """
 
 import base64
-import errno
 import hashlib
 import io
 import mimetypes
@@ -28,7 +27,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-from avocado_jax.data.storage_errors import StorageError, failure, first_line
+from avocado_jax.data.storage_errors import StorageError, failure, first_line, local_errors
 from avocado_jax.errors import InputError
 
 T = TypeVar("T")
@@ -291,23 +290,6 @@ def here(path: str) -> Iterator[Path]:
         local = Path(folder, Path(path).name)
         download(path, local)
         yield local
-
-
-@contextmanager
-def local_errors(path: str) -> Iterator[None]:
-    """Raise errors of a local file as one line: an InputError for a wrong path, otherwise a StorageError."""
-    try:
-        yield
-    except (FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError) as error:
-        raise InputError(f"{path}: {error.strerror}") from error
-    except ValueError as error:  # a name with a NUL character, or that no file can have
-        raise InputError(f"{path}: not a file name ({error})") from error
-    except StorageError:
-        raise
-    except OSError as error:
-        if error.errno in (errno.ENAMETOOLONG, errno.ELOOP):
-            raise InputError(f"{path}: {error.strerror}") from error
-        raise StorageError(f"{path}: {error.strerror or error}") from error
 
 
 @lru_cache

@@ -1,6 +1,9 @@
-"""What is raised when storage fails: errors of the storage libraries as one line."""
+"""What is raised when storage fails: errors of local files and of the storage libraries as one line."""
 
+import errno
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from avocado_jax.errors import InputError
 
@@ -11,6 +14,23 @@ UNAVAILABLE = ("UNAVAILABLE:", "ABORTED:", "DEADLINE_EXCEEDED:")  # tensorstore,
 
 class StorageError(OSError):
     """Storage failed, or returned other bytes than were stored, until the retries ran out. A later retry may work."""
+
+
+@contextmanager
+def local_errors(path: str) -> Iterator[None]:
+    """Raise errors of a local file as one line: an InputError for a wrong path, otherwise a StorageError."""
+    try:
+        yield
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError) as error:
+        raise InputError(f"{path}: {error.strerror}") from error
+    except ValueError as error:  # a name with a NUL character, or that no file can have
+        raise InputError(f"{path}: not a file name ({error})") from error
+    except StorageError:
+        raise
+    except OSError as error:
+        if error.errno in (errno.ENAMETOOLONG, errno.ELOOP):
+            raise InputError(f"{path}: {error.strerror}") from error
+        raise StorageError(f"{path}: {error.strerror or error}") from error
 
 
 def failure(path: str, error: Exception) -> InputError | StorageError | None:
