@@ -1,8 +1,11 @@
+import hashlib
+import io
 import json
 
 import pytest
 
-from avocado_jax.data.manifest import Reject, parse_manifest
+from avocado_jax.data import manifest
+from avocado_jax.data.manifest import Reject, hash_name, parse_manifest, scan_manifest
 
 GOOD = {"id": "a", "video": "a.mp4", "caption": "A dog barks."}
 
@@ -100,3 +103,29 @@ def test_media_first_is_a_boolean():
     entries, rejects = parsed(GOOD | {"media_first": False, "system": ""}, GOOD | {"id": "b", "media_first": 1})
     assert entries[0].fields["media_first"] is False
     assert "media_first" in rejects[0].reason
+
+
+def test_a_scan_finds_what_parsing_finds(monkeypatch):
+    monkeypatch.setattr(manifest, "LONGEST_LINE", 150)
+    lines = [
+        GOOD,
+        b"",
+        b"{",
+        GOOD | {"id": "b"},
+        GOOD | {"video": "c.mp4"},
+        GOOD | {"id": "long", "caption": "x" * 400},
+    ]
+    text = b"\n".join(
+        line if isinstance(line, bytes) else json.dumps(line).encode() for line in [*lines, GOOD | {"id": "é"}]
+    )
+    cuts = [10, 60, len(text)]
+    found = scan_manifest(io.BytesIO(text), lambda video: video[:1], None, cuts)
+    assert found.number.tolist() == [1, 4, 7]
+    assert [json.loads(found.text(io.BytesIO(text), row))["id"] for row in range(3)] == ["a", "b", "é"]
+    assert found.video.tolist() == [hash_name("a")] * 3
+    assert [(one.line, one.reason.partition(" (")[0]) for one in found.rejects] == [
+        (3, "not JSON"), (5, "its id is that of line 1"), (6, "is too long for a line")
+    ]  # fmt: skip
+    assert found.sums == {cut: hashlib.md5(text[:cut]).hexdigest() for cut in cuts}
+    part = scan_manifest(io.BytesIO(text), str, 60, [10])
+    assert (part.size, part.sums[60], part.number.tolist()) == (60, found.sums[60], [1])

@@ -289,3 +289,83 @@ def test_parquet_with_clips_and_with_paths(tmp_path, clip_bytes, in_process):
     done = prepare(wanted, 1, 0.5)
     assert [(one.line, one.video, one.retry) for one in done.rejects] == [(2, "1.mov", True)]
     assert open_shards(str(tmp_path / "two"), READING)[0].fields["prompt"] == "Describe it."
+
+
+def test_no_line_and_no_clip_ends_the_job(tmp_path, clip_bytes, monkeypatch, in_process):
+    for name in ("good", "memory", "overflow"):
+        (tmp_path / f"{name}.mov").write_bytes(clip_bytes[0])
+    (tmp_path / "words.mp4").write_text("these are words")
+    videos = {"good": "good.mov", "nul": "a\0b.mp4", "half": "\udce9.mp4", "long": "x" * 300 + ".mp4"}
+    videos |= {name: f"{name}.mov" for name in ("memory", "overflow", "missing")} | {"words": "words.mp4"}
+    lines = [json.dumps({"id": name, "video": video, "caption": "c"}) for name, video in videos.items()]
+    for name, value in (("big", str(10**30)), ("digits", "9" * 5000), ("deep", "[" * 600 + "]" * 600)):
+        lines.append(f'{{"id": "{name}", "video": "good.mov", "caption": "c", "extra": {value}}}')
+    (tmp_path / "clips.jsonl").write_text("\n".join(lines))
+
+    def read(self, path, reading):
+        if Path(path).read_bytes() == clip_bytes[0]:
+            failure = next(failures)
+            if failure:
+                raise failure
+        return read_media(path, reading)
+
+    failures = iter([None, MemoryError("out of memory"), OverflowError("too large")])
+    monkeypatch.setattr(ClipReader, "read", read)
+    done = prepare(Job(str(tmp_path / "clips.jsonl"), str(tmp_path / "out"), reading=READING), 1, 0.95)
+    assert (done.records, done.complete) == (1, True)
+    assert {one.id: one.retry for one in done.rejects} == dict.fromkeys(
+        ["nul", "half", "long", "memory", "overflow", "missing", "words", "big", None, "deep"], False
+    ) | {"memory": True, "missing": True}
+    reasons = {one.id: one.reason for one in done.rejects}
+    assert "NUL" in reasons["nul"]
+    assert "surrogate" in reasons["half"]
+    assert reasons["long"] == "File name too long"
+    assert reasons["memory"] == "MemoryError: out of memory"
+    assert reasons["overflow"] == "OverflowError: too large"
+    assert "cannot be stored" in reasons["big"]
+    assert [json.loads(line)["line"] for line in (tmp_path / "out" / "rejects.jsonl").open()] == list(range(2, 12))
+
+
+def test_rejects_are_retried_if_their_cause_may_pass_and_rows_are_appended(
+    tmp_path, clip_bytes, monkeypatch, in_process
+):
+    media, read = tmp_path / "media", []
+    media.mkdir()
+    for number in range(4):
+        (media / f"{number}.mov").write_bytes(clip_bytes[number])
+    (media / "bad.mp4").write_bytes(b"bad")
+    (media / "late.mov").write_bytes(clip_bytes[0])
+    (media / "notes.txt").write_bytes(b"not a clip")
+    names = ["0.mov", "gone.mov", "bad.mp4", "./1.mov", "2.mov", "late.mov"]
+    manifest = tmp_path / "clips.jsonl"
+    manifest.write_text("\n".join(json.dumps({"id": name, "video": name, "caption": "c"}) for name in names))
+    real = storage.read
+
+    def reading(path):
+        read.append(Path(path).name)
+        if path.endswith("late.mov") and not (media / "gone.mov").exists():
+            raise TimeoutError("took longer than 4 s")
+        return real(path)
+
+    monkeypatch.setattr(storage, "read", reading)
+    wanted = Job(str(manifest), str(tmp_path / "out"), shard_records=2, reading=READING, media=str(media))
+    assert not prepare(wanted, 1, 0.2).complete
+    done = prepare(wanted, 1, 0.5)  # nothing has changed
+    assert [(one.id, one.retry) for one in done.rejects] == [("gone.mov", True), ("bad.mp4", False), ("late.mov", True)]
+    assert lines_of(tmp_path / "out" / "unused.jsonl") == [{"part": "", "clip": "3.mov"}]
+    made = {path: path.read_bytes() for path in (tmp_path / "out").glob("shard-*")}
+    before = contents(tmp_path / "out")
+    assert prepare(wanted, 1, 0.5).complete
+    assert contents(tmp_path / "out") == before  # the causes have not passed
+
+    (media / "gone.mov").write_bytes(clip_bytes[1])
+    with manifest.open("a") as file:
+        file.write("\n" + json.dumps({"id": "3", "video": "3.mov", "caption": "c"}))
+    read.clear()
+    done = prepare(wanted, 1, 0.5)
+    assert (done.records, [one.id for one in done.rejects], done.unused) == (6, ["bad.mp4"], 0)
+    assert [name for name in read if name.endswith((".mov", ".mp4"))] == ["gone.mov", "late.mov", "3.mov"]
+    assert {path: path.read_bytes() for path in made} == made
+    source = open_shards(str(tmp_path / "out"), READING)
+    assert source.index.ids == ["0.mov", "./1.mov", "2.mov", "gone.mov", "late.mov", "3"]
+    assert [source[number].fields["id"] for number in range(6)] == source.index.ids
