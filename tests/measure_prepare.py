@@ -14,6 +14,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from urllib.parse import quote
 
 import gcs
 import pytest
@@ -75,8 +76,10 @@ def finished_shards(folder: Path, shards: int, latency: float, patch: pytest.Mon
     manifest(folder / "local" / "clips.jsonl", shards)
     local = Job(str(folder / "local" / "clips.jsonl"), str(folder / "local" / "out"), shard_records=1)
     prepare(local, 1, shard=(0, 1))
-    (folder / "storage" / "bucket").mkdir(parents=True)
-    shutil.copytree(folder / "local" / "out", folder / "storage" / "bucket" / "out")
+    bucket, out = folder / "storage" / "bucket", folder / "local" / "out"
+    bucket.mkdir(parents=True)
+    for path in filter(Path.is_file, out.rglob("*")):  # as the server stores objects
+        shutil.copyfile(path, bucket / quote(f"out/{path.relative_to(out)}", safe=""))
     with gcs.storage_server(folder / "storage") as port:
         proxy = gcs.Proxy(port)
         answer = proxy.answer

@@ -36,7 +36,7 @@ from avocado_jax.errors import InputError
 from avocado_jax.progress import progress
 
 T = TypeVar("T")
-REQUESTS = 32  # to a bucket at a time
+REQUESTS = 10  # to a bucket at a time: the connections that its client keeps
 
 
 class Prepared(NamedTuple):
