@@ -297,10 +297,10 @@ def _parquet(file: io.BufferedIOBase) -> Any:
 
 def _clips_inside(file: File) -> bool:
     """Whether the `video` column has bytes, or structs with bytes."""
-    import pyarrow.types
-
     with file.open() as opened:
         schema = _parquet(opened).schema_arrow
+    import pyarrow.types
+
     if "video" not in schema.names:
         return False
     kind = schema.field("video").type
