@@ -9,12 +9,10 @@ exits with 1 if the memory exceeds 1.5 GB, or the start takes more than 15 s.
 import argparse
 import json
 import resource
-import shutil
 import sys
 import tempfile
 import time
 from pathlib import Path
-from urllib.parse import quote
 
 import gcs
 import pytest
@@ -72,28 +70,20 @@ def long_manifest(folder: Path, lines: int) -> float:
 
 def finished_shards(folder: Path, shards: int, latency: float, patch: pytest.MonkeyPatch) -> float:
     """Seconds to start, find that every shard of a bucket is done, and finish."""
-    (folder / "local").mkdir()
-    manifest(folder / "local" / "clips.jsonl", shards)
-    local = Job(str(folder / "local" / "clips.jsonl"), str(folder / "local" / "out"), shard_records=1)
-    prepare(local, 1, shard=(0, 1))
-    bucket, out = folder / "storage" / "bucket", folder / "local" / "out"
-    bucket.mkdir(parents=True)
-    for path in filter(Path.is_file, out.rglob("*")):  # as the server stores objects
-        shutil.copyfile(path, bucket / quote(f"out/{path.relative_to(out)}", safe=""))
-    with gcs.storage_server(folder / "storage") as port:
-        proxy = gcs.Proxy(port)
+    manifest(folder / "clips.jsonl", shards)
+    job = Job(str(folder / "clips.jsonl"), "gs://bucket/out", shard_records=1)
+    with gcs.proxied_bucket(folder / "storage", patch) as proxy:
+        prepare(job, 1, shard=(0, 1))  # without latency
         answer = proxy.answer
         proxy.answer = lambda request: (time.sleep(latency), answer(request))
-        patch.setenv("STORAGE_EMULATOR_HOST", proxy.url)
-        gcs.forget_clients()
+        proxy.requests.clear()
         start = time.monotonic()
-        assert prepare(Job(local.source, "gs://bucket/out", shard_records=1), 1, shard=(0, 1)) is None
+        assert prepare(job, 1, shard=(0, 1)) is None
         found = report("start over finished shards", shards=shards, requests=len(proxy.requests), start=start)
         proxy.requests.clear()
         start = time.monotonic()
-        assert prepare(Job(local.source, "gs://bucket/out", shard_records=1), 1, finish=True).records == shards
+        assert prepare(job, 1, finish=True).records == shards
         report("finish", shards=shards, requests=len(proxy.requests), start=start)
-        proxy.close()
     return found
 
 

@@ -15,7 +15,7 @@ from avocado_jax.__main__ import main
 from avocado_jax.data import media_sources, storage
 from avocado_jax.data import prepare as module
 from avocado_jax.data.decode import read_media
-from avocado_jax.data.make_shard import Job, make_shard
+from avocado_jax.data.make_shard import Job, make_shard, may_pass
 from avocado_jax.data.prepare import prepare
 from avocado_jax.data.reader import ClipReader
 from avocado_jax.data.sources import open_shards
@@ -369,3 +369,16 @@ def test_rejects_are_retried_if_their_cause_may_pass_and_rows_are_appended(
     source = open_shards(str(tmp_path / "out"), READING)
     assert source.index.ids == ["0.mov", "./1.mov", "2.mov", "gone.mov", "late.mov", "3"]
     assert [source[number].fields["id"] for number in range(6)] == source.index.ids
+
+
+@pytest.mark.parametrize("status", [403, 404])
+def test_a_clip_of_a_bucket_that_is_denied_or_missing_may_come_back(status):
+    from google.api_core.exceptions import Forbidden, NotFound
+
+    cause = {403: Forbidden, 404: NotFound}[status]("no")
+    error = InputError("outer")
+    error.__cause__ = InputError("inner")
+    error.__cause__.__cause__ = cause
+    assert may_pass(error)
+    error.__cause__.__cause__ = None
+    assert not may_pass(error)
