@@ -44,6 +44,11 @@ def runtime_code(error: BaseException) -> str | None:
     return found[1] if found else None
 
 
+def first_line(error: Exception) -> str:
+    """What an error says, in one line."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
 def report(error: BaseException, command: str) -> int:
     """Print an error to stderr, its name and message in the last line. Returns its exit status.
 

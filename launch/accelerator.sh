@@ -27,11 +27,12 @@ bench() {
   tail -n 1 "$out" >&2
 }
 
-bench 60 rewards --captions 64 --caption-tokens 1000
-bench 60 decode --size $large --group 8 --clip-tokens $clip --caption-tokens $tokens
-bench 60 prefill --size $large --clip-tokens $clip
-bench 80 sft --size $small --group 1 --clip-tokens $half --caption-tokens $caption
-bench 80 sft --size $small --group 1 --clip-tokens $clip --caption-tokens $caption
+bench 50 rewards --captions 64 --caption-tokens 1000
+bench 50 decode --size $large --group 8 --clip-tokens $clip --caption-tokens $tokens
+bench 80 caption --size $large --slots 8 --clip-tokens $clip --caption-tokens $rollout
+bench 50 prefill --size $large --clip-tokens $clip
+bench 70 sft --size $small --group 1 --clip-tokens $half --caption-tokens $caption
+bench 70 sft --size $small --group 1 --clip-tokens $clip --caption-tokens $caption
 bench 110 grpo --size $small --group 8 --clip-tokens $half --caption-tokens $rollout
 bench 110 grpo --size $small --group 8 --clip-tokens $clip --caption-tokens $rollout --train lora
 rm -f "$out.log"

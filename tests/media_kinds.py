@@ -85,7 +85,7 @@ def write(
             video.codec_context.bit_rate = 400_000
         audio = out.add_stream(sound_codec, rate=sound_rate, layout="mono") if sound else None
         for number in times if times is not None else range(round(seconds * RATE)):
-            shade = round(brightness(number / RATE))
+            shade = min(255, round(brightness(number / RATE)))
             frame = av.VideoFrame.from_ndarray(np.full((size[1], size[0], 3), shade, np.uint8), format="rgb24")
             frame.pts = number
             _mux(out, video.encode(frame), start + late)

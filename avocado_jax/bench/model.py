@@ -45,7 +45,8 @@ def random_clip(config: ThinkerConfig, tokens: int, cells: tuple[int, int]) -> C
     )
 
 
-def _policy(size: str, dtype: str) -> tuple[ThinkerConfig, Any]:
+def random_policy(size: str, dtype: str) -> tuple[ThinkerConfig, Any]:
+    """A model of a size with separate layers, and small random weights."""
     config = computed(SIZES[size], dtype, scan=False)
     shapes = jax.eval_shape(partial(init, config), jax.random.key(0))
     leaves, tree = jax.tree.flatten(shapes)
@@ -57,7 +58,7 @@ def _policy(size: str, dtype: str) -> tuple[ThinkerConfig, Any]:
 
 def bench_prefill(size: str, tokens: int, dtype: str) -> dict[str, Any]:
     """Encode one clip and fill its cache."""
-    config, params = _policy(size, dtype)
+    config, params = random_policy(size, dtype)
     clip = random_clip(config, tokens, FRAMES.get(size, FRAME))
     prefill = jax.jit(partial(Thinker(config).apply, method="prefill"))
     seconds = seconds_of(lambda: prefill({"params": params}, clip))
@@ -68,19 +69,18 @@ def bench_prefill(size: str, tokens: int, dtype: str) -> dict[str, Any]:
 
 def bench_decode(size: str, group: int, clip_tokens: int, caption_tokens: int, dtype: str) -> dict[str, Any]:
     """Decode a group of captions of one clip whose cache is full, step by step as `generate` does."""
-    config, params = _policy(size, dtype)
+    config, params = random_policy(size, dtype)
     text = config.text
     shape = (1, text.kv_heads, clip_tokens, text.head)
     kv = tuple(KV(jnp.ones(shape, dtype), jnp.ones(shape, dtype)) for _ in range(text.layers))
-    cache = ClipCache(kv, jnp.ones((1, clip_tokens), bool))
-    clip = jax.tree.map(jnp.asarray, random_clip(config, 128, (4, 4)))._replace(start=jnp.full(1, clip_tokens))
+    cache = ClipCache(kv, jnp.ones((1, clip_tokens), bool), jnp.full(1, clip_tokens))
     apply = partial(Thinker(config).apply, method="decode")
 
     @jax.jit
     def decode(params: Any, cache: ClipCache) -> jax.Array:
         def step(number: jax.Array, state: tuple) -> tuple:
             tokens, so_far = state
-            logits, so_far = apply({"params": params}, cache, clip, so_far, number, tokens)
+            logits, so_far = apply({"params": params}, cache, so_far, number, tokens)
             return jnp.argmax(logits, axis=-1).astype(jnp.int32), so_far
 
         start = (jnp.zeros((1, group), jnp.int32), caption_cache(config, 1, group, caption_tokens))

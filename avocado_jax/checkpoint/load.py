@@ -100,19 +100,24 @@ def _files(folder: epath.Path) -> Iterator[epath.Path]:
         yield from _files(path) if path.is_dir() else [path]
 
 
-def load_params(checkpoint: Checkpoint, dtype: str) -> dict[str, Any]:
-    """Every parameter on the default device in `dtype`, with separate layers (`ThinkerConfig.scan` false)."""
+def load_params(checkpoint: Checkpoint, dtype: str, shardings: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Every parameter in `dtype`, with separate layers (`ThinkerConfig.scan` false).
+
+    Args:
+        shardings: of the same tree; None: on the default device.
+    """
     params: dict[str, Any] = {}
+    places = flatten_dict(shardings or {})
     entries = list(checkpoint.entries.values())
     runs = [entries[first : first + READERS] for first in range(0, len(entries), READERS)]
     with ThreadPoolExecutor(READERS) as pool:
         values = (value for run in runs for value in pool.map(checkpoint.read, run))
         for entry, value in progress(zip(entries, values), "loading tensors", len(entries)):
             node = params
-            for key in entry.path[:-1]:
-                name = key if key != "layers" else f"layers_{entry.layer}"
-                node = node.setdefault(name, {})
-            node[entry.path[-1]] = jax.device_put(value.astype(jnp.dtype(dtype)))
+            path = tuple(key if key != "layers" else f"layers_{entry.layer}" for key in entry.path)
+            for key in path[:-1]:
+                node = node.setdefault(key, {})
+            node[path[-1]] = jax.device_put(value.astype(jnp.dtype(dtype)), places.get(path))
     return params
 
 

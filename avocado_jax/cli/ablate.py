@@ -129,7 +129,7 @@ def _measured(config: GrpoConfig, checkpoint: str) -> dict[str, Any]:
     """Metrics of the likeliest captions of all held-out clips, and the captions."""
     from avocado_jax.eval.captioner import load_captioner
     from avocado_jax.eval.metrics import world_metrics
-    from avocado_jax.sampling.captioner import caption_records
+    from avocado_jax.sampling.engine import caption_records
     from avocado_jax.train.inputs import open_source
 
     source, _ = open_source(config.data.heldout, replace(config.data, references=0))

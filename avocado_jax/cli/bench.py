@@ -4,6 +4,7 @@
   avocado bench decode --size 7b --group 8 --clip-tokens 16384 --caption-tokens 128
   avocado bench sft --size 3b --group 1 --clip-tokens 8192 --caption-tokens 768
   avocado bench grpo --size 3b --group 8 --clip-tokens 16384 --caption-tokens 640    # --train lora: adapters only
+  avocado bench caption --size 7b --slots 16 --caption-tokens 640   # clips a second, beside the floor
   avocado bench rewards --captions 64 --caption-tokens 1000    # against 12 lines and 40 keypoints each
 
 `tflops` and `bytes_per_second` count the work that the shapes imply; `ceiling_*` are a large matrix product and
@@ -17,6 +18,7 @@ import json
 
 import jax
 
+from avocado_jax.bench.caption import bench_caption
 from avocado_jax.bench.grpo import bench_grpo
 from avocado_jax.bench.model import bench_decode, bench_prefill
 from avocado_jax.bench.rewards import bench_rewards
@@ -28,7 +30,7 @@ from avocado_jax.parallel.backend import use_exact_fp32, use_gpu_memory
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command."""
-    parser.add_argument("what", choices=("prefill", "decode", "sft", "grpo", "rewards", "input"))
+    parser.add_argument("what", choices=("prefill", "decode", "sft", "grpo", "rewards", "caption", "input"))
     parser.add_argument("--size", choices=tuple(SIZES), default="tiny", help="default: %(default)s")
     parser.add_argument("--group", type=int, default=8, metavar="G", help="captions of the clip (default: %(default)s)")
     parser.add_argument("--clip-tokens", type=int, default=16178, metavar="N", help="default: %(default)s, 30 s")
@@ -37,6 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--train", choices=("captioner", "lora"), default="captioner", help="of `grpo`")
     parser.add_argument("--clips", type=int, default=1, metavar="B", help="of `grpo`, a device (default: %(default)s)")
     parser.add_argument("--captions", type=int, default=64, metavar="N", help="of `rewards` (default: %(default)s)")
+    parser.add_argument("--slots", type=int, default=16, metavar="S", help="of `caption` (default: %(default)s)")
     parser.add_argument("--data", metavar="SHARDS", help="what `input` reads")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: bfloat16, float32 on a CPU")
     parser.add_argument("--json", action="store_true", help="one JSON object")
@@ -45,8 +48,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Measure one path."""
     use_gpu_memory()
-    if min(args.group, args.caption_tokens, args.clips) < 1 or args.clip_tokens < 1024:
-        raise InputError("--group, --caption-tokens and --clips start at 1, --clip-tokens at 1024")
+    if min(args.group, args.caption_tokens, args.clips, args.slots) < 1 or args.clip_tokens < 1024:
+        raise InputError("--group, --caption-tokens, --clips and --slots start at 1, --clip-tokens at 1024")
     dtype = args.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
     use_exact_fp32(dtype)
     if args.what == "input":
@@ -66,6 +69,8 @@ def run(args: argparse.Namespace) -> int:
         result = bench_grpo(
             args.size, args.group, args.clip_tokens, args.caption_tokens, dtype, args.remat, args.train, args.clips
         )
+    elif args.what == "caption":
+        result = bench_caption(args.size, args.slots, args.clip_tokens, args.caption_tokens, dtype)
     elif args.what == "prefill":
         result = bench_prefill(args.size, args.clip_tokens, dtype)
     else:

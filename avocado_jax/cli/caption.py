@@ -1,135 +1,276 @@
 """Describe video clips in words, picture and sound together.
 
-  avocado caption clip.mp4                          # by the small captioner of AVWorld that comes with the package
+  avocado caption clip.mp4                          # with the small captioner of AVWorld that comes with the package
   avocado caption clip.mp4 --checkpoint AVoCaDO-Captioner/AVoCaDO
-  avocado caption a.mp4 b.mp4 --checkpoint REF --json --temperature 0.7 --seed 3
+  avocado caption clips/ 'more/*.mkv' gs://bucket/clips/ --checkpoint REF --out captions.jsonl
+  avocado caption gs://bucket/clips/ --checkpoint REF --out gs://bucket/captions/ --shard auto
 
-REF is a checkpoint in Hugging Face format (Qwen2.5-Omni, AVoCaDO: the full model or the thinker alone) or a run folder
-(its newest finished step), local or gs://; or ORG/NAME[@REVISION] on the Hugging Face hub. With --json, one object a
-clip in the order given: clip, caption, token_ids, prompt_ids, seconds, audio; for a clip that cannot be read: clip,
-error. Exit status: 0, 1 if some clips failed, 2 if all did.
+INPUT is a video file, a folder, a glob, an object, prefix or glob of a bucket (gs://), or a folder of prepared shards.
+REF is a checkpoint in Hugging Face format or a run folder, local or gs://, or ORG/NAME[@REVISION] on the Hugging Face
+hub. Without --out captions go to the terminal; with --json as one object a clip, in input order: clip, caption,
+token_ids, prompt_ids, seconds, audio, truncated; or clip, error. Exit status: 1 if some clips failed, 2 if all did.
+
+With --out, lines are appended to a file, or to captions-I-of-N.jsonl and rejects-I-of-N.jsonl in a folder or bucket.
+Run the same command again after a stop: finished clips are not captioned again. Exit status 0 once every clip has a
+caption or an error.
 """
 
 import argparse
 import json
 import os
 import sys
+import time
 import zlib
-from contextlib import ExitStack, nullcontext
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import replace
-from functools import partial
-from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import numpy as np
+import jax
 
 from avocado_jax.checkpoint.load import named_checkpoint
+from avocado_jax.data.clips import ClipSource, list_clips
 from avocado_jax.data.container import printable
-from avocado_jax.data.media import Media
+from avocado_jax.data.media import load_reading
 from avocado_jax.data.prompt import read_prompts
-from avocado_jax.data.reader import CLIP_SECONDS, ClipReader
-from avocado_jax.errors import InputError
+from avocado_jax.data.reader import CLIP_SECONDS, READERS, ClipReader, read_ahead
+from avocado_jax.data.rows import Row
+from avocado_jax.data.shard import parse_shard
+from avocado_jax.errors import InputError, first_line
 from avocado_jax.eval.captioner import computing_dtype, load_captioner
-from avocado_jax.eval.runner import FAILURES, first_line, read_ahead
 from avocado_jax.progress import progress
-from avocado_jax.sampling.captioner import Captioner, caption_rows, words
+from avocado_jax.sampling.captioner import Captioner, words
+from avocado_jax.sampling.engine import Engine, free_cache_bytes
 from avocado_jax.sampling.logits import Sampling
+from avocado_jax.sampling.outputs import CaptionFiles
+
+SHOWN = 20  # failed clips that are printed one by one with --out
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command."""
-    parser.add_argument("clips", nargs="+", metavar="CLIP", help="video files")
+    parser.add_argument("inputs", nargs="*", metavar="INPUT", help="video files, folders, globs, gs://, shards")
+    parser.add_argument("--manifest", metavar="FILE", help='JSONL with "video" in each line, local or gs://')
     parser.add_argument("--checkpoint", metavar="REF", help="the model (see above; default: the one that is shipped)")
-    parser.add_argument("--no-audio", action="store_true", help="look without listening")
+    parser.add_argument("--no-audio", action="store_true", help="leave the sound out")
     parser.add_argument(
         "--align-sound", action="store_true", help="place late sound at its time (default: as the reference, from 0)"
     )
     parser.add_argument(
         "--clip-seconds", type=float, default=CLIP_SECONDS, metavar="S", help="to read one clip (default: %(default)g)"
     )
-    parser.add_argument("--prompt", metavar="TEXT", help="what to ask (default: the checkpoint's own, or AVoCaDO's)")
+    parser.add_argument("--prompt", metavar="TEXT", help="the question (default: the checkpoint's own, or AVoCaDO's)")
     parser.add_argument(
         "--prompt-file", metavar="FILE", help="prompts, one a line; the name of a clip decides which one it gets"
     )
     parser.add_argument("--max-new-tokens", type=int, default=2048, metavar="N", help="default: %(default)s")
-    parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 (default): the likeliest")
+    parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 (default): greedy")
     parser.add_argument("--top-p", type=float, default=1.0, metavar="P", help="default: %(default)s, all tokens")
     parser.add_argument("--top-k", type=int, default=0, metavar="K", help="default: %(default)s, all tokens")
     parser.add_argument("--seed", type=int, default=0, help="of the draws (default: %(default)s)")
     parser.add_argument(
         "--dtype", choices=("float32", "bfloat16"), help="default: bfloat16 on accelerators, float32 on a CPU"
     )
-    parser.add_argument("--json", action="store_true", help="one JSON object a clip")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="write there instead of to the terminal")
+    parser.add_argument(
+        "--batch", type=int, metavar="N", help="clips that are decoded together (default: as many as fit in memory)"
+    )
+    parser.add_argument(
+        "--mesh",
+        metavar="DATA,TENSOR",
+        help="how the model is placed on this machine's devices: DATA replicas of TENSOR devices each (default: the "
+        "fewest devices a replica that hold the model)",
+    )
+    parser.add_argument("--json", action="store_true", help="to the terminal: one JSON object a clip")
+    parser.add_argument("--out", metavar="PATH", help="append to a file, a folder/ or a gs:// prefix, and resume there")
+    parser.add_argument("--ids", action="store_true", help="with --out: token_ids and prompt_ids too")
+    parser.add_argument("--retry-failed", action="store_true", help="with --out: caption clips with an error again")
+    parser.add_argument(
+        "--shard", metavar="I/N", help="with --out: every Nth clip from clip I on (from 0), or 'auto' on a TPU slice, "
+        "Kubernetes, SkyPilot and Slurm"
+    )  # fmt: skip
+    parser.add_argument("--dry-run", action="store_true", help="list what would be captioned, and how much is left")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Caption every clip; one that cannot be read is reported in its place."""
+    """Caption every clip; one that cannot be read gets an error in its place."""
+    sampling = _check(args)
+    prompts = read_prompts(args.prompt_file) if args.prompt_file else ()
+    checkpoint, shard = named_checkpoint(args.checkpoint), parse_shard(args.shard)
+    reading = load_reading(checkpoint.side_files)
+    reading = replace(reading, align_sound=reading.align_sound or args.align_sound)
+    clips = list_clips(args.inputs, args.manifest, reading)[shard[0] :: shard[1]]
+    if all(not clip.shards and not clip.path.startswith("gs://") and not os.path.exists(clip.path) for clip in clips):
+        for clip in clips:  # before a model is loaded
+            print(f"avocado caption: {printable(clip.name)}: {clip.error or 'no such file'}", file=sys.stderr)
+            if args.json and not args.out:
+                print(json.dumps({"clip": clip.name, "error": f"{printable(clip.name)}: no such file"}))
+        return 2
+    with ExitStack() as stack:
+        files = stack.enter_context(_files(args, shard, sampling)) if args.out else None
+        left = [(number, clip) for number, clip in enumerate(clips) if not files or not files.take(clip.name)]
+        if (files and files.finished) or args.dry_run:
+            print(f"{len(clips)} clips, {len(clips) - len(left)} are in {args.out} already", file=sys.stderr)
+        if args.dry_run or not left:
+            return 0
+        captioner = load_captioner(checkpoint, args.prompt, computing_dtype(args.dtype), _mesh(args.mesh))
+        captioner = captioner._replace(reading=reading)
+        memory = free_cache_bytes(captioner.params)
+        memory = files.keep("cache_bytes", memory) if files else memory
+        engine = Engine(captioner, args.max_new_tokens, sampling, args.seed, args.batch, memory)
+        reader = stack.enter_context(ClipReader(READERS, args.clip_seconds))
+        requests = _requests(left, captioner, reader, not args.no_audio, prompts)
+        made = _in_order(engine.run(requests), [number for number, _ in left])
+        return _write(made, captioner, args, files, len(left))
+
+
+def _check(args: argparse.Namespace) -> Sampling:
+    """The way of sampling; raises InputError for options that are wrong or exclude each other."""
     try:
         sampling = Sampling(args.temperature, args.top_k, args.top_p)
     except ValueError as error:
         raise InputError(str(error)) from error
-    if args.max_new_tokens < 1:
-        raise InputError(f"--max-new-tokens is {args.max_new_tokens}, at least 1 is asked for")
+    if not args.inputs and not args.manifest:
+        raise InputError("name clips to caption, or --manifest FILE")
+    for name in ("max_new_tokens", "batch"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            raise InputError(f"--{name.replace('_', '-')} is {getattr(args, name)}: 1 or more")
     if not 0 <= args.seed < 2**32:
-        raise InputError(f"--seed is {args.seed}, 0 to {2**32 - 1} are asked for")
+        raise InputError(f"--seed is {args.seed}: 0 to {2**32 - 1}")
     if args.prompt is not None and args.prompt_file:
         raise InputError("--prompt and --prompt-file exclude each other")
     if not args.clip_seconds > 0:
         raise InputError(f"--clip-seconds: {args.clip_seconds:g} is not a positive number of seconds")
-    prompts = read_prompts(args.prompt_file) if args.prompt_file else ()
-    checkpoint, stack = named_checkpoint(args.checkpoint), ExitStack()
-    if not any(os.path.exists(clip) for clip in args.clips):  # before a model is loaded
-        clips = [(clip, InputError(f"{printable(clip)}: no such file")) for clip in args.clips]
-        captioner = None
-    else:
-        captioner = load_captioner(checkpoint, args.prompt, computing_dtype(args.dtype))
-        reading = replace(captioner.reading, align_sound=captioner.reading.align_sound or args.align_sound)
-        reader = stack.enter_context(ClipReader(seconds=args.clip_seconds))
-        clips = read_ahead(args.clips, partial(reader.read, reading=reading, sound=not args.no_audio))
-    try:
-        out = args.out.open("w", encoding="utf-8") if args.out else nullcontext(sys.stdout)
-    except OSError as error:
-        raise InputError(f"--out {args.out}: {error.strerror}") from error
-    failed = 0
-    with stack, out as out:
-        for clip, media in progress(clips, "clips", len(args.clips)) if len(args.clips) > 1 else clips:
-            try:
-                if isinstance(media, Exception):
-                    raise media
-                for warning in media.warnings:
-                    print(f"avocado caption: {printable(clip)}: warning: {warning}", file=sys.stderr)
-                record = _caption(captioner, clip, media, sampling, args, prompts)
-            except FAILURES as error:  # the others are still captioned
-                failed += 1
-                reason = str(error) if isinstance(error, InputError) else f"{printable(clip)}: {first_line(error)}"
-                record = {"clip": clip, "error": reason}
-                print(f"avocado caption: {reason}", file=sys.stderr)
-            if args.json:
-                print(json.dumps(record), file=out, flush=True)
-            elif "caption" in record:
-                print(f"{printable(clip)}:\n" * (len(args.clips) > 1) + record["caption"], file=out, flush=True)
-    return 0 if not failed else 2 if failed == len(args.clips) else 1
+    for name in ("ids", "retry_failed", "shard"):
+        if getattr(args, name) and not args.out:
+            raise InputError(f"--{name.replace('_', '-')} needs --out")
+    return sampling
 
 
-def _caption(
+def _mesh(given: str | None) -> tuple[int, int] | None:
+    """(data, tensor) of --mesh."""
+    if given is None:
+        return None
+    data, _, tensor = given.partition(",")
+    if data.isdecimal() and tensor.isdecimal() and int(data) > 0 and int(tensor) > 0:
+        return int(data), int(tensor)
+    raise InputError(f"--mesh {given}: not DATA,TENSOR with two positive numbers")
+
+
+def _files(args: argparse.Namespace, shard: tuple[int, int], sampling: Sampling) -> CaptionFiles:
+    options = {
+        "checkpoint": args.checkpoint or "shipped",
+        "prompt": args.prompt,
+        "prompt_file": args.prompt_file,
+        "no_audio": args.no_audio,
+        "align_sound": args.align_sound,
+        "max_new_tokens": args.max_new_tokens,
+        "temperature": sampling.temperature,
+        "top_p": sampling.top_p,
+        "top_k": sampling.top_k,
+        "seed": args.seed,
+        "dtype": args.dtype,
+        "batch": args.batch,
+    }
+    return CaptionFiles(args.out, shard, options, args.retry_failed)
+
+
+class _Request(NamedTuple):
+    """A clip that was read, or why it could not be."""
+
+    number: int  # in the order of the output
+    clip: ClipSource
+    record: dict[str, Any]
+
+
+def _requests(
+    clips: list[tuple[int, ClipSource]], captioner: Captioner, reader: ClipReader, sound: bool, prompts: tuple[str, ...]
+) -> Iterator[tuple[_Request, Row | Exception, int]]:
+    """Read the clips, several at once, and make their rows."""
+
+    def read(numbered: tuple[int, ClipSource]) -> tuple[Row, dict[str, Any]]:
+        clip = numbered[1]
+        media, fields = clip.read(reader, captioner.reading, sound)
+        for warning in media.warnings:
+            print(f"avocado caption: {printable(clip.name)}: warning: {warning}", file=sys.stderr)
+        if prompts:
+            fields = {**fields, "prompt": prompts[_digest(clip.name) % len(prompts)]}
+        row = captioner.row(media, fields)
+        ids = row.prompt_ids.tolist()
+        return row, {"prompt_ids": ids, "seconds": round(media.seconds, 3), "audio": bool(len(row.clip.mel))}
+
+    for (number, clip), made in read_ahead(clips, read, READERS, 2 * READERS):
+        row, record = (made, {}) if isinstance(made, Exception) else made
+        yield _Request(number, clip, record), row, _digest(clip.name) >> 1
+
+
+def _digest(name: str) -> int:
+    """Decides the draws of a clip, and its prompt, whatever its place in the list."""
+    return zlib.crc32(os.fsencode(name))
+
+
+def _in_order(results: Iterator[tuple[_Request, Any]], numbers: list[int]) -> Iterator[tuple[_Request, Any]]:
+    """Results in the order of `numbers`."""
+    early: dict[int, tuple[_Request, Any]] = {}
+    order = iter(numbers)
+    awaited = next(order)
+    for request, made in results:
+        early[request.number] = request, made
+        while awaited in early:
+            yield early.pop(awaited)
+            awaited = next(order, -1)
+
+
+def _write(
+    made: Iterator[tuple[_Request, Any]],
     captioner: Captioner,
-    clip: str,
-    media: Media,
-    sampling: Sampling,
     args: argparse.Namespace,
-    prompts: tuple[str, ...],
-) -> dict[str, Any]:
-    digest = zlib.crc32(os.fsencode(clip))
-    row = captioner.row(media, {"prompt": prompts[digest % len(prompts)]} if prompts else {})
-    number = np.array([digest >> 1])  # its draws do not depend on its place in the list
-    samples = caption_rows(captioner, [row], number, sampling, args.max_new_tokens, args.seed)
-    tokens = samples.tokens[0, 0, : samples.lengths[0, 0]]
+    files: CaptionFiles | None,
+    total: int,
+) -> int:
+    """Write every result, and report them. Returns the exit status."""
+    reasons, tokens, begun = Counter[str](), 0, time.monotonic()
+    for request, result in progress(made, "clips", total) if total > 1 else made:
+        name = request.clip.name
+        if isinstance(result, Exception):
+            reason = str(result) if isinstance(result, InputError) else f"{printable(name)}: {first_line(result)}"
+            record = {"clip": name, "error": reason}
+            reasons[reason.removeprefix(f"{printable(name)}: ")] += 1
+            if not files or reasons.total() <= SHOWN:
+                print(f"avocado caption: {reason}", file=sys.stderr)
+        else:
+            tokens += len(result)
+            record = _record(captioner, request, result)
+        if files:
+            files.write(record if args.ids or "error" in record else _without_ids(record))
+        elif args.json:
+            print(json.dumps(record), flush=True)
+        elif "caption" in record:
+            print(f"{printable(name)}:\n" * (total > 1) + record["caption"], flush=True)
+    failed = reasons.total()
+    if files:
+        print(_summary(total - failed, reasons, tokens, time.monotonic() - begun), file=sys.stderr)
+    return 0 if files or not failed else 2 if failed == total else 1
+
+
+def _record(captioner: Captioner, request: _Request, tokens: Any) -> dict[str, Any]:
     return {
-        "clip": clip,
+        "clip": request.clip.name,
         "caption": words(captioner, tokens),
         "token_ids": tokens.tolist(),
-        "prompt_ids": row.prompt_ids.tolist(),
-        "seconds": round(media.seconds, 3),
-        "audio": bool(len(row.clip.mel)),
+        **request.record,
+        "truncated": int(tokens[-1]) not in captioner.stops,
     }
+
+
+def _without_ids(record: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in record.items() if name not in ("token_ids", "prompt_ids")}
+
+
+def _summary(captions: int, reasons: Mapping[str, int], tokens: int, seconds: float) -> str:
+    chip_hours = max(seconds, 1e-9) / 3600 * jax.local_device_count()
+    line = f"{captions} captions, {tokens} tokens, {captions / chip_hours:.0f} clips per chip-hour"
+    if reasons:
+        most = sorted(reasons.items(), key=lambda item: -item[1])[:5]
+        line += f"; {sum(reasons.values())} failed: " + "; ".join(f"{count} {reason}" for reason, count in most)
+    return line

@@ -34,8 +34,8 @@ the judge is asked as often, and the round of the median is reported with the sp
 our own words; --prompts DIR takes others, without which figures are not comparable to published ones.
 
 Into --out DIR go captions.jsonl, answers/ (raw answers: no question is asked again), result.json, table.md beside the
-published figures, items.jsonl and page.html, to read captions with their verdicts. --shard I/N, from 1/N to N/N on
-several hosts with one --out, makes captions only, each host its own; a run without it then goes on from all of them.
+published figures, items.jsonl and page.html, to read captions with their verdicts. On several
+hosts with one --out, --shard I/N (I from 0, or auto) makes captions only; a run without it then continues from them.
 `avocado report DIR...` puts results together.
 """
 
@@ -52,6 +52,7 @@ from avocado_jax.checkpoint.load import identity, named_checkpoint, open_languag
 from avocado_jax.checkpoint.references import tokenizer_folder
 from avocado_jax.data.manifest import prompt_fields
 from avocado_jax.data.reader import CLIP_SECONDS
+from avocado_jax.data.shard import parse_shard
 from avocado_jax.data.words import load_words
 from avocado_jax.errors import InputError
 from avocado_jax.eval.benchmarks import BENCHMARKS
@@ -101,7 +102,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--prompts", type=Path, metavar="DIR", help="of the judge: see eval/prompts/README.md")
     parser.add_argument("--rounds", type=int, metavar="N", help="of the judge (default: as published, 1 for a folder)")
-    parser.add_argument("--shard", metavar="I/N", help="make the captions of every Nth clip and no more")
+    parser.add_argument(
+        "--shard",
+        metavar="I/N",
+        help="caption every Nth clip from clip I on (from 0), and stop",
+    )
     parser.add_argument("--no-audio", action="store_true", help="look without listening")
     parser.add_argument("--no-picture", action="store_true", help="listen without looking: every frame is grey")
     parser.add_argument("--max-new-tokens", type=int, default=2048, metavar="N", help="default: %(default)s")
@@ -220,7 +225,7 @@ def _captioned(
     sound = benchmark.sound and not args.no_audio
     how = How(args.max_new_tokens, computing_dtype(args.dtype), sound, not args.no_picture)
     items = [Item(one.id, videos[one.id], {"prompt": one.prompt} if one.prompt else {}) for one in records]
-    part, parts = _shard(args.shard)
+    part, parts = parse_shard(args.shard)
     name = f"captions.{part}-of-{parts}.jsonl" if args.shard else "captions.jsonl"
     made: list[Path] = []
 
@@ -228,20 +233,8 @@ def _captioned(
         made.append(args.out or args.data.parent / f"{benchmark.name}-{known}")
         return made[0] / name
 
-    outcome = _made(args, items[part - 1 :: parts], how, file, benchmark.frames)
+    outcome = _made(args, items[part::parts], how, file, benchmark.frames)
     return outcome, made[0]
-
-
-def _shard(given: str | None) -> tuple[int, int]:
-    """Which part of how many."""
-    if given is None:
-        return 1, 1
-    numbers = given.split("/")
-    if len(numbers) == 2 and all(number.isdecimal() for number in numbers):
-        part, parts = map(int, numbers)
-        if 1 <= part <= parts:
-            return part, parts
-    raise InputError(f"--shard is {given!r}, not I/N with I from 1 to N")
 
 
 def _judge(args: argparse.Namespace, folder: Path) -> AbstractContextManager[Judge]:

@@ -34,6 +34,7 @@ from avocado_jax.checkpoint.references import tokenizer_folder
 from avocado_jax.data.make_shard import Job
 from avocado_jax.data.media import Reading, parse_reading
 from avocado_jax.data.prepare import prepare
+from avocado_jax.data.shard import parse_shard
 from avocado_jax.data.storage import StorageError
 from avocado_jax.data.words import load_words
 
@@ -73,7 +74,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     machines = parser.add_mutually_exclusive_group()
     machines.add_argument(
-        "--shard", metavar="I/N", type=_machine, help="do the work of machine I of N, from 0: by lines, or by tar files"
+        "--shard", metavar="I/N", help="do the work of machine I of N, from 0: by lines, or by tar files"
     )
     machines.add_argument("--finish", action="store_true", help="complete what machines with --shard have made")
     parser.add_argument("--json", action="store_true", help="print the result as a JSON object")
@@ -84,9 +85,10 @@ def run(args: argparse.Namespace) -> int:
     before = signal.signal(signal.SIGTERM, _stop)
     words = load_words(tokenizer_folder(args.tokenizer)) if args.tokenizer else None
     reading = Reading(**parse_reading(args.reading), align_sound=args.align_sound)
+    shard = parse_shard(args.shard) if args.shard else None
     job = Job(args.source, args.out, args.features, words, args.shard_records, args.clip_seconds, reading, args.media)
     try:
-        done = prepare(job, args.workers, args.max_reject_share, args.shard, args.finish)
+        done = prepare(job, args.workers, args.max_reject_share, shard, args.finish)
     except (StorageError, BrokenProcessPool) as error:
         print(f"avocado prepare: {error}; what is done is kept, run it again to go on", file=sys.stderr)
         return 1
@@ -96,7 +98,7 @@ def run(args: argparse.Namespace) -> int:
     finally:
         signal.signal(signal.SIGTERM, before)
     if done is None:
-        print(f"machine {args.shard[0]} of {args.shard[1]} is done; --finish completes", file=sys.stderr)
+        print(f"machine {shard[0]} of {shard[1]} is done; --finish completes", file=sys.stderr)
         return 0
     for warning in done.warnings[:5]:
         print(f"warning: {warning}", file=sys.stderr)
@@ -131,10 +133,3 @@ def _count(text: str) -> int:
     if (value := int(text)) < 1:
         raise ValueError
     return value
-
-
-def _machine(text: str) -> tuple[int, int]:
-    number, _, count = text.partition("/")
-    if not 0 <= int(number) < int(count):
-        raise ValueError
-    return int(number), int(count)

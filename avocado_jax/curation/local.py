@@ -13,8 +13,10 @@ from avocado_jax.curation.journal import Journal
 from avocado_jax.curation.pipeline import Captions, Source
 from avocado_jax.curation.words import Sentence
 from avocado_jax.data.media import Media
-from avocado_jax.eval.runner import FAILURES, first_line
-from avocado_jax.sampling.captioner import GREEDY, Captioner, caption_rows, words
+from avocado_jax.errors import first_line
+from avocado_jax.eval.runner import FAILURES
+from avocado_jax.sampling.captioner import Captioner, words
+from avocado_jax.sampling.engine import Engine
 
 GREY = 128
 
@@ -39,10 +41,12 @@ def local_captions(load: Callable[[], Captioner], identity: str, length: int, jo
             captioner = loaded[0]
             try:
                 row = captioner.row(media, {"prompt": prompt(stage)})
-                samples = caption_rows(captioner, [row], np.zeros(1, np.int32), GREEDY, length)
+                ((_, tokens),) = Engine(captioner, length, slots=1).run([(None, row, 0)])
+                if isinstance(tokens, Exception):
+                    raise tokens
             except FAILURES as error:  # of this clip: the others are still captioned
                 raise Unanswered(stage.removeprefix("local_"), first_line(error)) from error
-        return words(captioner, samples.tokens[0, 0, : samples.lengths[0, 0]])
+        return words(captioner, tokens)
 
     async def caption(source: Source, known: str, stage: str) -> list[Sentence]:
         key = digest([prompt(stage), identity, length, known, repr(source.reading)])

@@ -43,7 +43,7 @@ def probe_media(path: str | Path, reading: Reading = Reading()) -> Probe:
     with one_line(path):
         packets = scan(path)
         with open_clip(path) as container:
-            sound = container.streams.best("audio") is not None
+            sound = bool(container.streams.audio)
         return Probe(packets.seconds, len(_chosen(packets.frames, packets.rate, reading)), sound)
 
 
@@ -236,10 +236,9 @@ def _sound(
         picture: seconds at which the picture starts.
     """
     with open_clip(path) as container:
-        stream = container.streams.best("audio")
+        # `best` passes over streams without a decoder, and over those whose format follows later in the file.
+        stream = container.streams.best("audio") or next(iter(container.streams.audio), None)
         if stream is None:
-            if container.streams.audio:
-                raise InputError("its sound is in a format that cannot be decoded")
             return None, []
         if stream.codec_context is None:
             raise InputError("its sound is in a format that cannot be decoded")

@@ -6,16 +6,24 @@ import os
 import queue
 import signal
 import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+from avocado_jax.data import storage
 from avocado_jax.data.container import printable
 from avocado_jax.data.media import Media, Reading
 from avocado_jax.errors import InputError
 
 START_SECONDS = 300.0  # for a process to import the decoder
 CLIP_SECONDS = 300.0  # to read one clip
+READERS = 2  # clips that are read at once
+
+T = TypeVar("T")
+R = TypeVar("R")
 
 
 class ClipReader:
@@ -76,6 +84,31 @@ class ClipReader:
         if isinstance(answer, Exception):
             raise answer
         return answer
+
+
+def read_ahead(
+    items: Iterable[T], read: Callable[[T], R], threads: int = 1, depth: int = 1
+) -> Iterator[tuple[T, R | Exception]]:
+    """Each item and what was read of it, or why it could not be; the next `depth` are read meanwhile."""
+
+    def attempt(item: T) -> R | Exception:
+        try:
+            return read(item)
+        except (InputError, storage.StorageError, MemoryError) as error:
+            return error
+
+    pool, waiting = ThreadPoolExecutor(threads), deque()
+    try:
+        for item in items:
+            waiting.append((item, pool.submit(attempt, item)))
+            if len(waiting) > depth:
+                item, made = waiting.popleft()
+                yield item, made.result()
+        while waiting:
+            item, made = waiting.popleft()
+            yield item, made.result()
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 class _Child:

@@ -145,6 +145,45 @@ def write(path: str, data: bytes) -> None:
         os.replace(part, path)
 
 
+def append(path: str, data: bytes, size: int) -> None:
+    """Append to an object in a bucket that has `size` bytes; 0: there is none.
+
+    The data become part of the object by one compose request, so that they are in it once or not at all. Only one
+    process may append to an object.
+
+    Raises:
+        InputError: the object has another size, or access is denied.
+        StorageError: storage failed.
+    """
+    from google.api_core.exceptions import GoogleAPICallError, PreconditionFailed
+
+    part = f"{path}.part"
+    if size:
+        write(part, data)
+
+    def call(blob: Any, options: dict[str, Any]) -> None:
+        found = blob.bucket.get_blob(blob.name, **options)
+        has = found.size if found else 0
+        if has == size + len(data):  # the answer to an earlier attempt was lost
+            return
+        if has != size:
+            raise InputError(f"{path}: has {has} bytes instead of {size}: another process writes to it")
+        if not size:
+            blob.upload_from_string(data, if_generation_match=0, **options)
+            return
+        sources = [blob, blob.bucket.blob(f"{blob.name}.part")]
+        try:  # not retried by the library: a second request could append a second time
+            blob.compose(sources, if_generation_match=found.generation, timeout=TIMEOUT, retry=None)
+        except (GoogleAPICallError, OSError) as error:
+            if not isinstance(error, PreconditionFailed) and not options["retry"]._predicate(error):
+                raise
+            raise _Restart(str(error)) from error
+
+    _remote(path, call)
+    if size:
+        delete(part)
+
+
 def upload(local: Path, path: str) -> None:
     """Move a local file to `path` atomically. Raises as `read` does."""
     if is_remote(path):

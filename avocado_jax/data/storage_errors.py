@@ -21,7 +21,7 @@ def local_errors(path: str) -> Iterator[None]:
     """Raise errors of a local file as one line: an InputError for a wrong path, otherwise a StorageError."""
     try:
         yield
-    except (FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError) as error:
+    except (FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError, PermissionError) as error:
         raise InputError(f"{path}: {error.strerror}") from error
     except ValueError as error:  # a name with a NUL character, or that no file can have
         raise InputError(f"{path}: not a file name ({error})") from error

@@ -1,6 +1,10 @@
 """A checkpoint folder to a captioner: its parameters, tokenizer, stop ids and way of sampling clips."""
 
+from dataclasses import replace
+from functools import partial
+
 import jax
+from jax.sharding import Mesh
 
 from avocado_jax.checkpoint.hf_config import stop_ids
 from avocado_jax.checkpoint.load import Checkpoint, load_params
@@ -9,17 +13,26 @@ from avocado_jax.data.prompt import PROMPTS, load_habits
 from avocado_jax.data.words import load_words
 from avocado_jax.errors import InputError
 from avocado_jax.models.config import computed
+from avocado_jax.models.thinker import init
 from avocado_jax.parallel.backend import use_exact_fp32
+from avocado_jax.parallel.mesh import make_mesh
 from avocado_jax.parallel.programs import bound_compiled_programs
+from avocado_jax.parallel.rules import shardings
 from avocado_jax.sampling.captioner import Captioner, captioner_of
 
+PARAMETERS = 0.5  # of a device's memory, at most; the rest is for caches and prefill
 QUESTION = "question.txt"  # in a checkpoint's folder: what a model knows to be asked that knows one question only
 
 
-def load_captioner(checkpoint: Checkpoint, text: str | None, dtype: str) -> Captioner:
-    """Load an opened checkpoint onto the default device, computing in `dtype`, with `text` as the question.
+def load_captioner(
+    checkpoint: Checkpoint, text: str | None, dtype: str, mesh: tuple[int, int] | None = None
+) -> Captioner:
+    """Load an opened checkpoint onto the local devices, computing in `dtype`, with `text` as the question.
 
     Without a text it is the checkpoint's own (`question.txt` in its folder), else AVoCaDO's first.
+
+    Args:
+        mesh: data replicas, and devices of each; None: replicas of the fewest devices that hold the parameters.
 
     Raises:
         InputError: it has no tokenizer, no stop ids, or a tokenizer of another vocabulary.
@@ -37,7 +50,33 @@ def load_captioner(checkpoint: Checkpoint, text: str | None, dtype: str) -> Capt
         made = captioner_of(config, {}, tokenizer, stops, text, reading, habits)
     except InputError as error:
         raise InputError(f"{folder}: {error}") from error
-    return made._replace(params=load_params(checkpoint, dtype))
+    shapes = jax.eval_shape(partial(init, replace(config, param_dtype=dtype)), jax.random.key(0))
+    placed = captioning_mesh(sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes)), mesh)
+    return made._replace(params=load_params(checkpoint, dtype, placed and shardings(shapes, placed, over=("tensor",))))
+
+
+def captioning_mesh(size: int, sizes: tuple[int, int] | None = None) -> Mesh | None:
+    """The mesh of the local devices for parameters of `size` bytes; None where there is one device.
+
+    Args:
+        sizes: data and tensor; None: the smallest `tensor` with which parameters take half of a device's memory.
+
+    Raises:
+        InputError: there are not that many devices.
+    """
+    devices = jax.local_devices()
+    if sizes is None and devices[0].platform == "cpu":  # they share one machine's cores
+        return None
+    if sizes is None:
+        limit = (devices[0].memory_stats() or {}).get("bytes_limit") or float("inf")
+        powers = [1 << power for power in range(len(devices).bit_length()) if len(devices) % (1 << power) == 0]
+        tensor = next((tensor for tensor in powers if size / tensor <= PARAMETERS * limit), powers[-1])
+        sizes = len(devices) // tensor, tensor
+    if sizes[0] * sizes[1] > len(devices):
+        raise InputError(f"--mesh {sizes[0]},{sizes[1]}: there are {len(devices)} devices")
+    if sizes == (1, 1):
+        return None
+    return make_mesh(sizes[0], 1, sizes[1], devices=devices[: sizes[0] * sizes[1]])
 
 
 def computing_dtype(asked: str | None) -> str:

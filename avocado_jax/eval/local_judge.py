@@ -10,8 +10,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-import numpy as np
-
 from avocado_jax.checkpoint.load import identity, open_language_model
 from avocado_jax.data.prompt import chat_prompt
 from avocado_jax.data.rows import Row, Shape, rounded, shape_of, text_row
@@ -19,7 +17,8 @@ from avocado_jax.eval.captioner import load_captioner
 from avocado_jax.remote.cache import Cache
 from avocado_jax.remote.call import Malformed
 from avocado_jax.remote.chat import Reply
-from avocado_jax.sampling.captioner import GREEDY, Captioner, caption_rows, words
+from avocado_jax.sampling.captioner import Captioner, words
+from avocado_jax.sampling.engine import Engine
 
 T = TypeVar("T")
 ANSWER_TOKENS = 512
@@ -154,8 +153,9 @@ class LocalJudge:
 
     def _answers(self, rows: list[Row], shape: Shape) -> list[str]:
         captioner = self._captioner()
-        full = rows + rows[-1:] * (self._batch - len(rows))
-        numbers = np.zeros(self._batch, np.int32)
-        samples = caption_rows(captioner, full, numbers, GREEDY, self._length, shape=shape)
-        lengths = samples.lengths[: len(rows), 0]
-        return [words(captioner, tokens[:size]) for tokens, size in zip(samples.tokens[:, 0], lengths)]
+        requests = [(number, row, 0) for number, row in enumerate(rows)]
+        answers = dict(Engine(captioner, self._length, slots=self._batch).run(requests))
+        for answer in answers.values():
+            if isinstance(answer, Exception):
+                raise answer
+        return [words(captioner, answers[number]) for number in range(len(rows))]

@@ -7,37 +7,26 @@ lines with another key are left alone. Clips that failed are not kept: the next 
 import hashlib
 import json
 import sys
-from collections import defaultdict, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, TypeVar
+from typing import Any, BinaryIO, NamedTuple
 
 import jax
 import numpy as np
 
-from avocado_jax.data.reader import CLIP_SECONDS, ClipReader
-from avocado_jax.data.rows import Row, Shape, rounded, shape_of
-from avocado_jax.errors import InputError
+from avocado_jax.data.reader import CLIP_SECONDS, READERS, ClipReader, read_ahead
+from avocado_jax.data.rows import Row
+from avocado_jax.errors import InputError, first_line
 from avocado_jax.jsonl import appending, parse_lines, read_lines
 from avocado_jax.progress import progress
-from avocado_jax.sampling.captioner import GREEDY, Captioner, caption_rows, words
+from avocado_jax.sampling.captioner import Captioner, words
+from avocado_jax.sampling.engine import Engine
 
-T = TypeVar("T")
-R = TypeVar("R")
-SHAPE_BITS = 2  # of each size that clips are padded to: fewer programs to compile than `rounded` makes by default
 KEPT = {"id": str, "caption": str, "tokens": int, "key": str}
-HELD = 4  # batches' worth of clips that wait for others of their shape, at most
 GREY = 128
-READERS = 2  # clips that are read at once
 FAILURES = (InputError, MemoryError, jax.errors.JaxRuntimeError)  # of one clip: the others are still captioned
-
-
-def first_line(error: Exception) -> str:
-    """What an error says, in one line."""
-    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 class Item(NamedTuple):
@@ -82,19 +71,17 @@ def caption_items(
     identity: str,
     how: How,
     file: Path,
-    batch: int,
+    slots: int,
     max_failed: float,
     others: Sequence[Path] = (),
     clip_seconds: float = CLIP_SECONDS,
 ) -> Outcome:
     """Greedy captions of all items, those that `file` holds among them.
 
-    A caption does not depend on which clips it is made with: rows share a batch where their own rounded shapes are
-    the same, and every batch has `batch` rows.
-
     Args:
         load: makes the captioner; not called where nothing is left to do.
         identity: of the checkpoint.
+        slots: clips that are decoded together.
         max_failed: share of the items.
         others: more files that hold captions, such as those of other hosts; they are only read.
         clip_seconds: to read one clip, which then counts as failed.
@@ -118,19 +105,13 @@ def caption_items(
         if len(left) < len(items):
             print(f"captions: {len(items) - len(left)} of {len(items)} are in {file} already", file=sys.stderr)
 
-        def appended(groups: Iterable[list[tuple[Item, Caption | Exception]]]) -> Iterator[tuple[Item, Any]]:
-            for group in groups:
-                good = [(item, caption) for item, caption in group if isinstance(caption, Caption)]
-                fields = [dict(id=item.id, caption=c.text, tokens=c.tokens, key=keys[item.id]) for item, c in good]
-                out.write("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in fields).encode())
-                out.flush()
-                yield from group
-
-        for item, caption in progress(
-            appended(_captioned(load(), left, how, batch, clip_seconds)), "captions", len(left)
-        ):
+        captioned = _captioned(load(), left, how, slots, clip_seconds)
+        for item, caption in progress(captioned, "captions", len(left)):
             if isinstance(caption, Caption):
                 made[item.id] = caption
+                line = dict(id=item.id, caption=caption.text, tokens=caption.tokens, key=keys[item.id])
+                out.write(json.dumps(line, ensure_ascii=False).encode() + b"\n")
+                out.flush()
                 continue
             failed[item.id] = reason = first_line(caption)
             print(f"{item.id}: {reason}", file=sys.stderr)
@@ -168,9 +149,9 @@ def _whole(file: Path) -> list[dict[str, Any]]:
 
 
 def _captioned(
-    captioner: Captioner, items: Sequence[Item], how: How, batch: int, clip_seconds: float
-) -> Iterator[list[tuple[Item, Caption | Exception]]]:
-    """Every item with its caption or why it has none, in groups that were made together."""
+    captioner: Captioner, items: Sequence[Item], how: How, slots: int, clip_seconds: float
+) -> Iterator[tuple[Item, Caption | Exception]]:
+    """Every item with its caption, or with the reason why it has none, as they finish."""
 
     def row(item: Item) -> Row:
         media = reader.read(item.video, captioner.reading, sound=how.sound)
@@ -180,62 +161,14 @@ def _captioned(
             media = media._replace(frames=np.full_like(media.frames, GREY))
         return captioner.row(media, item.prompt)
 
-    waiting: dict[Shape, list[tuple[Item, Row]]] = defaultdict(list)
     with ClipReader(READERS, clip_seconds) as reader:
-        for item, made in read_ahead(items, row, threads=READERS, depth=2 * batch):
-            if isinstance(made, Exception):
-                yield [(item, made)]
+        requests = ((item, made, 0) for item, made in read_ahead(items, row, READERS, 2 * READERS))
+        for item, tokens in Engine(captioner, how.tokens, slots=slots).run(requests):
+            if isinstance(tokens, Exception):
+                yield item, tokens
                 continue
-            shape = rounded(shape_of(made.clip), SHAPE_BITS)
-            waiting[shape].append((item, made))
-            if len(waiting[shape]) < batch and sum(map(len, waiting.values())) < HELD * batch:
-                continue
-            shape = max(waiting, key=lambda each: len(waiting[each]))
-            yield _together(captioner, waiting.pop(shape), shape, how, batch)
-    for shape in list(waiting):
-        yield _together(captioner, waiting.pop(shape), shape, how, batch)
-
-
-def _together(
-    captioner: Captioner, group: list[tuple[Item, Row]], shape: Shape, how: How, batch: int
-) -> list[tuple[Item, Caption | Exception]]:
-    """Captions of rows of one shape, in a batch that is filled up with the last row."""
-    rows = [row for _, row in group]
-    rows += rows[-1:] * (batch - len(rows))
-    try:
-        samples = caption_rows(captioner, rows, np.zeros(batch, np.int32), GREEDY, how.tokens, shape=shape)
-    except FAILURES as error:
-        return [(item, error) for item, _ in group]
-    made = []
-    for (item, _), tokens, length in zip(group, samples.tokens[:, 0], samples.lengths[:, 0]):
-        stopped = tokens[length - 1] in captioner.stops
-        made.append((item, Caption(words(captioner, tokens[:length]), int(length) - int(stopped))))
-    return made
-
-
-def read_ahead(
-    items: Iterable[T], read: Callable[[T], R], threads: int = 1, depth: int = 1
-) -> Iterator[tuple[T, R | Exception]]:
-    """Each item and what was read of it, or why it could not be; the next `depth` are read meanwhile."""
-
-    def attempt(item: T) -> R | Exception:
-        try:
-            return read(item)
-        except FAILURES as error:
-            return error
-
-    pool, waiting = ThreadPoolExecutor(threads), deque()
-    try:
-        for item in items:
-            waiting.append((item, pool.submit(attempt, item)))
-            if len(waiting) > depth:
-                item, made = waiting.popleft()
-                yield item, made.result()
-        while waiting:
-            item, made = waiting.popleft()
-            yield item, made.result()
-    finally:
-        pool.shutdown(cancel_futures=True)
+            stopped = int(tokens[-1]) in captioner.stops
+            yield item, Caption(words(captioner, tokens), len(tokens) - stopped)
 
 
 def read_captions(file: Path, known: Mapping[str, Any]) -> dict[str, Caption]:

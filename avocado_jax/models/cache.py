@@ -1,5 +1,6 @@
 """Keys and values kept between calls: they go in and come out, nothing is stored in a module."""
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -15,19 +16,24 @@ class KV(NamedTuple):
     k: Float[Array, "... K S E"]
     v: Float[Array, "... K S E"]
 
-    def write(self, new: "KV", step: Int[Array, ""]) -> "KV":
-        """The cache with the keys and values of one more token a caption, [B G K 1 E], at `step`."""
-        return KV(*(jax.lax.dynamic_update_slice_in_dim(old, x, step, axis=3) for old, x in zip(self, new)))
+    def write(self, new: "KV", step: Int[Array, "B"] | Int[Array, ""]) -> "KV":
+        """The cache with the keys and values of one more token a caption, [B G K 1 E], at `step` (of each row)."""
+        write = partial(jax.lax.dynamic_update_slice_in_dim, axis=2 + (step.ndim == 0))
+        return KV(*((write if step.ndim == 0 else jax.vmap(write))(old, x, step) for old, x in zip(self, new)))
 
 
 class ClipCache(NamedTuple):
-    """Every layer's keys and values of the clip, shared by its G captions.
+    """What decoding reads of a clip, shared by its G captions.
 
-    `layers` is one KV with a leading axis of layers where they are scanned, else a tuple of KV.
+    Attributes:
+        layers: keys and values: one KV with a leading axis of layers where they are scanned, else a tuple of KV.
+        valid: the clip tokens that are attended to.
+        start: the position of the first input of every caption.
     """
 
     layers: Any
     valid: Bool[Array, "B P"]
+    start: Int[Array, "B"]
 
 
 def caption_cache(config: ThinkerConfig, rows: int, captions: int, length: int) -> Any:

@@ -34,7 +34,7 @@ class TextLayer(nn.Module):
         caches: tuple[KV, KV] | None,
         rope: Rope,
         clip_valid: Bool[Array, "B P"] | None,
-        step: Int[Array, ""] | None,
+        step: Int[Array, "B"] | Int[Array, ""] | None,
     ) -> tuple[Float[Array, "B Q D"], KV | None]:
         """Clip tokens attend causally to the clip; a caption attends to its valid clip tokens and causally to itself.
 
@@ -94,11 +94,11 @@ def _decode(
     clip: KV,
     captions: KV,
     clip_valid: Bool[Array, "B P"],
-    step: Int[Array, ""],
+    step: Int[Array, "B"] | Int[Array, ""],
 ) -> tuple[Float[Array, "B G H E"], KV]:
     """Attention of one token of each caption, and the captions' cache with that token written at `step`."""
     captions = captions.write(KV(k[..., None, :], v[..., None, :]), step)
-    written = jnp.arange(captions.k.shape[3]) <= step
+    written = jnp.arange(captions.k.shape[3])[None] <= jnp.atleast_1d(step)[:, None]
     return plain.attend_step(q, captions, clip, clip_valid, written), captions
 
 
@@ -115,7 +115,7 @@ class TextModel(nn.Module):
         clip_valid: Bool[Array, "B P"] | None = None,
         captions: tuple[int, int] | None = None,
         caches: tuple[Any, Any] | None = None,
-        step: Int[Array, ""] | None = None,
+        step: Int[Array, "B"] | Int[Array, ""] | None = None,
     ) -> tuple[Float[Array, "B Q D"], Any]:
         """Normed hidden states, and what `TextLayer` returns of each layer, in the layout of `ClipCache.layers`.
 

@@ -49,7 +49,7 @@ class Thinker(nn.Module):
         rows, clip_tokens = clip.tokens.shape
         inputs = captions.inputs
         index = jnp.broadcast_to(jnp.arange(inputs.shape[2]), inputs.shape)
-        own = caption_positions(clip, index).reshape(rows, -1, 3)
+        own = caption_positions(clip.start, index).reshape(rows, -1, 3)
         x, _ = self.text(
             self.embed(clip, encoded, inputs.reshape(rows, -1)),
             jnp.concatenate([clip.positions, own], axis=1),
@@ -89,15 +89,19 @@ class Thinker(nn.Module):
         return placed if inputs is None else jnp.concatenate([placed, words[:, clip_tokens:]], axis=1)
 
     def prefill(self, clip: Clip, encoded: Encoded | None = None) -> ClipCache:
-        """Keys and values of the clip in every layer, shared by any number of captions."""
+        """What decoding reads of the clip, shared by any number of captions."""
         _, kv = self.text(self.embed(clip, encoded), clip.positions)
-        return ClipCache(kv, _valid(clip))
+        return ClipCache(kv, _valid(clip), clip.start)
 
     def decode(
-        self, cache: ClipCache, clip: Clip, so_far: Any, step: Int[Array, ""], inputs: Int[Array, "B G"]
+        self, cache: ClipCache, so_far: Any, step: Int[Array, "B"] | Int[Array, ""], inputs: Int[Array, "B G"]
     ) -> tuple[Float[Array, "B G V"], Any]:
-        """Logits (fp32) of the next token of every caption, and the caption cache with `inputs` written at `step`."""
-        positions = caption_positions(clip, jnp.broadcast_to(step, (*inputs.shape, 1)))[:, :, 0]
+        """Logits (fp32) of the next token of every caption, and the caption cache with `inputs` written at `step`.
+
+        Captions are at one step, or each row at its own.
+        """
+        index = jnp.broadcast_to(step[..., None, None], (*inputs.shape, 1))
+        positions = caption_positions(cache.start, index)[:, :, 0]
         x, so_far = self.text(self._words(inputs), positions, cache.valid, caches=(cache.layers, so_far), step=step)
         return self.logits(x), so_far
 
@@ -119,9 +123,9 @@ def _valid(clip: Clip) -> Bool[Array, "B P"]:
     return jnp.arange(clip.tokens.shape[1])[None] < clip.length[:, None]
 
 
-def caption_positions(clip: Clip, index: Int[Array, "B G Q"]) -> Int[Array, "B G Q 3"]:
+def caption_positions(start: Int[Array, "B"], index: Int[Array, "B G Q"]) -> Int[Array, "B G Q 3"]:
     """TMRoPE ids of caption inputs by index: they continue from the last prompt token, on all three axes."""
-    return jnp.repeat((clip.start[:, None, None] + index)[..., None], 3, axis=-1)
+    return jnp.repeat((start[:, None, None] + index)[..., None], 3, axis=-1)
 
 
 def example(

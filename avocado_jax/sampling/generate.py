@@ -39,6 +39,22 @@ def caption_keys(key: jax.Array, clips: Int[Array, "B"], captions: int) -> jax.A
     return jax.vmap(lambda key: jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(captions)))(of_clip)
 
 
+def draw_tokens(
+    logits: Float[Array, "B G V"],
+    banned: Bool[Array, "V"],
+    keys: jax.Array,
+    step: Int[Array, "B"] | Int[Array, ""],
+    sampling: Sampling,
+) -> tuple[Int[Array, "B G"], Float[Array, "B G"]]:
+    """One token of each caption and its log-probability (`logits.draw`), by the caption's key and step."""
+
+    def one(logits: Array, key: jax.Array, step: Array) -> tuple[Array, Array]:
+        return draw(logits, banned, jax.random.fold_in(key, step), sampling)
+
+    of_row = jax.vmap(one, in_axes=(0, 0, None))
+    return jax.vmap(of_row, in_axes=(0, 0, 0 if step.ndim else None))(logits, keys, step)
+
+
 @partial(jax.jit, static_argnames=("config", "sampling", "stops", "length", "parts"))
 def generate(
     params: Any,
@@ -71,9 +87,8 @@ def generate(
     stop_ids = jnp.asarray(stops, jnp.int32)
 
     def step(loop: _Loop) -> _Loop:
-        logits, so_far = apply(cache, clip, loop.so_far, loop.step, loop.last, method="decode")
-        step_keys = jax.vmap(jax.vmap(lambda key: jax.random.fold_in(key, loop.step)))(keys)
-        token, logprob = jax.vmap(jax.vmap(lambda logits, key: draw(logits, banned, key, sampling)))(logits, step_keys)
+        logits, so_far = apply(cache, loop.so_far, loop.step, loop.last, method="decode")
+        token, logprob = draw_tokens(logits, banned, keys, loop.step, sampling)
         token = jnp.where(loop.stopped, stops[0], token)
         logprob = jnp.where(loop.stopped, 0.0, logprob)
         old = loop.samples

@@ -24,6 +24,9 @@ class Sampling:
             raise ValueError(f"temperature 0 or from 0.001, top-k >= 0 and 0 < top-p <= 1 are asked for, got {self}")
 
 
+GREEDY = Sampling(temperature=0.0)
+
+
 def truncate(logits: Float[Array, "... V"], sampling: Sampling) -> Float[Array, "... V"]:
     """Keep the `top_k` largest logits, then the fewest of those whose probability reaches `top_p`.
 

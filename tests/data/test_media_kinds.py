@@ -103,3 +103,11 @@ def test_a_stream_that_appears_on_the_way():
         raise IndexError("list index out of range")
 
     assert list(inspect.unwrap(container._demux)(SimpleNamespace(demux=demux))) == ["a", "b", "c"]
+
+
+def test_sound_that_begins_late_in_a_transport_stream(tmp_path):
+    """Its format is not known when the file is opened."""
+    path = media_kinds.write(tmp_path / "late.ts", seconds=24.0, sound=4.0, sound_late=18.0)
+    media = read_media(path, replace(READING, align_sound=True))
+    assert burst_time(media.samples) == pytest.approx(20.0, abs=0.1)
+    assert "its sound starts 1" in media.warnings[0]

@@ -16,12 +16,11 @@ from safetensors.numpy import load_file, save_file
 
 from avocado_jax.__main__ import main
 from avocado_jax.checkpoint import load
-from avocado_jax.data.rows import rounded, shape_of
 from avocado_jax.eval import runner
 from avocado_jax.eval.captioner import load_captioner
 from avocado_jax.eval.local_judge import LocalJudge
 from avocado_jax.models.config import SIZES, TINY
-from avocado_jax.sampling.generate import Samples
+from avocado_jax.sampling.engine import Engine
 
 WRITE_CHECKPOINT = Path(__file__).parents[2] / "launch" / "random_checkpoint.py"
 OPTIONS = ["--max-new-tokens", "100", "--batch", "2", "--json"]
@@ -37,13 +36,13 @@ KILLED = """
 import os, signal, sys
 from avocado_jax.__main__ import main
 from avocado_jax.eval import runner
-made, calls = runner._together, []
-def together(*arguments):
-    calls.append(1)
-    if len(calls) == 2:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return made(*arguments)
-runner._together = together
+class Killed(runner.Engine):
+    def run(self, requests):
+        for number, made in enumerate(super().run(requests)):
+            if number == 2:
+                os.kill(os.getpid(), signal.SIGKILL)
+            yield made
+runner.Engine = Killed
 main(sys.argv[1:])
 """
 
@@ -126,39 +125,29 @@ def test_a_caption_is_the_same_in_any_company(world, checkpoint, capsys, tmp_pat
         assert (made == together[made["id"]]) == (name == "alone")
 
 
-def test_senses_are_taken_away_and_shapes_kept_apart(world, checkpoint, monkeypatch):
-    """What reaches the model, clip by clip; a late failure takes its batch only."""
+def test_senses_are_taken_away(world, checkpoint, monkeypatch):
+    """What reaches the model, clip by clip, and the number of slots; a late failure takes its clip only."""
     captioner = load_captioner(load.open_checkpoint(checkpoint), "What?", "float32")
     lines = [json.loads(line) for line in (world / "clips.jsonl").read_text().splitlines()]
-    items = [
-        runner.Item(one["id"], world / one["video"], {"prompt": "Which?" * (500 * (i % 2))})
-        for i, one in enumerate(lines)
-    ]
-    calls = []
+    items = [runner.Item(one["id"], world / one["video"], {"prompt": "Which?" * i}) for i, one in enumerate(lines)]
+    rows = {}
 
-    def fake(captioner, rows, numbers, sampling, length, shape):
-        calls.append((rows, shape))
-        if len(calls) == 2:
-            raise MemoryError
-        tokens = np.tile(np.array([72, 73, 258], np.int32), (len(rows), 1, 1))
-        return Samples(tokens, np.zeros(tokens.shape, np.float32), np.full((len(rows), 1), 3))
+    class Fake(Engine):
+        def run(self, requests):
+            assert (self.length, self._slots) == (9, 2)
+            for number, (item, row, _) in enumerate(requests):
+                rows[item.id] = row
+                yield item, MemoryError() if number == 1 else np.array([72, 73, 258], np.int32)
 
-    monkeypatch.setattr(runner, "caption_rows", fake)
+    monkeypatch.setattr(runner, "Engine", Fake)
     for how in (runner.How(9, "float32"), runner.How(9, "float32", sound=False), runner.How(9, "float32", True, False)):
-        calls.clear()
-        groups = list(runner._captioned(captioner, items, how, 2, 60.0))
-        told = {item.id: made for group in groups for item, made in group}
-        assert told.keys() == {item.id for item in items}
-        failed = {name for name, made in told.items() if isinstance(made, MemoryError)}
-        assert failed == {item.id for item, _ in groups[1]}
-        assert {made for name, made in told.items() if name not in failed} == {runner.Caption("ij", 2)}
-        assert len({shape for _, shape in calls}) == 2  # long questions are not padded to by short ones
-        for rows, shape in calls:
-            assert len(rows) == 2
-            for row in rows:
-                assert rounded(shape_of(row.clip), runner.SHAPE_BITS) == shape
-                assert bool(len(row.clip.mel)) == how.sound
-                assert (row.clip.patches[:, row.clip.patch_valid] == runner.GREY).all() == (not how.picture)
+        made = {item.id: caption for item, caption in runner._captioned(captioner, items, how, 2, 60.0)}
+        assert list(made) == [item.id for item in items]
+        assert isinstance(made.pop(items[1].id), MemoryError)
+        assert set(made.values()) == {runner.Caption("ij", 2)}
+        for row in rows.values():
+            assert bool(len(row.clip.mel)) == how.sound
+            assert (row.clip.patches[:, row.clip.patch_valid] == runner.GREY).all() == (not how.picture)
 
 
 def test_killed_and_started_again_it_ends_the_same(world, checkpoint, capsys, tmp_path):
@@ -337,10 +326,10 @@ def test_a_public_benchmark_from_clips_to_figures_without_a_network(world, check
     command = ["evaluate", "daily-omni", "--data", str(data), "--videos", str(world / "clips"), "--out", str(out)]
     command += ["--checkpoint", str(checkpoint), *OPTIONS]
     capsys.readouterr()
-    for shard in ("1/2", "2/2"):
+    for shard in ("0/2", "1/2"):
         assert main([*command, "--shard", shard]) == 0
     assert capsys.readouterr().out == ""
-    assert sorted(path.name for path in out.iterdir()) == ["captions.1-of-2.jsonl", "captions.2-of-2.jsonl"]
+    assert sorted(path.name for path in out.iterdir()) == ["captions.0-of-2.jsonl", "captions.1-of-2.jsonl"]
     assert [len(path.read_text().splitlines()) for path in sorted(out.iterdir())] == [3, 3]
     judge = ["--judge-model", str(one_sided(checkpoint, tmp_path / "judge"))]
     with pytest.MonkeyPatch.context() as patch:

@@ -20,7 +20,8 @@ from avocado_jax.models.config import TINY, computed
 from avocado_jax.models.thinker import init
 from avocado_jax.parallel.mesh import make_mesh
 from avocado_jax.parallel.rules import shardings
-from avocado_jax.sampling.captioner import caption_records, captioner_in_training, captioner_of
+from avocado_jax.sampling.captioner import captioner_in_training, captioner_of
+from avocado_jax.sampling.engine import caption_records
 from avocado_jax.sampling.weights import unstacked
 
 SMALL = replace(TINY, audio=replace(TINY.audio, layers=1), vision=replace(TINY.vision, layers=2))
@@ -82,9 +83,9 @@ def test_unstacked_layers_are_the_stack_s(params):
     assert jax.tree.map(np.shape, apart) == jax.tree.map(lambda leaf: leaf.shape, born)
 
 
-def test_training_s_captions_are_the_stacked_model_s_over_a_mesh_too(params, tokenizer):
-    stacked = captioner_of(CONFIG, params, tokenizer, STOPS, "What?")  # the training layout decodes as it is
-    expected = caption_records(stacked, records(), 6, batch=2)
+def test_captions_in_training_are_the_same_over_a_mesh(params, tokenizer):
+    single = captioner_in_training(CONFIG, params, tokenizer, STOPS, "What?", "float32")
+    expected = caption_records(single, records(), 6, slots=2)
     assert expected[3] is None
     assert len(set(expected)) > 2
 
@@ -93,8 +94,8 @@ def test_training_s_captions_are_the_stacked_model_s_over_a_mesh_too(params, tok
     captioner = captioner_in_training(CONFIG, divided, tokenizer, STOPS, "What?", "float32")
     kernel = captioner.params["text"]["layers_1"]["mlp"]["up"]["kernel"]
     assert kernel.sharding.spec == PartitionSpec("fsdp", "tensor")
-    assert caption_records(captioner, records(), 6, batch=4) == expected
-    assert caption_records(captioner, records()[3:], 6, batch=4) == [None]
+    assert caption_records(captioner, records(), 6, slots=4) == expected
+    assert caption_records(captioner, records()[3:], 6, slots=4) == [None]
 
     half = captioner_in_training(CONFIG, params, tokenizer, STOPS, "What?", "bfloat16")
     assert half.config.dtype == "bfloat16"

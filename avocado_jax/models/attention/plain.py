@@ -91,7 +91,7 @@ def attend_step(
     own: KV,
     clip: KV,
     clip_valid: Bool[Array, "B P"],
-    written: Bool[Array, "S"],
+    written: Bool[Array, "#B S"],
 ) -> Float[Array, "B G H E"]:
     """One decoding step: the new token of each caption attends to its clip, [B K P E], and its caption, [B G K S E].
 
@@ -99,7 +99,7 @@ def attend_step(
 
     Args:
         clip_valid: the clip tokens that are attended to.
-        written: the positions of the caption cache that are attended to, the same for all captions.
+        written: the positions of the caption cache that are attended to, the same for all captions of a row.
     """
     kv_heads, width = clip.k.shape[1], q.shape[-1]
     heads = q.reshape(*q.shape[:2], kv_heads, -1, width)
@@ -107,7 +107,7 @@ def attend_step(
         jnp.einsum("BGKRE,BKPE->BGKRP", heads, clip.k, preferred_element_type=jnp.float32),
         jnp.einsum("BGKRE,BGKSE->BGKRS", heads, own.k, preferred_element_type=jnp.float32),
     )
-    valid = clip_valid[:, None, None, None], written[None, None, None, None]
+    valid = clip_valid[:, None, None, None], written[:, None, None, None]
     scores = [jnp.where(mask, part / math.sqrt(width), MASKED) for mask, part in zip(valid, scores)]
     largest = jnp.maximum(*(jnp.max(part, axis=-1, keepdims=True) for part in scores))
     weights = [jnp.exp(part - largest) for part in scores]

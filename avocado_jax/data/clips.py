@@ -1,0 +1,147 @@
+"""The clips that a command line names: files, folders, globs, objects of a bucket, manifests and prepared shards."""
+
+import fnmatch
+import glob
+import json
+import mimetypes
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from avocado_jax.data import storage
+from avocado_jax.data.container import printable
+from avocado_jax.data.manifest import prompt_fields
+from avocado_jax.data.media import Media, Reading
+from avocado_jax.data.reader import ClipReader
+from avocado_jax.data.records import decoded
+from avocado_jax.data.sources import Shards, open_shards
+from avocado_jax.errors import InputError
+
+WILDCARD = re.compile(r"[*?\[]")
+# Suffixes of clips in a folder beside those that are registered as video/*.
+SUFFIXES = {".mkv", ".ts", ".m2ts", ".mts", ".vob", ".flv", ".ogv", ".mxf", ".nut", ".y4m", ".rm", ".rmvb", ".divx"}
+
+
+class ClipSource(NamedTuple):
+    """One clip that can be read.
+
+    Attributes:
+        name: as given, or found in a folder: in outputs it stands for the clip.
+        path: where the file is, local or gs://; empty for a record of prepared shards.
+        fields: `prompt`, `system` and `media_first` of a manifest line, those that it has.
+        record: the number of the record in `shards`.
+        error: why it cannot be read, where that is known without reading it.
+    """
+
+    name: str
+    path: str = ""
+    fields: Mapping[str, Any] = {}
+    shards: Shards | None = None
+    record: int = 0
+    error: str = ""
+
+    def read(self, reader: ClipReader, reading: Reading, sound: bool = True) -> tuple[Media, Mapping[str, Any]]:
+        """The clip, and the fields that decide its prompt.
+
+        Raises:
+            InputError: it cannot be read; the message starts with its name.
+            StorageError: storage failed.
+        """
+        if self.error:
+            raise InputError(f"{printable(self.name)}: {self.error}")
+        if self.shards is not None:
+            record = self.shards[self.record]
+            media = decoded(record, reading)
+            return (media if sound else media._replace(samples=None)), prompt_fields(record.fields)
+        with storage.here(self.path) as local:
+            try:
+                return reader.read(local, reading, sound), self.fields
+            except InputError as error:
+                raise InputError(str(error).replace(printable(local), printable(self.name))) from error
+
+
+def list_clips(inputs: Sequence[str], manifest: str | None = None, reading: Reading = Reading()) -> list[ClipSource]:
+    """Every clip of the inputs, in order: those of a folder or a bucket sorted by name.
+
+    A name that does not exist becomes a clip that cannot be read, so that the others are still captioned.
+
+    Args:
+        manifest: JSONL with "video" in each line (relative to it, or gs://), local or gs://.
+        reading: how the clips of prepared shards are sampled.
+
+    Raises:
+        InputError: an input holds no clip, or the manifest or a bucket cannot be read.
+        StorageError: storage failed.
+    """
+    clips = [clip for given in inputs for clip in _clips_of(given, reading)]
+    return clips + list(_manifest_clips(manifest) if manifest else ())
+
+
+def _clips_of(given: str, reading: Reading) -> list[ClipSource]:
+    if storage.is_remote(given):
+        return _remote_clips(given, reading)
+    if os.path.isdir(given):
+        if os.path.isfile(os.path.join(given, "manifest.json")):
+            return _records(given, reading)
+        names = [
+            os.path.join(folder, name)
+            for folder, folders, names in os.walk(given)
+            for name in (folders.sort() or sorted(names))
+            if is_video(name)
+        ]
+        return [ClipSource(name, name) for name in _some(names, given)]
+    if not os.path.exists(given) and WILDCARD.search(given):
+        return [ClipSource(name, name) for name in _some(sorted(glob.glob(given, recursive=True)), given)]
+    return [ClipSource(given, given)]
+
+
+def _remote_clips(given: str, reading: Reading) -> list[ClipSource]:
+    folder = given.rstrip("/")
+    if not WILDCARD.search(given):
+        if not given.endswith("/") and storage.exists(given):
+            return [ClipSource(given, given)]
+        if storage.exists(f"{folder}/manifest.json"):
+            return _records(folder, reading)
+    if WILDCARD.search(given):
+        folder = WILDCARD.split(given)[0].rpartition("/")[0]
+    names = [f"{folder}/{file.name}" for file in storage.listing(folder) if is_video(file.name)]
+    if WILDCARD.search(given):
+        names = fnmatch.filter(names, given)
+    return [ClipSource(name, name) for name in _some(names, given)]
+
+
+def _records(folder: str, reading: Reading) -> list[ClipSource]:
+    shards = open_shards(folder, reading)
+    return [ClipSource(name, shards=shards, record=number) for number, name in enumerate(shards.index.ids)]
+
+
+def _manifest_clips(path: str) -> Iterator[ClipSource]:
+    """A line that is wrong becomes a clip that cannot be read."""
+    folder = path.rpartition("/")[0]
+    for number, line in enumerate(storage.read(path).splitlines(), start=1):
+        if not line.strip():
+            continue
+        name = f"{path}:{number}"
+        try:
+            fields = json.loads(line)
+            if not isinstance(fields, dict) or not isinstance(video := fields.get("video"), str) or not video:
+                raise InputError("has no 'video'")
+            name = fields["id"] if isinstance(fields.get("id"), str) else video
+            yield ClipSource(name, storage.join(folder, video), prompt_fields(fields))
+        except (ValueError, RecursionError) as error:
+            yield ClipSource(name, error=f"not JSON ({error})")
+        except InputError as error:
+            yield ClipSource(name, error=str(error))
+
+
+def _some(names: list[str], given: str) -> list[str]:
+    if not names:
+        raise InputError(f"{printable(given)}: no video in it")
+    return names
+
+
+def is_video(name: str) -> bool:
+    """Whether a file in a folder is taken for a clip, by its suffix."""
+    return (mimetypes.guess_type(name)[0] or "").startswith("video/") or Path(name).suffix.lower() in SUFFIXES

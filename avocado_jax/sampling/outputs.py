@@ -1,0 +1,148 @@
+"""Caption files: one JSON line a clip, appended in input order, resumed after a kill at any moment.
+
+A local file is appended to line by line, an object in a bucket every `INTERVAL` seconds.
+"""
+
+import json
+import os
+import time
+from collections import Counter
+from collections.abc import Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from avocado_jax.data import storage
+from avocado_jax.errors import InputError
+from avocado_jax.jsonl import appending
+
+INTERVAL = 30.0  # seconds between two appends to an object
+
+
+class CaptionFiles:
+    """The output of one process. A context manager: leaving it appends what is buffered.
+
+    Args:
+        out: a file, which gets captions and errors; or a folder (an existing one, or a name that ends with "/") or a
+            gs:// prefix, which gets captions-I-of-N.jsonl and rejects-I-of-N.jsonl.
+        shard: I and N.
+        options: what decides the captions. Kept beside the output; a resumed run must have the same.
+        retry_failed: caption failed clips again: their lines are removed first.
+
+    Raises:
+        InputError: the output cannot be written, belongs to other options or is in use.
+        StorageError: storage failed.
+    """
+
+    def __init__(self, out: str, shard: tuple[int, int], options: Mapping[str, Any], retry_failed: bool) -> None:
+        folder = out.endswith("/") or os.path.isdir(out) or (storage.is_remote(out) and not out.endswith(".jsonl"))
+        part = f"{shard[0]}-of-{shard[1]}"
+        if folder:
+            names = [storage.join(out, f"{kind}-{part}.jsonl") for kind in ("captions", "rejects")]
+            beside = storage.join(out, f"options-{part}.json")
+        elif shard[1] > 1:
+            raise InputError(f"--shard: --out {out} must be a folder (a name that ends with /) or a gs:// prefix")
+        else:
+            names, beside = [out, out], f"{out}.options.json"
+        self._beside, self.options = beside, self._kept_options(beside, dict(options))
+        self._stack, files = ExitStack(), {}
+        for name in dict.fromkeys(names):
+            if retry_failed:
+                _remove_errors(name)
+            files[name] = _Object(name) if storage.is_remote(name) else _LocalFile(name, self._stack)
+        self._captions, self._rejects = (files[name] for name in names)
+        self._done = Counter(line["clip"] for file in files.values() for line in file.lines)
+        self.finished = self._done.total()
+
+    def _kept_options(self, path: str, options: dict[str, Any]) -> dict[str, Any]:
+        if not storage.exists(path):
+            storage.write(path, json.dumps(options, indent=1).encode())
+            return options
+        kept = json.loads(storage.read(path))
+        given = {name: value for name, value in options.items() if value is not None}
+        if differ := sorted(name for name, value in given.items() if kept.get(name) != value):
+            was = ", ".join(f"{name} {json.dumps(kept.get(name))} (now {json.dumps(given[name])})" for name in differ)
+            raise InputError(f"--out was begun with {was}: use the same options, or another --out ({path})")
+        return kept
+
+    def keep(self, name: str, value: Any) -> Any:
+        """Record an option that is known only now. Returns what the first start recorded."""
+        if name not in self.options:
+            self.options[name] = value
+            storage.write(self._beside, json.dumps(self.options, indent=1).encode())
+        return self.options[name]
+
+    def take(self, clip: str) -> bool:
+        """Whether the output has this occurrence of a clip already; each line stands for one occurrence."""
+        if not self._done[clip]:
+            return False
+        self._done[clip] -= 1
+        return True
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        """Append the line of a clip."""
+        line = json.dumps(record, ensure_ascii=False).encode("utf-8", "surrogatepass") + b"\n"
+        (self._rejects if "error" in record else self._captions).append(line)
+
+    def __enter__(self) -> "CaptionFiles":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        with self._stack:
+            for file in dict.fromkeys((self._captions, self._rejects)):
+                file.flush()
+
+
+class _LocalFile:
+    """A local file; a line is in it once `append` returns."""
+
+    def __init__(self, name: str, stack: ExitStack) -> None:
+        self._file: BinaryIO = stack.enter_context(appending(Path(name)))
+        self._file.seek(0)
+        self.lines = [_parsed(line, name) for line in self._file]
+
+    def append(self, line: bytes) -> None:
+        self._file.write(line)
+        self._file.flush()
+
+    def flush(self) -> None:
+        pass
+
+
+class _Object:
+    """An object of a bucket."""
+
+    def __init__(self, name: str) -> None:
+        self._name, self._buffer, self._flushed = name, bytearray(), time.monotonic()
+        data = storage.read(name) if storage.exists(name) else b""
+        self._size, self.lines = len(data), [_parsed(line, name) for line in data.splitlines()]
+
+    def append(self, line: bytes) -> None:
+        self._buffer += line
+        if time.monotonic() - self._flushed >= INTERVAL:
+            self.flush()
+
+    def flush(self) -> None:
+        if self._buffer:
+            storage.append(self._name, bytes(self._buffer), self._size)
+            self._size += len(self._buffer)
+            self._buffer.clear()
+        self._flushed = time.monotonic()
+
+
+def _parsed(line: bytes, name: str) -> dict[str, Any]:
+    try:
+        found = json.loads(line.decode("utf-8", "surrogatepass"))
+    except ValueError as error:
+        raise InputError(f"{name}: holds a line that is not JSON ({error})") from error
+    if not isinstance(found, dict) or not isinstance(found.get("clip"), str):
+        raise InputError(f"{name}: holds a line that is not of a clip; give another --out")
+    return found
+
+
+def _remove_errors(name: str) -> None:
+    if storage.exists(name):
+        lines = storage.read(name).splitlines(keepends=True)
+        kept = [line for line in lines if line.endswith(b"\n") and "error" not in _parsed(line, name)]
+        if len(kept) < len(lines):
+            storage.write(name, b"".join(kept))

@@ -1,0 +1,167 @@
+"""Captions of the engine are those of the clips one by one, whatever is decoded beside them."""
+
+from dataclasses import replace
+from functools import partial
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from reference import random_media
+
+from avocado_jax.data.rows import rounded, shape_of, stack
+from avocado_jax.data.tokenizer import write_tokenizer
+from avocado_jax.data.words import load_words
+from avocado_jax.models.config import TINY, computed
+from avocado_jax.models.thinker import init
+from avocado_jax.parallel.mesh import make_mesh
+from avocado_jax.parallel.rules import shardings
+from avocado_jax.sampling import engine
+from avocado_jax.sampling import slots as programs
+from avocado_jax.sampling.captioner import captioner_of
+from avocado_jax.sampling.engine import Engine
+from avocado_jax.sampling.generate import caption_keys, generate
+from avocado_jax.sampling.logits import GREEDY, Sampling
+
+SMALL = replace(TINY, audio=replace(TINY.audio, layers=1), vision=replace(TINY.vision, layers=2))
+CONFIG = computed(SMALL, "float32", scan=False)
+LENGTH = 40
+SEED = 5
+# Frames, height, width and samples: two shapes that are padded differently.
+SIZES = [(4, 56, 84, 16000), (6, 112, 56, None)]
+WARM = Sampling(temperature=0.7, top_p=0.9)
+
+
+@pytest.fixture(scope="module")
+def captioner(tmp_path_factory):
+    """Random weights with logits that make captions of unequal lengths, all below and some at the limit."""
+    folder = tmp_path_factory.mktemp("tokenizer")
+    write_tokenizer(folder)
+    rng = np.random.default_rng(0)
+
+    def draw(path, leaf):
+        scale = 1.0 if path[0].key == "embedding" else 0.3 if len(leaf.shape) < 2 else leaf.shape[-2] ** -0.5
+        return jnp.asarray(rng.standard_normal(leaf.shape, np.float32) * scale + (path[-1].key == "scale"))
+
+    params = jax.tree_util.tree_map_with_path(draw, jax.eval_shape(partial(init, CONFIG), jax.random.key(0)))
+    stops = tuple(range(60, 84))
+    made = captioner_of(CONFIG, params, load_words(folder), stops, "What?")
+    banned = made.banned.copy()
+    banned[list(stops)] = False
+    return made._replace(banned=banned)
+
+
+@pytest.fixture(scope="module")
+def rows(captioner):
+    clips = [random_media(*SIZES[i % len(SIZES)], seed=i) for i in range(10)]
+    return [captioner.row(clip, {"prompt": f"What? {'Why? ' * (i % 3)}"}) for i, clip in enumerate(clips)]
+
+
+@pytest.fixture(scope="module")
+def one_by_one(captioner, rows):
+    """Tokens of each clip by itself, for each way of sampling."""
+
+    def caption(number, row, sampling):
+        clip = stack([row.clip], rounded(shape_of(row.clip), engine.SHAPE_BITS))
+        keys = caption_keys(jax.random.key(SEED), np.array([number]), 1)
+        options = dict(config=CONFIG, sampling=sampling, stops=captioner.stops, length=LENGTH)
+        samples = generate(captioner.params, clip, keys, captioner.banned, **options)
+        return samples.tokens[0, 0, : samples.lengths[0, 0]].tolist()
+
+    found = {way: [caption(i, row, way) for i, row in enumerate(rows)] for way in (GREEDY, WARM)}
+    lengths = {len(tokens) for tokens in found[GREEDY]}
+    assert len(lengths) > 4, [len(tokens) for tokens in found[GREEDY]]
+    assert max(lengths) == LENGTH
+    assert found[GREEDY] != found[WARM]
+    return found
+
+
+def run(captioner, rows, order, slots, sampling=GREEDY, stream=False):
+    """Tokens by clip."""
+    requests = [(i, rows[i], i) for i in order]
+    made = Engine(captioner, LENGTH, sampling, SEED, slots).run(iter(requests) if stream else requests)
+    return {number: tokens.tolist() for number, tokens in made}
+
+
+@pytest.mark.parametrize(("slots", "sampling", "stream"), [(1, GREEDY, False), (3, GREEDY, True), (3, WARM, True)])
+def test_captions_do_not_depend_on_slots_or_order(captioner, rows, one_by_one, slots, sampling, stream):
+    """Ten clips of two shapes through few slots: every slot is refilled."""
+    order = np.random.default_rng(slots).permutation(len(rows)).tolist()
+    made = run(captioner, rows, order, slots, sampling, stream)
+    assert made == dict(enumerate(one_by_one[sampling]))
+
+
+@pytest.mark.parametrize("sizes", [(4, 2), *(pytest.param(one, marks=pytest.mark.slow) for one in ((8, 1), (2, 4)))])
+def test_over_a_mesh(captioner, rows, one_by_one, sizes):
+    mesh = make_mesh(data=sizes[0], fsdp=1, tensor=sizes[1], devices=jax.devices()[:8])
+    divided = captioner._replace(params=jax.device_put(captioner.params, shardings(captioner.params, mesh)))
+    assert run(divided, rows, range(len(rows)), 8) == dict(enumerate(one_by_one[GREEDY]))
+
+
+def test_a_finished_slot_is_refilled_while_others_decode(captioner, rows, one_by_one, monkeypatch):
+    """Decoding steps stay near the number of tokens over the number of slots."""
+    monkeypatch.setattr(programs, "STEPS", 4)
+    same = [i for i in range(len(rows)) if i % 2 == 0]  # of one shape
+    dispatches = []
+    advance = engine._Lane.advance
+    monkeypatch.setattr(engine._Lane, "advance", lambda lane: (dispatches.append(len(lane.items)), advance(lane)))
+    jax.clear_caches()
+    run(captioner, rows, same, 2)
+    jax.clear_caches()
+    tokens = sum(len(one_by_one[GREEDY][i]) for i in same)
+    assert tokens / 2 / 4 <= len(dispatches) < tokens / 2 / 4 + 2 * LENGTH / 4
+
+
+def test_a_shape_that_the_devices_cannot_hold_costs_its_clips_only(captioner, rows, one_by_one, monkeypatch):
+    real, small = programs.empty, rounded(shape_of(rows[0].clip), engine.SHAPE_BITS)
+
+    def empty(*, clip_tokens, **options):
+        if clip_tokens == small.tokens:
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: no memory")
+        return real(clip_tokens=clip_tokens, **options)
+
+    monkeypatch.setattr(programs, "empty", empty)
+    made = dict(Engine(captioner, LENGTH, slots=2).run([(i, row, i) for i, row in enumerate(rows)]))
+    for i, row in enumerate(rows):
+        if rounded(shape_of(row.clip), engine.SHAPE_BITS) == small:
+            assert isinstance(made[i], jax.errors.JaxRuntimeError)
+        else:
+            assert made[i].tolist() == one_by_one[GREEDY][i]
+
+
+def test_an_error_of_the_requests_is_raised(captioner, rows):
+    def requests():
+        yield 0, rows[0], 0
+        raise OSError("the disk is gone")
+
+    with pytest.raises(OSError, match="the disk is gone"):
+        list(Engine(captioner, LENGTH, slots=2).run(requests()))
+
+
+def test_slots_by_memory(captioner, rows):
+    """A slot takes the keys and values of its clip and its caption in every layer."""
+    shape, text = shape_of(rows[0].clip), CONFIG.text
+    slot = 2 * text.layers * text.kv_heads * text.head * (shape.tokens + LENGTH) * 4
+    for given, expected in (
+        (dict(slots=3), 3),
+        (dict(), engine.CPU_SLOTS),
+        (dict(cache_bytes=5 * slot + 1), 5),
+        (dict(cache_bytes=0), 1),
+        (dict(cache_bytes=1000 * slot), engine.MOST_SLOTS),
+    ):
+        assert Engine(captioner, LENGTH, **given).slots(shape) == expected
+    mesh = make_mesh(data=4, fsdp=1, tensor=2, devices=jax.devices()[:8])
+    divided = captioner._replace(params=jax.device_put(captioner.params, shardings(captioner.params, mesh)))
+    assert Engine(divided, LENGTH, slots=5).slots(shape) == 8
+    assert text.kv_heads % 2 == 0
+    assert Engine(divided, LENGTH, cache_bytes=5 * slot).slots(shape) == 4 * 10
+
+
+def test_memory_for_caches(captioner, monkeypatch):
+    """What parameters leave of the usable share of a device; a CPU reports no memory."""
+    assert engine.free_cache_bytes(captioner.params) is None
+
+    device = SimpleNamespace(memory_stats=lambda: {"bytes_limit": 1000})
+    leaf = SimpleNamespace(addressable_shards=[SimpleNamespace(device=device, data=np.zeros(100, np.int8))])
+    assert engine.free_cache_bytes({"a": leaf, "b": leaf}) == engine.USABLE * 1000 - 200
