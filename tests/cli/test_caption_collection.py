@@ -237,12 +237,13 @@ def test_options_reach_the_engine(clips, tmp_path, stub, monkeypatch):
     engines = []
     real = stub.run
     monkeypatch.setattr(stub, "run", lambda self, requests: (engines.append(self), real(self, requests))[1])
-    given = [clips / "b" / "plain.mp4", "--checkpoint", os.fspath(SHIPPED), "--max-new-tokens", "9", "--seed", "4"]
+    clip = clips / "b" / "plain.mp4"
+    given = ["--checkpoint", os.fspath(SHIPPED), "--max-new-tokens", "9", "--seed", "4"]
     given += ["--temperature", "0.5", "--top-p", "0.9", "--top-k", "7", "--dtype", "bfloat16", "--prompt", "Who?"]
-    for memory, name in ((1000, "x.mp4"), (2000, "b/plain.mp4")):
+    for memory, more in ((1000, []), (2000, [clip])):
         monkeypatch.setattr(command, "free_cache_bytes", lambda _, memory=memory: memory)
-        run(*given, clips / name, "--out", tmp_path / "out.jsonl", "--mesh", "4,2")
-    run(*given, "--batch", "3", "--no-audio", "--align-sound")
+        run(clip, *more, *given, "--out", tmp_path / "out.jsonl", "--mesh", "4,2")
+    run(clip, *given, "--batch", "3", "--no-audio", "--align-sound")
     first, second, alone = engines
     assert first.sampling == alone.sampling == Sampling(0.5, 7, 0.9)
     assert (first.length, first.seed, first.captioner.config.dtype, first.captioner.question) == (

@@ -114,14 +114,14 @@ def test_a_finished_slot_is_refilled_while_others_decode(captioner, rows, one_by
 
 
 def test_a_shape_that_the_devices_cannot_hold_costs_its_clips_only(captioner, rows, one_by_one, monkeypatch):
-    real, small = programs.empty, rounded(shape_of(rows[0].clip), engine.SHAPE_BITS)
+    real, small = engine._Lane, rounded(shape_of(rows[0].clip), engine.SHAPE_BITS)
 
-    def empty(*, clip_tokens, **options):
-        if clip_tokens == small.tokens:
+    def lane(owner, shape, slots):
+        if shape == small:
             raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: no memory")
-        return real(clip_tokens=clip_tokens, **options)
+        return real(owner, shape, slots)
 
-    monkeypatch.setattr(programs, "empty", empty)
+    monkeypatch.setattr(engine, "_Lane", lane)
     made = dict(Engine(captioner, LENGTH, slots=2).run([(i, row, i) for i, row in enumerate(rows)]))
     for i, row in enumerate(rows):
         if rounded(shape_of(row.clip), engine.SHAPE_BITS) == small:
