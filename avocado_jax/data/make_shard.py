@@ -28,7 +28,7 @@ from avocado_jax.errors import InputError
 
 MOST_BYTES = 1 << 30  # of a clip's file that is stored in a record
 MEASURED = ("seconds", *(name for name in COLUMNS if name not in ("shard", "position")))
-DENIED = ("401", "403", "404")  # statuses of storage whose cause may pass
+DENIED = (401, 403, 404)  # statuses of storage and of the hub whose cause may pass
 
 
 @dataclass(frozen=True)
@@ -161,7 +161,8 @@ def may_pass(error: BaseException | None) -> bool:
     while error is not None:
         if isinstance(error, FileNotFoundError | PermissionError | TimeoutError | MemoryError):
             return True
-        if str(getattr(error, "code", "")) in DENIED:
+        response = getattr(error, "response", None)  # of the hub; errors of storage have a code
+        if getattr(error, "code", None) in DENIED or getattr(response, "status_code", None) in DENIED:
             return True
         error = error.__cause__ or error.__context__
     return False

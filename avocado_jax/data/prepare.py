@@ -76,7 +76,10 @@ def prepare(
     if opened is not None and opened.get("job") != key:
         raise other_job(job.out)
     if opened is not None and opened["generation"] != base.doc["generation"] + 1:
-        opened = None  # it was finished, and then the run was stopped
+        if shard is None:  # it was finished, and then the run was stopped; other machines may open the next one
+            _clean(folder, base, opened if base.complete else None)
+            folder.refresh()
+        opened = None
     source = open_source(job.source, job.media)
     with tempfile.TemporaryDirectory() as temporary:
         manifest = spool(source, Path(temporary)) if source.manifests else None
@@ -271,15 +274,18 @@ def _clips_without_row(source: Source, lines: Lines) -> list[dict[str, str]]:
 
 
 def _clean(folder: Folder, base: Base, finished: dict[str, Any] | None) -> None:
-    """Remove what is merged; with a complete folder all of parts/, lost shards and earlier indexes."""
-    parts = [name for name in folder.files if name.startswith("parts/")]
+    """Remove what is merged; with a complete folder all of parts/, lost shards and earlier indexes.
+
+    parts/job.json goes last: while it is there, the next run completes this.
+    """
+    gone = {name for name in folder.files if name.startswith("parts/") or name.endswith(".part")}
     if finished is None:
-        gone = [name for name in parts if name != "parts/manifest.json"]
+        gone.discard("parts/manifest.json")
     else:
-        gone = [*parts, *finished["lost"]] + [
-            name for name in folder.files if name.startswith("index-") and name != base.doc["index"]
-        ]
-    _parallel(lambda name: storage.delete(folder.path(name)), gone)
+        gone |= {name for name in folder.files if name.startswith("index-") and name != base.doc["index"]}
+        gone.update(finished["lost"])
+    _parallel(lambda name: storage.delete(folder.path(name)), sorted(gone - {"parts/job.json"}))
+    storage.delete(folder.path("parts/job.json"))
     if finished is not None and not storage.is_remote(folder.out):
         shutil.rmtree(folder.path("parts"), ignore_errors=True)
 
