@@ -95,22 +95,32 @@ def check_names(args: argparse.Namespace) -> None:
     Raises:
         InputError: one does not match its pattern.
     """
-    for key, (pattern, meaning) in PATTERNS.items():
-        value = getattr(args, key, None)
-        if value is not None and not re.fullmatch(pattern, value):
-            raise InputError(f"--{key.replace('_', '-')} {value!r}: not {meaning}")
+    for key in PATTERNS:
+        if (value := getattr(args, key, None)) is not None:
+            check_name(key, value)
     if getattr(args, "slices", 1) < 1:
         raise InputError(f"--slices {args.slices}: at least 1")
 
 
-def main(parser: argparse.ArgumentParser, verbs: Callable[[argparse.Namespace, list[str]], None]) -> int:
+def check_name(key: str, value: str) -> None:
+    """Check one argument.
+
+    Raises:
+        InputError: it does not match its pattern.
+    """
+    pattern, meaning = PATTERNS[key]
+    if not re.fullmatch(pattern, value):
+        raise InputError(f"--{key.replace('_', '-')} {value!r}: not {meaning}")
+
+
+def main(parser: argparse.ArgumentParser, verbs: Callable[[argparse.Namespace], None]) -> int:
     """Parse the command line and run a verb. Returns the exit status: 0, 1 a command failed, 2 bad input."""
-    args, fields = parser.parse_known_args()
+    args, unknown = parser.parse_known_args()
     try:
-        if fields and not hasattr(args, "stage"):
-            raise InputError(f"unrecognized: {shlex.join(fields)}")
+        if unknown:
+            raise InputError(f"unrecognized: {shlex.join(unknown)}")
         check_names(args)
-        verbs(args, fields)
+        verbs(args)
     except InputError as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)
         return 2

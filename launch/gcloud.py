@@ -1,7 +1,8 @@
 """Jobs on TPU VMs of Google Cloud, through queued resources.
 
-  python launch/gcloud.py start --name NAME --project P --zone Z sft configs/sft_7b.py --topology v5p:4x4x4 \\
-    --workdir gs://BUCKET/RUN --init gs://BUCKET/base --data.train gs://BUCKET/shards --accumulate 2
+  python launch/gcloud.py start --name NAME --project P --zone Z --topology v5p:4x4x4 \\
+    sft configs/sft_7b.py --workdir gs://BUCKET/RUN --init gs://BUCKET/base --data.train gs://BUCKET/shards \\
+    --accumulate 2
   python launch/gcloud.py logs --name NAME --project P --zone Z
 
 `start` looks at the queued resource first and continues from there: it creates it where there is none or it was
@@ -60,10 +61,10 @@ def parser() -> argparse.ArgumentParser:
     return made
 
 
-def verbs(args: argparse.Namespace, fields: list[str]) -> None:
+def verbs(args: argparse.Namespace) -> None:
     """Run a verb."""
     if args.verb == "start":
-        start(args, job_of(args, fields, args.project))
+        start(args, job_of(args, args.project))
     elif args.verb == "logs":
         follow = "sudo journalctl --unit avocado --output cat --lines 50 --follow"
         run(_ssh(args, follow, str(args.slice), str(args.host)), args.dry_run)

@@ -3,7 +3,7 @@
   python launch/gke.py cluster --cluster C --project P --zone Z --topology v5p:4x4x4 --service-account EMAIL
   python launch/gke.py image --image REGISTRY/avocado:TAG
   python launch/gke.py start --cluster C --project P --zone Z --name NAME --image REGISTRY/avocado:TAG \\
-    sft configs/sft_7b.py --topology v5p:4x4x4 --workdir gs://BUCKET/RUN --init gs://BUCKET/base \\
+    --topology v5p:4x4x4 sft configs/sft_7b.py --workdir gs://BUCKET/RUN --init gs://BUCKET/base \\
     --data.train gs://BUCKET/shards --accumulate 2
 
 The JobSet restarts all hosts on every status but 0, 2 and 3, and the run resumes from its newest checkpoint. `start`
@@ -68,7 +68,7 @@ def parser() -> argparse.ArgumentParser:
     return made
 
 
-def verbs(args: argparse.Namespace, fields: list[str]) -> None:
+def verbs(args: argparse.Namespace) -> None:
     """Run a verb."""
     if args.verb == "image":
         extras = ",".join(["tpu", *args.extra])
@@ -84,7 +84,7 @@ def verbs(args: argparse.Namespace, fields: list[str]) -> None:
             kind.append(f"--custom-nodepool-arguments=--service-account={args.service_account}")
         run(["xpk", "cluster", "create", *_where(args), *kind], args.dry_run)
     elif args.verb == "start":
-        start(args, job_of(args, fields, args.project))
+        start(args, job_of(args, args.project))
     elif args.verb == "logs":
         chosen = f"--selector=jobset.sigs.k8s.io/jobset-name={args.name}"
         follow = ["--follow", "--prefix", "--max-log-requests=1000", "--container=jax-tpu"]
@@ -101,6 +101,8 @@ def start(args: argparse.Namespace, job: Job) -> None:
     Raises:
         InputError: another job of this name runs, or xpk renders no manifest.
     """
+    if extras := [f"--extra {name}" for name in job.extras if name != "tpu"]:
+        print(f"gke.py: the image needs {' '.join(extras)}", file=sys.stderr)
     text = manifest(args, job)
     control = kubectl(args)
     there = query_json([*control, "get", "jobset", args.name, "--ignore-not-found", "--output=json"], args.dry_run)

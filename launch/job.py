@@ -1,25 +1,29 @@
 """A job: a stage of avocado on TPU slices, its command, and the checks that a laptop can make."""
 
 import argparse
+import importlib
 import os
 import re
 import shlex
 import sys
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import Any
+from typing import Any, NoReturn
 
-from commands import BUCKET, ROOT
+from commands import BUCKET, ROOT, check_name
 from plans import find_plan
 
 from avocado_jax.config import GrpoConfig, SftConfig, load
 from avocado_jax.errors import InputError
 
 TRAINING = {"sft": SftConfig, "grpo": GrpoConfig}
-ONE_HOST = ("caption", "evaluate", "prepare")  # stages whose hosts do not communicate
-STAGES = (*TRAINING, *ONE_HOST)
+# Stages of one host, and their arguments that name what the host reads.
+ONE_HOST = {
+    "caption": ("inputs", "manifest", "prompt_file", "checkpoint"),
+    "prepare": ("source", "media", "tokenizer"),
+}
+MODELS = ("checkpoint", "tokenizer")  # arguments that may name a model on the Hugging Face hub
 # Slices that Google offers under one name: of v5e and v6e it counts chips, of v5p two cores a chip.
 TOPOLOGIES = {
     "v5e": ("2x4", "4x4", "4x8", "8x8", "8x16", "16x16"),
@@ -30,6 +34,7 @@ SINGLE_HOSTS = ("v5p:2x2x1", "v6e:1x1", "v6e:2x2")  # on TPU VMs and on GKE; a v
 ACCELERATORS = {"v5e": ("v5litepod", 1), "v5p": ("v5p", 2), "v6e": ("v6e", 1)}
 SYSTEMS = {"v5e": "v2-alpha-tpuv5-lite", "v5p": "v2-alpha-tpuv5", "v6e": "v2-alpha-tpuv6e"}  # of TPU VMs
 OBJECT = BUCKET + r"(/[A-Za-z0-9_=.*-]+)+/?"
+HUB = r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@\S+)?"
 CONFIG = r"configs/[A-Za-z0-9_]+\.py"
 VARIABLE = r"[A-Z][A-Z0-9_]*"
 KEYS = re.compile(r"KEY|TOKEN|SECRET|PASSWORD|CREDENTIAL")
@@ -80,13 +85,8 @@ class Job:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the arguments of a job. Unknown arguments are those of the stage."""
-    parser.add_argument("stage", choices=STAGES, help="the command of every host")
-    parser.add_argument(
-        "target", help="sft, grpo: a file of configs/, its fields changed as --a.b value; else as usual"
-    )
-    parser.add_argument("--workdir", metavar="gs://BUCKET/RUN", help="folder of the run (sft, grpo)")
-    parser.add_argument("--topology", required=True, metavar="SLICE", help="as `avocado plan` names it: v5p:4x4x4")
+    """Declare the arguments of a job. All that follows the stage belongs to the stage."""
+    parser.add_argument("--topology", metavar="SLICE", help="required; as `avocado plan` names it: v5p:4x4x4")
     parser.add_argument("--slices", type=int, default=1, metavar="N", help="how many, data parallel (sft, grpo)")
     parser.add_argument("--unplanned", action="store_true", help="start although plans.json has no such plan")
     parser.add_argument(
@@ -94,6 +94,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--secret", action="append", default=[], metavar="NAME", help="an environment variable with a key (README.md)"
+    )
+    parser.add_argument("stage", choices=(*TRAINING, *ONE_HOST, "evaluate"), help="the command of every host")
+    parser.add_argument(
+        "words", nargs=argparse.REMAINDER, metavar="...", help="its arguments, as after `avocado STAGE`"
     )
 
 
@@ -110,22 +114,25 @@ def slice_of(topology: str) -> Slice:
     return Slice(generation, shape)
 
 
-def job_of(args: argparse.Namespace, fields: list[str], project: str | None = None) -> Job:
+def job_of(args: argparse.Namespace, project: str | None = None) -> Job:
     """The job that the arguments describe, checked as far as a laptop can.
 
     Args:
         args: as declared by `add_arguments`.
-        fields: the arguments of the stage.
         project: where the hosts read the secrets from Secret Manager; None: the launcher passes them.
 
     Raises:
         InputError: stage, slice and bucket do not fit together, or there is no plan of it.
     """
+    if args.stage == "evaluate":
+        raise InputError(
+            "evaluate: reads and writes local files only; caption with the launcher, then run "
+            "`avocado evaluate --captions` on your machine (launch/README.md)"
+        )
+    if args.topology is None:
+        raise InputError(f"--topology SLICE is required, before {args.stage}: what follows it are its own arguments")
     place = slice_of(args.topology)
-    if args.stage in TRAINING:
-        extras, words = _training(args, fields, place)
-    else:
-        extras, words = _one_host(args, fields)
+    extras, words = _training(args, place) if args.stage in TRAINING else ([], _one_host(args))
     launch = os.environ.get("AVOCADO_LAUNCH") or time.strftime("%Y%m%d-%H%M%S", time.gmtime())
     variables = [f"AVOCADO_LAUNCH={launch}", *map(_variable, args.env)]
     for name in args.secret:
@@ -133,63 +140,95 @@ def job_of(args: argparse.Namespace, fields: list[str], project: str | None = No
             raise InputError(f"--secret {name!r}: not the name of an environment variable")
     if args.secret and project:
         variables.append("AVOCADO_SECRETS=" + ",".join(f"{project}/{name}" for name in args.secret))
-    words = ("env", *variables, "bash", "launch/worker.sh", args.stage, args.target, *words)
+    words = ("env", *variables, "bash", "launch/worker.sh", args.stage, *words)
     if any("\n" in word for word in words):
         raise InputError("a line break in an argument or variable: manifests take one line")
     restarts = 1000 if args.stage in TRAINING else 50  # worker.sh bounds those of training by progress
     return Job(args.name, place, args.slices, words, ("tpu", *extras), tuple(args.secret), restarts)
 
 
-def _training(args: argparse.Namespace, fields: list[str], place: Slice) -> tuple[list[str], list[str]]:
-    """Extras and arguments of sft and grpo."""
-    if args.workdir is None:
+def _training(args: argparse.Namespace, place: Slice) -> tuple[list[str], list[str]]:
+    """Extras and arguments of sft and grpo: the config first, then --workdir and fields of the config."""
+    target, *rest = args.words or [""]
+    if not re.fullmatch(CONFIG, target):
+        raise InputError(f"config {target!r}: not a file of configs/, which is copied to the hosts")
+    parser = _StageParser(args.stage)
+    parser.add_argument("--workdir")
+    given, fields = parser.parse_known_args(rest)
+    if given.workdir is None:
         raise InputError(f"{args.stage}: --workdir gs://BUCKET/RUN is required")
-    if not re.fullmatch(CONFIG, args.target):
-        raise InputError(f"config {args.target!r}: not a file of configs/, which is copied to the hosts")
+    check_name("workdir", given.workdir)
     if any(field.split("=")[0] == "--mesh.slices" for field in fields):
         raise InputError("--mesh.slices: follows from --slices")
     fields = [*fields, *(["--mesh.slices", str(args.slices)] if args.slices > 1 else [])]
-    config = load(str(ROOT / args.target), fields)
+    config = load(str(ROOT / target), fields)
     kind = TRAINING[args.stage]
     if type(config) is not kind:
-        raise InputError(f"{args.target}: a {type(config).__name__}; {args.stage} takes a {kind.__name__}")
+        raise InputError(f"{target}: a {type(config).__name__}; {args.stage} takes a {kind.__name__}")
+    if re.fullmatch(HUB, config.init) and not (ROOT / config.init).exists():
+        convert = f"run `avocado convert from-hf {config.init} gs://BUCKET/FOLDER` first"
+        raise InputError(f"--init {config.init!r}: hosts share no disk: {convert}")
     _check_reachable("init", config.init)
+    if isinstance(config, GrpoConfig) and config.rewards.judge in ("lm", "embedding"):
+        _check_reachable("rewards.judge_model", config.rewards.judge_model)
     _check_reachable("data.train", config.data.train)
     if config.data.heldout:
         _check_reachable("data.heldout", config.data.heldout)
     chips = place.chips * args.slices
     _check_mesh(config, chips)
     if not args.unplanned:
-        print(f"planned: {find_plan(args.target, args.topology, fields)}", file=sys.stderr)
+        print(f"planned: {find_plan(target, args.topology, fields)}", file=sys.stderr)
     speaks = any(source.startswith("world:") for source in (config.data.train, config.data.heldout or ""))
     extras = [*(["wandb"] if config.wandb else []), *(["world"] if speaks else [])]
-    words = ["--workdir", args.workdir.rstrip("/"), "--coordinator", "auto", "--devices", str(chips), *fields]
+    words = [target, "--workdir", given.workdir.rstrip("/"), "--coordinator", "auto", "--devices", str(chips), *fields]
     return extras, words
 
 
-def _one_host(args: argparse.Namespace, fields: list[str]) -> tuple[list[str], list[str]]:
-    """Extras and arguments of the stages that run on one host. They read and write a bucket."""
-    if args.workdir is not None:
-        raise InputError(f"--workdir: of sft and grpo, not of {args.stage}")
+def _one_host(args: argparse.Namespace) -> list[str]:
+    """Arguments of the stages that run on one host, unchanged. They read and write a bucket."""
+    stage = args.stage
     if args.topology not in SINGLE_HOSTS or args.slices > 1:
         one = f"one of {', '.join(SINGLE_HOSTS)}"
-        raise InputError(f"{args.stage}: takes one host ({one}); for more, start several jobs with --shard I/N")
-    if args.stage == "prepare":
-        name, given = "OUT", fields[0] if fields else ""
-    else:
-        name, given = "--out", _option(fields, "--out")
-    if not re.fullmatch(OBJECT, given):
-        raise InputError(f"{args.stage}: {name} {given!r}: the host's disk is temporary; write to gs://BUCKET/FOLDER")
-    return [], fields
+        raise InputError(f"{stage}: takes one host ({one}); for more, start several jobs with --shard I/N")
+    try:
+        module = importlib.import_module(f"avocado_jax.cli.{stage}")
+    except ModuleNotFoundError as error:
+        raise InputError(f"{stage}: install the package here, which reads its arguments: no {error.name}") from None
+    parser = _StageParser(stage)
+    module.add_arguments(parser)
+    given, unknown = parser.parse_known_args(args.words)
+    if unknown:
+        raise InputError(f"{stage}: no argument {unknown[0]!r}; options of the launcher come before {stage}")
+    if stage == "caption" and not given.inputs and not given.manifest:
+        raise InputError("caption: name clips to caption, or --manifest FILE")
+    for name in ONE_HOST[stage]:
+        value = getattr(given, name)
+        for one in [value] if isinstance(value, str) else value or []:
+            _check_input(f"{stage}: {name}", one, name)
+    if not re.fullmatch(OBJECT, given.out or ""):
+        raise InputError(f"{stage}: out {given.out or ''!r}: the host's disk is temporary; write to gs://BUCKET/FOLDER")
+    return args.words
 
 
-def _option(fields: Sequence[str], name: str) -> str:
-    for field, following in zip(fields, [*fields[1:], ""]):
-        if field == name:
-            return following
-        if field.startswith(f"{name}="):
-            return field.partition("=")[2]
-    return ""
+class _StageParser(argparse.ArgumentParser):
+    """The parser of a stage's arguments; its errors are InputErrors."""
+
+    def __init__(self, stage: str) -> None:
+        super().__init__(prog=stage, add_help=False, allow_abbrev=False)
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{self.prog}: {message}")
+
+
+def _check_input(what: str, value: str, name: str) -> None:
+    """Check that a host finds it: in a bucket, on the hub, or with the code."""
+    from avocado_jax.checkpoint.references import is_hub  # not at the top: a laptop needs no more than configs
+
+    packaged = value.startswith("avocado_jax/assets/") and (ROOT / value).exists()
+    in_bucket = re.fullmatch(BUCKET + "(/.*)?", value) and name != "prompt_file"  # which is read as a local file
+    on_hub = is_hub(value) if name in MODELS else value.startswith("hub:")
+    if not packaged and not in_bucket and not (on_hub and name not in ("inputs", "manifest", "prompt_file")):
+        raise InputError(f"{what} {value!r}: not on the host, whose disk is empty; copy it to gs://BUCKET/FOLDER")
 
 
 def _variable(name: str) -> str:
@@ -209,7 +248,7 @@ def _check_reachable(name: str, value: str) -> None:
     """Hosts share no disk: their input is in a bucket, comes with the code, or is generated."""
     inner = value.removeprefix("tfds:")
     inside = value.startswith(("world:", "avocado_jax/assets/"))
-    if not inside and not re.fullmatch(BUCKET + r"(/[A-Za-z0-9_=.-]+)+/?(:[a-z]+)?", inner):
+    if not inside and not re.fullmatch(BUCKET + r"(/[A-Za-z0-9_=.-]+)*/?(:[a-z]+)?", inner):
         raise InputError(f"--{name} {value!r}: hosts share no disk; give gs://BUCKET/FOLDER")
 
 

@@ -1,7 +1,8 @@
 """Jobs on a TPU slice that SkyPilot finds, and finds again after a preemption (pip install 'skypilot[gcp]==0.14.1').
 
-  python launch/sky.py start --name NAME --zone Z sft configs/sft_7b.py --topology v5p:4x4x4 \\
-    --workdir gs://BUCKET/RUN --init gs://BUCKET/base --data.train gs://BUCKET/shards --accumulate 2
+  python launch/sky.py start --name NAME --zone Z --topology v5p:4x4x4 \\
+    sft configs/sft_7b.py --workdir gs://BUCKET/RUN --init gs://BUCKET/base --data.train gs://BUCKET/shards \\
+    --accumulate 2
 
 A managed job on a spot slice: it is restarted after a preemption and on every status but 0, 2 and 3, and the run
 resumes from its newest checkpoint. `start` submits the job unless one of this name has not ended: run it again after
@@ -69,7 +70,7 @@ def parser() -> argparse.ArgumentParser:
     return made
 
 
-def verbs(args: argparse.Namespace, fields: list[str]) -> None:
+def verbs(args: argparse.Namespace) -> None:
     """Run a verb."""
     if args.verb == "logs":
         run(["sky", "jobs", "logs", "--name", args.name], args.dry_run)
@@ -78,7 +79,7 @@ def verbs(args: argparse.Namespace, fields: list[str]) -> None:
     elif args.verb == "delete":
         run(["sky", "jobs", "cancel", "--name", args.name, "--yes"], args.dry_run)
     else:
-        start(args, job_of(args, fields))
+        start(args, job_of(args))
 
 
 def start(args: argparse.Namespace, job: Job) -> None:

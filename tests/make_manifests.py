@@ -18,16 +18,14 @@ ENV = {"AVOCADO_LAUNCH": "20260101-000000", "WANDB_ENTITY": "a team", "WANDB_API
 KEY = "--env WANDB_ENTITY --secret WANDB_API_KEY"
 HOST = f"--topology v6e:2x2 {KEY}"
 STAGES = {
-    "sft": f"sft configs/sft_7b.py --workdir gs://bucket/sft --topology v5p:4x4x4 {KEY} --init gs://bucket/base "
+    "sft": f"--topology v5p:4x4x4 {KEY} sft configs/sft_7b.py --workdir gs://bucket/sft --init gs://bucket/base "
     "--data.train gs://bucket/shards --accumulate 2 --wandb captions",
-    "grpo": f"grpo configs/grpo_7b.py --workdir gs://bucket/grpo --topology v6e:8x8 {KEY} --init gs://bucket/sft "
+    "grpo": f"--topology v6e:8x8 {KEY} grpo configs/grpo_7b.py --workdir gs://bucket/grpo --init gs://bucket/sft "
     "--data.train gs://bucket/shards",
-    "caption": f"caption gs://bucket/clips {HOST} --checkpoint gs://bucket/grpo --out gs://bucket/captions --shard 0/4",
-    "evaluate": f"evaluate worldsense {HOST} --checkpoint gs://bucket/grpo --data gs://bucket/worldsense.json "
-    "--videos gs://bucket/videos --out gs://bucket/worldsense",
-    "prepare": f"prepare gs://bucket/clips.jsonl gs://bucket/shards {HOST} --tokenizer gs://bucket/base",
+    "caption": f"{HOST} caption gs://bucket/clips --checkpoint gs://bucket/grpo --out gs://bucket/captions --shard 0/4",
+    "prepare": f"{HOST} prepare gs://bucket/clips.jsonl gs://bucket/shards --tokenizer gs://bucket/base",
 }
-SLICES = STAGES["sft"].replace(" --accumulate 2", " --slices 2 --unplanned")
+SLICES = "--slices 2 --unplanned " + STAGES["sft"].replace(" --accumulate 2", "")
 WHERE = "--project my-project --zone us-east5-a --cluster c1 --image registry/avocado:1"
 JOBS = {
     **{("gke", stage): f"start --dry-run --name {stage} {WHERE} {words}" for stage, words in STAGES.items()},

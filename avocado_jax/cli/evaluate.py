@@ -11,9 +11,10 @@ truth, with no judge. One JSON line: {"metrics": {...}, "n"}, means over n capti
 
 Captions are kept in a file as they are made, with a digest of the checkpoint and the options; a run that was stopped
 goes on with the same command. A clip that cannot be captioned is listed, on stderr and under "failed", and counts as
-an empty caption; past the share --max-failed the run stops with exit status 1.
+an empty caption; past the share --max-failed the run stops with exit status 3.
 
-With --captions FILE, lines {"id", "caption"} that were made elsewhere are measured, and no model is needed. `length`
+With --captions FILE, lines {"id", "caption"} that were made elsewhere are measured, and no model is needed; those of
+`avocado caption --manifest` have the id of the manifest as "clip". `length`
 is then the mean of their "tokens" if they have it, else counted with the tokenizer of --checkpoint if it is named,
 else null. A clip without a caption counts as one that failed.
 
@@ -137,7 +138,7 @@ def run(args: argparse.Namespace) -> int:
         return _world(args) if args.benchmark == "world" else _public(args, BENCHMARKS[args.benchmark])
     except TooManyFailed as error:
         print(f"avocado evaluate: {error}", file=sys.stderr)
-        return 1
+        return 3  # a retry fails in the same way
 
 
 def _world(args: argparse.Namespace) -> int:

@@ -81,7 +81,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Prepare. Returns 0, 1 where too much was rejected or storage failed, or 75 where it was stopped."""
+    """Prepare. Returns 0, 1 where storage failed, 3 where too many lines were rejected, or 75 where it was stopped."""
     before = signal.signal(signal.SIGTERM, _stop)
     words = load_words(tokenizer_folder(args.tokenizer)) if args.tokenizer else None
     reading = Reading(**parse_reading(args.reading), align_sound=args.align_sound)
@@ -122,7 +122,7 @@ def run(args: argparse.Namespace) -> int:
         print(f"{done.records} clips in {done.shards} shards ({done.bytes / 1e6:.1f} MB), {len(done.rejects)} rejected")
         if done.unused:
             print(f"{done.unused} clips have no row: see unused.jsonl")
-    return 0 if done.complete else 1
+    return 0 if done.complete else 3  # a retry rejects the same lines
 
 
 def _stop(signum: int, frame: FrameType | None) -> NoReturn:

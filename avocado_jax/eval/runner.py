@@ -172,17 +172,23 @@ def _captioned(
 
 
 def read_captions(file: Path, known: Mapping[str, Any]) -> dict[str, Caption]:
-    """Captions made elsewhere: lines {"id", "caption"}; `known` are the benchmark's ids.
+    """Captions made elsewhere: lines {"id", "caption"}, or {"clip", "caption"} of `avocado caption --manifest`.
+
+    Args:
+        known: the benchmark's ids.
 
     Raises:
         InputError: a line is not so, an id is not known or has two captions.
     """
     captions: dict[str, Caption] = {}
-    for where, line in read_lines(file, {"id": str, "caption": str}):
-        if line["id"] not in known:
-            raise InputError(f"{where}: the data have no clip {json.dumps(line['id'])}")
-        if line["id"] in captions:
-            raise InputError(f"{where}: a second caption of {json.dumps(line['id'])}")
+    for where, line in read_lines(file, {"caption": str}):
+        name = line.get("id", line.get("clip"))
+        if not isinstance(name, str):
+            raise InputError(f'{where}: "id" must be a string')
+        if name not in known:
+            raise InputError(f"{where}: the data have no clip {json.dumps(name)}")
+        if name in captions:
+            raise InputError(f"{where}: a second caption of {json.dumps(name)}")
         tokens = line.get("tokens")
-        captions[line["id"]] = Caption(line["caption"], tokens if type(tokens) is int else None)
+        captions[name] = Caption(line["caption"], tokens if type(tokens) is int else None)
     return captions

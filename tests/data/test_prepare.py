@@ -260,7 +260,7 @@ def test_command(tmp_path, capsys):
         assert "not a positive float" in capsys.readouterr().err
     with (tmp_path / "clips.jsonl").open("a") as file:
         file.write("{\n")
-    assert main(["prepare", str(tmp_path / "clips.jsonl"), str(tmp_path / "more"), "--workers", "1"]) == 1
+    assert main(["prepare", str(tmp_path / "clips.jsonl"), str(tmp_path / "more"), "--workers", "1"]) == 3
     assert "rejected line 3" in capsys.readouterr().err
     assert not (tmp_path / "more" / "manifest.json").exists()
 

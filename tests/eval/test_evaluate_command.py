@@ -194,7 +194,7 @@ def test_failed_clips_are_counted_listed_and_too_many_stop(world, made, checkpoi
     for clip in clips[:-1]:
         (world / "clips" / clip.name).symlink_to(clip)
     (world / "clips" / clips[-1].name).write_bytes(b"")
-    _, said = evaluate(capsys, world, "--checkpoint", checkpoint, status=1)
+    _, said = evaluate(capsys, world, "--checkpoint", checkpoint, status=3)
     assert "is empty (zero bytes)" in said
     assert f"1 of {CLIPS} clips failed" in said
     result, said = evaluate(capsys, world, "--checkpoint", checkpoint, "--max-failed", 0.2)
@@ -207,7 +207,7 @@ def test_failed_clips_are_counted_listed_and_too_many_stop(world, made, checkpoi
 
 
 def test_a_clip_past_its_deadline_fails(world, checkpoint, capsys):
-    _, said = evaluate(capsys, world, "--checkpoint", checkpoint, "--clip-seconds", "1e-6", status=1)
+    _, said = evaluate(capsys, world, "--checkpoint", checkpoint, "--clip-seconds", "1e-6", status=3)
     assert "took longer than 1e-06 s" in said
 
 
@@ -217,10 +217,13 @@ def test_captions_made_elsewhere(world, checkpoint, capsys, tmp_path):
     file.write_text("\n".join(json.dumps({"id": r["id"], "caption": r["caption"]}) for r in records))
     perfect = {"event_recall": 1, "hallucination": 0, "order": 1, "dialogue_f1": 1, "repcol": 0, "length": None}
     assert evaluate(capsys, world, "--captions", file)[0] == {"metrics": perfect, "n": CLIPS}
+    lines = "".join(json.dumps({"clip": r["id"], "caption": r["caption"]}) + "\n" for r in records)
+    (tmp_path / "captions-0-of-1.jsonl").write_text(lines)  # as `avocado caption --manifest` writes them
+    assert evaluate(capsys, world, "--captions", tmp_path / "captions-0-of-1.jsonl")[0]["metrics"] == perfect
     result, _ = evaluate(capsys, world, "--captions", file, "--checkpoint", checkpoint)
     assert result["metrics"]["length"] == sum(len(r["caption"].encode()) for r in records) / CLIPS  # a byte a token
     file.write_text("\n".join(json.dumps({"id": r["id"], "caption": r["caption"]}) for r in records[1:]))
-    assert f"no caption of 1 of {CLIPS} clips" in evaluate(capsys, world, "--captions", file, status=1)[1]
+    assert f"no caption of 1 of {CLIPS} clips" in evaluate(capsys, world, "--captions", file, status=3)[1]
     result, _ = evaluate(capsys, world, "--captions", file, "--max-failed", 0.2)
     assert result["metrics"]["event_recall"] == pytest.approx(1 - 1 / CLIPS)
     assert result["failed"] == [records[0]["id"]]

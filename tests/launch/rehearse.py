@@ -50,9 +50,9 @@ PYTHON = sys.executable
 def job(stage, workdir, topology):
     """The command of every host, as the launchers build it."""
     config, more = CONFIGS[stage]
-    args = Namespace(stage=stage, target=config, workdir=workdir, topology=topology, slices=1, unplanned=True, name="r")
-    args.env, args.secret = [], []
-    return list(job_of(args, [*FIELDS, *more]).words)
+    args = Namespace(stage=stage, words=[config, "--workdir", workdir, *FIELDS, *more], topology=topology, slices=1)
+    args.env, args.secret, args.unplanned, args.name = [], [], True, "r"
+    return list(job_of(args).words)
 
 
 def python(*words):

@@ -39,7 +39,7 @@ DRY = {
         f"delete {CLUSTER} --name run1 --dry-run",
     ],
     "sky": [
-        f"start --name run1 --zone us-east5-a --on-demand --dry-run {SFT} --slices 1 --unplanned",
+        f"start --name run1 --zone us-east5-a --on-demand --dry-run --slices 1 --unplanned {SFT}",
         "logs --name run1 --dry-run",
         "status --dry-run",
         "delete --name run1 --dry-run",
@@ -181,11 +181,11 @@ def test_jobset_field_by_field():
 def test_gke_finds_no_difference_in_its_own_jobset(stage):
     """As xpk renders it: the fake of test_start_again.py is shorter."""
     words = make_manifests.JOBS["gke", stage].replace("--env WANDB_ENTITY", "")
-    args, fields = SCRIPTS["gke"].parser().parse_known_args(words.split())
+    args = SCRIPTS["gke"].parser().parse_args(words.split())
     made = yaml.safe_load(
         (make_manifests.MANIFESTS / f"gke-{stage}.yaml").read_text().replace("'WANDB_ENTITY=a team' ", "")
     )
-    of_job = job.job_of(args, fields, args.project)
+    of_job = job.job_of(args, args.project)
     assert SCRIPTS["gke"].differences(made, args.image, of_job) == ""
     assert SCRIPTS["gke"].differences(made, "other:1", of_job) == "image"
 
@@ -236,17 +236,17 @@ def test_sky_restarts_all_but_0_2_and_3(status, ends):
 
 @pytest.mark.parametrize(("config", "extras"), [("world_tiny", ("tpu", "world")), ("sft_7b", ("tpu",))])
 def test_voices_are_installed_where_clips_are_generated(config, extras):
-    words = f"sft configs/{config}.py --workdir gs://bucket/run --topology v6e:2x2 --unplanned --batch 16"
-    words += " --init gs://bucket/base" + (" --data.train gs://bucket/shards" if config == "sft_7b" else "")
-    args, fields = SCRIPTS["sky"].parser().parse_known_args(["start", "--name", "a", *words.split()])
-    assert job.job_of(args, fields).extras == extras
+    words = f"--topology v6e:2x2 --unplanned sft configs/{config}.py --workdir gs://bucket/run --batch 16"
+    words += " --init gs://bucket" + (" --data.train gs://bucket/shards" if config == "sft_7b" else "")
+    args = SCRIPTS["sky"].parser().parse_args(["start", "--name", "a", *words.split()])
+    assert job.job_of(args).extras == extras
 
 
 @pytest.mark.parametrize("stage", rehearse.CONFIGS)
 def test_the_rehearsal_runs_the_launchers_command(launch, stage):
     words = rehearse.job(stage, "gs://bucket/broken", rehearse.FOUR)
     config, more = rehearse.CONFIGS[stage]
-    given = f"{stage} {config} --workdir gs://bucket/broken --topology {rehearse.FOUR} --unplanned "
+    given = f"--topology {rehearse.FOUR} --unplanned {stage} {config} --workdir gs://bucket/broken "
     given += shlex.join([*rehearse.FIELDS, *more])
     _, out, _ = launch("sky", f"start --name run1 --dry-run {given}")
     assert yaml.safe_load(out[out.index("name:") :])["run"].splitlines()[0] == shlex.join(words)
@@ -254,9 +254,38 @@ def test_the_rehearsal_runs_the_launchers_command(launch, stage):
     assert shlex.split(out.splitlines()[-1])[-1].partition("service.sh ")[2] == shlex.join(words)
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        "caption --manifest gs://b-1/m.jsonl --checkpoint gs://b-1/c gs://b-1/a --dry-run --out gs://b-1/o --shard 1/4",
+        "caption gs://bucket gs://bucket/*.mp4 --out gs://bucket/o --checkpoint ORG/NAME@main --temperature 1.0",
+        "caption gs://bucket/clips --checkpoint avocado_jax/assets/captioner --out gs://bucket/captions.jsonl",
+        "prepare hub:ORG/set --tokenizer ORG/NAME gs://bucket/out --media hub:ORG/set --shard 0/2",
+    ],
+)
+def test_the_words_of_a_stage_of_one_host_are_passed_on_verbatim(launch, words):
+    _, out, err = launch("sky", f"start --name run1 --topology v6e:2x2 --dry-run {words}")
+    task = yaml.safe_load(out[out.index("name:") :])
+    assert shlex.split(task["run"].splitlines()[0])[2:] == ["bash", "launch/worker.sh", *words.split()], err
+    # The options of the launcher come before the stage: the dry run of the first is caption's own.
+    args = SCRIPTS["sky"].parser().parse_args(["start", "--name", "run1", "--topology", "v6e:2x2", *words.split()])
+    assert not args.dry_run
+
+
+def test_gke_names_the_extras_of_the_image(launch):
+    assert "gke.py: the image needs --extra wandb\n" in launch("gke", make_manifests.JOBS["gke", "sft"])[2]
+    assert "the image needs" not in launch("gke", make_manifests.JOBS["gke", "grpo"])[2]
+
+
 DATA = "--init gs://bucket/base --data.train gs://bucket/shards --accumulate 2"
-START = f"start {WHERE} sft configs/sft_7b.py --workdir gs://bucket/run --topology v5p:4x4x4 {DATA}"
-CAPTION = f"start {WHERE} caption gs://bucket/clips --topology v6e:2x2 --out gs://bucket/captions"
+START = f"start {WHERE} --topology v5p:4x4x4 sft configs/sft_7b.py --workdir gs://bucket/run {DATA}"
+HOST = f"start {WHERE} --topology v6e:2x2"
+CAPTION = f"{HOST} caption gs://bucket/clips --out gs://bucket/captions"
+PREPARE = f"{HOST} prepare gs://bucket/c.jsonl gs://bucket/shards"
+GRPO = (
+    f"{HOST} --unplanned grpo configs/grpo_7b.py --workdir gs://bucket/run --init gs://bucket/sft "
+    "--data.train gs://bucket/shards --rewards.judge lm --rewards.judge_model"
+)
 
 
 def instead(old, new, words=START):
@@ -272,13 +301,16 @@ def instead(old, new, words=START):
         (instead("gs://bucket/run", "gs://bucket"), "not gs://BUCKET/RUN"),
         (instead("--workdir gs://bucket/run", ""), "sft: --workdir gs://BUCKET/RUN is required"),
         (instead("gs://bucket/base", "'gs://b;/x'"), "--init 'gs://b;/x'"),
-        (instead("gs://bucket/base", "runs/base"), "hosts share no disk"),
+        (instead("gs://bucket/base", "./runs/base"), "hosts share no disk; give gs://BUCKET/FOLDER"),
+        (instead("gs://bucket/base", "ORG/NAME"), "run `avocado convert from-hf ORG/NAME gs://BUCKET/FOLDER` first"),
+        (f"{GRPO} ORG/NAME", "--rewards.judge_model 'ORG/NAME': hosts share no disk"),
+        (f"{GRPO} judges/of/mine", "--rewards.judge_model 'judges/of/mine': hosts share no disk; give gs://"),
         (f"{START} --data.heldout runs/held", "--data.heldout 'runs/held'"),
         (instead("my-project", "My_Project"), "--project 'My_Project'"),
         (instead("us-east5-a", "us-east5"), "--zone 'us-east5'"),
         (instead("run1", "'$(id)'"), "--name '$(id)'"),
         (instead("4x4x4", "3x3x3"), "--topology 'v5p:3x3x3': not one of v5e: 2x4"),
-        (f"{START} --slices 0", "--slices 0: at least 1"),
+        (instead("--name", "--slices 0 --name"), "--slices 0: at least 1"),
         (f"{START} --mesh.slices 2", "follows from --slices"),
         (f"{START} --mesh.tensor 3", "is not 64 chips"),
         (f"{START} --accumulate 3", "128 rows are not divided by data x fsdp x accumulate = 192"),
@@ -288,16 +320,32 @@ def instead(old, new, words=START):
         (instead("sft_7b", "grpo_7b"), "a GrpoConfig; sft takes a SftConfig"),
         (instead("v5p:4x4x4", "v5e:8x8").replace(" --accumulate 2", ""), "does not fit v5e:8x8: 30.1 of 15.75 GiB"),
         (f"{START} --remat dots", "has no plan of this: run `avocado plan configs/sft_7b.py"),
-        (instead("--accumulate 2", "--slices 2"), "--mesh.slices 2` and add its result"),
-        (f"{START} --env NOT_SET_HERE", "--env NOT_SET_HERE: not an environment variable that is set here"),
-        (f"{START} --env WANDB_API_KEY", "--env WANDB_API_KEY: looks like a key; pass it as --secret"),
-        (f"{START} --secret 'A=b'", "--secret 'A=b': not the name of an environment variable"),
+        (instead("--name", "--slices 2 --name").replace("--accumulate 2", ""), "--mesh.slices 2` and add its result"),
+        (instead("--name", "--env NOT_SET --name"), "--env NOT_SET: not an environment variable that is set here"),
+        (instead("--name", "--env WANDB_API_KEY --name"), "--env WANDB_API_KEY: looks like a key; pass it as --secret"),
+        (instead("--name", "--secret 'A=b' --name"), "--secret 'A=b': not the name of an environment variable"),
+        (instead("--topology v5p:4x4x4", ""), "--topology SLICE is required, before sft"),
         (f"{START} --wandb 'two\nlines'", "a line break"),
-        (f"{CAPTION} --workdir gs://bucket/run", "--workdir: of sft and grpo, not of caption"),
-        (f"{CAPTION} --slices 2", "caption: takes one host"),
+        (
+            f"{CAPTION} --workdir gs://bucket/run",
+            "no argument '--workdir'; options of the launcher come before caption",
+        ),
+        (f"{CAPTION} --max-new-tokens many", "caption: argument --max-new-tokens: invalid int value"),
+        (instead("--name", "--slices 2 --name", CAPTION), "caption: takes one host"),
         (instead("2x2", "4x4", CAPTION), "for more, start several jobs with --shard I/N"),
-        (instead("gs://bucket/captions", "captions", CAPTION), "--out 'captions': the host's disk is temporary"),
-        (f"start {WHERE} prepare gs://bucket/c.jsonl --topology v6e:2x2", "prepare: OUT ''"),
+        (instead("gs://bucket/captions", "captions", CAPTION), "out 'captions': the host's disk is temporary"),
+        (f"{HOST} caption gs://bucket/clips", "out '': the host's disk is temporary"),
+        (f"{HOST} caption --out gs://bucket/captions", "caption: name clips to caption, or --manifest FILE"),
+        (f"{CAPTION} --checkpoint runs/grpo/x", "caption: checkpoint 'runs/grpo/x': not on the host"),
+        (f"{CAPTION} --manifest clips.jsonl", "caption: manifest 'clips.jsonl': not on the host"),
+        (f"{CAPTION} --prompt-file gs://bucket/prompts", "caption: prompt_file 'gs://bucket/prompts': not on the host"),
+        (instead("gs://bucket/clips", "gs://bucket/clips ORG/clips", CAPTION), "inputs 'ORG/clips': not on the host"),
+        (instead("gs://bucket/shards", "", PREPARE), "prepare: the following arguments are required: OUT"),
+        (instead("gs://bucket/shards", "shards", PREPARE), "prepare: out 'shards': the host's disk is temporary"),
+        (instead("gs://bucket/c.jsonl", "c.jsonl", PREPARE), "prepare: source 'c.jsonl': not on the host"),
+        (f"{PREPARE} --media videos/", "prepare: media 'videos/': not on the host"),
+        (f"{PREPARE} --tokenizer ./base", "prepare: tokenizer './base': not on the host"),
+        (f"{HOST} evaluate world --data gs://bucket/clips.jsonl", "run `avocado evaluate --captions` on your machine"),
         (f"logs {WHERE} --hosts 1", "unrecognized: --hosts 1"),
     ],
 )
@@ -311,7 +359,7 @@ def test_refusals_are_one_line(launch, words, complaint):
         ("gke", "image --image 'a b:1'", "--image 'a b:1': not REGISTRY/NAME:TAG"),
         ("gke", f"cluster {CLUSTER} --topology v5p:4x4x4".replace("c1", "C1"), "--cluster 'C1'"),
         ("sky", f"start --name run1 {make_manifests.SLICES}", "SkyPilot takes one slice"),
-        ("sky", f"start --name run1 {SFT} --secret OPENAI_API_KEY_NOT_SET", "OPENAI_API_KEY_NOT_SET: not set here"),
+        ("sky", f"start --name run1 --secret OPENAI_API_KEY_NOT_SET {SFT}", "OPENAI_API_KEY_NOT_SET: not set here"),
     ],
 )
 def test_refusals_of_the_others(launch, script, words, complaint):

@@ -16,7 +16,7 @@ import fake_cloud
 import pytest
 
 DATA = "--init gs://bucket/base --data.train gs://bucket/shards --accumulate 2"
-JOB = f"sft configs/sft_7b.py --workdir gs://bucket/run --topology v5p:4x4x4 {DATA}"
+JOB = f"--topology v5p:4x4x4 sft configs/sft_7b.py --workdir gs://bucket/run {DATA}"
 WHERE = "--name run1 --project my-project --zone us-east5-a"
 START = {
     "gcloud": f"start {WHERE} {JOB}",
@@ -175,7 +175,7 @@ def test_a_slice_that_fails_again_is_not_requested_forever(cloud, monkeypatch, c
 )
 def test_another_job_of_the_same_name_is_refused(cloud, capsys, script, old, new, complaint):
     assert cloud(script, START[script]) == 0
-    assert cloud(script, START[script].replace(old, new) + " --unplanned") == 2
+    assert cloud(script, START[script].replace(old, new).replace("start", "start --unplanned", 1)) == 2
     assert complaint in capsys.readouterr().err
     assert cloud.state["creates"] == 1
 
@@ -183,7 +183,7 @@ def test_another_job_of_the_same_name_is_refused(cloud, capsys, script, old, new
 @pytest.mark.parametrize("how", ["Completed", "Failed", "deleted"])
 def test_gke_replaces_a_jobset_that_has_ended(cloud, how):
     """Also on another topology: the run resumes there."""
-    assert cloud("gke", START["gke"].replace("4x4x4", "2x4x4") + " --unplanned") == 0
+    assert cloud("gke", START["gke"].replace("4x4x4", "2x4x4 --unplanned")) == 0
     jobset = cloud.state["jobset"]
     if how == "deleted":
         jobset["metadata"]["deletionTimestamp"] = "2026-01-01T00:00:00Z"
