@@ -15,6 +15,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from avocado_jax.checkpoint.references import commit_of
 from avocado_jax.config import RunConfig, as_json
 from avocado_jax.data import storage
 from avocado_jax.errors import InputError
@@ -31,7 +32,7 @@ class Host(NamedTuple):
 
     name: str
     code: str  # digest of source files and package versions
-    config: str  # digest of config and run folder
+    config: str  # digest of config, run folder and the commit of `init`
     error: str  # of a failed check; empty: none
     permanent: bool  # whether a restart cannot help
 
@@ -48,7 +49,7 @@ def ready(config: RunConfig, folder: str, open_all: Callable[[], T]) -> T:
 
     Args:
         folder: the run's folder; each host creates, reads and deletes a file there.
-        open_all: opens checkpoint and data on this host, without communication.
+        open_all: opens checkpoint and data on this host, without communication; its result has the `checkpoint`.
 
     Raises:
         InputError: a check of some host failed, or a host runs other code or another config than host 0.
@@ -64,7 +65,8 @@ def ready(config: RunConfig, folder: str, open_all: Callable[[], T]) -> T:
         if failure:
             raise failure
         return opened
-    report = Host(socket.gethostname(), code(), _digest([as_json(config), folder]), "", False)
+    commit = commit_of(opened.checkpoint.folder) if opened else ""  # a branch on the hub may move between two hosts
+    report = Host(socket.gethostname(), code(), _digest([as_json(config), folder, commit]), "", False)
     if failure:
         report = report._replace(error=_short(str(failure)), permanent=isinstance(failure, InputError))
     with deadline(config.timeouts.start, f"host {jax.process_index()}: not all hosts finished the start-up checks"):
@@ -85,7 +87,7 @@ def find_problem(hosts: list[Host]) -> Problem | None:
         if host.code != first.code:
             return Problem(f"{pair} run different code: install one commit, and its requirements, on all", True)
         if host.config != first.config:
-            return Problem(f"{pair} were started with different configs, fields or folders", True)
+            return Problem(f"{pair} were started with different configs, fields, folders or commits of init", True)
     return None
 
 

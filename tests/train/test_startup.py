@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import gcs
 import pytest
@@ -27,7 +28,7 @@ def test_hosts_that_agree_may_start():
     ("change", "text", "permanent"),
     [
         (dict(code="other"), "host 2 (host-2) and host 0 (host-0) run different code: install one commit", True),
-        (dict(config="other"), "were started with different configs, fields or folders", True),
+        (dict(config="other"), "were started with different configs, fields, folders or commits of init", True),
         (dict(error="gs://b/x: no access", permanent=True), "host 2 (host-2): gs://b/x: no access", True),
         (dict(error="gs://b/x: 503", permanent=False), "host 2 (host-2): gs://b/x: 503", False),
     ],
@@ -98,6 +99,18 @@ def test_the_code_digest_depends_on_sources_and_versions(tmp_path, monkeypatch):
     assert startup.code() != before
 
 
+def test_hosts_compare_the_commit_of_init(tmp_path, monkeypatch):
+    """Each host resolves a branch of the hub by itself."""
+    reports = []
+    monkeypatch.setattr(startup.jax, "process_count", lambda: 2)
+    monkeypatch.setattr(startup, "gather", lambda host: reports.append(host) or [host])
+    for commit in ("a", "b", "b"):
+        checkpoint = SimpleNamespace(folder=tmp_path / "models--ORG--NAME" / "snapshots" / commit)
+        opened = SimpleNamespace(checkpoint=checkpoint)
+        assert startup.ready(SftConfig(), str(tmp_path), lambda opened=opened: opened) is opened
+    assert reports[0].config != reports[1].config == reports[2].config
+
+
 def test_shards_that_are_missing_or_short(tmp_path):
     (tmp_path / "one").write_bytes(b"12345")
     (tmp_path / "two").write_bytes(b"123")
@@ -142,7 +155,7 @@ with deadline(0.01, "host 0: the others have not come"):
 @pytest.mark.parametrize(
     ("fields", "complaint"),
     [
-        (["--batch", "16"], "were started with different configs, fields or folders"),
+        (["--batch", "16"], "were started with different configs, fields, folders or commits of init"),
         (["--data.train", "/nowhere"], "/nowhere/manifest.json: No such file or directory"),
     ],
 )
