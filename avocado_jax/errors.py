@@ -44,9 +44,9 @@ def runtime_code(error: BaseException) -> str | None:
     return found[1] if found else None
 
 
-def first_line(error: Exception) -> str:
-    """What an error says, in one line."""
-    return (str(error).splitlines() or [type(error).__name__])[0]
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text, or its type."""
+    return (str(error).splitlines() or [type(error).__name__])[0][:500]
 
 
 def report(error: BaseException, command: str) -> int:

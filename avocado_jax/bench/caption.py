@@ -27,12 +27,14 @@ def bench_caption(size: str, slots: int, clip_tokens: int, caption_tokens: int, 
     banned = jnp.zeros(config.text.vocab, bool)
     filled = [slots * count // dispatches for count in range(dispatches + 1)]
 
+    zero = np.zeros(1, np.int32)
+
     def cycle() -> jax.Array:
         nonlocal state
         for begin, end in pairwise(filled):
             for slot in range(begin, end):
                 index = np.array([[slot]], np.int32)
-                state = programs.admit(state, params, clip, np.uint32(0), np.zeros(1, np.int32), index, **options)
+                state = programs.admit(state, params, clip, zero, np.uint32(0), zero, index, **options)
             state = programs.advance(
                 state, params, banned, sampling=GREEDY, stops=(-1,), length=caption_tokens, **options
             )

@@ -27,18 +27,18 @@ from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-import jax
-
-from avocado_jax.checkpoint.load import named_checkpoint
+from avocado_jax.checkpoint.load import Checkpoint, identity, named_checkpoint
 from avocado_jax.data.clips import ClipSource, list_clips
 from avocado_jax.data.container import printable
-from avocado_jax.data.media import load_reading
+from avocado_jax.data.media import Reading, load_reading
 from avocado_jax.data.prompt import read_prompts
 from avocado_jax.data.reader import CLIP_SECONDS, READERS, ClipReader, read_ahead
 from avocado_jax.data.rows import Row
 from avocado_jax.data.shard import parse_shard
+from avocado_jax.data.storage import StorageError
 from avocado_jax.errors import InputError, first_line
 from avocado_jax.eval.captioner import computing_dtype, load_captioner
+from avocado_jax.parallel.backend import use_gpu_memory
 from avocado_jax.progress import progress
 from avocado_jax.sampling.captioner import Captioner, words
 from avocado_jax.sampling.engine import Engine, free_cache_bytes
@@ -78,50 +78,51 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--mesh",
         metavar="DATA,TENSOR",
-        help="how the model is placed on this machine's devices: DATA replicas of TENSOR devices each (default: the "
-        "fewest devices a replica that hold the model)",
+        help="DATA replicas of TENSOR devices each (default: as many replicas as fit on the local devices)",
     )
     parser.add_argument("--json", action="store_true", help="to the terminal: one JSON object a clip")
     parser.add_argument("--out", metavar="PATH", help="append to a file, a folder/ or a gs:// prefix, and resume there")
     parser.add_argument("--ids", action="store_true", help="with --out: token_ids and prompt_ids too")
     parser.add_argument("--retry-failed", action="store_true", help="with --out: caption clips with an error again")
     parser.add_argument(
-        "--shard", metavar="I/N", help="with --out: every Nth clip from clip I on (from 0), or 'auto' on a TPU slice, "
+        "--shard", metavar="I/N", help="with --out: part I of N of the clips (I from 0), or 'auto' on a TPU slice, "
         "Kubernetes, SkyPilot and Slurm"
     )  # fmt: skip
-    parser.add_argument("--dry-run", action="store_true", help="list what would be captioned, and how much is left")
+    parser.add_argument("--dry-run", action="store_true", help="print how many clips there are, and how many are done")
 
 
 def run(args: argparse.Namespace) -> int:
     """Caption every clip; one that cannot be read gets an error in its place."""
     sampling = _check(args)
+    use_gpu_memory()
     prompts = read_prompts(args.prompt_file) if args.prompt_file else ()
-    checkpoint, shard = named_checkpoint(args.checkpoint), parse_shard(args.shard)
+    checkpoint, shard, dtype = named_checkpoint(args.checkpoint), parse_shard(args.shard), computing_dtype(args.dtype)
     reading = load_reading(checkpoint.side_files)
     reading = replace(reading, align_sound=reading.align_sound or args.align_sound)
-    clips = list_clips(args.inputs, args.manifest, reading)[shard[0] :: shard[1]]
-    if all(not clip.shards and not clip.path.startswith("gs://") and not os.path.exists(clip.path) for clip in clips):
-        for clip in clips:  # before a model is loaded
-            print(f"avocado caption: {printable(clip.name)}: {clip.error or 'no such file'}", file=sys.stderr)
-            if args.json and not args.out:
-                print(json.dumps({"clip": clip.name, "error": f"{printable(clip.name)}: no such file"}))
-        return 2
+    # By name, so that a file that is added between two starts does not move the others to other shards.
+    clips = [one for one in list_clips(args.inputs, args.manifest, reading) if _digest(one.name) % shard[1] == shard[0]]
     with ExitStack() as stack:
-        files = stack.enter_context(_files(args, shard, sampling)) if args.out else None
+        files = None
+        if args.out:
+            options = _options(args, sampling, prompts, checkpoint, dtype)
+            files = stack.enter_context(CaptionFiles(args.out, shard, options, args.retry_failed, args.dry_run))
         left = [(number, clip) for number, clip in enumerate(clips) if not files or not files.take(clip.name)]
-        if (files and files.finished) or args.dry_run:
-            print(f"{len(clips)} clips, {len(clips) - len(left)} are in {args.out} already", file=sys.stderr)
+        if args.dry_run or (files and files.finished):
+            done = f", {len(clips) - len(left)} of them are in {args.out}" if files else ""
+            print(f"{len(clips)} clips{done}", file=sys.stderr)
         if args.dry_run or not left:
             return 0
-        captioner = load_captioner(checkpoint, args.prompt, computing_dtype(args.dtype), _mesh(args.mesh))
-        captioner = captioner._replace(reading=reading)
-        memory = free_cache_bytes(captioner.params)
-        memory = files.keep("cache_bytes", memory) if files else memory
-        engine = Engine(captioner, args.max_new_tokens, sampling, args.seed, args.batch, memory)
+        engine = None
+        if any(clip.may_exist() for _, clip in left):  # else no model is loaded
+            captioner = load_captioner(checkpoint, args.prompt, dtype, _mesh(args.mesh))._replace(reading=reading)
+            memory = free_cache_bytes(captioner.params)
+            memory = files.keep("cache_bytes", memory) if files else memory
+            batch = files.options["batch"] if files else args.batch
+            engine = Engine(captioner, args.max_new_tokens, sampling, args.seed, batch, memory)
         reader = stack.enter_context(ClipReader(READERS, args.clip_seconds))
-        requests = _requests(left, captioner, reader, not args.no_audio, prompts)
-        made = _in_order(engine.run(requests), [number for number, _ in left])
-        return _write(made, captioner, args, files, len(left))
+        requests = _requests(left, engine and engine.captioner, reading, reader, not args.no_audio, prompts)
+        results = engine.run(requests) if engine else ((request, error) for request, error, _ in requests)
+        return _write(_in_order(results, [number for number, _ in left]), engine, args, files, len(left))
 
 
 def _check(args: argparse.Namespace) -> Sampling:
@@ -134,9 +135,9 @@ def _check(args: argparse.Namespace) -> Sampling:
         raise InputError("name clips to caption, or --manifest FILE")
     for name in ("max_new_tokens", "batch"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
-            raise InputError(f"--{name.replace('_', '-')} is {getattr(args, name)}: 1 or more")
+            raise InputError(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be at least 1")
     if not 0 <= args.seed < 2**32:
-        raise InputError(f"--seed is {args.seed}: 0 to {2**32 - 1}")
+        raise InputError(f"--seed is {args.seed}; it must be 0 to {2**32 - 1}")
     if args.prompt is not None and args.prompt_file:
         raise InputError("--prompt and --prompt-file exclude each other")
     if not args.clip_seconds > 0:
@@ -157,11 +158,14 @@ def _mesh(given: str | None) -> tuple[int, int] | None:
     raise InputError(f"--mesh {given}: not DATA,TENSOR with two positive numbers")
 
 
-def _files(args: argparse.Namespace, shard: tuple[int, int], sampling: Sampling) -> CaptionFiles:
-    options = {
-        "checkpoint": args.checkpoint or "shipped",
+def _options(
+    args: argparse.Namespace, sampling: Sampling, prompts: tuple[str, ...], checkpoint: Checkpoint, dtype: str
+) -> dict[str, Any]:
+    """What decides the captions; `batch` is None where it follows from the devices."""
+    return {
+        "checkpoint": identity(checkpoint)[:16],
         "prompt": args.prompt,
-        "prompt_file": args.prompt_file,
+        "prompts": _digest("\n".join(prompts)),
         "no_audio": args.no_audio,
         "align_sound": args.align_sound,
         "max_new_tokens": args.max_new_tokens,
@@ -169,10 +173,9 @@ def _files(args: argparse.Namespace, shard: tuple[int, int], sampling: Sampling)
         "top_p": sampling.top_p,
         "top_k": sampling.top_k,
         "seed": args.seed,
-        "dtype": args.dtype,
+        "dtype": dtype,
         "batch": args.batch,
     }
-    return CaptionFiles(args.out, shard, options, args.retry_failed)
 
 
 class _Request(NamedTuple):
@@ -180,28 +183,35 @@ class _Request(NamedTuple):
 
     number: int  # in the order of the output
     clip: ClipSource
-    record: dict[str, Any]
+    prompt_ids: Any = ()
+    record: Mapping[str, Any] = {}
 
 
 def _requests(
-    clips: list[tuple[int, ClipSource]], captioner: Captioner, reader: ClipReader, sound: bool, prompts: tuple[str, ...]
+    clips: list[tuple[int, ClipSource]],
+    captioner: Captioner | None,
+    reading: Reading,
+    reader: ClipReader,
+    sound: bool,
+    prompts: tuple[str, ...],
 ) -> Iterator[tuple[_Request, Row | Exception, int]]:
     """Read the clips, several at once, and make their rows."""
 
     def read(numbered: tuple[int, ClipSource]) -> tuple[Row, dict[str, Any]]:
         clip = numbered[1]
-        media, fields = clip.read(reader, captioner.reading, sound)
+        media, fields = clip.read(reader, reading, sound)
         for warning in media.warnings:
             print(f"avocado caption: {printable(clip.name)}: warning: {warning}", file=sys.stderr)
         if prompts:
-            fields = {**fields, "prompt": prompts[_digest(clip.name) % len(prompts)]}
+            fields = {"prompt": prompts[_digest(clip.name) % len(prompts)], **fields}
         row = captioner.row(media, fields)
-        ids = row.prompt_ids.tolist()
-        return row, {"prompt_ids": ids, "seconds": round(media.seconds, 3), "audio": bool(len(row.clip.mel))}
+        return row, {"seconds": round(media.seconds, 3), "audio": bool(len(row.clip.mel))}
 
     for (number, clip), made in read_ahead(clips, read, READERS, 2 * READERS):
-        row, record = (made, {}) if isinstance(made, Exception) else made
-        yield _Request(number, clip, record), row, _digest(clip.name) >> 1
+        if isinstance(made, Exception):
+            yield _Request(number, clip), made, 0
+        else:
+            yield _Request(number, clip, made[0].prompt_ids, made[1]), made[0], _digest(clip.name) >> 1
 
 
 def _digest(name: str) -> int:
@@ -223,7 +233,7 @@ def _in_order(results: Iterator[tuple[_Request, Any]], numbers: list[int]) -> It
 
 def _write(
     made: Iterator[tuple[_Request, Any]],
-    captioner: Captioner,
+    engine: Engine | None,
     args: argparse.Namespace,
     files: CaptionFiles | None,
     total: int,
@@ -232,6 +242,8 @@ def _write(
     reasons, tokens, begun = Counter[str](), 0, time.monotonic()
     for request, result in progress(made, "clips", total) if total > 1 else made:
         name = request.clip.name
+        if isinstance(result, StorageError):  # it may pass: no verdict on the clip
+            raise result
         if isinstance(result, Exception):
             reason = str(result) if isinstance(result, InputError) else f"{printable(name)}: {first_line(result)}"
             record = {"clip": name, "error": reason}
@@ -240,36 +252,35 @@ def _write(
                 print(f"avocado caption: {reason}", file=sys.stderr)
         else:
             tokens += len(result)
-            record = _record(captioner, request, result)
+            record = _record(engine.captioner, request, result, args.ids if files else args.json)
         if files:
-            files.write(record if args.ids or "error" in record else _without_ids(record))
+            files.write(record)
         elif args.json:
             print(json.dumps(record), flush=True)
         elif "caption" in record:
             print(f"{printable(name)}:\n" * (total > 1) + record["caption"], flush=True)
     failed = reasons.total()
     if files:
-        print(_summary(total - failed, reasons, tokens, time.monotonic() - begun), file=sys.stderr)
+        chips = engine.mesh.size if engine and engine.mesh else 1
+        print(_summary(total - failed, reasons, tokens, chips * (time.monotonic() - begun)), file=sys.stderr)
     return 0 if files or not failed else 2 if failed == total else 1
 
 
-def _record(captioner: Captioner, request: _Request, tokens: Any) -> dict[str, Any]:
+def _record(captioner: Captioner, request: _Request, tokens: Any, ids: bool) -> dict[str, Any]:
+    with_ids = {"token_ids": tokens.tolist(), "prompt_ids": request.prompt_ids.tolist()} if ids else {}
+    truncated = int(tokens[-1]) not in captioner.stops
     return {
         "clip": request.clip.name,
         "caption": words(captioner, tokens),
-        "token_ids": tokens.tolist(),
+        **with_ids,
         **request.record,
-        "truncated": int(tokens[-1]) not in captioner.stops,
+        "truncated": truncated,
     }
 
 
-def _without_ids(record: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in record.items() if name not in ("token_ids", "prompt_ids")}
-
-
-def _summary(captions: int, reasons: Mapping[str, int], tokens: int, seconds: float) -> str:
-    chip_hours = max(seconds, 1e-9) / 3600 * jax.local_device_count()
-    line = f"{captions} captions, {tokens} tokens, {captions / chip_hours:.0f} clips per chip-hour"
+def _summary(captions: int, reasons: Mapping[str, int], tokens: int, chip_seconds: float) -> str:
+    hours = max(chip_seconds, 1e-9) / 3600
+    line = f"{captions} captions, {tokens} tokens, {captions / hours:.0f} clips per chip-hour"
     if reasons:
         most = sorted(reasons.items(), key=lambda item: -item[1])[:5]
         line += f"; {sum(reasons.values())} failed: " + "; ".join(f"{count} {reason}" for reason, count in most)

@@ -42,6 +42,10 @@ class ClipSource(NamedTuple):
     record: int = 0
     error: str = ""
 
+    def may_exist(self) -> bool:
+        """Whether there may be something to read."""
+        return not self.error and (not self.path or storage.is_remote(self.path) or os.path.exists(self.path))
+
     def read(self, reader: ClipReader, reading: Reading, sound: bool = True) -> tuple[Media, Mapping[str, Any]]:
         """The clip, and the fields that decide its prompt.
 
@@ -53,7 +57,7 @@ class ClipSource(NamedTuple):
             raise InputError(f"{printable(self.name)}: {self.error}")
         if self.shards is not None:
             record = self.shards[self.record]
-            media = decoded(record, reading)
+            media = decoded(record, reading, lambda path, reading: reader.read(path, reading, sound))
             return (media if sound else media._replace(samples=None)), prompt_fields(record.fields)
         with storage.here(self.path) as local:
             try:

@@ -20,7 +20,7 @@ from avocado_jax.errors import InputError
 
 START_SECONDS = 300.0  # for a process to import the decoder
 CLIP_SECONDS = 300.0  # to read one clip
-READERS = 2  # clips that are read at once
+READERS = max(2, min(32, len(os.sched_getaffinity(0)) // 2))  # clips that are read at once
 
 T = TypeVar("T")
 R = TypeVar("R")

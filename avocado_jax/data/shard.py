@@ -26,6 +26,8 @@ def parse_shard(text: str | None, environment: Mapping[str, str] = os.environ) -
         for index, count in PLATFORMS.values():
             if index in environment and count in environment:
                 hosts = environment[count].split(",")
+                if hosts == ["localhost"]:  # of a slice of one host: the platform around it may have several
+                    continue
                 total = hosts[0] if len(hosts) == 1 and hosts[0].isdecimal() else str(len(hosts))
                 return parse_shard(f"{environment[index]}/{total}")
         names = "; ".join(f"{' and '.join(names)} ({platform})" for platform, names in PLATFORMS.items())

@@ -27,8 +27,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-from avocado_jax.data.storage_errors import StorageError, failure, first_line, local_errors
-from avocado_jax.errors import InputError
+from avocado_jax.data.storage_errors import StorageError, failure, local_errors
+from avocado_jax.errors import InputError, first_line
 
 T = TypeVar("T")
 TIMEOUT = (10.0, 60.0)  # seconds to connect, and between bytes
@@ -148,32 +148,30 @@ def write(path: str, data: bytes) -> None:
 def append(path: str, data: bytes, size: int) -> None:
     """Append to an object in a bucket that has `size` bytes; 0: there is none.
 
-    The data become part of the object by one compose request, so that they are in it once or not at all. Only one
-    process may append to an object.
+    The data become part of the object by one request, so that they are in it once or not at all. Only one process may
+    append to an object.
 
     Raises:
-        InputError: the object has another size, or access is denied.
-        StorageError: storage failed.
+        InputError: access is denied.
+        StorageError: storage failed, or the object has another size: another process appends to it.
     """
     from google.api_core.exceptions import GoogleAPICallError, PreconditionFailed
 
-    part = f"{path}.part"
-    if size:
-        write(part, data)
-
     def call(blob: Any, options: dict[str, Any]) -> None:
-        found = blob.bucket.get_blob(blob.name, **options)
+        found, part = blob.bucket.get_blob(blob.name, **options), blob.bucket.blob(f"{blob.name}.part")
         has = found.size if found else 0
         if has == size + len(data):  # the answer to an earlier attempt was lost
             return
         if has != size:
-            raise InputError(f"{path}: has {has} bytes instead of {size}: another process writes to it")
-        if not size:
-            blob.upload_from_string(data, if_generation_match=0, **options)
-            return
-        sources = [blob, blob.bucket.blob(f"{blob.name}.part")]
-        try:  # not retried by the library: a second request could append a second time
-            blob.compose(sources, if_generation_match=found.generation, timeout=TIMEOUT, retry=None)
+            raise StorageError(f"{path}: has {has} bytes instead of {size}: another process writes to it")
+        try:
+            if not size:
+                blob.upload_from_string(data, if_generation_match=0, **options)
+                return
+            part.upload_from_string(data, **options)
+            # Not retried by the library: a second request could append a second time.
+            sources = dict(if_source_generation_match=[found.generation, part.generation])
+            blob.compose([blob, part], if_generation_match=found.generation, timeout=TIMEOUT, retry=None, **sources)
         except (GoogleAPICallError, OSError) as error:
             if not isinstance(error, PreconditionFailed) and not options["retry"]._predicate(error):
                 raise
@@ -181,7 +179,7 @@ def append(path: str, data: bytes, size: int) -> None:
 
     _remote(path, call)
     if size:
-        delete(part)
+        delete(f"{path}.part")
 
 
 def upload(local: Path, path: str) -> None:
@@ -369,7 +367,7 @@ def _remote(path: str, call: Callable[[Any, dict[str, Any]], T]) -> T:
     from avocado_jax.data.retries import PatientRetry
 
     bucket, _, name = path.removeprefix("gs://").partition("/")
-    if not bucket or not name:
+    if not bucket or not (name or path.endswith("/")):
         raise InputError(f"{path}: not of the form gs://bucket/name")
     options = {"timeout": TIMEOUT, "retry": PatientRetry(PATIENCE)}
     try:

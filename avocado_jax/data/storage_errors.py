@@ -73,8 +73,3 @@ def _denied(path: str, text: str) -> str:
     else:
         role = "roles/storage.objectUser"
     return f"{bucket}: no {found[0]} permission; grant {role}"
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error's text, or its type."""
-    return (str(error) or type(error).__name__).splitlines()[0][:200]

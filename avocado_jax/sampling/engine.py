@@ -13,7 +13,7 @@ import queue
 import threading
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -21,8 +21,8 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 from avocado_jax.data.records import Record, decoded
-from avocado_jax.data.rows import Row, Shape, rounded, shape_of, stack
-from avocado_jax.errors import InputError
+from avocado_jax.data.rows import Row, Shape, fit, rounded, shape_of, stack
+from avocado_jax.errors import InputError, runtime_code
 from avocado_jax.parallel.mesh import ROWS
 from avocado_jax.sampling import slots as programs
 from avocado_jax.sampling.captioner import Captioner, words
@@ -34,6 +34,8 @@ SHAPE_BITS = 2  # of each size that clips are padded to: few shapes, so few prog
 PREFILL_TOKENS = 4096  # of the clips that are prefilled together on one data shard
 CPU_SLOTS, MOST_SLOTS = 16, 64  # of a data shard
 USABLE = 0.7  # share of a device's memory for parameters and caches; the rest is for prefill and fragmentation
+LANE_ROUNDS = 8  # clips that a slot captions, on average, while clips of other shapes wait
+PATIENCE = 4  # dispatches until fewer clips are prefilled than could be together
 WAITING_BYTES = 4 * 2**30  # of clips that are read and wait for a slot
 
 
@@ -47,6 +49,7 @@ class Engine(Generic[T]):
         slots: how many captions are decoded at once; it is rounded up to a multiple of the data shards of the mesh.
         cache_bytes: without `slots`: as many are decoded on each data shard as have caches of so many bytes on one
             device, at most `MOST_SLOTS`. None: `CPU_SLOTS`.
+        shape: what all clips are padded to; None: each to its own sizes, rounded up.
     """
 
     def __init__(
@@ -57,12 +60,13 @@ class Engine(Generic[T]):
         seed: int = 0,
         slots: int | None = None,
         cache_bytes: int | None = None,
+        shape: Shape | None = None,
     ) -> None:
         self.captioner, self.length, self.sampling, self.seed = captioner, length, sampling, seed
         sharding = jax.tree.leaves(captioner.params)[0].sharding
         self.mesh = sharding.mesh if isinstance(sharding, NamedSharding) else None
         self.shards = math.prod(self.mesh.shape[axis] for axis in ROWS) if self.mesh else 1
-        self._slots, self._cache_bytes = slots, cache_bytes
+        self._slots, self._cache_bytes, self._shape = slots, cache_bytes, shape
 
     def run(
         self, requests: Iterable[tuple[T, Row | Exception, int]]
@@ -76,49 +80,56 @@ class Engine(Generic[T]):
 
         Yields:
             What was requested, and the caption's tokens with the stop id if it was reached, or the error: of the
-            request, or of the devices on clips of this shape.
-        """
-        arrivals, waiting = _Arrivals(requests), deque()
-        with contextlib.closing(arrivals):
-            while not arrivals.ended or waiting:
-                arrivals.move_to(waiting, block=not waiting)
-                yield from arrivals.failed()
-                if waiting:
-                    yield from self._run_lane(waiting[0][0], waiting, arrivals)
+            request, or of a clip for which the devices have too little memory.
 
-    def _run_lane(self, shape: Shape, waiting: deque, arrivals: "_Arrivals") -> Iterator[tuple[T, Any]]:
-        """Caption the waiting clips of one shape until there are none; clips of other shapes stay in `waiting`."""
-        lane: _Lane[T] | None = None
-        try:
-            with jax.set_mesh(self.mesh) if self.mesh else contextlib.nullcontext():
-                lane = _Lane(self, shape, self.slots(shape))
-        except (jax.errors.JaxRuntimeError, MemoryError) as error:
-            yield from self._failed(shape, waiting, error)
-            return
-        while True:
-            mine = [request for request in waiting if request[0] == shape]
-            if not mine and not lane.busy:
-                return
-            try:
-                with jax.set_mesh(self.mesh) if self.mesh else contextlib.nullcontext():
-                    for request in lane.admit(mine):
-                        waiting.remove(request)
-                    lane.advance()
-                    arrivals.move_to(waiting)  # while the devices decode
-                    finished = lane.finished()
-            except (jax.errors.JaxRuntimeError, MemoryError) as error:
-                yield from ((item, error) for item in lane.items if item is not None)
-                yield from self._failed(shape, waiting, error)
-                return
-            yield from finished
+        Raises:
+            JaxRuntimeError: the devices failed otherwise.
+        """
+        arrivals = _Arrivals(requests, self._shape)
+        with contextlib.closing(arrivals):
+            while arrivals.next_shape():
+                yield from arrivals.failed()
+                if shape := arrivals.oldest():
+                    yield from self._run_lane(shape, self.slots(shape), arrivals)
             yield from arrivals.failed()
 
-    def _failed(self, shape: Shape, waiting: deque, error: Exception) -> Iterator[tuple[T, Exception]]:
-        """The waiting clips of a shape that the devices cannot caption."""
-        failed = [request for request in waiting if request[0] == shape]
-        for request in failed:
-            waiting.remove(request)
-        yield from ((item, error) for _, item, _, _ in failed)
+    def _run_lane(self, shape: Shape, slots: int, arrivals: "_Arrivals") -> Iterator[tuple[T, Any]]:
+        """Caption the waiting clips of one shape until there are none, or clips of another shape have waited long.
+
+        A shape for which the devices have too little memory gets half of the slots, and with the fewest an error.
+        """
+        lane: _Lane[T] | None = None
+        finished, most = [], LANE_ROUNDS * slots
+        try:
+            with self._on_mesh():
+                lane = _Lane(self, shape, slots)
+            while lane.busy or (most > 0 and arrivals.waiting(shape)):
+                with self._on_mesh():
+                    if most > 0 or not arrivals.others(shape):
+                        most -= lane.admit(arrivals, shape)
+                    lane.advance()
+                yield from finished  # while the devices decode
+                yield from arrivals.failed()
+                arrivals.receive()
+                finished = lane.finished()
+        except (jax.errors.JaxRuntimeError, MemoryError) as error:
+            if not isinstance(error, MemoryError) and runtime_code(error) != "RESOURCE_EXHAUSTED":
+                raise
+            failed = error.with_traceback(None)  # its frames hold the caches
+        else:
+            yield from finished
+            return
+        yield from finished
+        if lane is not None:
+            arrivals.put_back(shape, lane.requests)
+        del lane
+        if slots > self.shards:
+            yield from self._run_lane(shape, max(self.shards, slots // 2 // self.shards * self.shards), arrivals)
+        else:
+            yield from ((request.item, failed) for request in arrivals.take(shape, arrivals.waiting(shape)))
+
+    def _on_mesh(self) -> contextlib.AbstractContextManager:
+        return jax.set_mesh(self.mesh) if self.mesh else contextlib.nullcontext()
 
     def slots(self, shape: Shape) -> int:
         """Slots of a lane of clips of this shape."""
@@ -146,50 +157,71 @@ def free_cache_bytes(params: Any) -> int | None:
     return max(0, int(USABLE * limit) - used)
 
 
+class _Request(NamedTuple):
+    """A clip that waits or is in a slot."""
+
+    item: Any
+    row: Row
+    number: int
+
+
 class _Lane(Generic[T]):
     """The slots of one clip shape, and the requests in them."""
 
     def __init__(self, engine: Engine[T], shape: Shape, slots: int) -> None:
         self._engine, self._shape, self._captioner = engine, shape, engine.captioner
-        self.items: list[T | None] = [None] * slots
+        self._in_slots: list[_Request | None] = [None] * slots
         self._shards, self._per_shard = engine.shards, slots // engine.shards
         self._together = int(np.clip(PREFILL_TOKENS // shape.tokens, 1, self._per_shard))
+        self._patience = PATIENCE
         config = self._captioner.config
         self._options = dict(config=config, mesh=engine.mesh)
         self._slots = programs.empty(clip_tokens=shape.tokens, slots=slots, length=engine.length, **self._options)
 
     @property
+    def requests(self) -> list[_Request]:
+        """The requests in slots."""
+        return [request for request in self._in_slots if request is not None]
+
+    @property
     def busy(self) -> bool:
         """Whether a slot decodes a caption."""
-        return any(item is not None for item in self.items)
+        return bool(self.requests)
 
-    def admit(self, requests: Sequence[tuple[Shape, T, Row, int]]) -> list[tuple[Shape, T, Row, int]]:
-        """Prefill some requests into free slots, as soon as as many are free as are prefilled together.
+    def admit(self, arrivals: "_Arrivals", shape: Shape) -> int:
+        """Prefill waiting clips once as many slots are free as are prefilled together, or after some dispatches.
 
         Returns:
-            Those that were admitted.
+            The number of clips that were admitted.
         """
         free = [
-            [slot for slot in range(self._per_shard) if self.items[shard * self._per_shard + slot] is None]
+            [slot for slot in range(self._per_shard) if self._in_slots[shard * self._per_shard + slot] is None]
             for shard in range(self._shards)
         ]
-        places = min(len(requests), self._together * self._shards)
-        if not requests or sum(min(self._together, len(one)) for one in free) < places:
-            return []
+        room = sum(min(self._together, len(one)) for one in free)
+        wanted = min(arrivals.waiting(shape), self._together * self._shards)
+        if room < wanted:
+            self._patience -= 1
+        if not room or not wanted or (room < wanted and self._patience > 0):
+            return 0
+        self._patience = PATIENCE
+        admitted = arrivals.take(shape, min(room, wanted))
         index = np.full((self._shards, self._together), self._per_shard, np.int32)  # past the last slot: dropped
-        rows: list[Row | None] = [None] * index.size
-        numbers = np.zeros(index.size, np.int32)
+        which, numbers = np.zeros(index.size, np.int32), np.zeros(index.size, np.int32)
         counts = [0] * self._shards
-        for _, item, row, number in requests[:places]:
+        for row, request in enumerate(admitted):
             shard = max(range(self._shards), key=lambda one: (counts[one] < self._together, len(free[one])))
             slot, place = free[shard].pop(0), shard * self._together + counts[shard]
-            index[shard, counts[shard]], rows[place], numbers[place] = slot, row, number
-            self.items[shard * self._per_shard + slot] = item
+            index[shard, counts[shard]], which[place], numbers[place] = slot, row, request.number
+            self._in_slots[shard * self._per_shard + slot] = request
             counts[shard] += 1
-        clips = stack([(row or requests[0][2]).clip for row in rows], self._shape)
-        seed = np.uint32(self._engine.seed)
-        self._slots = programs.admit(self._slots, self._captioner.params, clips, seed, numbers, index, **self._options)
-        return list(requests[:places])
+        clips = [request.row.clip for request in admitted]
+        clips += clips[-1:] * ((1 << (len(clips) - 1).bit_length()) - len(clips))  # few shapes: powers of two
+        clips, seed = stack(clips, self._shape), np.uint32(self._engine.seed)
+        self._slots = programs.admit(
+            self._slots, self._captioner.params, clips, which, seed, numbers, index, **self._options
+        )
+        return len(admitted)
 
     def advance(self) -> None:
         """Dispatch some decoding steps of all slots."""
@@ -200,22 +232,23 @@ class _Lane(Generic[T]):
     def finished(self) -> list[tuple[T, Int[Array, "N"]]]:
         """The captions that have stopped; their slots become free."""
         stopped, steps = jax.device_get((self._slots.stopped, self._slots.step))
-        done = [slot for slot, item in enumerate(self.items) if item is not None and stopped[slot]]
+        done = [(slot, one) for slot, one in enumerate(self._in_slots) if one is not None and stopped[slot]]
         if not done:
             return []
         tokens = jax.device_get(self._slots.tokens)
-        captions = [(self.items[slot], tokens[slot, : steps[slot]].copy()) for slot in done]
-        for slot in done:
-            self.items[slot] = None
-        return captions
+        for slot, _ in done:
+            self._in_slots[slot] = None
+        return [(request.item, tokens[slot, : steps[slot]].copy()) for slot, request in done]
 
 
 class _Arrivals:
-    """Requests that are read in a thread, within a bound on their bytes."""
+    """Requests, read in a thread within a bound on the bytes of those that wait, by shape and in order of arrival."""
 
-    def __init__(self, requests: Iterable[tuple[Any, Row | Exception, int]]) -> None:
+    def __init__(self, requests: Iterable[tuple[Any, Row | Exception, int]], shape: Shape | None) -> None:
         self._queue: queue.SimpleQueue = queue.SimpleQueue()
-        self._closed, self.ended, self._failed = threading.Event(), False, []
+        self._shape, self._closed, self._ended = shape, threading.Event(), False
+        self._errors: list[tuple[Any, Exception]] = []
+        self._waiting: dict[Shape, deque[_Request]] = {}  # in the order of the oldest clip of each
         self._bytes, self._fewer = 0, threading.Condition()
         if isinstance(requests, Sequence):
             self._read(requests)
@@ -226,44 +259,74 @@ class _Arrivals:
         bounded = not isinstance(requests, Sequence)
         try:
             for item, row, number in requests:
+                if self._closed.is_set():
+                    return
+                self._queue.put(_Request(item, row, number))
                 if isinstance(row, Exception):
-                    self._queue.put((item, row))
                     continue
-                self._queue.put((rounded(shape_of(row.clip), SHAPE_BITS), item, row, number))
                 with self._fewer:
                     self._bytes += _nbytes(row)
                     while bounded and self._bytes > WAITING_BYTES and not self._closed.is_set():
                         self._fewer.wait(1.0)
-                if self._closed.is_set():
-                    return
             self._queue.put(None)
         except BaseException as error:  # raised again in the consumer's thread
             self._queue.put(error)
 
-    def move_to(self, waiting: deque, block: bool = False) -> None:
-        """Move the clips that have arrived to `waiting`; with `block`, wait for something to arrive or the end."""
-        while not self.ended:
+    def receive(self, block: bool = False) -> None:
+        """Sort what has arrived; with `block`, wait for something to arrive or the end."""
+        while not self._ended:
             try:
                 arrived = self._queue.get(block=block)
             except queue.Empty:
                 return
-            if isinstance(arrived, BaseException):
-                raise arrived
             block = False
-            if arrived is None:
-                self.ended = True
-                return
-            if len(arrived) == 2:
-                self._failed.append(arrived)
-                continue
-            with self._fewer:
-                self._bytes -= _nbytes(arrived[2])
-                self._fewer.notify()
-            waiting.append(arrived)
+            if not isinstance(arrived, _Request):
+                self._ended = True
+                if arrived is not None:
+                    raise arrived
+            elif isinstance(arrived.row, Exception):
+                self._errors.append((arrived.item, arrived.row))
+            else:
+                shape = self._shape or rounded(shape_of(arrived.row.clip), SHAPE_BITS)
+                self._waiting.setdefault(shape, deque()).append(arrived)
+
+    def next_shape(self) -> bool:
+        """Wait for a clip, an error or the end. Returns whether it is not the end."""
+        self.receive(block=not self._waiting)
+        return bool(self._waiting or self._errors) or not self._ended
+
+    def oldest(self) -> Shape | None:
+        """The shape of the clip that has waited longest."""
+        return next(iter(self._waiting), None)
+
+    def waiting(self, shape: Shape) -> int:
+        """Number of waiting clips of a shape."""
+        return len(self._waiting.get(shape, ()))
+
+    def others(self, shape: Shape) -> bool:
+        """Whether clips of other shapes wait."""
+        return any(one != shape for one in self._waiting)
+
+    def take(self, shape: Shape, count: int) -> list[_Request]:
+        """Remove the oldest clips of a shape."""
+        clips = self._waiting.pop(shape, deque())
+        taken = [clips.popleft() for _ in range(min(count, len(clips)))]
+        if clips:  # behind the other shapes, whose oldest clips are older than most of these
+            self._waiting[shape] = clips
+        with self._fewer:
+            self._bytes -= sum(_nbytes(request.row) for request in taken)
+            self._fewer.notify()
+        return taken
+
+    def put_back(self, shape: Shape, requests: list[_Request]) -> None:
+        """Let clips wait again."""
+        self._waiting.setdefault(shape, deque()).extendleft(reversed(requests))
+        with self._fewer:
+            self._bytes += sum(_nbytes(request.row) for request in requests)
 
     def failed(self) -> list[tuple[Any, Exception]]:
         """The requests without a clip that have arrived since the last call."""
-        failed, self._failed = self._failed, []
+        failed, self._errors = self._errors, []
         return failed
 
     def close(self) -> None:
@@ -284,7 +347,10 @@ def caption_records(captioner: Captioner, records: Sequence[Record], length: int
     for number, record in enumerate(records):
         with contextlib.suppress(InputError):
             requests.append((number, captioner.row(decoded(record, captioner.reading), record.fields), 0))
-    for number, tokens in Engine(captioner, length, slots=slots).run(requests):
+    if not requests:
+        return captions
+    shape = rounded(fit([shape_of(row.clip) for _, row, _ in requests]))  # one: the programs are compiled once
+    for number, tokens in Engine(captioner, length, slots=slots, shape=shape).run(requests):
         if isinstance(tokens, Exception):
             raise tokens
         captions[number] = words(captioner, tokens)

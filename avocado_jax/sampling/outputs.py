@@ -28,41 +28,49 @@ class CaptionFiles:
         shard: I and N.
         options: what decides the captions. Kept beside the output; a resumed run must have the same.
         retry_failed: caption failed clips again: their lines are removed first.
+        dry_run: only read what is there.
 
     Raises:
         InputError: the output cannot be written, belongs to other options or is in use.
         StorageError: storage failed.
     """
 
-    def __init__(self, out: str, shard: tuple[int, int], options: Mapping[str, Any], retry_failed: bool) -> None:
+    def __init__(
+        self, out: str, shard: tuple[int, int], options: Mapping[str, Any], retry_failed: bool, dry_run: bool = False
+    ) -> None:
         folder = out.endswith("/") or os.path.isdir(out) or (storage.is_remote(out) and not out.endswith(".jsonl"))
         part = f"{shard[0]}-of-{shard[1]}"
         if folder:
             names = [storage.join(out, f"{kind}-{part}.jsonl") for kind in ("captions", "rejects")]
-            beside = storage.join(out, f"options-{part}.json")
+            self._beside = storage.join(out, f"options-{part}.json")
         elif shard[1] > 1:
             raise InputError(f"--shard: --out {out} must be a folder (a name that ends with /) or a gs:// prefix")
         else:
-            names, beside = [out, out], f"{out}.options.json"
-        self._beside, self.options = beside, self._kept_options(beside, dict(options))
-        self._stack, files = ExitStack(), {}
-        for name in dict.fromkeys(names):
-            if retry_failed:
-                _remove_errors(name)
-            files[name] = _Object(name) if storage.is_remote(name) else _LocalFile(name, self._stack)
-        self._captions, self._rejects = (files[name] for name in names)
-        self._done = Counter(line["clip"] for file in files.values() for line in file.lines)
+            names, self._beside = [out], f"{out}.options.json"
+        self.options = self._kept_options(dict(options), dry_run)
+        self._stack, self._done, files = ExitStack(), Counter[str](), []
+        for name in () if dry_run else names:
+            file = (
+                _Object(name, retry_failed) if storage.is_remote(name) else _LocalFile(name, self._stack, retry_failed)
+            )
+            files.append(file)
+            self._done.update(file.clips)
+        for name in names if dry_run else ():
+            self._done.update(_clips(storage.read(name) if storage.exists(name) else b"", name, retry_failed)[0])
+        self._captions, self._rejects = (files[0], files[-1]) if files else (None, None)
         self.finished = self._done.total()
 
-    def _kept_options(self, path: str, options: dict[str, Any]) -> dict[str, Any]:
-        if not storage.exists(path):
-            storage.write(path, json.dumps(options, indent=1).encode())
+    def _kept_options(self, options: dict[str, Any], dry_run: bool) -> dict[str, Any]:
+        if not storage.exists(self._beside):
+            if not dry_run:
+                storage.write(self._beside, json.dumps(options, indent=1).encode())
             return options
-        kept = json.loads(storage.read(path))
-        given = {name: value for name, value in options.items() if value is not None}
-        if differ := sorted(name for name, value in given.items() if kept.get(name) != value):
-            was = ", ".join(f"{name} {json.dumps(kept.get(name))} (now {json.dumps(given[name])})" for name in differ)
-            raise InputError(f"--out was begun with {was}: use the same options, or another --out ({path})")
+        kept = json.loads(storage.read(self._beside))
+        if options["batch"] is None:  # the number of slots can change a near tie in bf16
+            options["batch"] = kept.get("batch")
+        if differ := sorted(name for name, value in options.items() if kept.get(name) != value):
+            was = ", ".join(f"{name} {json.dumps(kept.get(name))} (now {json.dumps(options[name])})" for name in differ)
+            raise InputError(f"--out was begun with {was}: use the same options, or another --out ({self._beside})")
         return kept
 
     def keep(self, name: str, value: Any) -> Any:
@@ -89,17 +97,22 @@ class CaptionFiles:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         with self._stack:
-            for file in dict.fromkeys((self._captions, self._rejects)):
-                file.flush()
+            if self._captions is not None:
+                self._captions.flush()
+                self._rejects.flush()
 
 
 class _LocalFile:
     """A local file; a line is in it once `append` returns."""
 
-    def __init__(self, name: str, stack: ExitStack) -> None:
+    def __init__(self, name: str, stack: ExitStack, retry_failed: bool) -> None:
+        if retry_failed and os.path.exists(name):
+            with appending(Path(name)) as file:  # locked against another run
+                file.seek(0)
+                storage.write(name, _clips(file.read(), name, retry_failed)[1])
         self._file: BinaryIO = stack.enter_context(appending(Path(name)))
         self._file.seek(0)
-        self.lines = [_parsed(line, name) for line in self._file]
+        self.clips = _clips(self._file.read(), name, False)[0]
 
     def append(self, line: bytes) -> None:
         self._file.write(line)
@@ -112,10 +125,13 @@ class _LocalFile:
 class _Object:
     """An object of a bucket."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, retry_failed: bool) -> None:
         self._name, self._buffer, self._flushed = name, bytearray(), time.monotonic()
         data = storage.read(name) if storage.exists(name) else b""
-        self._size, self.lines = len(data), [_parsed(line, name) for line in data.splitlines()]
+        self.clips, kept = _clips(data, name, retry_failed)
+        if len(kept) < len(data):
+            storage.write(name, kept)
+        self._size = len(kept)
 
     def append(self, line: bytes) -> None:
         self._buffer += line
@@ -130,19 +146,17 @@ class _Object:
         self._flushed = time.monotonic()
 
 
-def _parsed(line: bytes, name: str) -> dict[str, Any]:
-    try:
-        found = json.loads(line.decode("utf-8", "surrogatepass"))
-    except ValueError as error:
-        raise InputError(f"{name}: holds a line that is not JSON ({error})") from error
-    if not isinstance(found, dict) or not isinstance(found.get("clip"), str):
-        raise InputError(f"{name}: holds a line that is not of a clip; give another --out")
-    return found
-
-
-def _remove_errors(name: str) -> None:
-    if storage.exists(name):
-        lines = storage.read(name).splitlines(keepends=True)
-        kept = [line for line in lines if line.endswith(b"\n") and "error" not in _parsed(line, name)]
-        if len(kept) < len(lines):
-            storage.write(name, b"".join(kept))
+def _clips(data: bytes, name: str, retry_failed: bool) -> tuple[Counter[str], bytes]:
+    """The clips of a file's lines, by occurrences, and the lines; with `retry_failed` without those of errors."""
+    clips, kept = Counter[str](), []
+    for line in data.splitlines(keepends=True):
+        try:
+            found = json.loads(line.decode("utf-8", "surrogatepass"))
+        except ValueError as error:
+            raise InputError(f"{name}: holds a line that is not JSON ({error})") from error
+        if not isinstance(found, dict) or not isinstance(found.get("clip"), str):
+            raise InputError(f"{name}: holds a line that is not of a clip; give another --out")
+        if not (retry_failed and "error" in found):
+            clips[found["clip"]] += 1
+            kept.append(line)
+    return clips, b"".join(kept)

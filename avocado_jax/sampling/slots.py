@@ -80,6 +80,7 @@ def admit(
     slots: Slots,
     params: Any,
     clips: Clip,
+    which: Int[Array, "N"],
     seed: Array,
     numbers: Int[Array, "N"],
     index: Int[Array, "D M"],
@@ -87,7 +88,11 @@ def admit(
     config: ThinkerConfig,
     mesh: Mesh | None,
 ) -> Slots:
-    """Prefill N = D x M clips and insert them; clip d M + m goes to slot `index[d, m]` of data shard d."""
+    """Prefill N = D x M of the given clips and insert them.
+
+    Clip `which[d M + m]` goes to slot `index[d, m]` of data shard d. An index past the last slot inserts nothing.
+    """
+    clips = jax.tree.map(lambda leaf: leaf[which], clips)
     if mesh is not None:
         clips = jax.lax.with_sharding_constraint(clips, NamedSharding(mesh, PartitionSpec(ROWS)))
     cache = Thinker(config).apply({"params": params}, clips, method="prefill")

@@ -128,7 +128,7 @@ def test_a_stopped_run_ends_with_the_same_bytes(clips, tmp_path, stub, capsys, s
     assert len(stub.runs) == 5
     capsys.readouterr()
     run(*given, "--out", out)
-    assert "5 clips, 5 are in" in capsys.readouterr().err
+    assert "5 clips, 5 of them are in" in capsys.readouterr().err
     assert len(stub.runs) == 5
     assert main(["caption", *map(str, given), "--out", str(out), "--temperature", "0.5"]) == 2
     assert "temperature 0.0 (now 0.5)" in capsys.readouterr().err
@@ -157,7 +157,7 @@ def test_shards_and_failed_clips(clips, tmp_path, stub, capsys):
     assert stub.runs[before:] == [reject["clip"]]
     assert lines(tmp_path / "all" / "rejects-0-of-1.jsonl") == [reject]
     run(*given, "--out", f"{tmp_path}/none/", "--dry-run")
-    assert "4 clips, 0 are in" in capsys.readouterr().err
+    assert "4 clips, 0 of them are in" in capsys.readouterr().err
     assert len(stub.runs) == before + 1
 
 
@@ -211,7 +211,7 @@ def test_an_append_whose_answer_is_lost_happens_once(tmp_path, monkeypatch):
             storage.append("gs://bucket/a.jsonl", b"three\n", 8)
             assert proxy.hits["reset"] >= 1
             assert storage.read("gs://bucket/a.jsonl") == b"one\ntwo\nthree\n"
-            with pytest.raises(InputError, match="has 14 bytes instead of 3: another process"):
+            with pytest.raises(storage.StorageError, match="has 14 bytes instead of 3: another process"):
                 storage.append("gs://bucket/a.jsonl", b"x", 3)
         finally:
             proxy.close()
@@ -228,6 +228,9 @@ def test_shard():
     assert parse_shard("auto", {"SLURM_PROCID": "3", "SLURM_NTASKS": "8"}) == (3, 8)
     assert parse_shard("auto", {"JOB_COMPLETION_INDEX": "0", "JOB_COMPLETIONS": "2"}) == (0, 2)
     assert parse_shard("auto", {"TPU_WORKER_ID": "1", "TPU_WORKER_HOSTNAMES": "a,b"}) == (1, 2)
+    one_host = {"TPU_WORKER_ID": "0", "TPU_WORKER_HOSTNAMES": "localhost"}
+    with pytest.raises(InputError, match="none of these is set"):
+        parse_shard("auto", one_host)
     with pytest.raises(InputError, match="none of these is set"):
         parse_shard("auto", {})
 
@@ -286,8 +289,36 @@ def test_results_are_put_in_order():
 def test_occurrences_of_a_clip(tmp_path):
     """Each line stands for one occurrence."""
     (tmp_path / "out.jsonl").write_text('{"clip": "a", "caption": ""}\n{"clip": "a", "error": ""}\n{"clip": "b"}\n')
-    with outputs.CaptionFiles(str(tmp_path / "out.jsonl"), (0, 1), {}, False) as files:
+    options = {"batch": None}
+    with outputs.CaptionFiles(str(tmp_path / "out.jsonl"), (0, 1), options, False) as files:
         assert files.finished == 3
         assert [files.take(clip) for clip in "abacaa"] == [True, True, True, False, False, False]
-    with outputs.CaptionFiles(str(tmp_path / "out.jsonl"), (0, 1), {}, True) as files:
+    with outputs.CaptionFiles(str(tmp_path / "out.jsonl"), (0, 1), options, True) as files:
         assert [files.take(clip) for clip in "aab"] == [True, False, True]
+
+
+def test_storage_that_fails_is_no_verdict_on_a_clip(clips, tmp_path, stub, monkeypatch):
+    """The run ends with 1, and the clip is captioned at the next start."""
+
+    def read(*_):
+        raise storage.StorageError("gs://bucket/x: unavailable")
+
+    clip, out = clips / "b" / "plain.mp4", tmp_path / "out.jsonl"
+    with monkeypatch.context() as patch:
+        patch.setattr(ClipSource, "read", read)
+        run(clip, "--checkpoint", SHIPPED, "--out", out, status=1)
+    assert out.read_bytes() == b""
+    run(clip, "--checkpoint", SHIPPED, "--out", out)
+    assert "caption" in lines(out)[0]
+
+
+def test_missing_files_need_no_model(tmp_path, monkeypatch):
+    """Each gets a line; an empty shard is done."""
+    monkeypatch.setattr(command, "load_captioner", None)
+    out = tmp_path / "out.jsonl"
+    run("a.mp4", "b.mp4", "--checkpoint", SHIPPED, "--out", out)
+    assert [line["error"] for line in lines(out)] == ["a.mp4: no such file", "b.mp4: no such file"]
+    (index,) = {number for number in (0, 1) if command._digest("a.mp4") % 2 != number}
+    run("a.mp4", "--checkpoint", SHIPPED, "--out", f"{tmp_path}/empty/", "--shard", f"{index}/2")
+    run("a.mp4", "--checkpoint", SHIPPED, "--out", f"{tmp_path}/nothing/", "--dry-run", "--retry-failed")
+    assert not (tmp_path / "nothing").exists()

@@ -1,5 +1,6 @@
 """Captions of the engine are those of the clips one by one, whatever is decoded beside them."""
 
+import time
 from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
@@ -105,7 +106,7 @@ def test_a_finished_slot_is_refilled_while_others_decode(captioner, rows, one_by
     same = [i for i in range(len(rows)) if i % 2 == 0]  # of one shape
     dispatches = []
     advance = engine._Lane.advance
-    monkeypatch.setattr(engine._Lane, "advance", lambda lane: (dispatches.append(len(lane.items)), advance(lane)))
+    monkeypatch.setattr(engine._Lane, "advance", lambda lane: (dispatches.append(len(lane._in_slots)), advance(lane)))
     jax.clear_caches()
     run(captioner, rows, same, 2)
     jax.clear_caches()
@@ -113,21 +114,68 @@ def test_a_finished_slot_is_refilled_while_others_decode(captioner, rows, one_by
     assert tokens / 2 / 4 <= len(dispatches) < tokens / 2 / 4 + 2 * LENGTH / 4
 
 
-def test_a_shape_that_the_devices_cannot_hold_costs_its_clips_only(captioner, rows, one_by_one, monkeypatch):
-    real, small = engine._Lane, rounded(shape_of(rows[0].clip), engine.SHAPE_BITS)
+def test_too_little_memory_halves_the_slots(captioner, rows, one_by_one, monkeypatch):
+    """With the fewest slots, only the clips of that shape fail, once each; None is an item as any other."""
+    real, small = programs.admit, rounded(shape_of(rows[0].clip), engine.SHAPE_BITS)
+    failing = {4, 2}
 
-    def lane(owner, shape, slots):
-        if shape == small:
+    def admit(slots, params, clips, *rest, **options):
+        if clips.patches.shape[1:3] == small[1:3] and len(slots.step) in failing:
             raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: no memory")
-        return real(owner, shape, slots)
+        return real(slots, params, clips, *rest, **options)
 
-    monkeypatch.setattr(engine, "_Lane", lane)
-    made = dict(Engine(captioner, LENGTH, slots=2).run([(i, row, i) for i, row in enumerate(rows)]))
+    monkeypatch.setattr(programs, "admit", admit)
+    requests = [(i or None, row, i) for i, row in enumerate(rows)]
+    made = list(Engine(captioner, LENGTH, slots=4).run(requests))
+    assert len(made) == len(rows)
+    assert {item or 0: tokens.tolist() for item, tokens in made} == dict(enumerate(one_by_one[GREEDY]))
+    failing.add(1)
+    made = dict(Engine(captioner, LENGTH, slots=4).run(requests))
     for i, row in enumerate(rows):
         if rounded(shape_of(row.clip), engine.SHAPE_BITS) == small:
-            assert isinstance(made[i], jax.errors.JaxRuntimeError)
+            assert isinstance(made[i or None], jax.errors.JaxRuntimeError)
         else:
             assert made[i].tolist() == one_by_one[GREEDY][i]
+
+
+def test_other_errors_of_the_devices_are_raised(captioner, rows, monkeypatch):
+    def advance(*_, **__):
+        raise jax.errors.JaxRuntimeError("INTERNAL: the device is gone")
+
+    monkeypatch.setattr(programs, "advance", advance)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"):
+        list(Engine(captioner, LENGTH, slots=2).run([(0, rows[0], 0)]))
+
+
+def test_a_clip_of_another_shape_does_not_wait_for_ever(captioner, rows, monkeypatch):
+    monkeypatch.setattr(engine, "LANE_ROUNDS", 1)
+    order = [0, 1, 2, 4, 6, 8] * 2  # all but the second are of one shape
+    made = Engine(captioner, LENGTH, slots=2).run([(i, rows[i], i) for i in order])
+    assert [item for item, _ in made].index(1) < 6
+
+
+def test_waiting_clips_are_bounded(rows, monkeypatch):
+    """Reading goes on once clips are taken."""
+    monkeypatch.setattr(engine, "WAITING_BYTES", 3 * engine._nbytes(rows[0]) - 1)
+    read = []
+
+    def requests():
+        for number in range(20):
+            read.append(number)
+            yield number, rows[0], number
+
+    arrivals = engine._Arrivals(requests(), None)
+
+    def settled():
+        for _ in range(100):
+            time.sleep(0.01)
+            arrivals.receive()
+        return len(read)
+
+    assert settled() == 3
+    assert [one.item for one in arrivals.take(arrivals.oldest(), 2)] == [0, 1]
+    assert settled() == 5
+    arrivals.close()
 
 
 def test_an_error_of_the_requests_is_raised(captioner, rows):
