@@ -161,8 +161,7 @@ def may_pass(error: BaseException | None) -> bool:
     while error is not None:
         if isinstance(error, FileNotFoundError | PermissionError | TimeoutError | MemoryError):
             return True
-        response = getattr(error, "response", None)  # of the hub; errors of storage have a code
-        if getattr(error, "code", None) in DENIED or getattr(response, "status_code", None) in DENIED:
+        if getattr(getattr(error, "response", None), "status_code", None) in DENIED:
             return True
         error = error.__cause__ or error.__context__
     return False
