@@ -31,7 +31,7 @@ from avocado_jax.typing import Array, Int
 
 T = TypeVar("T")
 SHAPE_BITS = 2  # of each size that clips are padded to: few shapes, so few programs
-PREFILL_TOKENS = 4096  # of the clips that are prefilled together on one data shard
+PREFILL_TOKENS = 2048  # of the clips that are prefilled together on one data shard
 CPU_SLOTS, MOST_SLOTS = 16, 64  # of a data shard
 USABLE = 0.7  # share of a device's memory for parameters and caches; the rest is for prefill and fragmentation
 LANE_ROUNDS = 8  # clips that a slot captions, on average, while clips of other shapes wait
@@ -189,7 +189,9 @@ class _Lane(Generic[T]):
         return bool(self.requests)
 
     def admit(self, arrivals: "_Arrivals", shape: Shape) -> int:
-        """Prefill waiting clips once as many slots are free as are prefilled together, or after some dispatches.
+        """Prefill waiting clips once there are as many, and as many free slots, as are prefilled together.
+
+        Fewer are prefilled after some dispatches, and at once if no slot decodes: the cost is the same.
 
         Returns:
             The number of clips that were admitted.
@@ -198,14 +200,15 @@ class _Lane(Generic[T]):
             [slot for slot in range(self._per_shard) if self._in_slots[shard * self._per_shard + slot] is None]
             for shard in range(self._shards)
         ]
-        room = sum(min(self._together, len(one)) for one in free)
-        wanted = min(arrivals.waiting(shape), self._together * self._shards)
-        if room < wanted:
-            self._patience -= 1
-        if not room or not wanted or (room < wanted and self._patience > 0):
+        places = self._together * self._shards
+        count = min(places, arrivals.waiting(shape), sum(min(self._together, len(one)) for one in free))
+        if not count:
+            return 0
+        self._patience -= 1
+        if count < places and self.busy and self._patience > 0:
             return 0
         self._patience = PATIENCE
-        admitted = arrivals.take(shape, min(room, wanted))
+        admitted = arrivals.take(shape, count)
         index = np.full((self._shards, self._together), self._per_shard, np.int32)  # past the last slot: dropped
         which, numbers = np.zeros(index.size, np.int32), np.zeros(index.size, np.int32)
         counts = [0] * self._shards
@@ -216,7 +219,7 @@ class _Lane(Generic[T]):
             self._in_slots[shard * self._per_shard + slot] = request
             counts[shard] += 1
         clips = [request.row.clip for request in admitted]
-        clips += clips[-1:] * ((1 << (len(clips) - 1).bit_length()) - len(clips))  # few shapes: powers of two
+        clips += clips[-1:] * (min(places, arrivals.most) - len(clips))  # one shape, so one program
         clips, seed = stack(clips, self._shape), np.uint32(self._engine.seed)
         self._slots = programs.admit(
             self._slots, self._captioner.params, clips, which, seed, numbers, index, **self._options
@@ -247,6 +250,7 @@ class _Arrivals:
     def __init__(self, requests: Iterable[tuple[Any, Row | Exception, int]], shape: Shape | None) -> None:
         self._queue: queue.SimpleQueue = queue.SimpleQueue()
         self._shape, self._closed, self._ended = shape, threading.Event(), False
+        self.most = len(requests) if isinstance(requests, Sequence) else 2**31  # clips that can arrive
         self._errors: list[tuple[Any, Exception]] = []
         self._waiting: dict[Shape, deque[_Request]] = {}  # in the order of the oldest clip of each
         self._bytes, self._fewer = 0, threading.Condition()
