@@ -245,7 +245,10 @@ def test_mistakes_are_one_line(tmp_path, capsys):
     tour = [
         (["ugc-videocap", "--data", data], "--videos DIR is asked for"),
         (["ugc-videocap", "--data", data, "--videos", str(tmp_path)], "nor any other video"),
-        (["ugc-videocap", "--data", data, "--videos", str(tmp_path), "--shard", "3/2"], "--shard is '3/2'"),
+        (
+            ["ugc-videocap", "--data", data, "--videos", str(tmp_path), "--shard", "3/2"],
+            "--shard 3/2: not I/N with I from 0",
+        ),
         ([*with_captions, "--shard", "1/2"], "--shard is for"),
         ([*with_captions, "--judge", "http://localhost"], "--judge needs --judge-model"),
         ([*with_captions, "--judge", "localhost", "--judge-model", "m"], "the judge's URL"),
