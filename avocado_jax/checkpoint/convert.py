@@ -22,6 +22,7 @@ from avocado_jax.checkpoint.references import commit_of, located, run_path
 from avocado_jax.checkpoint.safetensors import SHARD_BYTES, Spec, Tensor, read_header, write_shards
 from avocado_jax.data import storage
 from avocado_jax.data.hub import Busy, hub_errors, quiet
+from avocado_jax.data.timeouts import retried
 from avocado_jax.errors import InputError
 from avocado_jax.models.config import Lora
 from avocado_jax.progress import progress
@@ -155,7 +156,7 @@ def push(folder: Path, name: str) -> str:
             done = api.upload_folder(repo_id=name, folder_path=folder, ignore_patterns=[MADE], delete_patterns=stale)
             return done.commit_url
 
-    return storage.retried(once, name, (Busy,), storage.PATIENCE)
+    return retried(once, name, (Busy,), storage.PATIENCE)
 
 
 def begin_run(

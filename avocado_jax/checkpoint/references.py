@@ -24,6 +24,7 @@ from etils import epath
 
 from avocado_jax.data import storage
 from avocado_jax.data.hub import Busy, hub_errors, quiet
+from avocado_jax.data.timeouts import retried
 from avocado_jax.errors import InputError
 
 HUB = re.compile(r"(?P<name>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>[^\s@]+))?")
@@ -150,7 +151,7 @@ def _snapshot(reference: str, tokenizer_only: bool) -> str:
                     name, revision=revision, allow_patterns=patterns, ignore_patterns=ignore
                 )
 
-        return Path(storage.retried(once, reference, (Busy,), storage.PATIENCE))
+        return Path(retried(once, reference, (Busy,), storage.PATIENCE))
 
     folder = download(TOKENIZER if tokenizer_only else SIDE_FILES, revision)
     if tokenizer_only:
@@ -195,7 +196,7 @@ def _download_all(reference: str, name: str, folder: Path, shards: list[str]) ->
             with hub_errors(reference):
                 _download(name, folder, shard)
 
-        storage.retried(once, f"{reference}: {shard}", (Busy,), storage.PATIENCE)
+        retried(once, f"{reference}: {shard}", (Busy,), storage.PATIENCE)
 
     with ThreadPoolExecutor(DOWNLOADS) as pool:
         list(pool.map(one, missing))

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 from avocado_jax.data import storage
 from avocado_jax.data.ranges import open_ranges
+from avocado_jax.data.timeouts import retried
 from avocado_jax.errors import InputError
 
 SOURCE = re.compile(r"hub:(?P<name>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>[^\s@]+))?")
@@ -45,7 +46,7 @@ class HubDataset(NamedTuple):
         where = f"hub:{self.name}@{self.commit}: {path}"
 
         def fetch(first: int, count: int) -> bytes:
-            return storage.retried(lambda: _range(self, path, first, count), where, (Busy,), storage.PATIENCE)
+            return retried(lambda: _range(self, path, first, count), where, (Busy,), storage.PATIENCE)
 
         return open_ranges(self.sizes[path], fetch)
 
@@ -71,7 +72,7 @@ def open_dataset(source: str) -> HubDataset:
             tree = api.list_repo_tree(name, recursive=True, revision=commit, repo_type="dataset")
             return HubDataset(name, commit, {entry.path: entry.size for entry in tree if isinstance(entry, RepoFile)})
 
-    return storage.retried(once, source, (Busy,), storage.PATIENCE)
+    return retried(once, source, (Busy,), storage.PATIENCE)
 
 
 def quiet() -> None:
@@ -107,7 +108,7 @@ def _range(dataset: HubDataset, path: str, start: int, count: int) -> bytes:
 
 
 class Busy(storage.StorageError):
-    """The hub answered that a later request may succeed. Raised to `storage.retried`, which names the place."""
+    """The hub answered that a later request may succeed. Raised to `retried`, which names the place."""
 
 
 @contextmanager

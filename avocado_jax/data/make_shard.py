@@ -23,6 +23,7 @@ from avocado_jax.data.media import Reading
 from avocado_jax.data.media_sources import Source
 from avocado_jax.data.reader import ClipReader
 from avocado_jax.data.records import Record, decoded, pack
+from avocado_jax.data.timeouts import within
 from avocado_jax.data.words import Words
 from avocado_jax.errors import InputError
 
@@ -195,7 +196,7 @@ def _read(
             record, media = Record(entry.fields, b"", name), reader.read(path, job.reading)
         else:
             read = (lambda: storage.read(path)) if local else (lambda: source.read(entry.video))
-            record = Record(entry.fields, storage.within(job.clip_seconds, read), name)
+            record = Record(entry.fields, within(job.clip_seconds, read), name)
             media = decoded(record, job.reading, reader.read)
     except InputError as error:
         raise InputError(str(error).removeprefix(f"{path}: ").removeprefix(f"{printable(path)}: ")) from error

@@ -13,7 +13,7 @@ class PatientRetry(Retry):
 
     The timeout of `Retry` starts with the request: a transfer that has taken longer when it breaks is not retried. Here
     the clock starts at the first failure, and again whenever `progress` has changed since. The library calls this once
-    for each request, and for each chunk of a resumable upload, so each has a clock of its own.
+    for each request, and for each chunk of a resumable upload: each starts a new clock.
     """
 
     def __init__(self, patience: float, progress: Callable[[], int] = lambda: 0) -> None:

@@ -16,6 +16,7 @@ from avocado_jax.data import storage
 from avocado_jax.data.index import COLUMNS, FORMAT, Index, dump_index, load_index, measured
 from avocado_jax.data.media import Reading, reading_fields
 from avocado_jax.data.records import Record, decoded, from_example, unpack
+from avocado_jax.data.timeouts import retried, within
 from avocado_jax.errors import InputError
 from avocado_jax.progress import progress
 
@@ -65,7 +66,7 @@ class Shards:
             StorageError: storage failed for as long as we were willing to try.
         """
         shard, position = int(self.index.shard[number]), int(self.index.position[number])
-        record = unpack(storage.retried(lambda: self._read(shard, position), self._name(shard), FAULTS, self._patience))
+        record = unpack(retried(lambda: self._read(shard, position), self._name(shard), FAULTS, self._patience))
         if record.fields["id"] != self.index.ids[number]:
             raise InputError(f"{self._name(shard)} holds {record.fields['id']} at {position}: not what the index says")
         return record
@@ -107,7 +108,7 @@ class Shards:
         held, path = self._shards[shard], self._name(shard)
         if self._cache and storage.is_remote(path):
             path = str(cached(path, held, self._cache))
-        reader = storage.within(self._patience, lambda: ArrayRecordReader(path, "readahead_buffer_size:0"))
+        reader = within(self._patience, lambda: ArrayRecordReader(path, "readahead_buffer_size:0"))
         if (found := reader.num_records()) != held.records:
             raise storage.StorageError(f"{found} records, where manifest.json says {held.records}")
         with self._lock:
@@ -210,7 +211,7 @@ class TfdsSource:
     def __getitem__(self, number: int) -> Record:
         """The record of this number in the index. Raises as `Shards` does."""
         where = f"{self._folder} ({self._split}) at {number}"
-        record = from_example(storage.retried(lambda: self._read(number), where, FAULTS, storage.PATIENCE))
+        record = from_example(retried(lambda: self._read(number), where, FAULTS, storage.PATIENCE))
         if self.index and record.fields["id"] != self.index.ids[number]:
             raise InputError(f"{where} holds {record.fields['id']}: not what was measured; empty the cache_dir")
         return record

@@ -16,11 +16,8 @@ import hashlib
 import io
 import mimetypes
 import os
-import queue
 import shutil
 import tempfile
-import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import lru_cache
@@ -28,6 +25,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from avocado_jax.data.storage_errors import StorageError, failure, local_errors
+from avocado_jax.data.timeouts import retried, within
 from avocado_jax.errors import InputError, first_line
 
 T = TypeVar("T")
@@ -46,50 +44,6 @@ def join(folder: str, name: str) -> str:
     if is_remote(name) or not folder:
         return name
     return f"{folder.rstrip('/')}/{name}" if is_remote(folder) else str(Path(folder) / name)
-
-
-def retried(call: Callable[[], T], what: str, transient: tuple[type[BaseException], ...], patience: float) -> T:
-    """Call until it succeeds, with waits of 0.1 s, 0.2 s, ... up to 10 s between attempts.
-
-    Raises:
-        StorageError: it still failed `patience` seconds after the first failure.
-    """
-    deadline, wait = 0.0, 0.1
-    while True:
-        try:
-            return call()
-        except transient as error:
-            deadline = deadline or time.monotonic() + patience
-            if time.monotonic() + wait > deadline:
-                raise StorageError(f"{what}: {first_line(error)}") from error
-            time.sleep(wait)
-            wait = min(2 * wait, 10.0)
-
-
-def within(seconds: float, call: Callable[[], T]) -> T:
-    """Run `call` in a thread of its own with a timeout.
-
-    Decoders and storage clients may hang in C code, which nothing can interrupt. Such a thread is abandoned.
-
-    Raises:
-        TimeoutError: it did not return in time.
-    """
-    answer: queue.SimpleQueue = queue.SimpleQueue()
-
-    def run() -> None:
-        try:
-            answer.put((call(), None))
-        except BaseException as error:  # re-raised in the caller's thread
-            answer.put((None, error))
-
-    threading.Thread(target=run, daemon=True).start()
-    try:
-        value, error = answer.get(timeout=seconds)
-    except queue.Empty:
-        raise TimeoutError(f"took longer than {seconds:g} s") from None
-    if error is not None:
-        raise error
-    return value
 
 
 def read(path: str) -> bytes:
@@ -347,7 +301,7 @@ def _client() -> Any:
     except google.auth.exceptions.GoogleAuthError as error:
         if named := os.environ.get("GOOGLE_APPLICATION_CREDENTIALS"):
             raise InputError(f"GOOGLE_APPLICATION_CREDENTIALS={named}: {first_line(error)}") from error
-        # array_record's client would wait for credentials; with an endpoint of its own it is anonymous.
+        # array_record's client would wait for credentials; with another endpoint it is anonymous.
         os.environ.setdefault("CLOUD_STORAGE_EMULATOR_ENDPOINT", "https://storage.googleapis.com")
         return storage.Client.create_anonymous_client()
     return storage.Client(project=project or "none", credentials=credentials)

@@ -251,6 +251,7 @@ class _Arrivals:
         self._queue: queue.SimpleQueue = queue.SimpleQueue()
         self._shape, self._closed, self._ended = shape, threading.Event(), False
         self.most = len(requests) if isinstance(requests, Sequence) else 2**31  # clips that can arrive
+        self._error: BaseException | None = None  # of the iterable
         self._errors: list[tuple[Any, Exception]] = []
         self._waiting: dict[Shape, deque[_Request]] = {}  # in the order of the oldest clip of each
         self._bytes, self._fewer = 0, threading.Condition()
@@ -273,7 +274,7 @@ class _Arrivals:
                     while bounded and self._bytes > WAITING_BYTES and not self._closed.is_set():
                         self._fewer.wait(1.0)
             self._queue.put(None)
-        except BaseException as error:  # raised again in the consumer's thread
+        except BaseException as error:  # raised in the consumer's thread, behind the captions of earlier clips
             self._queue.put(error)
 
     def receive(self, block: bool = False) -> None:
@@ -285,9 +286,7 @@ class _Arrivals:
                 return
             block = False
             if not isinstance(arrived, _Request):
-                self._ended = True
-                if arrived is not None:
-                    raise arrived
+                self._ended, self._error = True, arrived
             elif isinstance(arrived.row, Exception):
                 self._errors.append((arrived.item, arrived.row))
             else:
@@ -295,9 +294,13 @@ class _Arrivals:
                 self._waiting.setdefault(shape, deque()).append(arrived)
 
     def next_shape(self) -> bool:
-        """Wait for a clip, an error or the end. Returns whether it is not the end."""
+        """Wait for a clip, an error or the end. Returns whether it is not the end. Raises the error of the iterable."""
         self.receive(block=not self._waiting)
-        return bool(self._waiting or self._errors) or not self._ended
+        if self._waiting or self._errors or not self._ended:
+            return True
+        if self._error is not None:
+            raise self._error
+        return False
 
     def oldest(self) -> Shape | None:
         """The shape of the clip that has waited longest."""

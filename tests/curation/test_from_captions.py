@@ -61,14 +61,14 @@ def curate(capsys, manifest, out, url, *more):
     """Exit status, the counts, lines of the manifest and the rejects by id, and stderr."""
     given = ["--out", str(out), "--url", url, "--model", "m", "--patience", "60", "--json", *more]
     status = main(["curate", "--from-captions", str(manifest), *given])
-    said = capsys.readouterr()
+    printed = capsys.readouterr()
     written = [
         {line["id"]: line for line in map(json.loads, (out / name).read_text().splitlines())}
         if (out / name).exists()
         else {}
         for name in ("manifest.jsonl", "rejects.jsonl")
     ]
-    return status, json.loads(said.out) if said.out else None, *written, said.err
+    return status, json.loads(printed.out) if printed.out else None, *written, printed.err
 
 
 def check_rows(lines, names):
@@ -166,9 +166,9 @@ def test_the_budget_holds_over_all_runs(manifest, tmp_path, capsys):
     with chat_server(honest) as server:
         for _ in range(2):
             budget = ["--budget-calls", "5", "--concurrency", "1"]
-            status, counts, lines, _, said = curate(capsys, manifest, out, server.url, *budget)
+            status, counts, lines, _, stderr = curate(capsys, manifest, out, server.url, *budget)
             assert (status, len(server.requests), counts["calls"], counts["left"]) == (3, 5, 5, 2)
-            assert "the budget would be exceeded" in said
+            assert "the budget would be exceeded" in stderr
             check_rows(lines, NAMES[:2])
         status, counts, lines, _, _ = curate(capsys, manifest, out, server.url, "--budget-calls", "8")
         assert (status, len(server.requests)) == (0, 8)
@@ -203,18 +203,23 @@ def test_the_dry_run_bounds_what_is_spent(manifest, tmp_path, capsys):
 
     with chat_server(counting) as server:
         least = ["--answer-tokens", "300"]
-        _, told, *_ = curate(capsys, manifest, tmp_path / "out", server.url, "--dry-run", *least)
-        assert (told["captions"], told["complete"], told["calls"], told["calls_at_most"]) == (4, 0, 8, 24)
+        _, estimate, *_ = curate(capsys, manifest, tmp_path / "out", server.url, "--dry-run", *least)
+        assert (estimate["captions"], estimate["complete"], estimate["calls"], estimate["calls_at_most"]) == (
+            4,
+            0,
+            8,
+            24,
+        )
         assert not server.requests
         assert not (tmp_path / "out").exists()
-        budget = ["--budget-tokens", str(told["tokens_at_most"]), *least]
+        budget = ["--budget-tokens", str(estimate["tokens_at_most"]), *least]
         status, counts, *_ = curate(capsys, manifest, tmp_path / "out", server.url, *budget)
     assert (status, counts["tokens"]) == (0, sum(spent))
-    assert 0 < counts["tokens"] <= told["tokens_at_most"]
+    assert 0 < counts["tokens"] <= estimate["tokens_at_most"]
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         ([], "either videos or --from-captions"),
         (["MANIFEST", "--from-captions", "MANIFEST"], "either videos or --from-captions"),
@@ -224,13 +229,13 @@ def test_the_dry_run_bounds_what_is_spent(manifest, tmp_path, capsys):
         (["--from-captions", "OUT"], "would be overwritten"),
     ],
 )
-def test_bad_input_is_one_line(arguments, said, manifest, tmp_path, capsys):
+def test_bad_input_is_one_line(arguments, message, manifest, tmp_path, capsys):
     named = {"MANIFEST": manifest, "EMPTY": tmp_path / "empty", "OUT": tmp_path / "out" / "manifest.jsonl"}
     named["EMPTY"].write_text("\n")
     named["OUT"].parent.mkdir()
     shutil.copy(manifest, named["OUT"])
     given = ["--out", str(tmp_path / "out"), "--url", "http://127.0.0.1:9/v1", "--model", "m", "--patience", "0.5"]
     assert main(["curate", *given, *[str(named.get(one, one)) for one in arguments]]) == 2
-    told = capsys.readouterr()
-    assert said in told.err
-    assert len(told.err.splitlines()) == 1
+    printed = capsys.readouterr()
+    assert message in printed.err
+    assert len(printed.err.splitlines()) == 1

@@ -11,6 +11,7 @@ import pytest
 from google.auth.exceptions import DefaultCredentialsError
 
 from avocado_jax.data import storage
+from avocado_jax.data.timeouts import retried
 from avocado_jax.errors import InputError
 
 CHUNK = 256 * 1024
@@ -96,7 +97,7 @@ def test_the_patience_of_other_calls_starts_at_the_first_failure():
             raise ConnectionError
         return "content"
 
-    assert storage.retried(call, "name", (ConnectionError,), patience=0.2) == "content"
+    assert retried(call, "name", (ConnectionError,), patience=0.2) == "content"
 
 
 def test_a_download_resumes_while_it_makes_progress(proxy):

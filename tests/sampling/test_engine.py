@@ -178,13 +178,19 @@ def test_waiting_clips_are_bounded(rows, monkeypatch):
     arrivals.close()
 
 
-def test_an_error_of_the_requests_is_raised(captioner, rows):
+@pytest.mark.parametrize("error", [OSError("the disk is gone"), MemoryError("the disk is gone")])
+def test_an_error_of_the_requests_is_raised(captioner, rows, one_by_one, error):
+    """Behind the captions of the clips before it; also an error that the devices could have raised."""
+
     def requests():
         yield 0, rows[0], 0
-        raise OSError("the disk is gone")
+        raise error
 
-    with pytest.raises(OSError, match="the disk is gone"):
-        list(Engine(captioner, LENGTH, slots=2).run(requests()))
+    made = Engine(captioner, LENGTH, GREEDY, SEED, 2).run(requests())
+    item, tokens = next(made)
+    assert (item, tokens.tolist()) == (0, one_by_one[GREEDY][0])
+    with pytest.raises(type(error), match="the disk is gone"):
+        next(made)
 
 
 def test_slots_by_memory(captioner, rows):
