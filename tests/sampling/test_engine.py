@@ -100,18 +100,29 @@ def test_over_a_mesh(captioner, rows, one_by_one, sizes):
     assert run(divided, rows, range(len(rows)), 8) == dict(enumerate(one_by_one[GREEDY]))
 
 
-def test_a_finished_slot_is_refilled_while_others_decode(captioner, rows, one_by_one, monkeypatch):
-    """Decoding steps stay near the number of tokens over the number of slots."""
-    monkeypatch.setattr(programs, "STEPS", 4)
-    same = [i for i in range(len(rows)) if i % 2 == 0]  # of one shape
+@pytest.fixture
+def long_and_short(one_by_one, monkeypatch):
+    """Two clips of one shape: the caption of the first takes at least four times the dispatches of the second."""
+    monkeypatch.setattr(programs, "STEPS", 1)
+    monkeypatch.setattr(engine, "PATIENCE", 1)
+    jax.clear_caches()  # `STEPS` is a constant of the program
+    lengths = {i: len(tokens) for i, tokens in enumerate(one_by_one[GREEDY]) if i % 2 == 0}
+    long, short = max(lengths, key=lengths.get), min(lengths, key=lengths.get)
+    assert lengths[long] >= 4 * lengths[short]
+    yield long, short, lengths[long], lengths[short]
+    jax.clear_caches()
+
+
+def test_a_finished_slot_is_refilled_while_others_decode(captioner, rows, long_and_short, monkeypatch):
+    """One slot decodes the long caption, the other as many short ones as take the same time."""
+    long, short, many, few = long_and_short
     dispatches = []
     advance = engine._Lane.advance
-    monkeypatch.setattr(engine._Lane, "advance", lambda lane: (dispatches.append(len(lane._in_slots)), advance(lane)))
-    jax.clear_caches()
-    run(captioner, rows, same, 2)
-    jax.clear_caches()
-    tokens = sum(len(one_by_one[GREEDY][i]) for i in same)
-    assert tokens / 2 / 4 <= len(dispatches) < tokens / 2 / 4 + 2 * LENGTH / 4
+    monkeypatch.setattr(engine._Lane, "advance", lambda lane: (dispatches.append(1), advance(lane)))
+    order = [long] + [short] * (many // few)
+    made = list(Engine(captioner, LENGTH, GREEDY, SEED, 2).run([(i, rows[i], i) for i in order]))
+    assert len(made) == len(order)
+    assert many <= len(dispatches) <= many + 1
 
 
 def test_too_little_memory_halves_the_slots(captioner, rows, one_by_one, monkeypatch):
@@ -147,11 +158,14 @@ def test_other_errors_of_the_devices_are_raised(captioner, rows, monkeypatch):
         list(Engine(captioner, LENGTH, slots=2).run([(0, rows[0], 0)]))
 
 
-def test_a_clip_of_another_shape_does_not_wait_for_ever(captioner, rows, monkeypatch):
+def test_a_clip_of_another_shape_does_not_wait_for_ever(captioner, rows, long_and_short, monkeypatch):
+    """A lane that has captioned its share admits no more, although one of its slots is still busy."""
     monkeypatch.setattr(engine, "LANE_ROUNDS", 1)
-    order = [0, 1, 2, 4, 6, 8] * 2  # all but the second are of one shape
-    made = Engine(captioner, LENGTH, slots=2).run([(i, rows[i], i) for i in order])
-    assert [item for item, _ in made].index(1) < 6
+    long, short, *_ = long_and_short
+    order = [long, 1] + [short] * 8
+    made = [item for item, _ in Engine(captioner, LENGTH, GREEDY, SEED, 2).run([(i, rows[i], i) for i in order])]
+    assert len(made) == len(order)
+    assert made.index(1) == 2
 
 
 def test_waiting_clips_are_bounded(rows, monkeypatch):
