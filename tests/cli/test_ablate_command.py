@@ -57,7 +57,7 @@ def test_bad_input_is_one_line(capsys, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.slow
+@pytest.mark.soak  # fourteen runs
 def test_killed_and_finished(tmp_path):
     """Arms of a tiny model, killed in the middle of one: the same table as undisturbed, and nothing done twice."""
     script = ROOT / "launch" / "random_checkpoint.py"

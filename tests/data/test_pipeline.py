@@ -219,10 +219,10 @@ def test_leaving_early_ends_the_workers(source):
 
 
 @pytest.mark.slow
-def test_two_thousand_clips_each_once_whatever_the_hosts(tmp_path, monkeypatch):
+def test_each_clip_is_read_once_whatever_the_hosts(tmp_path, monkeypatch):
     """Two runs through an epoch of a bucket in pieces, each with other hosts and workers, one of them with faults."""
     (tmp_path / "clips-bucket").mkdir()
-    manifest = write_manifest(tmp_path / "local", 2000)
+    manifest = write_manifest(tmp_path / "local", 400)
     with gcs.storage_server(tmp_path) as port:
         proxy = gcs.Proxy(port)
         for name in ("STORAGE_EMULATOR_HOST", "CLOUD_STORAGE_EMULATOR_ENDPOINT"):
@@ -234,13 +234,13 @@ def test_two_thousand_clips_each_once_whatever_the_hosts(tmp_path, monkeypatch):
         plan = planned(source, asked, 6, 16)
         rng = np.random.default_rng(0)
         calm = _epoch_in_pieces(source, plan, asked, [(1, 0), (2, 1), (4, 0)], rng)
-        proxy.faulty, proxy.every = lambda method, path: "shard-" in path, 100
+        proxy.faulty, proxy.every = lambda method, path: "shard-" in path, 20
         assert calm == _epoch_in_pieces(source, plan, asked, [(4, 1), (1, 2), (2, 0)], rng)
         assert all(proxy.hits.values())
         proxy.close()
     storage._client.cache_clear()
     names = [name for _, rows in calm.values() for name, _ in rows if name]
-    assert len(names) == 2000
+    assert len(names) == 400
     assert sorted(names) == sorted(source.index.ids)
     for step, (bucket, rows) in calm.items():
         at = plan.step(step)

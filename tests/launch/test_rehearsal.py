@@ -61,7 +61,7 @@ def test_sft_goes_on_with_two_hosts_of_four(tmp_path):
     assert epochs.pop() > 0
 
 
-@pytest.mark.slow
+@pytest.mark.soak  # eight minutes
 def test_grpo_goes_on_with_two_hosts_of_four(tmp_path):
     found = rehearsed("grpo", tmp_path)
     assert re.search(r"step \d", found["log"])

@@ -70,19 +70,14 @@ def test_another_config_or_other_data_is_refused(runs):
     assert "did you mean batch?" in log
 
 
-@pytest.mark.parametrize(
-    ("cached", "kills"),
-    [
-        pytest.param(True, 3, marks=pytest.mark.slow),
-        pytest.param(True, 10, marks=pytest.mark.soak),
-        pytest.param(False, 10, marks=pytest.mark.soak),
-    ],
-)
-def test_killed_at_random_moments(runs, cached, kills):
+@pytest.mark.soak
+@pytest.mark.parametrize("cached", [True, False])
+def test_killed_at_random_moments(runs, cached):
     """SIGKILL and SIGTERM at moments drawn over the time of a run: in start-up, compilation, loop and saves."""
-    draw, name, done = random.Random(kills + cached), f"killed-{cached}-{kills}", 0
+    kills = 10
+    draw, name, done = random.Random(kills + cached), f"killed-{cached}", 0
     start = time.monotonic()
-    runs.finish(f"timed-{cached}-{kills}", cached=cached)
+    runs.finish(f"timed-{cached}", cached=cached)
     duration = time.monotonic() - start
     while done < kills:
         process = runs.start(name, cached=cached)
