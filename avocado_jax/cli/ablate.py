@@ -29,8 +29,8 @@ from avocado_jax.data import storage
 from avocado_jax.errors import InputError
 from avocado_jax.eval.ablation import PAPER, Arm, parse_arms, summary, table
 from avocado_jax.parallel.backend import use_gpu_memory
+from avocado_jax.parallel.compiled import use_cache
 from avocado_jax.rewards.combine import TERMS
-from avocado_jax.train.compiled import use_cache
 
 TOGETHER = 25  # held-out clips that are captioned at once
 

@@ -30,7 +30,7 @@ def run(args: argparse.Namespace) -> int:
         raise InputError(f"{args.config}: its config is of type {type(config).__name__}; grpo takes a GrpoConfig")
     configure_jax(args)
     with init_distributed(args.coordinator, args.processes, args.process, args.devices, config.timeouts):
-        from avocado_jax.train.compiled import use_cache  # after init_distributed: these may touch devices
+        from avocado_jax.parallel.compiled import use_cache  # after init_distributed: these may touch devices
         from avocado_jax.train.run_grpo import grpo
 
         use_cache(args.workdir)

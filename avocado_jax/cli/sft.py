@@ -65,7 +65,7 @@ def run(args: argparse.Namespace) -> int:
         raise InputError(f"{args.config}: a {type(config).__name__}; sft takes an SftConfig")
     configure_jax(args)
     with init_distributed(args.coordinator, args.processes, args.process, args.devices, config.timeouts):
-        from avocado_jax.train.compiled import use_cache  # after init_distributed: these may touch devices
+        from avocado_jax.parallel.compiled import use_cache  # after init_distributed: these may touch devices
         from avocado_jax.train.run import sft
 
         use_cache(args.workdir)

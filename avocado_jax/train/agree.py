@@ -19,9 +19,9 @@ from jax.sharding import Mesh
 from avocado_jax.data.pipeline import Batch, Recipe, empty_row
 from avocado_jax.data.plan import Bucket
 from avocado_jax.parallel.batches import prefetch_to_mesh, process_rows, rows_sharding
+from avocado_jax.parallel.compiled import Program
 from avocado_jax.parallel.mesh import ROWS
 from avocado_jax.parallel.replicas import observation_sharding, observe
-from avocado_jax.train.compiled import Program
 from avocado_jax.train.programs import by_rows
 from avocado_jax.typing import Array, Captions, Clip, Float, Int
 

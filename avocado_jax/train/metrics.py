@@ -20,7 +20,7 @@ import jax
 from avocado_jax.data import storage
 from avocado_jax.errors import InputError
 from avocado_jax.parallel.chips import CHIPS
-from avocado_jax.train.compiled import counts
+from avocado_jax.parallel.compiled import counts
 
 UPLOAD_SECONDS = 30.0  # between uploads of changed files to a bucket
 BOARD_SECONDS = 10  # between writes of TensorBoard's files

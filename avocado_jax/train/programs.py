@@ -15,8 +15,8 @@ from avocado_jax.data.plan import Bucket
 from avocado_jax.models.config import ThinkerConfig
 from avocado_jax.models.thinker import example
 from avocado_jax.parallel.batches import rows_sharding
+from avocado_jax.parallel.compiled import Program
 from avocado_jax.parallel.rules import shardings
-from avocado_jax.train.compiled import Program
 from avocado_jax.train.grpo import Experience, GrpoProgram, Scored
 from avocado_jax.train.rollout import VIEW_AXES, Rollout, cut
 

@@ -18,6 +18,7 @@ from avocado_jax.data.storage import StorageError
 from avocado_jax.errors import InputError
 from avocado_jax.parallel.backend import on_cpu
 from avocado_jax.parallel.batches import process_rows, rows_sharding
+from avocado_jax.parallel.compiled import Program
 from avocado_jax.parallel.replicas import observe, row_owners
 from avocado_jax.remote.chat import Endpoint
 from avocado_jax.rewards.combine import (
@@ -32,7 +33,6 @@ from avocado_jax.rewards.combine import (
 )
 from avocado_jax.rewards.text import limits_for
 from avocado_jax.rewards.vocabulary import make_table
-from avocado_jax.train.compiled import Program
 from avocado_jax.train.judges import Judge, open_judge
 from avocado_jax.train.programs import by_rows
 from avocado_jax.train.rollout import Rollout

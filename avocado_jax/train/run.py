@@ -32,12 +32,12 @@ from avocado_jax.models.flops import train_flops
 from avocado_jax.models.lora import add_adapters
 from avocado_jax.parallel.backend import use_exact_fp32
 from avocado_jax.parallel.batches import process_rows
+from avocado_jax.parallel.compiled import Program, compile_ahead, log_compilations
 from avocado_jax.parallel.mesh import make_mesh
 from avocado_jax.parallel.programs import bound_compiled_programs
 from avocado_jax.sampling.captioner import captioner_in_training
 from avocado_jax.sampling.engine import caption_records
 from avocado_jax.train.agree import agreed_batches, agreement
-from avocado_jax.train.compiled import Program, compile_ahead, log_compilations
 from avocado_jax.train.inputs import input_workers, open_source
 from avocado_jax.train.loop import Job, train
 from avocado_jax.train.metrics import Log

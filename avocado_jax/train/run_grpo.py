@@ -20,8 +20,8 @@ from avocado_jax.data.pipeline import Batch
 from avocado_jax.data.plan import Bucket
 from avocado_jax.models.flops import grpo_flops
 from avocado_jax.parallel.batches import rows_sharding
+from avocado_jax.parallel.compiled import Program
 from avocado_jax.sampling.captioner import banned_ids
-from avocado_jax.train.compiled import Program
 from avocado_jax.train.grpo import Experience, GrpoProgram, grpo_program
 from avocado_jax.train.objective import advantages, zero_variance
 from avocado_jax.train.phases import Phases

@@ -14,14 +14,15 @@ from jax.sharding import NamedSharding, PartitionSpec
 from processes import several
 
 from avocado_jax.config import SftConfig, load
-from avocado_jax.train import compiled, run
-from avocado_jax.train.compiled import Program, compile_ahead, counts
+from avocado_jax.parallel import compiled
+from avocado_jax.parallel.compiled import Program, compile_ahead, counts
+from avocado_jax.train import run
 from avocado_jax.train.rollout import fitting, widths
 
 CACHED = """
 import sys
 import jax, jax.numpy as jnp
-from avocado_jax.train.compiled import counts, use_cache
+from avocado_jax.parallel.compiled import counts, use_cache
 
 use_cache(sys.argv[1])
 jax.jit(lambda x: x @ x + 1)(jnp.ones((8, 8))).block_until_ready()
@@ -52,7 +53,7 @@ import os
 import numpy as np
 from jax._src import cache_key
 from jax.sharding import NamedSharding, PartitionSpec
-from avocado_jax.train.compiled import counts, use_cache
+from avocado_jax.parallel.compiled import counts, use_cache
 
 # The fingerprint of a CPU client differs between the processes of a job, and with it every key. On TPU it does not.
 cache_key._hash_accelerator_config = cache_key._hash_devices

@@ -28,7 +28,7 @@ def started(tmp_path, monkeypatch):
 
         monkeypatch.setenv("XLA_FLAGS", "--xla_dump_to=/nowhere")
         monkeypatch.setattr(f"avocado_jax.cli.{name}.init_distributed", init_distributed)
-        monkeypatch.setattr("avocado_jax.train.compiled.use_cache", lambda _: None)
+        monkeypatch.setattr("avocado_jax.parallel.compiled.use_cache", lambda _: None)
         module = importlib.import_module({"sft": "avocado_jax.train.run", "grpo": "avocado_jax.train.run_grpo"}[name])
         monkeypatch.setattr(module, name, record)
         kind = {"sft": "SftConfig", "grpo": "GrpoConfig"}[name]

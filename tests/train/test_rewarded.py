@@ -10,10 +10,10 @@ import pytest
 
 from avocado_jax.config import GrpoConfig, RewardConfig
 from avocado_jax.parallel.batches import rows_sharding
+from avocado_jax.parallel.compiled import Program
 from avocado_jax.parallel.mesh import make_mesh
 from avocado_jax.rewards.vocabulary import make_table
 from avocado_jax.train import rewards as run_rewards
-from avocado_jax.train.compiled import Program
 from avocado_jax.train.programs import StepShapes
 from avocado_jax.train.rewards import make_rewards
 from avocado_jax.train.rollout import Rollout

@@ -1,4 +1,4 @@
-"""Compiled programs: a persistent cache in the run folder, and compilation in threads before step 1.
+"""Compiled programs: a persistent cache, and compilation in threads before they are needed.
 
 XLA compiles outside the GIL, so programs are lowered one after the other and compiled in parallel. A later call of the
 jitted function with the same shapes and shardings reuses the executable; nothing is traced or compiled twice.
@@ -12,11 +12,10 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from functools import cache
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-
-from avocado_jax.data import storage
 
 THREADS = 16  # programs compiled at a time: one of a 7B model takes up to 4 GiB of the host's memory
 REPORT_SECONDS = 10.0
@@ -109,10 +108,24 @@ def use_cache(folder: str) -> None:
         return
     # jax reads and writes gs:// through gcsfs, which probes the bucket's kind for 12 to 90 s per operation by default.
     os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
-    jax.config.update("jax_compilation_cache_dir", storage.join(folder, "compiled"))
+    jax.config.update("jax_compilation_cache_dir", f"{folder.rstrip('/')}/compiled")
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     # XLA's own caches take local paths only, and their path would be part of every key.
     jax.config.update("jax_persistent_cache_enable_xla_caches", "none")
+
+
+def use_user_cache() -> None:
+    """`use_cache` in the user's cache folder: $XDG_CACHE_HOME/avocado, or ~/.cache/avocado.
+
+    A no-op where that folder cannot be written.
+    """
+    try:
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "avocado")
+        folder.mkdir(parents=True, exist_ok=True)
+    except (OSError, RuntimeError):  # no home, or one that is read-only
+        return
+    if os.access(folder, os.W_OK):
+        use_cache(str(folder))
 
 
 def compile_ahead(programs: Sequence[Program]) -> None:
