@@ -11,6 +11,7 @@ from avocado_jax.errors import report
 
 COMMANDS = {
     "caption": "caption video clips",
+    "serve": "serve captions over HTTP, in the protocol of OpenAI",
     "curate": "make a training manifest from raw videos with a model behind an endpoint",
     "prepare": "make training shards from a manifest of videos",
     "sft": "fine-tune a captioner on captions",

@@ -25,6 +25,7 @@ ALLOWED = {
     "train": {"sampling", "rewards", "remote", "checkpoint", "data", "world", "models", "parallel"},
     "eval": {"sampling", "rewards", "remote", "checkpoint", "data", "world", "models", "parallel"},
     "curation": {"sampling", "rewards", "remote", "checkpoint", "data", "world", "models", "parallel", "eval"},
+    "serving": {"sampling", "data"},
     "planning": {"train", "checkpoint", "data", "models", "parallel"},
     "cli": {
         "planning",
@@ -35,6 +36,7 @@ ALLOWED = {
         "rewards",
         "remote",
         "curation",
+        "serving",
         "checkpoint",
         "data",
         "world",

@@ -37,7 +37,7 @@ from avocado_jax.data.rows import Row
 from avocado_jax.data.shard import parse_shard
 from avocado_jax.data.storage import StorageError
 from avocado_jax.errors import InputError, first_line
-from avocado_jax.eval.captioner import computing_dtype, load_captioner
+from avocado_jax.eval.captioner import computing_dtype, load_captioner, parse_mesh
 from avocado_jax.parallel.backend import use_gpu_memory
 from avocado_jax.progress import progress
 from avocado_jax.sampling.captioner import Captioner, words
@@ -114,7 +114,7 @@ def run(args: argparse.Namespace) -> int:
             return 0
         engine = None
         if any(clip.may_exist() for _, clip in left):  # else no model is loaded
-            captioner = load_captioner(checkpoint, args.prompt, dtype, _mesh(args.mesh))._replace(reading=reading)
+            captioner = load_captioner(checkpoint, args.prompt, dtype, parse_mesh(args.mesh))._replace(reading=reading)
             memory = free_cache_bytes(captioner.params)
             memory = files.keep("cache_bytes", memory) if files else memory
             batch = files.options["batch"] if files else args.batch
@@ -146,16 +146,6 @@ def _check(args: argparse.Namespace) -> Sampling:
         if getattr(args, name) and not args.out:
             raise InputError(f"--{name.replace('_', '-')} needs --out")
     return sampling
-
-
-def _mesh(given: str | None) -> tuple[int, int] | None:
-    """(data, tensor) of --mesh."""
-    if given is None:
-        return None
-    data, _, tensor = given.partition(",")
-    if data.isdecimal() and tensor.isdecimal() and int(data) > 0 and int(tensor) > 0:
-        return int(data), int(tensor)
-    raise InputError(f"--mesh {given}: not DATA,TENSOR with two positive numbers")
 
 
 def _options(

@@ -62,7 +62,7 @@ def read_media(path: str | Path, reading: Reading = Reading(), sound: bool = Tru
         frames, times, warnings = _picture(path, packets, reading)
         samples = None
         if sound:
-            samples, heard = _sound(path, packets, times[0], reading)
+            samples, heard = read_sound(path, packets, times[0], reading)
             warnings += heard
         return Media(frames, samples, packets.seconds, np.array(times), tuple(warnings))
 
@@ -130,7 +130,7 @@ def _decode_by_time(
     for two thirds of the work in an ordinary h264 file.
     """
     times = [packets.times[index] for index in chosen]
-    wanted, found, fit = set(times), {}, _Fit(len(chosen), reading)
+    wanted, found, fit = set(times), {}, FrameFit(len(chosen), reading)
     with open_clip(path) as container:
         stream = video_stream(container)
         stream.thread_type = "SLICE"
@@ -167,7 +167,7 @@ def _decodable(path: Path, packets: Packets) -> tuple[list[int], int, list[float
 
 def _decode_in_order(path: Path, chosen: list[int], reading: Reading) -> list[np.ndarray]:
     """The frames with these numbers, in the order in which they are decoded."""
-    out, fit, wanted = {}, _Fit(len(chosen), reading), set(chosen)
+    out, fit, wanted = {}, FrameFit(len(chosen), reading), set(chosen)
     with open_clip(path) as container:
         for number, frame in enumerate(_Decoder(container, video_stream(container)).frames()):
             if number in wanted:
@@ -177,7 +177,7 @@ def _decode_in_order(path: Path, chosen: list[int], reading: Reading) -> list[np
     return [out[number] for number in chosen]
 
 
-class _Fit:
+class FrameFit:
     """Frames to upright RGB pictures of the clip's size, which its first frame decides."""
 
     def __init__(self, frames: int, reading: Reading) -> None:
@@ -227,7 +227,7 @@ class _Stretch:
         return self.start + self.length / self.rate
 
 
-def _sound(
+def read_sound(
     path: Path, packets: Packets, picture: float, reading: Reading
 ) -> tuple[Float[Array, "n"] | None, list[str]]:
     """The best audio stream as mono at `sound_rate`, and warnings; None where there is no stream, or nothing in it.

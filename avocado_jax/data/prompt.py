@@ -1,7 +1,7 @@
 """The chat prompt: what is asked about a clip, as token ids around the place where its media go."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -75,6 +75,20 @@ class Prompt(NamedTuple):
     after: list[int]
 
 
+class Turn(NamedTuple):
+    """A message of a conversation.
+
+    Attributes:
+        role: "system", "user" or "assistant".
+        text: all of its text; in the turn with the media, the text before them.
+        after: the text behind the media; None in all other turns.
+    """
+
+    role: str
+    text: str
+    after: str | None = None
+
+
 def load_tokenizer(folder: Path) -> Any:
     """The checkpoint's own fast tokenizer, from its files alone.
 
@@ -103,21 +117,31 @@ def record_prompt(tokenizer: Any, fields: Mapping[str, Any], question: str, habi
 
 
 def chat_prompt(tokenizer: Any, text: str, system: str = SYSTEM, media_first: bool = True) -> Prompt:
-    """Qwen's chat format: a system turn unless `system` is empty, and a user turn with media and question.
+    """One question about a clip: a system turn unless `system` is empty, and a user turn with media and question."""
+    asked = Turn("user", "", text) if media_first else Turn("user", text, "")
+    return conversation_prompt(tokenizer, [Turn("system", system), asked] if system else [asked])
 
-    Special tokens that are spelled out in `text` or `system` stay text.
+
+def conversation_prompt(tokenizer: Any, turns: Sequence[Turn]) -> Prompt:
+    """Turns in Qwen's chat format, and the opening of the answer.
+
+    Special tokens that are spelled out in a text stay text. Without a turn that has media, all ids are `before`.
     """
     start, end = (special_id(tokenizer, token) for token in ("<|im_start|>", "<|im_end|>"))
 
     def words(text: str) -> list[int]:
         return tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
 
-    line = words("\n")
-    opening = [start, *words(f"system\n{system}"), end, *line] if system else []
-    closing = [end, *line, start, *words("assistant\n")]
-    if media_first:
-        return Prompt([*opening, start, *words("user\n")], [*words(text), *closing])
-    return Prompt([*opening, start, *words(f"user\n{text}")], closing)
+    line, ids = words("\n"), Prompt([], [])
+    into = ids.before
+    for turn in turns:
+        into += [start, *words(f"{turn.role}\n{turn.text}")]
+        if turn.after is not None:
+            into = ids.after
+            into += words(turn.after)
+        into += [end, *line]
+    into += [start, *words("assistant\n")]
+    return ids
 
 
 def special_id(tokenizer: Any, token: str) -> int:

@@ -1,13 +1,14 @@
 """Clips are read in processes that may die: a decoder that crashes, hangs or exhausts memory costs one clip."""
 
 import contextlib
+import importlib
 import multiprocessing
 import os
 import queue
 import signal
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -46,20 +47,28 @@ class ClipReader:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the processes. Clips that are being read raise InputError; later ones start new processes."""
         for child in list(self._children):  # those that are reading too, so that no thread waits for them
             child.process.kill()
             child.process.join()
 
     def read(self, path: str | Path, reading: Reading = Reading(), sound: bool = True) -> Media:
         """`decode.read_media`. Raises InputError also for a clip that exceeds the deadline or kills its process."""
-        return self._call("read_media", path, reading, sound)
+        return self._call("decode.read_media", path, reading, sound)
+
+    def read_parts(self, pictures: Sequence[str], sound: str | None, reading: Reading = Reading()) -> Media:
+        """`parts.read_parts`. Raises as `read`."""
+        return self._call("parts.read_parts", pictures, sound, reading)
 
     def probe(self, path: str | Path, reading: Reading = Reading()) -> Any:
         """`decode.probe_media`. Raises as `read`."""
-        return self._call("probe_media", path, reading)
+        return self._call("decode.probe_media", path, reading)
 
-    def _call(self, function: str, path: str | Path, *args: Any) -> Any:
-        child = self._idle.get()
+    def _call(self, function: str, path: str | Path | Sequence[str], *args: Any) -> Any:
+        child, name = self._idle.get(), printable(path) if isinstance(path, str | Path) else "the clip"
         try:
             if child is None or not child.process.is_alive():
                 self._children.discard(child)
@@ -74,10 +83,10 @@ class ClipReader:
             code = child.process.exitcode if child else None
             child = None
             if isinstance(error, TimeoutError):
-                raise InputError(f"{printable(path)}: took longer than {self._seconds:g} s") from None
+                raise InputError(f"{name}: took longer than {self._seconds:g} s") from None
             if isinstance(error, EOFError | ConnectionError):
                 how = signal.Signals(-code).name if code is not None and code < 0 else f"exit status {code}"
-                raise InputError(f"{printable(path)}: the process that read it died ({how})") from None
+                raise InputError(f"{name}: the process that read it died ({how})") from None
             raise
         finally:
             self._idle.put(child)
@@ -128,7 +137,7 @@ class _Child:
         self.pipe.recv()
 
     def call(self, message: tuple[Any, ...], seconds: float) -> Any:
-        """The result, or the InputError, of one function of `decode`.
+        """The result, or the InputError, of one function of this package, MODULE.NAME.
 
         Raises:
             TimeoutError: there is none in time.
@@ -152,14 +161,15 @@ def _serve(pipe: Connection) -> None:
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
-    from avocado_jax.data import decode
+    import avocado_jax.data.decode  # noqa: F401  before the parent may send a clip, whose time is limited
 
     with contextlib.suppress(EOFError, ConnectionError):  # the parent has closed the pipe
         pipe.send(None)
         while True:
             function, *args = pipe.recv()
             try:
-                answer = getattr(decode, function)(*args)
+                module, _, name = function.partition(".")
+                answer = getattr(importlib.import_module(f"avocado_jax.data.{module}"), name)(*args)
             except InputError as error:
                 answer = error
             pipe.send(answer)

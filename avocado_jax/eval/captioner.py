@@ -79,6 +79,16 @@ def captioning_mesh(size: int, sizes: tuple[int, int] | None = None) -> Mesh | N
     return make_mesh(sizes[0], 1, sizes[1], devices=devices[: sizes[0] * sizes[1]])
 
 
+def parse_mesh(given: str | None) -> tuple[int, int] | None:
+    """(data, tensor) of --mesh. Raises InputError."""
+    if given is None:
+        return None
+    data, _, tensor = given.partition(",")
+    if data.isdecimal() and tensor.isdecimal() and int(data) > 0 and int(tensor) > 0:
+        return int(data), int(tensor)
+    raise InputError(f"--mesh {given}: not DATA,TENSOR with two positive numbers")
+
+
 def computing_dtype(asked: str | None) -> str:
     """What is computed in: as asked, else bfloat16 on accelerators and float32 on a CPU; float32 is then exact."""
     dtype = asked or ("float32" if jax.default_backend() == "cpu" else "bfloat16")

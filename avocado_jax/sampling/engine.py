@@ -12,7 +12,7 @@ import math
 import queue
 import threading
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import jax
@@ -50,6 +50,8 @@ class Engine(Generic[T]):
         cache_bytes: without `slots`: as many are decoded on each data shard as have caches of so many bytes on one
             device, at most `MOST_SLOTS`. None: `CPU_SLOTS`.
         shape: what all clips are padded to; None: each to its own sizes, rounded up.
+        drop: called after each dispatch with every request whose caption is unfinished, and the tokens so far. Where it
+            returns True, the slot becomes free, and nothing is yielded for this request.
     """
 
     def __init__(
@@ -61,12 +63,13 @@ class Engine(Generic[T]):
         slots: int | None = None,
         cache_bytes: int | None = None,
         shape: Shape | None = None,
+        drop: Callable[[T, Int[Array, "N"]], bool] | None = None,
     ) -> None:
         self.captioner, self.length, self.sampling, self.seed = captioner, length, sampling, seed
         sharding = jax.tree.leaves(captioner.params)[0].sharding
         self.mesh = sharding.mesh if isinstance(sharding, NamedSharding) else None
         self.shards = math.prod(self.mesh.shape[axis] for axis in ROWS) if self.mesh else 1
-        self._slots, self._cache_bytes, self._shape = slots, cache_bytes, shape
+        self._slots, self._cache_bytes, self._shape, self.drop = slots, cache_bytes, shape, drop
 
     def run(
         self, requests: Iterable[tuple[T, Row | Exception, int]]
@@ -233,14 +236,16 @@ class _Lane(Generic[T]):
         self._slots = programs.advance(self._slots, captioner.params, captioner.banned, **options)
 
     def finished(self) -> list[tuple[T, Int[Array, "N"]]]:
-        """The captions that have stopped; their slots become free."""
+        """The captions that have stopped; their slots become free, and those of requests that are dropped."""
+        drop = self._engine.drop
         stopped, steps = jax.device_get((self._slots.stopped, self._slots.step))
         done = [(slot, one) for slot, one in enumerate(self._in_slots) if one is not None and stopped[slot]]
-        if not done:
+        if not (done or drop):
             return []
         tokens = jax.device_get(self._slots.tokens)
-        for slot, _ in done:
-            self._in_slots[slot] = None
+        for slot, one in enumerate(self._in_slots):
+            if one is not None and (stopped[slot] or (drop and drop(one.item, tokens[slot, : steps[slot]]))):
+                self._in_slots[slot] = None
         return [(request.item, tokens[slot, : steps[slot]].copy()) for slot, request in done]
 
 

@@ -1,0 +1,313 @@
+"""The HTTP application: routes, limits, errors, streams."""
+
+import asyncio
+import hmac
+import json
+import tempfile
+import time
+import traceback
+import uuid
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
+from contextlib import AsyncExitStack, aclosing, suppress
+from dataclasses import dataclass
+from typing import IO, Any, Protocol, TypeVar
+
+from aiohttp import web
+
+from avocado_jax.data.container import printable
+from avocado_jax.data.media import Media, Reading
+from avocado_jax.data.prompt import Habits
+from avocado_jax.data.reader import ClipReader
+from avocado_jax.errors import InputError
+from avocado_jax.serving.metrics import Metrics
+from avocado_jax.serving.protocol import Answer, ApiError, Chat, Replies, parse_chat
+from avocado_jax.serving.sources import Sources, is_remote
+
+T = TypeVar("T")
+PARSED_AT_ONCE = 2  # bodies in memory: each takes a few times its size
+MEMORY_BYTES = 2**20  # of a body that is not kept on disk while it arrives
+BODY_SECONDS = 60.0  # for a body to arrive
+DISCONNECTED = 499
+
+
+class Backend(Protocol):
+    """What answers chats. Both methods raise ApiError."""
+
+    failed: asyncio.Event  # is set once it can answer no more
+
+    async def prepare(self, chat: Chat, media: Media | None) -> Any:
+        """Check a chat, and make of it what `answers` takes, without the media."""
+        ...
+
+    def answers(self, prepared: Any) -> AsyncGenerator[Answer, None]:
+        """The answer so far, each time that it has grown (for streams), and in the end the complete one."""
+        ...
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a server accepts.
+
+    Attributes:
+        requests: that are answered at once, waiting ones included; more are refused with status 429.
+        body_bytes: of a request.
+        seconds: for a request.
+        clip_seconds: the length of a clip.
+    """
+
+    requests: int = 64
+    body_bytes: int = 64 * 2**20
+    seconds: float = 600.0
+    clip_seconds: float = 600.0
+
+
+class Server:
+    """The server of one model.
+
+    Args:
+        name: of the model.
+        reader: reads clips in other processes.
+        reading: how clips are sampled.
+        habits: the question of requests without text, and the system message of requests without one.
+        key: that requests must send; None: none.
+    """
+
+    def __init__(
+        self,
+        backend: Backend,
+        name: str,
+        reader: ClipReader,
+        reading: Reading,
+        habits: Habits,
+        sources: Sources,
+        limits: Limits = Limits(),
+        key: str | None = None,
+    ) -> None:
+        self.backend, self.name, self.limits, self.metrics = backend, name, limits, Metrics()
+        self._reader, self._reading, self._habits, self._sources = reader, reading, habits, sources
+        self._key = key.encode() if key else None
+        self._active: set[asyncio.Timeout] = set()  # of requests that are being answered
+        self._parsing = asyncio.Semaphore(PARSED_AT_ONCE)
+        self._created, self._stopping = int(time.time()), False
+
+    def application(self) -> web.Application:
+        """The aiohttp application."""
+        app = web.Application(middlewares=[self._errors])
+        app.add_routes(
+            [
+                web.get("/health", self._health),
+                web.get("/metrics", self._metrics),
+                web.get("/v1/models", self._models),
+                web.get("/v1/models/{name:.+}", self._model),
+                web.post("/v1/chat/completions", self._chat),
+            ]
+        )
+        return app
+
+    def stop(self) -> None:
+        """End the requests that are being answered, with status 503."""
+        self._stopping = True
+        self._reader.close()
+        for deadline in self._active:
+            if not deadline.expired():
+                deadline.reschedule(asyncio.get_running_loop().time())
+
+    @web.middleware
+    async def _errors(
+        self, request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
+    ) -> web.StreamResponse:
+        """Check the key, and put every error into the protocol's form."""
+        try:
+            if self._key and request.path.startswith("/v1/"):
+                given = request.headers.get("Authorization", "").encode(errors="surrogateescape")
+                if not hmac.compare_digest(given, b"Bearer " + self._key):
+                    raise ApiError(401, "the API key is missing or wrong", "invalid_api_key")
+            return await handler(request)
+        except ApiError as error:
+            return _error_response(error)
+        except web.HTTPException as error:  # of the router
+            return _error_response(ApiError(error.status, f"{request.method} {request.path}: {error.reason}"))
+        except ConnectionError:
+            raise
+        except Exception as error:
+            traceback.print_exception(error)
+            return _error_response(ApiError(500, "internal error"))
+
+    async def _health(self, _: web.Request) -> web.Response:
+        if self.backend.failed.is_set():
+            raise ApiError(503, "the devices have failed")
+        return web.json_response({"status": "ok"})
+
+    async def _metrics(self, _: web.Request) -> web.Response:
+        text = self.metrics.text(len(self._active))
+        return web.Response(text=text, headers={"Content-Type": "text/plain; version=0.0.4; charset=utf-8"})
+
+    async def _models(self, _: web.Request) -> web.Response:
+        return web.json_response({"object": "list", "data": [self._described()]})
+
+    async def _model(self, request: web.Request) -> web.Response:
+        self._check_model(request.match_info["name"])
+        return web.json_response(self._described())
+
+    def _described(self) -> dict[str, Any]:
+        return {"id": self.name, "object": "model", "created": self._created, "owned_by": "avocado_jax"}
+
+    def _check_model(self, name: str) -> None:
+        if name != self.name:
+            raise ApiError(404, f"no model {name!r}; this server has {self.name!r}", "model_not_found", "model")
+
+    async def _chat(self, request: web.Request) -> web.StreamResponse:
+        begun, status = time.monotonic(), DISCONNECTED
+        try:
+            response = await self._admit(request)
+            status = response.get("status", response.status)
+            return response
+        except ApiError as error:
+            status = error.status
+            raise
+        except Exception:
+            status = 500
+            raise
+        finally:  # a cancelled handler has a client that disconnected
+            self.metrics.finished(status, time.monotonic() - begun)
+
+    async def _admit(self, request: web.Request) -> web.StreamResponse:
+        """Answer a chat within the limits of number and time."""
+        if len(self._active) >= self.limits.requests:
+            raise ApiError(429, f"{self.limits.requests} requests are being answered; try again", "queue_full")
+        stream = web.StreamResponse(headers={"Content-Type": "text/event-stream", "Cache-Control": "no-cache"})
+        deadline = asyncio.timeout(self.limits.seconds)
+        self._active.add(deadline)
+        try:
+            async with deadline:
+                return await self._answer(request, stream)
+        except (TimeoutError, ApiError) as raised:
+            error = raised if isinstance(raised, ApiError) else self._late()
+        finally:
+            self._active.discard(deadline)
+        if not stream.prepared:
+            raise error
+        stream["status"] = error.status  # in the metrics; the client has a status already
+        await _send(stream, error.body())
+        await stream.write_eof()
+        return stream
+
+    async def _answer(self, request: web.Request, stream: web.StreamResponse) -> web.StreamResponse:
+        """Answer a chat, as a stream if that is what it wants. A stream starts with the first tokens."""
+        chat, prepared, warnings = await self._received(request)
+        replies, sent, answer = Replies(uuid.uuid4().hex, self.name, warnings), "", Answer("", 0)
+        async with aclosing(self.backend.answers(prepared)) as answers:
+            async for answer in answers:
+                if not chat.request.stream:
+                    continue
+                if not stream.prepared:
+                    await stream.prepare(request)
+                    await _send(stream, replies.chunk({"role": "assistant", "content": ""}))
+                if new := grown(answer, sent):
+                    sent += new
+                    await _send(stream, replies.chunk({"content": new}))
+        self.metrics.prompt_tokens += answer.prompt_tokens
+        self.metrics.completion_tokens += answer.tokens
+        if not chat.request.stream:
+            return web.json_response(replies.completion(answer))
+        await _send(stream, replies.chunk({}, answer))
+        if chat.request.stream_options and chat.request.stream_options.include_usage:
+            await _send(stream, replies.usage(answer))
+        await stream.write(b"data: [DONE]\n\n")
+        await stream.write_eof()
+        return stream
+
+    def _late(self) -> ApiError:
+        if self._stopping:
+            return ApiError(503, "the server is stopping")
+        return ApiError(504, f"no answer within {self.limits.seconds:g} s", "timeout")
+
+    async def _received(self, request: web.Request) -> tuple[Chat, Any, tuple[str, ...]]:
+        """The chat of a request, what the backend made of it, and warnings of its clip."""
+        async with AsyncExitStack() as files:
+            with tempfile.SpooledTemporaryFile(MEMORY_BYTES) as body:
+                await self._receive(request, body)
+                async with self._parsing:
+                    chat = await asyncio.to_thread(self._parsed, body)
+                    paths = await self._opened(chat.urls, False, files)
+                    video, sound = bool(chat.video), bool(chat.sound)
+                    chat = chat._replace(video=None, images=(), sound=None)  # data URLs are large
+            paths = await self._opened(paths, True, files)
+            media = await _completed(asyncio.to_thread(self._read, paths, video, sound)) if paths else None
+        return chat, await self.backend.prepare(chat, media), media.warnings if media else ()
+
+    async def _receive(self, request: web.Request, body: IO[bytes]) -> None:
+        """Write the body of a request into a file."""
+        if request.content_type != "application/json":  # web pages cannot send it to another origin
+            raise ApiError(415, "Content-Type must be application/json")
+        limit, size = self.limits.body_bytes, request.content_length or 0
+        try:
+            async with asyncio.timeout(BODY_SECONDS):
+                if size <= limit:
+                    size = 0
+                    async for part in request.content.iter_any():
+                        size += len(part)
+                        if size > limit:
+                            break
+                        body.write(part)
+        except TimeoutError:
+            raise ApiError(408, f"the request did not arrive within {BODY_SECONDS:g} s") from None
+        if size > limit:
+            raise ApiError(413, f"the request has more than {limit} bytes", "request_too_large")
+        body.seek(0)
+
+    def _parsed(self, body: IO[bytes]) -> Chat:
+        chat = parse_chat(body.read(), self._habits.prompt, self._habits.system)
+        self._check_model(chat.request.model)
+        if len(chat.images) > self._reading.most_frames:
+            raise ApiError(400, f"more than {self._reading.most_frames} images")
+        return chat
+
+    async def _opened(self, urls: list[str], remote: bool, files: AsyncExitStack) -> list[str]:
+        """The URLs, those of one kind replaced by paths of open files."""
+        return [
+            await files.enter_async_context(self._sources.open(url)) if is_remote(url) == remote else url
+            for url in urls
+        ]
+
+    def _read(self, paths: list[str], video: bool, sound: bool) -> Media:
+        """Read a clip in another process."""
+        try:
+            if not video:
+                pictures = paths[: len(paths) - sound]
+                return self._reader.read_parts(pictures, paths[-1] if sound else None, self._reading)
+            seconds, limit = self._reader.probe(paths[0], self._reading).seconds, self.limits.clip_seconds
+            if seconds > limit:
+                raise ApiError(400, f"the clip is {seconds:.0f} s long; {limit:g} s are the most", "clip_too_long")
+            return self._reader.read(paths[0], self._reading)
+        except InputError as error:
+            message = str(error)
+            for path in paths:
+                message = message.replace(printable(path), "the clip")
+            raise ApiError(400, message, "invalid_clip") from None
+
+
+def grown(answer: Answer, sent: str) -> str:
+    """What an answer has beyond the text that is sent. A character whose bytes are not complete is held back."""
+    text = answer.text if answer.complete else answer.text.rstrip("\ufffd").rstrip()
+    return text[len(sent) :] if text.startswith(sent) or answer.complete else ""
+
+
+async def _completed(work: Coroutine[Any, Any, T]) -> T:
+    """Await work that uses open files. Cancelled, it is still awaited: a thread cannot be interrupted."""
+    task = asyncio.ensure_future(work)
+    try:
+        return await asyncio.shield(task)
+    except asyncio.CancelledError:
+        with suppress(Exception):
+            await task
+        raise
+
+
+async def _send(response: web.StreamResponse, event: dict[str, Any]) -> None:
+    await response.write(b"data: " + json.dumps(event).encode() + b"\n\n")
+
+
+def _error_response(error: ApiError) -> web.Response:
+    headers = {"Retry-After": "1"} if error.status in (429, 503) else None
+    return web.json_response(error.body(), status=error.status, headers=headers)

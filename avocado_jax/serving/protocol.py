@@ -1,0 +1,259 @@
+"""The OpenAI chat protocol: requests and their validation, answers, errors."""
+
+import math
+import time
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal, NamedTuple
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from avocado_jax.data.prompt import Turn
+
+MOST_MESSAGES = 64
+SYSTEM_ROLES = ("system", "developer")
+TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
+
+
+class ApiError(Exception):
+    """A request that fails: its HTTP status, and a message for the client."""
+
+    def __init__(self, status: int, message: str, code: str | None = None, param: str | None = None) -> None:
+        super().__init__(message)
+        self.status, self.code, self.param = status, code, param
+
+    def body(self) -> dict[str, Any]:
+        """The error in the protocol's form."""
+        kind = TYPES.get(self.status) or ("invalid_request_error" if self.status < 500 else "server_error")
+        return {"error": {"message": str(self), "type": kind, "param": self.param, "code": self.code}}
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(strict=True, allow_inf_nan=False)
+
+
+class Url(_Model):
+    """A data, file, http or https URL."""
+
+    url: str
+
+
+class Sound(_Model):
+    """A sound file in base64."""
+
+    data: str
+    format: Literal["wav", "mp3"]
+
+
+class TextPart(_Model):
+    """Text of a message."""
+
+    type: Literal["text"]
+    text: str
+
+
+class VideoPart(_Model):
+    """A clip."""
+
+    type: Literal["video_url"]
+    video_url: Url
+
+
+class ImagePart(_Model):
+    """A frame of a clip."""
+
+    type: Literal["image_url"]
+    image_url: Url
+
+
+class SoundPart(_Model):
+    """The sound of a clip."""
+
+    type: Literal["input_audio"]
+    input_audio: Sound
+
+
+Part = Annotated[TextPart | VideoPart | ImagePart | SoundPart, Field(discriminator="type")]
+
+
+class Message(_Model):
+    """One turn of a chat."""
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | list[Part]
+
+    def parts(self) -> list[Any]:
+        """The content as parts."""
+        return [TextPart(type="text", text=self.content)] if isinstance(self.content, str) else self.content
+
+
+class StreamOptions(_Model):
+    """What a stream contains beside the text."""
+
+    include_usage: bool = False
+
+
+class ChatRequest(_Model):
+    """The body of a request. Fields that are not listed are ignored."""
+
+    model: str
+    messages: list[Message] = Field(min_length=1, max_length=MOST_MESSAGES)
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    max_tokens: int | None = Field(None, ge=1)
+    max_completion_tokens: int | None = Field(None, ge=1)
+    temperature: float | None = Field(None, ge=0, le=2)
+    top_p: float | None = Field(None, gt=0, le=1)
+    top_k: int | None = Field(None, ge=0)
+    seed: int | None = None
+    # Accepted only with a value that changes nothing.
+    n: Any = None
+    stop: Any = None
+    tools: Any = None
+    functions: Any = None
+    logprobs: Any = None
+    logit_bias: Any = None
+    response_format: Any = None
+    frequency_penalty: Any = None
+    presence_penalty: Any = None
+
+
+NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "n": (None, 1),
+    "stop": (None, [], ""),
+    "tools": (None, []),
+    "functions": (None, []),
+    "logprobs": (None, False),
+    "logit_bias": (None, {}),
+    "response_format": (None, {"type": "text"}),
+    "frequency_penalty": (None, 0),
+    "presence_penalty": (None, 0),
+}
+
+
+class Chat(NamedTuple):
+    """A request whose media are not read yet.
+
+    Attributes:
+        turns: its messages; one of them has the media, if there are any.
+        video: URL of the clip, if it is given as one.
+        images: URLs of the frames of the clip, if it is given in parts.
+        sound: data URL of the sound of the clip, if it is given in parts.
+        limit: maximum number of tokens of the answer; None: the server's.
+        request: the fields of the request beside its messages.
+    """
+
+    turns: tuple[Turn, ...]
+    video: str | None
+    images: tuple[str, ...]
+    sound: str | None
+    limit: int | None
+    request: ChatRequest
+
+    @property
+    def urls(self) -> list[str]:
+        """The URLs of the media: of the clip; or of its frames, and of its sound."""
+        return [url for url in (self.video, *self.images, self.sound) if url is not None]
+
+
+def parse_chat(body: bytes, question: str, system: str) -> Chat:
+    """Validate the body of a request.
+
+    Args:
+        question: the text of a user message with media and without text.
+        system: the system message where there is none. An empty one removes it, here and in a request.
+
+    Raises:
+        ApiError: it is not a valid request, or contains what this server does not support.
+    """
+    try:
+        request = ChatRequest.model_validate_json(body)
+    except ValidationError as error:
+        first = error.errors(include_input=False, include_url=False)[0]
+        place = ".".join(map(str, first["loc"]))
+        raise ApiError(400, f"{place}: {first['msg']}" if place else first["msg"], param=place or None) from None
+    for name, values in NEUTRAL.items():
+        if getattr(request, name) not in values:
+            raise ApiError(400, f"{name} is not supported", "unsupported_parameter", name)
+    parts = [part for message in request.messages for part in message.parts()]
+    videos = [part.video_url.url for part in parts if isinstance(part, VideoPart)]
+    images = [part.image_url.url for part in parts if isinstance(part, ImagePart)]
+    sounds = [part.input_audio.data for part in parts if isinstance(part, SoundPart)]
+    if len(videos) > 1 or len(sounds) > 1 or (videos and (images or sounds)):
+        raise ApiError(400, "one clip a request: one video_url, or image_url parts (its frames) and one input_audio")
+    limits = [one for one in (request.max_completion_tokens, request.max_tokens) if one is not None]
+    return Chat(
+        tuple(turn for turn in _turns(request, question, system) if turn.role != "system" or turn.text),
+        videos[0] if videos else None,
+        tuple(images),
+        f"data:;base64,{sounds[0]}" if sounds else None,
+        min(limits) if limits else None,
+        request.model_copy(update={"messages": []}),
+    )
+
+
+def _turns(request: ChatRequest, question: str, system: str) -> Iterator[Turn]:
+    """The messages as turns. The media stand where the first of them does; text parts are joined by newlines."""
+    if not any(message.role in SYSTEM_ROLES for message in request.messages):
+        yield Turn("system", system)
+    placed = False
+    for number, message in enumerate(request.messages):
+        parts = message.parts()
+        texts: list[list[str]] = [[], []]
+        first = next((place for place, part in enumerate(parts) if not isinstance(part, TextPart)), None)
+        if first is not None and (message.role != "user" or placed):
+            place = f"messages.{number}"
+            raise ApiError(400, f"{place}: media must be in one user message", param=place)
+        for place, part in enumerate(parts):
+            if isinstance(part, TextPart):
+                texts[first is not None and place > first].append(part.text)
+        before, after = ("\n".join(one) for one in texts)
+        if first is None:
+            yield Turn("system" if message.role in SYSTEM_ROLES else message.role, before)
+        else:
+            placed = True
+            yield Turn("user", before, after if before or after else question)
+    if request.messages[-1].role != "user":
+        raise ApiError(400, "the last message must be the user's", param="messages")
+
+
+class Answer(NamedTuple):
+    """The answer of the model, complete or so far."""
+
+    text: str
+    tokens: int
+    truncated: bool = False  # the token limit came before the end
+    prompt_tokens: int = 0
+    complete: bool = False
+
+
+class Replies:
+    """The bodies of the answers to one request."""
+
+    def __init__(self, number: str, model: str, warnings: tuple[str, ...] = ()) -> None:
+        self._fields = {"id": f"chatcmpl-{number}", "created": math.floor(time.time()), "model": model}
+        self._warnings = {"warnings": list(warnings)} if warnings else {}
+
+    def completion(self, answer: Answer) -> dict[str, Any]:
+        """The complete answer."""
+        message = {"role": "assistant", "content": answer.text}
+        choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": _finish(answer)}
+        fields = {"choices": [choice], "usage": _usage(answer)}
+        return {**self._fields, "object": "chat.completion", **fields, **self._warnings}
+
+    def chunk(self, delta: dict[str, str], finished: Answer | None = None) -> dict[str, Any]:
+        """A part of a stream."""
+        choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finished and _finish(finished)}
+        return {**self._fields, "object": "chat.completion.chunk", "choices": [choice], **self._warnings}
+
+    def usage(self, answer: Answer) -> dict[str, Any]:
+        """The last part of a stream, with the number of tokens."""
+        return {**self._fields, "object": "chat.completion.chunk", "choices": [], "usage": _usage(answer)}
+
+
+def _finish(answer: Answer) -> str:
+    return "length" if answer.truncated else "stop"
+
+
+def _usage(answer: Answer) -> dict[str, int]:
+    total = answer.prompt_tokens + answer.tokens
+    return {"prompt_tokens": answer.prompt_tokens, "completion_tokens": answer.tokens, "total_tokens": total}
