@@ -10,6 +10,10 @@ REF is a checkpoint in Hugging Face format or a run folder, local or gs://, or O
 hub. Without --out captions go to the terminal; with --json as one object a clip, in input order: clip, caption,
 token_ids, prompt_ids, seconds, audio, truncated; or clip, error. Exit status: 1 if some clips failed, 2 if all did.
 
+Captions degrade for clips of more than about 100 s. --segments auto cuts clips of more than 100 s at scene changes
+into segments of about 60 s, and captions these: "caption" is their captions in order, "segments" lists start, end and
+caption of each. Without it, a clip of which frames or sound are left out is captioned with a warning.
+
 With --out, lines are appended to a file, or to captions-I-of-N.jsonl and rejects-I-of-N.jsonl in a folder or bucket.
 Run the same command again after a stop: finished clips are not captioned again. Exit status 0 once every clip has a
 caption or an error.
@@ -17,23 +21,22 @@ caption or an error.
 
 import argparse
 import json
-import os
 import sys
 import time
-import zlib
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
+
+import numpy as np
 
 from avocado_jax.checkpoint.load import Checkpoint, identity, named_checkpoint
 from avocado_jax.data.clips import ClipSource, list_clips
 from avocado_jax.data.container import printable
-from avocado_jax.data.media import Reading, load_reading
+from avocado_jax.data.media import load_reading
 from avocado_jax.data.prompt import read_prompts
-from avocado_jax.data.reader import CLIP_SECONDS, READERS, ClipReader, read_ahead
-from avocado_jax.data.rows import Row
+from avocado_jax.data.reader import CLIP_SECONDS, READERS, ClipReader
 from avocado_jax.data.shard import parse_shard
 from avocado_jax.data.storage import StorageError
 from avocado_jax.errors import InputError, first_line
@@ -44,7 +47,9 @@ from avocado_jax.sampling.captioner import Captioner, words
 from avocado_jax.sampling.engine import Engine, free_cache_bytes
 from avocado_jax.sampling.logits import Sampling
 from avocado_jax.sampling.outputs import CaptionFiles
+from avocado_jax.sampling.segments import Segment, Segments, caption_fields, digest, joined, read_segments
 
+SEGMENT_SECONDS = 60.0  # with `--segments auto`; the longest segment has 100 s, beyond which captions degrade
 SHOWN = 20  # failed clips that are printed one by one with --out
 
 
@@ -56,6 +61,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--no-audio", action="store_true", help="leave the sound out")
     parser.add_argument(
         "--align-sound", action="store_true", help="place late sound at its time (default: as the reference, from 0)"
+    )
+    parser.add_argument(
+        "--segments",
+        metavar="auto|S",
+        help=f"cut long clips at scene changes into segments of about S s (auto: {SEGMENT_SECONDS:g})",
     )
     parser.add_argument(
         "--clip-seconds", type=float, default=CLIP_SECONDS, metavar="S", help="to read one clip (default: %(default)g)"
@@ -100,7 +110,7 @@ def run(args: argparse.Namespace) -> int:
     reading = load_reading(checkpoint.side_files)
     reading = replace(reading, align_sound=reading.align_sound or args.align_sound)
     # By name, so that a file that is added between two starts does not move the others to other shards.
-    clips = [one for one in list_clips(args.inputs, args.manifest, reading) if _digest(one.name) % shard[1] == shard[0]]
+    clips = [one for one in list_clips(args.inputs, args.manifest, reading) if digest(one.name) % shard[1] == shard[0]]
     with ExitStack() as stack:
         files = None
         if args.out:
@@ -120,9 +130,10 @@ def run(args: argparse.Namespace) -> int:
             batch = files.options["batch"] if files else args.batch
             engine = Engine(captioner, args.max_new_tokens, sampling, args.seed, batch, memory)
         reader = stack.enter_context(ClipReader(READERS, args.clip_seconds))
-        requests = _requests(left, engine and engine.captioner, reading, reader, not args.no_audio, prompts)
+        how = Segments(reading, reader, not args.no_audio, prompts, _target(args.segments), _warn)
+        requests = read_segments(left, engine and engine.captioner, how)
         results = engine.run(requests) if engine else ((request, error) for request, error, _ in requests)
-        return _write(_in_order(results, [number for number, _ in left]), engine, args, files, len(left))
+        return _write(_in_order(joined(results), [number for number, _ in left]), engine, args, files, len(left))
 
 
 def _check(args: argparse.Namespace) -> Sampling:
@@ -142,10 +153,28 @@ def _check(args: argparse.Namespace) -> Sampling:
         raise InputError("--prompt and --prompt-file exclude each other")
     if not args.clip_seconds > 0:
         raise InputError(f"--clip-seconds: {args.clip_seconds:g} is not a positive number of seconds")
+    _target(args.segments)
     for name in ("ids", "retry_failed", "shard"):
         if getattr(args, name) and not args.out:
             raise InputError(f"--{name.replace('_', '-')} needs --out")
     return sampling
+
+
+def _target(given: str | None) -> float | None:
+    """The target length of segments, in seconds."""
+    if given is None or given == "auto":
+        return given and SEGMENT_SECONDS
+    try:
+        target = float(given)
+    except ValueError:
+        target = 0.0
+    if not 1 <= target < float("inf"):
+        raise InputError(f"--segments {given}: neither 'auto' nor a number of seconds from 1")
+    return target
+
+
+def _warn(clip: ClipSource, warning: str) -> None:
+    print(f"avocado caption: {printable(clip.name)}: warning: {warning}", file=sys.stderr)
 
 
 def _options(
@@ -155,9 +184,10 @@ def _options(
     return {
         "checkpoint": identity(checkpoint)[:16],
         "prompt": args.prompt,
-        "prompts": _digest("\n".join(prompts)),
+        "prompts": digest("\n".join(prompts)),
         "no_audio": args.no_audio,
         "align_sound": args.align_sound,
+        "segments": args.segments,
         "max_new_tokens": args.max_new_tokens,
         "temperature": sampling.temperature,
         "top_p": sampling.top_p,
@@ -168,61 +198,20 @@ def _options(
     }
 
 
-class _Request(NamedTuple):
-    """A clip that was read, or why it could not be."""
-
-    number: int  # in the order of the output
-    clip: ClipSource
-    prompt_ids: Any = ()
-    record: Mapping[str, Any] = {}
-
-
-def _requests(
-    clips: list[tuple[int, ClipSource]],
-    captioner: Captioner | None,
-    reading: Reading,
-    reader: ClipReader,
-    sound: bool,
-    prompts: tuple[str, ...],
-) -> Iterator[tuple[_Request, Row | Exception, int]]:
-    """Read the clips, several at once, and make their rows."""
-
-    def read(numbered: tuple[int, ClipSource]) -> tuple[Row, dict[str, Any]]:
-        clip = numbered[1]
-        media, fields = clip.read(reader, reading, sound)
-        for warning in media.warnings:
-            print(f"avocado caption: {printable(clip.name)}: warning: {warning}", file=sys.stderr)
-        if prompts:
-            fields = {"prompt": prompts[_digest(clip.name) % len(prompts)], **fields}
-        row = captioner.row(media, fields)
-        return row, {"seconds": round(media.seconds, 3), "audio": bool(len(row.clip.mel))}
-
-    for (number, clip), made in read_ahead(clips, read, READERS, 2 * READERS):
-        if isinstance(made, Exception):
-            yield _Request(number, clip), made, 0
-        else:
-            yield _Request(number, clip, made[0].prompt_ids, made[1]), made[0], _digest(clip.name) >> 1
-
-
-def _digest(name: str) -> int:
-    """Decides the draws of a clip, and its prompt, whatever its place in the list."""
-    return zlib.crc32(os.fsencode(name))
-
-
-def _in_order(results: Iterator[tuple[_Request, Any]], numbers: list[int]) -> Iterator[tuple[_Request, Any]]:
+def _in_order(results: Iterator[tuple[list[Segment], Any]], numbers: list[int]) -> Iterator[tuple[list[Segment], Any]]:
     """Results in the order of `numbers`."""
-    early: dict[int, tuple[_Request, Any]] = {}
+    early: dict[int, tuple[list[Segment], Any]] = {}
     order = iter(numbers)
     awaited = next(order)
-    for request, made in results:
-        early[request.number] = request, made
+    for segments, made in results:
+        early[segments[0].number] = segments, made
         while awaited in early:
             yield early.pop(awaited)
             awaited = next(order, -1)
 
 
 def _write(
-    made: Iterator[tuple[_Request, Any]],
+    made: Iterator[tuple[list[Segment], Any]],
     engine: Engine | None,
     args: argparse.Namespace,
     files: CaptionFiles | None,
@@ -230,8 +219,8 @@ def _write(
 ) -> int:
     """Write every result, and report them. Returns the exit status."""
     reasons, tokens, begun = Counter[str](), 0, time.monotonic()
-    for request, result in progress(made, "clips", total) if total > 1 else made:
-        name = request.clip.name
+    for segments, result in progress(made, "clips", total) if total > 1 else made:
+        name = segments[0].clip.name
         if isinstance(result, StorageError):  # it may pass: no verdict on the clip
             raise result
         if isinstance(result, Exception):
@@ -241,8 +230,8 @@ def _write(
             if not files or reasons.total() <= SHOWN:
                 print(f"avocado caption: {reason}", file=sys.stderr)
         else:
-            tokens += len(result)
-            record = _record(engine.captioner, request, result, args.ids if files else args.json)
+            tokens += sum(map(len, result))
+            record = _record(engine.captioner, segments, result, args.ids if files else args.json, bool(args.segments))
         if files:
             files.write(record)
         elif args.json:
@@ -256,15 +245,19 @@ def _write(
     return 0 if files or not failed else 2 if failed == total else 1
 
 
-def _record(captioner: Captioner, request: _Request, tokens: Any, ids: bool) -> dict[str, Any]:
-    with_ids = {"token_ids": tokens.tolist(), "prompt_ids": request.prompt_ids.tolist()} if ids else {}
-    truncated = int(tokens[-1]) not in captioner.stops
+def _record(
+    captioner: Captioner, segments: list[Segment], tokens: list[Any], ids: bool, in_segments: bool
+) -> dict[str, Any]:
+    """The output of a clip. Its caption and its ids are those of its segments, in order."""
+    captions = [words(captioner, one) for one in tokens]
+    with_ids = {"token_ids": np.concatenate(tokens).tolist()} if ids else {}
+    with_ids |= {"prompt_ids": np.concatenate([one.prompt_ids for one in segments]).tolist()} if ids else {}
     return {
-        "clip": request.clip.name,
-        "caption": words(captioner, tokens),
+        "clip": segments[0].clip.name,
+        "caption": "\n\n".join(caption for caption in captions if caption),
         **with_ids,
-        **request.record,
-        "truncated": truncated,
+        **(caption_fields(segments, captions) if in_segments else segments[0].record),
+        "truncated": any(int(one[-1]) not in captioner.stops for one in tokens),
     }
 
 

@@ -6,9 +6,9 @@ import json
 import mimetypes
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from avocado_jax.data import storage
 from avocado_jax.data.container import printable
@@ -19,6 +19,7 @@ from avocado_jax.data.records import decoded
 from avocado_jax.data.sources import Shards, open_shards
 from avocado_jax.errors import InputError
 
+T = TypeVar("T")
 WILDCARD = re.compile(r"[*?\[]")
 # Suffixes of clips in a folder beside those that are registered as video/*.
 SUFFIXES = {".mkv", ".ts", ".m2ts", ".mts", ".vob", ".flv", ".ogv", ".mxf", ".nut", ".y4m", ".rm", ".rmvb", ".divx"}
@@ -46,8 +47,10 @@ class ClipSource(NamedTuple):
         """Whether there may be something to read."""
         return not self.error and (not self.path or storage.is_remote(self.path) or os.path.exists(self.path))
 
-    def read(self, reader: ClipReader, reading: Reading, sound: bool = True) -> tuple[Media, Mapping[str, Any]]:
-        """The clip, and the fields that decide its prompt.
+    def read(
+        self, reader: ClipReader, reading: Reading, sound: bool = True, part: tuple[float, float] | None = None
+    ) -> tuple[Media, Mapping[str, Any]]:
+        """The clip, or the part of its file between two times, and the fields that decide its prompt.
 
         Raises:
             InputError: it cannot be read; the message starts with its name.
@@ -59,9 +62,18 @@ class ClipSource(NamedTuple):
             record = self.shards[self.record]
             media = decoded(record, reading, lambda path, reading: reader.read(path, reading, sound))
             return (media if sound else media._replace(samples=None)), prompt_fields(record.fields)
+        return self._with_file(lambda path: reader.read(path, reading, sound, part)), self.fields
+
+    def segments(self, reader: ClipReader, target: float) -> list[tuple[float, float]]:
+        """Start and end of each segment of the clip's file (`segments.find_segments`). Raises as `read`."""
+        if self.error:
+            raise InputError(f"{printable(self.name)}: {self.error}")
+        return self._with_file(lambda path: reader.segments(path, target))
+
+    def _with_file(self, call: Callable[[str], T]) -> T:
         with storage.here(self.path) as local:
             try:
-                return reader.read(local, reading, sound), self.fields
+                return call(local)
             except InputError as error:
                 raise InputError(str(error).replace(printable(local), printable(self.name))) from error
 

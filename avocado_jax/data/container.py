@@ -189,10 +189,31 @@ class Packets(NamedTuple):
     origin: float  # seconds at which the first of picture and sound starts
     seconds: float  # from there to the end of both
     rate: float  # frames a second
+    tick: float = 0.0  # seconds, of `times` and `keys`
+    keys: tuple[int, ...] = ()  # presentation times of key frames
+    first_key: int | None = None  # of a part of a clip: the key frame from which on it is decoded
 
     def time(self, ticks: int, tick: float) -> float:
         """Seconds since the clip's beginning."""
         return ticks * tick - self.origin
+
+    def part(self, start: float, end: float) -> "Packets":
+        """The frames from `start` to before `end`, with times that count from `start`.
+
+        Raises:
+            InputError: there are none.
+        """
+        times = [one for one in self.times or () if start <= self.time(one, self.tick) < end]
+        if not times:
+            raise InputError(f"no frame whose time is known from {start:.2f} to {end:.2f} s")
+        return self._replace(
+            frames=len(times),
+            missing=0,
+            times=times,
+            origin=self.origin + start,
+            seconds=min(end, self.seconds) - start,
+            first_key=max((key for key in self.keys if key <= times[0]), default=min(self.keys, default=times[0])),
+        )
 
 
 def scan(path: Path) -> Packets:
@@ -203,7 +224,7 @@ def scan(path: Path) -> Packets:
     """
     with open_clip(path) as container:
         stream = video_stream(container)
-        rate, frames, times = frame_rate(stream), 0, []
+        rate, frames, times, keys = frame_rate(stream), 0, [], []
         last = skipped = read = 0  # bytes
         reach = 0.0  # the latest time of any stream
         spans: dict[int, list[float]] = {}
@@ -223,6 +244,8 @@ def scan(path: Path) -> Packets:
                 if picture:
                     frames += 1
                     times.append(packet.pts)
+                    if packet.is_keyframe and packet.pts is not None:
+                        keys.append(packet.pts)
                 if packet.pts is not None and (picture or packet.stream.type == "audio"):
                     tick, span = float(packet.time_base), spans.setdefault(packet.stream_index, [float("inf"), 0.0])
                     length = packet.duration * tick if packet.duration else picture / rate
@@ -253,7 +276,8 @@ def scan(path: Path) -> Packets:
             )
         seconds = stated if abs(stated - (end - origin)) < 0.1 else end - origin  # last packets are filled up
         known = None not in times and len(set(times)) == frames
-        return Packets(frames, missing, sorted(times) if known else None, origin, seconds, rate)
+        tick = float(stream.time_base)
+        return Packets(frames, missing, sorted(times) if known else None, origin, seconds, rate, tick, tuple(keys))
 
 
 def _lost(

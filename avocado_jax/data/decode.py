@@ -1,6 +1,7 @@
 """A clip's file to arrays, with PyAV."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
@@ -26,6 +27,7 @@ from avocado_jax.typing import Array, Float, Shaped
 
 OFFSET = 0.1  # seconds between where sound is and where it is expected, from which on it counts as displaced
 EARLY = 1.0  # seconds that the times of sound may lag behind its samples: some containers interpolate them
+BEFORE = 1.0  # seconds of sound before a part of a clip that are decoded and not used
 TAIL = 2  # packets at the end of a stream that may yield no picture
 
 
@@ -47,10 +49,15 @@ def probe_media(path: str | Path, reading: Reading = Reading()) -> Probe:
         return Probe(packets.seconds, len(_chosen(packets.frames, packets.rate, reading)), sound)
 
 
-def read_media(path: str | Path, reading: Reading = Reading(), sound: bool = True) -> Media:
+def read_media(
+    path: str | Path, reading: Reading = Reading(), sound: bool = True, part: tuple[float, float] | None = None
+) -> Media:
     """Read a clip: chosen frames, upright and resized, and its sound if there is any and it is wanted.
 
     A clip with little damage is read, and `warnings` states what is lost.
+
+    Args:
+        part: start and end, in seconds; None: all of the clip. The sound of a part is placed at its time.
 
     Raises:
         InputError: one line with the path and the reason: missing, empty, not a video, no picture, cut
@@ -59,6 +66,8 @@ def read_media(path: str | Path, reading: Reading = Reading(), sound: bool = Tru
     path = Path(path)
     with one_line(path):
         packets = scan(path)
+        if part is not None:
+            packets, reading = packets.part(*part), replace(reading, align_sound=True)
         frames, times, warnings = _picture(path, packets, reading)
         samples = None
         if sound:
@@ -67,7 +76,7 @@ def read_media(path: str | Path, reading: Reading = Reading(), sound: bool = Tru
         return Media(frames, samples, packets.seconds, np.array(times), tuple(warnings))
 
 
-class _Decoder:
+class PacketDecoder:
     """Decodes one stream of a clip, past packets that cannot be decoded.
 
     Attributes:
@@ -78,10 +87,21 @@ class _Decoder:
         self._container, self._stream = container, stream
         self.packets = self.failed = 0
 
-    def frames(self, wanted: set[int] | None = None) -> Iterator[av.VideoFrame | av.AudioFrame]:
-        """All frames in order of presentation; with `wanted`, only what these times need is decoded."""
+    def frames(
+        self, wanted: set[int] | None = None, first_key: int | None = None
+    ) -> Iterator[av.VideoFrame | av.AudioFrame]:
+        """All frames in order of presentation.
+
+        Args:
+            wanted: times; only what these need is decoded.
+            first_key: decode from the first key frame on that has this time or a later one.
+        """
         context = self._stream.codec_context
         for packet in Clock(self._container).packets(self._container, self._stream):
+            if first_key is not None:
+                if not packet.is_keyframe or packet.pts is None or packet.pts < first_key:
+                    continue
+                first_key = None
             if wanted is not None:
                 needed = packet.pts is None or packet.pts in wanted
                 context.skip_frame = "DEFAULT" if needed else "NONREF"
@@ -134,8 +154,8 @@ def _decode_by_time(
     with open_clip(path) as container:
         stream = video_stream(container)
         stream.thread_type = "SLICE"
-        decoder, tick = _Decoder(container, stream), float(stream.time_base)
-        for frame in decoder.frames(wanted):
+        decoder, tick = PacketDecoder(container, stream), float(stream.time_base)
+        for frame in decoder.frames(wanted, packets.first_key):
             if frame.pts in wanted and not frame.is_corrupt:
                 found[frame.pts] = fit(frame)
             if len(found) == len(wanted) or decoder.failed:
@@ -147,20 +167,24 @@ def _decode_by_time(
 
 def _decodable(path: Path, packets: Packets) -> tuple[list[int], int, list[float]]:
     """Decode everything. Returns the numbers of the good frames, how many frames are lost, and the times of all."""
-    good, times, corrupt, fields = [], [], 0, False
+    good, times, corrupt, outside, fields = [], [], 0, 0, False
     with open_clip(path) as container:
         stream = video_stream(container)
-        decoder, tick = _Decoder(container, stream), float(stream.time_base)
+        decoder, tick = PacketDecoder(container, stream), float(stream.time_base)
         for number, frame in enumerate(decoder.frames()):
             time = number / packets.rate if frame.pts is None else packets.time(frame.pts, tick)
             times.append(time)
+            if packets.first_key is not None and not 0 <= time < packets.seconds:
+                outside += 1
+                continue
             fields = fields or frame.interlaced_frame
             if frame.is_corrupt:
                 corrupt += 1
             else:
                 good.append(number)
-    absent = packets.frames - len(times)
-    if absent <= TAIL or (fields and len(times) >= packets.frames // 2 - TAIL):  # two fields make one frame
+    found = len(times) - outside
+    absent = packets.frames - found
+    if absent <= TAIL or (fields and found >= packets.frames // 2 - TAIL):  # two fields make one frame
         absent = 0
     return good, max(absent, decoder.failed) + corrupt, times
 
@@ -169,7 +193,7 @@ def _decode_in_order(path: Path, chosen: list[int], reading: Reading) -> list[np
     """The frames with these numbers, in the order in which they are decoded."""
     out, fit, wanted = {}, FrameFit(len(chosen), reading), set(chosen)
     with open_clip(path) as container:
-        for number, frame in enumerate(_Decoder(container, video_stream(container)).frames()):
+        for number, frame in enumerate(PacketDecoder(container, video_stream(container)).frames()):
             if number in wanted:
                 out[number] = fit(frame)
                 if len(out) == len(wanted):
@@ -242,10 +266,15 @@ def read_sound(
             return None, []
         if stream.codec_context is None:
             raise InputError("its sound is in a format that cannot be decoded")
-        stretches, length, decoder, more = [], 0.0, _Decoder(container, stream), False
-        for frame in decoder.frames():
+        stretches, length, decoder, more = [], 0.0, PacketDecoder(container, stream), False
+        inside, tick = packets.first_key is not None, float(stream.time_base)
+        for frame in decoder.frames(first_key=round((packets.origin - BEFORE) / tick) if inside else None):
             expected = stretches[-1].end if stretches else 0.0
-            start = expected if frame.pts is None else packets.time(frame.pts, float(stream.time_base))
+            start = expected if frame.pts is None else packets.time(frame.pts, tick)
+            if inside and start + frame.samples / frame.sample_rate <= 0:
+                continue
+            if inside and start >= packets.seconds:
+                break
             if not stretches or frame.sample_rate != stretches[-1].rate or not -EARLY <= start - expected <= OFFSET:
                 stretches.append(_Stretch(start, frame.sample_rate))
             stretches[-1].blocks.append(_mono(frame))
@@ -266,12 +295,13 @@ def read_sound(
     warnings += _displaced(stretches, picture)
     parts = _resampled(stretches, reading)
     if reading.align_sound:
-        mono = np.zeros(max(place + len(part) for place, part in parts), np.float32)
+        mono = np.zeros(max(0, *(place + len(part) for place, part in parts)), np.float32)
         for place, part in parts:
-            mono[max(0, place) : place + len(part)] = part[max(0, -place) :]
+            mono[max(0, place) : max(0, place + len(part))] = part[max(0, -place) :]
     else:
         mono = np.concatenate([part for _, part in parts])
-    return mono[: reading.sound_seconds * reading.sound_rate], warnings
+    seconds = min(packets.seconds, reading.sound_seconds) if inside else reading.sound_seconds
+    return mono[: round(seconds * reading.sound_rate)], warnings
 
 
 def _mono(frame: av.AudioFrame) -> Float[Array, "n"]:

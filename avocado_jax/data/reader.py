@@ -55,13 +55,23 @@ class ClipReader:
             child.process.kill()
             child.process.join()
 
-    def read(self, path: str | Path, reading: Reading = Reading(), sound: bool = True) -> Media:
+    def read(
+        self,
+        path: str | Path,
+        reading: Reading = Reading(),
+        sound: bool = True,
+        part: tuple[float, float] | None = None,
+    ) -> Media:
         """`decode.read_media`. Raises InputError also for a clip that exceeds the deadline or kills its process."""
-        return self._call("decode.read_media", path, reading, sound)
+        return self._call("decode.read_media", path, reading, sound, part)
 
     def read_parts(self, pictures: Sequence[str], sound: str | None, reading: Reading = Reading()) -> Media:
         """`parts.read_parts`. Raises as `read`."""
         return self._call("parts.read_parts", pictures, sound, reading)
+
+    def segments(self, path: str | Path, target: float) -> list[tuple[float, float]]:
+        """`segments.find_segments`. Raises as `read`."""
+        return self._call("segments.find_segments", path, target)
 
     def probe(self, path: str | Path, reading: Reading = Reading()) -> Any:
         """`decode.probe_media`. Raises as `read`."""

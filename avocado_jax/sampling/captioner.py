@@ -16,6 +16,8 @@ from avocado_jax.models.config import ThinkerConfig, computed
 from avocado_jax.sampling.weights import decoding_weights
 from avocado_jax.typing import Array, Bool, Int
 
+CONTEXT = 32_768  # tokens of a prompt that Qwen2.5-Omni was trained with
+
 
 class Captioner(NamedTuple):
     """Everything that captioning needs."""
@@ -90,6 +92,17 @@ def banned_ids(config: ThinkerConfig, tokenizer: Words, stops: tuple[int, ...]) 
     banned[[i for i in (*tokenizer.special_ids(), *media) if i < config.text.vocab]] = True
     banned[list(stops)] = False
     return banned
+
+
+def clip_warnings(media: Media, row: Row, reading: Reading) -> list[str]:
+    """What of a clip is lost or not used, and what the model was not trained with."""
+    warnings, frames, tokens = list(media.warnings), len(media.frames), len(row.prompt_ids)
+    if frames >= reading.most_frames and media.seconds * reading.fps > frames + reading.fps:
+        skipped = 1 - frames / (media.seconds * reading.fps)
+        warnings.append(f"only {frames} frames of its {media.seconds:.0f} s are used, {skipped:.0%} fewer than usual")
+    if tokens > CONTEXT:
+        warnings.append(f"its prompt has {tokens} tokens, the model was trained with at most {CONTEXT}")
+    return warnings
 
 
 def words(captioner: Captioner, tokens: Int[Array, "C"]) -> str:

@@ -50,8 +50,9 @@ class Engine(Generic[T]):
         cache_bytes: without `slots`: as many are decoded on each data shard as have caches of so many bytes on one
             device, at most `MOST_SLOTS`. None: `CPU_SLOTS`.
         shape: what all clips are padded to; None: each to its own sizes, rounded up.
-        drop: called after each dispatch with every request whose caption is unfinished, and the tokens so far. Where it
-            returns True, the slot becomes free, and nothing is yielded for this request.
+        drop: called with every request before it is admitted, and after each dispatch with those whose caption is
+            unfinished, and with the tokens so far. Where it returns True, nothing is yielded for this request, and its
+            slot is free.
     """
 
     def __init__(
@@ -211,7 +212,10 @@ class _Lane(Generic[T]):
         if count < places and self.busy and self._patience > 0:
             return 0
         self._patience = PATIENCE
-        admitted = arrivals.take(shape, count)
+        drop, none = self._engine.drop, np.zeros(0, np.int32)
+        admitted = [one for one in arrivals.take(shape, count) if not (drop and drop(one.item, none))]
+        if not admitted:
+            return 0
         index = np.full((self._shards, self._together), self._per_shard, np.int32)  # past the last slot: dropped
         which, numbers = np.zeros(index.size, np.int32), np.zeros(index.size, np.int32)
         counts = [0] * self._shards

@@ -35,8 +35,8 @@ class Backend(Protocol):
 
     failed: asyncio.Event  # is set once it can answer no more
 
-    async def prepare(self, chat: Chat, media: Media | None) -> Any:
-        """Check a chat, and make of it what `answers` takes, without the media."""
+    async def prepare(self, chat: Chat, media: Media | None) -> tuple[Any, list[str]]:
+        """Check a chat, and make of it what `answers` takes, without the media; and warnings about its clip."""
         ...
 
     def answers(self, prepared: Any) -> AsyncGenerator[Answer, None]:
@@ -222,8 +222,8 @@ class Server:
             return ApiError(503, "the server is stopping")
         return ApiError(504, f"no answer within {self.limits.seconds:g} s", "timeout")
 
-    async def _received(self, request: web.Request) -> tuple[Chat, Any, tuple[str, ...]]:
-        """The chat of a request, what the backend made of it, and warnings of its clip."""
+    async def _received(self, request: web.Request) -> tuple[Chat, Any, list[str]]:
+        """The chat of a request, what the backend made of it, and warnings about its clip."""
         async with AsyncExitStack() as files:
             with tempfile.SpooledTemporaryFile(MEMORY_BYTES) as body:
                 await self._receive(request, body)
@@ -234,7 +234,7 @@ class Server:
                     chat = chat._replace(video=None, images=(), sound=None)  # data URLs are large
             paths = await self._opened(paths, True, files)
             media = await _completed(asyncio.to_thread(self._read, paths, video, sound)) if paths else None
-        return chat, await self.backend.prepare(chat, media), media.warnings if media else ()
+        return chat, *await self.backend.prepare(chat, media)
 
     async def _receive(self, request: web.Request, body: IO[bytes]) -> None:
         """Write the body of a request into a file."""

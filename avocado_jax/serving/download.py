@@ -1,6 +1,7 @@
 """Downloads of clips that clients name: from public addresses only, within limits of size and time."""
 
 import asyncio
+import errno
 import ipaddress
 import socket
 from typing import IO, Any
@@ -44,7 +45,7 @@ class _Refused(OSError):
     """A private address. An OSError, so that the other addresses of a name are tried."""
 
     def __init__(self) -> None:
-        super().__init__("the address is not public")
+        super().__init__(errno.EACCES, "the address is not public")
 
 
 async def download(url: str, file: IO[bytes], limit: int, seconds: float) -> None:

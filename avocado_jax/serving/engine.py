@@ -12,7 +12,7 @@ from avocado_jax.data.media import Media
 from avocado_jax.data.prompt import conversation_prompt
 from avocado_jax.data.rows import Row, make_row, text_row
 from avocado_jax.errors import InputError
-from avocado_jax.sampling.captioner import Captioner, words
+from avocado_jax.sampling.captioner import Captioner, clip_warnings, words
 from avocado_jax.sampling.engine import Engine
 from avocado_jax.sampling.logits import Sampling
 from avocado_jax.serving.protocol import Answer, ApiError, Chat
@@ -94,14 +94,15 @@ class EngineBackend:
         self._thread.join(seconds)
         return not self._thread.is_alive()
 
-    async def prepare(self, chat: Chat, media: Media | None) -> "_Job":
-        """The features of a clip and its prompt. Raises ApiError if they are too large for the model or the server."""
+    async def prepare(self, chat: Chat, media: Media | None) -> tuple["_Job", list[str]]:
+        """The features of a clip and its prompt, and warnings. Raises ApiError if they are too large."""
         sampling = self._sampling_of(chat)
         row = await asyncio.to_thread(self._row, chat, media)
         limit = min(chat.limit or self._length, self._length)
         seed = chat.request.seed
         number = secrets.randbits(31) if seed is None else zlib.crc32(str(seed).encode()) >> 1
-        return _Job(row, sampling, number, limit, chat.request.stream)
+        warnings = clip_warnings(media, row, self._captioner.reading) if media else []
+        return _Job(row, sampling, number, limit, chat.request.stream), warnings
 
     async def answers(self, job: "_Job") -> AsyncGenerator[Answer, None]:
         """The answer so far, each time that it has grown (for streams), and in the end the complete one.

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -168,8 +168,9 @@ def parse_chat(body: bytes, question: str, system: str) -> Chat:
     try:
         request = ChatRequest.model_validate_json(body)
     except ValidationError as error:
-        first = error.errors(include_input=False, include_url=False)[0]
-        place = ".".join(map(str, first["loc"]))
+        found = error.errors(include_input=False, include_url=False)
+        first = max(found, key=lambda one: len(one["loc"]))  # of the alternatives of a field, that which fits best
+        place = ".".join(str(one) for one in first["loc"] if "[" not in str(one))  # without names of types
         raise ApiError(400, f"{place}: {first['msg']}" if place else first["msg"], param=place or None) from None
     for name, values in NEUTRAL.items():
         if getattr(request, name) not in values:
@@ -229,7 +230,7 @@ class Answer(NamedTuple):
 class Replies:
     """The bodies of the answers to one request."""
 
-    def __init__(self, number: str, model: str, warnings: tuple[str, ...] = ()) -> None:
+    def __init__(self, number: str, model: str, warnings: Sequence[str] = ()) -> None:
         self._fields = {"id": f"chatcmpl-{number}", "created": math.floor(time.time()), "model": model}
         self._warnings = {"warnings": list(warnings)} if warnings else {}
 

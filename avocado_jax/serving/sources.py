@@ -85,12 +85,11 @@ class Sources:
             descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         except (OSError, RuntimeError):  # missing, no permission, a loop of links
             raise outside from None
-        file = os.fdopen(descriptor, "rb")
         opened = Path(f"/proc/self/fd/{descriptor}").resolve()
         if not opened.is_relative_to(self._root) or not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            file.close()
+            os.close(descriptor)
             raise outside
-        return file
+        return os.fdopen(descriptor, "rb")
 
 
 def is_remote(url: str) -> bool:

@@ -23,6 +23,7 @@ from avocado_jax.eval.captioner import captioning_mesh
 from avocado_jax.sampling import outputs
 from avocado_jax.sampling.engine import Engine
 from avocado_jax.sampling.logits import Sampling
+from avocado_jax.sampling.segments import Segment, digest
 
 
 class Killed(BaseException):
@@ -282,7 +283,7 @@ def test_the_mesh_of_a_host(monkeypatch):
 
 
 def test_results_are_put_in_order():
-    results = [(command._Request(number, ClipSource(""), {}), number) for number in (7, 2, 9, 4)]
+    results = [([Segment(number, ClipSource(""))], number) for number in (7, 2, 9, 4)]
     assert [made for _, made in command._in_order(iter(results), [2, 4, 7, 9])] == [2, 4, 7, 9]
 
 
@@ -318,7 +319,7 @@ def test_missing_files_need_no_model(tmp_path, monkeypatch):
     out = tmp_path / "out.jsonl"
     run("a.mp4", "b.mp4", "--checkpoint", SHIPPED, "--out", out)
     assert [line["error"] for line in lines(out)] == ["a.mp4: no such file", "b.mp4: no such file"]
-    (index,) = {number for number in (0, 1) if command._digest("a.mp4") % 2 != number}
+    (index,) = {number for number in (0, 1) if digest("a.mp4") % 2 != number}
     run("a.mp4", "--checkpoint", SHIPPED, "--out", f"{tmp_path}/empty/", "--shard", f"{index}/2")
     run("a.mp4", "--checkpoint", SHIPPED, "--out", f"{tmp_path}/nothing/", "--dry-run", "--retry-failed")
     assert not (tmp_path / "nothing").exists()

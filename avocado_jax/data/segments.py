@@ -1,0 +1,109 @@
+"""Where a long clip is cut: at its scene changes, near a target length.
+
+Thumbnails of `RATE` frames a second are compared. A scene change is a difference between two of them that is large, and
+large beside those around it, so that motion and slow fades are none. Dynamic programming chooses the borders.
+"""
+
+from itertools import pairwise
+from pathlib import Path
+
+import av
+import numpy as np
+
+from avocado_jax.data.container import one_line, open_clip, scan, video_stream
+from avocado_jax.data.decode import PacketDecoder
+from avocado_jax.typing import Array, Float
+
+RATE = 4.0  # thumbnails a second
+SIDE = 16  # pixels of a thumbnail
+CHANGE = 0.08  # difference of two thumbnails, of full scale, that may be a scene change
+RATIO = 4.0  # of it to those around it
+AROUND = 2.0  # seconds
+SPLIT = 2.0  # what a border inside of a scene costs, where a segment of twice the target length costs 1
+LONGEST = 5 / 3  # of a segment, in target lengths: about 100 s, beyond which captions degrade, at 60 s
+SHORTEST = 1 / 6
+
+
+def find_segments(path: str | Path, target: float) -> list[tuple[float, float]]:
+    """Start and end of each segment of a clip, in seconds. A clip of at most `LONGEST` x `target` seconds is one.
+
+    A clip whose frames have no known times is one, too.
+
+    Raises:
+        InputError: as `decode.read_media`, for what shows without decoding.
+    """
+    path = Path(path)
+    with one_line(path):
+        packets = scan(path)
+        whole = [(0.0, packets.seconds)]
+        if packets.times is None or packets.seconds <= LONGEST * target:
+            return whole
+        times = np.array([packets.time(one, packets.tick) for one in packets.times])
+        first = np.searchsorted(times, np.arange(0.0, packets.seconds, 1 / RATE))
+        chosen = np.unique(np.minimum(first, len(times) - 1))
+        seen, differences = _differences(path, [packets.times[number] for number in chosen])
+        borders = choose_borders(
+            np.array([packets.time(one, packets.tick) for one in seen]),
+            scene_changes(differences),
+            packets.seconds,
+            target,
+        )
+        return list(pairwise([0.0, *borders, packets.seconds]))
+
+
+def _differences(path: Path, chosen: list[int]) -> tuple[list[int], Float[Array, "N"]]:
+    """The times of the chosen frames that can be decoded, and what each differs by from the one before it."""
+    wanted, seen, differences, last = set(chosen), [], [], None
+    with open_clip(path) as container:
+        stream = video_stream(container)
+        stream.thread_type = "SLICE"
+        for frame in PacketDecoder(container, stream).frames(wanted):
+            if frame.pts in wanted and not frame.is_corrupt:
+                thumbnail = _thumbnail(frame)
+                seen.append(frame.pts)
+                differences.append(0.0 if last is None else float(np.abs(thumbnail - last).mean()))
+                last = thumbnail
+    return seen, np.array(differences)
+
+
+def _thumbnail(frame: av.VideoFrame) -> Float[Array, "h w 3"]:
+    small = frame.reformat(SIDE, SIDE, "rgb24", interpolation="AREA")
+    return small.to_ndarray().astype(np.float32) / 255
+
+
+def scene_changes(differences: Float[Array, "N"]) -> Float[Array, "N"]:
+    """How surely a scene starts with each thumbnail: 0 to 1."""
+    reach = round(AROUND * RATE)
+    padded = np.pad(differences, reach)
+    windows = np.lib.stride_tricks.sliding_window_view(padded, 2 * reach + 1)
+    counted = np.lib.stride_tricks.sliding_window_view(np.pad(np.ones(len(differences)), reach), 2 * reach + 1)
+    others = (windows.sum(axis=1) - differences) / np.maximum(counted.sum(axis=1) - 1, 1)
+    ratio = differences / (others + 0.005)
+    return np.clip(differences / CHANGE, 0, 1) * np.clip((ratio - 1) / (RATIO - 1), 0, 1)
+
+
+def choose_borders(times: Float[Array, "N"], changes: Float[Array, "N"], seconds: float, target: float) -> list[float]:
+    """The borders of segments: the cheapest choice among `times`.
+
+    A segment costs ((length - target) / target)^2, a border `SPLIT` x (1 - change). Segments are not longer than
+    `LONGEST` target lengths, and not shorter than `SHORTEST` where that is possible.
+    """
+    inner = (times > 0) & (times < seconds)
+    places = np.concatenate([[0.0], times[inner], [seconds]])
+    border = np.concatenate([[0.0], SPLIT * (1 - changes[inner]), [0.0]])
+    cost, before = np.full(len(places), np.inf), np.zeros(len(places), int)
+    cost[0] = 0.0
+    for place in range(1, len(places)):
+        first = int(np.searchsorted(places, places[place] - LONGEST * target))
+        first = min(first, place - 1)  # no thumbnail for so long
+        lengths = places[place] - places[first:place]
+        costs = (
+            cost[first:place] + ((lengths - target) / target) ** 2 + np.where(lengths < SHORTEST * target, 100.0, 0.0)
+        )
+        best = int(np.argmin(costs))
+        cost[place], before[place] = costs[best] + border[place], first + best
+    found, place = [], int(before[-1])
+    while place > 0:
+        found.append(float(places[place]))
+        place = int(before[place])
+    return found[::-1]

@@ -1,0 +1,178 @@
+"""Long clips: where they are cut, and that a part of a clip is what the whole clip has there."""
+
+import json
+from itertools import pairwise
+
+import av
+import numpy as np
+import pytest
+from clips import GOOD, write
+
+from avocado_jax.data.decode import read_media
+from avocado_jax.data.media import Reading
+from avocado_jax.data.segments import choose_borders, find_segments, scene_changes
+
+RATE = 10
+READING = Reading(fps=2.0, fewest_pixels=784, asked_pixels=6000, sound_seconds=9)
+
+
+def colour(scene: int) -> np.ndarray:
+    return np.array([(37 * scene) % 200 + 20, (91 * scene) % 200 + 20, (151 * scene) % 200 + 20], np.uint8)
+
+
+def scenes(path, lengths, moving=True):
+    """A clip of scenes of these lengths in seconds, each with a colour, a square that moves, and a pitch."""
+    borders = np.cumsum(lengths)
+
+    def draw(index, width, height):
+        image = np.empty((height, width, 3), np.uint8)
+        image[:] = colour(int(np.searchsorted(borders, index / RATE, "right")))
+        if moving:
+            left = index * 3 % (width - 16)
+            image[8:24, left : left + 16] = 255
+        return image
+
+    times = np.arange(round(borders[-1] * 16000)) / 16000
+    pitch = 200 + 100 * (np.searchsorted(borders, times, "right") % 7)
+    sound = (0.4 * np.sin(2 * np.pi * pitch * times)).astype(np.float32)[None]
+    write(path, round(borders[-1] * RATE), 64, 48, RATE, sound, 16000, draw=draw)
+    return path
+
+
+@pytest.fixture(scope="module")
+def long_clip(tmp_path_factory):
+    """31 s in scenes of unequal lengths."""
+    return scenes(tmp_path_factory.mktemp("long") / "long.mp4", [4, 3, 5, 2.5, 4.5, 6, 6])
+
+
+def borders(segments):
+    assert segments[0][0] == 0
+    assert all(one[1] == two[0] for one, two in pairwise(segments))
+    return [end for _, end in segments[:-1]]
+
+
+def test_segments_end_at_scene_changes(long_clip):
+    """Every border is at a scene change; lengths are near the target."""
+    for target in (4.0, 6.0, 8.0):
+        found = find_segments(long_clip, target)
+        for border in borders(found):
+            assert min(abs(border - one) for one in (4, 7, 12, 14.5, 19, 25)) <= 0.25
+        assert all(end - start <= target * 5 / 3 + 0.1 for start, end in found)
+        assert abs(found[-1][1] - 31) < 0.1
+    assert len(find_segments(long_clip, 4.0)) > len(find_segments(long_clip, 8.0))
+    assert len(find_segments(long_clip, 20.0)) == 1  # at most 5/3 of it
+
+
+def test_motion_and_noise_are_no_scene_changes():
+    rng = np.random.default_rng(0)
+    moving = np.full(200, 0.15) + rng.uniform(-0.05, 0.05, 200)  # a fast pan
+    assert scene_changes(moving).max() < 0.5
+    assert scene_changes(rng.uniform(0, 0.01, 200)).max() < 0.15  # noise of a still picture
+    cut = np.where(np.arange(200) == 77, 0.3, 0.01)
+    assert scene_changes(cut)[77] == 1
+    assert scene_changes(cut)[[76, 78]].max() < 0.1
+
+
+def test_borders_by_cost():
+    """A scene that is too long is split into equal parts; short scenes are joined; none is shorter than a sixth."""
+    times = np.arange(0, 300, 0.25)
+    none = np.zeros(len(times))
+    split = choose_borders(times, none, 300.0, 60.0)
+    lengths = np.diff([0, *split, 300])
+    assert lengths.max() <= 100
+    assert lengths.max() - lengths.min() <= 0.5
+    many = (times % 5 == 0).astype(float)
+    assert choose_borders(times, many, 300.0, 60.0) == [60, 120, 180, 240]
+    one = np.isin(times, [92, 95]).astype(float)  # within 5 s of each other
+    assert choose_borders(times, one, 150.0, 60.0) in ([92.0], [95.0])
+    assert choose_borders(np.array([]), np.array([]), 300.0, 60.0) == []  # nothing is known between
+
+
+@pytest.mark.parametrize("kind", ["long.mp4", "long.mkv", "long.ts"])
+def test_a_part_is_what_the_clip_has_there(long_clip, tmp_path, kind):
+    """Frames and sound of each part, also where decoding starts at a key frame behind the beginning."""
+    path = long_clip
+    if kind != "long.mp4":
+        path = tmp_path / kind
+        with av.open(str(long_clip)) as source, av.open(str(path), "w") as out:
+            streams = {one.index: out.add_stream_from_template(one) for one in source.streams}
+            for packet in source.demux():
+                if packet.size:
+                    packet.stream = streams[packet.stream.index]
+                    out.mux(packet)
+    whole = read_media(path, Reading(fps=10.0, fewest_pixels=784, asked_pixels=6000, sound_seconds=60))
+    for start, end in ((0.0, 7.0), (7.0, 12.0), (13.3, 19.0), (25.0, 31.1)):
+        media = read_media(path, READING, part=(start, end))
+        assert media.seconds == pytest.approx(min(end, whole.seconds) - start, abs=0.01)
+        assert abs(len(media.frames) - 2 * media.seconds) <= 2
+        for frame, time in zip(media.frames, media.times):
+            at = int(np.argmin(np.abs(whole.times - start - time)))
+            assert abs(whole.times[at] - start - time) < 0.051
+            np.testing.assert_array_equal(frame, whole.frames[at])
+        first, count = round(start * 16000), len(media.samples)
+        assert abs(count - 16000 * min(media.seconds, 9)) < 800
+        # Codecs start a little differently where they start later; the pitch tells parts from each other.
+        expected = whole.samples[first : first + count]
+        assert np.abs(media.samples[2000:-2000] - expected[2000 : count - 2000]).mean() < 0.03
+
+
+def test_a_damaged_part_is_read_from_what_is_left(long_clip, tmp_path):
+    data = bytearray(long_clip.read_bytes())
+    third = len(data) // 3
+    data[third : third + 400] = np.random.default_rng(0).bytes(400)
+    path = tmp_path / "damaged.mp4"
+    path.write_bytes(data)
+    for start, end in find_segments(path, 8.0):
+        media = read_media(path, READING, part=(start, end))
+        assert len(media.frames)
+        assert media.times[0] < 1.5
+        assert media.times[-1] <= end - start
+
+
+def test_clips_without_parts(tmp_path):
+    """Without sound, and without times."""
+    silent = GOOD["no_sound.mp4"](tmp_path / "silent.mp4")
+    media = read_media(silent, READING, part=(0.5, 1.5))
+    assert media.samples is None
+    assert media.seconds == 1.0
+    assert find_segments(silent, 0.3) != [(0.0, 2.0)]
+
+
+def test_json_of_a_segmented_clip():
+    """Captions and ids are joined in order; a clip is truncated if one of its segments is."""
+    from types import SimpleNamespace
+
+    from avocado_jax.cli import caption as command
+    from avocado_jax.data.clips import ClipSource
+    from avocado_jax.sampling.segments import Segment, joined
+
+    made = []
+    for number, count in ((0, 2), (1, 1), (2, 2)):
+        for index in range(count):
+            part = (60.0 * index, 60.0 * index + 50) if count > 1 else None
+            record = {"seconds": 50.0, "audio": bool(index)}
+            ids = np.array([number, index])
+            made.append((Segment(number, ClipSource(f"c{number}"), part, index, count, ids, record), ids))
+    made[4] = made[4][0], ValueError("no memory")
+    order = [1, 2, 4, 0, 3]
+    found = {segments[0].number: (segments, tokens) for segments, tokens in joined(made[place] for place in order)}
+    assert isinstance(found[2][1], ValueError)
+    tokenizer = SimpleNamespace(decode=lambda ids: "".join(f"<{one}>" for one in ids))
+    captioner = SimpleNamespace(stops=(1,), tokenizer=tokenizer)
+    record = command._record(captioner, *found[0], True, True)
+    assert json.loads(json.dumps(record)) == {
+        "clip": "c0",
+        "caption": "<0><0>\n\n<0>",
+        "token_ids": [0, 0, 0, 1],
+        "prompt_ids": [0, 0, 0, 1],
+        "segments": [
+            {"start": 0.0, "end": 50.0, "caption": "<0><0>"},
+            {"start": 60.0, "end": 110.0, "caption": "<0>"},
+        ],
+        "seconds": 110.0,
+        "audio": True,
+        "truncated": True,
+    }
+    alone = command._record(captioner, *found[1], False, True)
+    assert alone["segments"] == [{"start": 0.0, "end": 50.0, "caption": "<0>"}]
+    assert "segments" not in command._record(captioner, *found[1], False, False)
