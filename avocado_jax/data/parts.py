@@ -6,7 +6,7 @@ from pathlib import Path
 import av
 import numpy as np
 
-from avocado_jax.data.container import Packets, check_size, one_line
+from avocado_jax.data.container import MOST_PIXELS, Packets, one_line
 from avocado_jax.data.decode import FrameFit, read_sound
 from avocado_jax.data.media import Media, Reading
 from avocado_jax.errors import InputError
@@ -50,8 +50,8 @@ def _decoded(file: bytes) -> av.VideoFrame:
     if kind is None:
         raise InputError("not a JPEG or PNG file")
     codec = av.CodecContext.create(kind, "r")
+    codec.options = {"max_pixels": str(MOST_PIXELS)}  # a small file may state any size
     frames = [*codec.decode(av.Packet(file)), *codec.decode(None)]
     if not frames:
         raise InputError("has no picture")
-    check_size(frames[0].width, frames[0].height)
     return frames[0]

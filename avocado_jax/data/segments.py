@@ -16,7 +16,7 @@ from avocado_jax.typing import Array, Float
 
 RATE = 4.0  # thumbnails a second
 SIDE = 16  # pixels of a thumbnail
-CHANGE = 0.08  # difference of two thumbnails, of full scale, that may be a scene change
+CHANGE = 0.1  # difference of two thumbnails, of full scale, that may be a scene change
 RATIO = 4.0  # of it to those around it
 AROUND = 2.0  # seconds
 SPLIT = 2.0  # what a border inside of a scene costs, where a segment of twice the target length costs 1

@@ -28,6 +28,7 @@ PARSED_AT_ONCE = 2  # bodies in memory: each takes a few times its size
 MEMORY_BYTES = 2**20  # of a body that is not kept on disk while it arrives
 BODY_SECONDS = 60.0  # for a body to arrive
 DISCONNECTED = 499
+OPEN_PATHS = ("/health", "/metrics")  # need no key
 
 
 class Backend(Protocol):
@@ -118,7 +119,7 @@ class Server:
     ) -> web.StreamResponse:
         """Check the key, and put every error into the protocol's form."""
         try:
-            if self._key and request.path.startswith("/v1/"):
+            if self._key and request.path not in OPEN_PATHS:
                 given = request.headers.get("Authorization", "").encode(errors="surrogateescape")
                 if not hmac.compare_digest(given, b"Bearer " + self._key):
                     raise ApiError(401, "the API key is missing or wrong", "invalid_api_key")
@@ -164,6 +165,8 @@ class Server:
             return response
         except ApiError as error:
             status = error.status
+            raise
+        except ConnectionError:
             raise
         except Exception:
             status = 500

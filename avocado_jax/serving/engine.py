@@ -18,6 +18,7 @@ from avocado_jax.sampling.logits import Sampling
 from avocado_jax.serving.protocol import Answer, ApiError, Chat
 from avocado_jax.typing import Array, Int
 
+CHARACTERS = 32  # of a token, at most on average: longer texts are not tokenized
 SAMPLINGS = 8  # combinations of temperature, top-p and top-k: each one is compiled
 
 
@@ -150,20 +151,20 @@ class EngineBackend:
         return asked
 
     def _row(self, chat: Chat, media: Media | None) -> Row:
-        captioner = self._captioner
+        captioner, most = self._captioner, self._prompt_tokens
+        if sum(len(turn.text) + len(turn.after or "") for turn in chat.turns) > CHARACTERS * most:
+            raise ApiError(400, f"the text has more than {most} tokens", "context_length_exceeded")
         prompt = conversation_prompt(captioner.tokenizer, chat.turns)
         if media is None:
             row = text_row([*prompt.before, *prompt.after])
-        elif len(prompt.before) + len(prompt.after) > self._prompt_tokens:  # before anything is computed
-            raise ApiError(400, f"the text has more than {self._prompt_tokens} tokens", "context_length_exceeded")
         else:
             try:
                 row = make_row(media, prompt, captioner.config, captioner.reading)
             except InputError as error:
                 raise ApiError(400, str(error)) from error
-        if (tokens := len(row.prompt_ids)) > self._prompt_tokens:
-            limit = f"{self._prompt_tokens} are the most (--max-prompt-tokens)"
-            raise ApiError(400, f"the prompt has {tokens} tokens with its media; {limit}", "context_length_exceeded")
+        if (tokens := len(row.prompt_ids)) > most:
+            message = f"the prompt has {tokens} tokens with its media; {most} are the most (--max-prompt-tokens)"
+            raise ApiError(400, message, "context_length_exceeded")
         return row
 
     def _run(self) -> None:

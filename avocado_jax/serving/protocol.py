@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from avocado_jax.data.prompt import Turn
 
 MOST_MESSAGES = 64
+MOST_COMMAS = 200_000  # of a body: the values of JSON take many times its size in memory; base64 has no comma
 SYSTEM_ROLES = ("system", "developer")
 TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
 
@@ -165,6 +166,8 @@ def parse_chat(body: bytes, question: str, system: str) -> Chat:
     Raises:
         ApiError: it is not a valid request, or contains what this server does not support.
     """
+    if body.count(b",") > MOST_COMMAS:
+        raise ApiError(400, "the request has too many parts")
     try:
         request = ChatRequest.model_validate_json(body)
     except ValidationError as error:

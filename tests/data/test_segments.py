@@ -1,16 +1,22 @@
 """Long clips: where they are cut, and that a part of a clip is what the whole clip has there."""
 
 import json
+from dataclasses import replace
 from itertools import pairwise
+from types import SimpleNamespace
 
 import av
 import numpy as np
 import pytest
 from clips import GOOD, write
 
+from avocado_jax.cli import caption as command
+from avocado_jax.data.clips import ClipSource
 from avocado_jax.data.decode import read_media
-from avocado_jax.data.media import Reading
+from avocado_jax.data.media import Media, Reading
 from avocado_jax.data.segments import choose_borders, find_segments, scene_changes
+from avocado_jax.sampling.captioner import clip_warnings
+from avocado_jax.sampling.segments import Segment, joined
 
 RATE = 10
 READING = Reading(fps=2.0, fewest_pixels=784, asked_pixels=6000, sound_seconds=9)
@@ -140,12 +146,6 @@ def test_clips_without_parts(tmp_path):
 
 def test_json_of_a_segmented_clip():
     """Captions and ids are joined in order; a clip is truncated if one of its segments is."""
-    from types import SimpleNamespace
-
-    from avocado_jax.cli import caption as command
-    from avocado_jax.data.clips import ClipSource
-    from avocado_jax.sampling.segments import Segment, joined
-
     made = []
     for number, count in ((0, 2), (1, 1), (2, 2)):
         for index in range(count):
@@ -176,3 +176,29 @@ def test_json_of_a_segmented_clip():
     alone = command._record(captioner, *found[1], False, True)
     assert alone["segments"] == [{"start": 0.0, "end": 50.0, "caption": "<0>"}]
     assert "segments" not in command._record(captioner, *found[1], False, False)
+
+
+def test_warnings_state_what_is_left_out():
+    """Frames of a long clip, and a prompt that is longer than the context; nothing for an ordinary clip."""
+    frames = np.zeros((768, 1, 1, 3), np.uint8)
+    row = SimpleNamespace(prompt_ids=np.zeros(40_000))
+    media = Media(frames, None, 600.0, None, ("old",))
+    old, fewer, context = clip_warnings(media, row, Reading())
+    assert (old, fewer) == ("old", "only 768 frames of its 600 s are used, 36% fewer than usual")
+    assert "40000 tokens" in context
+    row = SimpleNamespace(prompt_ids=np.zeros(9000))
+    for seconds in (20.0, 384.0):
+        ordinary = Media(frames[: round(2 * seconds)], None, seconds)
+        assert clip_warnings(ordinary, row, Reading()) == []
+
+
+@pytest.mark.parametrize("name", ["plain.mp4", "vp9.webm", "pcm.mov", "mpeg4.avi", "turned_90.mp4"])
+def test_all_of_a_clip_as_a_part(tmp_path, name):
+    """It is what reading the clip gives, but for the place of its sound."""
+    path = GOOD[name](tmp_path / name)
+    whole = read_media(path, replace(READING, align_sound=True))
+    part = read_media(path, READING, part=(0.0, whole.seconds + 1))
+    np.testing.assert_array_equal(part.frames, whole.frames)
+    np.testing.assert_array_equal(part.times, whole.times)
+    assert abs(len(part.samples) - len(whole.samples)) <= 160
+    assert np.abs(part.samples - whole.samples[: len(part.samples)]).max() < 1e-6

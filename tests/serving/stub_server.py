@@ -2,6 +2,7 @@
 
 Run as a program, it prints its port. The last word of the question decides how it answers:
     slow: a word every 20 ms, 50 of them.    stuck: never.    fails: an internal error.    late: an error behind a word.
+    warned: with a warning.
     anything else: JSON with the turns and the clip.
 """
 
@@ -45,7 +46,7 @@ class StubBackend:
         self.failed = asyncio.Event()
 
     async def prepare(self, chat, media):
-        return (chat, media and digest(media)), list(media.warnings) if media else []
+        return (chat, media and digest(media)), ["dark"] if chat.turns[-1].text == "warned" else []
 
     async def answers(self, prepared):
         chat, clip = prepared

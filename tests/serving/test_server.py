@@ -188,6 +188,13 @@ def test_streams(server):
         list(server.chat("late", stream=True))
 
 
+def test_warnings_about_a_clip(server):
+    """They are a field of the answer, and of each part of a stream."""
+    assert server.chat("warned").model_extra["warnings"] == ["dark"]
+    assert next(server.chat("warned", stream=True)).model_extra["warnings"] == ["dark"]
+    assert not server.chat("a").model_extra.get("warnings")
+
+
 def test_a_stream_holds_back_what_is_not_complete():
     """The bytes of a character may come in two tokens; spaces at the end are cut from complete answers."""
     assert grown(Answer("caf\ufffd", 1), "") == "caf"
@@ -256,7 +263,14 @@ def raw(server, head: str, body: bytes = b"") -> tuple[int, dict]:
 
 def test_bodies_that_are_no_requests(server):
     post = "POST /v1/chat/completions HTTP/1.1\r\nContent-Type: application/json"
-    for body, message in ((b"{", "Invalid JSON"), (b"[" * 10**5, "recursion"), (b"\xff\xfe", "JSON"), (b"3", "object")):
+    many = b"[" + b"1," * 2**18 + b"1]"
+    for body, message in (
+        (b"{", "Invalid JSON"),
+        (many, "too many"),
+        (b"[" * 10**5, "recursion"),
+        (b"\xff\xfe", "JSON"),
+        (b"3", "object"),
+    ):
         status, answer = raw(server, f"{post}\r\nContent-Length: {len(body)}", b"\r\n" + body)
         assert status == 400
         assert message in answer["error"]["message"]
@@ -335,6 +349,7 @@ class Listener:
                 pass
 
         self.server = ThreadingHTTPServer((address, 0), Handler)
+        self.server.handle_error = lambda *_: None  # clients that leave
         self.url = f"http://{address}:{self.server.server_port}"
         threading.Thread(target=self.server.serve_forever, args=(0.01,), daemon=True).start()
 
@@ -407,7 +422,7 @@ def test_downloads(web, root):
             (f"{outer.url}/missing", "404"),
             (f"{outer.url}/large", "more than 100000 bytes"),
             (f"{outer.url}/slow", "within 2 s"),
-            (f"{outer.url}/list", "playlists"),
+            (f"{outer.url}/list", "the clip: not a video"),
         ):
             with pytest.raises(openai.APIStatusError, match=reason) as raised:
                 server.chat(clip_part(url))
