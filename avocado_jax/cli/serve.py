@@ -124,7 +124,7 @@ def _check(args: argparse.Namespace) -> Sampling:
     if args.media_root and not args.media_root.is_dir():
         raise InputError(f"--media-root {args.media_root} is not a folder")
     try:
-        return Sampling(args.temperature, args.top_k, args.top_p) if args.temperature else Sampling(0.0)
+        return Sampling(args.temperature, args.top_k, args.top_p)
     except ValueError as error:
         raise InputError(str(error)) from error
 

@@ -71,7 +71,7 @@ class EngineBackend:
         cache_bytes: int | None = None,
     ) -> None:
         self._captioner, self._length, self._prompt_tokens = captioner, length, prompt_tokens
-        self._sampling, self._samplings = sampling, {sampling}
+        self._sampling, self._samplings = sampling, set[Sampling]()
         self._options = dict(seed=seed, slots=slots, cache_bytes=cache_bytes, drop=self._drop)
         self._jobs: set[_Job] = set()  # that are not finished
         self._waiting: deque[_Job] = deque()
