@@ -14,8 +14,9 @@ from avocado_jax.cli import caption as command
 from avocado_jax.data.clips import ClipSource
 from avocado_jax.data.decode import read_media
 from avocado_jax.data.media import Media, Reading
+from avocado_jax.data.rows import Row
 from avocado_jax.data.segments import choose_borders, find_segments, scene_changes
-from avocado_jax.sampling.captioner import clip_warnings
+from avocado_jax.sampling.captioner import Captioner, clip_warnings
 from avocado_jax.sampling.segments import Segment, joined
 
 RATE = 10
@@ -158,7 +159,7 @@ def test_json_of_a_segmented_clip():
     found = {segments[0].number: (segments, tokens) for segments, tokens in joined(made[place] for place in order)}
     assert isinstance(found[2][1], ValueError)
     tokenizer = SimpleNamespace(decode=lambda ids: "".join(f"<{one}>" for one in ids))
-    captioner = SimpleNamespace(stops=(1,), tokenizer=tokenizer)
+    captioner = Captioner(*[None] * len(Captioner._fields))._replace(stops=(1,), tokenizer=tokenizer)
     record = command._record(captioner, *found[0], True, True)
     assert json.loads(json.dumps(record)) == {
         "clip": "c0",
@@ -181,12 +182,12 @@ def test_json_of_a_segmented_clip():
 def test_warnings_state_what_is_left_out():
     """Frames of a long clip, and a prompt that is longer than the context; nothing for an ordinary clip."""
     frames = np.zeros((768, 1, 1, 3), np.uint8)
-    row = SimpleNamespace(prompt_ids=np.zeros(40_000))
+    row = Row(None, np.zeros(40_000, np.int32))
     media = Media(frames, None, 600.0, None, ("old",))
     old, fewer, context = clip_warnings(media, row, Reading())
     assert (old, fewer) == ("old", "only 768 frames of its 600 s are used, 36% fewer than usual")
     assert "40000 tokens" in context
-    row = SimpleNamespace(prompt_ids=np.zeros(9000))
+    row = row._replace(prompt_ids=row.prompt_ids[:9000])
     for seconds in (20.0, 384.0):
         ordinary = Media(frames[: round(2 * seconds)], None, seconds)
         assert clip_warnings(ordinary, row, Reading()) == []
@@ -200,5 +201,5 @@ def test_all_of_a_clip_as_a_part(tmp_path, name):
     part = read_media(path, READING, part=(0.0, whole.seconds + 1))
     np.testing.assert_array_equal(part.frames, whole.frames)
     np.testing.assert_array_equal(part.times, whole.times)
-    assert abs(len(part.samples) - len(whole.samples)) <= 160
+    assert 0 <= len(whole.samples) - len(part.samples) < 1024  # codecs fill up their last block
     assert np.abs(part.samples - whole.samples[: len(part.samples)]).max() < 1e-6
