@@ -1,4 +1,7 @@
-"""Small runs of the commands sft and grpo in processes of their own, as a user starts them."""
+"""Small runs of the commands sft and grpo in separate processes, as a user starts them.
+
+They write no TensorBoard files: tensorboardX imports torch, which the tests install, and that takes seconds.
+"""
 
 import json
 import os
@@ -32,6 +35,7 @@ config = SftConfig(
     dtype="float32",
     frozen_dtype="float32",
     remat="none",
+    tensorboard=False,
     data=DataConfig(
         train="world:0:train:0:20:plain", heldout="world:0:test:0:8:plain", caption_tokens=48, shapes=1, threads=1
     ),
@@ -57,6 +61,7 @@ config = GrpoConfig(
     frozen_dtype="float32",
     reference_dtype="float32",
     remat="none",
+    tensorboard=False,
     data=DataConfig(
         train="world:0:train:0:20:plain", heldout="world:0:test:0:4:plain", caption_tokens=48, shapes=1, threads=1
     ),

@@ -14,7 +14,7 @@ def made(folder, *options):
     script = ROOT / "launch" / "random_checkpoint.py"
     subprocess.run([sys.executable, script, folder / "init", "--size", "tiny"], check=True, capture_output=True)
     runs = Runs(folder, folder / "init", *options)
-    runs.finish("undisturbed")
+    runs.finish("undisturbed", "--tensorboard", "true")
     return runs
 
 
