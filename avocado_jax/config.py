@@ -202,7 +202,8 @@ class GrpoConfig(RunConfig):
     sampling: SamplingConfig = SamplingConfig()
     rewards: RewardConfig = RewardConfig()
     objective: ObjectiveConfig = ObjectiveConfig()
-    passes: int = 1  # over each rollout
+    rollout_batches: int = 1  # batches whose captions are sampled together; then each has its update
+    passes: int = 1  # over each batch
     minibatches: int = 1  # updates per pass
     reference_dtype: str = "bfloat16"  # of the reference model's parameters
     optim: OptimConfig = OptimConfig(lr=1e-5)

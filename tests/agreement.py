@@ -198,7 +198,7 @@ def rewarded(folder, judge=None, sizes=(2, 1, -1), order=None, split=1, lost=Non
         begin=None,
         encode=None,
         view=lambda params: params,
-        roll_out=lambda view, clip, encoded, step, banned: as_rollout(Samples(*samples), clip, (0,)),
+        roll_out=lambda view, clips, encoded, step, banned: (as_rollout(Samples(*samples), clips[0], (0,)),),
         score=lambda *_: jnp.zeros(()),
         update=update,
     )

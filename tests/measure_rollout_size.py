@@ -32,7 +32,7 @@ def main() -> int:
     with jax.set_mesh(mesh):
         program = grpo_program(config, model, mesh, 10, (0,))
         shapes = step_shapes(config, model, program, BUCKET, mesh)
-        rollout = sampling_programs(model, program, shapes)["rollout"]
+        rollout = sampling_programs(config, model, program, shapes)["rollout"]
         text = rollout.run.lower(*rollout.args).as_text()
     print(
         f"{given.size}, {given.train}: {len(text.splitlines())} lines, {text.count('stablehlo.dot_general')} products"

@@ -72,8 +72,8 @@ def bench_grpo(
             number = jnp.int32(step)
             encoded = timed("encode", lambda: program.encode(state.params, rows))  # noqa: B023
             view = timed("view", lambda: program.view(state.params))  # noqa: B023
-            timed("prefill", lambda: program.roll_out(view, rows, encoded, number, ~stop))  # noqa: B023
-            rollout = timed("decode", lambda: program.roll_out(view, rows, encoded, number, stop))  # noqa: B023
+            timed("prefill", lambda: program.roll_out(view, (rows,), (encoded,), number, ~stop))  # noqa: B023
+            (rollout,) = timed("decode", lambda: program.roll_out(view, (rows,), (encoded,), number, stop))  # noqa: B023
             del view  # its memory is the update's
             captions = rollout.captions
             scored = timed("reference", lambda: program.score(state.params, reference, rows, encoded, captions))  # noqa: B023

@@ -64,6 +64,7 @@ class Batch(NamedTuple):
     padded: float  # share of the step's FLOPs, over all hosts, that is spent on padding
     lost: tuple[Lost, ...]  # records that this host could not read
     references: Any = None  # GRPO: what rewards compare with, as arrays of [B, ...]
+    following: tuple["Batch", ...] = ()  # GRPO: later batches whose captions are sampled together with these
 
 
 @dataclass(frozen=True)
@@ -106,15 +107,18 @@ def row_sizes(index: Index, recipe: Recipe) -> Sizes:
     return known._replace(caption=np.full_like(known.caption, recipe.caption_tokens)) if recipe.sampled else known
 
 
-def plan_batches(index: Index, recipe: Recipe, batch: int, shapes: int, seed: int) -> Plan:
+def plan_batches(index: Index, recipe: Recipe, batch: int, shapes: int, seed: int, together: int = 1) -> Plan:
     """The plan of a run: `batch` rows a step over all hosts, at most `shapes` compiled shapes.
+
+    Args:
+        together: consecutive steps that have the same shape.
 
     Raises:
         InputError: the index has no records.
     """
     known = row_sizes(index, recipe)
     buckets = choose_buckets(known, shapes, recipe.group, recipe.config, recipe.aligned) if index.ids else []
-    return make_plan(known, buckets, batch, seed, recipe.group, recipe.config)
+    return make_plan(known, buckets, batch, seed, recipe.group, recipe.config, together)
 
 
 def batches(

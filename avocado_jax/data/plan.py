@@ -2,11 +2,11 @@
 
 The plan is a pure function of (index, seed, step, batch size, buckets). Each epoch contains every record once:
 
-1. The records of the epoch are shuffled and assigned, in that order, to the cheapest bucket that fits; a full batch
-   is a step.
+1. The records of the epoch are shuffled and assigned, in that order, to the cheapest bucket that fits. A full block
+   is `together` consecutive steps of the same bucket; by default one step.
 2. The remaining records of each bucket are filled up with remaining records of buckets that fit inside it, so that
-   few batches stay short. Their empty positions are rows of zero weight (record -1).
-3. The steps of the epoch are shuffled.
+   few blocks stay short. Their empty positions are rows of zero weight (record -1), spread over the steps of the block.
+3. The blocks of the epoch are shuffled.
 
 No state passes from one epoch to the next: all epochs have the same number of steps, and any step can be computed
 independently.
@@ -147,6 +147,7 @@ class Plan:
     needs: Float[Array, "N"]  # FLOPs of each record's row without padding
     batch: int  # rows of all processes
     seed: int
+    together: int = 1  # consecutive steps that have the same bucket; `epoch_steps` is a multiple of it
 
     @property
     def epoch_steps(self) -> int:
@@ -163,7 +164,8 @@ class Plan:
     @property
     def digest(self) -> str:
         """Digest of all that determines the steps. Hosts compare it; a checkpoint's step is valid for one digest."""
-        inputs = repr((self.buckets, self.batch, self.seed)).encode() + self.assigned.tobytes()
+        together = (self.together,) if self.together > 1 else ()
+        inputs = repr((self.buckets, self.batch, self.seed, *together)).encode() + self.assigned.tobytes()
         return hashlib.md5(inputs, usedforsecurity=False).hexdigest()
 
     def padded_share(self) -> float:
@@ -171,7 +173,15 @@ class Plan:
         return float(1 - self.needs.sum() / (self.batch * self.costs[[bucket for bucket, _ in _epoch(self, 0)]].sum()))
 
 
-def make_plan(sizes: Sizes, buckets: list[Bucket], batch: int, seed: int, group: int, config: ThinkerConfig) -> Plan:
+def make_plan(
+    sizes: Sizes,
+    buckets: list[Bucket],
+    batch: int,
+    seed: int,
+    group: int,
+    config: ThinkerConfig,
+    together: int = 1,
+) -> Plan:
     """Assign each record to the cheapest bucket that fits.
 
     Raises:
@@ -184,27 +194,28 @@ def make_plan(sizes: Sizes, buckets: list[Bucket], batch: int, seed: int, group:
     order = np.argsort(-costs, kind="stable")
     assigned = _cheapest(_table(sizes), boxes[order], group, config)
     needs = row_flops(_table(sizes), group, config)
-    return Plan(tuple(buckets[number] for number in order), costs[order], assigned, needs, batch, seed)
+    return Plan(tuple(buckets[number] for number in order), costs[order], assigned, needs, batch, seed, together)
 
 
 @lru_cache(maxsize=4)
 def _epoch(plan: Plan, epoch: int) -> list[tuple[int, Int[Array, "B"]]]:
     """All steps of an epoch: (bucket, records)."""
     order = np.random.default_rng([plan.seed, EPOCH, epoch]).permutation(len(plan.assigned))
-    steps, left = [], []
+    blocks, left, size = [], [], plan.batch * plan.together
     for bucket in range(len(plan.buckets)):
         own = order[plan.assigned[order] == bucket]
-        full = len(own) // plan.batch * plan.batch
-        steps += [(bucket, rows) for rows in own[:full].reshape(-1, plan.batch)]
+        full = len(own) // size * size
+        blocks += [(bucket, rows) for rows in own[:full].reshape(-1, size)]
         left.append(own[full:].tolist())
-    sizes = [(*bucket.shape, bucket.caption) for bucket in plan.buckets]
-    for bucket, size in enumerate(sizes):
-        for smaller in range(bucket + 1, len(sizes)):
-            if left[bucket] and all(part <= room for part, room in zip(sizes[smaller], size)):
-                room = plan.batch - len(left[bucket])
+    boxes = [(*bucket.shape, bucket.caption) for bucket in plan.buckets]
+    for bucket, box in enumerate(boxes):
+        for smaller in range(bucket + 1, len(boxes)):
+            if left[bucket] and all(part <= limit for part, limit in zip(boxes[smaller], box)):
+                room = size - len(left[bucket])
                 left[bucket] += left[smaller][:room]
                 left[smaller] = left[smaller][room:]
         if left[bucket]:
-            steps.append((bucket, np.array(left[bucket] + [-1] * (plan.batch - len(left[bucket])))))
-    shuffle = np.random.default_rng([plan.seed, STEPS, epoch]).permutation(len(steps))
-    return [steps[place] for place in shuffle]
+            blocks.append((bucket, np.array(left[bucket] + [-1] * (size - len(left[bucket])))))
+    shuffle = np.random.default_rng([plan.seed, STEPS, epoch]).permutation(len(blocks))
+    ordered = (blocks[number] for number in shuffle)
+    return [(bucket, records[step :: plan.together]) for bucket, records in ordered for step in range(plan.together)]

@@ -58,7 +58,7 @@ def sft_phases(config: SftConfig, model: ThinkerConfig, bucket: Bucket, mesh: Me
 def grpo_phases(config: GrpoConfig, model: ThinkerConfig, bucket: Bucket, mesh: Mesh) -> tuple[Phase, ...]:
     """The programs of a GRPO step in the order of `train/run_grpo.py`, with the arrays that are alive beside each:
 
-    - always: parameters, optimizer state, the reference's parameters, this batch and the next;
+    - always: parameters, optimizer state, the reference's parameters, the batches of a rollout and the next batch;
     - encoded clips: from `encode` to the end of `update`;
     - the sampler's view of the parameters: during `rollout`. Held-out evaluation keeps it over all its batches, so
       there it is alive during `encode` too, beside the encoded clips of the previous batch;
@@ -73,22 +73,25 @@ def grpo_phases(config: GrpoConfig, model: ThinkerConfig, bucket: Bucket, mesh: 
     program = grpo_program(config, model, mesh, config.steps or STEPS, STOPS)
     with jax.set_mesh(mesh):
         shapes = step_shapes(config, model, program, bucket, mesh)
-        sampling = sampling_programs(model, program, shapes)
+        sampling = sampling_programs(config, model, program, shapes)
         learning = learning_programs(config, program, shapes, mesh, config.sampling.tokens)
     encoded, view, rollout = shapes.encoded, shapes.view, shapes.rollout
     scored = learning["update"].args[1].scored
     batch = _batch(config, model, bucket, mesh, config.batch * config.split)
     reference = program.reference if config.objective.beta else {}
 
-    always = _always(program.state, batch) | {"reference": reference}
-    after = always | {"encoded": encoded}
+    together = config.rollout_batches
+    always = _always(program.state, batch, together) | {"reference": reference}
+    after, rollouts = always | {"encoded": (encoded,) * together}, (rollout,) * together
     evaluated = after | {"view": view} if config.data.heldout else always
+    if config.data.heldout and together > 1:  # between the updates of a rollout, whose captions are kept
+        evaluated |= {"encoded": (encoded,) * (together + 1), "captions": rollouts}
     alive = {
         "encode": evaluated,
         "view": after,
         "rollout": after | {"view": view},
-        "score": after | {"captions": rollout},
-        "update": after | {"captions": (rollout, scored)},
+        "score": after | {"captions": rollouts},
+        "update": after | {"captions": (rollouts, scored)},
     }
     phases = tuple(Phase(name, run, args, alive[name]) for name, (_, run, args) in (sampling | learning).items())
     return tuple(phase for phase in phases if phase.name != "score" or jax.tree.leaves(scored))
@@ -99,6 +102,7 @@ def _batch(config: RunConfig, model: ThinkerConfig, bucket: Bucket, mesh: Mesh, 
     return batch_shapes(config, model, bucket._replace(caption=config.data.caption_tokens), mesh, rows)
 
 
-def _always(state: State, batch: tuple[Any, ...]) -> dict[str, Any]:
-    """Arrays that are alive in every phase. The next batch is transferred while this one is in use."""
-    return {"parameters": state.params, "optimizer": state._replace(params=None), "inputs": (batch, batch)}
+def _always(state: State, batch: tuple[Any, ...], together: int = 1) -> dict[str, Any]:
+    """Arrays that are alive in every phase. The next batch is transferred while `together` are in use."""
+    inputs = (batch,) * (together + 1)
+    return {"parameters": state.params, "optimizer": state._replace(params=None), "inputs": inputs}

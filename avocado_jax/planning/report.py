@@ -17,7 +17,7 @@ from avocado_jax.parallel.rules import bytes_per_device
 from avocado_jax.planning.collectives import collective_bytes
 from avocado_jax.planning.phases import Phase
 from avocado_jax.planning.program import Program
-from avocado_jax.planning.work import flops_of, residual_bytes, rows_per_device, traffic_bytes
+from avocado_jax.planning.work import batches, flops_of, residual_bytes, rows_per_device, traffic_bytes
 
 # Predicted share of a ceiling. The matrix products of a text model's step reached 64% of the measured ceiling of an
 # H100, recomputation included (48% MFU under full remat). Not measured on TPUs.
@@ -55,7 +55,8 @@ def report(program: Program, phase: Phase) -> dict[str, Any]:
 
     Bytes are per device and include all arrays that are alive while the phase runs, also those that it does not read.
     FLOPs are of all devices, recomputation included. `seconds` assumes ATTAINED of the binding ceiling; it and `mfu`
-    are null where the ceilings of the device are unknown.
+    are null where the ceilings of the device are unknown. FLOPs and bytes are of the program, `seconds` are of a step:
+    the time of a rollout is divided by its batches.
     """
     mesh, (shape, caption) = program.mesh, program.bucket
     device, chip = mesh.devices.flat[0], CHIPS.get(mesh.devices.flat[0].device_kind)
@@ -105,8 +106,8 @@ def report(program: Program, phase: Phase) -> dict[str, Any]:
         )
         entry["roofline_seconds"] = times._asdict()
         entry["bound"] = max(times._fields, key=lambda name: getattr(times, name))
-        entry["seconds"] = max(times) / ATTAINED
-        entry["mfu"] = flops.model / mesh.size / chip.flops / entry["seconds"]
+        entry["seconds"] = max(times) / ATTAINED / batches(program, phase)
+        entry["mfu"] = flops.model / mesh.size / chip.flops / (max(times) / ATTAINED)
     return entry
 
 

@@ -34,12 +34,19 @@ def flops_of(program: Program, phase: Phase) -> Flops:
         of = (model, shape, program.group, caption, config.train)
         return Flops(*(program.rows * train_flops(*of, recomputed=again) for again in (False, True)))
     updates, beta = config.passes * config.minibatches, config.objective.beta > 0
+    together = batches(program, phase)
 
     def of_rows(rows: int, group: int, recomputed: bool) -> float:
         every = grpo_flops(model, shape, group, caption, config.train, updates, beta, recomputed)
         return rows * every._asdict().get(phase.name, 0.0)  # a view has no arithmetic
 
-    return Flops(of_rows(config.batch, config.group, False), of_rows(program.rows, program.group, True))
+    model_flops = of_rows(together * config.batch, config.group, False)
+    return Flops(model_flops, of_rows(together * program.rows, program.group, True))
+
+
+def batches(program: Program, phase: Phase) -> int:
+    """Number of batches that a phase processes together."""
+    return program.config.rollout_batches if phase.name == "rollout" else 1
 
 
 def microbatches(program: Program, phase: Phase) -> int:
@@ -51,7 +58,7 @@ def microbatches(program: Program, phase: Phase) -> int:
 def rows_per_device(program: Program, phase: Phase) -> int:
     """Rows of a microbatch on one device."""
     shards = int(np.prod([program.mesh.shape[axis] for axis in ROWS]))
-    return program.rows // microbatches(program, phase) // shards
+    return program.rows * batches(program, phase) // microbatches(program, phase) // shards
 
 
 def residual_bytes(program: Program, phase: Phase) -> int:

@@ -202,7 +202,7 @@ class GrpoProgram(NamedTuple):
         begin: parameters -> state; donates the parameters.
         encode: (parameters, clip) -> encoded; None if the encoders are trained.
         view: parameters -> the sampler's parameters.
-        roll_out: (view, clip, encoded, step, banned) -> rollout.
+        roll_out: (view, clips, encoded, step, banned) -> rollouts, each of a batch.
         score: (parameters, reference, clip, encoded, captions) -> scored.
         update: (state, experience) -> (state, metrics); donates the state.
     """
@@ -223,9 +223,16 @@ def grpo_program(
     """The phases of `config` on a mesh.
 
     Raises:
-        InputError: the objective is invalid, or the mesh does not divide the batch.
+        InputError: the objective or `rollout_batches` is invalid, or the mesh does not divide the batch.
     """
     check_objective(config.objective)
+    if config.rollout_batches < 1 or steps % config.rollout_batches:
+        raise InputError(f"rollout_batches: {config.rollout_batches} does not divide {steps} steps")
+    if config.rollout_batches > 1 and not config.objective.importance_cap:
+        raise InputError(
+            "rollout_batches: updates after the first learn from captions of an earlier policy, which needs "
+            "objective.importance_cap (try 2.0)"
+        )
     over = mesh.shape["data"] * mesh.shape["fsdp"] * config.accumulate * config.minibatches
     if config.group % config.split or config.batch * config.split % over:
         raise InputError(

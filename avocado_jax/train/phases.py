@@ -27,6 +27,11 @@ class Phases:
         self._step[name] = self._waiting.submit(self._wait, results, self._dispatched)
         self._dispatched = time.perf_counter()
 
+    def idle(self, name: str) -> None:
+        """The host has waited for something else until now; the entry is the time for which the devices had no work."""
+        now = self._dispatched = time.perf_counter()
+        self._step[name] = self._waiting.submit(lambda: max(0.0, now - self._ended))
+
     def _wait(self, results: Any, dispatched: float) -> float:
         jax.block_until_ready(results)
         begun, self._ended = max(self._ended, dispatched), time.perf_counter()

@@ -27,7 +27,7 @@ class StepShapes(NamedTuple):
     batch: tuple[Any, ...]  # `batch_shapes`
     encoded: Any  # None where the encoders are trained
     view: Any
-    rollout: Rollout  # at its full width
+    rollout: Rollout  # of a batch, at its full width
 
 
 def batch_shapes(config: RunConfig, model: ThinkerConfig, bucket: Bucket, mesh: Mesh, rows: int) -> tuple[Any, ...]:
@@ -47,14 +47,16 @@ def step_shapes(
     encoded = program.encode and by_rows(jax.eval_shape(program.encode, params, batch[0]), mesh)
     view = jax.eval_shape(program.view, params)
     view = jax.tree.map(with_sharding, view, shardings(view, mesh, over=VIEW_AXES))
-    rollout = jax.eval_shape(program.roll_out, *_sampling(model, program, view, batch[0], encoded))
+    rollout, *_ = jax.eval_shape(program.roll_out, *_sampling(model, program, view, batch[0], encoded, 1))
     return StepShapes(batch, encoded, view, by_rows(rollout, mesh))
 
 
-def sampling_programs(model: ThinkerConfig, program: GrpoProgram, shapes: StepShapes) -> dict[str, Program]:
+def sampling_programs(
+    config: GrpoConfig, model: ThinkerConfig, program: GrpoProgram, shapes: StepShapes
+) -> dict[str, Program]:
     """`encode` (where the encoders are frozen), `view` and `rollout`."""
     clip, params = shapes.batch[0], program.state.params
-    sampling = _sampling(model, program, shapes.view, clip, shapes.encoded)
+    sampling = _sampling(model, program, shapes.view, clip, shapes.encoded, config.rollout_batches)
     programs = {"encode": Program("encode", program.encode, (params, clip))} if program.encode else {}
     return programs | {
         "view": Program("view", program.view, (params,)),
@@ -90,8 +92,10 @@ def with_sharding(leaf: Any, sharding: Sharding) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
 
-def _sampling(model: ThinkerConfig, program: GrpoProgram, view: Any, clip: Any, encoded: Any) -> tuple[Any, ...]:
+def _sampling(
+    model: ThinkerConfig, program: GrpoProgram, view: Any, clip: Any, encoded: Any, batches: int
+) -> tuple[Any, ...]:
     """Arguments of `roll_out`."""
     step = program.state.step
     banned = jax.ShapeDtypeStruct((model.text.vocab,), jnp.bool_, sharding=step.sharding)  # replicated
-    return view, clip, encoded, step, banned
+    return view, (clip,) * batches, (encoded,) * batches, step, banned

@@ -32,8 +32,8 @@ class Rollout(NamedTuple):
 
 def roll_out(
     view: Any,
-    clip: Clip,
-    encoded: Encoded | None,
+    clips: tuple[Clip, ...],
+    encoded: tuple[Encoded | None, ...],
     step: Int[Array, ""],
     banned: Bool[Array, "V"],
     *,
@@ -44,28 +44,45 @@ def roll_out(
     stops: tuple[int, ...],
     seed: int,
     parts: int = 1,
-) -> Rollout:
-    """Sample `group` captions of each clip, which is `split` rows.
+) -> tuple[Rollout, ...]:
+    """Sample `group` captions of each clip of some batches, all together: a decoding step reads the weights once.
 
-    The draws depend on (seed, step, clip, caption) alone. `view` are the policy's `decoding_weights` and `model` is
-    their config; `generate` describes the other arguments.
+    A clip is `split` rows of its batch. The draws depend on (seed, step, clip, caption) alone. `generate` describes the
+    other arguments.
+
+    Args:
+        view: the policy's `decoding_weights`; `model` is their config.
+        clips, encoded: of batches of equal shapes, which are those of the steps from `step` on.
+
+    Returns:
+        The rollout of each batch.
     """
-    key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), ROLLOUT), step)
-    rows = len(clip.tokens)
-    keys = caption_keys(key, jnp.arange(rows // split), group).reshape(rows, group // split)
+    rows, count = len(clips[0].tokens), len(clips)
+    purpose = jax.random.fold_in(jax.random.key(seed), ROLLOUT)
+    steps = [jax.random.fold_in(purpose, step + number) for number in range(count)]
+    keys = [caption_keys(key, jnp.arange(rows // split), group).reshape(rows, group // split) for key in steps]
+
+    def interleave(*leaves: Array) -> Array:
+        """Rows of all batches, in the order of rows, then batches: each device keeps its rows."""
+        return jnp.stack(leaves, axis=1).reshape(-1, *leaves[0].shape[1:])
+
     samples = generate(
         view,
-        clip,
-        keys,
+        jax.tree.map(interleave, *clips),
+        interleave(*keys),
         banned,
-        encoded,
+        jax.tree.map(interleave, *encoded),
         config=model,
         sampling=Sampling(sampling.temperature, sampling.top_k, sampling.top_p),
         stops=stops,
         length=sampling.tokens,
         parts=parts,
     )
-    return as_rollout(samples, clip, stops)
+    of_batches = [
+        jax.tree.map(lambda leaf: leaf.reshape(rows, count, *leaf.shape[1:])[:, number], samples)  # noqa: B023
+        for number in range(count)
+    ]
+    return tuple(as_rollout(samples, clip, stops) for samples, clip in zip(of_batches, clips))
 
 
 def as_rollout(samples: Samples, clip: Clip, stops: tuple[int, ...]) -> Rollout:

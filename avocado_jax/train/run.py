@@ -99,8 +99,9 @@ def set_up(config: RunConfig, split: int = 1, folder: str = "") -> Setup:
     model, words = model_of(config, checkpoint.config), load_words(checkpoint.side_files)
     source, reading = open_source(config.data.train, config.data)
     recipe = make_recipe(config, model, words, reading, load_habits(checkpoint.side_files))
-    plan = plan_batches(source.index, recipe, config.batch, config.data.shapes, config.seed)
-    steps = config.steps or max(1, round(config.epochs * plan.epoch_steps))
+    together = config.rollout_batches if isinstance(config, GrpoConfig) else 1
+    plan = plan_batches(source.index, recipe, config.batch, config.data.shapes, config.seed, together)
+    steps = config.steps or together * max(1, round(config.epochs * plan.epoch_steps / together))
     return Setup(mesh, checkpoint, model, words, source, recipe, plan, steps, split)
 
 

@@ -1,10 +1,13 @@
 """From a config to a GRPO run: rollouts, rewards, updates, and the files written for each step."""
 
 import json
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from itertools import islice
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,10 +22,11 @@ from avocado_jax.data import storage
 from avocado_jax.data.pipeline import Batch
 from avocado_jax.data.plan import Bucket
 from avocado_jax.models.flops import grpo_flops
+from avocado_jax.models.thinker import Encoded
 from avocado_jax.parallel.batches import rows_sharding
 from avocado_jax.parallel.compiled import Program
 from avocado_jax.sampling.captioner import banned_ids
-from avocado_jax.train.grpo import Experience, GrpoProgram, grpo_program
+from avocado_jax.train.grpo import Experience, GrpoProgram, Scored, grpo_program
 from avocado_jax.train.objective import advantages, zero_variance
 from avocado_jax.train.phases import Phases
 from avocado_jax.train.programs import (
@@ -33,8 +37,8 @@ from avocado_jax.train.programs import (
     step_shapes,
     with_sharding,
 )
-from avocado_jax.train.rewards import Rewards, caption_text, open_rewards
-from avocado_jax.train.rollout import cut, fitting, warn_of_gap, widths
+from avocado_jax.train.rewards import Judged, Rewards, caption_text, open_rewards
+from avocado_jax.train.rollout import Rollout, cut, fitting, warn_of_gap, widths
 from avocado_jax.train.run import (
     Evaluator,
     Measured,
@@ -66,7 +70,7 @@ def grpo(config: GrpoConfig, folder: str) -> int:
         program = grpo_program(config, model, mesh, setup.steps, stops)
         open_folder(config, model, folder, setup.recipe.reading)
         checkpoints = Checkpoints(folder, config.keep)
-        state = restored(config, setup, folder, checkpoints, program.state, program.begin)
+        state = restored(config, setup, folder, checkpoints, *_with_rollouts(config, setup, program))
         # The reference policy is the checkpoint `init`: every start reads it again, and it is never saved.
         reference = load_sharded(setup.checkpoint, program.reference, whole=False) if config.objective.beta else {}
         banned = jnp.asarray(banned_ids(model, setup.words, stops))
@@ -77,13 +81,16 @@ def grpo(config: GrpoConfig, folder: str) -> int:
             row = sum(grpo_flops(model, shape, config.group, length, config.train, updates, beta))
             return config.batch * row * (1 - batch.padded)
 
+        def batches(first: int) -> Iterator[Batch]:
+            return blocks(stream(setup, config, first, rewards.references), first, config.rollout_batches)
+
         step, step_programs = _step(config, setup, program, rewards, reference, banned, stops, folder)
         evaluator = _evaluator(config, setup, program, rewards, banned, stops)
 
         def programs(buckets: list[Bucket]) -> list[Program]:
             found = agreement_programs(setup, buckets, rewards.references)
             for shapes in shapes_of(config, setup, program, buckets):
-                found += sampling_programs(model, program, shapes).values()
+                found += sampling_programs(config, model, program, shapes).values()
                 for width in widths(config.sampling.tokens):
                     found += learning_programs(config, program, shapes, mesh, width).values()
             return found + step_programs(shapes)
@@ -96,15 +103,61 @@ def grpo(config: GrpoConfig, folder: str) -> int:
             state,
             programs,
             evaluator,
-            batches=lambda first: stream(setup, config, first, rewards.references),
+            batches=batches,
             step=step,
             flops=flops,
         )
 
 
+def _with_rollouts(config: GrpoConfig, setup: Setup, program: GrpoProgram) -> tuple[State, Callable]:
+    """Shapes of the state, and the function that creates it from parameters.
+
+    With several batches per rollout the state includes their rollouts, since a resume cannot sample them again: the
+    policy has changed.
+    """
+    if config.rollout_batches == 1:
+        return program.state, program.begin
+    (shapes,) = shapes_of(config, setup, program, setup.plan.buckets[:1])  # rollouts have one shape in all buckets
+    rollouts = (shapes.rollout,) * config.rollout_batches
+
+    @partial(jax.jit, out_shardings=rows_sharding(setup.mesh))
+    def empty() -> tuple[Rollout, ...]:
+        return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), rollouts)
+
+    def begin(params: Any) -> State:
+        return program.begin(params)._replace(rollouts=empty())
+
+    return program.state._replace(rollouts=rollouts), begin
+
+
+def blocks(batches: Iterator[Batch], first: int, size: int) -> Iterator[Batch]:
+    """The batches in order; the first of each rollout, and the first of all, has the others of its rollout too.
+
+    Args:
+        first: step of the first batch.
+        size: batches of a rollout, which begins at a multiple of it.
+    """
+    with closing(batches):
+        while block := list(islice(batches, size - first % size)):
+            yield block[0]._replace(following=tuple(block[1:]))
+            yield from block[1:]
+            first += len(block)
+
+
 def shapes_of(config: GrpoConfig, setup: Setup, program: GrpoProgram, buckets: Iterable[Bucket]) -> list[StepShapes]:
     """The shapes of a step on each bucket."""
     return [step_shapes(config, setup.model, program, bucket, setup.mesh) for bucket in buckets]
+
+
+class _Part(NamedTuple):
+    """A batch with its rollout, while the rewards are computed."""
+
+    batch: Batch
+    encoded: Encoded | None
+    rollout: Rollout
+    cropped: Rollout  # at the width of its longest caption
+    answers: Callable[[], Judged | None]  # waits for the judge
+    scored: Scored | None  # None until the batch's turn, if it depends on the policy of that time
 
 
 def _step(
@@ -120,7 +173,8 @@ def _step(
     """The step function of `train.loop.Job`, and those of its programs that every bucket shares.
 
     All phases but the rollout are dispatched without waiting for their results: the length of the longest caption
-    selects the width at which captions are scored and learned from.
+    selects the width at which captions are scored and learned from. The judge receives all captions of a rollout at
+    once, so that it answers while the devices learn from earlier batches.
     """
     phases, replicated, by_row = Phases(), NamedSharding(setup.mesh, PartitionSpec()), rows_sharding(setup.mesh)
 
@@ -160,31 +214,63 @@ def _step(
             *(Program("the cut", narrow, (rollout, width)) for width in widths(config.sampling.tokens)),
         ]
 
+    parts: deque[_Part] = deque()  # of the newest rollout: those that the policy has not learned from
+
+    def rolled_out(state: State, batches: tuple[Batch, ...]) -> tuple[Rollout, ...]:
+        """Sample the captions of some batches, or take them from the state after a resume. Fills `parts`."""
+        clips = tuple(batch.clip for batch in batches)
+        encoded = tuple(program.encode and program.encode(state.params, clip) for clip in clips)
+        if batches[0].step % config.rollout_batches == 0:
+            rollouts = program.roll_out(program.view(state.params), clips, encoded, state.step, banned)
+            phases.end("rollout", [rollout.lengths for rollout in rollouts])
+        else:
+            rollouts = state.rollouts[-len(batches) :]
+        for batch, *each in zip(batches, encoded, rollouts):
+            parts.append(start_rewards(state, batch, *each))
+        return rollouts
+
+    def start_rewards(state: State, batch: Batch, encoded: Encoded | None, rollout: Rollout) -> _Part:
+        cropped = narrow(rollout, fitting(int(longest(rollout.lengths)), config.sampling.tokens))
+        part = _Part(batch, encoded, rollout, cropped, rewards.judge(rollout, batch), None)
+        return part._replace(scored=score(state, part)) if config.passes * config.minibatches == 1 else part
+
+    def score(state: State, part: _Part) -> Scored:
+        scored = program.score(state.params, reference, part.batch.clip, part.encoded, part.cropped.captions)
+        phases.end("score", scored)
+        return scored
+
     def step(state: State, batch: Batch) -> tuple[State, dict[str, Array], Callable[[], dict[str, Any]]]:
         phases.begin()
-        clip = batch.clip
-        encoded = program.encode and program.encode(state.params, clip)
-        rollout = program.roll_out(program.view(state.params), clip, encoded, state.step, banned)
-        phases.end("rollout", rollout.lengths)
-        cropped = narrow(rollout, fitting(int(longest(rollout.lengths)), config.sampling.tokens))
-        answers = rewards.judge(rollout, batch)
-        scored = program.score(state.params, reference, clip, encoded, cropped.captions)
-        phases.end("score", scored)
-        judged = answers()  # the devices score while the host waits for a remote judge
+        rollouts = state.rollouts
+        if not parts:
+            rollouts = rolled_out(state, (batch, *batch.following))
+        part = parts.popleft()
+        if part.scored is None:
+            part = part._replace(scored=score(state, part))
+        batch, encoded, rollout, cropped, answers, scored = part
+        del part
+        judged = answers()  # the devices work while the host waits for a remote judge
+        if judged:
+            phases.idle("judge_wait")
         with jax.debug_nans(False):  # a term without a reference is NaN
             terms = rewards.terms(rollout, batch.references, judged)
             reward, advantage, reward_metrics = group_advantages(terms, batch.weight)
         phases.end("reward", advantage)
-        experience = Experience(clip, encoded, cropped, scored, advantage, batch.weight)
-        state, metrics = program.update(state, experience)
+        experience = Experience(batch.clip, encoded, cropped, scored, advantage, batch.weight)
+        state, metrics = program.update(state._replace(rollouts=()), experience)
         phases.end("update", metrics)
+        stale = batch.step % config.rollout_batches
+        if config.rollout_batches > 1:
+            state = state._replace(rollouts=rollouts)
+            metrics |= {"staleness": np.int32(stale)}
         with jax.debug_nans(False):
             written = gather((rollout.captions.targets, rollout.lengths, terms, advantage), reward)
         seconds = phases.step()
         rewards.check(judged)  # after the update is dispatched, so that the devices need not wait for the host
 
         def finish() -> dict[str, Any]:
-            warn_of_gap(batch.step + 1, metrics["sampler_gap"].item())
+            if not stale:  # later the policy has moved on, which `importance_cap` corrects
+                warn_of_gap(batch.step + 1, metrics["sampler_gap"].item())
             lines = _lines(setup, stops, batch.step, *jax.device_get(written))
             if jax.process_index() == 0:
                 storage.write(storage.join(folder, f"rollouts/{batch.step + 1}.jsonl"), "".join(lines).encode())
@@ -236,7 +322,7 @@ def _evaluator(
     if not config.data.heldout:
         return Evaluator()
     evaluated = heldout(config, setup)
-    greedy = replace(config, group=config.split, sampling=replace(config.sampling, temperature=0.0))
+    greedy = replace(config, group=config.split, rollout_batches=1, sampling=replace(config.sampling, temperature=0.0))
     greedy_program = grpo_program(greedy, setup.model, setup.mesh, setup.steps, stops)
     sums = jax.jit(partial(heldout_sums, rewards))
 
@@ -245,7 +331,7 @@ def _evaluator(
 
         def measure(batch: Batch) -> Measured:
             encoded = program.encode and program.encode(state.params, batch.clip)
-            rollout = greedy_program.roll_out(view, batch.clip, encoded, state.step, banned)
+            (rollout,) = greedy_program.roll_out(view, (batch.clip,), (encoded,), state.step, banned)
             judged = rewards.judge(rollout, batch)()
             with jax.debug_nans(False):  # a term without a reference is NaN
                 terms = rewards.terms(rollout, batch.references, judged)
@@ -259,7 +345,7 @@ def _evaluator(
     found = agreement_programs(evaluated, buckets, rewards.references)
     for shapes in shapes_of(greedy, evaluated, greedy_program, buckets):
         sampling = greedy_program._replace(encode=program.encode, view=program.view)
-        found += sampling_programs(setup.model, sampling, shapes).values()
+        found += sampling_programs(greedy, setup.model, sampling, shapes).values()
     scoring, lengths = rewards.program(shapes.rollout), shapes.rollout.lengths
     terms = by_rows(jax.eval_shape(scoring.run, *scoring.args), setup.mesh)
     found += [scoring, Program("held-out sums", sums, (terms, lengths, shapes.batch[2]))]

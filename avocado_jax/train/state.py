@@ -32,6 +32,7 @@ class State(NamedTuple):
     optimizer: Any
     skipped: Int[Array, ""]  # updates skipped because loss or gradient was not finite
     in_row: Int[Array, ""]  # consecutive skipped updates up to now
+    rollouts: Any = ()  # GRPO with several batches per rollout: the newest rollout of each batch, for a resume
 
 
 def split(params: Any, train: str) -> tuple[Any, Any]:

@@ -59,6 +59,23 @@ def test_every_record_once_an_epoch_and_within_its_bucket(clips, buckets, batch,
         assert sorted(seen) == list(range(clips))
 
 
+@pytest.mark.parametrize(("clips", "together"), [(150, 4), (13, 3)])
+def test_steps_of_one_rollout_have_one_bucket(clips, together):
+    """Each record is in the epoch once, and empty positions are spread over the steps of a block."""
+    sizes = random_sizes(clips, 1)
+    plan = make_plan(sizes, choose_buckets(sizes, 3, 1, TINY), 4, 1, 1, TINY, together)
+    assert plan.digest != make_plan(sizes, list(plan.buckets), 4, 1, 1, TINY).digest
+    assert plan.epoch_steps % together == 0
+    steps, records = [plan.step(number) for number in range(plan.epoch_steps)], []
+    for first in range(0, plan.epoch_steps, together):
+        block = steps[first : first + together]
+        assert len({step.bucket for step in block}) == 1
+        counts = [(step.records >= 0).sum() for step in block]
+        assert max(counts) - min(counts) <= 1
+        records += [record for step in block for record in step.records if record >= 0]
+    assert sorted(records) == list(range(clips))
+
+
 def test_leftovers_fill_up_what_larger_buckets_lack():
     big, small = Bucket(Shape(8, 8, 8, 8), 8), Bucket(Shape(4, 4, 4, 4), 4)
     plan = Plan((big, small), np.array([2.0, 1.0]), np.array([0] * 5 + [1] * 6), np.ones(11), batch=4, seed=0)

@@ -40,7 +40,7 @@ def test_a_step_holds_what_its_plan_says(plan, tmp_path, capsys):
     """The step of a run, with phases that only make what the real ones would return, and see what is there."""
     phases = {phase.name: phase for phase in plan.phases}
     alive = phases["rollout"].alive | phases["update"].alive
-    rollout, scored = alive["captions"]
+    (rollout,), scored = alive["captions"]
     before, held = bytes_per_device(jax.live_arrays()), {}
 
     def phase(name, returned):
@@ -54,9 +54,9 @@ def test_a_step_holds_what_its_plan_says(plan, tmp_path, capsys):
         state=None,
         reference=None,
         begin=None,
-        encode=phase("encode", lambda *_: made(alive["encoded"])),
+        encode=phase("encode", lambda *_: made(alive["encoded"][0])),
         view=phase("view", lambda *_: made(alive["view"])),
-        roll_out=phase("rollout", lambda *_: made(rollout)),
+        roll_out=phase("rollout", lambda *_: (made(rollout),)),
         score=phase("score", lambda *_: made(scored)),
         update=phase("update", lambda state, experience: (state, {"sampler_gap": np.float32(0.3)})),
     )
@@ -68,7 +68,8 @@ def test_a_step_holds_what_its_plan_says(plan, tmp_path, capsys):
     )
     (clip, captions, weight, cut), waiting = (made(batch) for batch in alive["inputs"])
     state, reference = made(phases["update"].args[0]), made(alive["reference"])
-    batch = SimpleNamespace(clip=clip, captions=captions, weight=weight, cut=cut, records=(), references=None, step=0)
+    batch = SimpleNamespace(clip=clip, captions=captions, weight=weight, cut=cut)
+    vars(batch).update(records=(), references=None, step=0, following=())
     with jax.set_mesh(plan.mesh):
         setup = SimpleNamespace(mesh=plan.mesh, plan=SimpleNamespace(step=lambda _: batch))
         step, _ = run_grpo._step(plan.config, setup, program, rewards, reference, None, (), str(tmp_path))

@@ -144,7 +144,7 @@ def drawn(name, field=None):
         with pytest.MonkeyPatch.context() as patch, suppress(Stop):
             patch.setattr(rollout, "generate", generate)
             options = dict(group=2, split=1, stops=(), seed=given.seed)
-            rollout.roll_out(None, clip, None, 0, None, model=None, sampling=given.sampling, **options)
+            rollout.roll_out(None, (clip,), (None,), 0, None, model=None, sampling=given.sampling, **options)
         return [getattr(received[name], field) if field else received[name]]
 
     return sampler

@@ -131,11 +131,11 @@ def loss_of(objective, tokens=8):
         return float(grpo.batch_gradient({}, batch, model=None, config=config)[1])
 
 
-def empty_rollout(view, clip, *_, sampling, group, split, **__):
+def empty_rollout(view, clips, *_, sampling, group, split, **__):
     """Captions of zeros, as long as they may be."""
-    shape = len(clip.tokens), group // split, sampling.tokens
+    shape = len(clips[0].tokens), group // split, sampling.tokens
     ids, counts = jnp.zeros(shape, jnp.int32), jnp.zeros(shape[:2], jnp.int32)
-    return Rollout(Captions(ids, ids, ids > 0), jnp.zeros(shape), counts, counts > 0)
+    return (Rollout(Captions(ids, ids, ids > 0), jnp.zeros(shape), counts, counts > 0),) * len(clips)
 
 
 def started(kind, values, folder, patch):
@@ -171,7 +171,7 @@ def started(kind, values, folder, patch):
     calls.record(grpo, "caption_logprobs", instead=some_scores)
     calls.record(grpo, "by_parts", "objective")
     calls.record(grpo, "roll_out", instead=empty_rollout)
-    calls.record(run_grpo, "advantages", "widths", "grpo_flops")
+    calls.record(run_grpo, "advantages", "widths", "grpo_flops", "blocks")
     # --- its rewards
     calls.record(rewards, "open_judge", instead=lambda *_: nullcontext(lambda *_: None))
     calls.record(rewards, "make_references", instead=lambda _, records, *__: (np.zeros(len(records)), None))

@@ -111,6 +111,12 @@ FIELDS = {
         "data.caption_tokens": (24, in_fine_tuning),
         "group": (4, "plan_batches.recipe.group", "grpo_flops.group", group),
         "split": (2, "roll_out.split", lambda calls: [rows(calls) / 6]),
+        "rollout_batches": (
+            3,
+            lambda calls: [calls.plan_batches[0].together],
+            lambda calls: [len(calls.programs["rollout"].args[1])],
+            "blocks.size",
+        ),
         "passes": (5, updates("passes", "minibatches")),
         "minibatches": (3, updates("minibatches", "passes")),
         "reference_dtype": ("float32", reference_dtypes),

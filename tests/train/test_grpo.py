@@ -197,7 +197,8 @@ class Run:
         with jax.set_mesh(self.mesh):
             encoded = self.program.encode and self.program.encode(state.params, self.clip)
             view = self.program.view(state.params)
-            return encoded, self.program.roll_out(view, self.clip, encoded, jnp.int32(step), self.banned)
+            (rollout,) = self.program.roll_out(view, (self.clip,), (encoded,), jnp.int32(step), self.banned)
+            return encoded, rollout
 
     def score(self, encoded, rollout, state=None):
         state = state or self.state
@@ -297,6 +298,38 @@ def test_rollouts_are_those_of_seed_and_step():
         stopped = targets[place][lengths[place] - 1] in STOPS
         assert stopped != bool(first.truncated[place])
         assert first.captions.inputs[place][0] == run.clip.first[place[0]]
+
+
+def test_batches_that_are_sampled_together_have_the_captions_of_separate_rollouts():
+    """One program over the rows of both batches; each row's draws are those of its batch's step."""
+    run = Run(CONFIG, (4, 1, 2))
+    other = jax.tree.map(lambda leaf: leaf[::-1], run.clip)
+    with jax.set_mesh(run.mesh):
+        batches = run.clip, jax.device_put(other, rows_sharding(run.mesh))
+        encoded = tuple(run.program.encode(run.state.params, clip) for clip in batches)
+        view = run.program.view(run.state.params)
+        together = run.program.roll_out(view, batches, encoded, jnp.int32(3), run.banned)
+        for number, rollout in enumerate(together):
+            alone = (batches[number],), (encoded[number],)
+            (expected,) = run.program.roll_out(view, *alone, jnp.int32(3 + number), run.banned)
+            np.testing.assert_array_equal(rollout.captions.targets, expected.captions.targets)
+            np.testing.assert_array_equal(rollout.captions.inputs, expected.captions.inputs)
+            np.testing.assert_array_equal(rollout.lengths, expected.lengths)
+            np.testing.assert_allclose(rollout.sampled, expected.sampled, atol=1e-4)
+            assert rollout.lengths.sharding.is_equivalent_to(expected.lengths.sharding, 2)
+    assert (together[0].captions.targets != together[1].captions.targets).any()
+
+
+def test_rollout_batches_are_checked():
+    capped = replace(CONFIG, rollout_batches=2, objective=ObjectiveConfig(importance_cap=2.0))
+    mesh = make_mesh(1, 1, 1, devices=jax.devices()[:1])
+    for config, steps, why in (
+        (replace(capped, objective=ObjectiveConfig()), 4, "needs objective.importance_cap"),
+        (capped, 5, "rollout_batches: 2 does not divide 5 steps"),
+        (replace(capped, rollout_batches=0), 4, "rollout_batches: 0"),
+    ):
+        with pytest.raises(InputError, match=why):
+            grpo_program(config, MODEL, mesh, steps, STOPS)
 
 
 @pytest.mark.slow

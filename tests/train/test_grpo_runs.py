@@ -63,6 +63,25 @@ def test_rollouts_are_written_with_their_rewards_and_advantages(grpo_runs):
         assert told["length"] == pytest.approx(np.mean([line["length"] for line in lines]))
 
 
+def test_a_run_resumes_between_the_updates_of_one_rollout(grpo_runs):
+    """Killed after the first of two updates: the captions of the second are those of the policy before the first."""
+    fields = ["--steps", "4", "--rollout_batches", "2", "--objective.importance_cap", "2", "--checkpoint_every", "3"]
+    grpo_runs.finish("together", *fields)
+    lines = grpo_runs.lines("together")
+    assert [line["staleness"] for line in lines] == [0, 1, 0, 1]
+    assert [line["sampler_gap"] > 1e-4 for line in lines] == [False, True, False, True]
+    process = grpo_runs.start("killed-between", *fields)
+    while not (grpo_runs.folder / "killed-between" / "checkpoints" / "3").exists():
+        assert process.poll() is None
+        time.sleep(0.02)
+    assert kill(process) == -signal.SIGKILL
+    assert not (grpo_runs.folder / "killed-between" / "checkpoints" / "4").exists()
+    grpo_runs.finish("killed-between", *fields)
+    assert grpo_runs.lines("killed-between") == lines
+    assert rollouts(grpo_runs, "killed-between") == rollouts(grpo_runs, "together")
+    jax.tree.map(np.testing.assert_array_equal, grpo_runs.files("killed-between"), grpo_runs.files("together"))
+
+
 @pytest.mark.soak
 def test_killed_at_random_moments(grpo_runs):
     """SIGKILL and SIGTERM over the time of a run: in rollouts, rewards, updates, evaluation and saves."""

@@ -97,7 +97,7 @@ def test_sampler_and_trainer_agree_in_bf16(policy, large, bound):
     shapes, rng = jax.eval_shape(program.encode, params, clip), np.random.default_rng(2)
     encoded = jax.tree.map(lambda leaf: jnp.asarray(rng.standard_normal(leaf.shape), leaf.dtype), shapes)
     banned = jnp.arange(TINY.text.vocab) >= 259
-    rollout = program.roll_out(program.view(params), clip, encoded, jnp.int32(0), banned)
+    (rollout,) = program.roll_out(program.view(params), (clip,), (encoded,), jnp.int32(0), banned)
     score = partial(program.score, reference={}, clip=clip, encoded=encoded, captions=rollout.captions)
     valid, sampled = np.asarray(rollout.captions.valid), np.asarray(rollout.sampled)
     gap = np.abs(np.asarray(score(params).old) - sampled)[valid]

@@ -1,0 +1,205 @@
+"""Several batches of one rollout: the order of the phases, and what a resume and a judge depend on."""
+
+import threading
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from avocado_jax.config import GrpoConfig, ObjectiveConfig, SamplingConfig
+from avocado_jax.data.pipeline import Batch
+from avocado_jax.parallel.mesh import make_mesh
+from avocado_jax.train import run_grpo
+from avocado_jax.train.grpo import GrpoProgram, Scored
+from avocado_jax.train.rollout import Rollout
+from avocado_jax.train.run_grpo import blocks
+from avocado_jax.train.state import State
+from avocado_jax.typing import Captions
+
+B, G, C = 2, 2, 4
+
+
+def batch(step):
+    return Batch(**dict.fromkeys(Batch._fields))._replace(step=step, clip=step, weight=jnp.ones(B), following=())
+
+
+def rollout_of(step):
+    """A rollout with the step in its log-probabilities."""
+    tokens = jnp.ones((B, G, C), jnp.int32)
+    sampled, lengths = jnp.full((B, G, C), step, jnp.float32), jnp.full((B, G), 2)
+    return Rollout(Captions(tokens, tokens, tokens > 0), sampled, lengths, lengths > C)
+
+
+def start():
+    return State(jnp.int32(0), 0, None, jnp.int32(0), jnp.int32(0))
+
+
+class Steps:
+    """The step function of a run whose phases record their calls. An update adds 1 to the parameters."""
+
+    def __init__(self, folder, answers=lambda step: None, **fields):
+        capped = ObjectiveConfig(importance_cap=2.0)
+        self.config = GrpoConfig(batch=B, group=G, sampling=SamplingConfig(tokens=C), objective=capped, **fields)
+        self.mesh = make_mesh(1, 1, 1, devices=jax.devices()[:1])
+        self.calls, self.gap = [], 0.0
+
+        def phase(name, result):
+            def run(*args):
+                self.calls.append((name, *args))
+                return result(*args)
+
+            return run
+
+        def update(state, experience):
+            state = state._replace(step=state.step + 1, params=state.params + 1)
+            return state, {"sampler_gap": jnp.float32(self.gap)}
+
+        program = GrpoProgram(
+            state=None,
+            reference=None,
+            begin=None,
+            encode=phase("encode", lambda params, clip: f"encoded {clip}"),
+            view=phase("view", lambda params: f"view of {params}"),
+            roll_out=phase("roll_out", lambda view, clips, *_: tuple(map(rollout_of, clips))),
+            score=phase("score", lambda *_: Scored(None, jnp.zeros((B, G, C)))),
+            update=phase("update", update),
+        )
+        rewards = SimpleNamespace(
+            judge=phase("judge", lambda rollout, batch: lambda: answers(batch.step)),
+            terms=lambda rollout, *_: {"length": rollout.lengths.astype("float32")},
+            combine=lambda terms, _: (terms["length"], {}),
+            check=lambda judged: None,
+        )
+        setup = SimpleNamespace(mesh=self.mesh, plan=SimpleNamespace(step=lambda _: SimpleNamespace(records=[-1] * B)))
+        self.step, _ = run_grpo._step(self.config, setup, program, rewards, {}, None, (), str(folder))
+
+    def run(self, state, first, last):
+        """Run the steps `first` to `last` - 1. Returns the state, and (metrics, entries of "perf") of each step."""
+        found = []
+        with jax.set_mesh(self.mesh):
+            for one in blocks(Batches(map(batch, range(first, last))), first, self.config.rollout_batches):
+                state, metrics, finish = self.step(state, one)
+                found.append((metrics, finish()))
+        return state, found
+
+    def of(self, name):
+        """The arguments of each call of a phase."""
+        return [args for called, *args in self.calls if called == name]
+
+
+class Batches(list):
+    """An iterator that can be closed."""
+
+    closed = False
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        if not self:
+            raise StopIteration
+        return self.pop(0)
+
+    def close(self):
+        self.closed = True
+
+
+@pytest.mark.parametrize(
+    ("first", "size", "expected"),
+    [
+        (0, 1, [(0, []), (1, []), (2, []), (3, []), (4, []), (5, [])]),
+        (0, 3, [(0, [1, 2]), (1, []), (2, []), (3, [4, 5]), (4, []), (5, [])]),
+        (2, 4, [(2, [3]), (3, []), (4, [5]), (5, [])]),  # a resume in the middle of a rollout
+    ],
+)
+def test_the_first_batch_of_a_rollout_has_the_others(first, size, expected):
+    batches = Batches(map(batch, range(first, 6)))
+    found = [(one.step, [other.step for other in one.following]) for one in blocks(batches, first, size)]
+    assert found == expected
+    assert batches.closed
+
+
+def test_batches_are_closed_early():
+    batches = Batches(map(batch, range(4)))
+    stream = blocks(batches, 0, 2)
+    assert next(stream).step == 0
+    stream.close()
+    assert batches.closed
+
+
+def test_one_rollout_serves_several_updates(tmp_path):
+    steps = Steps(tmp_path, rollout_batches=2)
+    state, found = steps.run(start(), 0, 4)
+    names = [name for name, *_ in steps.calls]
+    block = ["encode", "encode", "view", "roll_out", "judge", "score", "judge", "score", "update", "update"]
+    assert names == block * 2
+    assert [(view, clips, encoded, int(step)) for view, clips, encoded, step, _ in steps.of("roll_out")] == [
+        ("view of 0", (0, 1), ("encoded 0", "encoded 1"), 0),
+        ("view of 2", (2, 3), ("encoded 2", "encoded 3"), 2),
+    ]
+    # each update learns from its own clips and captions, with the newest parameters
+    learned = [(s.params, e.clip, e.encoded, float(e.rollout.sampled[0, 0, 0])) for s, e in steps.of("update")]
+    assert learned == [(step, step, f"encoded {step}", step) for step in range(4)]
+    assert [int(metrics["staleness"]) for metrics, _ in found] == [0, 1, 0, 1]
+    assert ["rollout_seconds" in perf for _, perf in found] == [True, False, True, False]
+    assert [float(one.sampled[0, 0, 0]) for one in state.rollouts] == [2, 3]  # for a resume
+
+
+def test_a_resume_takes_the_captions_from_the_state(tmp_path):
+    steps = Steps(tmp_path, rollout_batches=3)
+    undisturbed, _ = steps.run(start(), 0, 3)
+    expected = steps.of("update")[1:]
+    stopped, _ = steps.run(start(), 0, 1)
+    again = Steps(tmp_path, rollout_batches=3)
+    state, found = again.run(stopped, 1, 3)
+    assert not again.of("roll_out")
+    assert [clip for _, clip in again.of("encode")] == [1, 2]
+    for (_, one), (_, other) in zip(again.of("update"), expected, strict=True):
+        assert (one.clip, one.encoded) == (other.clip, other.encoded)
+        assert (one.rollout.sampled == other.rollout.sampled).all()
+    assert [int(metrics["staleness"]) for metrics, _ in found] == [1, 2]
+    assert state.params == undisturbed.params == 3
+
+
+def test_scores_that_depend_on_the_policy_are_those_of_the_batchs_turn(tmp_path):
+    steps = Steps(tmp_path, rollout_batches=2, passes=2)
+    steps.run(start(), 0, 2)
+    assert [(params, clip) for params, _, clip, *_ in steps.of("score")] == [(0, 0), (1, 1)]
+    assert [name for name, *_ in steps.calls][-4:] == ["score", "update", "score", "update"]
+
+
+def test_a_single_batch_has_no_staleness_and_keeps_nothing(tmp_path):
+    state, found = Steps(tmp_path).run(start(), 0, 2)
+    assert state.rollouts == ()
+    assert all("staleness" not in metrics for metrics, _ in found)
+
+
+def test_only_the_first_update_of_a_rollout_warns_of_the_samplers_gap(tmp_path, capsys):
+    """Later the gap includes what the policy has learned since."""
+    steps = Steps(tmp_path, rollout_batches=2)
+    steps.gap = 0.3
+    steps.run(start(), 0, 4)
+    printed = capsys.readouterr().err
+    assert [f"step {number}: warning: sampler_gap" in printed for number in (1, 2, 3, 4)] == [True, False, True, False]
+
+
+def test_updates_do_not_wait_for_the_answers_to_later_batches(tmp_path):
+    """The judge receives all captions before the first update, and only the answers of the batch are waited for."""
+    released, waited = threading.Event(), []
+
+    def answers(step):
+        waited.append(step)
+        assert step == 0 or released.wait(60)
+        return SimpleNamespace(answers=None)
+
+    steps = Steps(tmp_path, answers, rollout_batches=2)
+    with jax.set_mesh(steps.mesh):
+        first, second = blocks(Batches(map(batch, range(2))), 0, 2)
+        state, _, finish = steps.step(start(), first)
+        assert len(steps.of("judge")) == 2
+        assert (waited, len(steps.of("update"))) == ([0], 1)
+        assert finish()["judge_wait_seconds"] >= 0
+        threading.Timer(0.5, released.set).start()
+        _, _, finish = steps.step(state, second)
+        assert finish()["judge_wait_seconds"] >= 0.3  # the devices had nothing to do
