@@ -1,6 +1,5 @@
 """Rollouts: captions that a policy samples of a batch of clips, as the update reads them."""
 
-import sys
 from typing import Any, NamedTuple
 
 import jax
@@ -16,9 +15,6 @@ from avocado_jax.typing import Array, Bool, Captions, Clip, Float, Int
 ROLLOUT = 5  # the purpose of these random numbers
 WIDTHS = 2  # that captions are cut to, in equal parts of the limit; `score` and `update` are compiled for each
 VIEW_AXES = ("tensor",)  # the mesh axes that shard the sampler's weights: each decoding step reads all of them
-# Bound on `sampler_gap`, nats per token. Rounding in bf16 gives 0.01 to 0.03 on random weights with logits of order 1
-# (tests/train/test_sampler.py). Above it the sampler is not the trained policy, which biases the gradient.
-SAMPLER_GAP = 0.05
 
 
 class Rollout(NamedTuple):
@@ -94,20 +90,6 @@ def as_rollout(samples: Samples, clip: Clip, stops: tuple[int, ...]) -> Rollout:
     last = jnp.take_along_axis(samples.tokens, jnp.maximum(samples.lengths - 1, 0)[..., None], axis=-1)
     stopped = jnp.any(last == jnp.asarray(stops)[None, None], axis=-1)
     return Rollout(Captions(inputs, samples.tokens, valid), samples.logprobs, samples.lengths, ~stopped)
-
-
-def warn_of_gap(step: int, gap: float) -> None:
-    """Print a warning on process 0 if the sampler's log-probabilities are not the trainer's.
-
-    Args:
-        step: finished steps.
-        gap: the step's `sampler_gap`.
-    """
-    if gap > SAMPLER_GAP and jax.process_index() == 0:
-        print(
-            f"step {step}: warning: sampler_gap {gap:.3f} is above {SAMPLER_GAP}: rollouts are off-policy",
-            file=sys.stderr,
-        )
 
 
 def widths(limit: int) -> tuple[int, ...]:

@@ -1,6 +1,7 @@
 """From a config to a GRPO run: rollouts, rewards, updates, and the files written for each step."""
 
 import json
+import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
@@ -27,6 +28,7 @@ from avocado_jax.parallel.batches import rows_sharding
 from avocado_jax.parallel.compiled import Program
 from avocado_jax.sampling.captioner import banned_ids
 from avocado_jax.train.grpo import Experience, GrpoProgram, Scored, grpo_program
+from avocado_jax.train.health import Health, describe
 from avocado_jax.train.objective import advantages, zero_variance
 from avocado_jax.train.phases import Phases
 from avocado_jax.train.programs import (
@@ -38,7 +40,7 @@ from avocado_jax.train.programs import (
     with_sharding,
 )
 from avocado_jax.train.rewards import Judged, Rewards, caption_text, open_rewards
-from avocado_jax.train.rollout import Rollout, cut, fitting, warn_of_gap, widths
+from avocado_jax.train.rollout import Rollout, cut, fitting, widths
 from avocado_jax.train.run import (
     Evaluator,
     Measured,
@@ -73,6 +75,8 @@ def grpo(config: GrpoConfig, folder: str) -> int:
         state = restored(config, setup, folder, checkpoints, *_with_rollouts(config, setup, program))
         # The reference policy is the checkpoint `init`: every start reads it again, and it is never saved.
         reference = load_sharded(setup.checkpoint, program.reference, whole=False) if config.objective.beta else {}
+        if jax.process_index() == 0 and int(state.step) < setup.steps:
+            print(describe(config, model, setup.plan.buckets[0]), file=sys.stderr)
         banned = jnp.asarray(banned_ids(model, setup.words, stops))
         updates = config.passes * config.minibatches
 
@@ -176,7 +180,8 @@ def _step(
     selects the width at which captions are scored and learned from. The judge receives all captions of a rollout at
     once, so that it answers while the devices learn from earlier batches.
     """
-    phases, replicated, by_row = Phases(), NamedSharding(setup.mesh, PartitionSpec()), rows_sharding(setup.mesh)
+    phases, health = Phases(), Health()
+    replicated, by_row = NamedSharding(setup.mesh, PartitionSpec()), rows_sharding(setup.mesh)
 
     def by_clip(tree: Any) -> Any:
         """[rows, group / split, ...] as [clips, group, ...]."""
@@ -225,7 +230,7 @@ def _step(
             phases.end("rollout", [rollout.lengths for rollout in rollouts])
         else:
             rollouts = state.rollouts[-len(batches) :]
-        for batch, *each in zip(batches, encoded, rollouts):
+        for batch, *each in zip(batches, encoded, rollouts, strict=True):
             parts.append(start_rewards(state, batch, *each))
         return rollouts
 
@@ -269,8 +274,8 @@ def _step(
         rewards.check(judged)  # after the update is dispatched, so that the devices need not wait for the host
 
         def finish() -> dict[str, Any]:
-            if not stale:  # later the policy has moved on, which `importance_cap` corrects
-                warn_of_gap(batch.step + 1, metrics["sampler_gap"].item())
+            values = jax.device_get(metrics | reward_metrics)
+            health.check(batch.step + 1, {name: float(value) for name, value in values.items()}, stale > 0)
             lines = _lines(setup, stops, batch.step, *jax.device_get(written))
             if jax.process_index() == 0:
                 storage.write(storage.join(folder, f"rollouts/{batch.step + 1}.jsonl"), "".join(lines).encode())

@@ -15,8 +15,8 @@ from avocado_jax.models.config import TINY, Lora
 from avocado_jax.parallel.mesh import make_mesh
 from avocado_jax.train import run
 from avocado_jax.train.grpo import grpo_program
+from avocado_jax.train.health import SAMPLER_GAP
 from avocado_jax.train.optim import optimizer
-from avocado_jax.train.rollout import SAMPLER_GAP, warn_of_gap
 from avocado_jax.train.sft import model_of
 from avocado_jax.train.state import apply_gradient, split
 
@@ -106,13 +106,6 @@ def test_sampler_and_trainer_agree_in_bf16(policy, large, bound):
     if large:  # the bound finds a sampler without adapters
         without = np.abs(np.asarray(score(policy[1]).old) - sampled)[valid]
         assert without.mean() > 5 * SAMPLER_GAP
-
-
-def test_a_gap_above_the_bound_is_reported(capsys):
-    warn_of_gap(3, SAMPLER_GAP)
-    assert not capsys.readouterr().err
-    warn_of_gap(3, 2 * SAMPLER_GAP)
-    assert f"step 3: warning: sampler_gap {2 * SAMPLER_GAP:.3f}" in capsys.readouterr().err
 
 
 def test_held_out_captions_keep_the_adapters(monkeypatch, policy):
