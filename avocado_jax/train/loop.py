@@ -22,7 +22,7 @@ from avocado_jax.train.agree import lost_records
 from avocado_jax.train.inputs import InputMonitor
 from avocado_jax.train.metrics import Log, Meter, ProgressLog
 from avocado_jax.train.profile import Profile
-from avocado_jax.train.state import State
+from avocado_jax.train.state import State, rest_of
 from avocado_jax.train.stop import StepFlags
 
 
@@ -134,8 +134,7 @@ def train(job: Job, state: State, mesh: Mesh, checkpoints: Checkpoints, log: Log
                 progress(number, "checkpoint")
                 log.flush()
                 if saved or stop:
-                    rest = state._replace(params=None)
-                    checkpoints.save(number, state.params, rest, job.position, job.rank(more))
+                    checkpoints.save(number, state.params, rest_of(state), job.position, job.rank(more))
                     saved_at = time.monotonic()
             if stop:
                 return 75 if number < job.steps else 0

@@ -44,7 +44,7 @@ from avocado_jax.train.metrics import Log
 from avocado_jax.train.programs import batch_shapes
 from avocado_jax.train.sft import batch_sums, model_of, sft_program
 from avocado_jax.train.startup import ready
-from avocado_jax.train.state import State
+from avocado_jax.train.state import State, rest_of
 from avocado_jax.typing import Array
 
 Measured = dict[str, tuple[Array, Array]]  # by metric: a sum over a batch, and the number of its summands
@@ -136,10 +136,10 @@ def restored(
         if setup.model.text.lora:
             params = add_adapters(params, shapes.params, config.seed)
         return start(params)
-    params, rest, position = checkpoints.restore(newest, shapes.params, shapes._replace(params=None))
+    params, rest, position = checkpoints.restore(newest, shapes.params, rest_of(shapes))
     if position["plan"] != setup.plan.digest:
         raise InputError(f"{config.data.train}: not the data that {folder} was begun with")
-    return rest._replace(params=params)
+    return State(**rest | {"params": params})
 
 
 def sft(config: SftConfig, folder: str) -> int:

@@ -35,6 +35,12 @@ class State(NamedTuple):
     rollouts: Any = ()  # GRPO with several batches per rollout: the newest rollout of each batch, for a resume
 
 
+def rest_of(state: State) -> dict[str, Any]:
+    """What a checkpoint stores of a state beside its parameters. `rollouts` is absent if the state has none."""
+    rest = state._replace(params=None)._asdict()  # Orbax stores a None too
+    return rest if state.rollouts else {name: value for name, value in rest.items() if name != "rollouts"}
+
+
 def split(params: Any, train: str) -> tuple[Any, Any]:
     """Split a parameter tree into (trained, frozen)."""
     pattern, flat = re.compile(TRAINED[train]), flatten_dict(params, sep="/")

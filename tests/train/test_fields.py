@@ -114,7 +114,7 @@ FIELDS = {
         "rollout_batches": (
             3,
             lambda calls: [calls.plan_batches[0].together],
-            lambda calls: [len(calls.programs["rollout"].args[1])],
+            lambda calls: [max(len(one.args[1]) for one in calls.compile_ahead[0].programs if one.name == "rollout")],
             "blocks.size",
         ),
         "passes": (5, updates("passes", "minibatches")),

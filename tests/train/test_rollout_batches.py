@@ -14,7 +14,7 @@ from avocado_jax.train import run_grpo
 from avocado_jax.train.grpo import GrpoProgram, Scored
 from avocado_jax.train.rollout import Rollout
 from avocado_jax.train.run_grpo import blocks
-from avocado_jax.train.state import State
+from avocado_jax.train.state import State, rest_of
 from avocado_jax.typing import Captions
 
 B, G, C = 2, 2, 4
@@ -166,6 +166,13 @@ def test_a_resume_takes_the_captions_from_the_state(tmp_path):
         assert (one.rollout.sampled == other.rollout.sampled).all()
     assert [int(metrics["staleness"]) for metrics, _ in found] == [1, 2]
     assert state.params == undisturbed.params == 3
+
+
+def test_a_checkpoint_has_the_rollouts_of_several_batches_only():
+    """A run without them resumes from the checkpoints of earlier versions."""
+    assert rest_of(start()).keys() == {"step", "params", "optimizer", "skipped", "in_row"}
+    rollouts = (rollout_of(0), rollout_of(1))
+    assert rest_of(start()._replace(rollouts=rollouts))["rollouts"] is rollouts
 
 
 def test_scores_that_depend_on_the_policy_are_those_of_the_batchs_turn(tmp_path):
