@@ -162,8 +162,10 @@ def _check(args: argparse.Namespace) -> Sampling:
 
 def _target(given: str | None) -> float | None:
     """The target length of segments, in seconds."""
-    if given is None or given == "auto":
-        return given and SEGMENT_SECONDS
+    if given is None:
+        return None
+    if given == "auto":
+        return SEGMENT_SECONDS
     try:
         target = float(given)
     except ValueError:

@@ -70,7 +70,7 @@ class ClipSource(NamedTuple):
             raise InputError(f"{printable(self.name)}: {self.error}")
         return self._with_file(lambda path: reader.segments(path, target))
 
-    def _with_file(self, call: Callable[[str], T]) -> T:
+    def _with_file(self, call: Callable[[Path], T]) -> T:
         with storage.here(self.path) as local:
             try:
                 return call(local)

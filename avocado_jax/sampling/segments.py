@@ -99,7 +99,7 @@ def _segments(
         if not clip.path:  # of prepared shards
             return [Segment(number, clip)], ExitStack()
         with ExitStack() as stack:
-            here = stack.enter_context(storage.here(clip.path))
+            here = str(stack.enter_context(storage.here(clip.path)))
             parts = clip._replace(path=here).segments(how.reader, how.target)
             if len(parts) == 1:
                 return [Segment(number, clip._replace(path=here))], stack.pop_all()

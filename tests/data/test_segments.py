@@ -110,6 +110,7 @@ def test_a_part_is_what_the_clip_has_there(long_clip, tmp_path, kind):
     whole = read_media(path, Reading(fps=10.0, fewest_pixels=784, asked_pixels=6000, sound_seconds=60))
     for start, end in ((0.0, 7.0), (7.0, 12.0), (13.3, 19.0), (25.0, 31.1)):
         media = read_media(path, READING, part=(start, end))
+        assert media.warnings == ()
         assert media.seconds == pytest.approx(min(end, whole.seconds) - start, abs=0.01)
         assert abs(len(media.frames) - 2 * media.seconds) <= 2
         for frame, time in zip(media.frames, media.times):

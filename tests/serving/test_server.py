@@ -26,7 +26,8 @@ from avocado_jax.__main__ import main
 from avocado_jax.data.decode import read_media
 from avocado_jax.serving.app import grown
 from avocado_jax.serving.download import is_public
-from avocado_jax.serving.protocol import Answer
+from avocado_jax.serving.protocol import Answer, ApiError
+from avocado_jax.serving.sources import Sources
 from avocado_jax.world.check import measure
 
 KEY = "a key"
@@ -331,6 +332,27 @@ def test_refused_urls(server, root, name):
     with pytest.raises(openai.APIStatusError) as raised:
         server.chat(clip_part(REFUSED[name](root)))
     assert raised.value.status_code in (400, 403)
+
+
+def test_a_file_that_is_replaced_between_check_and_use(root, tmp_path, monkeypatch):
+    """What counts is the file that was opened, not what its name referred to before."""
+    link, real = root / "changing.mp4", os.open
+    link.symlink_to("within.mp4")
+
+    def replaced(path, *options):
+        link.unlink()
+        link.symlink_to(root.parent / "outside" / "clip.mp4")
+        return real(path, *options)
+
+    monkeypatch.setattr(os, "open", replaced)
+    with pytest.raises(ApiError, match="not below --media-root"):
+        Sources(root, False, 1, 1.0)._local(link.as_uri())
+
+
+def test_a_clip_that_is_too_long(server, root):
+    GOOD["100_s.mp4"](root / "long.mp4")
+    with pytest.raises(openai.BadRequestError, match="110 s long; 60 s are the most"):
+        server.chat(clip_part((root / "long.mp4").as_uri()))
 
 
 class Listener:

@@ -1,0 +1,131 @@
+"""`caption --segments`: a long clip is several requests of the engine and one line of output. The model is a stub."""
+
+import json
+from contextlib import contextmanager
+
+import numpy as np
+import pytest
+from clips import GOOD, write
+
+from avocado_jax.__main__ import main
+from avocado_jax.cli import caption as command
+from avocado_jax.data import storage
+from avocado_jax.sampling import segments as module
+from avocado_jax.sampling.engine import Engine
+
+
+def scene(index, width, height):
+    """A colour for each 2 s."""
+    return np.full((height, width, 3), (40 * (index // 20), 90, 250 - 40 * (index // 20)), np.uint8)
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory):
+    """A clip of 10 s in five scenes, a short one and a broken one."""
+    folder = tmp_path_factory.mktemp("clips")
+    write(folder / "a.mp4", 100, 64, 48, sound=np.zeros((1, 441_000), np.float32), draw=scene)
+    GOOD["plain.mp4"](folder / "b.mp4")
+    (folder / "c.mp4").write_bytes(b"no video")
+    return folder
+
+
+@pytest.fixture
+def stub(monkeypatch):
+    """Captions that state the clip and the frames of the request, in reverse order; those of `failing` fail."""
+    requests, failing = [], set()
+
+    class Stub(Engine):
+        def run(self, given):
+            found = list(given)
+            requests.extend(request for request, *_ in found)
+            for request, row, number in reversed(found):
+                if isinstance(row, Exception) or number in failing:
+                    yield request, row if isinstance(row, Exception) else MemoryError("too large")
+                    continue
+                ids = self.captioner.tokenizer.encode(f"{number} {len(row.clip.patches)}")
+                yield request, np.array([*ids, self.captioner.stops[0]], np.int32)
+
+    monkeypatch.setattr(command, "Engine", Stub)
+    Stub.requests, Stub.failing = requests, failing
+    return Stub
+
+
+def run(capsys, *arguments, status=0):
+    """The lines of the output, and stderr."""
+    assert main(["caption", *map(str, arguments), "--json"]) == status
+    said = capsys.readouterr()
+    return [json.loads(line) for line in said.out.splitlines()], said.err
+
+
+def test_long_clips_are_cut(clips, stub, capsys):
+    """One request a segment, each with its part of the clip and its draws; a line a clip, in input order."""
+    (long, short, broken), _ = run(capsys, clips, "--segments", 2, status=1)
+    assert [one["start"] for one in long["segments"]] == [0.0, 2.0, 4.0, 6.0, 8.0]
+    assert [one["end"] for one in long["segments"]] == [2.0, 4.0, 6.0, 8.0, 10.0]
+    assert long["caption"] == "\n\n".join(one["caption"] for one in long["segments"])
+    assert len({one["caption"].split()[0] for one in long["segments"]}) == 5
+    assert {one["caption"].split()[1] for one in long["segments"]} == {"2"}  # 4 frames in 2 s
+    assert (long["seconds"], long["audio"], long["truncated"]) == (10.0, True, False)
+    assert len(long["prompt_ids"]) == sum(
+        len(one.prompt_ids) for one in stub.requests if one.clip.name.endswith("a.mp4")
+    )
+    assert short["segments"] == [{"start": 0.0, "end": 2.0, "caption": short["caption"]}]
+    assert "not a video" in broken["error"]
+    (whole, same, _), _ = run(capsys, clips, status=1)
+    assert "segments" not in whole
+    assert whole["caption"].split()[1] == "10"
+    assert same["caption"] == short["caption"]
+
+
+def test_a_segment_that_fails_fails_its_clip(clips, stub, capsys):
+    stub.failing.add(module.digest(f"{clips / 'a.mp4'}#2") >> 1)
+    (long, short, _), _ = run(capsys, clips, "--segments", 2, status=1)
+    assert long == {"clip": str(clips / "a.mp4"), "error": f"{clips / 'a.mp4'}: too large"}
+    assert "caption" in short
+
+
+def test_a_clip_in_a_bucket_is_copied_once(clips, stub, capsys, monkeypatch):
+    """Its copy is there until its last segment is read."""
+    copies, real = [], storage.here
+
+    @contextmanager
+    def here(path):
+        if path in copies or not path.endswith("a.mp4"):
+            yield path
+            return
+        copies.append(path)
+        with real(path) as found:
+            yield found
+        copies.append("gone")
+
+    monkeypatch.setattr(storage, "here", here)
+    run(capsys, clips / "a.mp4", clips / "a.mp4", "--segments", 2)
+    assert copies.count("gone") == len(copies) / 2
+
+
+def test_warnings_name_the_segment(clips, stub, capsys, monkeypatch):
+    monkeypatch.setattr(module, "clip_warnings", lambda media, row, reading: ["dark"])
+    _, said = run(capsys, clips / "a.mp4", "--segments", 4)
+    assert f"{clips / 'a.mp4'}: warning: from 0 to 4 s: dark" in said
+    _, said = run(capsys, clips / "a.mp4")
+    assert f"{clips / 'a.mp4'}: warning: dark" in said
+
+
+def test_the_target_length():
+    assert command._target(None) is None
+    assert command._target("auto") == 60.0
+    assert command._target("12.5") == 12.5
+
+
+@pytest.mark.parametrize("given", ["many", "0", "-1", "nan", "inf", ""])
+def test_bad_targets(clips, capsys, given):
+    assert main(["caption", str(clips), "--segments", given]) == 2
+    assert "--segments" in capsys.readouterr().err
+
+
+def test_resuming_with_other_segments_is_refused(clips, stub, tmp_path, capsys):
+    out = str(tmp_path / "out.jsonl")
+    assert main(["caption", str(clips / "b.mp4"), "--segments", "auto", "--out", out]) == 0
+    assert json.loads((tmp_path / "out.jsonl").read_text())["segments"]
+    assert main(["caption", str(clips / "b.mp4"), "--out", out]) == 2
+    assert 'segments "auto" (now null)' in capsys.readouterr().err
