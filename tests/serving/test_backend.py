@@ -117,11 +117,12 @@ def test_a_client_that_leaves(captioner, rows, one_by_one):  # noqa: F811
         await asyncio.sleep(0)
         task.cancel()
         other = (await ask(backend, chat(1), clip(1)))[-1]
-        return other, job.cancelled, waiting.cancelled, backend._jobs
+        news = [one._news.get_nowait() for one in (job, waiting) for _ in range(one._news.qsize())]
+        return other, news, backend._jobs
 
-    other, *cancelled, left = run(captioner, work, slots=1)
+    other, news, left = run(captioner, work, slots=1)
     assert other.text == words(captioner, np.array(expected[1]))
-    assert cancelled == [True, True]
+    assert not any(complete for _, complete in news)
     assert not left
 
 
@@ -155,6 +156,10 @@ def test_texts_alone_and_long_prompts(captioner):  # noqa: F811
             with pytest.raises(ApiError, match="tokens") as raised:
                 await backend.prepare(long, media)
             assert raised.value.status == 400
+        backend._captioner = captioner._replace(tokenizer=None)  # the longest texts are not tokenized
+        with pytest.raises(ApiError, match="more than 2000 tokens"):
+            await backend.prepare(long._replace(turns=(Turn("user", "W" * 64_001),)), None)
+        backend._captioner = captioner
         return answer
 
     assert run(captioner, work).tokens in range(1, 6)
