@@ -128,11 +128,6 @@ class Server:
             return _error_response(error)
         except web.HTTPException as error:  # of the router
             return _error_response(ApiError(error.status, f"{request.method} {request.path}: {error.reason}"))
-        except ConnectionError:
-            raise
-        except Exception as error:
-            traceback.print_exception(error)
-            return _error_response(ApiError(500, "internal error"))
 
     async def _health(self, _: web.Request) -> web.Response:
         if self.backend.failed.is_set():
@@ -166,11 +161,6 @@ class Server:
         except ApiError as error:
             status = error.status
             raise
-        except ConnectionError:
-            raise
-        except Exception:
-            status = 500
-            raise
         finally:  # a cancelled handler has a client that disconnected
             self.metrics.finished(status, time.monotonic() - begun)
 
@@ -184,8 +174,10 @@ class Server:
         try:
             async with deadline:
                 return await self._answer(request, stream)
-        except (TimeoutError, ApiError) as raised:
-            error = raised if isinstance(raised, ApiError) else self._late()
+        except ConnectionError:
+            raise
+        except Exception as raised:
+            error = self._error_of(raised)
         finally:
             self._active.discard(deadline)
         if not stream.prepared:
@@ -220,10 +212,15 @@ class Server:
         await stream.write_eof()
         return stream
 
-    def _late(self) -> ApiError:
-        if self._stopping:
-            return ApiError(503, "the server is stopping")
-        return ApiError(504, f"no answer within {self.limits.seconds:g} s", "timeout")
+    def _error_of(self, raised: Exception) -> ApiError:
+        """The error for the client. It has no traceback, whose frames refer to clips in memory."""
+        if isinstance(raised, ApiError):
+            return raised.with_traceback(None)
+        if isinstance(raised, TimeoutError):
+            late = ApiError(504, f"no answer within {self.limits.seconds:g} s", "timeout")
+            return ApiError(503, "the server is stopping") if self._stopping else late
+        traceback.print_exception(raised)
+        return ApiError(500, "internal error")
 
     async def _received(self, request: web.Request) -> tuple[Chat, Any, list[str]]:
         """The chat of a request, what the backend made of it, and warnings about its clip."""

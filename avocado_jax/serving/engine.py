@@ -6,6 +6,7 @@ import threading
 import zlib
 from collections import deque
 from collections.abc import AsyncGenerator, Iterator
+from contextlib import suppress
 from typing import Any
 
 from avocado_jax.data.media import Media
@@ -34,7 +35,7 @@ class _Job:
 
     def put(self, news: tuple[Int[Array, "N"], bool] | Exception) -> None:
         """Pass on the tokens so far and whether they are all, or an error."""
-        if not self._loop.is_closed():
+        with suppress(RuntimeError):  # the loop is closed: nobody waits
             self._loop.call_soon_threadsafe(self._news.put_nowait, news)
 
     async def get(self) -> tuple[Int[Array, "N"], bool]:
@@ -185,7 +186,8 @@ class EngineBackend:
                 jobs = list(self._jobs)
             for job in jobs:
                 job.put(ApiError(500, "the devices have failed"))
-            self._loop.call_soon_threadsafe(self.failed.set)
+            with suppress(RuntimeError):
+                self._loop.call_soon_threadsafe(self.failed.set)
 
     def _requests(self, sampling: Sampling) -> Iterator[tuple[_Job, Row, int]]:
         """The waiting requests, and those that arrive, until one has another way of sampling."""

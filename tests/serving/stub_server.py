@@ -2,7 +2,7 @@
 
 Run as a program, it prints its port. The last word of the question decides how it answers:
     slow: a word every 20 ms, 50 of them.    stuck: never.    fails: an internal error.    late: an error behind a word.
-    warned: with a warning.
+    breaks: an internal error behind a word.        warned: with a warning.
     anything else: JSON with the turns and the clip.
 """
 
@@ -59,6 +59,9 @@ class StubBackend:
         elif how == ["stuck"]:
             await asyncio.Event().wait()
         elif how == ["fails"]:
+            raise RuntimeError("a secret")
+        elif how == ["breaks"]:
+            yield Answer("word", 1)
             raise RuntimeError("a secret")
         elif how == ["late"]:
             yield Answer("word", 1)
@@ -117,9 +120,9 @@ def main() -> None:
         download.is_public = lambda address: address == args.public or is_public(address)
 
     async def run() -> None:
-        with ClipReader(2, 20.0) as reader:
+        with ClipReader(2, 120.0) as reader:
             limits = Limits(args.requests, args.bytes, args.seconds, 60.0)
-            sources = Sources(args.root, args.remote, 100_000, 2.0)
+            sources = Sources(args.root, args.remote, 100_000, 3.0)
             backend = TruthfulBackend(args.truths) if args.truths else StubBackend()
             server = Server(backend, "stub", reader, READING, HABITS, sources, limits, args.key)
             await serve(server, "127.0.0.1", 0, args.grace, lambda port: print(port, flush=True))

@@ -443,7 +443,7 @@ def test_downloads(web, root):
             (f"{outer.url}/round", "redirects more"),
             (f"{outer.url}/missing", "404"),
             (f"{outer.url}/large", "more than 100000 bytes"),
-            (f"{outer.url}/slow", "within 2 s"),
+            (f"{outer.url}/slow", "within 3 s"),
             (f"{outer.url}/list", "the clip: not a video"),
         ):
             with pytest.raises(openai.APIStatusError, match=reason) as raised:
@@ -508,6 +508,9 @@ def test_internal_errors_are_not_shown(server):
     with pytest.raises(openai.InternalServerError) as raised:
         server.chat("fails")
     assert "secret" not in str(raised.value)
+    with pytest.raises(openai.APIError, match="internal error"):
+        list(server.chat("breaks", stream=True))
+    assert server.metric('requests_total{status="500"}') == 2
 
 
 def test_nothing_is_left_of_requests(server, root):
