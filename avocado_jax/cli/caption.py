@@ -68,7 +68,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"cut long clips at scene changes into segments of about S s (auto: {SEGMENT_SECONDS:g})",
     )
     parser.add_argument(
-        "--clip-seconds", type=float, default=CLIP_SECONDS, metavar="S", help="to read one clip (default: %(default)g)"
+        "--clip-seconds",
+        type=float,
+        default=CLIP_SECONDS,
+        metavar="S",
+        help="to read one clip, one segment, or to find the scene changes of one clip (default: %(default)g)",
     )
     parser.add_argument("--prompt", metavar="TEXT", help="the question (default: the checkpoint's own, or AVoCaDO's)")
     parser.add_argument(

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from avocado_jax.data import storage
-from avocado_jax.data.container import printable
+from avocado_jax.data.container import Packets, printable
 from avocado_jax.data.manifest import prompt_fields
 from avocado_jax.data.media import Media, Reading
 from avocado_jax.data.reader import ClipReader
@@ -48,9 +48,9 @@ class ClipSource(NamedTuple):
         return not self.error and (not self.path or storage.is_remote(self.path) or os.path.exists(self.path))
 
     def read(
-        self, reader: ClipReader, reading: Reading, sound: bool = True, part: tuple[float, float] | None = None
+        self, reader: ClipReader, reading: Reading, sound: bool = True, part: Packets | None = None
     ) -> tuple[Media, Mapping[str, Any]]:
-        """The clip, or the part of its file between two times, and the fields that decide its prompt.
+        """The clip or a part of it, and the fields that decide its prompt.
 
         Raises:
             InputError: it cannot be read; the message starts with its name.
@@ -64,8 +64,8 @@ class ClipSource(NamedTuple):
             return (media if sound else media._replace(samples=None)), prompt_fields(record.fields)
         return self._with_file(lambda path: reader.read(path, reading, sound, part)), self.fields
 
-    def segments(self, reader: ClipReader, target: float) -> list[tuple[float, float]]:
-        """Start and end of each segment of the clip's file (`segments.find_segments`). Raises as `read`."""
+    def segments(self, reader: ClipReader, target: float) -> list[Packets]:
+        """The segments of the clip's file (`segments.find_segments`). Raises as `read`."""
         if self.error:
             raise InputError(f"{printable(self.name)}: {self.error}")
         return self._with_file(lambda path: reader.segments(path, target))

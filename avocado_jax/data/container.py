@@ -23,6 +23,7 @@ BACKWARD = 0.5  # seconds that decoding times may step back by before they count
 BLOCK = 2048  # bytes of a matroska file between two packets, at most
 FORWARD = 10.0  # seconds that they may skip, in formats whose clocks may change
 LOST = 0.25  # share of the frames: more damage is refused
+INDEXED = ("mp4", "matroska")  # formats in which a time can be sought
 STILLS = (b"avif", b"heic", b"heix", b"mif1")
 
 
@@ -141,6 +142,11 @@ class Clock:
         self._forward = FORWARD if container.format.flags & av.format.Flags.ts_discont.value else float("inf")
         self._shifts, self._place, self._last, self._end = [0.0], {}, {}, float("-inf")
 
+    @property
+    def shifted(self) -> bool:
+        """Whether times of packets were changed."""
+        return len(self._shifts) > 1
+
     def packets(
         self, container: av.container.InputContainer, only: av.stream.Stream | None = None
     ) -> Iterator[av.Packet]:
@@ -191,7 +197,9 @@ class Packets(NamedTuple):
     rate: float  # frames a second
     tick: float = 0.0  # seconds, of `times` and `keys`
     keys: tuple[int, ...] = ()  # presentation times of key frames
-    first_key: int | None = None  # of a part of a clip: the key frame from which on it is decoded
+    seekable: bool = False  # whether times are those of the file, which has an index
+    start: float = 0.0  # of a part: seconds from the clip's beginning
+    first_key: int | None = None  # of a part: the key frame from which on it is decoded
 
     def time(self, ticks: int, tick: float) -> float:
         """Seconds since the clip's beginning."""
@@ -211,6 +219,8 @@ class Packets(NamedTuple):
             missing=0,
             times=times,
             origin=self.origin + start,
+            start=start,
+            keys=(),
             seconds=min(end, self.seconds) - start,
             first_key=max((key for key in self.keys if key <= times[0]), default=min(self.keys, default=times[0])),
         )
@@ -224,12 +234,12 @@ def scan(path: Path) -> Packets:
     """
     with open_clip(path) as container:
         stream = video_stream(container)
-        rate, frames, times, keys = frame_rate(stream), 0, [], []
+        rate, frames, times, keys, clock = frame_rate(stream), 0, [], [], Clock(container)
         last = skipped = read = 0  # bytes
         reach = 0.0  # the latest time of any stream
         spans: dict[int, list[float]] = {}
         try:
-            for packet in Clock(container).packets(container):
+            for packet in clock.packets(container):
                 if last and packet.pos is not None and packet.pos - last > BLOCK:
                     skipped += packet.pos - last
                 read += packet.size
@@ -277,7 +287,9 @@ def scan(path: Path) -> Packets:
         seconds = stated if abs(stated - (end - origin)) < 0.1 else end - origin  # last packets are filled up
         known = None not in times and len(set(times)) == frames
         tick = float(stream.time_base)
-        return Packets(frames, missing, sorted(times) if known else None, origin, seconds, rate, tick, tuple(keys))
+        seekable = not clock.shifted and any(name in container.format.name for name in INDEXED)
+        known_times = sorted(times) if known else None
+        return Packets(frames, missing, known_times, origin, seconds, rate, tick, tuple(keys), seekable)
 
 
 def _lost(

@@ -1,8 +1,9 @@
 """A clip's file to arrays, with PyAV."""
 
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import replace
-from itertools import pairwise
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -50,14 +51,14 @@ def probe_media(path: str | Path, reading: Reading = Reading()) -> Probe:
 
 
 def read_media(
-    path: str | Path, reading: Reading = Reading(), sound: bool = True, part: tuple[float, float] | None = None
+    path: str | Path, reading: Reading = Reading(), sound: bool = True, part: Packets | None = None
 ) -> Media:
     """Read a clip: chosen frames, upright and resized, and its sound if there is any and it is wanted.
 
     A clip with little damage is read, and `warnings` states what is lost.
 
     Args:
-        part: start and end, in seconds; None: all of the clip. The sound of a part is placed at its time.
+        part: of `Packets.part`; None: all of the clip. The sound of a part is placed at its time.
 
     Raises:
         InputError: one line with the path and the reason: missing, empty, not a video, no picture, cut
@@ -65,13 +66,13 @@ def read_media(
     """
     path = Path(path)
     with one_line(path):
-        packets = scan(path)
+        packets = part or scan(path)
         if part is not None:
-            packets, reading = packets.part(*part), replace(reading, align_sound=True)
+            reading = replace(reading, align_sound=True)
         frames, times, warnings = _picture(path, packets, reading)
         samples = None
         if sound:
-            samples, heard = read_sound(path, packets, times[0], reading)
+            samples, heard = read_sound(path, packets, 0.0 if part else times[0], reading)
             warnings += heard
         return Media(frames, samples, packets.seconds, np.array(times), tuple(warnings))
 
@@ -88,16 +89,18 @@ class PacketDecoder:
         self.packets = self.failed = 0
 
     def frames(
-        self, wanted: set[int] | None = None, first_key: int | None = None
+        self, wanted: set[int] | None = None, first_key: int | None = None, seek: bool = False
     ) -> Iterator[av.VideoFrame | av.AudioFrame]:
         """All frames in order of presentation.
 
         Args:
             wanted: times; only what these need is decoded.
             first_key: decode from the first key frame on that has this time or a later one.
+            seek: go there instead of reading the file up to there.
         """
         context = self._stream.codec_context
-        for packet in Clock(self._container).packets(self._container, self._stream):
+        packets = self._sought(first_key) if seek and first_key is not None else self._packets()
+        for packet in packets:
             if first_key is not None:
                 if not packet.is_keyframe or packet.pts is None or packet.pts < first_key:
                     continue
@@ -108,6 +111,22 @@ class PacketDecoder:
             self.packets += 1
             yield from self._attempt(packet)
         yield from self._attempt(None)
+
+    def _packets(self) -> Iterator[av.Packet]:
+        return Clock(self._container).packets(self._container, self._stream)
+
+    def _sought(self, time: int) -> Iterator[av.Packet]:
+        """The packets from a key frame at or before a time, or from the beginning if there is no index."""
+        if time <= (self._stream.start_time or 0):
+            return self._packets()
+        with suppress(av.error.FFmpegError):
+            self._container.seek(time, stream=self._stream)
+            packets = self._packets()
+            first = next(packets, None)
+            if first is not None and first.pts is not None and first.pts <= time:
+                return chain([first], packets)
+        self._container.seek(self._container.start_time or 0)
+        return self._packets()
 
     def _attempt(self, packet: av.Packet | None) -> list[av.VideoFrame | av.AudioFrame]:
         try:
@@ -155,7 +174,7 @@ def _decode_by_time(
         stream = video_stream(container)
         stream.thread_type = "SLICE"
         decoder, tick = PacketDecoder(container, stream), float(stream.time_base)
-        for frame in decoder.frames(wanted, packets.first_key):
+        for frame in decoder.frames(wanted, packets.first_key, packets.seekable):
             if frame.pts in wanted and not frame.is_corrupt:
                 found[frame.pts] = fit(frame)
             if len(found) == len(wanted) or decoder.failed:
@@ -268,7 +287,8 @@ def read_sound(
             raise InputError("its sound is in a format that cannot be decoded")
         stretches, length, decoder, more = [], 0.0, PacketDecoder(container, stream), False
         inside, tick = packets.first_key is not None, float(stream.time_base)
-        for frame in decoder.frames(first_key=round((packets.origin - BEFORE) / tick) if inside else None):
+        first_key = round((packets.origin - BEFORE) / tick) if inside else None
+        for frame in decoder.frames(first_key=first_key, seek=packets.seekable):
             expected = stretches[-1].end if stretches else 0.0
             start = expected if frame.pts is None else packets.time(frame.pts, tick)
             if inside and start + frame.samples / frame.sample_rate <= 0:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from avocado_jax.data import storage
-from avocado_jax.data.container import printable
+from avocado_jax.data.container import Packets, printable
 from avocado_jax.data.media import Media, Reading
 from avocado_jax.errors import InputError
 
@@ -60,7 +60,7 @@ class ClipReader:
         path: str | Path,
         reading: Reading = Reading(),
         sound: bool = True,
-        part: tuple[float, float] | None = None,
+        part: Packets | None = None,
     ) -> Media:
         """`decode.read_media`. Raises InputError also for a clip that exceeds the deadline or kills its process."""
         return self._call("decode.read_media", path, reading, sound, part)
@@ -69,7 +69,7 @@ class ClipReader:
         """`parts.read_parts`. Raises as `read`."""
         return self._call("parts.read_parts", pictures, sound, reading)
 
-    def segments(self, path: str | Path, target: float) -> list[tuple[float, float]]:
+    def segments(self, path: str | Path, target: float) -> list[Packets]:
         """`segments.find_segments`. Raises as `read`."""
         return self._call("segments.find_segments", path, target)
 

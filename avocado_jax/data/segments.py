@@ -10,7 +10,7 @@ from pathlib import Path
 import av
 import numpy as np
 
-from avocado_jax.data.container import one_line, open_clip, scan, video_stream
+from avocado_jax.data.container import Packets, one_line, open_clip, scan, video_stream
 from avocado_jax.data.decode import PacketDecoder
 from avocado_jax.typing import Array, Float
 
@@ -24,10 +24,10 @@ LONGEST = 5 / 3  # of a segment, in target lengths: about 100 s, beyond which ca
 SHORTEST = 1 / 6
 
 
-def find_segments(path: str | Path, target: float) -> list[tuple[float, float]]:
-    """Start and end of each segment of a clip, in seconds. A clip of at most `LONGEST` x `target` seconds is one.
+def find_segments(path: str | Path, target: float) -> list[Packets]:
+    """The segments of a clip; none for a clip of at most `LONGEST` x `target` seconds, which is not cut.
 
-    A clip whose frames have no known times is one, too.
+    A clip whose frames have no known times is not cut either.
 
     Raises:
         InputError: as `decode.read_media`, for what shows without decoding.
@@ -35,9 +35,8 @@ def find_segments(path: str | Path, target: float) -> list[tuple[float, float]]:
     path = Path(path)
     with one_line(path):
         packets = scan(path)
-        whole = [(0.0, packets.seconds)]
         if packets.times is None or packets.seconds <= LONGEST * target:
-            return whole
+            return []
         times = np.array([packets.time(one, packets.tick) for one in packets.times])
         first = np.searchsorted(times, np.arange(0.0, packets.seconds, 1 / RATE))
         chosen = np.unique(np.minimum(first, len(times) - 1))
@@ -48,7 +47,7 @@ def find_segments(path: str | Path, target: float) -> list[tuple[float, float]]:
             packets.seconds,
             target,
         )
-        return list(pairwise([0.0, *borders, packets.seconds]))
+        return [packets.part(start, end) for start, end in pairwise([0.0, *borders, packets.seconds + 1])]
 
 
 def _differences(path: Path, chosen: list[int]) -> tuple[list[int], Float[Array, "N"]]:

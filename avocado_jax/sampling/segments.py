@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from avocado_jax.data import storage
 from avocado_jax.data.clips import ClipSource
+from avocado_jax.data.container import Packets
 from avocado_jax.data.media import Reading
 from avocado_jax.data.reader import READERS, ClipReader, read_ahead
 from avocado_jax.data.rows import Row
@@ -20,14 +21,14 @@ class Segment(NamedTuple):
 
     Attributes:
         number: of the clip, in the order of the output.
-        part: start and end, in seconds; None: all of the clip.
+        part: which part; None: all of the clip.
         index, count: which segment of the clip it is, and how many there are.
         prompt_ids, record: once it is read: the prompt, and the fields of the output that describe what was read.
     """
 
     number: int
     clip: ClipSource
-    part: tuple[float, float] | None = None
+    part: Packets | None = None
     index: int = 0
     count: int = 1
     prompt_ids: Any = ()
@@ -66,7 +67,7 @@ def read_segments(
         if how.prompts:
             fields = {"prompt": how.prompts[digest(clip.name) % len(how.prompts)], **fields}
         row = captioner.row(media, fields)
-        place = "from {:.0f} to {:.0f} s: ".format(*segment.part) if segment.part else ""
+        place = "from {:.0f} to {:.0f} s: ".format(*_times(segment.part)) if segment.part else ""
         for warning in clip_warnings(media, row, how.reading):
             how.warn(clip, place + warning)
         return row, {"seconds": round(media.seconds, 3), "audio": bool(len(row.clip.mel))}
@@ -101,11 +102,9 @@ def _segments(
         with ExitStack() as stack:
             here = str(stack.enter_context(storage.here(clip.path)))
             parts = clip._replace(path=here).segments(how.reader, how.target)
-            if len(parts) == 1:
-                return [Segment(number, clip._replace(path=here))], stack.pop_all()
-            found = [
-                Segment(number, clip._replace(path=here), part, index, len(parts)) for index, part in enumerate(parts)
-            ]
+            parts = parts or [None]
+            clip = clip._replace(path=here)
+            found = [Segment(number, clip, part, index, len(parts)) for index, part in enumerate(parts)]
             return found, stack.pop_all()
 
     for (number, clip), found in read_ahead(clips, find, READERS, READERS):
@@ -131,7 +130,7 @@ def joined(
 
 def caption_fields(segments: Sequence[Segment], captions: Sequence[str]) -> dict[str, Any]:
     """The fields of the output of a clip that was captioned in segments."""
-    ends = [segment.part or (0.0, segment.record["seconds"]) for segment in segments]
+    ends = [_times(one.part) if one.part else (0.0, one.record["seconds"]) for one in segments]
     return {
         "segments": [
             {"start": round(start, 3), "end": round(end, 3), "caption": caption}
@@ -140,6 +139,10 @@ def caption_fields(segments: Sequence[Segment], captions: Sequence[str]) -> dict
         "seconds": round(ends[-1][1], 3),
         "audio": any(segment.record["audio"] for segment in segments),
     }
+
+
+def _times(part: Packets) -> tuple[float, float]:
+    return part.start, part.start + part.seconds
 
 
 def digest(name: str) -> int:

@@ -11,11 +11,14 @@ import pytest
 from clips import GOOD, write
 
 from avocado_jax.cli import caption as command
+from avocado_jax.data import container
 from avocado_jax.data.clips import ClipSource
+from avocado_jax.data.container import Packets, scan
 from avocado_jax.data.decode import read_media
 from avocado_jax.data.media import Media, Reading
 from avocado_jax.data.rows import Row
 from avocado_jax.data.segments import choose_borders, find_segments, scene_changes
+from avocado_jax.errors import InputError
 from avocado_jax.sampling.captioner import Captioner, clip_warnings
 from avocado_jax.sampling.segments import Segment, joined
 
@@ -46,6 +49,17 @@ def scenes(path, lengths, moving=True):
     return path
 
 
+def remuxed(source, path):
+    """The same streams in another format."""
+    with av.open(str(source)) as given, av.open(str(path), "w") as out:
+        streams = {one.index: out.add_stream_from_template(one) for one in given.streams}
+        for packet in given.demux():
+            if packet.size:
+                packet.stream = streams[packet.stream.index]
+                out.mux(packet)
+    return path
+
+
 @pytest.fixture(scope="module")
 def long_clip(tmp_path_factory):
     """31 s in scenes of unequal lengths."""
@@ -53,9 +67,10 @@ def long_clip(tmp_path_factory):
 
 
 def borders(segments):
-    assert segments[0][0] == 0
-    assert all(one[1] == two[0] for one, two in pairwise(segments))
-    return [end for _, end in segments[:-1]]
+    assert segments[0].start == 0
+    for one, two in pairwise(segments):
+        assert one.start + one.seconds == pytest.approx(two.start)
+    return [one.start for one in segments[1:]]
 
 
 def test_segments_end_at_scene_changes(long_clip):
@@ -64,10 +79,10 @@ def test_segments_end_at_scene_changes(long_clip):
         found = find_segments(long_clip, target)
         for border in borders(found):
             assert min(abs(border - one) for one in (4, 7, 12, 14.5, 19, 25)) <= 0.25
-        assert all(end - start <= target * 5 / 3 + 0.1 for start, end in found)
-        assert abs(found[-1][1] - 31) < 0.1
+        assert all(one.seconds <= target * 5 / 3 + 0.1 for one in found)
+        assert found[-1].start + found[-1].seconds == pytest.approx(31, abs=0.1)
     assert len(find_segments(long_clip, 4.0)) > len(find_segments(long_clip, 8.0))
-    assert len(find_segments(long_clip, 20.0)) == 1  # at most 5/3 of it
+    assert find_segments(long_clip, 20.0) == []  # at most 5/3 of it
 
 
 def test_motion_and_noise_are_no_scene_changes():
@@ -98,18 +113,10 @@ def test_borders_by_cost():
 @pytest.mark.parametrize("kind", ["long.mp4", "long.mkv", "long.ts"])
 def test_a_part_is_what_the_clip_has_there(long_clip, tmp_path, kind):
     """Frames and sound of each part, also where decoding starts at a key frame behind the beginning."""
-    path = long_clip
-    if kind != "long.mp4":
-        path = tmp_path / kind
-        with av.open(str(long_clip)) as source, av.open(str(path), "w") as out:
-            streams = {one.index: out.add_stream_from_template(one) for one in source.streams}
-            for packet in source.demux():
-                if packet.size:
-                    packet.stream = streams[packet.stream.index]
-                    out.mux(packet)
+    path = long_clip if kind == "long.mp4" else remuxed(long_clip, tmp_path / kind)
     whole = read_media(path, Reading(fps=10.0, fewest_pixels=784, asked_pixels=6000, sound_seconds=60))
     for start, end in ((0.0, 7.0), (7.0, 12.0), (13.3, 19.0), (25.0, 31.1)):
-        media = read_media(path, READING, part=(start, end))
+        media = read_media(path, READING, part=scan(path).part(start, end))
         assert media.warnings == ()
         assert media.seconds == pytest.approx(min(end, whole.seconds) - start, abs=0.01)
         assert abs(len(media.frames) - 2 * media.seconds) <= 2
@@ -124,26 +131,49 @@ def test_a_part_is_what_the_clip_has_there(long_clip, tmp_path, kind):
         assert np.abs(media.samples[2000:-2000] - expected[2000 : count - 2000]).mean() < 0.03
 
 
+@pytest.mark.parametrize("kind", ["long.mp4", "long.mkv"])
+def test_a_part_is_sought(long_clip, tmp_path, monkeypatch, kind):
+    """A part at the end is read without reading the file up to there."""
+    path = long_clip if kind == "long.mp4" else remuxed(long_clip, tmp_path / kind)
+    part, counts, demux = scan(path).part(25.0, 31.0), [], container._demux
+
+    def counted(opened):
+        for packet in demux(opened):
+            counts.append(packet.pts)
+            yield packet
+
+    monkeypatch.setattr(container, "_demux", counted)
+    sought = read_media(path, READING, part=part)
+    few = len(counts)
+    counts.clear()
+    linear = read_media(path, READING, part=part._replace(seekable=False))
+    assert few < len(counts) / 2
+    np.testing.assert_array_equal(sought.frames, linear.frames)
+    np.testing.assert_array_equal(sought.samples, linear.samples)
+
+
 def test_a_damaged_part_is_read_from_what_is_left(long_clip, tmp_path):
     data = bytearray(long_clip.read_bytes())
     third = len(data) // 3
     data[third : third + 400] = np.random.default_rng(0).bytes(400)
     path = tmp_path / "damaged.mp4"
     path.write_bytes(data)
-    for start, end in find_segments(path, 8.0):
-        media = read_media(path, READING, part=(start, end))
+    for part in find_segments(path, 8.0):
+        media = read_media(path, READING, part=part)
         assert len(media.frames)
         assert media.times[0] < 1.5
-        assert media.times[-1] <= end - start
+        assert media.times[-1] <= part.seconds
 
 
 def test_clips_without_parts(tmp_path):
     """Without sound, and without times."""
     silent = GOOD["no_sound.mp4"](tmp_path / "silent.mp4")
-    media = read_media(silent, READING, part=(0.5, 1.5))
+    media = read_media(silent, READING, part=scan(silent).part(0.5, 1.5))
     assert media.samples is None
     assert media.seconds == 1.0
-    assert find_segments(silent, 0.3) != [(0.0, 2.0)]
+    assert len(find_segments(silent, 0.3)) > 1
+    with pytest.raises(InputError, match="no frame"):
+        scan(silent).part(5.0, 6.0)
 
 
 def test_json_of_a_segmented_clip():
@@ -151,7 +181,7 @@ def test_json_of_a_segmented_clip():
     made = []
     for number, count in ((0, 2), (1, 1), (2, 2)):
         for index in range(count):
-            part = (60.0 * index, 60.0 * index + 50) if count > 1 else None
+            part = Packets(0, 0, None, 0.0, 50.0, 1.0, start=60.0 * index) if count > 1 else None
             record = {"seconds": 50.0, "audio": bool(index)}
             ids = np.array([number, index])
             made.append((Segment(number, ClipSource(f"c{number}"), part, index, count, ids, record), ids))
@@ -199,7 +229,7 @@ def test_all_of_a_clip_as_a_part(tmp_path, name):
     """It is what reading the clip gives, but for the place of its sound."""
     path = GOOD[name](tmp_path / name)
     whole = read_media(path, replace(READING, align_sound=True))
-    part = read_media(path, READING, part=(0.0, whole.seconds + 1))
+    part = read_media(path, READING, part=scan(path).part(0.0, whole.seconds + 1))
     np.testing.assert_array_equal(part.frames, whole.frames)
     np.testing.assert_array_equal(part.times, whole.times)
     assert 0 <= len(whole.samples) - len(part.samples) < 1024  # codecs fill up their last block
