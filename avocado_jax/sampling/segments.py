@@ -78,13 +78,9 @@ def read_segments(
         if isinstance(made, Exception):
             yield segment, made, 0
         else:
-            place = f"#{segment.index}" if segment.index else ""
             row, record = made
-            yield (
-                segment._replace(prompt_ids=row.prompt_ids, record=record),
-                row,
-                digest(segment.clip.name + place) >> 1,
-            )
+            name = segment.clip.name + (f"#{segment.index}" if segment.index else "")
+            yield segment._replace(prompt_ids=row.prompt_ids, record=record), row, digest(name) >> 1
 
 
 def _segments(
