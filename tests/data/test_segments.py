@@ -105,6 +105,10 @@ def test_borders_by_cost():
     assert lengths.max() - lengths.min() <= 0.5
     many = (times % 5 == 0).astype(float)
     assert choose_borders(times, many, 300.0, 60.0) == [60, 120, 180, 240]
+    far = np.isin(times, [110, 220]).astype(float)
+    found = choose_borders(times, far, 300.0, 60.0)
+    assert max(np.diff([0, *found, 300])) <= 100
+    assert {110, 220} <= set(found)
     one = np.isin(times, [92, 95]).astype(float)  # within 5 s of each other
     assert choose_borders(times, one, 150.0, 60.0) in ([92.0], [95.0])
     assert choose_borders(np.array([]), np.array([]), 300.0, 60.0) == []  # nothing is known between
