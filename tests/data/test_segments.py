@@ -223,8 +223,8 @@ def test_warnings_state_what_is_left_out():
     assert (old, fewer) == ("old", "only 768 frames of its 600 s are used, 36% fewer than usual")
     assert "40000 tokens" in context
     row = row._replace(prompt_ids=row.prompt_ids[:9000])
-    for seconds in (20.0, 384.0):
-        ordinary = Media(frames[: round(2 * seconds)], None, seconds)
+    for seconds, count in ((20.0, 40), (384.0, 768), (100.0, 100)):  # the last one has a frame a second
+        ordinary = Media(frames[:count], None, seconds)
         assert clip_warnings(ordinary, row, Reading()) == []
 
 
