@@ -62,7 +62,8 @@ def grpo_phases(config: GrpoConfig, model: ThinkerConfig, bucket: Bucket, mesh: 
     - encoded clips: from `encode` to the end of `update`;
     - the sampler's view of the parameters: during `rollout`. Held-out evaluation keeps it over all its batches, so
       there it is alive during `encode` too, beside the encoded clips of the previous batch;
-    - captions, log-probabilities, scores and advantages: from `rollout` and `score` to the end of `update`.
+    - captions, log-probabilities, scores and advantages: from `rollout` and `score` to the end of `update`; with
+      several batches per rollout also from each rollout to the next, in the state.
 
     KV caches, gathered weights and gradients exist only inside a program; the compiler accounts for them. `encode` is
     absent if the encoders are trained, `score` if nothing is scored.
@@ -84,14 +85,16 @@ def grpo_phases(config: GrpoConfig, model: ThinkerConfig, bucket: Bucket, mesh: 
     always = _always(program.state, batch, together) | {"reference": reference}
     after, rollouts = always | {"encoded": (encoded,) * together}, (rollout,) * together
     evaluated = after | {"view": view} if config.data.heldout else always
-    if config.data.heldout and together > 1:  # between the updates of a rollout, whose captions are kept
-        evaluated |= {"encoded": (encoded,) * (together + 1), "captions": rollouts}
+    if together > 1:  # the last batch of a rollout, or held-out clips between its updates
+        count = together + 1 if config.data.heldout else together - 1
+        evaluated |= {"encoded": (encoded,) * count, "captions": rollouts}
+    kept = {"captions": rollouts} if together > 1 else {}
     alive = {
         "encode": evaluated,
-        "view": after,
-        "rollout": after | {"view": view},
-        "score": after | {"captions": rollouts},
-        "update": after | {"captions": (rollouts, scored)},
+        "view": after | kept,
+        "rollout": after | kept | {"view": view},
+        "score": after | {"captions": (kept, rollouts, rollouts)},  # at their full width, and cropped
+        "update": after | {"captions": (kept, rollouts, rollouts, (scored,) * together)},
     }
     phases = tuple(Phase(name, run, args, alive[name]) for name, (_, run, args) in (sampling | learning).items())
     return tuple(phase for phase in phases if phase.name != "score" or jax.tree.leaves(scored))

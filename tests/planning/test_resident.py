@@ -14,14 +14,18 @@ from avocado_jax.train import run_grpo
 from avocado_jax.train.grpo import GrpoProgram
 
 FIELDS = ["--nominal.model", "tiny", "--nominal.clip", "256,2,1,1", "--sampling.tokens", "16"]
-SMALL = 4096  # bytes of a device: advantages, rewards, banned ids
+SMALL = 4096  # bytes of a device for a batch: advantages, rewards, banned ids
+
+
+def plan_of(*fields):
+    config = load("configs/grpo_7b.py", [*FIELDS, *fields])
+    model, (bucket,) = model_and_buckets(config)
+    return program_of(config, model, bucket, jax.devices())
 
 
 @pytest.fixture(scope="module")
 def plan():
-    config = load("configs/grpo_7b.py", FIELDS)
-    model, (bucket,) = model_and_buckets(config)
-    return program_of(config, model, bucket, jax.devices())
+    return plan_of()
 
 
 def made(shapes):
@@ -36,11 +40,13 @@ def test_what_a_phase_does_not_read_counts(plan):
     assert beside["total"] - alone["total"] == beside["other"] == alone["parameters"] > 0
 
 
-def test_a_step_holds_what_its_plan_says(plan, tmp_path, capsys):
+@pytest.mark.parametrize("together", [1, 2])
+def test_a_step_holds_what_its_plan_says(together, tmp_path, capsys):
     """The step of a run, with phases that only make what the real ones would return, and see what is there."""
+    plan = plan_of("--rollout_batches", str(together), "--objective.importance_cap", "2")
     phases = {phase.name: phase for phase in plan.phases}
     alive = phases["rollout"].alive | phases["update"].alive
-    (rollout,), scored = alive["captions"]
+    _, (rollout, *_), _, (scored, *_) = alive["captions"]
     before, held = bytes_per_device(jax.live_arrays()), {}
 
     def phase(name, returned):
@@ -56,7 +62,7 @@ def test_a_step_holds_what_its_plan_says(plan, tmp_path, capsys):
         begin=None,
         encode=phase("encode", lambda *_: made(alive["encoded"][0])),
         view=phase("view", lambda *_: made(alive["view"])),
-        roll_out=phase("rollout", lambda *_: (made(rollout),)),
+        roll_out=phase("rollout", lambda *_: tuple(made(rollout) for _ in range(together))),
         score=phase("score", lambda *_: made(scored)),
         update=phase("update", lambda state, experience: (state, {"sampler_gap": np.float32(0.3)})),
     )
@@ -66,10 +72,15 @@ def test_a_step_holds_what_its_plan_says(plan, tmp_path, capsys):
         combine=lambda terms, _: (terms["length"], {}),
         check=lambda judged: None,
     )
-    (clip, captions, weight, cut), waiting = (made(batch) for batch in alive["inputs"])
+    *batches, waiting = (made(batch) for batch in alive["inputs"])
+    named = [SimpleNamespace(**dict(zip(("clip", "captions", "weight", "cut"), batch))) for batch in batches]
+    del batches
+    for step, batch in enumerate(named):
+        vars(batch).update(records=(), references=None, step=step, following=named[1:] if step == 0 else ())
     state, reference = made(phases["update"].args[0]), made(alive["reference"])
-    batch = SimpleNamespace(clip=clip, captions=captions, weight=weight, cut=cut)
-    vars(batch).update(records=(), references=None, step=0, following=())
+    if together > 1:
+        state = state._replace(rollouts=tuple(made(rollout) for _ in range(together)))
+    batch = named[0]
     with jax.set_mesh(plan.mesh):
         setup = SimpleNamespace(mesh=plan.mesh, plan=SimpleNamespace(step=lambda _: batch))
         step, _ = run_grpo._step(plan.config, setup, program, rewards, reference, None, (), str(tmp_path))
@@ -79,6 +90,6 @@ def test_a_step_holds_what_its_plan_says(plan, tmp_path, capsys):
     del waiting
     assert list(held) == list(phases)
     for name, bytes_held in held.items():
-        assert abs(bytes_held - bytes_per_device(phases[name].alive)) < SMALL, name
+        assert abs(bytes_held - bytes_per_device(phases[name].alive)) < SMALL * together, name
     # what comes and goes is larger than what is overlooked
-    assert min(bytes_per_device(alive[part]) for part in ("encoded", "view", "reference")) > 2 * SMALL
+    assert min(bytes_per_device(alive[part]) for part in ("encoded", "view", "reference")) > 2 * SMALL * together
