@@ -106,7 +106,8 @@ def test_hugging_face_names_stay_in_their_room():
 PATHS = ("prefill", "decode", "sft", "grpo", "rewards", "caption")
 
 
-@pytest.mark.parametrize("paths", [PATHS[:1], pytest.param(PATHS[1:], marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("paths", [PATHS[:1], PATHS[1:]])
 def test_bench_runs_without_the_input_side(paths):
     """jax, flax and numpy are enough: a machine lent for its accelerator need not have the rest."""
     blocked = (

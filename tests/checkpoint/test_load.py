@@ -175,6 +175,7 @@ def test_a_run_is_begun_and_exported(omni, tmp_path, remote, monkeypatch):
         assert (tmp_path / "back" / name).read_bytes() == (omni / name).read_bytes()
 
 
+@pytest.mark.slow
 def test_adapters_are_merged_as_they_are_read(hf, tmp_path):
     lora = Lora(rank=4, alpha=8.0)
     config = dataclasses.replace(TINY, text=dataclasses.replace(TINY.text, lora=lora))

@@ -57,6 +57,7 @@ def loaded(cls, folder: Path):
     return model
 
 
+@pytest.mark.slow
 def test_published_form_from_the_hub_and_back(published, tmp_path, monkeypatch):
     """Every tensor and side file comes back to the bit, and transformers' thinker and whole-model class load it."""
     names = json.loads((published / "model.safetensors.index.json").read_text())["weight_map"]

@@ -364,6 +364,7 @@ def test_other_errors_pass_through_a_save(monkeypatch):
         checkpoints.restore(1, {}, {})
 
 
+@pytest.mark.slow
 def test_several_processes(tmp_path):
     """Saved by two processes of two devices, restored by one of four, and the other way round."""
     write = """

@@ -108,7 +108,7 @@ def test_a_folder_of_many_names_is_listed_once(tmp_path, monkeypatch):
     assert len(names([tmp_path])) == 300
 
 
-@pytest.mark.parametrize("stop", [0, 3])
+@pytest.mark.parametrize("stop", [0, pytest.param(3, marks=pytest.mark.slow)])
 def test_a_stopped_run_ends_with_the_same_bytes(clips, tmp_path, stub, capsys, stop):
     """Each occurrence once, in input order, errors among the captions; the given options are those of the first."""
     given = [clips, clips / "b" / "plain.mp4", "--checkpoint", os.fspath(SHIPPED), "--seed", "7"]

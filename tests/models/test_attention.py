@@ -107,7 +107,7 @@ def outputs(module, **options):
 KERNELS = {"splash": dict(interpret=True, blocks=SplashBlocks(128, 128, 128, 128)), "cudnn": dict(implementation="xla")}
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("kernel", ["splash", pytest.param("cudnn", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("clip", [KEYS, pytest.param(131, marks=pytest.mark.slow)])  # one block and two; odd
 def test_kernels_are_the_plain_form(kernel, clip):
     """Forward and gradients. The GPU's own kernel needs one: here its arguments go to the same function in XLA."""

@@ -168,6 +168,7 @@ for name, order in (("contiguous", [0, 0, 1, 1]), ("interleaved", json.loads(ord
 """
 
 
+@pytest.mark.slow
 def test_interleaved_devices_give_the_curve_of_the_contiguous_order(tmp_path):
     """Two processes with their devices in the order of v5p:2x2x2, and in the order of processes."""
     order = process_order("v5p:2x2x2", each=2)

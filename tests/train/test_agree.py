@@ -160,6 +160,7 @@ def test_missing_answers_end_all_processes(two):
     assert 0.3 < first["silent allowed"]["metrics"]["reward_checklist_missing"] < 0.7
 
 
+@pytest.mark.slow
 def test_one_process_gives_the_rewards_of_two(two, judges, tmp_path):
     run(judges, tmp_path, 1, 8, *JUDGED)
     for name in JUDGED:
