@@ -182,33 +182,36 @@ def serving(*options):
         process.communicate()
 
 
+def chat(client, url, **options):
+    """Ask for a caption."""
+    content = [{"type": "video_url", "video_url": {"url": url}}]
+    messages = [{"role": "user", "content": content}]
+    return client.chat.completions.create(model="avocado", messages=messages, **options)
+
+
+def make_clips(folder, count):
+    assert main(["world", str(folder), "--clips", str(count), "--seed", "5", "--level", "0", "--split", "test"]) == 0
+    return sorted((folder / "clips").iterdir())
+
+
 @pytest.mark.slow
 def test_captions_are_those_of_caption(tmp_path, capsys):
-    """With the shipped captioner, in fp32, greedy: by file and data URL, as a stream, all at once; then SIGTERM.
-
-    `curate` is answered by this model, which cannot write JSON: its clips are rejected, none is unanswered.
-    """
-    assert main(["world", str(tmp_path), "--clips", "4", "--seed", "5", "--level", "0", "--split", "test"]) == 0
-    clips = sorted((tmp_path / "clips").iterdir())
+    """With the shipped captioner, in fp32, greedy: by file and data URL, as a stream, all at once; then SIGTERM."""
+    clips = make_clips(tmp_path, 2)
     done = subprocess.run(
-        [sys.executable, "-m", "avocado_jax", "caption", *map(str, clips), "--json", "--max-new-tokens", "120"],
+        [sys.executable, "-m", "avocado_jax", "caption", *map(str, clips), "--json", "--max-new-tokens", "80"],
         capture_output=True,
         check=True,
         env={**os.environ, "XLA_FLAGS": ""},
     )
     expected = [json.loads(line) for line in done.stdout.splitlines()]
-    with serving("--media-root", tmp_path, "--max-new-tokens", 120) as (client, url, process):
+    with serving("--media-root", tmp_path, "--max-new-tokens", 80) as (client, url, process):
 
         async def ask():
             async with openai.AsyncOpenAI(base_url=url, api_key="none", timeout=300) as many:
                 urls = [clip.as_uri() for clip in clips]
                 urls += [f"data:video/mp4;base64,{base64.b64encode(clip.read_bytes()).decode()}" for clip in clips]
                 return await asyncio.gather(*(chat(many, one) for one in urls))
-
-        def chat(asked, clip, **options):
-            content = [{"type": "video_url", "video_url": {"url": clip}}]
-            messages = [{"role": "user", "content": content}]
-            return asked.chat.completions.create(model="avocado", messages=messages, **options)
 
         for made, line in zip(asyncio.run(ask()), expected * 2, strict=True):
             assert made.choices[0].message.content == line["caption"]
@@ -218,11 +221,17 @@ def test_captions_are_those_of_caption(tmp_path, capsys):
         parts = [part.choices[0].delta.content or "" for part in chat(client, clips[0].as_uri(), stream=True)]
         assert "".join(parts) == expected[0]["caption"]
         assert len(parts) > 3
-        capsys.readouterr()
-        out = str(tmp_path / "out")
-        asked = ["curate", str(clips[0]), "--out", out, "--url", url, "--model", "avocado", "--answer-tokens", "16"]
-        assert main([*asked, "--fps", "2", "--frames", "4", "--pixels", "12544", "--json"]) == 0
-        counts = json.loads(capsys.readouterr().out)
-        assert (counts["kept"], counts["rejected"], counts["left"]) == (0, {"visual": 1}, 0)
         process.send_signal(signal.SIGTERM)
         assert process.wait(60) == 0
+
+
+@pytest.mark.slow
+def test_curate_asks_the_shipped_captioner(tmp_path, capsys):
+    """It cannot write JSON: the clip is rejected for its answers, and no question is without one."""
+    (clip,) = make_clips(tmp_path, 1)
+    capsys.readouterr()
+    with serving("--max-new-tokens", 16) as (_, url, _):
+        command = ["curate", str(clip), "--out", str(tmp_path / "out"), "--url", url, "--model", "avocado", "--json"]
+        assert main([*command, "--fps", "2", "--frames", "4", "--pixels", "12544"]) == 0
+    counts = json.loads(capsys.readouterr().out)
+    assert (counts["kept"], counts["rejected"], counts["left"]) == (0, {"visual": 1}, 0)

@@ -125,6 +125,24 @@ def test_a_finished_slot_is_refilled_while_others_decode(captioner, rows, long_a
     assert many <= len(dispatches) <= many + 1
 
 
+def test_a_dropped_request_frees_its_slot(captioner, rows, long_and_short, monkeypatch):
+    """One slot: the long caption is dropped after three tokens, a request that is dropped before is not prefilled."""
+    long, short, many, few = long_and_short
+    dispatches, admitted = [], []
+    advance, take = engine._Lane.advance, programs.admit
+    monkeypatch.setattr(engine._Lane, "advance", lambda lane: (dispatches.append(1), advance(lane)))
+    monkeypatch.setattr(programs, "admit", lambda *args, **kwargs: (admitted.append(1), take(*args, **kwargs))[1])
+
+    def drop(item, tokens):
+        return item == "never" or (item == long and len(tokens) >= 3)
+
+    requests = [(long, rows[long], long), ("never", rows[long], 0), (short, rows[short], short)]
+    made = list(Engine(captioner, LENGTH, GREEDY, SEED, 1, drop=drop).run(requests))
+    assert [item for item, _ in made] == [short]
+    assert len(dispatches) <= 3 + few + 1 < many + few
+    assert len(admitted) == 2
+
+
 def test_too_little_memory_halves_the_slots(captioner, rows, one_by_one, monkeypatch):
     """With the fewest slots, only the clips of that shape fail, once each; None is an item as any other."""
     real, small = programs.admit, rounded(shape_of(rows[0].clip), engine.SHAPE_BITS)

@@ -1,7 +1,13 @@
-"""The engine behind the server: answers, streams, limits, requests that are dropped, errors."""
+"""What stands between the server and the engine: answers, streams, limits, requests that are dropped, errors.
+
+The engine is a stub that decodes texts at known numbers of steps; `tests/sampling/test_engine.py` drops requests of the
+real one, and the slow test here answers with it.
+"""
 
 import asyncio
 import sys
+import time
+import zlib
 from contextlib import aclosing
 from pathlib import Path
 
@@ -10,30 +16,86 @@ import numpy as np
 import pytest
 from reference import random_media
 
-from avocado_jax.data.prompt import SYSTEM, Turn
-from avocado_jax.sampling import engine
-from avocado_jax.sampling import slots as programs
-from avocado_jax.sampling.captioner import words
-from avocado_jax.sampling.engine import Engine
+from avocado_jax.checkpoint.load import SHIPPED
+from avocado_jax.data.media import Reading
+from avocado_jax.data.prompt import SYSTEM, Habits, Turn
+from avocado_jax.data.words import load_words
+from avocado_jax.models.config import TINY
+from avocado_jax.sampling.captioner import Captioner, words
 from avocado_jax.sampling.logits import GREEDY, Sampling
-from avocado_jax.serving import engine as backends
+from avocado_jax.serving import engine as module
 from avocado_jax.serving.engine import EngineBackend
 from avocado_jax.serving.protocol import ApiError, Chat, ChatRequest
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "sampling"))
-from test_engine import LENGTH, SEED, SIZES, captioner, long_and_short, one_by_one, rows  # noqa: F401
+from test_engine import LENGTH, SEED, SIZES, captioner, one_by_one, rows  # noqa: F401
 
+STEPS = 16
+STOP = 1
 USER = [{"role": "user", "content": "a"}]
 
 
 def chat(number, limit=None, **fields):
-    """A question about clip `number` of `rows`."""
+    """A question about clip `number`."""
     turns = (Turn("system", SYSTEM), Turn("user", "", f"What? {'Why? ' * (number % 3)}"))
     return Chat(turns, None, (), None, limit, ChatRequest(model="m", messages=USER, **fields))
 
 
 def clip(number):
     return random_media(*SIZES[number % len(SIZES)], seed=number)
+
+
+def drawn(seed) -> int:
+    """The number by which the draws of a request with this seed differ from others."""
+    return zlib.crc32(str(seed).encode()) >> 1
+
+
+def tokens_of(number, sampling):
+    """What the stub decodes: the number and the way of sampling decide it; every other caption is cut."""
+    many = 3 + number % 29 if number % 2 else LENGTH
+    ids = (100 + (number + int(100 * sampling.temperature) + np.arange(many)) % 150).astype(np.int32)
+    return np.append(ids, STOP)[:LENGTH]
+
+
+class StubEngine:
+    """Decodes up to three captions at a time, `STEPS` tokens a step.
+
+    Attributes:
+        error: what happens to the next clip: an exception to raise, or to yield if it is a MemoryError.
+        most: the largest number of tokens that were decoded of a dropped caption.
+    """
+
+    error, most = None, 0
+
+    def __init__(self, _, length, sampling, seed, slots, cache_bytes, drop):
+        self.sampling, self.drop = sampling, drop
+
+    def run(self, requests):
+        for item, row, number in requests:
+            assert row.prompt_ids is not None
+            if isinstance(StubEngine.error, MemoryError):
+                yield item, StubEngine.error
+                continue
+            if StubEngine.error:
+                raise StubEngine.error
+            tokens = tokens_of(number, self.sampling)
+            for step in range(0, len(tokens) + STEPS, STEPS):
+                if step >= len(tokens):
+                    yield item, tokens
+                elif self.drop(item, tokens[:step]):
+                    StubEngine.most = max(StubEngine.most, step)
+                    break
+                time.sleep(0.005)
+
+
+@pytest.fixture
+def stub(monkeypatch):
+    monkeypatch.setattr(module, "Engine", StubEngine)
+    monkeypatch.setattr(StubEngine, "error", None)
+    monkeypatch.setattr(StubEngine, "most", 0)
+    empty = Captioner(*[None] * len(Captioner._fields))
+    reading = Reading(fewest_pixels=784, asked_pixels=6000)
+    return empty._replace(config=TINY, tokenizer=load_words(SHIPPED), stops=(STOP,), reading=reading, habits=Habits())
 
 
 async def ask(backend, request, media):
@@ -56,59 +118,34 @@ def run(captioner, work, **options):  # noqa: F811
     return asyncio.run(running())
 
 
-def test_answers_are_the_captions(captioner, rows, one_by_one):  # noqa: F811
-    """Ten requests at once, one of them a stream and one with a limit; each gets its caption."""
-    expected = one_by_one[GREEDY]
-    long = max(range(len(rows)), key=lambda one: len(expected[one]))
+def test_answers_are_the_captions(stub):
+    """Ten requests at once, half of them streams, and one with a limit; each gets its caption."""
 
     async def work(backend):
-        requests = [chat(i, stream=i == long) for i in range(len(rows))] + [chat(long, limit=3)]
-        for i, request in enumerate(requests[:-1]):
-            job, _ = await backend.prepare(request, clip(i))
-            np.testing.assert_array_equal(job.row.prompt_ids, rows[i].prompt_ids)
-        clips = [*range(len(rows)), long]
-        return await asyncio.gather(*(ask(backend, one, clip(i)) for one, i in zip(requests, clips)))
+        requests = [chat(i, seed=i, stream=i % 2 == 0) for i in range(10)] + [chat(0, seed=0, limit=3)]
+        return await asyncio.gather(*(ask(backend, one, clip(i)) for i, one in enumerate(requests)))
 
-    *made, limited = run(captioner, work)
+    *made, limited = run(stub, work)
     for i, answers in enumerate(made):
+        expected = tokens_of(drawn(i), GREEDY)
         last = answers[-1]
-        assert last.text == words(captioner, np.array(expected[i]))
-        assert last.tokens == len(expected[i])
-        assert last.truncated == (expected[i][-1] not in captioner.stops)
-        assert last.prompt_tokens == len(rows[i].prompt_ids)
-        assert len(answers) > 1 if i == long else len(answers) == 1
-    assert [one.complete for one in made[long]][-2:] == [False, True]
-    assert made[long][-1].text.startswith(made[long][0].text)
-    assert len(limited) == 1
-    assert limited[0].text == words(captioner, np.array(expected[long][:3]))
-    assert (limited[0].tokens, limited[0].truncated) == (3, True)
+        assert last.text == words(stub, expected)
+        assert (last.tokens, last.truncated) == (len(expected), expected[-1] != STOP)
+        assert len(answers) == (1 + (len(expected) - 1) // STEPS if i % 2 == 0 else 1)
+        assert [one.complete for one in answers] == [False] * (len(answers) - 1) + [True]
+        assert last.text.startswith(answers[0].text)
+    assert len({answers[-1].truncated for answers in made}) == 2
+    assert limited[-1].text == words(stub, tokens_of(drawn(0), GREEDY)[:3])
+    assert (limited[-1].tokens, limited[-1].truncated, len(limited)) == (3, True, 1)
+    assert StubEngine.most == STEPS  # an answer that has its tokens ends
 
 
-def test_a_dropped_request_frees_its_slot(captioner, rows, long_and_short, monkeypatch):  # noqa: F811
-    """One slot: the long caption is dropped after three tokens, a request that is dropped before is not prefilled."""
-    long, short, many, few = long_and_short
-    dispatches, admitted = [], []
-    advance, take = engine._Lane.advance, programs.admit
-    monkeypatch.setattr(engine._Lane, "advance", lambda lane: (dispatches.append(1), advance(lane)))
-    monkeypatch.setattr(programs, "admit", lambda *args, **kwargs: (admitted.append(1), take(*args, **kwargs))[1])
-
-    def drop(item, tokens):
-        return item == "never" or (item == long and len(tokens) >= 3)
-
-    requests = [(long, rows[long], long), ("never", rows[long], 0), (short, rows[short], short)]
-    made = list(Engine(captioner, LENGTH, GREEDY, SEED, 1, drop=drop).run(requests))
-    assert [item for item, _ in made] == [short]
-    assert len(dispatches) <= 3 + few + 1 < many + few
-    assert len(admitted) == 2
-
-
-def test_a_client_that_leaves(captioner, rows, one_by_one):  # noqa: F811
-    """Its request is dropped; the others are answered."""
-    expected = one_by_one[GREEDY]
-    long = max(range(len(rows)), key=lambda one: len(expected[one]))
+def test_a_client_that_leaves(stub):
+    """Its request is dropped, in a slot or before; the others are answered."""
 
     async def work(backend):
-        job, _ = await backend.prepare(chat(long, stream=True), clip(long))
+        job, _ = await backend.prepare(chat(0, stream=True), clip(0))
+        job.number = 0  # a long one
         async with aclosing(backend.answers(job)) as answers:
             async for _ in answers:
                 break
@@ -116,82 +153,112 @@ def test_a_client_that_leaves(captioner, rows, one_by_one):  # noqa: F811
         task = asyncio.ensure_future(anext(backend.answers(waiting)))
         await asyncio.sleep(0)
         task.cancel()
-        other = (await ask(backend, chat(1), clip(1)))[-1]
+        other = (await ask(backend, chat(1, seed=1), clip(1)))[-1]
         news = [one._news.get_nowait() for one in (job, waiting) for _ in range(one._news.qsize())]
         return other, news, backend._jobs
 
-    other, news, left = run(captioner, work, slots=1)
-    assert other.text == words(captioner, np.array(expected[1]))
+    other, news, left = run(stub, work)
+    assert other.text == words(stub, tokens_of(drawn(1), GREEDY))
     assert not any(complete for _, complete in news)
     assert not left
 
 
-def test_ways_of_sampling(captioner, monkeypatch):  # noqa: F811
-    """A seed decides the draws; temperature 0 is the default; their number is limited."""
-    monkeypatch.setattr(backends, "SAMPLINGS", 2)
+def test_ways_of_sampling(stub, monkeypatch):
+    """Each request gets its own; temperature 0 is the default; their number is limited."""
+    monkeypatch.setattr(module, "SAMPLINGS", 2)
 
     async def work(backend):
         warm = dict(temperature=0.7, top_p=0.9)
-        requests = [chat(0, seed=3, **warm), chat(0), chat(0, seed=3, **warm), chat(0, temperature=0.0, top_p=0.5)]
-        requests.append(chat(0, seed=4, **warm))
+        requests = [chat(0, seed=3, **warm), chat(0, seed=3), chat(0, seed=4, **warm)]
+        requests.append(chat(0, seed=3, temperature=0.0, top_p=0.5))
         made = [one[-1].text for one in await asyncio.gather(*(ask(backend, one, clip(0)) for one in requests))]
         with pytest.raises(ApiError, match="combinations"):
             await backend.prepare(chat(0, temperature=0.5), clip(0))
         with pytest.raises(ApiError, match="temperature"):
             await backend.prepare(chat(0, temperature=1e-6), clip(0))
-        return made
+        numbers = [(await backend.prepare(chat(0), clip(0)))[0].number for _ in range(3)]
+        return made, numbers
 
-    first, greedy, again, same, other = run(captioner, work)
-    assert first == again
-    assert greedy == same
-    assert len({first, greedy, other}) == 3
+    made, numbers = run(stub, work)
+    warm, greedy = Sampling(0.7, 0, 0.9), GREEDY
+    expected = [tokens_of(drawn(seed), how) for seed, how in ((3, warm), (3, greedy), (4, warm), (3, greedy))]
+    assert made == [words(stub, one) for one in expected]
+    assert len(set(numbers)) == 3  # without a seed, draws differ
+    assert max(numbers) < 2**31
 
 
-def test_texts_alone_and_long_prompts(captioner):  # noqa: F811
+def test_default_sampling(stub):
+    """What a request does not state is the server's."""
+    backend = EngineBackend(stub, LENGTH, 2000, Sampling(0.7, 5, 0.9))
+    assert backend._sampling_of(chat(0)) == Sampling(0.7, 5, 0.9)
+    assert backend._sampling_of(chat(0, top_p=0.5)) == Sampling(0.7, 5, 0.5)
+    assert backend._sampling_of(chat(0, temperature=1, top_k=0)) == Sampling(1.0, 0, 0.9)
+    assert backend._sampling_of(chat(0, temperature=0)) == GREEDY
+
+
+def test_texts_alone_and_long_prompts(stub):
     async def work(backend):
         text = Chat((Turn("user", "Who?"),), None, (), None, 5, chat(0).request)
         answer = (await ask(backend, text, None))[-1]
         long = text._replace(turns=(Turn("user", "Who? " * 3000),))
         for media in (None, clip(0)):
+            turns = long.turns if media is None else (Turn("user", "", long.turns[0].text),)
             with pytest.raises(ApiError, match="tokens") as raised:
-                await backend.prepare(long, media)
+                await backend.prepare(long._replace(turns=turns), media)
             assert raised.value.status == 400
-        backend._captioner = captioner._replace(tokenizer=None)  # the longest texts are not tokenized
+        backend._captioner = stub._replace(tokenizer=None)  # the longest texts are not tokenized
         with pytest.raises(ApiError, match="more than 2000 tokens"):
             await backend.prepare(long._replace(turns=(Turn("user", "W" * 64_001),)), None)
-        backend._captioner = captioner
-        return answer
+        backend._captioner = stub
+        _, warnings = await backend.prepare(chat(0), clip(0)._replace(warnings=("dark",)))
+        return answer, warnings
 
-    assert run(captioner, work).tokens in range(1, 6)
+    answer, warnings = run(stub, work)
+    assert answer.tokens in range(1, 6)
+    assert answer.prompt_tokens > 0
+    assert warnings == ["dark"]
 
 
-@pytest.mark.parametrize(("code", "status"), [("RESOURCE_EXHAUSTED", 400), ("INTERNAL", 500)])
-def test_errors_of_the_devices(captioner, monkeypatch, code, status):  # noqa: F811
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [(MemoryError("no"), 400), (jax.errors.JaxRuntimeError("INTERNAL: no"), 500)],
+)
+def test_errors_of_the_devices(stub, monkeypatch, error, status):
     """Too little memory for a clip is its error; every other one fails all requests, and the server ends."""
-
-    def admit(*_, **__):
-        raise jax.errors.JaxRuntimeError(f"{code}: no")
-
-    monkeypatch.setattr(programs, "admit", admit)
+    monkeypatch.setattr(StubEngine, "error", error)
 
     async def work(backend):
         made = await asyncio.gather(*(ask(backend, chat(i), clip(i)) for i in range(2)), return_exceptions=True)
-        failed = backend.failed.is_set() or await asyncio.sleep(0.1) or backend.failed.is_set()
-        assert failed == (status == 500)
-        if failed:
-            assert "INTERNAL" in str(backend.error)
+        await asyncio.sleep(0.05)
+        assert backend.failed.is_set() == (status == 500)
+        if status == 500:
+            assert backend.error is error
             with pytest.raises(ApiError, match="stopping"):
                 await ask(backend, chat(0), clip(0))
         return made
 
-    made = run(captioner, work)
-    assert [one.status for one in made] == [status] * 2
+    made = run(stub, work)
+    statuses = {one.status for one in made}
+    assert status in statuses
+    assert statuses <= {status, 503}  # the second request may come after the failure
 
 
-def test_default_sampling(captioner):  # noqa: F811
-    """What a request does not state is the server's."""
-    backend = EngineBackend(captioner, LENGTH, 2000, Sampling(0.7, 5, 0.9))
-    assert backend._sampling_of(chat(0)) == Sampling(0.7, 5, 0.9)
-    assert backend._sampling_of(chat(0, top_p=0.5)) == Sampling(0.7, 5, 0.5)
-    assert backend._sampling_of(chat(0, temperature=1, top_k=0)) == Sampling(1.0, 0, 0.9)
-    assert backend._sampling_of(chat(0, temperature=0)) == GREEDY
+@pytest.mark.slow
+def test_with_the_engine(captioner, rows, one_by_one):  # noqa: F811
+    """Prompts are those of `caption`, and the answers its captions, for unequal clips at once and texts alone."""
+    expected = one_by_one[GREEDY]
+
+    async def work(backend):
+        for i, row in enumerate(rows):
+            job, _ = await backend.prepare(chat(i), clip(i))
+            np.testing.assert_array_equal(job.row.prompt_ids, row.prompt_ids)
+        text = Chat((Turn("user", "Who?"),), None, (), None, 5, chat(0).request)
+        requests = [(chat(i, stream=i % 2 == 0), clip(i)) for i in range(len(rows))] + [(text, None)]
+        return await asyncio.gather(*(ask(backend, *one) for one in requests))
+
+    *made, text = run(captioner, work)
+    for i, answers in enumerate(made):
+        assert answers[-1].text == words(captioner, np.array(expected[i]))
+        assert answers[-1].tokens == len(expected[i])
+        assert answers[-1].prompt_tokens == len(rows[i].prompt_ids)
+    assert text[-1].tokens in range(1, 6)
