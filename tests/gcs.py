@@ -62,6 +62,9 @@ class Proxy:
         composite: objects have no MD5 sum.
         kept: bytes that a chunk of an upload is reported to have left in storage; None: all.
         requests: (method, path) of every request.
+        ranges: how many of them read a range of an object, and how many bytes these got.
+        peak: the most requests that were in flight at once.
+        rounds: where set, requests for content wait in rounds.
         credentials: values of the header "Authorization", None without it.
     """
 
@@ -74,17 +77,27 @@ class Proxy:
         self.kept: int | None = None
         self.credentials: set[str | None] = set()
         self.requests: list[tuple[str, str]] = []
+        self.ranges, self.peak, self._in_flight = [0, 0], 0, 0
+        self.rounds: Rounds | None = None
         self._lock, self._seen, self._next = threading.Lock(), itertools.count(), itertools.count()
         proxy = self
 
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
+            disable_nagle_algorithm = True  # else each answer waits 40 ms for an acknowledgement of its headers
 
             def log_message(self, *_):
                 pass
 
             def _pass(self):
-                proxy.answer(self)
+                with proxy._lock:
+                    proxy._in_flight += 1
+                    proxy.peak = max(proxy.peak, proxy._in_flight)
+                try:
+                    proxy.answer(self)
+                finally:
+                    with proxy._lock:
+                        proxy._in_flight -= 1
 
             do_GET = do_POST = do_PUT = do_DELETE = do_PATCH = do_HEAD = _pass
 
@@ -126,6 +139,8 @@ class Proxy:
         if self.private and self.private in request.path and "Authorization" not in request.headers:
             self._deny(request, 401, f"Anonymous caller {DENIED}".format(permission, "object"))
             return
+        if self.rounds and "alt=media" in request.path:
+            self.rounds.join()
         if self.delay and self.faulty(request.command, request.path):
             time.sleep(self.delay)
         fault = self._fault(request.command, request.path)
@@ -145,6 +160,9 @@ class Proxy:
         upstream.request(request.command, request.path, body, headers | {"Host": f"{HOST}:{self.target}"})
         answer = upstream.getresponse()
         data = answer.read()
+        if "Range" in request.headers:
+            with self._lock:
+                self.ranges = [self.ranges[0] + 1, self.ranges[1] + len(data)]
         if self.composite and data.startswith(b"{"):
             data = re.sub(rb'"md5Hash": ?"[^"]*",?', b"", data)
         request.send_response(answer.status)
@@ -188,6 +206,32 @@ class Proxy:
         data = request.rfile.read(size)
         request.rfile.readline()
         return data
+
+
+class Rounds:
+    """Requests in rounds, as over a connection of long latency: they wait until `width` wait, or no more come.
+
+    The number of rounds is the time that reading takes where it is bound by latency.
+
+    Attributes:
+        count: rounds so far.
+    """
+
+    def __init__(self, width: int, quiet: float = 2.0) -> None:
+        self.count, self._width, self._quiet, self._waiting = 0, width, quiet, 0
+        self._arrived = threading.Condition()
+
+    def join(self) -> None:
+        """Wait for the end of this round."""
+        with self._arrived:
+            number, self._waiting = self.count, self._waiting + 1
+            self._arrived.notify_all()
+            while self.count == number:
+                full = self._waiting >= self._width
+                waiting = self._waiting
+                if full or (not self._arrived.wait(self._quiet) and self._waiting == waiting and self.count == number):
+                    self.count, self._waiting = self.count + 1, 0
+                    self._arrived.notify_all()
 
 
 @contextmanager

@@ -95,6 +95,7 @@ class Hub:
 
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
+            disable_nagle_algorithm = True
 
             def log_message(self, *_):
                 pass
@@ -371,4 +372,5 @@ def forget() -> None:
     from avocado_jax.checkpoint import references
 
     references._snapshot.cache_clear()
+    references._commits.clear()
     close_session()

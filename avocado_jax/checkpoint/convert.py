@@ -17,11 +17,12 @@ import numpy as np
 from avocado_jax.checkpoint.hf import SAME, Entry, HfCheckpoint, copied_files, open_hf, read_json, refuse_code
 from avocado_jax.checkpoint.hf_config import declare_dtype
 from avocado_jax.checkpoint.load import Checkpoint, open_checkpoint
-from avocado_jax.checkpoint.orbax import Pieces, RunCheckpoint, open_run, row_slices, save_pieces
+from avocado_jax.checkpoint.orbax import CHUNK_BYTES, Pieces, RunCheckpoint, open_run, row_slices, save_pieces
 from avocado_jax.checkpoint.references import commit_of, located, run_path
 from avocado_jax.checkpoint.safetensors import SHARD_BYTES, Spec, Tensor, read_header, write_shards
 from avocado_jax.data import storage
 from avocado_jax.data.hub import Busy, hub_errors, quiet
+from avocado_jax.data.ordered import map_ordered
 from avocado_jax.data.timeouts import retried
 from avocado_jax.errors import InputError
 from avocado_jax.models.config import Lora
@@ -45,7 +46,7 @@ def from_hf(source: str | os.PathLike, target: str | os.PathLike, reading: Mappi
         InputError: `source` is not a sound checkpoint, or `target` exists.
         StorageError: storage failed, or the hub cannot be reached.
     """
-    checkpoint = open_hf(located(source))
+    checkpoint = open_hf(located(source, "copies"), copies=True)
     done = progress(range(len(checkpoint.entries) + 1), "tensors", len(checkpoint.entries))
     stacks = _stacks(checkpoint, lambda: next(done))
     nbytes = sum(map(_nbytes, [*checkpoint.tensors.values(), *checkpoint.carried.values()]))
@@ -88,11 +89,12 @@ def to_hf(
     Raises:
         InputError: no such run or step, or `target` exists.
     """
-    run = open_run(source, step)
+    run = open_run(source, step, copies=True)
     prefix, carried = _beside(run)
+    arrays = map_ordered(run.open, run.entries.values())
     specs = [
-        Spec(f"{prefix}{name}", DTYPES[dtype] if dtype else run.open(entry).dtype.numpy_dtype, entry.shape)
-        for name, entry in run.entries.items()
+        Spec(f"{prefix}{name}", DTYPES[dtype] if dtype else array.dtype.numpy_dtype, entry.shape)
+        for (name, entry), array in zip(run.entries.items(), arrays)
     ]
     specs += [Spec(name, tensor.dtype, tensor.shape) for name, tensor in carried.items()]
 
@@ -100,13 +102,15 @@ def to_hf(
 
     def values() -> Iterator[np.ndarray]:
         nonlocal lost, total
-        for entry, spec in progress(list(zip(run.entries.values(), specs)), "tensors"):
-            for piece in _their_pieces(run, entry):
-                cast = piece.astype(spec.dtype)
-                if run.has_adapter(entry):
-                    lost += float(np.sum(np.square(cast.astype(np.float32) - piece)))
-                    total += float(np.sum(np.square(run.update(entry))))
-                yield cast
+        dtypes = dict(zip(run.entries, (spec.dtype for spec in specs)))
+        parts = [_Part(entry, rows) for entry in run.entries.values() for rows in _row_slices(entry)]
+        done = progress(range(len(parts) + 1), "pieces of tensors", len(parts))
+        for cast, lost_here, total_here in map_ordered(
+            lambda part: part.exported(run, dtypes[part.entry.name]), parts, _Part.nbytes
+        ):
+            next(done)
+            lost, total = lost + lost_here, total + total_here
+            yield cast
         yield from _pieces_of(carried.values())
 
     refuse_code(run.side_files)
@@ -176,7 +180,7 @@ def begin_run(
         lora: the adapters that will be trained.
         reading: how the clips of training are sampled, added to the `reading.json` of `init`.
     """
-    _write_beside(open_checkpoint(init), str(folder), reading, lora)
+    _write_beside(open_checkpoint(init, copies=True), str(folder), reading, lora)
 
 
 def _write_beside(checkpoint: Checkpoint, folder: str, reading: Mapping[str, Any], lora: Lora | None = None) -> None:
@@ -268,7 +272,8 @@ def _nbytes(tensor: Tensor) -> int:
 
 
 def _pieces_of(tensors: Iterable[Tensor]) -> Iterator[np.ndarray]:
-    return (tensor.read(rows) for tensor in tensors for rows in row_slices(tensor.shape, tensor.dtype.itemsize))
+    parts = [(tensor, rows) for tensor in tensors for rows in row_slices(tensor.shape, tensor.dtype.itemsize)]
+    return map_ordered(lambda part: part[0].read(part[1]), parts, lambda part: min(_nbytes(part[0]), CHUNK_BYTES))
 
 
 def _stacks(checkpoint: HfCheckpoint, on_tensor: Callable[[], object]) -> dict:
@@ -298,13 +303,13 @@ def _stack(checkpoint: HfCheckpoint, entries: list[Entry], on_tensor: Callable[[
     one = first.change.ours(np.broadcast_to(np.int8(0), first.shape)).shape
 
     def layers() -> Iterator[tuple[int, np.ndarray]]:
-        for entry in entries:
-            yield entry.layer, checkpoint.read(entry)
+        values = map_ordered(checkpoint.read, entries, lambda entry: _nbytes(checkpoint.tensors[entry.name]))
+        for entry, value in zip(entries, values):
+            yield entry.layer, value
             on_tensor()
 
     def rows() -> Iterator[tuple[slice, np.ndarray]]:
-        for where in row_slices(first.shape, tensors[0].dtype.itemsize):
-            yield where, tensors[0].read(where)
+        yield from zip(row_slices(first.shape, tensors[0].dtype.itemsize), _pieces_of(tensors[:1]))
         on_tensor()
 
     def whole() -> Iterator[tuple[slice, np.ndarray]]:
@@ -316,9 +321,27 @@ def _stack(checkpoint: HfCheckpoint, entries: list[Entry], on_tensor: Callable[[
     return Pieces(one, tensors[0].dtype, rows if first.change is SAME else whole)
 
 
-def _their_pieces(run: RunCheckpoint, entry: Entry) -> Iterator[np.ndarray]:
-    """One tensor in their layout; the big tables that keep their layout come in runs of rows."""
-    if entry.layer is None and entry.change is SAME:
-        yield from run.read_rows(entry)
-    else:
-        yield entry.change.theirs(run.read(entry), entry.shape)
+class _Part(NamedTuple):
+    """A tensor to be written, or some rows of a big table."""
+
+    entry: Entry
+    rows: slice | None  # None: all of a tensor whose layout changes, or that is a layer of a stack
+
+    def exported(self, run: RunCheckpoint, dtype: np.dtype) -> tuple[np.ndarray, float, float]:
+        """Values in their layout and `dtype`; the squared norms of what rounding loses, and of the adapter's update."""
+        value = run.read_part(self.entry, () if self.rows is None else (self.rows,))
+        cast = value.astype(dtype)
+        lost = total = 0.0
+        if run.has_adapter(self.entry):
+            lost = float(np.sum(np.square(cast.astype(np.float32) - value)))
+            total = float(np.sum(np.square(run.update(self.entry))))
+        return (self.entry.change.theirs(cast, self.entry.shape) if self.rows is None else cast), lost, total
+
+    def nbytes(self) -> int:
+        rows = self.rows
+        return 4 * math.prod(self.entry.shape if rows is None else (rows.stop - rows.start, *self.entry.shape[1:]))
+
+
+def _row_slices(entry: Entry) -> Iterable[slice | None]:
+    """The pieces of a tensor: the big tables that keep their layout come in runs of rows."""
+    return row_slices(entry.shape, 4) if entry.layer is None and entry.change is SAME else [None]

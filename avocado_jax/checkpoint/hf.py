@@ -14,6 +14,7 @@ from avocado_jax.checkpoint.hf_config import read_config, read_text_config, says
 from avocado_jax.checkpoint.references import INDEX, fetched, is_remote, run_path
 from avocado_jax.checkpoint.safetensors import Tensor, read_header
 from avocado_jax.data import storage
+from avocado_jax.data.ordered import map_ordered
 from avocado_jax.errors import InputError
 from avocado_jax.models.config import ThinkerConfig
 from avocado_jax.models.thinker import init
@@ -176,11 +177,12 @@ def read_json(path: PurePath) -> Any:
         raise InputError(f"{path}: not JSON: {error}") from error
 
 
-def open_hf(folder: str | os.PathLike, text_only: bool = False) -> HfCheckpoint:
+def open_hf(folder: str | os.PathLike, text_only: bool = False, copies: bool = False) -> HfCheckpoint:
     """Open a checkpoint of the thinker alone or of full Omni, with or without an index.
 
     Args:
         text_only: the checkpoint is a language model alone (Qwen2), which has no towers.
+        copies: of a bucket, download side files too that are only copied.
 
     Raises:
         InputError: a missing, unknown, doubled or misshapen tensor, by name; a config that does not fit;
@@ -188,7 +190,7 @@ def open_hf(folder: str | os.PathLike, text_only: bool = False) -> HfCheckpoint:
     """
     folder = run_path(folder) if storage.is_remote(str(folder)) else Path(folder)
     refuse_names(folder)
-    side_files = fetched(folder, weights=False)
+    side_files = fetched(folder, weights=False, copies=copies)
     refuse_code(side_files)
     found = read_tensors(folder)
     prefix = "thinker." if any(name.startswith("thinker.") for name in found) else ""
@@ -259,11 +261,12 @@ def read_tensors(folder: PurePath) -> dict[str, Tensor]:
         files = [name for name in present if name.endswith(".safetensors")]
     if not files:
         raise InputError(f"{folder}: no *.safetensors files")
-    tensors: dict[str, Tensor] = {}
     for name in files:
         if name not in present:
             raise InputError(f"{folder / name}: missing, though the index names it")
-        for tensor, place in read_header(folder / name).items():
+    tensors: dict[str, Tensor] = {}
+    for name, header in zip(files, map_ordered(lambda name: read_header(folder / name), files)):
+        for tensor, place in header.items():
             if tensor in tensors:
                 raise InputError(f"{folder / name}: tensor '{tensor}' is in {tensors[tensor].file.name} too")
             if where is not None and where.get(tensor) != name:

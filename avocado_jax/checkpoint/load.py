@@ -1,43 +1,48 @@
 """Parameters onto devices, from either kind of folder: whole for decoding, or in parts over a mesh."""
 
 import hashlib
+import itertools
+import math
 import os
-from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from etils import epath
 from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.sharding import NamedSharding, PartitionSpec
 
 from avocado_jax.checkpoint.hf import Entry, HfCheckpoint, is_hf, open_hf, read_json, without_towers
 from avocado_jax.checkpoint.hf_config import TEXT_MODEL
 from avocado_jax.checkpoint.orbax import RunCheckpoint, open_run
 from avocado_jax.checkpoint.references import is_remote, is_run, located, run_path
 from avocado_jax.data import storage
+from avocado_jax.data.ordered import map_ordered
 from avocado_jax.errors import InputError
 from avocado_jax.progress import progress
 
-READERS = 4  # tensors that are read at once
+MEMORY = 2**30  # bytes of tensors that are read ahead
 SHIPPED = Path(__file__).parents[1] / "assets" / "captioner"
 Checkpoint = HfCheckpoint | RunCheckpoint  # both read one parameter, or one layer of it, at a time
 
 
-def open_checkpoint(reference: str | os.PathLike) -> Checkpoint:
+def open_checkpoint(reference: str | os.PathLike, copies: bool = False) -> Checkpoint:
     """Open a model reference (references.py): a folder in Hugging Face format, or a run at its newest finished step.
+
+    Args:
+        copies: download side files too that are only copied.
 
     Raises:
         InputError: neither, or not sound.
         StorageError: storage failed, or the hub cannot be reached.
     """
-    folder = located(reference)
+    folder = located(reference, "copies" if copies else "model")
     if is_run(folder):
-        return open_run(folder)
+        return open_run(folder, copies=copies)
     if is_hf(folder):
-        return open_hf(folder)
+        return open_hf(folder, copies=copies)
     if not storage.is_remote(folder) and not Path(folder).is_dir():
         raise InputError(f"{folder}: no such folder")
     raise InputError(f"{folder}: neither a checkpoint in Hugging Face format nor a run folder")
@@ -82,7 +87,7 @@ def identity(checkpoint: Checkpoint) -> str:
     """A digest of a checkpoint's content, the same wherever it is stored in one format."""
     digest = hashlib.sha256()
     if isinstance(checkpoint, RunCheckpoint):  # Orbax names its files by random numbers: names tell the contents
-        names = sorted(str(path).removeprefix(str(checkpoint.params)) for path in _files(checkpoint.params))
+        names = sorted(f"/{file.name}" for file in storage.listing(str(checkpoint.params)))
         digest.update("\n".join(names).encode())
     whole = [path for path in checkpoint.side_files.iterdir() if path.suffix in (".json", ".safetensors")]
     for path in progress(sorted(whole), "reading the checkpoint's identity"):
@@ -94,12 +99,6 @@ def identity(checkpoint: Checkpoint) -> str:
     return digest.hexdigest()
 
 
-def _files(folder: epath.Path) -> Iterator[epath.Path]:
-    """Every file below a folder, which may lie in a bucket."""
-    for path in folder.iterdir():
-        yield from _files(path) if path.is_dir() else [path]
-
-
 def load_params(checkpoint: Checkpoint, dtype: str, shardings: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Every parameter in `dtype`, with separate layers (`ThinkerConfig.scan` false).
 
@@ -109,26 +108,24 @@ def load_params(checkpoint: Checkpoint, dtype: str, shardings: Mapping[str, Any]
     params: dict[str, Any] = {}
     places = flatten_dict(shardings or {})
     entries = list(checkpoint.entries.values())
-    runs = [entries[first : first + READERS] for first in range(0, len(entries), READERS)]
-    with ThreadPoolExecutor(READERS) as pool:
-        values = (value for run in runs for value in pool.map(checkpoint.read, run))
-        for entry, value in progress(zip(entries, values), "loading tensors", len(entries)):
-            node = params
-            path = tuple(key if key != "layers" else f"layers_{entry.layer}" for key in entry.path)
-            for key in path[:-1]:
-                node = node.setdefault(key, {})
-            node[path[-1]] = jax.device_put(value.astype(jnp.dtype(dtype)), places.get(path))
+    values = map_ordered(lambda entry: checkpoint.read(entry).astype(jnp.dtype(dtype)), entries, _nbytes, MEMORY)
+    for entry, value in progress(zip(entries, values), "loading tensors", len(entries)):
+        node = params
+        path = tuple(key if key != "layers" else f"layers_{entry.layer}" for key in entry.path)
+        for key in path[:-1]:
+            node = node.setdefault(key, {})
+        node[path[-1]] = jax.device_put(value, places.get(path))
     return params
 
 
 def load_sharded(checkpoint: Checkpoint, like: Mapping[str, Any], whole: bool = True) -> dict[str, Any]:
-    """Stacked parameters, born where they live: each process reads the parts that its devices hold, once.
+    """Stacked parameters, created sharded: each process reads the parts that its devices hold, once.
 
-    Host memory holds one leaf's local part, and a few layers on their way into it.
+    Host memory holds the local part of one leaf, and `MEMORY` bytes of layers that are read ahead.
 
     Args:
         like: the tree of ShapeDtypeStructs with shardings and the dtypes that are wanted.
-        whole: see that the checkpoint holds nothing else.
+        whole: check that the checkpoint has no other parameters.
 
     Returns:
         The same tree of arrays, without adapters (`lora_a`, `lora_b`): a checkpoint is read with them merged.
@@ -142,33 +139,99 @@ def load_sharded(checkpoint: Checkpoint, like: Mapping[str, Any], whole: bool = 
     wanted = {path: leaf for path, leaf in flatten_dict(like).items() if not path[-1].startswith("lora_")}
     if differ := sorted(stacks.keys() ^ wanted.keys() if whole else wanted.keys() - stacks.keys()):
         raise InputError(f"{checkpoint.folder}: of another model, which differs in {'/'.join(differ[0])}")
-    leaves = progress(list(wanted.items()), "loading parameters")
-    return unflatten_dict({path: _leaf(checkpoint, stacks[path], leaf) for path, leaf in leaves})
+    by_range = isinstance(checkpoint, HfCheckpoint) and is_remote(checkpoint.folder) and jax.process_count() > 1
+    layouts = {path: _by_rows(stacks[path][0], leaf) if by_range else leaf for path, leaf in wanted.items()}
+    boxes = {path: _boxes(leaf) for path, leaf in layouts.items()}
+    reads = [
+        _Read(entry, box[int(entry.layer is not None) :], layouts[path].dtype)
+        for path in wanted
+        for entry in stacks[path]
+        for box in boxes[path]
+    ]
+    values = map_ordered(lambda one: one.of(checkpoint), reads, _Read.nbytes, MEMORY)
+    leaves = {}
+    for path, leaf in progress(list(layouts.items()), "loading parameters"):
+        array = _assembled(leaf, boxes[path], stacks[path], values)
+        place = wanted[path].sharding
+        leaves[path] = array if leaf is wanted[path] else jax.jit(_identity, out_shardings=place)(array)
+    return unflatten_dict(leaves)
 
 
-def _leaf(checkpoint: Checkpoint, entries: list[Entry], like: jax.ShapeDtypeStruct) -> jax.Array:
-    """One parameter, all layers of a stacked one."""
-    stacked = int(entries[0].layer is not None)
+Block = tuple[tuple[int, int], ...]  # (begin, end) of each axis
+
+
+class _Read(NamedTuple):
+    """A block of one entry, in our layout, that this process needs."""
+
+    entry: Entry
+    block: Block
+    dtype: np.dtype
+
+    def of(self, checkpoint: Checkpoint) -> np.ndarray:
+        value = checkpoint.read_part(self.entry, tuple(slice(*axis) for axis in self.block))
+        return value.astype(self.dtype, copy=False)
+
+    def nbytes(self) -> int:
+        return 4 * _size(self.block)
+
+
+def _nbytes(entry: Entry) -> int:
+    """The bytes of an entry's values, which have at most four each."""
+    return 4 * math.prod(entry.shape)
+
+
+def _by_rows(entry: Entry, like: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+    """The layout in which a leaf is read from files in a bucket by several processes.
+
+    Ranges of a file are whole rows of a tensor. So rows are divided over all mesh axes that divide the leaf, and the
+    devices exchange their parts. Otherwise each process would read nearly all of a leaf whose columns are divided.
+    """
+    mesh, axis = like.sharding.mesh, entry.change.rows + (entry.layer is not None)
+    over = tuple(
+        name for names in like.sharding.spec for name in (names if isinstance(names, tuple) else [names]) if name
+    )
+    if not over or like.shape[axis] % math.prod(mesh.shape[name] for name in over):
+        return like
+    spec = PartitionSpec(*[over if number == axis else None for number in range(len(like.shape))])
+    return jax.ShapeDtypeStruct(like.shape, like.dtype, sharding=NamedSharding(mesh, spec))
+
+
+def _identity(array: jax.Array) -> jax.Array:
+    return array
+
+
+def _local_blocks(like: jax.ShapeDtypeStruct) -> dict[jax.Device, Block]:
+    """The block of a leaf on each device of this process."""
     indices = like.sharding.addressable_devices_indices_map(like.shape)
-    blocks = {
+    return {
         device: tuple(part.indices(size)[:2] for part, size in zip(index, like.shape))
         for device, index in indices.items()
     }
+
+
+def _boxes(like: jax.ShapeDtypeStruct) -> list[Block]:
+    """What this process reads of a leaf: one block if those of its devices fill it, otherwise each of them."""
+    blocks = list(dict.fromkeys(_local_blocks(like).values()))
+    around = tuple((min(begin for begin, _ in axis), max(end for _, end in axis)) for axis in zip(*blocks))
+    return [around] if _size(around) == sum(map(_size, blocks)) else blocks
+
+
+def _size(block: Block) -> int:
+    return math.prod(end - begin for begin, end in block)
+
+
+def _assembled(
+    like: jax.ShapeDtypeStruct, boxes: Sequence[Block], entries: Sequence[Entry], values: Iterator[np.ndarray]
+) -> jax.Array:
+    """One parameter, all layers of a stacked one, from the values of its entries and boxes."""
+    stacked = int(entries[0].layer is not None)
+    blocks = _local_blocks(like)
     parts = {block: np.empty([end - begin for begin, end in block], like.dtype) for block in blocks.values()}
-    # Of each layer the smallest block around all of these is read, once, and cut.
-    around = [(min(begin for begin, _ in axis), max(end for _, end in axis)) for axis in zip(*parts)][stacked:]
-    where = tuple(slice(*axis) for axis in around)
-
-    def fill(entry: Entry) -> None:
-        value = checkpoint.read_part(entry, where)
+    for entry, box in itertools.product(entries, boxes):
+        value = next(values)
         for block, part in parts.items():
-            cut = tuple(slice(begin - low, end - low) for (begin, end), (low, _) in zip(block[stacked:], around))
-            if not stacked:
-                part[...] = value[cut]
-            elif block[0][0] <= entry.layer < block[0][1]:
-                part[entry.layer - block[0][0]] = value[cut]
-
-    with ThreadPoolExecutor(READERS) as pool:
-        list(pool.map(fill, entries))
+            if all(low <= begin and end <= high for (begin, end), (low, high) in zip(block, box)):
+                cut = tuple(slice(begin - low, end - low) for (begin, end), (low, _) in zip(block, box))
+                (part[entry.layer] if stacked else part)[...] = value[cut[stacked:]]
     arrays = [jax.device_put(parts[block], device) for device, block in blocks.items()]
     return jax.block_until_ready(jax.make_array_from_single_device_arrays(like.shape, like.sharding, arrays))

@@ -12,6 +12,7 @@ RUN is local or gs://. Parameters are read with adapters merged.
 import json
 import os
 import re
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -28,11 +29,13 @@ from avocado_jax.checkpoint.hf import Entry, read_json, table
 from avocado_jax.checkpoint.hf_config import read_config
 from avocado_jax.checkpoint.references import fetched, is_remote, run_path
 from avocado_jax.data import storage
+from avocado_jax.data.ordered import map_ordered
 from avocado_jax.errors import InputError
 from avocado_jax.models.config import Lora, ThinkerConfig
 from avocado_jax.models.lora import update_of
 
 CHUNK_BYTES = 64 * 2**20
+INDEX_BYTES = 64 * 2**20  # of memory, at most, for the index of a step that is read
 
 
 @dataclass(frozen=True)
@@ -50,17 +53,22 @@ class Pieces:
 
 
 class _PiecesHandler(ocp.type_handlers.NumpyHandler):
-    """Writes `Pieces` as Orbax writes a numpy array, one piece in memory at a time."""
+    """Writes `Pieces` as Orbax writes a numpy array, a few pieces in memory at a time."""
 
     def __init__(self) -> None:
         super().__init__(deepcopy_host_arrays=False)
 
     async def _open_and_write(self, value: Pieces, tspec: dict[str, Any], ts_context: ts.Context) -> None:
-        # Orbax starts all leaves at once; nothing is awaited here, so that they go one after the other.
+        # Orbax starts all leaves at once; nothing is awaited here, so that they go one after the other. Several pieces
+        # of a leaf are written at once: the format commits together what is written meanwhile.
         try:
             array = ts.open(ts.Spec(tspec), create=True, open=True, context=ts_context).result()
-            for where, piece in value.pieces():
-                array[where].write(np.ascontiguousarray(piece)).result()
+
+            def write(piece: tuple[slice | int, np.ndarray]) -> None:
+                array[piece[0]].write(np.ascontiguousarray(piece[1])).result()
+
+            for _ in map_ordered(write, value.pieces(), lambda piece: piece[1].nbytes):
+                pass
         except ValueError as error:  # so tensorstore says that a disk is full
             raise OSError(" ".join(str(error).split())[:300]) from error
 
@@ -98,6 +106,7 @@ class RunCheckpoint(NamedTuple):
     entries: dict[str, Entry]
     side_files: Path  # the local folder of config.json, the tokenizer and generation settings
     lora: Lora | None  # adapters that lie beside the kernels of the language model
+    arrays: "_Arrays"
 
     @property
     def params(self) -> epath.Path:
@@ -115,10 +124,8 @@ class RunCheckpoint(NamedTuple):
 
     def _stored(self, entry: Entry, name: str) -> ts.TensorStore:
         """The stored array of a parameter, or of one beside it."""
-        base = f"{self.params}/" if is_remote(self.params) else f"file://{self.params}/"
-        kvstore = {"driver": "ocdbt", "base": base, "path": ".".join((*entry.path[:-1], name))}
         with self.damage(entry):
-            return ts.open({"driver": "zarr", "kvstore": kvstore}, read=True).result()
+            return self.arrays.open(".".join((*entry.path[:-1], name)))
 
     @contextmanager
     def damage(self, entry: Entry) -> Iterator[None]:
@@ -152,12 +159,34 @@ class RunCheckpoint(NamedTuple):
             b = self._stored(entry, "lora_b")[entry.layer, :, columns].read().result()
         return update_of(a, b, self.lora)
 
-    def read_rows(self, entry: Entry) -> Iterator[np.ndarray]:
-        """An unstacked parameter in runs of rows."""
-        array = self.open(entry)
-        for rows in row_slices(array.shape, array.dtype.numpy_dtype.itemsize):
-            with self.damage(entry):
-                yield array[rows].read().result()
+
+class _Arrays:
+    """The stored arrays of a step. Each is opened once, and the index of the step is read once."""
+
+    def __init__(self, params: epath.Path) -> None:
+        self._base = f"{params}/" if is_remote(params) else f"file://{params}/"
+        self._context = ts.Context(
+            {
+                "cache_pool#index": {"total_bytes_limit": INDEX_BYTES},
+                "gcs_request_concurrency": {"limit": storage.REQUESTS},
+            }
+        )
+        self._opened: dict[str, ts.Future] = {}
+        self._lock = threading.Lock()
+
+    def open(self, path: str) -> ts.TensorStore:
+        """The array of a parameter.
+
+        Raises:
+            ValueError: it is gone or damaged.
+        """
+        with self._lock:
+            if path not in self._opened:
+                kvstore = {"driver": "ocdbt", "base": self._base, "path": path, "cache_pool": "cache_pool#index"}
+                # A finished step does not change: what is cached since it was opened is not checked again.
+                spec = {"driver": "zarr", "kvstore": kvstore, "recheck_cached_data": "open"}
+                self._opened[path] = ts.open(spec, read=True, context=self._context)
+        return self._opened[path].result()
 
 
 def finished_steps(folder: str | os.PathLike) -> list[int]:
@@ -177,8 +206,11 @@ def finished_steps(folder: str | os.PathLike) -> list[int]:
     return sorted(int(name) for name in names if committed(name))
 
 
-def open_run(folder: str | os.PathLike, step: int | None = None) -> RunCheckpoint:
+def open_run(folder: str | os.PathLike, step: int | None = None, copies: bool = False) -> RunCheckpoint:
     """Open a run at `step`, or at its newest finished one.
+
+    Args:
+        copies: of a bucket, download side files too that are only copied.
 
     Raises:
         InputError: no such step, or no finished one; no config beside the parameters; no permission.
@@ -197,8 +229,8 @@ def open_run(folder: str | os.PathLike, step: int | None = None) -> RunCheckpoin
     metadata = path / "checkpoints" / str(step) / "params" / "_METADATA"
     with storage.library_errors(str(path)):
         tied = "('head',)" not in read_json(metadata).get("tree_metadata", {})
-    side_files = fetched(path / "hf")
+    side_files = fetched(path / "hf", copies=copies)
     config = read_config(read_json(side_files / "config.json"), tied)
     adapters = str(path / "lora.json")
     lora = Lora(**json.loads(storage.read(adapters))) if storage.exists(adapters) else None
-    return RunCheckpoint(path, step, config, table(config), side_files, lora)
+    return RunCheckpoint(path, step, config, table(config), side_files, lora, _Arrays(metadata.parent))

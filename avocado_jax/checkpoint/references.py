@@ -17,6 +17,7 @@ import shutil
 import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
+from fnmatch import fnmatch
 from functools import lru_cache
 from pathlib import Path, PurePath
 
@@ -24,14 +25,16 @@ from etils import epath
 
 from avocado_jax.data import storage
 from avocado_jax.data.hub import Busy, hub_errors, quiet
+from avocado_jax.data.ordered import map_ordered
 from avocado_jax.data.timeouts import retried
 from avocado_jax.errors import InputError
 
 HUB = re.compile(r"(?P<name>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>[^\s@]+))?")
 INDEX = "model.safetensors.index.json"
 TOKENIZER = ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"]
-# Side files of a checkpoint. Modules and pickles are not among them: of these only spk_dict.pt is copied, never loaded.
-SIDE_FILES = ["*.json", "*.jinja", "merges.txt", "vocab.txt", "question.txt", "spk_dict.pt", "LICENSE*", "NOTICE*"]
+# Side files of a checkpoint that are read. Modules and pickles are not among them.
+MODEL = ["*.json", "*.jinja", "merges.txt", "vocab.txt", "question.txt"]
+COPIES = ["spk_dict.pt", "LICENSE*", "NOTICE*"]  # that conversion and training only copy
 POOLING = "1_Pooling/config.json"  # of a sentence encoder: the only side file in a subfolder
 DOWNLOADS = 4  # shards at a time
 
@@ -42,13 +45,13 @@ def is_hub(reference: str | os.PathLike) -> bool:
     return HUB.fullmatch(text) is not None and not os.path.exists(text)
 
 
-def located(reference: str | os.PathLike, tokenizer_only: bool = False) -> str:
+def located(reference: str | os.PathLike, needed: str = "model") -> str:
     """The folder of a model's files, local or gs://. Files of the hub are downloaded first, if they are not cached.
 
     A process resolves a reference once: a branch that moves meanwhile does not mix two commits.
 
     Args:
-        tokenizer_only: of a model on the hub, download only the tokenizer.
+        needed: of a model on the hub: "tokenizer", "model", or "copies" (`COPIES` too).
 
     Raises:
         InputError: there is no such model or revision on the hub, access is denied, or offline mode is set and it is
@@ -56,7 +59,7 @@ def located(reference: str | os.PathLike, tokenizer_only: bool = False) -> str:
         StorageError: the hub cannot be reached or is busy.
     """
     text = str(reference)
-    return _snapshot(text, tokenizer_only) if is_hub(text) else text
+    return _snapshot(text, needed) if is_hub(text) else text
 
 
 def pinned(reference: str, run: str) -> str:
@@ -94,11 +97,12 @@ def is_remote(path: PurePath) -> bool:
     return storage.is_remote(str(path))
 
 
-def fetched(folder: PurePath, weights: bool = True) -> Path:
+def fetched(folder: PurePath, weights: bool = True, copies: bool = False) -> Path:
     """A local folder with the files of `folder`: itself, or a copy that lives as long as the process.
 
     Args:
-        weights: copy files of tensors too.
+        weights: download files of tensors too.
+        copies: download `COPIES` too.
 
     Raises:
         InputError: there are no such files in the bucket, or no permission to read them.
@@ -110,9 +114,10 @@ def fetched(folder: PurePath, weights: bool = True) -> Path:
         raise InputError(f"{folder}: no such folder, or no files in it")
     local = Path(tempfile.mkdtemp(prefix="avocado-"))
     atexit.register(shutil.rmtree, local, ignore_errors=True)
-    for name in names:
-        if weights or not name.endswith(".safetensors"):
-            storage.download(storage.join(str(folder), name), local / name)
+    skipped = ([] if weights else ["*.safetensors"]) + ([] if copies else COPIES)
+    names = [name for name in names if not any(fnmatch(name, pattern) for pattern in skipped)]
+    for _ in map_ordered(lambda name: storage.download(storage.join(str(folder), name), local / name), names):
+        pass
     return local
 
 
@@ -122,7 +127,7 @@ def tokenizer_folder(reference: str | os.PathLike) -> Path:
     Raises:
         InputError, StorageError: as `load.open_checkpoint`.
     """
-    folder = run_path(located(reference, tokenizer_only=True))
+    folder = run_path(located(reference, "tokenizer"))
     return fetched(folder / "hf" if is_run(folder) else folder, weights=False)
 
 
@@ -135,14 +140,14 @@ def commit_of(folder: str | os.PathLike) -> str:
 
 
 @lru_cache
-def _snapshot(reference: str, tokenizer_only: bool) -> str:
+def _snapshot(reference: str, needed: str) -> str:
     """The snapshot of `ORG/NAME[@REVISION]` in the cache, with the files that are needed."""
     import huggingface_hub  # slow to import, and needed only here
 
     quiet()
     found = HUB.fullmatch(reference)
     assert found is not None
-    name, revision = found["name"], found["revision"]
+    name = found["name"]
 
     def download(patterns: list[str], revision: str | None, ignore: str = "*/*") -> Path:
         def once() -> str:
@@ -153,8 +158,11 @@ def _snapshot(reference: str, tokenizer_only: bool) -> str:
 
         return Path(retried(once, reference, (Busy,), storage.PATIENCE))
 
-    folder = download(TOKENIZER if tokenizer_only else SIDE_FILES, revision)
-    if tokenizer_only:
+    if needed == "copies":
+        return str(download(COPIES, Path(_snapshot(reference, "model")).name))
+    folder = download(TOKENIZER if needed == "tokenizer" else MODEL, _commits.get(reference, found["revision"]))
+    _commits[reference] = folder.name
+    if needed == "tokenizer":
         return str(folder)
     if (folder / "modules.json").is_file():
         download([POOLING], folder.name, "")
@@ -162,6 +170,9 @@ def _snapshot(reference: str, tokenizer_only: bool) -> str:
     if not huggingface_hub.constants.HF_HUB_OFFLINE:
         _download_all(reference, name, folder, shards)
     return str(download(shards, folder.name))
+
+
+_commits: dict[str, str] = {}  # of the references that this process has resolved
 
 
 def _indexed(index: Path) -> list[str]:

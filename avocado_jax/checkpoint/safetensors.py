@@ -49,7 +49,12 @@ class Tensor(NamedTuple):
     offset: int  # of its first byte in the file
 
     def read(self, rows: slice = slice(None)) -> np.ndarray:
-        """Its values, or those of a range of rows of its first axis: only they are read."""
+        """Its values, or those of a range of rows of its first axis: only they are read.
+
+        Raises:
+            InputError: the file is gone, or ends in the middle of them.
+            StorageError: storage failed.
+        """
         if self.shape:
             first, last, _ = rows.indices(self.shape[0])
             shape = (last - first, *self.shape[1:])
@@ -57,16 +62,9 @@ class Tensor(NamedTuple):
         else:
             first, shape, row_bytes = 0, (), 0
         start = self.offset + first * row_bytes
-        if storage.is_remote(str(self.file)):
-            data = storage.read_range(str(self.file), start, math.prod(shape) * self.dtype.itemsize)
-            if len(data) != math.prod(shape) * self.dtype.itemsize:
-                raise InputError(f"{self.file}: ends in the middle of a tensor")
-            return np.frombuffer(data, self.dtype).reshape(shape)
         values = np.empty(shape, self.dtype)
-        with Path(self.file).open("rb") as file:
-            file.seek(start)
-            if file.readinto(values.reshape(-1).view(np.uint8)) != values.nbytes:
-                raise InputError(f"{self.file}: ends in the middle of a tensor")
+        if storage.read_into(str(self.file), start, values.reshape(-1).view(np.uint8).data) != values.nbytes:
+            raise InputError(f"{self.file}: ends in the middle of a tensor")
         return values
 
     def mapped(self) -> np.ndarray:

@@ -18,7 +18,9 @@ import mimetypes
 import os
 import shutil
 import tempfile
+import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
@@ -31,6 +33,8 @@ from avocado_jax.errors import InputError, first_line
 T = TypeVar("T")
 TIMEOUT = (10.0, 60.0)  # seconds to connect, and between bytes
 PATIENCE = 120.0  # seconds of failures before a storage error is raised
+REQUESTS = 32  # for ranges, in flight at once in a process, and connections that its client keeps
+PART = 16 * 2**20  # bytes of a range that one request reads
 CHUNK = 16 * 2**20  # bytes of an upload that are sent again if the connection breaks; a multiple of 256 KiB
 
 
@@ -76,15 +80,56 @@ def size(path: str) -> int:
 
 def read_range(path: str, first: int, count: int) -> bytes:
     """`count` bytes from byte `first` on, or as many as there are. Raises as `read` does."""
-    if count <= 0:
-        return b""
-    if is_remote(path):
-        buffer = io.BytesIO()
-        _download(path, buffer, start=first, end=first + count - 1)
-        return buffer.getvalue()
-    with local_errors(path), Path(path).open("rb") as file:
-        file.seek(first)
-        return file.read(count)
+    data = bytearray(max(count, 0))
+    return bytes(data[: read_into(path, first, memoryview(data))])
+
+
+def read_into(path: str, first: int, buffer: memoryview) -> int:
+    """Fill a buffer of bytes from byte `first` of a file on. Returns how many there are. Raises as `read` does.
+
+    A part of an object is read in requests of `PART` bytes, several at once.
+    """
+    if not is_remote(path):
+        with local_errors(path), Path(path).open("rb") as file:
+            file.seek(first)
+            return file.readinto(buffer)
+
+    def read_part(begin: int) -> int:
+        part = _Buffer(buffer[begin : begin + PART])
+        with _requests:
+            _download(path, part, start=first + begin, end=first + min(begin + PART, len(buffer)) - 1)
+        return part.tell()
+
+    begins = range(0, len(buffer), PART)
+    if len(begins) < 2:
+        return sum(map(read_part, begins))
+    with ThreadPoolExecutor(len(begins)) as pool:
+        return sum(pool.map(read_part, begins))
+
+
+_requests = threading.BoundedSemaphore(REQUESTS)
+
+
+class _Buffer(io.RawIOBase):
+    """A part of memory as the file that a download writes."""
+
+    def __init__(self, buffer: memoryview) -> None:
+        self._buffer, self._at = buffer, 0
+
+    def tell(self) -> int:
+        return self._at
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self._at = offset
+        return offset
+
+    def truncate(self, size: int | None = None) -> int:
+        return self._at
+
+    def write(self, data: bytes) -> int:
+        self._buffer[self._at : self._at + len(data)] = data
+        self._at += len(data)
+        return len(data)
 
 
 def write(path: str, data: bytes) -> None:
@@ -286,6 +331,15 @@ def here(path: str) -> Iterator[Path]:
 @lru_cache
 def _client() -> Any:
     """One client per process. Slow to import, and needed only for gs://."""
+    from requests.adapters import HTTPAdapter
+
+    client = _connected()
+    for scheme in ("http://", "https://"):
+        client._http.mount(scheme, HTTPAdapter(pool_maxsize=REQUESTS))  # 10 by default; more would be opened and closed
+    return client
+
+
+def _connected() -> Any:
     import google.auth
     from google.api_core.client_options import ClientOptions
     from google.auth.credentials import AnonymousCredentials
