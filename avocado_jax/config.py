@@ -237,7 +237,7 @@ def load(path: str, overrides: Sequence[str] = ()) -> Any:
     if not is_dataclass(config) or isinstance(config, type):
         raise InputError(f"{path}: defines no `config`")
     for name, value in _pairs(overrides):
-        config = _changed(config, name, name.split("."), value)
+        config = _changed(config, name, name.split("."), value, config)
     if isinstance(config, RunConfig):
         _check(config)
     return config
@@ -271,20 +271,49 @@ def _pairs(overrides: Sequence[str]) -> Iterator[tuple[str, str]]:
         yield name, value
 
 
-def _changed(config: Any, name: str, path: list[str], text: str) -> Any:
+# Names of other trainers, without "_" and "-".
+OTHER_NAMES = {
+    "learningrate": "optim.lr",
+    "maxgradnorm": "optim.clip_norm",
+    "warmupratio": "optim.warmup",
+    "batchsize": "batch",
+    "gradientaccumulationsteps": "accumulate",
+    "maxsteps": "steps",
+    "numtrainepochs": "epochs",
+    "numgenerations": "group",
+    "checkpoint": "init",
+    "model": "init",
+}
+
+
+def _nearest(config: Any, name: str) -> str | None:
+    """The field whose name is like `name`; of nested fields the last part may be enough."""
+    every = [field for field, _, _ in flat(config)]
+    if (known := OTHER_NAMES.get(name.replace("_", "").replace("-", "").lower())) in every:
+        return known
+    lasts = {field.rpartition(".")[2]: field for field in reversed(every)}
+    last = name.rpartition(".")[2]
+    if last in lasts:
+        return lasts[last]
+    if close := difflib.get_close_matches(name, every, 1):
+        return close[0]
+    close = difflib.get_close_matches(last, list(lasts), 1)
+    return lasts[close[0]] if close else None
+
+
+def _changed(config: Any, name: str, path: list[str], text: str, root: Any) -> Any:
     known = typing.get_type_hints(type(config))
     first, *rest = path
     if first not in known:
-        every = [name for name, _, _ in flat(config)]
-        close = difflib.get_close_matches(first, list(known), 1) or difflib.get_close_matches(name, every, 1)
-        raise InputError(f"--{name}: no such field" + (f"; did you mean {close[0]}?" if close else ""))
+        nearest = _nearest(root, name)
+        raise InputError(f"--{name}: no such field" + (f"; did you mean {nearest}?" if nearest else ""))
     current = getattr(config, first)
     if rest and not is_dataclass(current):
         raise InputError(f"--{name}: {first} has no fields of its own")
     if is_dataclass(current) and not rest:
         names = ", ".join(f"--{name}.{one.name}" for one in fields(current))
         raise InputError(f"--{name}: give one of its fields: {names}")
-    value = _changed(current, name, rest, text) if rest else _parsed(known[first], text, name)
+    value = _changed(current, name, rest, text, root) if rest else _parsed(known[first], text, name)
     return replace(config, **{first: value})
 
 

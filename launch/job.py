@@ -18,12 +18,15 @@ from avocado_jax.config import GrpoConfig, SftConfig, load
 from avocado_jax.errors import InputError
 
 TRAINING = {"sft": SftConfig, "grpo": GrpoConfig}
+FLAGS = ("--deterministic", "--debug-nans")  # of the stages of training
 # Stages of one host, and their arguments that name what the host reads.
 ONE_HOST = {
     "caption": ("inputs", "manifest", "prompt_file", "checkpoint"),
-    "prepare": ("source", "media", "tokenizer"),
+    "prepare": ("source", "media", "tokenizer", "prompt_file"),
+    "evaluate": ("data", "videos", "captions", "checkpoint", "judge_model", "prompts", "prompt_file"),
 }
-MODELS = ("checkpoint", "tokenizer")  # arguments that may name a model on the Hugging Face hub
+MODELS = ("checkpoint", "tokenizer", "judge_model")  # arguments that may name a model on the Hugging Face hub
+DATA_SETS = ("source", "media")  # and a data set
 # Slices that Google offers under one name: of v5e and v6e it counts chips, of v5p two cores a chip.
 TOPOLOGIES = {
     "v5e": ("2x4", "4x4", "4x8", "8x8", "8x16", "16x16"),
@@ -95,7 +98,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--secret", action="append", default=[], metavar="NAME", help="an environment variable with a key (README.md)"
     )
-    parser.add_argument("stage", choices=(*TRAINING, *ONE_HOST, "evaluate"), help="the command of every host")
+    parser.add_argument("stage", choices=(*TRAINING, *ONE_HOST), help="the command of every host")
     parser.add_argument(
         "words", nargs=argparse.REMAINDER, metavar="...", help="its arguments, as after `avocado STAGE`"
     )
@@ -124,11 +127,6 @@ def job_of(args: argparse.Namespace, project: str | None = None) -> Job:
     Raises:
         InputError: stage, slice and bucket do not fit together, or there is no plan of it.
     """
-    if args.stage == "evaluate":
-        raise InputError(
-            "evaluate: reads and writes local files only; caption with the launcher, then run "
-            "`avocado evaluate --captions` on your machine (launch/README.md)"
-        )
     if args.topology is None:
         raise InputError(f"--topology SLICE is required, before {args.stage}: what follows it are its own arguments")
     place = slice_of(args.topology)
@@ -154,6 +152,8 @@ def _training(args: argparse.Namespace, place: Slice) -> tuple[list[str], list[s
         raise InputError(f"config {target!r}: not a file of configs/, which is copied to the hosts")
     parser = _StageParser(args.stage)
     parser.add_argument("--workdir")
+    for flag in FLAGS:
+        parser.add_argument(flag, action="append_const", const=flag, dest="flags", default=[])
     given, fields = parser.parse_known_args(rest)
     if given.workdir is None:
         raise InputError(f"{args.stage}: --workdir gs://BUCKET/RUN is required")
@@ -180,8 +180,8 @@ def _training(args: argparse.Namespace, place: Slice) -> tuple[list[str], list[s
         print(f"planned: {find_plan(target, args.topology, fields)}", file=sys.stderr)
     speaks = any(source.startswith("world:") for source in (config.data.train, config.data.heldout or ""))
     extras = [*(["wandb"] if config.wandb else []), *(["world"] if speaks else [])]
-    words = [target, "--workdir", given.workdir.rstrip("/"), "--coordinator", "auto", "--devices", str(chips), *fields]
-    return extras, words
+    words = [target, "--workdir", given.workdir.rstrip("/"), "--coordinator", "auto", "--devices", str(chips)]
+    return extras, [*words, *given.flags, *fields]
 
 
 def _one_host(args: argparse.Namespace) -> list[str]:
@@ -201,8 +201,12 @@ def _one_host(args: argparse.Namespace) -> list[str]:
         raise InputError(f"{stage}: no argument {unknown[0]!r}; options of the launcher come before {stage}")
     if stage == "caption" and not given.inputs and not given.manifest:
         raise InputError("caption: name clips to caption, or --manifest FILE")
+    if stage == "evaluate" and given.benchmark != "world" and not given.videos and not given.captions:
+        raise InputError("evaluate: --videos gs://BUCKET/FOLDER is required, or --captions FILE")
     for name in ONE_HOST[stage]:
         value = getattr(given, name)
+        if name == "judge_model" and given.judge:  # the name of a model of the endpoint
+            continue
         for one in [value] if isinstance(value, str) else value or []:
             _check_input(f"{stage}: {name}", one, name)
     if not re.fullmatch(OBJECT, given.out or ""):
@@ -225,9 +229,9 @@ def _check_input(what: str, value: str, name: str) -> None:
     from avocado_jax.checkpoint.references import is_hub  # not at the top: a laptop needs no more than configs
 
     packaged = value.startswith("avocado_jax/assets/") and (ROOT / value).exists()
-    in_bucket = re.fullmatch(BUCKET + "(/.*)?", value) and name != "prompt_file"  # which is read as a local file
-    on_hub = is_hub(value) if name in MODELS else value.startswith("hub:")
-    if not packaged and not in_bucket and not (on_hub and name not in ("inputs", "manifest", "prompt_file")):
+    in_bucket = re.fullmatch(BUCKET + "(/.*)?", value)
+    on_hub = (name in MODELS and is_hub(value)) or (name in DATA_SETS and value.startswith("hub:"))
+    if not packaged and not in_bucket and not on_hub:
         raise InputError(f"{what} {value!r}: not on the host, whose disk is empty; copy it to gs://BUCKET/FOLDER")
 
 

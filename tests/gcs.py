@@ -64,7 +64,8 @@ class Proxy:
         requests: (method, path) of every request.
         ranges: how many of them read a range of an object, and how many bytes these got.
         peak: the most requests that were in flight at once.
-        rounds: where set, requests for content wait in rounds.
+        connections: number of connections that were opened.
+        rounds: where set, requests for ranges wait in rounds.
         credentials: values of the header "Authorization", None without it.
     """
 
@@ -77,7 +78,7 @@ class Proxy:
         self.kept: int | None = None
         self.credentials: set[str | None] = set()
         self.requests: list[tuple[str, str]] = []
-        self.ranges, self.peak, self._in_flight = [0, 0], 0, 0
+        self.ranges, self.peak, self.connections, self._in_flight = [0, 0], 0, 0, 0
         self.rounds: Rounds | None = None
         self._lock, self._seen, self._next = threading.Lock(), itertools.count(), itertools.count()
         proxy = self
@@ -85,6 +86,11 @@ class Proxy:
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
             disable_nagle_algorithm = True  # else each answer waits 40 ms for an acknowledgement of its headers
+
+            def setup(self):
+                super().setup()
+                with proxy._lock:
+                    proxy.connections += 1
 
             def log_message(self, *_):
                 pass
@@ -139,7 +145,7 @@ class Proxy:
         if self.private and self.private in request.path and "Authorization" not in request.headers:
             self._deny(request, 401, f"Anonymous caller {DENIED}".format(permission, "object"))
             return
-        if self.rounds and "alt=media" in request.path:
+        if self.rounds and "Range" in request.headers:
             self.rounds.join()
         if self.delay and self.faulty(request.command, request.path):
             time.sleep(self.delay)

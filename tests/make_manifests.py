@@ -24,6 +24,8 @@ STAGES = {
     "--data.train gs://bucket/shards",
     "caption": f"{HOST} caption gs://bucket/clips --checkpoint gs://bucket/grpo --out gs://bucket/captions --shard 0/4",
     "prepare": f"{HOST} prepare gs://bucket/clips.jsonl gs://bucket/shards --tokenizer gs://bucket/base",
+    "evaluate": f"{HOST} evaluate daily-omni --data gs://bucket/daily-omni.json --videos gs://bucket/videos "
+    "--checkpoint gs://bucket/grpo --out gs://bucket/results --judge https://HOST/v1 --judge-model M",
 }
 SLICES = "--slices 2 --unplanned " + STAGES["sft"].replace(" --accumulate 2", "")
 WHERE = "--project my-project --zone us-east5-a --cluster c1 --image registry/avocado:1"

@@ -30,8 +30,13 @@ def test_overrides_take_the_type_of_their_field(path):
 @pytest.mark.parametrize(
     ("given", "told"),
     [
-        (["--optim.lrr", "1"], "did you mean lr?"),
-        (["--lr", "1"], "did you mean"),
+        (["--optim.lrr", "1"], "did you mean optim.lr?"),
+        (["--lr", "1"], "did you mean optim.lr?"),
+        (["--learningrate", "1"], "did you mean optim.lr?"),
+        (["--learning_rate", "1"], "did you mean optim.lr?"),
+        (["--tensor", "1"], "did you mean mesh.tensor?"),
+        (["--heldot", "1"], "did you mean data.heldout?"),
+        (["--zzz", "1"], "--zzz: no such field"),
         (["--steps", "many"], "'many' is not of type int"),
         (["--tensorboard", "maybe"], "not of type bool"),
         (["--steps"], "value is missing"),

@@ -34,6 +34,7 @@ from avocado_jax.checkpoint.references import tokenizer_folder
 from avocado_jax.data.make_shard import Job
 from avocado_jax.data.media import Reading, parse_reading
 from avocado_jax.data.prepare import prepare
+from avocado_jax.data.prompt import read_prompts
 from avocado_jax.data.shard import parse_shard
 from avocado_jax.data.storage import StorageError
 from avocado_jax.data.words import load_words
@@ -52,6 +53,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="clips: a folder or tar files (path or glob), local, gs:// or hub:",
     )
     parser.add_argument("--features", action="store_true", help="store resized frames and sound, not the video files")
+    parser.add_argument(
+        "--prompt-file",
+        metavar="FILE",
+        help="prompts, one a line, for rows without their own; the id of a row decides which one it gets",
+    )
     parser.add_argument("--tokenizer", metavar="REF", help="count captions in tokens (else in bytes)")
     names = ", ".join(field.name for field in fields(Reading) if field.name != "align_sound")
     parser.add_argument(
@@ -86,7 +92,9 @@ def run(args: argparse.Namespace) -> int:
     words = load_words(tokenizer_folder(args.tokenizer)) if args.tokenizer else None
     reading = Reading(**parse_reading(args.reading), align_sound=args.align_sound)
     shard = parse_shard(args.shard) if args.shard else None
-    job = Job(args.source, args.out, args.features, words, args.shard_records, args.clip_seconds, reading, args.media)
+    prompts = read_prompts(args.prompt_file) if args.prompt_file else ()
+    limits = args.shard_records, args.clip_seconds
+    job = Job(args.source, args.out, args.features, words, *limits, reading, args.media, prompts)
     try:
         done = prepare(job, args.workers, args.max_reject_share, shard, args.finish)
     except (StorageError, BrokenProcessPool) as error:

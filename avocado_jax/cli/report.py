@@ -3,16 +3,18 @@
   avocado report runs/sft-results runs/grpo-results
   avocado report . --json
 
-FOLDER is searched for result.json as `evaluate` writes it. A row a model, under the paper's own: on video-SALMONN-2
-the total of misses and hallucinations, on Daily-Omni the accuracy, on both Dlg.F1 and RepCol, of a hundred. What was
-not measured is left empty. With --json one object a model: {"model", "results": {benchmark: metrics}}, all benchmarks.
+FOLDER, local or gs://, is searched for result.json as `evaluate` writes it. A row a model, under the paper's own: on
+video-SALMONN-2 the total of misses and hallucinations, on Daily-Omni the accuracy, on both Dlg.F1 and RepCol, of a
+hundred. What was not measured is left empty. With --json one object a model: {"model", "results": {benchmark:
+metrics}}, all benchmarks.
 """
 
 import argparse
 import json
+import os
 import sys
-from pathlib import Path
 
+from avocado_jax.data import storage
 from avocado_jax.errors import InputError
 from avocado_jax.eval.public import read_result
 from avocado_jax.eval.tables import ablation_table
@@ -20,18 +22,17 @@ from avocado_jax.eval.tables import ablation_table
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command."""
-    parser.add_argument("folders", nargs="+", type=Path, metavar="FOLDER", help="holds results, or a file of one")
+    parser.add_argument("folders", nargs="+", metavar="FOLDER", help="holds results, or a file of one")
     parser.add_argument("--json", action="store_true", help="one JSON object a model")
 
 
 def run(args: argparse.Namespace) -> int:
     """Read, sort by model, print."""
-    files: dict[Path, None] = {}
+    files: dict[str, None] = {}
     for folder in args.folders:
-        found = sorted(folder.rglob("result.json")) if folder.is_dir() else [folder]
-        if not found:
+        if not (found := _results(folder)):
             raise InputError(f"{folder}: holds no result.json of `avocado evaluate`")
-        files |= dict.fromkeys(path.resolve() for path in found)
+        files |= dict.fromkeys(found)
     results = [read_result(path) for path in files]
     models: dict[str, dict] = {}
     for path, result in zip(files, results):
@@ -49,3 +50,12 @@ def run(args: argparse.Namespace) -> int:
         told = f"these were judged by {len(judges)} judges: the figures are not comparable"
         print(f"avocado report: {told}", file=sys.stderr)
     return 0
+
+
+def _results(given: str) -> list[str]:
+    """The files of results in a folder, or the file that is given."""
+    if given.endswith(".json") or not (storage.is_remote(given) or os.path.isdir(given)):
+        return [given]
+    folder = given if storage.is_remote(given) else os.path.realpath(given)
+    names = [file.name for file in storage.listing(folder) if file.name.rpartition("/")[2] == "result.json"]
+    return [storage.join(folder, name) for name in names]

@@ -21,6 +21,7 @@ from avocado_jax.data.index import COLUMNS, measured
 from avocado_jax.data.manifest import Entry, Reject, parse_line
 from avocado_jax.data.media import Reading
 from avocado_jax.data.media_sources import Source
+from avocado_jax.data.prompt import choose_prompt
 from avocado_jax.data.reader import ClipReader
 from avocado_jax.data.records import Record, decoded, pack
 from avocado_jax.data.timeouts import within
@@ -44,6 +45,7 @@ class Job:
     clip_seconds: float = 300.0  # to read one clip, before it is given up
     reading: Reading = field(default_factory=Reading)
     media: str | None = None  # as `media_sources.open_source`
+    prompts: tuple[str, ...] = ()  # one is stored with each row that has none
 
 
 class Row(NamedTuple):
@@ -124,6 +126,8 @@ def make_shard(job: Job, source: Source, task: Task) -> None:
                 if isinstance(entry, Reject):
                     rejects.append(entry._replace(part=task.part))
                     continue
+                if job.prompts and not entry.fields.get("prompt"):
+                    entry.fields["prompt"] = choose_prompt(job.prompts, entry.fields["id"])
                 try:
                     record, columns, messages = _read(job, source, entry, row, reader)
                 except storage.StorageError:

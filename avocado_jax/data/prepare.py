@@ -36,7 +36,6 @@ from avocado_jax.errors import InputError
 from avocado_jax.progress import progress
 
 T = TypeVar("T")
-REQUESTS = 10  # to a bucket at a time: the connections that its client keeps
 
 
 class Prepared(NamedTuple):
@@ -70,7 +69,8 @@ def prepare(
     """
     folder = Folder(job.out)
     words = asdict(job)["words"]
-    key = _sum([FORMAT, VERSION, job.features, job.shard_records, reading_fields(job.reading), words])
+    prompts = [job.prompts] if job.prompts else []
+    key = _sum([FORMAT, VERSION, job.features, job.shard_records, reading_fields(job.reading), words, *prompts])
     base = load_base(folder, key)
     opened = folder.read("parts/job.json") if "parts/job.json" in folder.files else None
     if opened is not None and opened.get("job") != key:
@@ -291,7 +291,7 @@ def _clean(folder: Folder, base: Base, finished: dict[str, Any] | None) -> None:
 
 
 def _parallel(call: Callable[[str], T], names: Iterable[str]) -> list[T]:
-    with ThreadPoolExecutor(REQUESTS) as pool:
+    with ThreadPoolExecutor(storage.REQUESTS) as pool:
         return list(pool.map(call, names))
 
 

@@ -1,10 +1,13 @@
 """The chat prompt: what is asked about a clip, as token ids around the place where its media go."""
 
 import json
+import os
+import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from avocado_jax.data import storage
 from avocado_jax.errors import InputError
 
 SYSTEM = (
@@ -53,19 +56,25 @@ def load_habits(folder: Path) -> Habits:
     return Habits(**stated)
 
 
-def read_prompts(path: str | Path) -> tuple[str, ...]:
-    """The prompts of a file, one a line. Empty lines are skipped.
+def read_prompts(path: str) -> tuple[str, ...]:
+    """The prompts of a file, local or gs://, one a line. Empty lines are skipped.
 
     Raises:
         InputError: there is no such file, or no prompt in it.
+        StorageError: storage failed.
     """
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: {getattr(error, 'strerror', None) or error}") from error
+        lines = storage.read(str(path)).decode("utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: {error}") from error
     if not (prompts := tuple(line.strip() for line in lines if line.strip())):
         raise InputError(f"{path}: no prompt in it")
     return prompts
+
+
+def choose_prompt(prompts: Sequence[str], name: str) -> str:
+    """The prompt of a clip, which its name decides, whatever its place in a list."""
+    return prompts[zlib.crc32(os.fsencode(name)) % len(prompts)]
 
 
 class Prompt(NamedTuple):

@@ -14,7 +14,7 @@ from avocado_jax.checkpoint.load import identity, open_language_model
 from avocado_jax.data.prompt import chat_prompt
 from avocado_jax.data.rows import Row, Shape, rounded, shape_of, text_row
 from avocado_jax.eval.captioner import load_captioner
-from avocado_jax.remote.cache import Cache
+from avocado_jax.remote.cache import Answers, opened
 from avocado_jax.remote.call import Malformed
 from avocado_jax.remote.chat import Reply
 from avocado_jax.sampling.captioner import Captioner, words
@@ -44,13 +44,15 @@ class LocalJudge:
         InputError: the folder holds no language model, or no tokenizer of its vocabulary.
     """
 
-    def __init__(self, folder: str, dtype: str, cache: Path | None, batch: int = 8, length: int = ANSWER_TOKENS):
+    def __init__(
+        self, folder: str, dtype: str, cache: Path | Answers | None, batch: int = 8, length: int = ANSWER_TOKENS
+    ):
         checkpoint = open_language_model(folder)
         self.counts: Counter[str] = Counter()
         self.trouble = ""
         self._length, self._batch = length, batch
         self._identity = identity(checkpoint)
-        self._cache = Cache(cache)
+        self._cache = opened(cache)
         self._dtype = dtype
         self._checkpoint, self._model = checkpoint, None
         self._waiting: list[_Waiting] = []

@@ -9,11 +9,12 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import quote
 
+from avocado_jax.data import storage
 from avocado_jax.errors import InputError
 from avocado_jax.eval.benchmarks.benchmark import Benchmark, Judged, Record
 from avocado_jax.eval.metrics import collapses, text_metrics
 from avocado_jax.eval.report import page
-from avocado_jax.eval.runner import Caption
+from avocado_jax.eval.runner import Caption, Videos
 from avocado_jax.eval.scoring import dialogue_scores
 from avocado_jax.eval.tables import notes, result_table
 
@@ -22,10 +23,10 @@ PARTS = Path(__file__).parents[1] / "assets" / "evaluate"
 REASONS = 5  # why answers are missing: the most frequent ones
 
 
-def find_video(folder: Path, record: Record) -> Path:
-    """Where a clip lies below a folder: under one of its names, whole or without folders, any suffix if it has none.
+def find_video(videos: Videos, record: Record) -> str:
+    """Where a clip is: under one of its names, with or without folders, with any suffix if it has none.
 
-    Where none is there, the first place that was looked at. Names that lead out of the folder are not followed.
+    Where there is none of these, the first of them. Names that lead out of the folder are not followed.
     """
     places = []
     for name in record.videos:
@@ -33,9 +34,10 @@ def find_video(folder: Path, record: Record) -> Path:
         for path in (pure, PurePosixPath(pure.name)):
             if path.is_absolute() or ".." in path.parts or "\0" in name:
                 continue
-            known = path.suffix.lower() in SUFFIXES
-            places += [folder / path] if known else [folder / f"{path}{suffix}" for suffix in SUFFIXES]
-    return next((place for place in places if place.is_file()), places[0] if places else folder / "no file name")
+            ends = ("",) if path.suffix.lower() in SUFFIXES else SUFFIXES
+            places += [storage.join(videos.folder, f"{path}{end}") for end in ends]
+    first = places[0] if places else storage.join(videos.folder, "no file name")
+    return next((place for place in places if videos.size(place) is not None), first)
 
 
 def results(
@@ -131,12 +133,12 @@ def by_group(
 
 
 def write(
-    folder: Path, result: Mapping[str, Any], lines: Sequence[Mapping[str, Any]], videos: Mapping[str, Path]
+    folder: str, result: Mapping[str, Any], lines: Sequence[Mapping[str, Any]], videos: Mapping[str, str]
 ) -> None:
-    """result.json, table.md, items.jsonl and page.html; a file has its name only once it is whole.
+    """Write result.json, table.md, items.jsonl and page.html, each atomically, to a folder, local or gs://.
 
     Raises:
-        OSError: the folder cannot be written.
+        InputError, StorageError: the folder cannot be written.
     """
     shown = [
         {
@@ -154,21 +156,18 @@ def write(
         "page.html": page(data | {"items": shown}, PARTS),
     }
     for name, text in texts.items():
-        part = folder / f"{name}.part"
-        part.write_text(text, encoding="utf-8", errors="replace")
-        os.replace(part, folder / name)
+        storage.write(storage.join(folder, name), text.encode("utf-8", "replace"))
 
 
-def read_result(path: Path) -> dict[str, Any]:
+def read_result(path: str) -> dict[str, Any]:
     """A result as `write` wrote it.
 
     Raises:
         InputError: it is none.
+        StorageError: storage failed.
     """
     try:
-        held = json.loads(path.read_bytes())
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror}") from None
+        held = json.loads(storage.read(path))
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: not JSON: {error}") from None
     sound = isinstance(held, dict) and isinstance(held.get("metrics"), dict)
@@ -185,8 +184,8 @@ def _median(values: Sequence[float | None]) -> int:
     return values.index(statistics.median_low(known)) if known else 0
 
 
-def _address(video: Path, folder: Path) -> str | None:
-    """A clip's address as seen from the page, which no browser takes for anything else."""
-    if not video.is_file():
+def _address(video: str, folder: str) -> str | None:
+    """The address of a clip in the page, relative to the folder; None unless both are on this disk."""
+    if storage.is_remote(folder) or not os.path.isfile(video):
         return None
-    return "./" + quote(os.path.relpath(video.resolve(), folder.resolve()))
+    return "./" + quote(os.path.relpath(os.path.realpath(video), os.path.realpath(folder)))

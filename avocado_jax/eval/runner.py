@@ -6,20 +6,24 @@ lines with another key are left alone. Clips that failed are not kept: the next 
 
 import hashlib
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
+from avocado_jax.data import storage
+from avocado_jax.data.appended import open_lines
+from avocado_jax.data.clips import ClipSource
 from avocado_jax.data.reader import CLIP_SECONDS, READERS, ClipReader, read_ahead
 from avocado_jax.data.rows import Row
 from avocado_jax.errors import InputError, first_line
-from avocado_jax.jsonl import appending, parse_lines, read_lines
+from avocado_jax.jsonl import parse_lines, read_lines
 from avocado_jax.progress import progress
 from avocado_jax.sampling.captioner import Captioner, words
 from avocado_jax.sampling.engine import Engine
@@ -33,8 +37,24 @@ class Item(NamedTuple):
     """One clip to caption."""
 
     id: str
-    video: Path
+    video: str  # local or gs://
     prompt: Mapping[str, Any] = {}  # `prompt`, `system` and `media_first`, where they are not the captioner's
+    bytes: int | None = 0  # of the file; None: there is none
+
+
+class Videos:
+    """Which files there are in a folder, local or gs://. A bucket is listed once."""
+
+    def __init__(self, folder: str) -> None:
+        self.folder = folder
+        remote = storage.listing(folder) if storage.is_remote(folder) else []
+        self._bytes = {storage.join(folder, file.name): file.bytes for file in remote}
+
+    def size(self, path: str) -> int | None:
+        """The bytes of a file; None if there is none. 0 for an object outside of the folder, which is not listed."""
+        if storage.is_remote(path):
+            return self._bytes.get(path) if path.startswith(f"{self.folder.rstrip('/')}/") else 0
+        return os.path.getsize(path) if os.path.isfile(path) else None
 
 
 @dataclass(frozen=True)
@@ -70,10 +90,10 @@ def caption_items(
     load: Callable[[], Captioner],
     identity: str,
     how: How,
-    file: Path,
+    file: str,
     slots: int,
     max_failed: float,
-    others: Sequence[Path] = (),
+    others: Sequence[str] = (),
     clip_seconds: float = CLIP_SECONDS,
 ) -> Outcome:
     """Greedy captions of all items, those that `file` holds among them.
@@ -88,10 +108,13 @@ def caption_items(
 
     Raises:
         InputError: `file` cannot be written, is in use or holds other things.
+        StorageError: storage failed; the captions made so far are kept.
         TooManyFailed: more than `max_failed` of the items failed; those made so far are kept.
     """
     keys = {item.id: caption_key(item, identity, how) for item in items}
-    with _kept(file) as (out, lines):
+    with ExitStack() as stack:
+        out, data = open_lines(file, stack)
+        lines = _parsed(data, file)
         every = [*(line for other in others for line in _whole(other)), *lines]
         made = {
             line["id"]: Caption(line["caption"], line["tokens"])
@@ -110,9 +133,10 @@ def caption_items(
             if isinstance(caption, Caption):
                 made[item.id] = caption
                 line = dict(id=item.id, caption=caption.text, tokens=caption.tokens, key=keys[item.id])
-                out.write(json.dumps(line, ensure_ascii=False).encode() + b"\n")
-                out.flush()
+                out.append(json.dumps(line, ensure_ascii=False).encode() + b"\n")
                 continue
+            if isinstance(caption, storage.StorageError):  # it may pass: no verdict on the clip
+                raise caption
             failed[item.id] = reason = first_line(caption)
             print(f"{item.id}: {reason}", file=sys.stderr)
             if len(failed) > max_failed * len(items):
@@ -125,8 +149,7 @@ def caption_items(
 
 def caption_key(item: Item, identity: str, how: How) -> str:
     """A digest of what decides an item's caption: the checkpoint, the options, the question and the clip."""
-    size = item.video.stat().st_size if item.video.is_file() else 0
-    return digest([identity, asdict(how), dict(item.prompt), item.video.name, size])
+    return digest([identity, asdict(how), dict(item.prompt), item.video.rpartition("/")[2], item.bytes or 0])
 
 
 def digest(held: Any) -> str:
@@ -134,18 +157,14 @@ def digest(held: Any) -> str:
     return hashlib.sha256(json.dumps(held, sort_keys=True).encode()).hexdigest()[:16]
 
 
-@contextmanager
-def _kept(file: Path) -> Iterator[tuple[BinaryIO, list[dict[str, Any]]]]:
-    """The file of captions, ready to append to, and the lines it holds; what a kill left of a last line is cut."""
-    with appending(file) as out:
-        yield out, [line for _, line in read_lines(file, KEPT)] if file.stat().st_size else []
-
-
-def _whole(file: Path) -> list[dict[str, Any]]:
+def _whole(file: str) -> list[dict[str, Any]]:
     """The lines of a file of captions that another run may be writing to."""
-    data = file.read_bytes()
-    whole = data[: data.rfind(b"\n") + 1]
-    return [line for _, line in parse_lines(whole, str(file), KEPT)] if whole else []
+    data = storage.read(file)
+    return _parsed(data[: data.rfind(b"\n") + 1], file)
+
+
+def _parsed(data: bytes, file: str) -> list[dict[str, Any]]:
+    return [line for _, line in parse_lines(data, file, KEPT)] if data else []
 
 
 def _captioned(
@@ -154,7 +173,7 @@ def _captioned(
     """Every item with its caption, or with the reason why it has none, as they finish."""
 
     def row(item: Item) -> Row:
-        media = reader.read(item.video, captioner.reading, sound=how.sound)
+        media, _ = ClipSource(item.video, item.video).read(reader, captioner.reading, how.sound)
         for warning in media.warnings:
             print(f"{item.id}: warning: {warning}", file=sys.stderr)
         if not how.picture:

@@ -1,12 +1,22 @@
-"""An on-disk cache of a model's raw answers, by a hash of the request. Any number of processes may share a folder."""
+"""Caches of a model's raw answers, by a hash of the request. Any number of processes may share a folder."""
 
 import json
 import os
 import uuid
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from avocado_jax.errors import InputError
+
+
+class Answers(Protocol):
+    """A cache."""
+
+    def get(self, name: str) -> str | None:
+        """The answer stored under a name; None if there is none."""
+
+    def put(self, name: str, entry: dict[str, Any]) -> None:
+        """Store an answer: {"model", "answer", "tokens"}."""
 
 
 class Cache:
@@ -52,3 +62,8 @@ class Cache:
 
     def _path(self, name: str) -> Path:
         return self.folder / name[:2] / f"{name}.json"
+
+
+def opened(cache: Path | Answers | None) -> Answers:
+    """The cache of a folder, or the one that is given."""
+    return Cache(cache) if cache is None or isinstance(cache, Path) else cache

@@ -19,7 +19,7 @@ from urllib.parse import urlsplit
 import aiohttp
 
 from avocado_jax.errors import InputError
-from avocado_jax.remote.cache import Cache
+from avocado_jax.remote.cache import Answers, opened
 from avocado_jax.remote.call import Final, Malformed, Passing, call, content, usage
 
 T = TypeVar("T")
@@ -37,7 +37,7 @@ class Endpoint:
     url: str  # of the API: https://api.openai.com/v1
     model: str
     key_variable: str = "OPENAI_API_KEY"  # the environment variable that holds the key; unset or empty: none is sent
-    cache: Path | None = None  # a folder that any number of processes may share
+    cache: Path | Answers | None = None  # a folder that any number of processes may share, or an opened cache
     concurrency: int = 16  # calls at once
     timeout: float = 60.0  # seconds that a call may take, to its last byte
     patience: float = 600.0  # seconds, once its turn has come, after which a question without a deadline is given up
@@ -85,7 +85,7 @@ class ChatClient:
         self.tokens = 0
         self.trouble = ""
         self._key = os.environ.get(endpoint.key_variable, "").strip()
-        self._cache = Cache(endpoint.cache)
+        self._cache = opened(endpoint.cache)
         self._asking: dict[str, asyncio.Task[Reply]] = {}
         self._reserved = 0  # tokens of the calls in flight
         self._answered = False

@@ -1,22 +1,15 @@
-"""Caption files: one JSON line a clip, appended in input order, resumed after a kill at any moment.
-
-A local file is appended to line by line, an object in a bucket every `INTERVAL` seconds.
-"""
+"""Caption files: one JSON line a clip, appended in input order, resumed after a kill at any moment."""
 
 import json
 import os
-import time
 from collections import Counter
 from collections.abc import Mapping
 from contextlib import ExitStack
-from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from avocado_jax.data import storage
+from avocado_jax.data.appended import open_lines
 from avocado_jax.errors import InputError
-from avocado_jax.jsonl import appending
-
-INTERVAL = 30.0  # seconds between two appends to an object
 
 
 class CaptionFiles:
@@ -50,11 +43,9 @@ class CaptionFiles:
         self.options = self._kept_options(dict(options), dry_run)
         self._stack, self._done, files = ExitStack(), Counter[str](), []
         for name in () if dry_run else names:
-            file = (
-                _Object(name, retry_failed) if storage.is_remote(name) else _LocalFile(name, self._stack, retry_failed)
-            )
+            file, data = open_lines(name, self._stack, lambda data, name=name: _clips(data, name, retry_failed)[1])
             files.append(file)
-            self._done.update(file.clips)
+            self._done.update(_clips(data, name, False)[0])
         for name in names if dry_run else ():
             self._done.update(_clips(storage.read(name) if storage.exists(name) else b"", name, retry_failed)[0])
         self._captions, self._rejects = (files[0], files[-1]) if files else (None, None)
@@ -95,55 +86,8 @@ class CaptionFiles:
     def __enter__(self) -> "CaptionFiles":
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        with self._stack:
-            if self._captions is not None:
-                self._captions.flush()
-                self._rejects.flush()
-
-
-class _LocalFile:
-    """A local file; a line is in it once `append` returns."""
-
-    def __init__(self, name: str, stack: ExitStack, retry_failed: bool) -> None:
-        if retry_failed and os.path.exists(name):
-            with appending(Path(name)) as file:  # locked against another run
-                file.seek(0)
-                storage.write(name, _clips(file.read(), name, retry_failed)[1])
-        self._file: BinaryIO = stack.enter_context(appending(Path(name)))
-        self._file.seek(0)
-        self.clips = _clips(self._file.read(), name, False)[0]
-
-    def append(self, line: bytes) -> None:
-        self._file.write(line)
-        self._file.flush()
-
-    def flush(self) -> None:
-        pass
-
-
-class _Object:
-    """An object of a bucket."""
-
-    def __init__(self, name: str, retry_failed: bool) -> None:
-        self._name, self._buffer, self._flushed = name, bytearray(), time.monotonic()
-        data = storage.read(name) if storage.exists(name) else b""
-        self.clips, kept = _clips(data, name, retry_failed)
-        if len(kept) < len(data):
-            storage.write(name, kept)
-        self._size = len(kept)
-
-    def append(self, line: bytes) -> None:
-        self._buffer += line
-        if time.monotonic() - self._flushed >= INTERVAL:
-            self.flush()
-
-    def flush(self) -> None:
-        if self._buffer:
-            storage.append(self._name, bytes(self._buffer), self._size)
-            self._size += len(self._buffer)
-            self._buffer.clear()
-        self._flushed = time.monotonic()
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
 
 
 def _clips(data: bytes, name: str, retry_failed: bool) -> tuple[Counter[str], bytes]:

@@ -10,6 +10,7 @@ from avocado_jax.data import storage
 from avocado_jax.data.clips import ClipSource
 from avocado_jax.data.container import Packets
 from avocado_jax.data.media import Reading
+from avocado_jax.data.prompt import choose_prompt
 from avocado_jax.data.reader import READERS, ClipReader, read_ahead
 from avocado_jax.data.rows import Row
 from avocado_jax.sampling.captioner import Captioner, clip_warnings
@@ -65,7 +66,7 @@ def read_segments(
         clip = segment.clip
         media, fields = clip.read(how.reader, how.reading, how.sound, segment.part)
         if how.prompts:
-            fields = {"prompt": how.prompts[digest(clip.name) % len(how.prompts)], **fields}
+            fields = {"prompt": choose_prompt(how.prompts, clip.name), **fields}
         row = captioner.row(media, fields)
         place = "from {:.0f} to {:.0f} s: ".format(*_times(segment.part)) if segment.part else ""
         for warning in clip_warnings(media, row, how.reading):

@@ -20,6 +20,7 @@ from avocado_jax.__main__ import main
 from avocado_jax.checkpoint.convert import begin_run, from_hf, to_hf
 from avocado_jax.checkpoint.load import load_params, load_sharded, open_checkpoint
 from avocado_jax.checkpoint.training import Checkpoints
+from avocado_jax.data import storage
 from avocado_jax.data.tokenizer import write_tokenizer
 from avocado_jax.errors import InputError
 from avocado_jax.models.config import TINY, Lora
@@ -95,8 +96,12 @@ def test_other_dtypes_and_models(hf):
         load_sharded(checkpoint, wanted)
 
 
-def test_each_process_reads_its_own(hf, run):
-    """Two processes of two devices over fsdp: each reads what its devices hold, no tensor twice."""
+def test_each_process_reads_its_own(hf, run, tmp_path, monkeypatch):
+    """Two processes of two devices over fsdp: each reads what its devices hold, no tensor twice.
+
+    The blocks of a process lie together in the run, not in the other folders. Of files in a bucket it requests no more
+    bytes: columns are read as rows and exchanged between the processes.
+    """
     program = """
     from functools import partial
     import numpy as np
@@ -105,16 +110,24 @@ def test_each_process_reads_its_own(hf, run):
     from avocado_jax.models.config import TINY
     from avocado_jax.models.thinker import init
     from avocado_jax.parallel.rules import shardings
-    mesh = Mesh(np.array(jax.devices()).reshape(1, 4, 1), ("data", "fsdp", "tensor"))
+    from avocado_jax.data import storage
     tree = jax.eval_shape(partial(init, TINY), jax.random.key(0))
     struct = lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
-    like = jax.tree.map(struct, tree, shardings(tree, mesh))
-    for folder in sys.argv[1:3]:
+    into, fetched = storage.read_into, []
+    storage.read_into = lambda path, first, buffer: (fetched.append(len(buffer)), into(path, first, buffer))[1]
+    for folder in sys.argv[1:4]:
+        devices = np.array(jax.devices())[[0, 1, 2, 3] if folder.endswith("run") else [0, 2, 1, 3]]
+        mesh = Mesh(devices.reshape(1, 4, 1), ("data", "fsdp", "tensor"))
+        like = jax.tree.map(struct, tree, shardings(tree, mesh))
         checkpoint = open_checkpoint(folder)
         kind, sizes = type(checkpoint), []
         read = kind.read_part
         kind.read_part = lambda *of: (value := read(*of), sizes.append(value.size))[0]
+        fetched.clear()
         params = load_sharded(checkpoint, like)
+        if folder.startswith("gs://"):
+            assert sum(fetched) == 4 * sum(sizes)
+        kind.read_part = read
         leaves = jax.tree.leaves(params)
         held = sum(sum({str(part.index): part.data.size for part in x.addressable_shards}.values()) for x in leaves)
         assert sum(sizes) == held < 0.6 * sum(leaf.size for leaf in leaves)
@@ -126,7 +139,10 @@ def test_each_process_reads_its_own(hf, run):
                 mine = part.data if entry.layer is None else part.data[entry.layer]
                 np.testing.assert_array_equal(mine, value[part.index[leaf.ndim - value.ndim :]])
     """
-    several(program, 2, 2, hf, run)
+    with gcs.proxied_bucket(tmp_path / "buckets", monkeypatch):
+        for path in hf.iterdir():
+            storage.write(f"gs://bucket/hf/{path.name}", path.read_bytes())
+        several(program, 2, 2, hf, run, "gs://bucket/hf")
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec
 from avocado_jax.__main__ import main
 from avocado_jax.checkpoint.load import SHIPPED
 from avocado_jax.cli import caption as command
-from avocado_jax.data import storage
+from avocado_jax.data import appended, storage
 from avocado_jax.data.clips import ClipSource, list_clips
 from avocado_jax.data.shard import parse_shard
 from avocado_jax.errors import InputError
@@ -165,7 +165,7 @@ def test_shards_and_failed_clips(clips, tmp_path, stub, capsys):
 def test_a_bucket(clips, tmp_path, stub, monkeypatch, capsys):
     """From and to a bucket, with faults of the server and a kill between two appends: the bytes of a local run."""
     (tmp_path / "root" / "bucket").mkdir(parents=True)
-    monkeypatch.setattr(outputs, "INTERVAL", 0.0)
+    monkeypatch.setattr(appended, "INTERVAL", 0.0)
     monkeypatch.chdir(tmp_path)
     with storage_server(tmp_path / "root") as port:
         proxy = Proxy(port)

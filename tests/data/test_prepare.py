@@ -20,7 +20,7 @@ from avocado_jax.data.make_shard import Job
 from avocado_jax.data.media import Media
 from avocado_jax.data.pipeline import row_sizes
 from avocado_jax.data.prepare import prepare
-from avocado_jax.data.prompt import chat_prompt, load_tokenizer
+from avocado_jax.data.prompt import chat_prompt, choose_prompt, load_tokenizer
 from avocado_jax.data.records import Record, decoded, pack, unpack
 from avocado_jax.data.rows import make_row, shape_of
 from avocado_jax.data.sources import open_shards
@@ -248,6 +248,9 @@ def test_command(tmp_path, capsys):
     assert contents(tmp_path / "out") == before
     assert main([*arguments, "--features"]) == 2
     assert "empty it first" in capsys.readouterr().err
+    (tmp_path / "prompts.txt").write_text("Why?\nWho?\n")
+    assert main([*arguments, "--prompt-file", str(tmp_path / "prompts.txt")]) == 2  # other rows than before
+    assert "empty it first" in capsys.readouterr().err
     assert main(["prepare", str(tmp_path / "none.jsonl"), str(tmp_path / "new")]) == 2
     assert capsys.readouterr().err.count("\n") == 1
     small = ["--reading", "fewest_pixels=784", "--reading", "most_pixels=3136", "--reading", "clip_pixels=313600"]
@@ -263,6 +266,21 @@ def test_command(tmp_path, capsys):
     assert main(["prepare", str(tmp_path / "clips.jsonl"), str(tmp_path / "more"), "--workers", "1"]) == 3
     assert "rejected line 3" in capsys.readouterr().err
     assert not (tmp_path / "more" / "manifest.json").exists()
+
+
+def test_rows_without_a_prompt_get_one_of_the_file(tmp_path):
+    """By their id; a row's own prompt stays."""
+    write_manifest(tmp_path, 4)
+    lines = [json.loads(line) for line in (tmp_path / "clips.jsonl").read_text().splitlines()]
+    own = {lines[0]["id"]: "What?"}
+    lines[0]["prompt"] = "What?"
+    (tmp_path / "clips.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    prompts = tuple(f"Prompt {number}?" for number in range(9))
+    assert prepare(job(tmp_path, prompts=prompts), workers=1).complete
+    shards = open_shards(str(tmp_path / "out"), READING)
+    found = {shards[number].fields["id"]: shards[number].fields["prompt"] for number in range(4)}
+    assert found == {line["id"]: own.get(line["id"], choose_prompt(prompts, line["id"])) for line in lines}
+    assert len({*found.values()}) > 2
 
 
 def test_a_stopped_command_says_that_it_can_go_on(tmp_path):

@@ -207,3 +207,25 @@ def test_the_kind_of_a_file_is_stored(proxy):
     storage.write("gs://bucket/report.html", b"<html>")
     blob = storage._client().bucket("bucket").get_blob("report.html")
     assert blob.content_type == "text/html"
+
+
+def test_a_large_range_is_read_in_parts_at_once(proxy, monkeypatch):
+    """Each byte is requested once, by at most `REQUESTS` requests at a time, over connections that are kept."""
+    storage.write(PATH, DATA)
+    healed(proxy)
+    monkeypatch.setattr(storage, "PART", 10_000)
+    proxy.rounds = gcs.Rounds(storage.REQUESTS)
+    assert storage.read_range(PATH, 1000, 5 * CHUNK) == DATA[1000:][: 5 * CHUNK]
+    parts = -(-5 * CHUNK // 10_000)
+    assert proxy.ranges == [parts, 5 * CHUNK]
+    assert proxy.rounds.count == -(-parts // storage.REQUESTS)
+    assert proxy.peak <= storage.REQUESTS
+    assert proxy.connections <= storage.REQUESTS + 1
+    proxy.rounds, proxy.ranges = None, [0, 0]
+    assert storage.read_range(PATH, 7, 0) == b""
+    assert storage.read_range(PATH, len(DATA) - 5, 5) == DATA[-5:]
+    assert proxy.ranges == [1, 5]
+    buffer = bytearray(20_000)
+    proxy.faulty, proxy.every, proxy.faults = (lambda method, path: True), 2, ("truncated", "reset")
+    assert storage.read_into(PATH, 5, memoryview(buffer)) == 20_000
+    assert buffer == DATA[5:20_005]

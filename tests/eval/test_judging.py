@@ -19,6 +19,7 @@ from avocado_jax.eval import public
 from avocado_jax.eval.benchmarks import BENCHMARKS
 from avocado_jax.eval.benchmarks.benchmark import Record
 from avocado_jax.eval.judging import judge_captions, read_prompts
+from avocado_jax.eval.runner import Videos
 from avocado_jax.remote import chat as client
 from avocado_jax.remote.chat import ChatClient, Endpoint
 
@@ -210,7 +211,7 @@ def test_names_do_not_lead_out_of_the_folder(tmp_path):
         path.write_bytes(b"x")
 
     def found(*names):
-        return public.find_video(folder, Record("", names, None, None, None))
+        return Path(public.find_video(Videos(str(folder)), Record("", names, None, None, None)))
 
     assert found("video/1.mp4") == folder / "1.mp4"
     assert found("video/2") == folder / "video" / "2.mkv"

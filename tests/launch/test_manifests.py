@@ -260,7 +260,12 @@ def test_the_rehearsal_runs_the_launchers_command(launch, stage):
         "caption --manifest gs://b-1/m.jsonl --checkpoint gs://b-1/c gs://b-1/a --dry-run --out gs://b-1/o --shard 1/4",
         "caption gs://bucket gs://bucket/*.mp4 --out gs://bucket/o --checkpoint ORG/NAME@main --temperature 1.0",
         "caption gs://bucket/clips --checkpoint avocado_jax/assets/captioner --out gs://bucket/captions.jsonl",
+        "caption gs://bucket/clips --prompt-file gs://bucket/prompts.txt --out gs://bucket/captions",
         "prepare hub:ORG/set --tokenizer ORG/NAME gs://bucket/out --media hub:ORG/set --shard 0/2",
+        "evaluate world --data gs://bucket/clips.jsonl --out gs://bucket/captions.jsonl --checkpoint ORG/NAME --json",
+        "evaluate daily-omni --data gs://b-1/d --videos gs://b-1/v --out gs://b-1/o --judge-model ORG/NAME --rounds 3",
+        "evaluate vdc --data gs://bucket/d.jsonl --videos gs://bucket/v --out gs://bucket/o --shard 1/4",
+        "evaluate vdc --data gs://b-1/d --captions gs://b-1/c --out gs://b-1/o --judge https://H/v1 --judge-model any",
     ],
 )
 def test_the_words_of_a_stage_of_one_host_are_passed_on_verbatim(launch, words):
@@ -272,6 +277,14 @@ def test_the_words_of_a_stage_of_one_host_are_passed_on_verbatim(launch, words):
     assert not args.dry_run
 
 
+def test_debugging_flags_of_training_reach_the_hosts(launch):
+    _, out, err = launch("sky", f"start --name run1 --dry-run {SFT} --debug-nans --deterministic")
+    task = yaml.safe_load(out[out.index("name:") :])
+    words = shlex.split(task["run"].splitlines()[0])
+    assert words[words.index("--devices") + 2 :][:2] == ["--debug-nans", "--deterministic"], err
+    assert words[-2:] == ["--wandb", "captions"]
+
+
 def test_gke_names_the_extras_of_the_image(launch):
     assert "gke.py: the image needs --extra wandb\n" in launch("gke", make_manifests.JOBS["gke", "sft"])[2]
     assert "the image needs" not in launch("gke", make_manifests.JOBS["gke", "grpo"])[2]
@@ -281,6 +294,7 @@ DATA = "--init gs://bucket/base --data.train gs://bucket/shards --accumulate 2"
 START = f"start {WHERE} --topology v5p:4x4x4 sft configs/sft_7b.py --workdir gs://bucket/run {DATA}"
 HOST = f"start {WHERE} --topology v6e:2x2"
 CAPTION = f"{HOST} caption gs://bucket/clips --out gs://bucket/captions"
+EVALUATE = f"{HOST} evaluate daily-omni --data gs://bucket/daily.json --videos gs://bucket/videos --out gs://bucket/o"
 PREPARE = f"{HOST} prepare gs://bucket/c.jsonl gs://bucket/shards"
 GRPO = (
     f"{HOST} --unplanned grpo configs/grpo_7b.py --workdir gs://bucket/run --init gs://bucket/sft "
@@ -338,14 +352,23 @@ def instead(old, new, words=START):
         (f"{HOST} caption --out gs://bucket/captions", "caption: name clips to caption, or --manifest FILE"),
         (f"{CAPTION} --checkpoint runs/grpo/x", "caption: checkpoint 'runs/grpo/x': not on the host"),
         (f"{CAPTION} --manifest clips.jsonl", "caption: manifest 'clips.jsonl': not on the host"),
-        (f"{CAPTION} --prompt-file gs://bucket/prompts", "caption: prompt_file 'gs://bucket/prompts': not on the host"),
+        (f"{CAPTION} --prompt-file prompts.txt", "caption: prompt_file 'prompts.txt': not on the host"),
         (instead("gs://bucket/clips", "gs://bucket/clips ORG/clips", CAPTION), "inputs 'ORG/clips': not on the host"),
         (instead("gs://bucket/shards", "", PREPARE), "prepare: the following arguments are required: OUT"),
         (instead("gs://bucket/shards", "shards", PREPARE), "prepare: out 'shards': the host's disk is temporary"),
         (instead("gs://bucket/c.jsonl", "c.jsonl", PREPARE), "prepare: source 'c.jsonl': not on the host"),
         (f"{PREPARE} --media videos/", "prepare: media 'videos/': not on the host"),
         (f"{PREPARE} --tokenizer ./base", "prepare: tokenizer './base': not on the host"),
-        (f"{HOST} evaluate world --data gs://bucket/clips.jsonl", "run `avocado evaluate --captions` on your machine"),
+        (f"{HOST} evaluate world --data gs://bucket/clips.jsonl", "evaluate: out '': the host's disk is temporary"),
+        (f"{EVALUATE} --limit 0.5", "evaluate: argument --limit: invalid int value"),
+        (instead("gs://bucket/daily.json", "daily.json", EVALUATE), "evaluate: data 'daily.json': not on the host"),
+        (instead("gs://bucket/videos", "videos", EVALUATE), "evaluate: videos 'videos': not on the host"),
+        (instead("--videos gs://bucket/videos", "", EVALUATE), "evaluate: --videos gs://BUCKET/FOLDER is required"),
+        (f"{EVALUATE} --judge-model judge", "evaluate: judge_model 'judge': not on the host"),
+        (f"{EVALUATE} --prompts prompts/", "evaluate: prompts 'prompts/': not on the host"),
+        (f"{EVALUATE} --prompt-file prompts.txt", "evaluate: prompt_file 'prompts.txt': not on the host"),
+        (f"{EVALUATE} --captions c.jsonl", "evaluate: captions 'c.jsonl': not on the host"),
+        (f"{EVALUATE} --checkpoint ./run", "evaluate: checkpoint './run': not on the host"),
         (f"logs {WHERE} --hosts 1", "unrecognized: --hosts 1"),
     ],
 )

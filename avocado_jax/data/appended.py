@@ -1,0 +1,87 @@
+"""Files of lines to which one process appends: on local disk, or objects in a bucket.
+
+A line is in a local file once `append` returns. An object is appended to every `INTERVAL` seconds and when the exit
+stack is closed: a process that is killed loses the lines since then.
+"""
+
+import os
+import threading
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import BinaryIO
+
+from avocado_jax.data import storage
+from avocado_jax.jsonl import appending
+
+INTERVAL = 30.0  # seconds between two appends to an object
+
+
+class LocalLines:
+    """A local file, locked against other processes."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+
+    def append(self, line: bytes) -> None:
+        """Append a line, which ends with a line feed."""
+        self._file.write(line)
+        self._file.flush()
+
+
+class RemoteLines:
+    """An object in a bucket. Safe to use from several threads."""
+
+    def __init__(self, path: str, size: int) -> None:
+        self._path, self._size = path, size
+        self._buffer, self._flushed, self._lock = bytearray(), time.monotonic(), threading.Lock()
+
+    def append(self, line: bytes) -> None:
+        """Append a line, which ends with a line feed."""
+        with self._lock:
+            self._buffer += line
+        if time.monotonic() - self._flushed >= INTERVAL:
+            self.flush()
+
+    def flush(self) -> None:
+        """Make the lines so far part of the object."""
+        with self._lock:
+            if self._buffer:
+                storage.append(self._path, bytes(self._buffer), self._size)
+                self._size += len(self._buffer)
+                self._buffer.clear()
+            self._flushed = time.monotonic()
+
+
+def open_lines(
+    path: str, stack: ExitStack, keep: Callable[[bytes], bytes] = lambda data: data
+) -> tuple[LocalLines | RemoteLines, bytes]:
+    """Open a file, which is created if there is none, until `stack` is closed. Returns it and its content.
+
+    A part of a line that a killed process left is removed.
+
+    Args:
+        keep: from the content to the lines of it that stay.
+
+    Raises:
+        InputError: it cannot be written, or another process appends to it.
+        StorageError: storage failed.
+    """
+    if storage.is_remote(path):
+        data = storage.read(path) if storage.exists(path) else b""
+        kept = keep(data)
+        if kept != data:
+            storage.write(path, kept)
+        lines = RemoteLines(path, len(kept))
+        stack.callback(lines.flush)
+        return lines, kept
+    if os.path.exists(path):
+        with appending(Path(path)) as file:
+            file.seek(0)
+            data = file.read()
+            if (kept := keep(data)) != data:
+                storage.write(path, kept)
+    file = stack.enter_context(appending(Path(path)))
+    file.seek(0)
+    return LocalLines(file), file.read()

@@ -1,0 +1,42 @@
+"""A judge's answers in a bucket: lines of one object, which one process appends to."""
+
+import json
+import threading
+from contextlib import ExitStack
+from typing import Any
+
+from avocado_jax.data.appended import open_lines
+from avocado_jax.jsonl import parse_lines
+
+
+class AnswerLog:
+    """A cache of answers (`remote.cache.Answers`): they are read when it is opened, and held in memory.
+
+    Args:
+        path: the object. Its lines are {"key", "model", "answer", "tokens"}.
+        stack: its end appends what has not been appended yet.
+
+    Raises:
+        InputError: it has other lines, or access is denied.
+        StorageError: storage failed.
+    """
+
+    def __init__(self, path: str, stack: ExitStack) -> None:
+        self._lines, data = open_lines(path, stack)
+        lines = parse_lines(data, path, {"key": str, "answer": str}) if data else ()
+        self._answers = {line["key"]: line["answer"] for _, line in lines}
+        self._lock = threading.Lock()
+
+    def get(self, name: str) -> str | None:
+        """The answer stored under a name; None if there is none."""
+        return self._answers.get(name)
+
+    def put(self, name: str, entry: dict[str, Any]) -> None:
+        """Store an answer.
+
+        Raises:
+            StorageError: it could not be appended; it is tried again with the next one.
+        """
+        with self._lock:
+            self._answers[name] = entry["answer"]
+            self._lines.append(json.dumps({"key": name, **entry}).encode() + b"\n")
