@@ -56,7 +56,7 @@ def load_habits(folder: Path) -> Habits:
     return Habits(**stated)
 
 
-def read_prompts(path: str) -> tuple[str, ...]:
+def read_prompts(path: str | Path) -> tuple[str, ...]:
     """The prompts of a file, local or gs://, one a line. Empty lines are skipped.
 
     Raises:

@@ -110,7 +110,7 @@ def read_into(path: str, first: int, buffer: memoryview) -> int:
 _requests = threading.BoundedSemaphore(REQUESTS)
 
 
-class _Buffer(io.RawIOBase):
+class _Buffer(io.BufferedIOBase):
     """A part of memory as the file that a download writes."""
 
     def __init__(self, buffer: memoryview) -> None:

@@ -210,6 +210,37 @@ def test_from_the_hub_through_training_to_transformers(tmp_path, monkeypatch):
     assert not any("visual.blocks" in name for name in moved)
 
 
+@pytest.mark.soak
+def test_the_chain_with_every_tensor(published, tmp_path, monkeypatch, capsys):
+    """All 1,346 tensors from the hub: a caption, a bucket and back, `sft`, a GRPO step, and both classes load it."""
+    assert main(["world", str(tmp_path / "world"), "--clips", "1", "--seed", "0", "--level", "0"]) == 0
+    clip = next((tmp_path / "world").rglob("*.mp4"))
+    with hub_server(tmp_path / "home", monkeypatch) as hub, proxied_bucket(tmp_path / "buckets", monkeypatch):
+        commit = hub.add(NAME, published).refs["main"]
+        capsys.readouterr()
+        command = ["caption", str(clip), "--checkpoint", f"{NAME}@{commit}", "--max-new-tokens", "2", "--json"]
+        assert main(command) == 0
+        assert json.loads(capsys.readouterr().out)["token_ids"]
+        assert main(["convert", "from-hf", NAME, "gs://bucket/base"]) == 0
+        assert main(["convert", "to-hf", "gs://bucket/base", str(tmp_path / "same")]) == 0
+        fields = ("--steps", "1", "--data.heldout", "", "--train", "captioner")
+        Runs(tmp_path, NAME).finish("sft", *fields, devices=2)
+        Runs(tmp_path, tmp_path / "sft", "grpo", GRPO).finish("grpo", *fields, devices=2)
+    ours, theirs = tensors_of(tmp_path / "same"), tensors_of(published)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert main(["convert", "to-hf", str(tmp_path / "grpo"), str(tmp_path / "back"), "--dtype", "bfloat16"]) == 0
+    assert tensors_of(tmp_path / "back").keys() == theirs.keys()
+    assert (tmp_path / "back" / "spk_dict.pt").read_bytes() == (published / "spk_dict.pt").read_bytes()
+    whole = loaded(Qwen2_5OmniForConditionalGeneration, tmp_path / "back").thinker.state_dict()
+    thinker = loaded(Qwen2_5OmniThinkerForConditionalGeneration, tmp_path / "back").state_dict()
+    assert all(torch.equal(value, whole[name]) for name, value in thinker.items())
+    before = loaded(Qwen2_5OmniThinkerForConditionalGeneration, published).state_dict()
+    moved = [name for name in before if not torch.equal(before[name], thinker[name])]
+    assert any("layers.0.mlp.up_proj" in name for name in moved)
+    assert not any("visual.blocks" in name for name in moved)
+
+
 def test_caption_command_takes_the_published_form(tmp_path, monkeypatch, capsys):
     """`caption` by a public name, pinned, with prompts of a file; fewer layers compile faster."""
     assert main(["world", str(tmp_path / "world"), "--clips", "1", "--seed", "0", "--level", "0"]) == 0

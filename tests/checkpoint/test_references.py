@@ -113,6 +113,19 @@ def test_a_run_keeps_its_commit(hub, published, tmp_path):
     assert references.pinned(NAME, str(tmp_path / "new")) == NAME
 
 
+def test_a_run_begun_from_the_hub_has_the_files_that_are_only_copied(hub, tmp_path):
+    """They are of the commit that was opened, although the branch has moved since."""
+    repo = hub.repos["models", NAME]
+    files = repo.commits[repo.refs["main"]]
+    repo.commit(files | {"spk_dict.pt": b"voices", "LICENSE": b"terms"})
+    open_checkpoint(NAME)
+    assert not {"spk_dict.pt", "LICENSE"} & {*hub.fetched()}
+    repo.commit(files | {"spk_dict.pt": b"others", "LICENSE": b"others"})
+    begin_run(NAME, tmp_path / "run")
+    assert (tmp_path / "run/hf/spk_dict.pt").read_bytes() == b"voices"
+    assert (tmp_path / "run/hf/LICENSE").read_bytes() == b"terms"
+
+
 def test_local_folder_wins(hub, published, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     good = [name for name in os.listdir(published) if name.endswith((".json", "00003.safetensors"))]

@@ -391,9 +391,14 @@ def test_a_bucket_from_data_to_results(world, made, checkpoint, capsys, monkeypa
     monkeypatch.setattr(Stub, "prompts", {})
     local, _ = evaluate(capsys, world, "--checkpoint", checkpoint, "--out", tmp_path / "local.jsonl")
     clips = [json.loads(line) for line in (world / "clips.jsonl").read_text().splitlines()]
-    questions = [{"Question": "Which?", "Choice": ["A. x", "B. y"], "Answer": "A", "Type": "Any"}]
-    names = [Path(clip["video"]).stem for clip in clips]
-    official = [{"video_id": name, "video_duration": "30s", "questions": questions} for name in names]
+    official = [
+        {
+            "video_id": (name := Path(clip["video"]).stem),
+            "video_duration": "30s",
+            "questions": [{"Question": f"{name}?", "Choice": ["A. x", "B. y"], "Answer": "A", "Type": "Any"}],
+        }
+        for clip in clips
+    ]
     with proxied_bucket(tmp_path / "buckets", monkeypatch) as proxy, chat_server(lambda *_: '{"answer": "A"}') as judge:
         for path in [*(made / "clips").iterdir(), made / "clips.jsonl"]:
             storage.write(f"gs://bucket/{path.relative_to(made)}", path.read_bytes())
