@@ -94,7 +94,7 @@ def to_hf(
     arrays = map_ordered(run.open, run.entries.values())
     specs = [
         Spec(f"{prefix}{name}", DTYPES[dtype] if dtype else array.dtype.numpy_dtype, entry.shape)
-        for (name, entry), array in zip(run.entries.items(), arrays)
+        for array, (name, entry) in zip(arrays, run.entries.items())
     ]
     specs += [Spec(name, tensor.dtype, tensor.shape) for name, tensor in carried.items()]
 
@@ -304,7 +304,7 @@ def _stack(checkpoint: HfCheckpoint, entries: list[Entry], on_tensor: Callable[[
 
     def layers() -> Iterator[tuple[int, np.ndarray]]:
         values = map_ordered(checkpoint.read, entries, lambda entry: _nbytes(checkpoint.tensors[entry.name]))
-        for entry, value in zip(entries, values):
+        for value, entry in zip(values, entries):
             yield entry.layer, value
             on_tensor()
 
@@ -335,7 +335,8 @@ class _Part(NamedTuple):
         if run.has_adapter(self.entry):
             lost = float(np.sum(np.square(cast.astype(np.float32) - value)))
             total = float(np.sum(np.square(run.update(self.entry))))
-        return (self.entry.change.theirs(cast, self.entry.shape) if self.rows is None else cast), lost, total
+        theirs = self.entry.change.theirs(cast, self.entry.shape) if self.rows is None else cast
+        return np.ascontiguousarray(theirs), lost, total
 
     def nbytes(self) -> int:
         rows = self.rows

@@ -265,7 +265,7 @@ def read_tensors(folder: PurePath) -> dict[str, Tensor]:
         if name not in present:
             raise InputError(f"{folder / name}: missing, though the index names it")
     tensors: dict[str, Tensor] = {}
-    for name, header in zip(files, map_ordered(lambda name: read_header(folder / name), files)):
+    for header, name in zip(map_ordered(lambda name: read_header(folder / name), files), files):
         for tensor, place in header.items():
             if tensor in tensors:
                 raise InputError(f"{folder / name}: tensor '{tensor}' is in {tensors[tensor].file.name} too")

@@ -109,7 +109,7 @@ def load_params(checkpoint: Checkpoint, dtype: str, shardings: Mapping[str, Any]
     places = flatten_dict(shardings or {})
     entries = list(checkpoint.entries.values())
     values = map_ordered(lambda entry: checkpoint.read(entry).astype(jnp.dtype(dtype)), entries, _nbytes, MEMORY)
-    for entry, value in progress(zip(entries, values), "loading tensors", len(entries)):
+    for value, entry in progress(zip(values, entries), "loading tensors", len(entries)):
         node = params
         path = tuple(key if key != "layers" else f"layers_{entry.layer}" for key in entry.path)
         for key in path[:-1]:

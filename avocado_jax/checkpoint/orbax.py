@@ -129,9 +129,14 @@ class RunCheckpoint(NamedTuple):
 
     @contextmanager
     def damage(self, entry: Entry) -> Iterator[None]:
-        """What tensorstore says of a file that is gone or spoilt, as one line."""
+        """Raise tensorstore's errors as one line: an InputError for files that are gone or damaged, or no permission.
+
+        Raises:
+            StorageError: storage failed, and a retry may work.
+        """
         try:
-            yield
+            with storage.library_errors(str(self.params)):
+                yield
         except ValueError as error:
             reason = " ".join(str(error).split())[:200]
             raise InputError(f"{self.params}: {'/'.join(entry.path)} cannot be read: {reason}") from error

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from adapters import merge
+from etils import epath
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh
 from processes import several
@@ -143,6 +144,16 @@ def test_each_process_reads_its_own(hf, run, tmp_path, monkeypatch):
         for path in hf.iterdir():
             storage.write(f"gs://bucket/hf/{path.name}", path.read_bytes())
         several(program, 2, 2, hf, run, "gs://bucket/hf")
+
+
+def test_a_bucket_that_fails_is_not_a_damaged_checkpoint(run):
+    """Tensorstore raises ValueError for both."""
+    checkpoint = open_checkpoint(run)
+    entry = next(iter(checkpoint.entries.values()))
+    remote = checkpoint._replace(folder=epath.Path("gs://bucket/run"))
+    for text, kind in (("UNAVAILABLE: 503", storage.StorageError), ("NOT_FOUND: chunk", InputError)):
+        with pytest.raises(kind, match=text), remote.damage(entry):
+            raise ValueError(text)
 
 
 @pytest.fixture(scope="module")
