@@ -35,6 +35,7 @@ from avocado_jax.models.config import Lora, ThinkerConfig
 from avocado_jax.models.lora import update_of
 
 CHUNK_BYTES = 64 * 2**20
+WRITE_BYTES = 256 * 2**20  # of pieces that are written at once
 INDEX_BYTES = 64 * 2**20  # of memory, at most, for the index of a step that is read
 
 
@@ -67,7 +68,7 @@ class _PiecesHandler(ocp.type_handlers.NumpyHandler):
             def write(piece: tuple[slice | int, np.ndarray]) -> None:
                 array[piece[0]].write(np.ascontiguousarray(piece[1])).result()
 
-            for _ in map_ordered(write, value.pieces(), lambda piece: piece[1].nbytes):
+            for _ in map_ordered(write, value.pieces(), lambda piece: piece[1].nbytes, WRITE_BYTES):
                 pass
         except ValueError as error:  # so tensorstore says that a disk is full
             raise OSError(" ".join(str(error).split())[:300]) from error
