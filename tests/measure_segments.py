@@ -55,13 +55,14 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=360.0)
     parser.add_argument("--level", type=int, default=0)
     parser.add_argument("--segments", default="auto")
+    parser.add_argument("--max-new-tokens", default="512")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "long.mp4")
         truth, starts = long_video(path, args.seconds, args.level)
         print(f"{len(starts)} clips, {len(truth['events'])} events", flush=True)
         for options in (["--segments", args.segments], []):
-            made = caption(path, *options)
+            made = caption(path, *options, "--max-new-tokens", args.max_new_tokens)
             scores = measure(made["caption"], truth)._asdict()
             print(options, {name: round(value, 3) for name, value in scores.items()}, made["truncated"])
             if options:

@@ -11,8 +11,10 @@ hub. Without --out captions go to the terminal; with --json as one object a clip
 token_ids, prompt_ids, seconds, audio, truncated; or clip, error. Exit status: 1 if some clips failed, 2 if all did.
 
 Captions degrade for clips of more than about 100 s. --segments auto cuts clips of more than 100 s at scene changes
-into segments of about 60 s, and captions these: "caption" is their captions in order, "segments" lists start, end and
-caption of each. Without it, a clip of which frames or sound are left out is captioned with a warning.
+into segments of about 60 s (or "segment_seconds" of the checkpoint's reading.json; a scene of less than 100 s stays in
+one piece), and captions these: "caption" is their captions in order, "segments" lists start, end and caption of each.
+--segments S cuts clips of more than 5/3 S into segments of about S seconds, at most 5/3 S. Without it, a clip of which
+frames or sound are left out is captioned with a warning.
 
 With --out, lines are appended to a file, or to captions-I-of-N.jsonl and rejects-I-of-N.jsonl in a folder or bucket.
 Run the same command again after a stop: finished clips are not captioned again. Exit status 0 once every clip has a
@@ -34,7 +36,7 @@ import numpy as np
 from avocado_jax.checkpoint.load import Checkpoint, identity, named_checkpoint
 from avocado_jax.data.clips import ClipSource, list_clips
 from avocado_jax.data.container import printable
-from avocado_jax.data.media import load_reading
+from avocado_jax.data.media import Reading, load_reading
 from avocado_jax.data.prompt import read_prompts
 from avocado_jax.data.reader import CLIP_SECONDS, READERS, ClipReader
 from avocado_jax.data.shard import parse_shard
@@ -49,7 +51,8 @@ from avocado_jax.sampling.logits import Sampling
 from avocado_jax.sampling.outputs import CaptionFiles
 from avocado_jax.sampling.segments import Segment, Segments, caption_fields, digest, joined, read_segments
 
-SEGMENT_SECONDS = 60.0  # with `--segments auto`; the longest segment has 100 s, beyond which captions degrade
+LONGEST_CLIP = 100.0  # seconds: captions degrade for longer clips, which `--segments auto` cuts
+LONGEST_SEGMENT = 5 / 3  # in lengths that are asked for
 SHOWN = 20  # failed clips that are printed one by one with --out
 
 
@@ -65,7 +68,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--segments",
         metavar="auto|S",
-        help=f"cut long clips at scene changes into segments of about S s (auto: {SEGMENT_SECONDS:g})",
+        help="cut long clips at scene changes into segments of about S s (auto: clips of more than 100 s)",
     )
     parser.add_argument(
         "--clip-seconds",
@@ -136,7 +139,7 @@ def run(args: argparse.Namespace) -> int:
             batch = files.options["batch"] if files else args.batch
             engine = Engine(captioner, args.max_new_tokens, sampling, args.seed, batch, memory)
         reader = stack.enter_context(ClipReader(READERS, args.clip_seconds))
-        how = Segments(reading, reader, not args.no_audio, prompts, _target(args.segments), _warn)
+        how = Segments(reading, reader, not args.no_audio, prompts, _segment_lengths(args.segments, reading), _warn)
         requests = read_segments(left, engine and engine.captioner, how)
         results = engine.run(requests) if engine else ((request, error) for request, error, _ in requests)
         return _write(_in_order(joined(results), [number for number, _ in left]), engine, args, files, len(left))
@@ -159,26 +162,26 @@ def _check(args: argparse.Namespace) -> Sampling:
         raise InputError("--prompt and --prompt-file exclude each other")
     if not args.clip_seconds > 0:
         raise InputError(f"--clip-seconds: {args.clip_seconds:g} is not a positive number of seconds")
-    _target(args.segments)
+    _segment_lengths(args.segments, Reading())
     for name in ("ids", "retry_failed", "shard"):
         if getattr(args, name) and not args.out:
             raise InputError(f"--{name.replace('_', '-')} needs --out")
     return sampling
 
 
-def _target(given: str | None) -> float | None:
-    """The target length of segments, in seconds."""
+def _segment_lengths(given: str | None, reading: Reading) -> tuple[float, float] | None:
+    """The lengths of segments in seconds: about the first, at most the second."""
     if given is None:
         return None
     if given == "auto":
-        return SEGMENT_SECONDS
+        return reading.segment_seconds, max(LONGEST_CLIP, LONGEST_SEGMENT * reading.segment_seconds)
     try:
         target = float(given)
     except ValueError:
         target = 0.0
     if not 1 <= target < float("inf"):
         raise InputError(f"--segments {given}: neither 'auto' nor a number of seconds from 1")
-    return target
+    return target, LONGEST_SEGMENT * target
 
 
 def _warn(clip: ClipSource, warning: str) -> None:

@@ -64,11 +64,11 @@ class ClipSource(NamedTuple):
             return (media if sound else media._replace(samples=None)), prompt_fields(record.fields)
         return self._with_file(lambda path: reader.read(path, reading, sound, part)), self.fields
 
-    def segments(self, reader: ClipReader, target: float) -> list[Packets]:
+    def segments(self, reader: ClipReader, target: float, longest: float) -> list[Packets]:
         """The segments of the clip's file (`segments.find_segments`). Raises as `read`."""
         if self.error:
             raise InputError(f"{printable(self.name)}: {self.error}")
-        return self._with_file(lambda path: reader.segments(path, target))
+        return self._with_file(lambda path: reader.segments(path, target, longest))
 
     def _with_file(self, call: Callable[[Path], T]) -> T:
         with storage.here(self.path) as local:

@@ -28,14 +28,18 @@ class Reading:
     sound_seconds: int = 300  # of sound at most
     # Place sound at its time. Without it gaps are closed and late sound starts at 0, as in the reference.
     align_sound: bool = field(default=False, repr=False)
+    # Length of clips that the model captions best: long ones are cut near it. It changes nothing about a clip.
+    segment_seconds: int = field(default=60, repr=False, compare=False)
 
 
 def reading_fields(reading: Reading) -> dict[str, Any]:
     """The fields of a reading for manifests and digests.
 
-    `align_sound` is left out where it is not set, so that what was made before the field existed stays valid.
+    `align_sound` is left out where it is not set, so that what was made before the field existed stays valid. How long
+    clips are cut is not a matter of reading one.
     """
-    return {name: value for name, value in asdict(reading).items() if name != "align_sound" or value}
+    values = {name: value for name, value in asdict(reading).items() if name != "segment_seconds"}
+    return {name: value for name, value in values.items() if name != "align_sound" or value}
 
 
 def load_reading(folder: Path) -> Reading:

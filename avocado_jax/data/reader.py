@@ -69,9 +69,9 @@ class ClipReader:
         """`parts.read_parts`. Raises as `read`."""
         return self._call("parts.read_parts", pictures, sound, reading)
 
-    def segments(self, path: str | Path, target: float) -> list[Packets]:
+    def segments(self, path: str | Path, target: float, longest: float) -> list[Packets]:
         """`segments.find_segments`. Raises as `read`."""
-        return self._call("segments.find_segments", path, target)
+        return self._call("segments.find_segments", path, target, longest)
 
     def probe(self, path: str | Path, reading: Reading = Reading()) -> Any:
         """`decode.probe_media`. Raises as `read`."""

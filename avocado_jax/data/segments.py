@@ -19,13 +19,15 @@ SIDE = 16  # pixels of a thumbnail
 CHANGE = 0.1  # difference of two thumbnails, of full scale, that may be a scene change
 RATIO = 4.0  # of it to those around it
 AROUND = 2.0  # seconds
-SPLIT = 2.0  # what a border inside of a scene costs, where a segment of twice the target length costs 1
-LONGEST = 5 / 3  # of a segment, in target lengths: about 100 s, beyond which captions degrade, at 60 s
-SHORTEST = 1 / 6
+# A segment of twice the target length costs 1.
+UNSURE = 2.0  # what a border costs where a scene change is unsure, by how unsure it is
+SURE = 0.3  # a border at a place of less is inside of a scene
+SPLIT = 100.0  # and costs so much
+SHORTEST = 1 / 6  # of a segment, in target lengths
 
 
-def find_segments(path: str | Path, target: float) -> list[Packets]:
-    """The segments of a clip; none for a clip of at most `LONGEST` x `target` seconds, which is not cut.
+def find_segments(path: str | Path, target: float, longest: float) -> list[Packets]:
+    """The segments of a clip, in seconds; none for a clip of at most `longest` seconds, which is not cut.
 
     A clip whose frames have no known times is not cut either.
 
@@ -35,7 +37,7 @@ def find_segments(path: str | Path, target: float) -> list[Packets]:
     path = Path(path)
     with one_line(path):
         packets = scan(path)
-        if packets.times is None or packets.seconds <= LONGEST * target:
+        if packets.times is None or packets.seconds <= longest:
             return []
         times = np.array([packets.time(one, packets.tick) for one in packets.times])
         first = np.searchsorted(times, np.arange(0.0, packets.seconds, 1 / RATE))
@@ -46,6 +48,7 @@ def find_segments(path: str | Path, target: float) -> list[Packets]:
             scene_changes(differences),
             packets.seconds,
             target,
+            longest,
         )
         return [packets.part(start, end) for start, end in pairwise([0.0, *borders, packets.seconds + 1])]
 
@@ -81,19 +84,21 @@ def scene_changes(differences: Float[Array, "N"]) -> Float[Array, "N"]:
     return np.clip(differences / CHANGE, 0, 1) * np.clip((ratio - 1) / (RATIO - 1), 0, 1)
 
 
-def choose_borders(times: Float[Array, "N"], changes: Float[Array, "N"], seconds: float, target: float) -> list[float]:
+def choose_borders(
+    times: Float[Array, "N"], changes: Float[Array, "N"], seconds: float, target: float, longest: float
+) -> list[float]:
     """The borders of segments: the cheapest choice among `times`.
 
-    A segment costs ((length - target) / target)^2, a border `SPLIT` x (1 - change). Segments are not longer than
-    `LONGEST` target lengths, and not shorter than `SHORTEST` where that is possible.
+    A segment costs ((length - target) / target)^2, a border `UNSURE` x (1 - change), and `SPLIT` inside of a scene:
+    scenes are cut only where they are longer than `longest`. Segments are not shorter than `SHORTEST` if possible.
     """
     inner = (times > 0) & (times < seconds)
     places = np.concatenate([[0.0], times[inner], [seconds]])
-    border = np.concatenate([[0.0], SPLIT * (1 - changes[inner]), [0.0]])
+    border = np.concatenate([[0.0], UNSURE * (1 - changes[inner]) + SPLIT * (changes[inner] < SURE), [0.0]])
     cost, before = np.full(len(places), np.inf), np.zeros(len(places), int)
     cost[0] = 0.0
     for place in range(1, len(places)):
-        first = int(np.searchsorted(places, places[place] - LONGEST * target))
+        first = int(np.searchsorted(places, places[place] - longest))
         first = min(first, place - 1)  # no thumbnail for so long
         lengths = places[place] - places[first:place]
         costs = (

@@ -42,7 +42,7 @@ class Segments(NamedTuple):
     Attributes:
         sound: whether it is used.
         prompts: of which the name of a clip selects one; empty: the captioner's.
-        target: length of the segments of long clips, in seconds; None: clips are not cut.
+        lengths: of segments of long clips, in seconds: about the first, at most the second. None: clips are not cut.
         warn: called with a clip and what is lost of it.
     """
 
@@ -50,7 +50,7 @@ class Segments(NamedTuple):
     reader: ClipReader
     sound: bool
     prompts: tuple[str, ...]
-    target: float | None
+    lengths: tuple[float, float] | None
     warn: Callable[[ClipSource, str], None]
 
 
@@ -88,7 +88,7 @@ def _segments(
     clips: Iterable[tuple[int, ClipSource]], how: Segments
 ) -> Iterator[tuple[Segment, Exception | None, ExitStack]]:
     """The segments of each clip, or why it cannot be cut, and what ends its local copy."""
-    if how.target is None:
+    if how.lengths is None:
         yield from ((Segment(number, clip), None, ExitStack()) for number, clip in clips)
         return
 
@@ -98,7 +98,7 @@ def _segments(
             return [Segment(number, clip)], ExitStack()
         with ExitStack() as stack:
             here = str(stack.enter_context(storage.here(clip.path)))
-            parts = clip._replace(path=here).segments(how.reader, how.target)
+            parts = clip._replace(path=here).segments(how.reader, *how.lengths)
             parts = parts or [None]
             clip = clip._replace(path=here)
             found = [Segment(number, clip, part, index, len(parts)) for index, part in enumerate(parts)]

@@ -226,7 +226,9 @@ def open_folder(config: RunConfig, model: ThinkerConfig, folder: str, reading: R
     if storage.exists(where):
         refuse_another(config, json.loads(storage.read(where)), folder)
     elif jax.process_index() == 0:
-        begin_run(config.init, folder, model.text.lora, asdict(reading))
+        stated = asdict(reading)
+        del stated["segment_seconds"]  # that of `init` stays
+        begin_run(config.init, folder, model.text.lora, stated)
         storage.write(where, json.dumps(as_json(config), indent=2).encode())
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("run folder")

@@ -9,8 +9,10 @@ import pytest
 from clips import GOOD, write
 
 from avocado_jax.__main__ import main
+from avocado_jax.checkpoint.load import SHIPPED
 from avocado_jax.cli import caption as command
 from avocado_jax.data import storage
+from avocado_jax.data.media import Reading, load_reading, reading_fields
 from avocado_jax.sampling import segments as module
 from avocado_jax.sampling.engine import Engine
 
@@ -115,10 +117,13 @@ def test_warnings_name_the_segment(clips, stub, capsys, monkeypatch):
     assert f"{clips / 'a.mp4'}: warning: dark" in said
 
 
-def test_the_target_length():
-    assert command._target(None) is None
-    assert command._target("auto") == 60.0
-    assert command._target("12.5") == 12.5
+def test_lengths_of_segments():
+    assert command._segment_lengths(None, Reading()) is None
+    assert command._segment_lengths("auto", Reading()) == (60, 100.0)
+    assert command._segment_lengths("auto", load_reading(SHIPPED)) == (6, 100.0)
+    assert command._segment_lengths("12", Reading()) == (12.0, pytest.approx(20.0))
+    assert "segment_seconds" not in reading_fields(Reading(segment_seconds=5))
+    assert Reading(segment_seconds=5) == Reading()
 
 
 @pytest.mark.parametrize("given", ["many", "0", "-1", "nan", "inf", ""])

@@ -76,13 +76,13 @@ def borders(segments):
 def test_segments_end_at_scene_changes(long_clip):
     """Every border is at a scene change; lengths are near the target."""
     for target in (4.0, 6.0, 8.0):
-        found = find_segments(long_clip, target)
+        found = find_segments(long_clip, target, target * 5 / 3)
         for border in borders(found):
             assert min(abs(border - one) for one in (4, 7, 12, 14.5, 19, 25)) <= 0.25
         assert all(one.seconds <= target * 5 / 3 + 0.1 for one in found)
         assert found[-1].start + found[-1].seconds == pytest.approx(31, abs=0.1)
-    assert len(find_segments(long_clip, 4.0)) > len(find_segments(long_clip, 8.0))
-    assert find_segments(long_clip, 20.0) == []  # at most 5/3 of it
+    assert len(find_segments(long_clip, 4.0, 7.0)) > len(find_segments(long_clip, 8.0, 14.0))
+    assert find_segments(long_clip, 4.0, 31.1) == []
 
 
 def test_motion_and_noise_are_no_scene_changes():
@@ -99,19 +99,21 @@ def test_borders_by_cost():
     """A scene that is too long is split into equal parts; short scenes are joined; none is shorter than a sixth."""
     times = np.arange(0, 300, 0.25)
     none = np.zeros(len(times))
-    split = choose_borders(times, none, 300.0, 60.0)
+    split = choose_borders(times, none, 300.0, 60.0, 100.0)
     lengths = np.diff([0, *split, 300])
     assert lengths.max() <= 100
     assert lengths.max() - lengths.min() <= 0.5
     many = (times % 5 == 0).astype(float)
-    assert choose_borders(times, many, 300.0, 60.0) == [60, 120, 180, 240]
+    assert choose_borders(times, many, 300.0, 60.0, 100.0) == [60, 120, 180, 240]
     far = np.isin(times, [110, 220]).astype(float)
-    found = choose_borders(times, far, 300.0, 60.0)
+    found = choose_borders(times, far, 300.0, 60.0, 100.0)
     assert max(np.diff([0, *found, 300])) <= 100
     assert {110, 220} <= set(found)
+    short = (times % 75 == 0).astype(float)  # scenes of more than the target stay in one piece
+    assert choose_borders(times, short, 300.0, 6.0, 100.0) == [75, 150, 225]
     one = np.isin(times, [92, 95]).astype(float)  # within 5 s of each other
-    assert choose_borders(times, one, 150.0, 60.0) in ([92.0], [95.0])
-    assert choose_borders(np.array([]), np.array([]), 300.0, 60.0) == []  # nothing is known between
+    assert choose_borders(times, one, 150.0, 60.0, 100.0) in ([92.0], [95.0])
+    assert choose_borders(np.array([]), np.array([]), 300.0, 60.0, 100.0) == []  # nothing is known between
 
 
 @pytest.mark.parametrize("kind", ["long.mp4", "long.mkv", "long.ts"])
@@ -162,7 +164,7 @@ def test_a_damaged_part_is_read_from_what_is_left(long_clip, tmp_path):
     data[third : third + 400] = np.random.default_rng(0).bytes(400)
     path = tmp_path / "damaged.mp4"
     path.write_bytes(data)
-    for part in find_segments(path, 8.0):
+    for part in find_segments(path, 8.0, 14.0):
         media = read_media(path, READING, part=part)
         assert len(media.frames)
         assert media.times[0] < 1.5
@@ -175,7 +177,7 @@ def test_clips_without_parts(tmp_path):
     media = read_media(silent, READING, part=scan(silent).part(0.5, 1.5))
     assert media.samples is None
     assert media.seconds == 1.0
-    assert len(find_segments(silent, 0.3)) > 1
+    assert len(find_segments(silent, 0.3, 0.5)) > 1
     with pytest.raises(InputError, match="no frame"):
         scan(silent).part(5.0, 6.0)
 
