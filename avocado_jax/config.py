@@ -37,7 +37,8 @@ class DataConfig:
     """Training data. A source is a folder of `prepare`, `tfds:FOLDER:SPLIT`, or clips of AVWorld with no file:
     `world:LEVEL:SPLIT:SEED:CLIPS`, followed by `:plain` for plain captions,
     `:mixed` for plain captions with an eighth of the clips silent, `:habits` for plain captions with the faults of
-    world/habits.py (keypoints and dialogues are unchanged), or `:drills` for drills.
+    world/habits.py (keypoints and dialogues are unchanged), `:timestamps` for captions whose sentences begin with
+    their times, or `:drills` for drills.
     """
 
     train: str = ""
@@ -125,6 +126,8 @@ class RewardConfig:
     dialogue: float = 1.0  # R_D: lines and speakers
     length: float = 1.0  # R_L: ending in time
     repetition: float = 0.0  # -1 where it collapses into repetition
+    timing: float = 0.0  # F1 of the time IoU of its `[start - end]` scenes with the events of the reference
+    probes: float = 0.0  # probes of the reference that a judge answers rightly from the caption alone
     normalize: bool = False  # each term over its deviation in the group before it is weighted (GDPO)
     gate: bool = False  # a caption that collapses has no credit for dialogue
     low: int = 2048  # tokens from which R_L falls from 1
@@ -134,11 +137,15 @@ class RewardConfig:
     judge_url: str = free("")  # endpoint of a "remote" judge: https://HOST/v1; its key is in OPENAI_API_KEY
     judge_cache: str = free("")  # local folder for a "remote" judge's answers; a resumed run repeats no request
     judge_patience: float = free(600.0)  # seconds that a step waits for it
-    max_unjudged: float = free(0.1)  # the run stops if a larger share of a step's keypoints has no answer
+    max_unjudged: float = free(0.1)  # the run stops if a larger share of a step's keypoints or probes has no answer
+    probe_judge: str = "lm"  # of the probes: "lm" or "remote"
+    probe_model: str = ""  # as `judge_model`, which it is if empty; equal judges of both terms are loaded once
     covered_low: float = 0.35  # share of a keypoint's words from which the lexical judge finds it stated in part
     covered_high: float = 0.65  # and in full
     keypoints: int = 64  # maximum number per reference
     lines: int = 32  # maximum number of dialogue lines that are compared
+    scenes: int = 64  # maximum number of timed scenes and of events that are compared
+    questions: int = 20  # maximum number of probes per reference
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ except ImportError:
 
     Bool = Float = Int = Shaped = _Inert
 
-__all__ = ["Array", "Bool", "Captions", "Clip", "Float", "Int", "Shaped"]
+__all__ = ["Array", "Bool", "Captions", "Clip", "Float", "Int", "Probe", "Shaped"]
 
 
 class Clip(NamedTuple):
@@ -57,3 +57,12 @@ class Captions(NamedTuple):
     inputs: Int[Array, "B G C"]
     targets: Int[Array, "B G C"]
     valid: Bool[Array, "B G C"]  # targets that count
+
+
+class Probe(NamedTuple):
+    """A question about a clip with choices, one of which is right."""
+
+    question: str
+    choices: tuple[str, ...]
+    right: int  # index of the right choice
+    category: str = ""

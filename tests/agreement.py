@@ -70,6 +70,10 @@ class Clips:
             "id": f"clip-{number}",
             "caption": f'Clip {number}: a man says "hello {number}".',
             "keypoints": [{"text": text, "dimension": "static"} for text in WORDS[: 2 + number % 3]],
+            "probes": [
+                {"question": f"Which is in clip {number}, {text} aside?", "choices": list(WORDS), "answer": text}
+                for text in WORDS[: 2 + number % 3]
+            ],
         }
         return Record(fields, Media(frames, None, 2.0), fields["id"])
 
@@ -142,24 +146,27 @@ class Count(NamedTuple):
     count: np.ndarray
 
 
-def count_references(table, records, limits, keypoints, features, characters):
+def count_references(table, records, limits, keypoints, features, characters, events):
     """The number of keypoints; every clip has dialogue."""
     counts = np.array([len(record.get("keypoints", ())) for record in records], np.int32)
     return References(Count(np.ones_like(counts)), Count(counts)), None
 
 
-def score_simply(table, tokens, lengths, references, thresholds=None, answers=None, limits=None):
-    """In place of `score_captions`, whose alignments take long to compile: length, and the judge's answers."""
+def score_simply(table, tokens, lengths, references, thresholds=None, answers=None, limits=None, probes=None):
+    """In place of `score_captions`, whose alignments take long to compile: length, and the judges' answers."""
     length = 1 - lengths / 12
     if answers is None:
         checklist = jnp.full(lengths.shape, jnp.nan)
     else:
         checklist = jax.vmap(jax.vmap(mean_score, (0, None)))(answers, references.keypoints.count)
     zero = jnp.zeros(lengths.shape)
-    return {"checklist": checklist, "dialogue": zero, "length": length, "repetition": zero}
+    terms = {"checklist": checklist, "dialogue": zero, "length": length, "repetition": zero}
+    if probes is not None:
+        terms["probes"] = jax.vmap(jax.vmap(lambda scores: mean_score(scores, jnp.int32(len(scores)))))(probes)
+    return terms
 
 
-def rewarded(folder, judge=None, sizes=(2, 1, -1), order=None, split=1, lost=None, **settings):
+def rewarded(folder, judges=None, sizes=(2, 1, -1), order=None, split=1, lost=None, **settings):
     """The GRPO step with a sampler of random letters, simple terms, and an update that keeps its arguments.
 
     Args:
@@ -205,7 +212,7 @@ def rewarded(folder, judge=None, sizes=(2, 1, -1), order=None, split=1, lost=Non
     run_rewards.make_table, run_rewards.make_references = lambda text: (), count_references
     run_rewards.score_captions = score_simply
     with jax.set_mesh(mesh):
-        rewards = make_rewards(config, setup, (0,), judge)
+        rewards = make_rewards(config, setup, (0,), judges or {})
         step, _ = _step(config, setup, program, rewards, {}, None, (0,), str(folder))
         (batch,) = stream(setup, config, 0, rewards.references)
         try:

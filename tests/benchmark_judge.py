@@ -29,6 +29,13 @@ def honest(request: dict) -> str:
     if kind == "Choice":
         told = [letter for letter, text in material["choices"].items() if text in caption]
         return json.dumps({"answer": told[0] if told else "N/A"})
+    if kind == "Choices":
+        told = {
+            number: [letter for letter, text in one["choices"].items() if text in caption]
+            for number, one in material["questions"].items()
+        }
+        answers = [{"number": int(number), "answer": (*letters, "N/A")[0]} for number, letters in told.items()]
+        return json.dumps({"answers": answers})
     if kind == "Told" and "question" in material:
         asked = material["question"].removeprefix("Is it said that ").rstrip("?")
         return json.dumps({"answer": asked if asked in caption else "it is not told"})
@@ -92,6 +99,23 @@ def official(name: str):
             for clip in CLIPS
         }
         return {clip: {"video_id": clip, "video_duration": "60s", "domain": "Any", **tasks[clip]} for clip in CLIPS}
+    if name == "probes":
+        return [
+            {
+                "id": clip,
+                "video": f"videos/{clip}.mp4",
+                "probes": [
+                    {
+                        "question": f"Which of these, {number}?",
+                        "choices": [event, "a unicorn sings"],
+                        "answer": event,
+                        "category": "Sound" if number % 2 else "Sight",
+                    }
+                    for number, event in enumerate(EVENTS[clip])
+                ],
+            }
+            for clip in CLIPS
+        ]
     if name == "vdc":
         return [
             {
@@ -129,7 +153,7 @@ def official(name: str):
 def write_official(name: str, folder: Path) -> Path:
     """The official file of a benchmark, in a folder."""
     held = official(name)
-    if name in ("vdc", "dream-1k"):
+    if name in ("vdc", "dream-1k", "probes"):
         path = folder / f"{name}.jsonl"
         path.write_text("".join(json.dumps(line) + "\n" for line in held))
     else:

@@ -13,8 +13,13 @@ HOST = "127.0.0.1"
 
 
 def verdicts(request: dict[str, Any]) -> dict[str, str]:
-    """An honest judge of little wit: a statement is made where its words stand in the description."""
+    """An honest judge of little wit: a statement, or a choice, is true if its words stand in the description."""
     asked = json.loads(request["messages"][1]["content"])
+    if "questions" in asked:
+        return {
+            number: next((letter for letter, text in one["choices"].items() if text in asked["description"]), "N/A")
+            for number, one in asked["questions"].items()
+        }
     return {number: "yes" if text in asked["description"] else "no" for number, text in asked["statements"].items()}
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from avocado_jax.train.judges import embedding_judge, lm_judge
+from avocado_jax.train.judges import LmJudge, embedding_judge
 
 OPPOSITES = (
     ("red", "green"),
@@ -51,7 +51,7 @@ def main():
     parser.add_argument("--lm", type=Path)
     parser.add_argument("--clips", type=int, default=60)
     args = parser.parse_args()
-    judge = embedding_judge(args.encoder) if args.encoder else lm_judge(args.lm, "float32")
+    judge = embedding_judge(args.encoder) if args.encoder else LmJudge(args.lm, "float32")
     records = json.loads(args.file.read_text())[: args.clips]
     captions = [record["conversations"][1]["value"] for record in records]
     events = [record["events"] for record in records]

@@ -5,7 +5,8 @@
   avocado ablate configs/grpo_7b.py --init gs://B/sft --data.train gs://B/shards --out gs://B/ablation --configs
 
 An arm is NAME=init (the captioner that `init` names as it is), NAME=sft (fine-tuned further on the same clips, as
-often) or NAME=TERM[:WEIGHT],... of checklist, dialogue, length, repetition. By default they are the paper's five rows.
+often) or NAME=TERM[:WEIGHT],... of checklist, dialogue, length, repetition, timing, probes. By default they are the
+paper's five rows.
 Seeds are the config's and those after it; arms share them, and are compared seed by seed: bold is what lies beyond two
 standard errors. Every run is a run folder, OUT/ARM/SEED; the greedy captions of all clips of `data.heldout`
 (world:...) are compared with the truth. Killed at any moment, the same command goes on.

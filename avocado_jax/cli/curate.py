@@ -1,4 +1,4 @@
-"""Make a training manifest from raw videos, or from captions: captions, keypoints and dialogues by an endpoint.
+"""Make a training manifest from raw videos, or references for captions that exist, by an endpoint.
 
   avocado curate videos/ --out curated --url https://HOST/v1 --model M --dry-run
   avocado curate videos/ --out curated --url https://HOST/v1 --model M --budget-tokens 2000000
@@ -18,8 +18,10 @@ that it does not pass:
   keypoints     atomic facts in five dimensions, each once        dialogues     lines as the caption quotes them
 
 With --from-captions, the captions are those of a manifest (the lines of `avocado prepare`, or ms-swift `messages`), and
-only length, repetition, keypoints and dialogues are run, for the lines that lack keypoints or dialogues: lines for SFT
-become lines for GRPO. All other fields stay. M need only read and write.
+only length, repetition and the stages of --references are run, for the lines that lack them: lines for SFT become lines
+for GRPO. All other fields stay. M need only read and write.
+
+  keypoints, dialogues  as above      probes  questions with choices; their answers must be in the words of the caption
 
 The endpoint speaks the OpenAI chat protocol, and M takes images and sound; with --checkpoint a thinker at hand writes
 the captions of picture and sound, and M need only read and write. The key comes from the environment.
@@ -42,7 +44,7 @@ from typing import Any
 from avocado_jax.checkpoint.load import Checkpoint, identity, named_checkpoint
 from avocado_jax.checkpoint.references import tokenizer_folder
 from avocado_jax.curation.asking import Asker
-from avocado_jax.curation.captions import add_references, read_captions
+from avocado_jax.curation.captions import MAKE, add_references, read_captions
 from avocado_jax.curation.estimate import expected, expected_references
 from avocado_jax.curation.journal import Journal, open_journal
 from avocado_jax.curation.local import local_captions
@@ -52,7 +54,7 @@ from avocado_jax.data.media import Reading, load_reading
 from avocado_jax.data.words import load_words
 from avocado_jax.errors import InputError
 from avocado_jax.eval.captioner import computing_dtype, load_captioner
-from avocado_jax.remote.chat import ChatClient, Endpoint
+from avocado_jax.remote.chat import ChatClient, Endpoint, request_fields
 
 UNLIMITED = 10**9  # calls
 SILENCE = 8  # questions in a row without an answer that end a run, or as many as there are at once
@@ -62,7 +64,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command."""
     add = parser.add_argument
     add("videos", nargs="*", type=Path, metavar="VIDEO", help="files, or folders of them")
-    add("--from-captions", type=Path, metavar="FILE", help="a manifest whose captions get keypoints and dialogues")
+    add("--from-captions", type=Path, metavar="FILE", help="a manifest whose captions get references")
+    add(
+        "--references",
+        default=",".join(MAKE),
+        metavar="A,B",
+        help="what --from-captions makes (default: %(default)s)",
+    )
     add("--out", required=True, type=Path, metavar="DIR", help="folder to write")
     add("--url", required=True, metavar="URL", help="of an OpenAI-compatible API: https://HOST/v1")
     add("--model", required=True, metavar="M", help="its name at the endpoint")
@@ -90,22 +98,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Curate, write, print. Returns the exit status."""
     check(args)
+    wanted = args.references.split(",")
     captions, bad_lines = read_captions(args.from_captions) if args.from_captions else ([], [])
     clips = captions or clips_of(args.videos)
     checkpoint = named_checkpoint(args.checkpoint) if args.checkpoint else None
     tokenizer = load_words(tokenizer_folder(args.tokenizer)) if args.tokenizer else None
     settings = Settings(reading_of(args, checkpoint), args.fewest_tokens, args.most_tokens, tokenizer)
-    options = request_options(args)
+    options = request_fields(args.request, {"temperature": 0, "max_tokens": args.answer_tokens})
     if args.dry_run:
         if args.from_captions:
-            tell(expected_references(captions, settings, args.answer_tokens), args.json)
+            tell(expected_references(captions, settings, args.answer_tokens, wanted), args.json)
         else:
             tell(expected(clips, settings, args.answer_tokens, bool(checkpoint)), args.json)
         return 0
     with open_journal(args.out / "answers.jsonl") as journal, ChatClient(endpoint(args, journal, options)) as client:
         asker = Asker(client, journal, 60 / args.per_minute, max(SILENCE, args.concurrency))
         if args.from_captions:
-            done = curate(asker, captions, partial(add_references, asker, settings), args.concurrency)
+            done = curate(asker, captions, partial(add_references, asker, settings, wanted), args.concurrency)
         else:
             done = curate_clips(asker, clips, settings, local(args, checkpoint, journal), args.concurrency)
     write_outcome(args.out, clips, done, bad_lines)
@@ -133,6 +142,8 @@ def check(args: argparse.Namespace) -> None:
         raise InputError("either videos or --from-captions FILE must be given")
     if args.from_captions and args.from_captions.resolve() == (args.out / "manifest.jsonl").resolve():
         raise InputError(f"{args.from_captions} would be overwritten; name another folder with --out")
+    if unknown := [name for name in args.references.split(",") if name not in MAKE]:
+        raise InputError(f"--references: {unknown[0]!r} is none of {', '.join(MAKE)}")
     if args.from_captions and args.checkpoint:
         raise InputError("--checkpoint captions videos; --from-captions has captions")
     if args.out.exists() and not args.out.is_dir():
@@ -150,24 +161,6 @@ def reading_of(args: argparse.Namespace, checkpoint: Checkpoint | None) -> Readi
     return Reading(**given, align_sound=True)
 
 
-def request_options(args: argparse.Namespace) -> dict[str, Any]:
-    """The fields of every request beside its messages.
-
-    Raises:
-        InputError: --request is no JSON object, or names what is not for it to say.
-    """
-    try:
-        more = json.loads(args.request)
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"--request is not JSON: {error}") from None
-    if not isinstance(more, dict):
-        raise InputError("--request is no JSON object")
-    if taken := {"model", "messages", "stream", "n", "response_format"} & more.keys():
-        raise InputError(f'--request may not set "{min(taken)}"')
-    fields = {"temperature": 0, "max_tokens": args.answer_tokens} | more
-    return {name: value for name, value in fields.items() if value is not None}
-
-
 def endpoint(args: argparse.Namespace, journal: Journal, options: dict[str, Any]) -> Endpoint:
     """The endpoint with what is left of the folder's budget."""
     tokens = None if args.budget_tokens is None else max(0, args.budget_tokens - journal.before["tokens"])
@@ -178,6 +171,8 @@ def endpoint(args: argparse.Namespace, journal: Journal, options: dict[str, Any]
         concurrency=args.concurrency,
         timeout=args.timeout,
         patience=args.patience,
+        tries=1,  # `Asker` asks again, with what was wrong
+        blanks=3,
         max_calls=max(0, args.budget_calls - journal.before["calls"]),
         max_tokens=tokens,
         options=options,

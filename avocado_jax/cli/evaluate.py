@@ -30,12 +30,22 @@ The public benchmarks: --data is their official file, --videos the folder of the
 Files and folders are local or in a bucket (gs://). The prompt of a clip is the question of its benchmark or manifest
 line, else one of --prompt-file, else the checkpoint's own.
 
+  avocado evaluate probes --data my_questions.jsonl --checkpoint DIR --judge https://HOST/v1 --judge-model M
+
+Your own questions: lines {"id", "video", "probes": [{"question", "choices", "answer", "category"?}]}, clips beside the
+file or in --videos. The judge answers all questions of a caption in one call; accuracy of a hundred, by category.
+
 All have dialogue_f1 (where there are reference captions with dialogue), repcol, both of a hundred, and length, and
 need no judge for them. The judge is an OpenAI-compatible endpoint (--judge URL, its key in the environment), or with
 --judge-model DIR alone a text or thinker checkpoint on this machine. Answers are checked; what is not answered as it
 was asked is counted under "missing" and left out of the figures. With --rounds N (7 for video-salmonn-2, as published)
 the judge is asked as often, and the round of the median is reported with the spread of all. The judge's prompts are
-our own words; --prompts DIR takes others, without which figures are not comparable to published ones.
+our own words; --prompts DIR takes others, without which figures are not comparable to published ones. Answers in the
+forms of the official prompts are read too, and --official counts them as the official scripts do.
+
+--dry-run prints what the judge would cost. --budget-calls and --budget-tokens bound what it costs over all runs in one
+--out; exhausted, the run stops with exit status 3. After 16 questions in a row without an answer it stops with 75. The
+same command continues: answers are kept. Proxies of the environment (HTTPS_PROXY, NO_PROXY) are used.
 
 Into --out DIR go captions.jsonl, answers/ (raw answers: no question is asked again; answers.jsonl in a bucket),
 result.json, table.md beside the published figures, items.jsonl and page.html, to read captions with their verdicts. In
@@ -47,48 +57,30 @@ makes captions only; a run without it then continues from them.
 import argparse
 import json
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack
-from dataclasses import replace
-from pathlib import Path, PurePosixPath
-from typing import Any, TypeVar
 
-from avocado_jax.checkpoint.load import identity, named_checkpoint, open_language_model
-from avocado_jax.checkpoint.references import fetched, run_path, tokenizer_folder
-from avocado_jax.data import storage
-from avocado_jax.data.manifest import prompt_fields
-from avocado_jax.data.prompt import choose_prompt, read_prompts
-from avocado_jax.data.reader import CLIP_SECONDS
-from avocado_jax.data.shard import parse_shard
-from avocado_jax.data.words import load_words
-from avocado_jax.errors import InputError
-from avocado_jax.eval.answer_log import AnswerLog
-from avocado_jax.eval.benchmarks import BENCHMARKS
-from avocado_jax.eval.benchmarks.benchmark import Benchmark, Record
-from avocado_jax.eval.captioner import computing_dtype, load_captioner
-from avocado_jax.eval.judging import Judge, judge_captions
-from avocado_jax.eval.judging import read_prompts as read_judge_prompts
-from avocado_jax.eval.local_judge import LocalJudge
-from avocado_jax.eval.metrics import world_metrics
-from avocado_jax.eval.public import find_video, results, write
-from avocado_jax.eval.runner import (
-    Caption,
-    How,
-    Item,
-    Outcome,
-    TooManyFailed,
-    Videos,
-    caption_items,
-    digest,
-    read_captions,
+from avocado_jax.cli.evaluate_benchmark import run_benchmark
+from avocado_jax.cli.evaluate_captions import (
+    EMPTY,
+    folder_of,
+    given_captions,
+    make_captions,
+    make_item,
+    own_prompts,
+    print_failed,
+    read_file,
 )
-from avocado_jax.eval.tables import result_table
-from avocado_jax.remote.chat import ChatClient, Endpoint
+from avocado_jax.data import storage
+from avocado_jax.data.reader import CLIP_SECONDS
+from avocado_jax.errors import InputError
+from avocado_jax.eval.benchmarks import BENCHMARKS
+from avocado_jax.eval.captioner import computing_dtype
+from avocado_jax.eval.metrics import world_metrics
+from avocado_jax.eval.runner import How, TooManyFailed, Videos
 from avocado_jax.world.truth import read_truth
 
-T = TypeVar("T")
-EMPTY = Caption("", 0)
-JUDGED = ("videos", "judge", "judge_model", "prompts", "rounds", "shard")  # of the public benchmarks alone
+JUDGED = ("videos", "judge", "judge_model", "prompts", "official", "request", "budget_calls", "budget_tokens")
+JUDGED += ("dry_run", "rounds", "shard")  # options of benchmarks with a judge
+NO_FIELDS = "{}"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -125,6 +117,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="prompts, one a line, for clips without a question; the id of a clip decides which one it gets",
     )
+    parser.add_argument(
+        "--official", action="store_true", help="treat answers as the official scripts do (eval/README.md)"
+    )
+    parser.add_argument(
+        "--request",
+        default=NO_FIELDS,
+        metavar="JSON",
+        help='more fields of every request to the judge; null removes one: {"temperature": null}',
+    )
+    parser.add_argument("--budget-calls", type=int, metavar="N", help="calls of the judge, over all runs in --out")
+    parser.add_argument("--budget-tokens", type=int, metavar="N", help="tokens of the judge, over all runs in --out")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print the judge's calls and tokens; nothing is asked or written"
+    )
     parser.add_argument("--rounds", type=int, metavar="N", help="of the judge (default: as published, 1 for a folder)")
     parser.add_argument(
         "--shard",
@@ -158,37 +164,37 @@ def run(args: argparse.Namespace) -> int:
     if not 0 <= args.max_failed <= 1:
         raise InputError(f"--max-failed is {args.max_failed}, a share from 0 to 1 is asked for")
     try:
-        return _world(args) if args.benchmark == "world" else _public(args, BENCHMARKS[args.benchmark])
+        return _world(args) if args.benchmark == "world" else run_benchmark(args, BENCHMARKS[args.benchmark])
     except TooManyFailed as error:
         print(f"avocado evaluate: {error}", file=sys.stderr)
         return 3  # a retry fails in the same way
 
 
 def _world(args: argparse.Namespace) -> int:
-    if given := [name for name in JUDGED if getattr(args, name) is not None]:
+    if given := [name for name in JUDGED if getattr(args, name) not in (None, False, NO_FIELDS)]:
         raise InputError(f"--{given[0].replace('_', '-')} is for the public benchmarks, world needs no judge")
     if args.captions and args.out:
         raise InputError("--out is for captions that are made, --captions for such as there are")
-    every = _read(args.data, lambda file: read_truth(file, None if args.captions else {"video": str}))
+    every = read_file(args.data, lambda file: read_truth(file, None if args.captions else {"video": str}))
     records = dict(list(every.items())[: args.limit])
     if args.captions:
-        outcome = _given(args, every, list(records))
+        outcome = given_captions(args, every, list(records))
     else:
-        videos, prompts = Videos(_folder(args.data)), _prompts(args)
+        videos, prompts = Videos(folder_of(args.data)), own_prompts(args)
         items = []
         for one in records.values():
             try:
-                items.append(_item(videos, prompts, one["id"], storage.join(videos.folder, one["video"]), one))
+                items.append(make_item(videos, prompts, one["id"], storage.join(videos.folder, one["video"]), one))
             except InputError as error:
                 raise InputError(f"{args.data}: {one['id']}: {error}") from error
         how = How(args.max_new_tokens, computing_dtype(args.dtype), not args.no_audio, not args.no_picture)
-        outcome = _made(
+        outcome = make_captions(
             args, items, how, lambda known: args.out or storage.join(videos.folder, f"captions-{known}.jsonl")
         )
     captions = [outcome.captions.get(name, EMPTY) for name in records]
     texts, lengths = zip(*captions)
     metrics = world_metrics(texts, lengths, list(records.values()))
-    _told(outcome, len(records))
+    print_failed(outcome, len(records))
     failed = {"failed": list(outcome.failed)} if outcome.failed else {}
     line = json.dumps({"metrics": metrics, "n": len(records), **failed})
     if args.out:
@@ -200,158 +206,3 @@ def _world(args: argparse.Namespace) -> int:
             print(f"{name:14} {'unknown' if value is None else f'{value:.3f}'}")
         print(f"{'n':14} {len(records)}")
     return 0
-
-
-def _public(args: argparse.Namespace, benchmark: Benchmark) -> int:
-    if args.judge and not args.judge_model:
-        raise InputError("--judge needs --judge-model, the model's name there")
-    if args.captions is None and args.videos is None:
-        raise InputError("--videos DIR is asked for, where the clips are, or --captions FILE")
-    if args.captions and args.shard:
-        raise InputError("--shard is for captions that are made, --captions for such as there are")
-    own = args.prompts and fetched(run_path(args.prompts) if storage.is_remote(args.prompts) else Path(args.prompts))
-    prompts = read_judge_prompts(benchmark, own or None)
-    if args.judge:  # its mistakes are told before hours of captioning
-        ChatClient(Endpoint(args.judge, args.judge_model)).close()
-    elif args.judge_model:
-        open_language_model(args.judge_model)
-    every = _read(args.data, benchmark.read)
-    records = every[: args.limit]
-    videos = Videos(args.videos) if args.videos else None
-    places = {one.id: find_video(videos, one) for one in records} if videos else {}
-    if args.captions:
-        name = PurePosixPath(args.captions).stem
-        folder = args.out or storage.join(_folder(args.data), f"{benchmark.name}-{name}")
-        outcome = _given(args, {one.id: one for one in every}, [one.id for one in records])
-        model = name.encode(errors="replace").decode()
-    else:
-        outcome, folder = _captioned(args, benchmark, records, videos, places)
-        model = args.checkpoint or "the shipped captioner"
-        if args.shard:
-            return 0
-    _told(outcome, len(records))
-    captions = {one.id: outcome.captions.get(one.id, EMPTY) for one in records}
-    texts = {name: caption.text for name, caption in captions.items()}
-    rounds, asked = [], None
-    if args.judge_model:
-        asked = {"model": args.judge_model, "prompts": args.prompts or "our own"}
-        count = args.rounds or (benchmark.rounds if args.judge else 1)
-        with ExitStack() as stack:
-            judge = stack.enter_context(_judge(args, folder, stack))
-            rounds = judge_captions(benchmark, records, texts, judge, prompts, count)
-    result, lines = results(benchmark, records, captions, list(outcome.failed), rounds, asked, model)
-    write(folder, result, lines, places)
-    print(json.dumps(result) if args.json else result_table(result) + f"\n{storage.join(folder, 'page.html')}")
-    if asked and result["missing"] == result["asked"]:
-        why = next(iter(result["why"]), "nothing was asked")
-        print(f"avocado evaluate: no answer of the judge is valid: {why}", file=sys.stderr)
-        return 1
-    return 0
-
-
-def _captioned(
-    args: argparse.Namespace, benchmark: Benchmark, records: Sequence[Record], videos: Videos, places: dict[str, str]
-) -> tuple[Outcome, str]:
-    """Captions of the checkpoint, those that other hosts made among them, and the folder they are kept in."""
-    sound = benchmark.sound and not args.no_audio
-    how = How(args.max_new_tokens, computing_dtype(args.dtype), sound, not args.no_picture)
-    prompts = _prompts(args)
-    items = [
-        _item(videos, prompts, one.id, places[one.id], {"prompt": one.prompt} if one.prompt else {}) for one in records
-    ]
-    part, parts = parse_shard(args.shard)
-    name = f"captions.{part}-of-{parts}.jsonl" if args.shard else "captions.jsonl"
-    made: list[str] = []
-
-    def file(known: str) -> str:
-        made.append(args.out or storage.join(_folder(args.data), f"{benchmark.name}-{known}"))
-        return storage.join(made[0], name)
-
-    outcome = _made(args, items[part::parts], how, file, benchmark.frames)
-    return outcome, made[0]
-
-
-def _read(path: str, read: Callable[[Path], T]) -> T:
-    """What `read` makes of a file, local or gs://."""
-    with storage.here(path) as local:
-        try:
-            return read(local)
-        except InputError as error:
-            raise InputError(str(error).replace(str(local), path)) from error
-
-
-def _folder(path: str) -> str:
-    """The folder of a file, local or gs://."""
-    return path.rpartition("/")[0] if storage.is_remote(path) else str(Path(path).parent)
-
-
-def _prompts(args: argparse.Namespace) -> tuple[str, ...]:
-    return read_prompts(args.prompt_file) if args.prompt_file else ()
-
-
-def _item(videos: Videos, prompts: tuple[str, ...], name: str, video: str, fields: Mapping[str, Any]) -> Item:
-    """A clip with the fields that decide its prompt.
-
-    Raises:
-        InputError: one of the fields has another type.
-    """
-    stated = prompt_fields(fields)
-    if prompts and not stated.get("prompt"):
-        stated["prompt"] = choose_prompt(prompts, name)
-    return Item(name, video, stated, videos.size(video))
-
-
-def _judge(args: argparse.Namespace, folder: str, stack: ExitStack) -> AbstractContextManager[Judge]:
-    """The judge: the endpoint, or a checkpoint here."""
-    remote = storage.is_remote(folder)
-    cache = AnswerLog(storage.join(folder, "answers.jsonl"), stack) if remote else Path(folder, "answers")
-    if not args.judge:
-        return LocalJudge(args.judge_model, computing_dtype(args.dtype), cache, args.batch)
-    return ChatClient(Endpoint(args.judge, args.judge_model, args.judge_key, cache, patience=args.judge_patience))
-
-
-def _made(args: argparse.Namespace, items: list[Item], how: How, file: Any, frames: int | None = None) -> Outcome:
-    """Captions of the checkpoint, kept in `file(digest of what makes them)`; clips of so many frames at most."""
-    if items and all(item.bytes is None for item in items):
-        raise InputError(f"{items[0].video}: no such file, nor any other video of {args.data}")
-    checkpoint = named_checkpoint(args.checkpoint)
-    known = identity(checkpoint)
-    if frames:
-        known = f"{known} {frames}"
-    place = file(digest([known, vars(how)])[:8])
-
-    def load():
-        captioner = load_captioner(checkpoint, None, how.dtype)
-        reading = captioner.reading
-        most = min(reading.most_frames, frames or reading.most_frames)
-        return captioner._replace(reading=replace(reading, most_frames=most))
-
-    folder = _folder(place)
-    beside = storage.names(folder) if args.benchmark != "world" else []
-    kept = [name for name in beside if name.startswith("captions") and name.endswith(".jsonl")]
-    others = [path for path in (storage.join(folder, name) for name in kept) if path != place]
-    return caption_items(items, load, known, how, place, args.batch, args.max_failed, others, args.clip_seconds)
-
-
-def _given(args: argparse.Namespace, every: dict[str, Any], wanted: list[str]) -> Outcome:
-    """Captions made elsewhere."""
-    captions = _read(args.captions, lambda file: read_captions(file, every))
-    tokenizer = load_words(tokenizer_folder(args.checkpoint)) if args.checkpoint else None
-    if tokenizer:
-        captions = {
-            name: Caption(one.text, len(tokenizer.encode(one.text)) if one.tokens is None else one.tokens)
-            for name, one in captions.items()
-        }
-    failed = {name: "no caption" for name in wanted if name not in captions}
-    if len(failed) > args.max_failed * len(wanted):
-        raise TooManyFailed(
-            f"{args.captions}: no caption of {len(failed)} of {len(wanted)} clips, such as {next(iter(failed))}; "
-            f"the share of {args.max_failed:g} is allowed (--max-failed)"
-        )
-    return Outcome(captions, failed)
-
-
-def _told(outcome: Outcome, count: int) -> None:
-    if outcome.failed:
-        told = f"{len(outcome.failed)} of {count} clips failed; their captions count as empty"
-        print(f"avocado evaluate: {told}", file=sys.stderr)

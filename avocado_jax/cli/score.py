@@ -3,14 +3,17 @@
   avocado score captions.jsonl --tokenizer REF --json
   avocado score captions.jsonl --terms dialogue,repetition --json --explain
 
-FILE holds lines {"id", "caption", "reference": {"caption"?, "dialogues"?, "keypoints"?}}: dialogues are
-{"speaker", "text"}, keypoints {"text", "dimension"?}. One line of JSON a caption, in order:
+FILE holds lines {"id", "caption", "reference": {"caption"?, "dialogues"?, "keypoints"?, "events"?, "probes"?}}:
+dialogues are {"speaker", "text"}, keypoints {"text", "dimension"?}, events {"start", "end"} in seconds, probes
+{"question", "choices", "answer"}. One line of JSON a caption, in order:
 
   R_C        share of the keypoints that the caption states, as --judge sees it; "keypoints" has its answers
   R_D        lines of dialogue and their speakers; without "dialogues" those of reference.caption count
   R_L        1 up to 2048 tokens, 0 from 4096, counted with the tokenizer of --tokenizer
   repcol     whether the caption falls into repetition
   truncated  whether something did not fit and was left out
+  timing     with --terms ...,timing: F1 of the time IoU of "[start - end]" scenes with the events
+  probes     with --terms ...,probes: share of the probes that --judge lm or remote answers rightly from the caption
 
 A term without a reference, or that is not among --terms, is null. The words of all references in the file tell which
 words say much. avocado_jax/rewards/README.md says what each term sees and what it does not.
@@ -29,24 +32,42 @@ import jax
 import numpy as np
 
 from avocado_jax.checkpoint.references import tokenizer_folder
+from avocado_jax.data.probes import read_probe
 from avocado_jax.data.words import Words, load_words
 from avocado_jax.errors import InputError
 from avocado_jax.eval.captioner import computing_dtype
-from avocado_jax.jsonl import read_lines
+from avocado_jax.jsonl import NUMBER, read_lines
 from avocado_jax.remote.chat import Endpoint
-from avocado_jax.rewards.combine import DEFAULTS, JUDGES, TERMS, References, make_references, score
+from avocado_jax.rewards.combine import (
+    ALWAYS,
+    DEFAULTS,
+    JUDGES,
+    PROBE_JUDGES,
+    TERMS,
+    References,
+    make_references,
+    score,
+)
 from avocado_jax.rewards.explain import explain
 from avocado_jax.rewards.text import Limits, parse
 from avocado_jax.rewards.vocabulary import MARKS, Table, code_points, make_table, word_weights, words_of
 
 BATCH = 32  # captions at once
+EXTRA = ("timing", "probes")  # terms with a field only if they are among --terms
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command."""
     parser.add_argument("file", type=Path, metavar="FILE", help="captions with their references, JSON lines")
-    parser.add_argument("--terms", default=",".join(TERMS), metavar="A,B", help="default: %(default)s")
-    parser.add_argument("--judge", choices=JUDGES, default="lexical", help="of the keypoints (default: %(default)s)")
+    parser.add_argument(
+        "--terms",
+        default=",".join(ALWAYS),
+        metavar="A,B",
+        help="of checklist, dialogue, length, repetition, timing, probes (default: the first four)",
+    )
+    parser.add_argument(
+        "--judge", choices=JUDGES, default="lexical", help="of keypoints and probes (default: %(default)s)"
+    )
     parser.add_argument("--judge-model", default="", metavar="MODEL", help="its folder, or its name at the endpoint")
     parser.add_argument("--judge-url", default="", metavar="URL", help="of an OpenAI-compatible API: https://HOST/v1")
     parser.add_argument(
@@ -77,12 +98,13 @@ def run(args: argparse.Namespace) -> int:
     references = [line["reference"] for line in lines]
     table = make_table(None, word_weights([document(reference) for reference in references]))
     limits = fitting(lines)
-    made, cut = make_references(table, references, limits)
+    events = max(1, *(len(one["events"] or ()) for one in references), *(line["caption"].count("[") for line in lines))
+    made, cut = make_references(table, references, limits, events=rounded(events, 8) if "timing" in terms else 0)
     lengths = [float(len(tokenizer.encode(line["caption"]))) if tokenizer else math.nan for line in lines]
     for first in range(0, len(lines), BATCH):
         part = slice(first, first + BATCH)
         own = jax.tree.map(lambda leaf, part=part: leaf[part], made)
-        given = None if answers is None else answers[part]
+        given = {term: scores[part] for term, scores in answers.items()}
         captions, scored = scored_batch(table, lines[part], np.array(lengths[part]), own, given, limits)
         for number, line in enumerate(lines[part]):
             caption, reference, result = jax.tree.map(lambda leaf, n=number: leaf[n], (captions, own, scored))
@@ -93,10 +115,18 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def asked(args: argparse.Namespace, lines: list[dict[str, Any]]) -> np.ndarray | None:
-    """Answers of a judge that is asked beforehand, [n, most keypoints], NaN where it has none; None: lexical."""
-    if args.judge == "lexical" or "checklist" not in args.terms.split(","):
-        return None
+def asked(args: argparse.Namespace, lines: list[dict[str, Any]]) -> dict[str, np.ndarray]:
+    """Scores of a judge for the terms that need one, [n, most keypoints or probes], NaN without an answer."""
+    terms = args.terms.split(",")
+    items = {}
+    if "checklist" in terms and args.judge != "lexical":
+        items["checklist"] = [[one["text"] for one in line["reference"]["keypoints"] or ()] for line in lines]
+    if "probes" in terms:
+        if args.judge not in PROBE_JUDGES:
+            raise InputError(f"--terms probes: --judge {args.judge} is none of {', '.join(PROBE_JUDGES)}")
+        items["probes"] = [line["reference"]["probes"] or [] for line in lines]
+    if not items:
+        return {}
     if not args.judge_model:
         raise InputError(f"--judge {args.judge} needs --judge-model")
     from avocado_jax.train.judges import open_judge  # models and network: the lexical judge needs neither
@@ -104,14 +134,16 @@ def asked(args: argparse.Namespace, lines: list[dict[str, Any]]) -> np.ndarray |
     endpoint = Endpoint(
         args.judge_url, args.judge_model, args.judge_key, args.judge_cache, patience=args.judge_patience
     )
-    points = [[one["text"] for one in line["reference"]["keypoints"] or ()] for line in lines]
+    answers = {}
     with open_judge(args.judge, args.judge_model, computing_dtype(None), endpoint) as judge:
-        scores = judge([line["caption"] for line in lines], points)()
-    answers = np.full((len(lines), max(1, scores.shape[1])), np.nan, np.float32)
-    answers[:, : scores.shape[1]] = scores
-    total = sum(map(len, points))
-    if missing := total - int((~np.isnan(scores)).sum()):
-        print(f"avocado score: {missing} of {total} keypoints have no answer", file=sys.stderr)
+        for term, each in items.items():
+            scores = (judge if term == "checklist" else judge.probes)([line["caption"] for line in lines], each)()
+            answers[term] = np.full((len(lines), max(1, scores.shape[1])), np.nan, np.float32)
+            answers[term][:, : scores.shape[1]] = scores
+            total = sum(map(len, each))
+            if missing := total - int((~np.isnan(scores)).sum()):
+                noun = "keypoints" if term == "checklist" else "probes"
+                print(f"avocado score: {missing} of {total} {noun} have no answer", file=sys.stderr)
     return answers
 
 
@@ -131,7 +163,30 @@ def checked(where: str, line: dict[str, Any]) -> dict[str, Any]:
             if not isinstance(one, dict) or not all(isinstance(one.get(field), str) for field in fields):
                 raise InputError(f'{where}: each of "reference.{name}" must have {" and ".join(fields)}, strings')
         made[name] = entries
+    made["events"] = checked_events(where, reference.get("events"))
+    try:
+        probes = reference.get("probes")
+        made["probes"] = None if probes is None else [read_probe(one) for one in listed(where, "probes", probes)]
+    except InputError as error:
+        raise InputError(str(error) if str(error).startswith(where) else f"{where}: {error}") from None
     return {"id": line["id"], "caption": line["caption"], "reference": made}
+
+
+def listed(where: str, name: str, held: Any) -> list[Any]:
+    """A part of a reference that must be a list."""
+    if not isinstance(held, list):
+        raise InputError(f'{where}: "reference.{name}" must be a list')
+    return held
+
+
+def checked_events(where: str, held: Any) -> list[dict[str, Any]] | None:
+    """Events with their times; None without a list."""
+    if held is None:
+        return None
+    for one in listed(where, "events", held):
+        if not isinstance(one, dict) or not all(isinstance(one.get(field), NUMBER) for field in ("start", "end")):
+            raise InputError(f'{where}: each of "reference.events" must have start and end, numbers')
+    return held
 
 
 def told_missing(lines: list[dict[str, Any]], terms: list[str], tokenizer: Words | None) -> None:
@@ -144,6 +199,8 @@ def told_missing(lines: list[dict[str, Any]], terms: list[str], tokenizer: Words
             if line["reference"]["dialogues"] is None and line["reference"]["caption"] is None
         ],
         "length": [] if tokenizer else [line["id"] for line in lines],
+        "timing": [line["id"] for line in lines if not line["reference"]["events"]],
+        "probes": [line["id"] for line in lines if not line["reference"]["probes"]],
     }
     for term in terms:
         if names := without.get(term):
@@ -187,16 +244,16 @@ def _score(
     sizes: jax.Array,
     lengths: jax.Array,
     references: References,
-    answers: jax.Array | None,
+    answers: dict[str, jax.Array],
     limits: Limits,
 ) -> Any:
-    def one(points: jax.Array, size: jax.Array, length: jax.Array, reference: References, answer: Any) -> Any:
+    def one(
+        points: jax.Array, size: jax.Array, length: jax.Array, reference: References, judged: dict[str, jax.Array]
+    ) -> Any:
         caption = parse(table, points, size, limits)
-        return caption, score(caption, length, reference, DEFAULTS, answer)
+        return caption, score(caption, length, reference, DEFAULTS, judged.get("checklist"), judged.get("probes"))
 
-    return jax.vmap(one, in_axes=(0, 0, 0, 0, None if answers is None else 0))(
-        points, sizes, lengths, references, answers
-    )
+    return jax.vmap(one)(points, sizes, lengths, references, answers)
 
 
 def scored_batch(
@@ -204,7 +261,7 @@ def scored_batch(
     lines: list[dict[str, Any]],
     lengths: np.ndarray,
     references: References,
-    answers: np.ndarray | None,
+    answers: dict[str, np.ndarray],
     limits: Limits,
 ) -> Any:
     """(Caption, Scored) of captions, as numpy arrays with a leading axis; short batches are filled up."""
@@ -232,6 +289,7 @@ def row(line: dict[str, Any], terms: list[str], reference: References, scored: A
         if "checklist" in terms and answers
         else None,
         "truncated": bool(scored.terms["truncated"] > 0) or cut,
+        **{term: value(term) for term in EXTRA if term in terms},
     }
 
 
@@ -241,7 +299,8 @@ def show(told: dict[str, Any], as_json: bool) -> None:
         print(json.dumps(told, ensure_ascii=False))
         return
     numbers = ("unknown" if told[name] is None else f"{told[name]:.3f}" for name in ("R_C", "R_D", "R_L"))
-    marks = [name for name in ("repcol", "truncated") if told[name]]
+    extra = [f"{name} {'unknown' if told[name] is None else f'{told[name]:.3f}'}" for name in EXTRA if name in told]
+    marks = [*extra, *(name for name in ("repcol", "truncated") if told[name])]
     print("  ".join([told["id"], *(f"{name} {one}" for name, one in zip(("R_C", "R_D", "R_L"), numbers)), *marks]))
     for sentence in told.get("explain", ()):
         print(f"    {sentence}")

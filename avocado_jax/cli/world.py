@@ -3,7 +3,7 @@
     world OUT --clips 200 --seed 0
 
 writes OUT/clips/*.mp4 (one h264 and one AAC stream each) and OUT/clips.jsonl, a manifest line a clip with
-events, dialogues, keypoints and reference captions. The same seed gives the same clips. Clips that are there
+events, dialogues, keypoints, probes and reference captions. The same seed gives the same clips. Clips that are there
 already are not made again, so a run that was stopped goes on with the same command.
 
     world --check FILE --truth OUT/clips.jsonl
@@ -48,6 +48,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--references", type=int, default=1, metavar="R", help="captions a clip (default: 1; 0: a plain one)"
     )
+    parser.add_argument(
+        "--timestamps", action="store_true", help='one caption a clip, with "[start - end]" before each sentence'
+    )
     parser.add_argument("--workers", type=int, metavar="W", help="processes (default: all cores)")
     parser.add_argument("--check", type=Path, metavar="FILE", help="captions to check: JSON lines")
     parser.add_argument("--truth", type=Path, metavar="CLIPS", help="the clips.jsonl they are checked against")
@@ -74,7 +77,7 @@ def make(args: argparse.Namespace, workers: int) -> int:
         (args.out / "clips").mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"cannot make {args.out / 'clips'}: {error.strerror}") from None
-    what = (args.out, args.seed, args.split, args.level, args.references)
+    what = (args.out, args.seed, args.split, args.level, args.references, args.timestamps)
     previous = signal.signal(signal.SIGTERM, lambda *_: sys.exit(STOPPED))
     # Spawned, not forked: the speech library and the encoders start from the same state in every worker.
     pool = ProcessPoolExecutor(min(workers, args.clips), multiprocessing.get_context("spawn"))
@@ -93,10 +96,10 @@ def make(args: argparse.Namespace, workers: int) -> int:
     return 0
 
 
-def _make(index: int, out: Path, seed: int, split: str, level: int, references: int) -> str:
+def _make(index: int, out: Path, seed: int, split: str, level: int, references: int, timestamps: bool) -> str:
     """Make one clip unless it is there, in a worker. Returns its line of the manifest."""
     script = make_script(seed, index, split, level)
-    made = record(script, references)
+    made = record(script, references, timestamps)
     if not (out / made["video"]).exists():
         write_clip(script, out / made["video"])
     return json.dumps(made, ensure_ascii=False) + "\n"

@@ -1,12 +1,16 @@
 """What models answer at each stage: its shape, and what a program can check of its truth."""
 
+import hashlib
+import re
 from collections.abc import Sequence
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field, StringConstraints
 
 from avocado_jax.curation.fusion import fusion_faults
 from avocado_jax.curation.words import Sentence, Words, words_of
+from avocado_jax.data.probes import read_probe
+from avocado_jax.errors import InputError
 from avocado_jax.eval.metrics import collapses
 from avocado_jax.remote.answers import read_object
 from avocado_jax.remote.call import Malformed
@@ -15,7 +19,13 @@ from avocado_jax.world.check import split_sentences
 LATE = 1.0  # seconds past the end of the clip that a time may lie
 ROOM = 1.5  # times the words of both captions that a fused one may have, and some more
 KEYPOINT_WORDS = 60  # of one keypoint, at most
-GROUNDED = 0.6  # least share of a keypoint's words that stand in the caption
+GROUNDED = 0.6  # least share of the words of a keypoint, or of a probe's answer, that stand in the caption
+MOST_PROBES = 20  # of a caption
+OTHERS = re.compile(  # a choice that means nothing in another order
+    r"\b(?:all|none|both|neither|any|either) of (?:the )?(?:above|below|others?|these|choices|options)\b"
+    r"|^\W*[A-J]\W*(?:and|or)\W*[A-J]\W*$",
+    re.I,
+)
 
 Text = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1, max_length=20_000)]
 
@@ -77,6 +87,21 @@ class Dialogues(BaseModel):
     """All lines of a caption."""
 
     dialogues: list[Line]
+
+
+class ProbeAnswer(BaseModel):
+    """One question with its choices."""
+
+    question: Text
+    choices: list[Text]
+    answer: Text
+    category: Literal["static", "dynamic", "auditory", "spatiotemporal", "crossmodal"]
+
+
+class Probes(BaseModel):
+    """Questions about a caption."""
+
+    probes: list[ProbeAnswer]
 
 
 def read_caption(text: str, seconds: float, least: int) -> list[Sentence]:
@@ -169,3 +194,37 @@ def read_dialogues(text: str, caption: str) -> list[dict[str, str]]:
             raise Faulty(f"a line that stands earlier in the caption than the line before it: «{said[:200]}»")
         lines.append({"speaker": " ".join(one.speaker.split()), "text": said})
     return lines
+
+
+def read_probes(text: str, caption: str) -> list[dict[str, Any]]:
+    """Probes of a caption, each question once, at most MOST_PROBES, with their choices in an order of our own.
+
+    Models tend to put the right answer first; the order of the choices depends on their text alone.
+
+    Raises:
+        Malformed: there are none, or one has choices that are invalid, refer to each other, or whose right one the
+            caption does not state.
+    """
+    found: dict[tuple[str, ...], dict[str, Any]] = {}
+    known = set(words_of(caption))
+    for one in read_object(text, Probes).probes:
+        held = {"question": " ".join(one.question.split()), "choices": [" ".join(part.split()) for part in one.choices]}
+        held |= {"answer": " ".join(one.answer.split()), "category": one.category}
+        try:
+            probe = read_probe(held)
+        except InputError as error:
+            raise Faulty(f"{error}: «{held['question'][:200]}»") from None
+        right = probe.choices[probe.right]
+        if refers := [part for part in probe.choices if OTHERS.search(part)]:
+            raise Faulty(f"a choice that refers to others, «{refers[0][:100]}»: «{probe.question[:200]}»")
+        if len({tuple(words_of(part)) for part in probe.choices}) < len(probe.choices):
+            raise Faulty(f"two choices in the same words: «{probe.question[:200]}»")
+        words = words_of(right)
+        if not words or sum(word in known for word in words) < GROUNDED * len(words):
+            raise Faulty(f"an answer that the caption does not state, «{right[:100]}»: «{probe.question[:200]}»")
+        choices = sorted(probe.choices, key=lambda part: hashlib.sha256(f"{probe.question}|{part}".encode()).digest())
+        held |= {"choices": choices, "answer": right}
+        found.setdefault(tuple(words_of(probe.question)), held)
+    if not found:
+        raise Faulty("there is no question in it")
+    return list(found.values())[:MOST_PROBES]

@@ -1,12 +1,13 @@
-"""Keypoints and dialogues for captions that exist: lines of a manifest become rows for GRPO."""
+"""Keypoints, dialogues and probes for captions that exist: lines of a manifest become rows for GRPO."""
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from avocado_jax.curation.asking import Asker, Rejected
-from avocado_jax.curation.pipeline import Settings, dialogues_of, keypoints_of, within
+from avocado_jax.curation.pipeline import Settings, dialogues_of, keypoints_of, probes_of, within
 from avocado_jax.data import storage
 from avocado_jax.data.manifest import parse_manifest
 from avocado_jax.errors import InputError
@@ -39,10 +40,14 @@ class Captioned:
         path = self.folder / self.name
         return os.path.relpath(path.resolve(), out.resolve()) if os.path.exists(path) else self.name
 
-    def missing(self) -> list[str]:
-        """The references that the line lacks. An empty list of dialogues is one: nobody speaks."""
-        lacks = {"keypoints": not self.fields.get("keypoints"), "dialogues": self.fields.get("dialogues") is None}
-        return [name for name, lacking in lacks.items() if lacking]
+    def missing(self, wanted: Sequence[str]) -> list[str]:
+        """The wanted references that the line lacks. An empty list of dialogues is one: nobody speaks."""
+
+        def lacks(name: str) -> bool:
+            held = self.fields.get(name)
+            return held is None if name == "dialogues" else not held
+
+        return [name for name in MAKE if name in wanted and lacks(name)]
 
 
 def read_captions(path: Path) -> tuple[list[Captioned], list[dict[str, Any]]]:
@@ -65,18 +70,20 @@ def read_captions(path: Path) -> tuple[list[Captioned], list[dict[str, Any]]]:
     return kept, rejects
 
 
-async def add_references(asker: Asker, settings: Settings, line: Captioned) -> dict[str, Any]:
-    """Make the references that a line lacks.
+MAKE = {"keypoints": keypoints_of, "dialogues": dialogues_of, "probes": probes_of}
+
+
+async def add_references(asker: Asker, settings: Settings, wanted: Sequence[str], line: Captioned) -> dict[str, Any]:
+    """Make the references of MAKE that are wanted and that a line lacks.
 
     Raises:
         Rejected: the caption is too short, too long or repeats itself, or no answer can be used.
         Unanswered, Stopped: as `Asker.ask`.
     """
-    missing, caption = line.missing(), line.fields["caption"]
+    missing, caption = line.missing(wanted), line.fields["caption"]
     if not missing:
         return {}
     within(settings, caption, "the caption")
     if collapses(caption):
         raise Rejected("repetition", "the caption repeats itself over and over")
-    make = {"keypoints": keypoints_of, "dialogues": dialogues_of}
-    return {name: await make[name](asker, line.id, caption) for name in missing}
+    return {name: await MAKE[name](asker, line.id, caption) for name in missing}

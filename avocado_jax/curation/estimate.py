@@ -18,13 +18,23 @@ from avocado_jax.progress import progress
 from avocado_jax.remote.chat import AUDIO_BYTES, estimate
 
 # Tokens of an ordinary answer (the paper's captions have at most 1,437 on average), and what each stage reads of them.
-ANSWERS = {"visual": 900, "audio": 450, "fusion": 1200, "completeness": 16, "keypoints": 1500, "dialogues": 200}
+ANSWERS = {
+    "visual": 900,
+    "audio": 450,
+    "fusion": 1200,
+    "completeness": 16,
+    "keypoints": 1500,
+    "dialogues": 200,
+    "probes": 1600,
+}
 READS = {
     "fusion": ("visual", "audio"),
     "completeness": ("visual", "audio", "fusion"),
     "keypoints": ("fusion",),
     "dialogues": ("fusion",),
+    "probes": ("fusion",),
 }
+OF_CLIPS = tuple(stage for stage in ANSWERS if stage != "probes")  # stages of `curate VIDEO...`
 OF_SOUND = ("audio", "fusion", "completeness", "dialogues")  # stages that a clip without sound does not have
 PICTURE = {"type": "image_url"}
 
@@ -50,23 +60,25 @@ def expected(clips: Sequence[Clip], settings: Settings, limit: int, local: bool)
             if probe is None:
                 total["unreadable"] += 1
                 continue
-            for stage in ANSWERS:
+            for stage in OF_CLIPS:
                 if (local and stage in ("visual", "audio")) or (stage in OF_SOUND and not probe.sound):
                     continue
                 _add(total, stage, probe, ANSWERS, dict.fromkeys(ANSWERS, settings.most), limit)
     return dict(total)
 
 
-def expected_references(captions: Sequence[Captioned], settings: Settings, limit: int) -> dict[str, int]:
-    """The same for the references that captions lack.
+def expected_references(
+    captions: Sequence[Captioned], settings: Settings, limit: int, wanted: Sequence[str]
+) -> dict[str, int]:
+    """The same for the wanted references that captions lack.
 
     Args:
         limit: tokens of an answer.
     """
     total = Counter(captions=len(captions), complete=0, calls=0, tokens=0, calls_at_most=0, tokens_at_most=0)
     for line in captions:
-        total["complete"] += not line.missing()
-        for stage in line.missing():
+        total["complete"] += not line.missing(wanted)
+        for stage in line.missing(wanted):
             length = {"fusion": settings.tokens(line.fields["caption"])}
             _add(total, stage, None, length, length, limit)
     return dict(total)

@@ -14,11 +14,13 @@ from avocado_jax.curation.answers import (
     Dialogues,
     FusedCaption,
     Keypoints,
+    Probes,
     TimedCaption,
     read_caption,
     read_dialogues,
     read_fused,
     read_keypoints,
+    read_probes,
     read_score,
 )
 from avocado_jax.curation.asking import Asker, Question, Rejected
@@ -156,6 +158,12 @@ async def dialogues_of(asker: Asker, name: str, caption: str) -> list[dict[str, 
     """The lines of dialogue of a caption, as it quotes them. Raises as `Asker.ask`."""
     read = partial(read_dialogues, caption=caption)
     return await asker.ask(name, question("dialogues", {"caption": caption}, Dialogues, read))
+
+
+async def probes_of(asker: Asker, name: str, caption: str) -> list[dict[str, Any]]:
+    """Questions with choices that the caption answers. Raises as `Asker.ask`."""
+    read = partial(read_probes, caption=caption)
+    return await asker.ask(name, question("probes", {"caption": caption}, Probes, read))
 
 
 def both(visual: Sequence[Sentence], audio: Sequence[Sentence]) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import msgpack
 import numpy as np
 
+from avocado_jax.data.probes import read_probe
 from avocado_jax.data.records import LISTS
 from avocado_jax.errors import InputError
 from avocado_jax.typing import Array
@@ -180,6 +181,8 @@ def _checked(fields: dict[str, Any]) -> str:
         held = fields.get(name, [])
         if not isinstance(held, list) or not all(isinstance(item, kind) for item in held):
             raise InputError(f"its '{name}' is not a list of {'texts' if kind is str else 'objects'}")
+    for probe in fields.get("probes", ()):
+        read_probe(probe)
     try:
         json.dumps(fields, ensure_ascii=False).encode()
         msgpack.packb(fields)

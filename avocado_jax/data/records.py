@@ -14,7 +14,7 @@ from avocado_jax.data.media import Media, Reading
 from avocado_jax.errors import InputError
 
 VERSION = 1
-LISTS = ("references", "events", "dialogues", "keypoints")
+LISTS = ("references", "events", "dialogues", "keypoints", "probes")
 
 
 class Record(NamedTuple):

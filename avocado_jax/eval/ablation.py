@@ -28,6 +28,7 @@ METRICS = {  # as `evaluate world` names them, and as they are headed
     "repcol": "RepCol",
     "length": "length",
 }
+IN_SOME = {"time_iou": "time IoU"}  # only where captions have timed scenes; 0 in arms without
 ERRORS = 2.0  # standard errors of a mean difference beyond which it is shown
 Results = Mapping[str, Sequence[Mapping[str, float]]]  # of each arm, metrics by seed; of one that has no seeds, once
 
@@ -105,7 +106,7 @@ class Difference(NamedTuple):
 
 def difference(arm: Sequence[Mapping[str, float]], base: Sequence[Mapping[str, float]], metric: str) -> Difference:
     """Paired by seed; a base without seeds stands against each."""
-    apart = np.array([one[metric] - base[seed % len(base)][metric] for seed, one in enumerate(arm)])
+    apart = np.array([one.get(metric, 0.0) - base[seed % len(base)].get(metric, 0.0) for seed, one in enumerate(arm)])
     if len(apart) < 2:
         return Difference(float(apart.mean()), None, False)
     error = float(apart.std(ddof=1) / np.sqrt(len(apart)))
@@ -115,15 +116,17 @@ def difference(arm: Sequence[Mapping[str, float]], base: Sequence[Mapping[str, f
 def summary(arms: Sequence[Arm], results: Results) -> list[dict[str, Any]]:
     """Of each arm its mean and standard deviation over seeds, and its differences to the arm it adds to."""
     rows = []
+    some = [metric for metric in IN_SOME if any(metric in one for values in results.values() for one in values)]
+    metrics = [*METRICS, *some]
     for arm in arms:
         values, base = results[arm.name], base_of(arm, arms)
         row: dict[str, Any] = {"arm": arm.name, "stage": arm.stage, "weights": arm.weights, "runs": len(values)}
-        each = {metric: np.array([one[metric] for one in values]) for metric in METRICS}
+        each = {metric: np.array([one.get(metric, 0.0) for one in values]) for metric in metrics}
         row["mean"] = {metric: float(value.mean()) for metric, value in each.items()}
         row["std"] = {metric: float(value.std(ddof=1)) if len(value) > 1 else None for metric, value in each.items()}
         if base:
             row["over"] = base.name
-            found = {metric: difference(values, results[base.name], metric) for metric in METRICS}
+            found = {metric: difference(values, results[base.name], metric) for metric in metrics}
             row["difference"] = {metric: one._asdict() for metric, one in found.items()}
         rows.append(row)
     return rows
@@ -135,10 +138,11 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
     def line(cells: Sequence[str]) -> str:
         return "| " + " | ".join(cells) + " |"
 
-    head = [line(["", *METRICS.values()]), line(["---"] * (len(METRICS) + 1))]
-    values = [line([row["arm"], *(_spread(metric, row) for metric in METRICS)]) for row in rows]
+    titles = {name: title for name, title in (METRICS | IN_SOME).items() if name in rows[0]["mean"]}
+    head = [line(["", *titles.values()]), line(["---"] * (len(titles) + 1))]
+    values = [line([row["arm"], *(_spread(metric, row) for metric in titles)]) for row in rows]
     added = [
-        line([f"{row['arm']} over {row['over']}", *(_added(metric, row["difference"][metric]) for metric in METRICS)])
+        line([f"{row['arm']} over {row['over']}", *(_added(metric, row["difference"][metric]) for metric in titles)])
         for row in rows
         if "over" in row
     ]

@@ -13,7 +13,7 @@ class AnswerLog:
     """A cache of answers (`remote.cache.Answers`): they are read when it is opened, and held in memory.
 
     Args:
-        path: the object. Its lines are {"key", "model", "answer", "tokens"}.
+        path: the object. Its lines are {"key", "model", "answer", "tokens", "returned"}.
         stack: its end appends what has not been appended yet.
 
     Raises:
@@ -24,11 +24,11 @@ class AnswerLog:
     def __init__(self, path: str, stack: ExitStack) -> None:
         self._lines, data = open_lines(path, stack)
         lines = parse_lines(data, path, {"key": str, "answer": str}) if data else ()
-        self._answers = {line["key"]: line["answer"] for _, line in lines}
+        self._answers = {line["key"]: line for _, line in lines}
         self._lock = threading.Lock()
 
-    def get(self, name: str) -> str | None:
-        """The answer stored under a name; None if there is none."""
+    def get(self, name: str) -> dict[str, Any] | None:
+        """The entry stored under a name; None if there is none."""
         return self._answers.get(name)
 
     def put(self, name: str, entry: dict[str, Any]) -> None:
@@ -38,5 +38,5 @@ class AnswerLog:
             StorageError: it could not be appended; it is tried again with the next one.
         """
         with self._lock:
-            self._answers[name] = entry["answer"]
+            self._answers[name] = entry
             self._lines.append(json.dumps({"key": name, **entry}).encode() + b"\n")

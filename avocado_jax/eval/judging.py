@@ -1,8 +1,11 @@
-"""Captions before a judge: prompts from files, questions in rounds, answers that are valid or told as missing."""
+"""Captions before a judge: prompts from files, questions in rounds, answers that are valid or counted as missing."""
 
+import asyncio
+import hashlib
 import json
 import re
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -12,7 +15,9 @@ from avocado_jax.errors import InputError
 from avocado_jax.eval.benchmarks.benchmark import Benchmark, Judged, Record, Unit
 from avocado_jax.progress import progress
 from avocado_jax.remote.answers import read_object, response_format
-from avocado_jax.remote.chat import Reply
+from avocado_jax.remote.cache import opened
+from avocado_jax.remote.call import Malformed
+from avocado_jax.remote.chat import Endpoint, Reply, estimate, request
 
 PROMPTS = Path(__file__).parent / "prompts"
 PARTED = re.compile(r"^---\s*$", re.MULTILINE)
@@ -21,6 +26,7 @@ FIELDS = {  # that a prompt may name
     "video-salmonn-2": {"events", "caption"},
     "ugc-videocap": {"reference", "caption"},
     "multiple-choice": {"caption", "question", "choices"},
+    "probes": {"caption", "questions"},
     "vdc-answer": {"caption", "question"},
     "vdc-grade": {"question", "answer", "prediction"},
     "dream-1k-events": {"caption"},
@@ -33,6 +39,11 @@ class Prompt(NamedTuple):
 
     system: str  # may be empty
     user: str
+
+    @property
+    def digest(self) -> str:
+        """A hash of the words."""
+        return hashlib.sha256(json.dumps(self).encode()).hexdigest()[:16]
 
     def messages(self, fields: Mapping[str, Any]) -> list[dict[str, str]]:
         """The messages with the fields in their places; what is in a field is never taken for a place."""
@@ -49,8 +60,18 @@ class Prompt(NamedTuple):
         ]
 
 
+class JudgeEnded(Exception):
+    """The judge answers no more questions: its budget is exhausted, or it is gone."""
+
+
 class Judge(Protocol):
-    """Who answers: an endpoint (`remote.chat.ChatClient`) or a model here (`eval.local_judge.LocalJudge`)."""
+    """Who answers: an endpoint (`remote.chat.ChatClient`) or a model here (`eval.local_judge.LocalJudge`).
+
+    Attributes:
+        ended: why it answers no more questions; empty: it does.
+    """
+
+    ended: str
 
     async def ask(
         self,
@@ -98,12 +119,21 @@ def judge_captions(
     judge: Judge,
     prompts: Mapping[str, Prompt],
     rounds: int,
+    structured: bool = True,
+    dry: bool = False,
 ) -> list[list[Judged]]:
-    """What the judge says of each record's caption, [rounds][records].
+    """The judge's answers on each record's caption, [rounds][records].
+
+    Args:
+        structured: request answers of our own form by `response_format`. Other prompts may ask for another form.
+        dry: the judge answers nothing (`DryJudge`); questions that depend on an answer follow a typical one.
 
     Raises:
         InputError: as the judge.
+        JudgeEnded: the judge answers no more questions; answers are kept.
     """
+
+    ended: list[str] = []
 
     async def one(number: int, record: Record) -> list[Unit]:
         async def ask(
@@ -111,12 +141,20 @@ def judge_captions(
             fields: Mapping[str, Any],
             schema: type[BaseModel],
             check: Callable[[Any], Any] = lambda answer: answer,
+            read: Callable[[str], Any] | None = None,
         ) -> Reply[Any]:
-            messages = prompts[prompt].messages(fields)
-            options = response_format(schema)
-            return await judge.ask(
-                messages, lambda text: check(read_object(text, schema)), options=options, sample=number
+            read = read or partial(read_object, schema=schema, python=True)
+            reply = await judge.ask(
+                prompts[prompt].messages(fields),
+                lambda text: check(read(text)),
+                options=response_format(schema) if structured else {},
+                sample=number,
             )
+            if reply.value is not None:
+                return reply
+            if judge.ended:
+                ended.append(judge.ended)
+            return Reply(benchmark.typical.get(prompt)) if dry else reply
 
         return await benchmark.judge(record, captions[record.id], ask)
 
@@ -124,6 +162,51 @@ def judge_captions(
     units: dict[int, list[Unit]] = {}
     for place, found in progress(judge.each(works), "captions judged", rounds * len(records)):
         units[place] = found
+    if ended:  # only now: the calls in flight were still answered
+        raise JudgeEnded(ended[0])
     every = [Judged(record, []) for _ in range(rounds) for record in records]
     told = [judged._replace(units=units[place]) for place, judged in enumerate(every)]
     return [told[first : first + len(records)] for first in range(0, len(told), len(records))]
+
+
+class DryJudge:
+    """Counts what an endpoint would be asked, and asks nothing. Answers that are cached are read.
+
+    Attributes:
+        counts: "calls"; "tokens" by estimate; "cached" answers.
+    """
+
+    ended = ""
+
+    def __init__(self, endpoint: Endpoint):
+        self.counts = {"calls": 0, "tokens": 0, "cached": 0}
+        self._endpoint, self._cache = endpoint, opened(endpoint.cache)
+        self._known: set[str] = set()
+
+    async def ask(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        read: Callable[[str], Any],
+        *,
+        options: Mapping[str, Any] | None = None,
+        sample: int = 0,
+    ) -> Reply[Any]:
+        """As `ChatClient.ask`: the cached answer, else none."""
+        name, body = request(self._endpoint, messages, options, sample)
+        if known := self._cache.get(name):
+            try:
+                value = read(known["answer"])
+                self.counts["cached"] += 1
+                return Reply(value, known["answer"])
+            except Malformed:
+                pass
+        if name not in self._known:  # equal questions are one call
+            self._known.add(name)
+            self.counts["calls"] += 1
+            self.counts["tokens"] += estimate(body)
+        return Reply(None, why="a dry run")
+
+    def each(self, works: Iterable[Coroutine]) -> Iterator[tuple[int, Any]]:
+        """Run all, one after another."""
+        for number, work in enumerate(works):
+            yield number, asyncio.run(work)

@@ -39,6 +39,8 @@ class LocalJudge:
     Attributes:
         counts: "calls", "cached" and "malformed" answers.
         trouble: the latest malformed answer, in words.
+        ended: empty: it answers as long as it is asked.
+        returned: empty: there is no endpoint that names a model.
 
     Raises:
         InputError: the folder holds no language model, or no tokenizer of its vocabulary.
@@ -49,7 +51,8 @@ class LocalJudge:
     ):
         checkpoint = open_language_model(folder)
         self.counts: Counter[str] = Counter()
-        self.trouble = ""
+        self.trouble = self.ended = ""
+        self.returned: Counter[str] = Counter()
         self._length, self._batch = length, batch
         self._identity = identity(checkpoint)
         self._cache = opened(cache)
@@ -69,8 +72,8 @@ class LocalJudge:
         """As `remote.chat.ChatClient.ask`; `options` and `sample` change nothing."""
         held = [self._identity, self._dtype, self._length, list(messages)]
         name = hashlib.sha256(json.dumps(held, sort_keys=True).encode()).hexdigest()
-        text = self._cache.get(name)
-        if text is not None:
+        if (known := self._cache.get(name)) is not None:
+            text = known["answer"]
             self.counts["cached"] += 1
         else:
             row = self._row(messages)

@@ -1,10 +1,12 @@
 """What captions are worth, from their texts alone."""
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from avocado_jax.world.timing import scenes, time_iou
 from avocado_jax.world.truth import mean_scores
 
 MIN_SPAN = 24  # characters of a stretch that counts: good captions hold "00000" and "mmmmm"
@@ -31,6 +33,18 @@ def collapses(text: str, min_span: int = MIN_SPAN) -> bool:
     return False
 
 
+def cut_repetitions(text: str) -> str:
+    """The text with each repetition cut to one unit (the cleaning rule of the official video-SALMONN-2 evaluation).
+
+    A repetition is a unit of 1-49 characters five times in a row or more, or one of 50-99 four times or more, within
+    a line; at most 201 units of it are cut.
+    """
+    for unit in range(1, LONGEST_UNIT + 1):
+        more = 4 if unit < 50 else 3
+        text = re.sub(rf"(.{{{unit}}})\1{{{more},200}}", r"\1", text)
+    return text
+
+
 def text_metrics(captions: Sequence[str], lengths: Sequence[int | None]) -> dict[str, float | None]:
     """Measures that need no reference: `repcol`, the share of captions that collapse, and `length`, mean tokens.
 
@@ -46,5 +60,13 @@ def text_metrics(captions: Sequence[str], lengths: Sequence[int | None]) -> dict
 def world_metrics(
     captions: Sequence[str], lengths: Sequence[int | None], records: Sequence[Mapping[str, Any]]
 ) -> dict[str, float | None]:
-    """The metrics of `evaluate world`: means over the captions of AVWorld's clips, whose truth is `records`."""
-    return mean_scores(captions, records) | text_metrics(captions, lengths)
+    """The metrics of `evaluate world`: means over the captions of AVWorld's clips, whose truth is `records`.
+
+    `time_iou` is among them if any caption has timed scenes.
+    """
+    metrics = mean_scores(captions, records) | text_metrics(captions, lengths)
+    if any(map(scenes, captions)):
+        ious = [time_iou(caption, record) for caption, record in zip(captions, records, strict=True)]
+        known = [iou for iou in ious if iou is not None]
+        metrics["time_iou"] = sum(known) / len(known) if known else None
+    return metrics

@@ -46,8 +46,9 @@ def results(
     captions: Mapping[str, Caption],
     failed: Sequence[str],
     rounds: Sequence[Sequence[Judged]],
-    judge: Mapping[str, str] | None,
+    judge: Mapping[str, Any] | None,
     model: str,
+    decoding: Mapping[str, Any] | None = None,
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """The figures of a benchmark and a line for each clip.
 
@@ -55,8 +56,9 @@ def results(
         captions: of each record.
         failed: records whose clip has no caption: theirs are empty.
         rounds: what the judge said, [rounds][records]; empty where none was asked.
-        judge: "model" and "prompts", whose they are.
+        judge: "model" and "prompts", whose they are; perhaps more.
         model: what the captions are of.
+        decoding: settings by which the captions were made; None: they were made elsewhere.
     """
     texts = [captions[record.id].text for record in records]
     dialogue = dialogue_scores(texts, [record.reference for record in records])
@@ -72,6 +74,7 @@ def results(
         "title": benchmark.title,
         "model": model,
         "judge": dict(judge) if judge else None,
+        "decoding": dict(decoding) if decoding else None,
         "n": len(records),
         "metrics": metrics,
         "failed": list(failed),

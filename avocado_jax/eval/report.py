@@ -23,7 +23,8 @@ POINTS = 1000  # of a curve at most: more are averaged
 ROLLOUT = {"step": int, "id": str, "group": int, "caption": str, "length": int, "rewards": dict}
 SAMPLE = {"step": int, "id": str, "caption": str, "reference": str}
 # Curves that are shown at first, those that there are.
-SHOWN = ("reward", "heldout_reward", "reward_checklist", "reward_dialogue", "reward_length", "length", "kl", "entropy")
+SHOWN = ("reward", "heldout_reward", "reward_checklist", "reward_dialogue", "reward_length", "reward_timing")
+SHOWN += ("reward_probes", "length", "kl", "entropy")
 SHOWN += ("loss", "heldout_loss", "accuracy", "heldout_accuracy", "lr", "gradient_norm")
 FIRST = 8
 

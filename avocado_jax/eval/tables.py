@@ -36,6 +36,9 @@ def notes(result: Mapping[str, Any]) -> list[str]:
         told.append("no judge was asked")
     else:
         told.append(f"judge {judge['model']}, {judge['prompts']} prompts, {len(result['rounds'])} rounds")
+        named = [f"{name} ({count})" for name, count in judge.get("returned", {}).items() if name]
+        told += [f"models of the answers, as the endpoint named them: {', '.join(named)}"] * bool(named)
+        told += [f"as published: {note}" for note in judge.get("official", ())]
         told.append(f"{result['missing']} of {result['asked']} answers are missing and left out of the figures")
         told += [f"{count} times: {why}" for why, count in result["why"].items()]
         if judge["prompts"] == "our own":

@@ -1,6 +1,8 @@
 """Structured answers: what is asked for as a JSON schema, and read back by the same declaration."""
 
+import ast
 import json
+import re
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
@@ -9,6 +11,9 @@ from avocado_jax.remote.call import Malformed
 
 A = TypeVar("A", bound=BaseModel)
 ATTEMPTS = 256  # openings of an object that are tried: a hostile answer may hold a million
+LITERAL, DEPTH = 20_000, 16  # characters and nested braces of a Python dictionary
+ESCAPE = re.compile(r"""\\(?:\\\\)*[^\\'"nrtu]""")  # that Python would warn of, or read as something else
+TOKEN = re.compile(r"""'(?:[^'\\\n]|\\.)*'|"(?:[^"\\\n]|\\.)*"|[{}]""")
 
 
 def response_format(schema: type[BaseModel]) -> dict[str, Any]:
@@ -17,16 +22,19 @@ def response_format(schema: type[BaseModel]) -> dict[str, Any]:
     return {"response_format": {"type": "json_schema", "json_schema": named}}
 
 
-def read_object(text: str, schema: type[A]) -> A:
+def read_object(text: str, schema: type[A], python: bool = False) -> A:
     """The last JSON object in what a model wrote that is of this shape, types strictly so.
 
     Words, fences and other objects around it are passed over, and so are fields that were not asked for.
+
+    Args:
+        python: read Python dictionaries too (`objects`).
 
     Raises:
         Malformed: there is none.
     """
     why = "no JSON object"
-    for found in reversed(objects(text)):
+    for found in reversed(objects(text, python)):
         try:
             return schema.model_validate(found, strict=True)
         except ValidationError as error:
@@ -35,8 +43,12 @@ def read_object(text: str, schema: type[A]) -> A:
     raise Malformed(f"{why} in {text[:200]!r}", text)
 
 
-def objects(text: str) -> list[dict[str, Any]]:
-    """The JSON objects in a text, outermost ones, in order. One that names a field twice is none."""
+def objects(text: str, python: bool = False) -> list[dict[str, Any]]:
+    """The JSON objects in a text, outermost ones, in order. One that names a field twice is none.
+
+    Args:
+        python: read Python dictionaries too: single quotes, True, False, None and trailing commas.
+    """
     decoder = json.JSONDecoder(object_pairs_hook=_fields)
     found, place = [], 0
     for _ in range(ATTEMPTS):
@@ -46,8 +58,47 @@ def objects(text: str) -> list[dict[str, Any]]:
             value, place = decoder.raw_decode(text, place)
             found.append(value)
         except (ValueError, RecursionError):
-            place += 1
+            end = _closing(text, place) if python else 0
+            value = _literal(text[place:end]) if end else None
+            if isinstance(value, dict):
+                found.append(value)
+            place = end if isinstance(value, dict) else place + 1
     return found
+
+
+def _closing(text: str, start: int) -> int:
+    """The end of the object that begins at `start`, 0 if there is none near."""
+    depth = 0
+    for token in TOKEN.finditer(text, start, start + LITERAL):
+        depth += {"{": 1, "}": -1}.get(token[0], 0)
+        if depth == 0:
+            return token.end()
+        if depth > DEPTH:
+            break
+    return 0
+
+
+def _literal(text: str) -> Any:
+    """The value of a Python dictionary of plain values; None if it is not one or names a field twice."""
+    if ESCAPE.search(text):
+        return None
+    try:
+        tree = ast.parse(text, mode="eval")
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Dict):
+                keys = [ast.literal_eval(key) for key in node.keys if key is not None]
+                if not all(isinstance(key, str) for key in keys) or len(set(keys)) < len(node.keys):
+                    return None
+        return ast.literal_eval(tree)
+    except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
+        return None
+
+
+def last_words(text: str) -> list[str]:
+    """What a model answered in plain text: all of it without its thoughts and fences, and its last line."""
+    said = text.rpartition("</think>")[2]
+    lines = [line.strip() for line in said.splitlines() if line.strip() and not line.strip().startswith("```")]
+    return list(dict.fromkeys(["\n".join(lines), *lines[-1:]]))
 
 
 def _closed(schema: Any) -> Any:

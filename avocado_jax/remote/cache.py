@@ -12,15 +12,16 @@ from avocado_jax.errors import InputError
 class Answers(Protocol):
     """A cache."""
 
-    def get(self, name: str) -> str | None:
-        """The answer stored under a name; None if there is none."""
+    def get(self, name: str) -> dict[str, Any] | None:
+        """The entry stored under a name, its "answer" a text; None if there is none."""
 
     def put(self, name: str, entry: dict[str, Any]) -> None:
-        """Store an answer: {"model", "answer", "tokens"}."""
+        """Store an answer: {"model", "answer", "tokens", "returned"}."""
 
 
 class Cache:
-    """Answers as files FOLDER/ab/abcdef....json: {"model", "answer", "tokens"}. Without a folder it stores nothing.
+    """Answers as files FOLDER/ab/abcdef....json: {"model", "answer", "tokens", "returned"}. Without a folder it stores
+    nothing.
 
     Raises:
         InputError: the folder is in a bucket.
@@ -32,15 +33,15 @@ class Cache:
             raise InputError(f"{name}: the judge's cache must be a local folder; to keep it in a bucket, mount it")
         self.folder = folder
 
-    def get(self, name: str) -> str | None:
-        """The answer stored under a name; None if there is no file or it is damaged."""
+    def get(self, name: str) -> dict[str, Any] | None:
+        """The entry stored under a name, its "answer" a text; None if there is no file or it is damaged."""
         if self.folder is None:
             return None
         try:
-            answer = json.loads(self._path(name).read_bytes())["answer"]
-        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+            entry = json.loads(self._path(name).read_bytes())
+        except (OSError, ValueError, RecursionError):
             return None
-        return answer if isinstance(answer, str) else None
+        return entry if isinstance(entry, dict) and isinstance(entry.get("answer"), str) else None
 
     def put(self, name: str, entry: dict[str, Any]) -> None:
         """Store an answer atomically: other processes may read at any moment.

@@ -4,6 +4,8 @@ import json
 from email.utils import parsedate_to_datetime
 from time import time
 from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import getproxies, proxy_bypass
 
 import aiohttp
 
@@ -34,6 +36,18 @@ class Final(Exception):
     def __init__(self, what: str, status: int = 0):
         super().__init__(what)
         self.status = status
+
+
+def proxy_for(url: str) -> str | None:
+    """The proxy for a URL by HTTP_PROXY, HTTPS_PROXY and NO_PROXY; none for this machine's loopback addresses.
+
+    The netrc file, which aiohttp's `trust_env` would read too, is ignored: it would replace the API key.
+    """
+    parts = urlsplit(url)
+    host = parts.hostname or ""
+    if host in ("localhost", "::1") or host.startswith("127.") or proxy_bypass(host):
+        return None
+    return getproxies().get(parts.scheme)
 
 
 async def call(session: aiohttp.ClientSession, url: str, body: dict[str, Any], timeout: float) -> bytes:
@@ -89,6 +103,15 @@ def usage(raw: bytes) -> int | None:
     except (ValueError, LookupError, TypeError, RecursionError):
         return None
     return total if type(total) is int and total >= 0 else None
+
+
+def model_of(raw: bytes) -> str:
+    """The model that answered, as the endpoint names it; empty if it does not say."""
+    try:
+        name = json.loads(raw)["model"]
+    except (ValueError, LookupError, TypeError, RecursionError):
+        return ""
+    return name if isinstance(name, str) else ""
 
 
 def retry_after(header: str) -> float:

@@ -20,7 +20,8 @@ import aiohttp
 
 from avocado_jax.errors import InputError
 from avocado_jax.remote.cache import Answers, opened
-from avocado_jax.remote.call import Final, Malformed, Passing, call, content, usage
+from avocado_jax.remote.call import Final, Malformed, Passing, call, content, model_of, proxy_for, usage
+from avocado_jax.remote.ledger import Ledger
 
 T = TypeVar("T")
 Messages = Sequence[Mapping[str, Any]]  # "content" is a text, or a list of the protocol's parts
@@ -42,8 +43,11 @@ class Endpoint:
     timeout: float = 60.0  # seconds that a call may take, to its last byte
     patience: float = 600.0  # seconds, once its turn has come, after which a question without a deadline is given up
     tries: int = 3  # answers taken to a question until one can be read
-    max_calls: int = 1_000_000  # of one client: what it may cost
-    max_tokens: int | None = None  # of one client, questions and answers together: the other bound of what it may cost
+    blanks: int | None = None  # of them without any text, counted apart; None: as the others
+    max_calls: int = 1_000_000  # of one client, or of all that wrote the ledger
+    max_tokens: int | None = None  # the same, questions and answers together
+    ledger: Ledger | None = None  # adds up calls and tokens over all runs
+    breaker: int | None = None  # questions in a row without an answer after which no more are asked
     options: Mapping[str, Any] = field(default_factory=lambda: {"temperature": 0})  # more fields of every request
     name: str = "judge"  # what messages on stderr call it
 
@@ -68,7 +72,10 @@ class ChatClient:
         counts: "calls"; "cached" answers; "passing" errors, after which the call was made again; "malformed" answers;
             "refused" calls, which are not made again, and those over budget; questions given up as "late"; answers
             "not cached" for want of space.
-        tokens: taken so far, as the endpoint says, else as `estimate` does.
+        tokens: taken so far, as the endpoint says, else as `estimate` does; calls that were given up by estimate.
+        returned: answers by the name of the model, as the endpoint gives it.
+        ended: why no more questions are asked: the budget is exhausted, or the endpoint does not answer. Empty: not.
+        exhausted: it is the budget.
         trouble: the latest error, in words. The first of each kind is told on stderr.
 
     Raises:
@@ -82,10 +89,16 @@ class ChatClient:
             raise InputError(f"the {endpoint.name}'s URL is {endpoint.url!r}, not http://HOST/... or https://HOST/...")
         self.endpoint = endpoint
         self.counts: Counter[str] = Counter()
+        self.returned: Counter[str] = Counter()
         self.tokens = 0
-        self.trouble = ""
+        self.trouble = self.ended = ""
+        self.exhausted = False
         self._key = os.environ.get(endpoint.key_variable, "").strip()
         self._cache = opened(endpoint.cache)
+        self._ledger = endpoint.ledger or Ledger()
+        self._proxy = proxy_for(endpoint.url)
+        self._silent = 0  # questions in a row without an answer
+        self._freed = asyncio.Event()  # replaced and set when a call ends
         self._asking: dict[str, asyncio.Task[Reply]] = {}
         self._reserved = 0  # tokens of the calls in flight
         self._answered = False
@@ -116,17 +129,19 @@ class ChatClient:
             sample: the same question with another number is another question: for repeated measurements.
             deadline: of the loop's clock; default: `patience` from when the question's turn has come.
         """
-        body = {"model": self.endpoint.model, "messages": list(messages), **self.endpoint.options, **(options or {})}
-        name = hashlib.sha256(json.dumps([body, sample], sort_keys=True).encode()).hexdigest()
+        name, body = request(self.endpoint, messages, options, sample)
         task = self._asking.get(name)
         if task is None:
             if (known := self._cache.get(name)) is not None:
                 try:
-                    value = read(known)
+                    value = read(known["answer"])
                     self.counts["cached"] += 1
-                    return Reply(value, known)
+                    self.returned[known.get("returned") or ""] += 1
+                    return Reply(value, known["answer"])
                 except Malformed:
                     pass  # another reader took it; ours asks again
+            if self.ended:
+                return Reply(None, why=self.count("refused", self.ended))
             task = self._asking[name] = asyncio.create_task(self._complete(name, body, read, deadline))
             task.add_done_callback(lambda _: self._asking.pop(name))
         return await task
@@ -192,18 +207,24 @@ class ChatClient:
         if deadline is None:
             async with self._turns:  # waiting for the others is no reason to be given up
                 return await self._complete(name, body, read, self._loop.time() + self.endpoint.patience)
-        tries, pause, text, why = 0, FIRST_PAUSE, "", ""
+        tries, blanks, pause, text, why = 0, 0, FIRST_PAUSE, "", ""
         try:
             async with asyncio.timeout_at(deadline):
-                while tries < self.endpoint.tries:
+                while tries < self.endpoint.tries and blanks < (self.endpoint.blanks or 1):
+                    said = ""
                     try:
-                        text, tokens = await self._call(body)
-                        value = read(text)
-                        self._keep(name, {"model": self.endpoint.model, "answer": text, "tokens": tokens})
+                        said, tokens, returned = await self._call(body)
+                        text, value = said, read(said)
+                        kept = {"model": self.endpoint.model, "answer": text, "tokens": tokens, "returned": returned}
+                        self._keep(name, kept)
+                        self.returned[returned] += 1
+                        self._silent = 0
                         return Reply(value, text)
                     except Malformed as error:
-                        why, text = self.count("malformed", error), error.text or text
-                        tries += 1
+                        said = said or error.text
+                        why, text = self.count("malformed", error), said or text
+                        counted = bool(said) or self.endpoint.blanks is None
+                        tries, blanks = tries + counted, blanks + (not counted)
                     except Passing as error:
                         why = self.count("passing", error)
                         seconds = max(error.wait, pause * random.uniform(0.5, 1.5))
@@ -215,10 +236,13 @@ class ChatClient:
             why = self.count("refused", error)
         except TimeoutError:
             why = self.count("late", f"{why or 'no answer'}; given up")
+        self._silent = 0 if text else self._silent + 1
+        if not self.ended and self.endpoint.breaker and self._silent >= self.endpoint.breaker:
+            self.ended = f"no answer to {self._silent} questions in a row; the latest error: {why}"
         return Reply(None, text, why)
 
-    async def _call(self, body: dict[str, Any]) -> tuple[str, int]:
-        """One call: the text that the model answers, and the tokens it took.
+    async def _call(self, body: dict[str, Any]) -> tuple[str, int, str]:
+        """One call: the text that the model answers, the tokens it took, and the name of the model.
 
         Raises:
             Passing, Final, Malformed: it did not.
@@ -230,21 +254,17 @@ class ChatClient:
             body = {name: value for name, value in body.items() if name != "response_format"}
         expected = estimate(body)
         async with self._slots:
-            if self.counts["calls"] >= endpoint.max_calls:
-                raise Final(f"the budget of {endpoint.max_calls} calls is spent")
-            if endpoint.max_tokens is not None and self.tokens + self._reserved + expected > endpoint.max_tokens:
-                raise Final(
-                    f"the budget of {endpoint.max_tokens} tokens: {self.tokens} are spent, about "
-                    f"{self._reserved} on their way, and a call of about {expected} would exceed it"
-                )
-            self.counts["calls"] += 1
-            self._reserved += expected
+            await self._reserve(expected)
+            spent = expected  # by a call that is cancelled or given up: the server had it
             try:
                 raw = await call(self._connected(), url, body, endpoint.timeout)
+                told = usage(raw)
+                spent = expected if told is None else told
             except Passing as error:
-                self.tokens += expected if error.late else 0
+                spent = expected if error.late else 0
                 raise
             except Final as error:
+                spent = 0
                 if error.status in (400, 422) and "response_format" in body and "response_format" in str(error):
                     self._unformatted = True  # the answer is asked for in words too, and checked all the same
                     raise Passing(str(error)) from None
@@ -253,16 +273,43 @@ class ChatClient:
                 raise
             finally:
                 self._reserved -= expected
-        tokens = usage(raw)
-        self.tokens += tokens if tokens is not None else expected
+                self.tokens += spent
+                self._ledger.add(0, spent - expected)
+                self._freed.set()
+                self._freed = asyncio.Event()
         text = content(raw)
         self._answered = True
-        return text, tokens if tokens is not None else expected
+        return text, spent, model_of(raw)
+
+    async def _reserve(self, expected: int) -> None:
+        """Take a call of about `expected` tokens from the budget; wait while calls in flight may leave room for it.
+
+        Raises:
+            Final: the budget is exhausted.
+        """
+        endpoint, ledger = self.endpoint, self._ledger
+        while endpoint.max_tokens is not None and ledger.tokens + expected > endpoint.max_tokens and self._reserved:
+            await self._freed.wait()
+        why = ""
+        if ledger.calls >= endpoint.max_calls:
+            why = f"the budget of {endpoint.max_calls} calls is spent"
+        elif endpoint.max_tokens is not None and ledger.tokens + expected > endpoint.max_tokens:
+            why = (
+                f"the budget of {endpoint.max_tokens} tokens: {ledger.tokens} are spent, and a call of about "
+                f"{expected} would exceed it"
+            )
+        if why:
+            self.ended, self.exhausted = self.ended or why, True
+            raise Final(why)
+        self.counts["calls"] += 1
+        self._reserved += expected
+        ledger.add(1, expected)
 
     def _connected(self) -> aiohttp.ClientSession:
         if self._session is None:
             headers = {"Authorization": f"Bearer {self._key}"} if self._key else {}
-            self._session = aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0), headers=headers)
+            connector = aiohttp.TCPConnector(limit=0)
+            self._session = aiohttp.ClientSession(connector=connector, headers=headers, proxy=self._proxy)
         return self._session
 
     def _told(self, words: str) -> str:
@@ -275,6 +322,31 @@ class ChatClient:
             self._cache.put(name, kept)
         except OSError as error:  # the answer is good all the same
             self.count("not cached", error)
+
+
+def request(
+    endpoint: Endpoint, messages: Messages, options: Mapping[str, Any] | None, sample: int
+) -> tuple[str, dict[str, Any]]:
+    """The body of a question, and the hash by which its answer is cached."""
+    body = {"model": endpoint.model, "messages": list(messages), **endpoint.options, **(options or {})}
+    return hashlib.sha256(json.dumps([body, sample], sort_keys=True).encode()).hexdigest(), body
+
+
+def request_fields(text: str, defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of every request, from the JSON object of --request; null removes one of the defaults.
+
+    Raises:
+        InputError: it is not a JSON object, or sets a field that the client sets.
+    """
+    try:
+        more = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"--request is not JSON: {error}") from None
+    if not isinstance(more, dict):
+        raise InputError("--request is no JSON object")
+    if taken := {"model", "messages", "stream", "n", "response_format"} & more.keys():
+        raise InputError(f'--request may not set "{min(taken)}"')
+    return {name: value for name, value in {**defaults, **more}.items() if value is not None}
 
 
 def estimate(body: Mapping[str, Any]) -> int:

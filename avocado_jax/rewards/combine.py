@@ -15,11 +15,14 @@ from avocado_jax.rewards.dialogue import SIMILAR, SPEAKER, Dialogue, Pairs, comp
 from avocado_jax.rewards.length import length_reward
 from avocado_jax.rewards.repetition import MIN_SPAN, collapses
 from avocado_jax.rewards.text import Caption, Limits, limits_for, read
+from avocado_jax.rewards.timing import Events, event_references, find_scenes, timing_reward
 from avocado_jax.rewards.vocabulary import Table
 from avocado_jax.typing import Array, Float, Int
 
-TERMS = ("checklist", "dialogue", "length", "repetition")
+TERMS = ("checklist", "dialogue", "length", "repetition", "timing", "probes")
+ALWAYS = TERMS[:4]  # computed and logged in every run; the others where they have a weight
 JUDGES = ("lexical", "embedding", "lm", "remote")  # of R_C; the first needs no model
+PROBE_JUDGES = ("lm", "remote")
 
 
 class Thresholds(NamedTuple):
@@ -43,6 +46,7 @@ class References(NamedTuple):
 
     dialogue: Dialogue
     keypoints: Keypoints
+    events: Events | None = None  # None: captions have no term `timing`
 
 
 class Scored(NamedTuple):
@@ -50,7 +54,8 @@ class Scored(NamedTuple):
 
     Attributes:
         terms: raw values by name: R_C, R_D and R_L from 0 to 1, NaN without a reference; `repetition` is -1 for a
-            caption that collapses and 0 for any other; `truncated` is 1 where it was too long for the limits.
+            caption that collapses and 0 for any other; `truncated` is 1 where it was too long for the limits; `timing`
+            where the reference has room for events, and `probes` where a judge was asked, both from 0 to 1.
         keypoints: the judge's answers.
         verdict, pairs: what the lexical judge and R_D saw.
     """
@@ -68,30 +73,36 @@ def make_references(
     keypoints: int = 0,
     distinct: int = 0,
     alphabet: int = 0,
+    events: int = 0,
 ) -> tuple[References, np.ndarray]:
     """References of clips as arrays, and bool [B], which of them were cut to fit.
 
     Args:
-        clips: of each, "caption", "dialogues" and "keypoints", each of which may be absent or None. Dialogues that are
-            not there are read from the caption.
+        clips: of each, "caption", "dialogues", "keypoints" and "events", each of which may be absent or None. Dialogues
+            that are not there are read from the caption.
         limits: `quotes` and `line` hold for dialogues too.
         keypoints: room for so many keypoints a clip; `distinct`: for so many distinct features of them; `alphabet`:
             for so many distinct characters of its lines. 0 takes what these clips need.
+        events: room for so many events a clip; 0: no term `timing`.
     """
     captions = [clip.get("caption") for clip in clips]
     lists = [clip.get("keypoints") for clip in clips]
     size = keypoints or max(1, 1, *(len(own or ()) for own in lists))
     lines, cut_lines = dialogue_references(table, [clip.get("dialogues") for clip in clips], captions, limits, alphabet)
     points, cut_points = keypoint_references(table, lists, captions, limits, size, distinct=distinct)
-    return References(lines, points), cut_lines | cut_points
+    if not events:
+        return References(lines, points), cut_lines | cut_points
+    timed, cut_events = event_references([clip.get("events") for clip in clips], events)
+    return References(lines, points, timed), cut_lines | cut_points | cut_events
 
 
 def missing(references: References) -> dict[str, np.ndarray]:
     """For each term that needs a reference, bool [B]: the clips that have none."""
-    return {
+    without = {
         "checklist": np.asarray(references.keypoints.count) <= 0,
         "dialogue": np.asarray(references.dialogue.count) < 0,
     }
+    return without | ({} if references.events is None else {"timing": np.asarray(references.events.count) <= 0})
 
 
 def score(
@@ -100,8 +111,13 @@ def score(
     reference: References,
     thresholds: Thresholds = DEFAULTS,
     answers: Float[Array, "K"] | None = None,
+    probes: Float[Array, "P"] | None = None,
 ) -> Scored:
-    """Score one caption of so many tokens against one reference; `answers` are those of a judge that has been asked."""
+    """Score one caption of so many tokens against one reference.
+
+    Args:
+        answers, probes: a judge's scores of the keypoints and of the probes; NaN without one.
+    """
     verdict = lexical(caption, reference.keypoints, thresholds.low, thresholds.high, thresholds.order)
     answers = verdict.score if answers is None else answers
     pairs = compare(caption, reference.dialogue, thresholds.similar, thresholds.speaker)
@@ -113,6 +129,12 @@ def score(
         "repetition": -looping.astype(jnp.float32),
         "truncated": caption.truncated.astype(jnp.float32),
     }
+    if reference.events is not None:
+        scenes = find_scenes(caption.points, caption.length, reference.events.start.shape[-1])
+        terms["timing"] = timing_reward(scenes, reference.events)
+        terms["truncated"] = (caption.truncated | scenes.cut).astype(jnp.float32)
+    if probes is not None:
+        terms["probes"] = mean_score(probes, jnp.int32(len(probes)))
     return Scored(terms, answers, verdict, pairs)
 
 
@@ -124,6 +146,7 @@ def score_captions(
     thresholds: Thresholds = DEFAULTS,
     answers: Float[Array, "B G K"] | None = None,
     limits: Limits | None = None,
+    probes: Float[Array, "B G P"] | None = None,
 ) -> dict[str, Float[Array, "B G"]]:
     """The raw value of every term for G captions of each of B clips.
 
@@ -132,14 +155,16 @@ def score_captions(
             has no text.
         answers: of another judge than the lexical one.
         limits: how much of a caption is read; by default what captions of C tokens need.
+        probes: scores of each clip's probes; NaN without one.
     """
     limits = limits or limits_for(tokens.shape[-1])
 
-    def one(ids: Array, length: Array, reference: References, answer: Array | None) -> dict[str, Array]:
-        return score(read(table, ids, length, limits), length, reference, thresholds, answer).terms
+    def one(ids: Array, length: Array, reference: References, *judged: Array | None) -> dict[str, Array]:
+        return score(read(table, ids, length, limits), length, reference, thresholds, *judged).terms
 
-    in_group = jax.vmap(one, in_axes=(0, 0, None, None if answers is None else 0))
-    return jax.vmap(in_group, in_axes=(0, 0, 0, None if answers is None else 0))(tokens, lengths, references, answers)
+    by_caption = [None if one is None else 0 for one in (answers, probes)]
+    in_group = jax.vmap(one, in_axes=(0, 0, None, *by_caption))
+    return jax.vmap(in_group, in_axes=(0, 0, 0, *by_caption))(tokens, lengths, references, answers, probes)
 
 
 def combine(

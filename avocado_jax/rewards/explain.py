@@ -10,6 +10,7 @@ from avocado_jax.rewards.dialogue import TIE, UNIT
 from avocado_jax.rewards.text import Caption
 
 SHOWN = 60  # characters of a quotation
+EXTRA = {"timing": "Time IoU of the scenes", "probes": "Probes answered rightly"}
 
 
 def explain(
@@ -23,6 +24,7 @@ def explain(
     """
     terms = {name: float(value) for name, value in scored.terms.items()}
     said = [f"R_C {_number(terms['checklist'])}, R_D {_number(terms['dialogue'])}, R_L {_number(terms['length'])}."]
+    said += [f"{title} {_number(terms[name])}." for name, title in EXTRA.items() if name in terms]
     said += ["The caption falls into repetition."] * (terms["repetition"] < 0)
     said += ["Something did not fit the limits and was left out."] * (terms["truncated"] > 0)
     said += _dialogue(caption, reference, scored)

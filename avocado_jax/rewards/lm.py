@@ -1,4 +1,4 @@
-"""The language model as a judge: it reads a caption once and answers yes or no for each keypoint that hangs off it."""
+"""The language model as a judge: it reads a caption once, with all questions about it as continuations."""
 
 from collections.abc import Callable
 from typing import Any
@@ -7,6 +7,38 @@ import jax
 import jax.numpy as jnp
 
 from avocado_jax.typing import Array, Captions, Clip, Float, Int
+
+
+def next_token_scores(
+    apply: Callable[..., Any],
+    params: Any,
+    captions: Int[Array, "B P"],
+    lengths: Int[Array, "B"],
+    questions: Int[Array, "B K Q"],
+    question_lengths: Int[Array, "B K"],
+    ids: Int[Array, "I"],
+) -> Float[Array, "B K I"]:
+    """Logits of the token after each question, in the layout of a clip and its captions.
+
+    Questions attend to their caption and to themselves, and start at the position where it ends, so that the logits
+    are those of the plain sequence [caption, question]: at 40 questions of 40 tokens after a caption of 1,000, a
+    sixteenth of the work.
+
+    Args:
+        apply: of a thinker, or of a language model as a thinker without towers: `apply({"params": params}, clip,
+            captions)` gives hidden states and `method="logits"` scores of ids.
+        captions: B captions, the prompt before them included, right-padded.
+        lengths: valid tokens of each, at least 1.
+        questions: what follows a caption, one for each of its K items, right-padded: the item, the question, the
+            opening of the answer.
+        question_lengths: 0 where there is no item.
+        ids: tokens whose logits are returned.
+    """
+    inputs = Captions(questions, questions, jnp.ones(questions.shape, bool))
+    hidden = apply({"params": params}, _text(captions, lengths), inputs)
+    last = jnp.maximum(0, question_lengths - 1)[..., None, None]
+    hidden = jnp.take_along_axis(hidden, last, axis=2)[:, :, 0]
+    return apply({"params": params}, hidden, ids, method="logits")
 
 
 def lm_scores(
@@ -19,32 +51,45 @@ def lm_scores(
     yes: Int[Array, "Y"],
     no: Int[Array, "N"],
 ) -> Float[Array, "B K"]:
-    """P(yes) / (P(yes) + P(no)) of the token after each question, in the layout of a clip and its captions.
-
-    Questions see their caption and themselves, and take up its positions where it ends, so that the score is that
-    of the plain sequence [caption, question]: at 40 questions of 40 tokens after a caption of 1,000, a sixteenth of
-    the work.
+    """P(yes) / (P(yes) + P(no)) of the token after each question (`next_token_scores`).
 
     Args:
-        apply: of a thinker, or of a language model as a thinker without towers: `apply({"params": params}, clip,
-            captions)` gives hidden states and `method="logits"` scores of ids.
-        captions: B captions, the prompt before them included, right-padded.
-        lengths: valid tokens of each, at least 1.
-        questions: what follows a caption, one for each of its K keypoints, right-padded: the statement, the
-            question, the opening of the answer.
-        question_lengths: 0 where there is no keypoint.
         yes, no: the ids with which each answer may begin.
 
     Returns:
-        fp32 in 0..1; NaN where there is no keypoint.
+        fp32 in 0..1; NaN where there is no question.
     """
-    inputs = Captions(questions, questions, jnp.ones(questions.shape, bool))
-    hidden = apply({"params": params}, _text(captions, lengths), inputs)
-    last = jnp.maximum(0, question_lengths - 1)[..., None, None]
-    hidden = jnp.take_along_axis(hidden, last, axis=2)[:, :, 0]
-    scores = apply({"params": params}, hidden, jnp.concatenate([yes, no]), method="logits")
+    ids = jnp.concatenate([yes, no])
+    scores = next_token_scores(apply, params, captions, lengths, questions, question_lengths, ids)
     odds = jax.nn.logsumexp(scores[..., : len(yes)], axis=-1) - jax.nn.logsumexp(scores[..., len(yes) :], axis=-1)
     return jnp.where(question_lengths > 0, jax.nn.sigmoid(odds), jnp.nan)
+
+
+def lm_choices(
+    apply: Callable[..., Any],
+    params: Any,
+    captions: Int[Array, "B P"],
+    lengths: Int[Array, "B"],
+    questions: Int[Array, "B K Q"],
+    question_lengths: Int[Array, "B K"],
+    choices: Int[Array, "B K"],
+    right: Int[Array, "B K"],
+    letters: Int[Array, "L"],
+) -> Float[Array, "B K"]:
+    """Whether the likeliest letter after each multiple-choice question is the right one (`next_token_scores`).
+
+    Args:
+        choices: number of choices of each question.
+        right: index of the right choice.
+        letters: the first token of each letter.
+
+    Returns:
+        fp32, 1 or 0; NaN where there is no question.
+    """
+    scores = next_token_scores(apply, params, captions, lengths, questions, question_lengths, letters)
+    possible = jnp.arange(len(letters))[None, None] < choices[..., None]
+    answer = jnp.argmax(jnp.where(possible, scores, -jnp.inf), axis=-1)
+    return jnp.where(question_lengths > 0, (answer == right).astype(jnp.float32), jnp.nan)
 
 
 def _text(tokens: Int[Array, "B P"], lengths: Int[Array, "B"]) -> Clip:

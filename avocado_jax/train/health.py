@@ -18,6 +18,11 @@ from avocado_jax.rewards.combine import TERMS
 # (tests/train/test_sampler.py). Above it the sampler is not the trained policy, which biases the gradient.
 SAMPLER_GAP = 0.05
 SHORTER, CALMER = 4, 5  # factors by which length and entropy may fall below those of the first step of this process
+MISSING = {  # by term: what captions lack, and why
+    "checklist": "R_C: no keypoints, or no answer",
+    "probes": "score of probes: no probes, or no answer",
+    "timing": "time IoU: no events with times",
+}
 LOOPING, TRUNCATED, FLAT, UNKNOWN = 0.1, 0.5, 0.8, 0.5  # shares
 
 
@@ -38,6 +43,7 @@ def describe(config: GrpoConfig, model: ThinkerConfig, bucket: Bucket) -> str:
     weights = {name: getattr(config.rewards, name) for name in TERMS}
     terms = " + ".join(f"{weight:g} x {name}" for name, weight in weights.items() if weight)
     judge = f", keypoints judged by {config.rewards.judge}" if config.rewards.checklist else ""
+    judge += f", probes answered by {config.rewards.probe_judge}" if config.rewards.probes else ""
     lines.append(f"reward: {terms or 'no term has a weight'}{judge}")
     if updates == 1 and config.objective.aggregate == "sequence":
         first = "the first update of each rollout" if config.rollout_batches > 1 else "every update"
@@ -102,8 +108,7 @@ def warnings(metrics: Mapping[str, float], first: Mapping[str, float]) -> dict[s
         found["truncated"] = f"{metrics['truncated']:.0%} of captions reach sampling.tokens without an end"
     if above("zero_variance", FLAT):
         found["zero_variance"] = f"{metrics['zero_variance']:.0%} of groups have equal rewards and teach nothing"
-    if above("reward_checklist_missing", UNKNOWN):
-        found["checklist"] = (
-            f"{metrics['reward_checklist_missing']:.0%} of captions have no R_C: no keypoints, or no answer"
-        )
+    for term, why in MISSING.items():
+        if above(f"reward_{term}_missing", UNKNOWN):
+            found[term] = f"{metrics[f'reward_{term}_missing']:.0%} of captions have no {why}"
     return found

@@ -29,7 +29,7 @@ from avocado_jax.world.sound import mix
 from avocado_jax.world.voice import RATE
 
 MUTED = 8  # one of so many clips of `:mixed` has no sound
-VARIANTS = ("plain", "mixed", "habits", "drills")
+VARIANTS = ("plain", "mixed", "habits", "timestamps", "drills")
 MOST_WORKERS = 16  # by default: each takes about 0.4 GB of the host's memory
 WARM_UP, WINDOW = 2, 20  # steps that are not measured, and steps of a measurement
 WAITING = 0.2  # share of a window's time that the loop may wait for input before it warns
@@ -46,7 +46,7 @@ class WorldSource:
     def __init__(
         self, level: int, split: str, seed: int, clips: int, references: int, fps: float, variant: str = ""
     ) -> None:
-        """`variant` is "" (full captions), "mixed" or "habits" (`DataConfig`)."""
+        """`variant` is "" (full captions), "mixed", "habits" or "timestamps" (`DataConfig`)."""
         self._arguments = (seed, split, level, fps, references, variant)
         scripts = [make_script(seed, number, split, level) for number in progress(range(clips), "world: scripts")]
         fields = [self._fields(number, record(script, references), script) for number, script in enumerate(scripts)]
@@ -71,6 +71,8 @@ class WorldSource:
         """The manifest fields. A silent clip keeps only a caption of what is visible."""
         if self._arguments[-1] == "habits":
             return fields | {"caption": (caption := habitual_caption(script)), "references": [caption]}
+        if self._arguments[-1] == "timestamps":
+            return record(script, timestamps=True)
         if not self._silent(number):
             return fields
         return {"id": fields["id"], "prompt": fields["prompt"], "caption": plain_caption(seen(script.events))}
@@ -201,7 +203,8 @@ def _world(name: str, config: DataConfig) -> WorldSource | DrillSource:
         parsed = int(level), split, int(seed), int(clips)
     except ValueError:
         raise InputError(
-            f"{name}: not world:LEVEL:SPLIT:SEED:CLIPS, with :plain, :mixed, :habits or, of level 0, :drills"
+            f"{name}: not world:LEVEL:SPLIT:SEED:CLIPS, with :plain, :mixed, :habits, :timestamps or, of level 0, "
+            ":drills"
         ) from None
     if not 0 <= parsed[0] < len(LEVELS) or split not in SPLITS or parsed[3] < 1:
         raise InputError(f"{name}: levels are 0 to {len(LEVELS) - 1}, splits {' and '.join(SPLITS)}, and clips from 1")

@@ -1,9 +1,10 @@
-"""Judges of keypoints bound to their models and tokenizers: texts in, scores out.
+"""Judges of keypoints and probes bound to their models and tokenizers: texts in, scores out.
 
 Every judge is a function `judge(captions, keypoints)` of N captions and the keypoints of each. It starts the work and
 returns a function that waits for the scores: fp32 [N, K] in 0..1, NaN without a verdict or without a keypoint.
-`rewards.judge.RemoteJudge` is one. Judges with a model of their own run on the devices of this process, under a mesh of
-these devices: every process may judge other texts. Inputs and outputs are numpy arrays.
+`rewards.judge.RemoteJudge` is one. `LmJudge` and `RemoteJudge` also have `probes(captions, probes)`, of the same form.
+Judges with a model of their own run on the devices of this process, under a mesh of these devices: every process may
+judge other texts. Inputs and outputs are numpy arrays.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -33,8 +34,9 @@ from avocado_jax.parallel.rules import shardings
 from avocado_jax.remote.chat import Endpoint
 from avocado_jax.rewards.embedding import embedding_scores
 from avocado_jax.rewards.judge import RemoteJudge
-from avocado_jax.rewards.lm import lm_scores
-from avocado_jax.typing import Array, Float, Int
+from avocado_jax.rewards.lm import lm_choices, lm_scores
+from avocado_jax.rewards.probes import LETTERS, as_text
+from avocado_jax.typing import Array, Float, Int, Probe
 
 Judge = Callable[[Sequence[str], Sequence[Sequence[str]]], Callable[[], Float[np.ndarray, "N K"]]]
 
@@ -47,6 +49,8 @@ SYSTEM = "You check statements against a description of a video. Go by the descr
 OPENING = "The description:\n\n"
 QUESTION = '\n\nThe statement: "{}"\n\nDoes the description state this, or plainly imply it? Answer yes or no.'
 YES, NO = ("Yes", "yes"), ("No", "no")
+PROBE_SYSTEM = "You answer multiple-choice questions about a video by a description of it. Go by the description alone."
+PROBE_QUESTION = "\n\nThe question: {}\n\nAnswer with the letter of one choice, and nothing else."
 
 
 @contextmanager
@@ -59,13 +63,13 @@ def open_judge(name: str, model: str, dtype: str, endpoint: Endpoint | None = No
         endpoint: of the remote judge.
 
     Raises:
-        InputError: as `embedding_judge`, `lm_judge` and `RemoteJudge`.
+        InputError: as `embedding_judge`, `LmJudge` and `RemoteJudge`.
     """
     if name == "remote":
         with RemoteJudge(endpoint) as judge:
             yield judge
     else:
-        yield embedding_judge(fetched(run_path(located(model)))) if name == "embedding" else lm_judge(model, dtype)
+        yield embedding_judge(fetched(run_path(located(model)))) if name == "embedding" else LmJudge(model, dtype)
 
 
 def embedding_judge(folder: Path, low: float = LOW, high: float = HIGH) -> Judge:
@@ -99,54 +103,93 @@ def embedding_judge(folder: Path, low: float = LOW, high: float = HIGH) -> Judge
         return jax.vmap(of_caption)(windows, valid[0], points, valid[1])
 
     def inputs(captions: Sequence[str], keypoints: Sequence[Sequence[str]]) -> tuple[np.ndarray, ...]:
-        ids = [pieces(caption) for caption in captions]
+        ids = [pieces(_replace_surrogates(caption)) for caption in captions]
         windows = [
             [enclosed(tokens[start : start + WINDOW]) for start in range(0, max(1, len(tokens) - STRIDE), STRIDE)]
             for tokens in ids
         ]
-        points = [[enclosed(pieces(text)) for text in texts] for texts in keypoints]
+        points = [[enclosed(pieces(_replace_surrogates(text))) for text in texts] for texts in keypoints]
         rows = _batch_size(mesh)
         return *_padded(windows, rows), *_padded(points, rows)
 
     return partial(_judge, mesh, jax.jit(score), params, inputs)
 
 
-def lm_judge(folder: str | Path, dtype: str) -> Judge:
+class LmJudge:
     """The language model in a folder, of a thinker or a text model, prompted in Qwen's chat format.
 
     Its parameters are sharded over the local devices.
 
     Raises:
-        InputError: the folder has no language model, its tokenizer has another vocabulary, or yes and no begin with
+        InputError: the folder has no language model, its tokenizer has another vocabulary, or two answers begin with
             the same token.
     """
-    checkpoint = open_language_model(folder)
-    tokenizer = load_words(checkpoint.side_files)
-    config = computed(checkpoint.config, dtype, scan=True)
-    yes, no = ({tokenizer.encode(text)[0] for text in texts} for texts in (YES, NO))
-    if (largest := max(tokenizer.known_ids())) >= config.text.vocab:
-        raise InputError(f"{folder}: the tokenizer makes id {largest}, the vocabulary ends at {config.text.vocab}")
-    if yes & no:
-        raise InputError(f"{folder}: yes and no begin with the same token")
-    mesh = _local_mesh()
-    with jax.set_mesh(mesh):
-        params = load_sharded(checkpoint, _language_model(config, mesh))
-    yes_no = [np.array(sorted(ids)) for ids in (yes, no)]
 
-    def score(params: Any, *inputs: Array) -> Array:
-        return lm_scores(Thinker(config).apply, params, *inputs, *yes_no)
+    def __init__(self, folder: str | Path, dtype: str):
+        checkpoint = open_language_model(folder)
+        self._tokenizer = load_words(checkpoint.side_files)
+        config = computed(checkpoint.config, dtype, scan=True)
+        yes, no = ({self._tokenizer.encode(text)[0] for text in texts} for texts in (YES, NO))
+        letters = [self._tokenizer.encode(letter)[0] for letter in LETTERS]
+        if (largest := max(self._tokenizer.known_ids())) >= config.text.vocab:
+            raise InputError(f"{folder}: the tokenizer makes id {largest}, the vocabulary ends at {config.text.vocab}")
+        if yes & no or len(set(letters)) < len(letters):
+            raise InputError(f"{folder}: two of yes, no and the letters of choices begin with the same token")
+        self._mesh = _local_mesh()
+        with jax.set_mesh(self._mesh):
+            self._params = load_sharded(checkpoint, _language_model(config, self._mesh))
+        apply = Thinker(config).apply
+        answers = [np.array(sorted(ids)) for ids in (yes, no)]
+        self._yes_no = jax.jit(lambda params, *inputs: lm_scores(apply, params, *inputs, *answers))
+        self._choices = jax.jit(lambda params, *inputs: lm_choices(apply, params, *inputs, np.array(letters)))
 
-    def inputs(captions: Sequence[str], keypoints: Sequence[Sequence[str]]) -> tuple[np.ndarray, ...]:
-        before = [*chat_prompt(tokenizer, "", SYSTEM).before, *tokenizer.encode(OPENING)]
-        prefixes = [[[*before, *tokenizer.encode(caption)]] for caption in captions]
-        questions = [
-            [chat_prompt(tokenizer, QUESTION.format(text), SYSTEM).after for text in texts] for texts in keypoints
+    def __call__(
+        self, captions: Sequence[str], keypoints: Sequence[Sequence[str]]
+    ) -> Callable[[], Float[np.ndarray, "N K"]]:
+        """P(yes) / (P(yes) + P(no)) for each keypoint."""
+
+        def inputs(captions: Sequence[str], keypoints: Sequence[Sequence[str]]) -> tuple[np.ndarray, ...]:
+            questions = [[QUESTION.format(text) for text in texts] for texts in keypoints]
+            return self._inputs(captions, questions, SYSTEM)
+
+        return _judge(self._mesh, self._yes_no, self._params, inputs, captions, keypoints)
+
+    def probes(
+        self, captions: Sequence[str], probes: Sequence[Sequence[Probe]]
+    ) -> Callable[[], Float[np.ndarray, "N K"]]:
+        """1 for each probe whose right letter is the likeliest, else 0; all 0 for a caption without text."""
+
+        def inputs(captions: Sequence[str], probes: Sequence[Sequence[Probe]]) -> tuple[np.ndarray, ...]:
+            questions = [[PROBE_QUESTION.format(as_text(probe)) for probe in each] for each in probes]
+            made = self._inputs(captions, questions, PROBE_SYSTEM)
+            choices, right = (np.zeros(made[-1].shape, np.int32) for _ in range(2))
+            for row, each in enumerate(probes):
+                choices[row, : len(each)] = [len(probe.choices) for probe in each]
+                right[row, : len(each)] = [probe.right for probe in each]
+            return *made, choices, right
+
+        wait = _judge(self._mesh, self._choices, self._params, inputs, captions, probes)
+        empty = np.array([not caption.strip() for caption in captions], bool)
+
+        def collect() -> Float[np.ndarray, "N K"]:
+            scores = wait()
+            return np.where(empty[:, None] & np.isfinite(scores), np.float32(0), scores)
+
+        return collect
+
+    def _inputs(
+        self, captions: Sequence[str], questions: Sequence[Sequence[str]], system: str
+    ) -> tuple[np.ndarray, ...]:
+        """Ids and lengths of the captions behind `system`, and of the questions after each."""
+        before = [*chat_prompt(self._tokenizer, "", system).before, *self._tokenizer.encode(OPENING)]
+        prefixes = [[[*before, *self._tokenizer.encode(_replace_surrogates(caption))]] for caption in captions]
+        after = [
+            [chat_prompt(self._tokenizer, _replace_surrogates(text), system).after for text in texts]
+            for texts in questions
         ]
-        rows = _batch_size(mesh)
+        rows = _batch_size(self._mesh)
         tokens, lengths = (part[:, 0] for part in _padded(prefixes, rows, slots=1, each=128))
-        return tokens, np.maximum(1, lengths), *_padded(questions, rows)
-
-    return partial(_judge, mesh, jax.jit(score), params, inputs)
+        return tokens, np.maximum(1, lengths), *_padded(after, rows)
 
 
 def _language_model(config: ThinkerConfig, mesh: Mesh) -> Any:
@@ -174,26 +217,22 @@ def _judge(
     mesh: Mesh,
     score: Callable[..., Array],
     params: Any,
-    inputs: Callable[[Sequence[str], Sequence[Sequence[str]]], tuple[np.ndarray, ...]],
+    inputs: Callable[[Sequence[str], Sequence[Sequence[Any]]], tuple[np.ndarray, ...]],
     captions: Sequence[str],
-    keypoints: Sequence[Sequence[str]],
+    items: Sequence[Sequence[Any]],
 ) -> Callable[[], Float[np.ndarray, "N K"]]:
     """Dispatch one batch after another to the local devices. The returned function waits for the scores."""
-    captions = [_replace_surrogates(caption) for caption in captions]
-    keypoints = [[_replace_surrogates(text) for text in texts] for texts in keypoints]
     size, rows = _batch_size(mesh), rows_sharding(mesh)
     starts = range(0, len(captions), size)
     # The judge's mesh replaces the run's, which spans all processes. A score without a keypoint is NaN.
     with jax.set_mesh(mesh), jax.debug_nans(False):
         parts = [
-            score(
-                params, *jax.device_put(inputs(captions[start : start + size], keypoints[start : start + size]), rows)
-            )
+            score(params, *jax.device_put(inputs(captions[start : start + size], items[start : start + size]), rows))
             for start in starts
         ]
 
     def collect() -> Float[np.ndarray, "N K"]:
-        scores = np.full((len(captions), max(map(len, keypoints), default=0)), np.nan, np.float32)
+        scores = np.full((len(captions), max(map(len, items), default=0)), np.nan, np.float32)
         for start, part in zip(starts, parts):
             block = scores[start : start + size]
             found = np.asarray(part)[: len(block), : block.shape[1]]

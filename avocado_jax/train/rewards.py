@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,6 +14,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from avocado_jax.config import GrpoConfig, RewardConfig
 from avocado_jax.data.pipeline import Batch, Source
+from avocado_jax.data.probes import read_probe
 from avocado_jax.data.storage import StorageError
 from avocado_jax.errors import InputError
 from avocado_jax.parallel.backend import on_cpu
@@ -22,7 +23,9 @@ from avocado_jax.parallel.compiled import Program
 from avocado_jax.parallel.replicas import observe, row_owners
 from avocado_jax.remote.chat import Endpoint
 from avocado_jax.rewards.combine import (
+    ALWAYS,
     JUDGES,
+    PROBE_JUDGES,
     TERMS,
     References,
     Thresholds,
@@ -37,7 +40,7 @@ from avocado_jax.train.judges import Judge, open_judge
 from avocado_jax.train.programs import by_rows
 from avocado_jax.train.rollout import Rollout
 from avocado_jax.train.run import Setup
-from avocado_jax.typing import Array, Float, Int
+from avocado_jax.typing import Array, Float, Int, Probe
 
 MAX_CHARACTERS, MAX_FEATURES = 512, 1024  # distinct characters of a clip's dialogue, distinct features of its keypoints
 SAMPLE_RECORDS = 4  # records that are checked for missing references at start-up
@@ -45,11 +48,19 @@ NOT_ASKED, UNANSWERED = -2.0, -1.0  # in place of a score, while the processes s
 
 
 class Judged(NamedTuple):
-    """The answers of a judge to a batch, the same on all processes."""
+    """The answers of a judge to a batch, the same on all processes. Items are keypoints, or probes."""
 
-    answers: Float[Array, "B G K"]  # NaN without a keypoint, or without an answer
-    asked: Int[Array, ""]  # keypoints
-    missing: Int[Array, ""]  # keypoints without an answer
+    answers: Float[Array, "B G K"]  # NaN without an item, or without an answer
+    asked: Int[Array, ""]  # items
+    missing: Int[Array, ""]  # items without an answer
+
+
+Answers = Mapping[str, Judged]  # by the term that they are for; empty without a judge
+JUDGE_FIELDS = {  # of each term: its judge and the judge's model
+    "checklist": ("rewards.judge", "rewards.judge_model"),
+    "probes": ("rewards.probe_judge", "rewards.probe_model"),
+}
+ITEMS = {"checklist": "keypoints", "probes": "probes"}  # what the judge of a term answers
 
 
 class Rewards(NamedTuple):
@@ -57,9 +68,9 @@ class Rewards(NamedTuple):
 
     Attributes:
         references: fields of records -> what captions are compared with, numpy [B, ...], of one shape for all records.
-        judge: (rollout, batch) -> a function that waits for the answers. It starts the judge, and returns before the
-            answers are there. None if captions are judged by their words.
-        terms: (rollout, references, judged) -> each term, [B G]; NaN if a clip has no reference for it.
+        judge: (rollout, batch) -> a function that waits for the answers. It starts the judges, and returns before the
+            answers are there.
+        terms: (rollout, references, answers) -> each term, [B G]; NaN if a clip has no reference for it.
         combine: (terms of complete groups, weight [B], normalize=`rewards.normalize`) -> (reward [B G], metrics of the
             rows that count).
         program: shapes of a rollout -> the program that `terms` runs.
@@ -67,15 +78,15 @@ class Rewards(NamedTuple):
     """
 
     references: Callable[[Sequence[Mapping[str, Any]]], References]
-    judge: Callable[[Rollout, Batch], Callable[[], Judged | None]]
-    terms: Callable[[Rollout, References, Judged | None], dict[str, Array]]
+    judge: Callable[[Rollout, Batch], Callable[[], Answers]]
+    terms: Callable[[Rollout, References, Answers], dict[str, Array]]
     combine: Callable[..., tuple[Array, dict[str, Array]]]
     program: Callable[[Rollout], Program]
-    check: Callable[[Judged | None], None]
+    check: Callable[[Answers], None]
 
 
 class Unjudged(OSError):
-    """A judge left more keypoints without an answer than the config allows."""
+    """A judge left more keypoints or probes without an answer than the config allows."""
 
 
 def caption_text(setup: Setup, stops: Sequence[int], ids: Sequence[int]) -> str:
@@ -93,55 +104,75 @@ def open_rewards(config: GrpoConfig, setup: Setup, stops: Sequence[int]) -> Iter
     rewards = config.rewards
     if rewards.judge not in JUDGES:
         raise InputError(f"rewards.judge: {rewards.judge!r} is none of {', '.join(JUDGES)}")
-    if rewards.judge == "lexical" or not rewards.checklist:
-        yield make_rewards(config, setup, stops, None)
-        return
-    if not rewards.judge_model:
-        raise InputError(
-            f"rewards.judge is {rewards.judge}: rewards.judge_model names its folder, or the model at the endpoint"
-        )
-    with open_judge(rewards.judge, rewards.judge_model, config.dtype, _endpoint(rewards)) as judge:
-        yield make_rewards(config, setup, stops, judge)
+    if rewards.probe_judge not in PROBE_JUDGES:
+        raise InputError(f"rewards.probe_judge: {rewards.probe_judge!r} is none of {', '.join(PROBE_JUDGES)}")
+    wanted = {}  # (kind, model) of the judge of each term that needs one
+    if rewards.checklist and rewards.judge != "lexical":
+        wanted["checklist"] = rewards.judge, rewards.judge_model
+    if rewards.probes:
+        wanted["probes"] = rewards.probe_judge, rewards.probe_model or rewards.judge_model
+    for term, (kind, model) in wanted.items():
+        if not model:
+            judge, names = JUDGE_FIELDS[term]
+            raise InputError(f"{judge} is {kind}: {names} names its folder, or the model at the endpoint")
+    with ExitStack() as stack:
+        opened = {
+            one: stack.enter_context(open_judge(*one, config.dtype, _endpoint(rewards, *one)))
+            for one in dict.fromkeys(wanted.values())  # terms with the same judge share it
+        }
+        judges = {term: opened[one] for term, one in wanted.items()}
+        if "probes" in judges:
+            judges["probes"] = judges["probes"].probes
+        yield make_rewards(config, setup, stops, judges)
 
 
-def _endpoint(rewards: RewardConfig) -> Endpoint | None:
-    if rewards.judge != "remote":
+def _endpoint(rewards: RewardConfig, kind: str, model: str) -> Endpoint | None:
+    if kind != "remote":
         return None
     cache = Path(rewards.judge_cache) if rewards.judge_cache else None
-    return Endpoint(rewards.judge_url, rewards.judge_model, cache=cache, patience=rewards.judge_patience)
+    return Endpoint(rewards.judge_url, model, cache=cache, patience=rewards.judge_patience)
 
 
-def make_rewards(config: GrpoConfig, setup: Setup, stops: Sequence[int], judge: Judge | None) -> Rewards:
-    """The rewards of `config` with an open judge; None judges captions by their words."""
+def make_rewards(config: GrpoConfig, setup: Setup, stops: Sequence[int], judges: Mapping[str, Judge]) -> Rewards:
+    """The rewards of `config` with open judges.
+
+    Args:
+        judges: of the terms in ITEMS. Without one for the checklist, captions are judged by their words; without one
+            for the probes there is no such term.
+    """
     settings, table = config.rewards, make_table(setup.words.json)
     limits = limits_for(config.sampling.tokens)._replace(quotes=settings.lines)
     thresholds = Thresholds(
         low=settings.covered_low, high=settings.covered_high, length_low=settings.low, length_high=settings.high
     )
-    weights = {name: getattr(settings, name) for name in TERMS}
+    weights = {name: getattr(settings, name) for name in TERMS if name in ALWAYS or getattr(settings, name)}
+    room = {"checklist": settings.keypoints, "probes": settings.questions}
+    events = settings.scenes if settings.timing else 0
 
     @partial(jax.jit, out_shardings=rows_sharding(setup.mesh))
     def score_terms(
-        table: Any, tokens: Array, lengths: Array, references: References, answers: Any
+        table: Any, tokens: Array, lengths: Array, references: References, answers: dict[str, Array]
     ) -> dict[str, Array]:
-        return score_captions(table, tokens, lengths, references, thresholds, answers, limits)
+        keypoints, probes = answers.get("checklist"), answers.get("probes")
+        return score_captions(table, tokens, lengths, references, thresholds, keypoints, limits, probes)
 
     def references(records: Sequence[Mapping[str, Any]]) -> References:
         with on_cpu():  # this runs in the input thread while the accelerators compute a step
-            return make_references(table, records, limits, settings.keypoints, MAX_FEATURES, MAX_CHARACTERS)[0]
+            return make_references(table, records, limits, settings.keypoints, MAX_FEATURES, MAX_CHARACTERS, events)[0]
 
-    def no_judge(rollout: Rollout, batch: Batch) -> Callable[[], None]:
-        return lambda: None
+    def judge(rollout: Rollout, batch: Batch) -> Callable[[], Answers]:
+        waiting = {term: start(rollout, batch) for term, start in started.items()}
+        return lambda: {term: wait() for term, wait in waiting.items()}
 
-    def terms(rollout: Rollout, references: References, judged: Judged | None) -> dict[str, Array]:
-        answers = judged.answers if judged else None
+    def terms(rollout: Rollout, references: References, judged: Answers) -> dict[str, Array]:
+        answers = {term: one.answers for term, one in judged.items()}
         return score_terms(table, rollout.captions.targets, rollout.lengths, references, answers)
 
     def program(rollout: Rollout) -> Program:
         rows, group, _ = rollout.captions.targets.shape
         one = references([{}])
         shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((rows, *leaf.shape[1:]), leaf.dtype), one)
-        answers = jax.ShapeDtypeStruct((rows, group, settings.keypoints), jnp.float32) if judge else None
+        answers = {term: jax.ShapeDtypeStruct((rows, group, room[term]), jnp.float32) for term in judges}
         inputs = by_rows((shapes, answers), setup.mesh)
         return Program("rewards", score_terms, (table, rollout.captions.targets, rollout.lengths, *inputs))
 
@@ -151,17 +182,35 @@ def make_rewards(config: GrpoConfig, setup: Setup, stops: Sequence[int], judge: 
         counted = {name: jnp.where((weight > 0)[:, None], value, jnp.nan) for name, value in terms.items()}
         return combine(counted, weights, normalize, settings.gate)
 
-    def check(judged: Judged | None) -> None:
-        asked, missing = jax.device_get((judged.asked, judged.missing)) if judged else (0, 0)
-        if missing > settings.max_unjudged * asked:
-            raise Unjudged(
-                f"the judge left {missing} of {asked} keypoints of a step without an answer; nothing is lost"
-            )
+    def check(judged: Answers) -> None:
+        for term, one in judged.items():
+            asked, missing = jax.device_get((one.asked, one.missing))
+            if missing > settings.max_unjudged * asked:
+                raise Unjudged(
+                    f"the judge left {missing} of {asked} {ITEMS[term]} of a step without an answer; nothing is lost"
+                )
 
     if jax.process_index() == 0:
-        _warn_of_missing(setup.source, references, [name for name in TERMS if weights[name]])
-    judged = _shared(judge, setup.mesh, settings.keypoints, partial(caption_text, setup, stops)) if judge else no_judge
-    return Rewards(references, judged, terms, reward, program, check)
+        _warn_of_missing(setup.source, references, [name for name, weight in weights.items() if weight])
+    text = partial(caption_text, setup, stops)
+    started = {term: _shared(one, setup.mesh, room[term], text, items_of(term)) for term, one in judges.items()}
+    return Rewards(references, judge, terms, reward, program, check)
+
+
+def items_of(term: str) -> Callable[[Mapping[str, Any]], list[Any]]:
+    """Fields of a record -> what the judge of a term answers: texts of keypoints, or probes that are valid."""
+
+    def keypoints(fields: Mapping[str, Any]) -> list[str]:
+        return [point["text"] for point in fields.get("keypoints") or ()]
+
+    def probes(fields: Mapping[str, Any]) -> list[Probe]:
+        found = []
+        for held in fields.get("probes") or ():
+            with suppress(InputError):  # `prepare` refuses a line with an invalid probe
+                found.append(read_probe(held))
+        return found
+
+    return {"checklist": keypoints, "probes": probes}[term]
 
 
 def _warn_of_missing(source: Source, references: Callable, terms: Sequence[str]) -> None:
@@ -170,20 +219,28 @@ def _warn_of_missing(source: Source, references: Callable, terms: Sequence[str])
     for number in range(min(SAMPLE_RECORDS, len(source.index.ids))):
         with suppress(InputError, StorageError, TimeoutError):  # the run counts and lists records that are lost
             fields.append(source[number].fields)
-    for name, without in missing(references(fields)).items() if fields else ():
+    if not fields:
+        return
+    probes = np.array([not items_of("probes")(one) for one in fields])
+    for name, without in {**missing(references(fields)), "probes": probes}.items():
         if name in terms and without.any():
             count = f"{without.sum()} of the first {len(fields)} clips"
             print(f"rewards.{name}: {count} have no reference for it and get nothing of it", file=sys.stderr)
 
 
 def _shared(
-    judge: Judge, mesh: Mesh, limit: int, text: Callable[[Sequence[int]], str]
+    judge: Judge,
+    mesh: Mesh,
+    limit: int,
+    text: Callable[[Sequence[int]], str],
+    items: Callable[[Mapping[str, Any]], list[Any]],
 ) -> Callable[[Rollout, Batch], Callable[[], Judged]]:
-    """`Rewards.judge`: one process judges each caption, all processes receive the answers.
+    """The judge of one term: one process judges each caption, all processes receive the answers.
 
     Args:
-        limit: keypoints of a clip that are judged, K.
+        limit: items of a clip that are judged, K.
         text: token ids of a caption to its text.
+        items: fields of a record to its keypoints or probes.
     """
     rows, replicated = rows_sharding(mesh), NamedSharding(mesh, PartitionSpec())
     gather = jax.jit(lambda tree: tree, out_shardings=replicated)
@@ -198,21 +255,21 @@ def _shared(
         tokens, lengths, weight = jax.device_get(gather((rollout.captions.targets, rollout.lengths, batch.weight)))
         size, group = lengths.shape
         local, owners = process_rows(mesh, size, jax.process_index()), row_owners(mesh, size)
-        places, captions, keypoints = [], [], []
+        places, captions, asked = [], [], []
         for place, (row, record) in enumerate(zip(local, batch.records, strict=True)):
-            points = [point["text"] for point in (record.get("keypoints") or ())[:limit]]
-            if points and weight[row] and owners[row] == jax.process_index():
+            own = items(record)[:limit]
+            if own and weight[row] and owners[row] == jax.process_index():
                 places += [(place, caption) for caption in range(group)]
                 captions += [text(ids[:length].tolist()) for ids, length in zip(tokens[row], lengths[row])]
-                keypoints += [points] * group
-        wait = judge(captions, keypoints)
+                asked += [own] * group
+        wait = judge(captions, asked)
 
         def collect() -> Judged:
             observed = np.full((len(local), group, limit), NOT_ASKED, np.float32)
-            for place, points, scores in zip(places, keypoints, wait(), strict=True):
-                known = scores[: len(points)]
-                observed[place][: len(points)] = np.where(np.isfinite(known), known, UNANSWERED)
-            with jax.debug_nans(False):  # a keypoint without an answer is NaN
+            for place, own, scores in zip(places, asked, wait(), strict=True):
+                known = scores[: len(own)]
+                observed[place][: len(own)] = np.where(np.isfinite(known), known, UNANSWERED)
+            with jax.debug_nans(False):  # an item without an answer is NaN
                 return share(observe(mesh, local, size, observed))
 
         return collect

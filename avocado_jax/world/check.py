@@ -15,6 +15,7 @@ from avocado_jax.errors import InputError
 from avocado_jax.world import lexicon
 from avocado_jax.world.caption import template_tables
 from avocado_jax.world.script import Claim, Event, claims
+from avocado_jax.world.timing import without_times
 from avocado_jax.world.vocabulary import VISUALS
 
 LONGEST = 600  # characters; the longest sentence of the language has about 250
@@ -206,7 +207,7 @@ def measure(caption: str, record: Mapping) -> Scores:
     """How true a caption is.
 
     Args:
-      caption: any text.
+      caption: any text; times of scenes in it do not count.
       record: a manifest line of AVWorld; its "events" (texts in this language, starts in seconds) and
         "dialogues" are the truth.
     """
@@ -220,7 +221,7 @@ def measure(caption: str, record: Mapping) -> Scores:
     total = sum(map(len, times.values()))
     starts = {start for each in times.values() for start in each}
     made, matched = 0, []  # matched: (place in the caption, start in the truth)
-    sentences = parse(caption)
+    sentences = parse(without_times(caption))
     place = 0
     for sentence in sentences:
         if not sentence.events:

@@ -13,9 +13,11 @@ from avocado_jax.errors import InputError
 from avocado_jax.world.caption import capitalize, clause, end, plain_caption, statement, together, write_caption
 from avocado_jax.world.director import make_script
 from avocado_jax.world.lexicon import THEN
+from avocado_jax.world.probes import make_probes
 from avocado_jax.world.render import frame_times, render
 from avocado_jax.world.script import LEVELS, Event, Script
 from avocado_jax.world.sound import mix
+from avocado_jax.world.timing import REQUEST, timed_caption
 from avocado_jax.world.vocabulary import VISUALS
 from avocado_jax.world.voice import RATE
 
@@ -56,19 +58,23 @@ class Row(NamedTuple):
     record: dict
 
 
-def record(script: Script, references: int = 1) -> dict:
+def record(script: Script, references: int = 1, timestamps: bool = False) -> dict:
     """The manifest line of a clip, with every optional field; `video` is relative to the manifest.
 
     `caption` is the first of the `references`; with 0 of them it is the one plain caption, for models too small to
-    learn ways of saying the same. Needs no file and no speech library.
+    learn ways of saying the same. With `timestamps` it is the one caption with times, and the question requests them.
+    Needs no file and no speech library.
     """
+    prompt = PROMPTS[script.index % len(PROMPTS)]
     captions = [write_caption(script, which) for which in range(references)] or [plain_caption(script.events)]
+    if timestamps:
+        captions, prompt = [timed_caption(script.events)], f"{prompt} {REQUEST}"
     said = [event for event in script.events if event.kind == "say"]
     return {
         "id": script.id,
         "video": f"clips/{script.id}.mp4",
         "caption": captions[0],
-        "prompt": PROMPTS[script.index % len(PROMPTS)],
+        "prompt": prompt,
         "references": captions,
         "events": [
             {"text": statement(e), "start": e.start, "end": e.end, "kind": KINDS.get(e.kind, "visual")}
@@ -78,6 +84,7 @@ def record(script: Script, references: int = 1) -> dict:
             {"speaker": f"the {e.get('who')}", "text": e.get("line"), "start": e.start, "end": e.end} for e in said
         ],
         "keypoints": keypoints(script),
+        "probes": make_probes(script, DIMENSIONS),
     }
 
 

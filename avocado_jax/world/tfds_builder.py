@@ -22,7 +22,7 @@ from avocado_jax.world.director import make_script
 from avocado_jax.world.script import LEVELS, SPLITS
 
 TEXTS = ("id", "caption", "prompt")
-LISTS = ("references", "events", "dialogues", "keypoints")
+LISTS = ("references", "events", "dialogues", "keypoints", "probes")
 
 
 @dataclass(kw_only=True)
@@ -39,8 +39,8 @@ class AvWorldConfig(tfds.core.BuilderConfig):
 class AvWorld(tfds.core.GeneratorBasedBuilder):
     """Synthetic audiovisual clips with known events, speakers, words and times."""
 
-    VERSION = tfds.core.Version("1.0.0")
-    RELEASE_NOTES: ClassVar = {"1.0.0": "First release."}
+    VERSION = tfds.core.Version("1.1.0")
+    RELEASE_NOTES: ClassVar = {"1.1.0": "Probes.", "1.0.0": "First release."}
     BUILDER_CONFIGS: ClassVar = [AvWorldConfig(name=f"level{k}", level=k) for k in range(len(LEVELS))]
 
     def __init__(self, **options):

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from chat import chat_server
 from tokenizer import write_tokenizer
 
 from avocado_jax.__main__ import main
@@ -78,6 +79,30 @@ def test_what_matched_is_told_in_words(scored):
     assert any("A bell rings softly" in one and "1.00" in one for one in told["explain"])
 
 
+@pytest.mark.slow
+def test_timing_and_probes_are_fields_of_their_own(scored):
+    """On request; `null` without a reference, and what has none is told."""
+    events = [{"start": 0, "end": 2}, {"start": 2, "end": 4.5}]
+    probe = {"question": "What rings?", "choices": ["a bell", "a horn"], "answer": "a bell"}
+    lines = [
+        {"id": "a", "caption": "[0 - 2] A bell. [00:02 - 00:04.5] A horn.", "reference": {"events": events}},
+        {"id": "b", "caption": "Now a bell rings.", "reference": {"events": events, "probes": [probe, probe]}},
+        {"id": "c", "caption": "[0 - 2] A horn rings.", "reference": {"probes": [probe]}},
+    ]
+    with chat_server() as server:
+        judge = ["--judge", "remote", "--judge-model", "m", "--judge-url", server.url]
+        status, out, err = scored(lines, "--terms", "timing,probes", *judge, "--json", "--explain")
+    found = [json.loads(one) for one in out]
+    assert (status, len(server.requests)) == (0, 2)
+    assert [list(one)[:-1] for one in found] == [[*NAMES, "timing", "probes"]] * 3
+    assert [one["timing"] for one in found] == [pytest.approx(1, abs=1e-6), 0, None]
+    assert [one["probes"] for one in found] == [None, 1, 0]
+    assert "Time IoU of the scenes 1.00." in found[0]["explain"]
+    assert "Probes answered rightly 0.00." in found[2]["explain"]
+    assert any("timing: no reference for 1 of 3 captions, such as c" in line for line in err)
+    assert any("probes: no reference for 1 of 3 captions, such as a" in line for line in err)
+
+
 @pytest.mark.parametrize(
     ("line", "more", "complaint"),
     [
@@ -86,6 +111,10 @@ def test_what_matched_is_told_in_words(scored):
         ({"id": "a", "caption": "x", "reference": {"dialogues": "x"}}, [], '"reference.dialogues" must be a list'),
         ({"id": "a", "caption": "x", "reference": {"keypoints": [3]}}, [], "must have text"),
         ({"id": "a", "caption": "x", "reference": 3}, [], '"reference" must be an object'),
+        ({"id": "a", "caption": "x", "reference": {"events": [{"start": 1}]}}, [], "must have start and end"),
+        ({"id": "a", "caption": "x", "reference": {"probes": 3}}, [], '"reference.probes" must be a list'),
+        ({"id": "a", "caption": "x", "reference": {"probes": [{}]}}, [], "captions.jsonl:1: a probe's 'question'"),
+        ({"id": "a", "caption": "x"}, ["--terms", "probes"], "--judge lexical is none of lm, remote"),
     ],
 )
 def test_bad_input_is_one_line(scored, line, more, complaint):

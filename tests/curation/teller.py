@@ -21,6 +21,7 @@ from avocado_jax.world.director import make_script
 SMALL = ["--fps", "1", "--frames", "8", "--pixels", "12544"]
 READING = Reading(fps=1.0, most_frames=8, asked_pixels=12544, fewest_pixels=12544, align_sound=True)
 STAGES = {
+    "You write questions": "probes",
     "what can be seen": "visual",
     "what can be heard": "audio",
     "You weave": "fusion",

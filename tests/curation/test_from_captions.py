@@ -31,9 +31,20 @@ def dialogues(caption):
     return [{"speaker": "a man", "text": text} for text in re.findall('"([^"]*)"', caption)]
 
 
+def probes(caption):
+    number = re.search(r"number (\d)", caption)[1]
+    asked = {"question": "Who barks?", "category": "auditory", "answer": f"the dog number {number}"}
+    second = {"question": "Where does the dog sit?", "category": "static", "answer": "on a red chair"}
+    wrong = [f"the dog number {other}" for other in range(5, 8)], ["on a sofa", "in a blue car", "below a table"]
+    return [one | {"choices": [one["answer"], *others]} for one, others in zip((asked, second), wrong)]
+
+
+MAKERS = {"keypoints": keypoints, "dialogues": dialogues, "probes": probes}
+
+
 def honest(number, request):
     stage, caption = stage_of(request), json.loads(request["messages"][1]["content"])["caption"]
-    return json.dumps({stage: {"keypoints": keypoints, "dialogues": dialogues}[stage](caption)})
+    return json.dumps({stage: MAKERS[stage](caption)})
 
 
 def write_manifest(folder, lines):
@@ -58,7 +69,9 @@ def manifest(tmp_path):
 
 
 def curate(capsys, manifest, out, url, *more):
-    """Exit status, the counts, lines of the manifest and the rejects by id, and stderr."""
+    """Exit status, the counts, lines of the manifest and the rejects by id, and stderr; without probes by default."""
+    if "--references" not in more:
+        more = ("--references", "keypoints,dialogues", *more)
     given = ["--out", str(out), "--url", url, "--model", "m", "--patience", "60", "--json", *more]
     status = main(["curate", "--from-captions", str(manifest), *given])
     printed = capsys.readouterr()
@@ -102,6 +115,67 @@ def test_captions_become_rows_for_grpo(manifest, tmp_path, capsys):
     assert lines["videos/a.mp4#1"]["prompt"] == "What happens?"
     more = {name: lines["b"][name] for name in ("prompt", "system", "media_first", "references")}
     assert more == {"prompt": "Tell.", "system": "", "media_first": False, "references": ["A dog."]}
+
+
+def test_all_references_are_made_by_default(manifest, tmp_path, capsys):
+    """Choices are in an order that does not depend on the model's; the right one is kept by its text."""
+    with chat_server(honest) as server:
+        given = ["--out", str(tmp_path / "out"), "--url", server.url, "--model", "m", "--json"]
+        assert main(["curate", "--from-captions", str(manifest), *given]) == 0
+        counts = json.loads(capsys.readouterr().out)
+    assert (counts["kept"], counts["calls"], len(server.requests)) == (4, 12, 12)
+    lines = [json.loads(line) for line in (tmp_path / "out" / "manifest.jsonl").read_text().splitlines()]
+    check_rows({line["id"]: line for line in lines}, NAMES)
+    places = set()
+    for line in lines:
+        for made, asked in zip(line["probes"], probes(line["caption"]), strict=True):
+            assert {name: made[name] for name in ("question", "answer", "category")} == {
+                name: asked[name] for name in ("question", "answer", "category")
+            }
+            assert sorted(made["choices"]) == sorted(asked["choices"])
+            places.add(made["choices"].index(made["answer"]))
+    assert len(places) > 2
+
+
+def test_probes_are_checked_and_asked_again(manifest, tmp_path, capsys):
+    """Answers that the caption does not state, choices that refer to others, and an answer that is no choice."""
+    wrong = [{"answer": "a purple elephant", "choices": ["a purple elephant", "a cat", "a dog", "a cow"]}]
+    wrong += [{"choices": ["on a red chair", "all of the above", "on a sofa", "in a car"]}, {"answer": "nowhere"}]
+
+    def liar(number, request):
+        caption, stage, turns = (
+            json.loads(request["messages"][1]["content"])["caption"],
+            stage_of(request),
+            len(request["messages"]),
+        )
+        if stage != "probes" or caption == CAPTIONS[0]:
+            return honest(number, request)
+        attempt = turns // 2 - 1
+        if caption == CAPTIONS[1] and attempt == 2:
+            return honest(number, request)
+        asked = probes(caption)
+        return json.dumps({"probes": [asked[0], asked[1] | wrong[attempt]]})
+
+    with chat_server(liar) as server:
+        wanted = ["--references", "probes"]
+        status, counts, lines, rejects, _ = curate(capsys, manifest, tmp_path / "out", server.url, *wanted)
+    assert (status, counts["calls"], counts["rejected"]) == (0, 1 + 3 * 3, {"probes": 2})
+    assert [*lines] == NAMES[:2]
+    assert all("keypoints" not in line and len(line["probes"]) == 2 for line in lines.values())
+    assert "neither one of the choices" in rejects["c"]["reason"]
+    told = [one["content"] for request in server.requests for one in request["messages"][3::2]]
+    assert any("an answer that the caption does not state, «a purple elephant»" in words for words in told)
+    assert any("a choice that refers to others, «all of the above»" in words for words in told)
+
+
+def test_calls_at_most_is_a_bound(manifest, tmp_path, capsys):
+    """Every answer is cut by its length, which servers report: three answers to a question, and no more."""
+    cut = json.dumps({"choices": [{"message": {"content": '{"keypoints": ['}, "finish_reason": "length"}]}).encode()
+    with chat_server(lambda *_: cut) as server:
+        _, estimate, *_ = curate(capsys, manifest, tmp_path / "out", server.url, "--dry-run")
+        status, counts, _, rejects, _ = curate(capsys, manifest, tmp_path / "out", server.url)
+    assert (status, len(rejects), estimate["calls_at_most"]) == (0, 4, 24)
+    assert counts["calls"] == len(server.requests) == 12  # a line is rejected at its first stage
 
 
 def test_lines_that_have_references_cost_nothing(tmp_path, capsys):
@@ -224,6 +298,7 @@ def test_the_dry_run_bounds_what_is_spent(manifest, tmp_path, capsys):
         ([], "either videos or --from-captions"),
         (["MANIFEST", "--from-captions", "MANIFEST"], "either videos or --from-captions"),
         (["--from-captions", "MANIFEST", "--checkpoint", "REF"], "--from-captions has captions"),
+        (["--from-captions", "MANIFEST", "--references", "probes,quizzes"], "'quizzes' is none of keypoints"),
         (["--from-captions", "nowhere.jsonl"], "nowhere.jsonl: No such file"),
         (["--from-captions", "EMPTY"], "has no lines"),
         (["--from-captions", "OUT"], "would be overwritten"),

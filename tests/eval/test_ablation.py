@@ -75,6 +75,18 @@ def test_the_table_says_what_each_arm_adds():
     assert lines[6].split(" | ")[1] == "+0.010 ± 0.220"
 
 
+def test_time_iou_has_a_column_where_captions_have_times():
+    """An arm without times has 0 of it."""
+    arms = parse_arms(["SFT=init", "timing=timing"])
+    assert arms[1].weights == {"timing": 1.0}
+    held = results(SFT=[0.5], timing=[0.5, 0.5])
+    for seed, one in enumerate(held["timing"]):
+        one["time_iou"] = 0.3 + seed / 100
+    lines = table(summary(arms, held)).splitlines()
+    assert lines[0].endswith("| length | time IoU |")
+    assert [line.split(" | ")[-1] for line in lines[2:]] == ["0.000 |", "0.305 ± 0.007 |", "**+0.305 ± 0.010** |"]
+
+
 def test_plots_are_pictures():
     arms = parse_arms(["SFT=init", "R_D=dialogue"])
     held = results(SFT=[0.5], R_D=[0.7, 0.72])

@@ -49,6 +49,7 @@ PERFECT = {
     "worldsense": {"accuracy": 100, "unknown": 0},
     "vdc": {"accuracy": 100, "score": 5, "accuracy_all": 100, "score_all": 5, "zero_clips": 0},
     "dream-1k": {"f1": 100, "precision": 100, "recall": 100},
+    "probes": {"accuracy": 100, "unknown": 0},
 }
 PLAIN = {"dialogue_f1": None, "repcol": 0, "length": 7}
 # Captions that leave things out, get one wrong, and invent: 3 of 10 events are told.
@@ -74,6 +75,7 @@ PARTIAL_FIGURES = {
         "precision": 400 / 9,
         "recall": 700 / 18,
     },
+    "probes": {"accuracy": 30, "unknown": 60},
 }
 
 
@@ -82,7 +84,13 @@ def test_references_before_an_exact_judge_are_perfect(name, tmp_path, capsys):
     result, server = evaluate(capsys, tmp_path, name)
     assert result["metrics"] == pytest.approx(PERFECT[name] | PLAIN)
     assert (result["n"], result["missing"], result["failed"]) == (3, 0, [])
-    assert len(server.requests) == {"video-salmonn-2": 21, "ugc-videocap": 3, "vdc": 20, "dream-1k": 6}.get(name, 10)
+    assert len(server.requests) == {
+        "video-salmonn-2": 21,
+        "ugc-videocap": 3,
+        "vdc": 20,
+        "dream-1k": 6,
+        "probes": 3,
+    }.get(name, 10)
     for request in server.requests:
         assert "eval" not in request["messages"][0]["content"]
         assert request["response_format"]["json_schema"]["schema"]["additionalProperties"] is False
@@ -209,7 +217,7 @@ def test_a_wrong_file_is_one_clear_line(name, tmp_path, capsys):
     data = write_official(name, tmp_path)
     whole = data.read_bytes()
     own = captions(tmp_path)
-    lines = name in ("vdc", "dream-1k")
+    lines = name in ("vdc", "dream-1k", "probes")
     wrong = {
         "half": whole[: len(whole) // 2],
         "empty": b"",
@@ -255,6 +263,13 @@ def test_mistakes_are_one_line(tmp_path, capsys):
         ([*with_captions, "--judge-model", str(tmp_path / "none")], "none: no such folder"),
         ([*with_captions, "--rounds", "0"], "--rounds is 0"),
         (["world", "--data", data, "--judge", "http://localhost"], "--judge is for the public benchmarks"),
+        (["world", "--data", data, "--dry-run"], "--dry-run is for the public benchmarks"),
+        (["world", "--data", data, "--request", '{"seed": 1}'], "--request is for the public benchmarks"),
+        ([*with_captions, "--request", "[]"], "--request is no JSON object"),
+        ([*with_captions, "--request", '{"model": "x"}'], '--request may not set "model"'),
+        ([*with_captions, "--budget-calls", "5"], "--budget-calls is about an endpoint"),
+        ([*with_captions, "--dry-run"], "--dry-run is about an endpoint"),
+        ([*with_captions, "--judge", "http://a/v1", "--judge-model", "m", "--budget-tokens", "-1"], "is -1"),
     ]
     for command, message in tour:
         assert main(["evaluate", *command]) == 2, command

@@ -112,7 +112,7 @@ def test_from_clips_to_metrics(world, checkpoint, capsys, monkeypatch):
     assert len(captions) == CLIPS
 
     # All is there: no model is loaded; the captions are a file that --captions reads, elsewhere too.
-    monkeypatch.setattr("avocado_jax.cli.evaluate.load_captioner", None)
+    monkeypatch.setattr("avocado_jax.cli.evaluate_captions.load_captioner", None)
     assert evaluate(capsys, world, "--checkpoint", checkpoint)[0] == result
     assert evaluate(capsys, world, "--captions", file)[0] == result
     assert evaluate(capsys, world, "--checkpoint", checkpoint, "--limit", 3)[0]["n"] == 3

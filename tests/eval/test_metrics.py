@@ -26,6 +26,17 @@ def test_references_are_perfect_and_others_are_not():
     assert text_metrics(["a" * 30, "fine"], [3, 4]) == {"repcol": 0.5, "length": 3.5}
 
 
+def test_times_are_measured_where_captions_have_any():
+    """They change nothing else: true captions with times are as true as those without."""
+    records = [record(make_script(3, i, "test", 0), timestamps=True) for i in range(4)]
+    captions = [one["caption"] for one in records]
+    perfect = {"event_recall": 1, "hallucination": 0, "order": 1, "dialogue_f1": 1, "repcol": 0, "length": 9}
+    assert world_metrics(captions, [9] * 4, records) == perfect | {"time_iou": pytest.approx(1)}
+    half = world_metrics([*captions[:2], "", "A bell rings."], [9] * 4, records)
+    assert half["time_iou"] == pytest.approx(0.5)
+    assert "time_iou" not in world_metrics(["A bell rings."] * 4, [9] * 4, records)
+
+
 UNIT = "".join(map(chr, range(0x4E00, 0x4E00 + 120)))  # 120 characters, none twice
 
 

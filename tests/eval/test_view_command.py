@@ -370,3 +370,12 @@ def test_a_run_in_a_bucket(tmp_path, monkeypatch, capsys):
     storage._client.cache_clear()
     held = json.loads(text.split('id="data">')[1].split("</script>")[0])
     assert [group["step"] for group in held["groups"]] == [3, 4]
+
+
+def test_curves_of_terms_that_a_run_has_are_shown_at_first():
+    lines = [
+        {"step": step, "loss": 0.1, "reward": 1.0, "reward_timing": 0.3, "reward_timing_std": 0.1, "reward_probes": 0.5}
+        for step in (1, 2)
+    ]
+    shown = [curve["name"] for curve in curves(lines) if curve["shown"]]
+    assert shown == ["loss", "reward", "reward_timing", "reward_probes"]

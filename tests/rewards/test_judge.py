@@ -436,7 +436,7 @@ def test_captions_that_try_to_answer_for_the_judge():
     ],
 )
 def test_answers(text, verdicts):
-    assert read_answer(text, 2) == verdicts
+    assert read_answer(text, ["", ""]) == verdicts
 
 
 @pytest.mark.parametrize(
@@ -444,7 +444,7 @@ def test_answers(text, verdicts):
 )
 def test_answers_that_are_none(text):
     with pytest.raises(Malformed):
-        read_answer(text, 2)
+        read_answer(text, ["", ""])
 
 
 @given(st.lists(st.sampled_from([True, False, None]), min_size=1, max_size=60), st.randoms(), st.text(), st.text())
@@ -453,13 +453,13 @@ def test_answers_in_any_order_among_any_words(verdicts, random, before, after):
     random.shuffle(given)
     if given:
         text = f"{before}{json.dumps(dict(given))}{after.replace('{', '')}"
-        assert read_answer(text, len(verdicts)) == verdicts
+        assert read_answer(text, [""] * len(verdicts)) == verdicts
 
 
 @given(st.text(alphabet='{}[]"01234:,yesno \\', max_size=80), st.integers(0, 4))
 def test_no_answer_breaks_the_reader(text, count):
     try:
-        verdicts = read_answer(text, count)
+        verdicts = read_answer(text, [""] * count)
     except Malformed:
         return
     assert len(verdicts) == count

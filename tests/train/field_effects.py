@@ -161,12 +161,22 @@ def weight(term):
     return lambda calls: [one.weights[term] for one in calls.combine]
 
 
+def first_judge(*path):
+    """Of the judge of keypoints, which is opened first."""
+    return lambda calls: [attrgetter(".".join(path))(calls.open_judge[0])]
+
+
+def probes_answered(calls):
+    """The judge of probes answers them, and no other."""
+    return [calls._shared[1].judge]
+
+
 def max_unjudged(calls):
     """Between these shares of missing answers the step is refused."""
     check = calls.results["make_rewards"][0].check
-    check(Judged(None, np.int32(100), np.int32(25)))
+    check({"checklist": Judged(None, np.int32(100), np.int32(25))})
     with suppress(Unjudged):
-        check(Judged(None, np.int32(100), np.int32(26)))
+        check({"probes": Judged(None, np.int32(100), np.int32(26))})
         return []
     return [0.25]
 

@@ -22,6 +22,7 @@ from avocado_jax.config import GrpoConfig, SamplingConfig, load
 from avocado_jax.data.index import Index
 from avocado_jax.data.media import Reading
 from avocado_jax.parallel.mesh import make_mesh
+from avocado_jax.rewards.combine import TERMS
 from avocado_jax.rewards.vocabulary import make_table
 from avocado_jax.train import grpo, programs, rewards, run, run_grpo, sft
 from avocado_jax.train.losses import Scores
@@ -34,7 +35,6 @@ EMPTY = State(np.int32(0), {}, None, np.int32(0), np.int32(0))
 SFT_PROGRAM, GRPO_PROGRAM = run.sft_program, run_grpo.grpo_program
 GRPO_OPTIMIZER, ADVANTAGES = grpo.optimizer, run_grpo.advantages
 MESH = ("data", "fsdp", "tensor", "slices")
-TERMS = ("checklist", "dialogue", "length", "repetition")
 
 
 class Stop(Exception):
@@ -173,7 +173,7 @@ def started(kind, values, folder, patch):
     calls.record(grpo, "roll_out", instead=empty_rollout)
     calls.record(run_grpo, "advantages", "widths", "grpo_flops", "blocks")
     # --- its rewards
-    calls.record(rewards, "open_judge", instead=lambda *_: nullcontext(lambda *_: None))
+    calls.record(rewards, "open_judge", instead=lambda _, model, *__: nullcontext(SimpleNamespace(probes=model)))
     calls.record(rewards, "make_references", instead=lambda _, records, *__: (np.zeros(len(records)), None))
     calls.record(rewards, "score_captions", instead=lambda _, tokens, lengths, *__: dict.fromkeys(TERMS, lengths * 1.0))
     calls.record(rewards, "make_rewards", "combine", "_shared")

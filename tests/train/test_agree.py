@@ -19,6 +19,7 @@ IMPORT = f"import sys, json\nsys.path.append({str(ROOT / 'tests' / 'data')!r})\n
 PROGRAM = """
 from avocado_jax.remote.chat import Endpoint
 from avocado_jax.train.judges import open_judge
+from avocado_jax.typing import Probe
 
 folder, url, encoder, lm, *wanted = sys.argv[1:-1]
 order = np.arange(jax.device_count()).reshape(2, -1).T.reshape(-1).tolist()
@@ -38,24 +39,36 @@ for name in wanted:
         lost = {"split none": {}, "split one": {1: [3]}, "split all": {0: [2], 1: [3]}}[name]
         found[name] = agreement.rewarded(where, **apart, lost=lost)
     elif name.startswith("silent"):
-        found[name] = agreement.rewarded(where, silent, **both, max_unjudged=0.3 if name == "silent" else 0.7)
+        allowed = 0.3 if name == "silent" else 0.7
+        found[name] = agreement.rewarded(where, {"checklist": silent}, **both, max_unjudged=allowed)
+    elif name.endswith("probes"):
+        kind, probes = name.split()[0], [Probe("Which?", ("one", "two"), number) for number in range(2)]
+        with open_judge(kind, models[kind], "float32", Endpoint(url, "any")) as judge:
+            judges = {"checklist": judge, "probes": judge.probes}
+            found[name] = agreement.rewarded(where, judges, **both, probes=1.0)
+            found[f"{name} alone"] = judge.probes([" ", "a dog"], [probes, probes])().tolist()
     else:
         kind, _, lost = name.partition(" ")
         with open_judge(kind, models[kind], "float32", Endpoint(url, "any")) as judge:
-            found[name] = agreement.rewarded(where, judge, **both, lost={1: [0]} if lost else {})
+            found[name] = agreement.rewarded(where, {"checklist": judge}, **both, lost={1: [0]} if lost else {})
             if kind != "remote":
                 found[f"{name} alone"] = judge(["a dog", ""], [["a red cat"], ["a dog", "b"]])().tolist()
 print(json.dumps(found))
 """
 JUDGED = ("remote", "embedding", "lm")
+PROBES = ("remote probes", "lm probes")
 SPLIT = ("split none", "split one", "split all")
 
 
 def verdict(number, request):
     """Arbitrary, and always the same for the same question."""
     asked = json.loads(request["messages"][1]["content"])
-    keys = asked["statements"].items()
     text = asked["description"]
+    if "questions" in asked:
+        letters = {key: sorted(one["choices"]) for key, one in asked["questions"].items()}
+        numbers = {key: zlib.crc32(f"{text}|{key}".encode()) for key in letters}
+        return json.dumps({key: each[numbers[key] % len(each)] for key, each in letters.items()})
+    keys = asked["statements"].items()
     return json.dumps({key: "yes" if zlib.crc32(f"{text}|{point}".encode()) % 3 else "no" for key, point in keys})
 
 
@@ -77,7 +90,7 @@ def run(judges, folder, count, devices, *scenarios):
 
 @pytest.fixture(scope="module")
 def two(judges, tmp_path_factory):
-    scenarios = ("learn", *SPLIT, *JUDGED, "remote lost", "silent", "silent allowed")
+    scenarios = ("learn", *SPLIT, *JUDGED, "remote lost", *PROBES, "silent", "silent allowed")
     return run(judges, tmp_path_factory.mktemp("two"), 2, 2, *scenarios)
 
 
@@ -127,7 +140,8 @@ def test_a_clip_of_two_rows_counts_if_both_were_read(two):
 
 def test_each_question_is_asked_once_and_all_use_the_answer(two):
     (first, second), questions, folder = two
-    assert len(questions) == 8 + 4  # half of the second captions are of a clip that the process that asks has read
+    questions = [one for one in questions if "statements" in one]
+    assert len(questions) == 8 + 4 + 8  # half of the second captions are of a clip that the process that asks has read
     assert len(set(questions[:8])) == 8
     for name in (*JUDGED, "remote lost"):
         assert first[name] == second[name]  # the digest of the local replicas too
@@ -150,6 +164,27 @@ def test_judges_with_a_model_run_in_a_step_of_two_processes(two, name):
     assert all(0 <= score <= 1 for score in scores)
     if name == "lm":
         assert len(set(scores)) > 1
+
+
+@pytest.mark.parametrize("name", PROBES)
+def test_probes_are_a_term_of_their_own_in_a_step_of_two_processes(two, name):
+    """Beside keypoints; a caption without text has no right answer."""
+    (first, second), _, folder = two
+    assert first[name] == second[name]
+    assert first[name]["metrics"]["reward_probes_missing"] == 0
+    lines = rollouts(folder, name)
+    assert [line["rewards"]["checklist"] for line in lines] == pytest.approx(
+        [line["rewards"]["checklist"] for line in rollouts(folder, name.split()[0])], abs=1e-5
+    )
+    for line in lines:
+        count = 2 + int(line["id"].split("-")[1]) % 3
+        right = count * line["rewards"]["probes"]
+        assert right == pytest.approx(round(right), abs=1e-5)
+    alone = first[f"{name} alone"]
+    assert alone[0] == [0, 0]
+    if name == "lm probes":
+        assert sum(alone[1]) == 1  # one letter is the likeliest, and right once
+    assert alone == second[f"{name} alone"]
 
 
 def test_missing_answers_end_all_processes(two):

@@ -108,7 +108,7 @@ def test_references_are_built_on_the_cpu_and_not_on_the_mesh(monkeypatch):
     mesh = make_mesh(1, -1, 1)
     with jax.set_mesh(mesh):
         setup = SimpleNamespace(words=SimpleNamespace(json=None), source=source, mesh=mesh)
-        rewards = make_rewards(GrpoConfig(), setup, (), None)
+        rewards = make_rewards(GrpoConfig(), setup, (), {})
         rewards.references([{}])
         thread = threading.Thread(target=rewards.references, args=([{}],))
         thread.start()

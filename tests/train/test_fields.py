@@ -16,6 +16,7 @@ from field_effects import (
     changes_the_loss,
     drawn,
     epochs,
+    first_judge,
     frozen_dtypes,
     group,
     in_fine_tuning,
@@ -27,6 +28,7 @@ from field_effects import (
     nominal_model,
     observed,
     on_rollouts,
+    probes_answered,
     random_numbers,
     reference_dtypes,
     rows,
@@ -154,7 +156,9 @@ FIELDS = {
         },
         **{
             f"rewards.{name}": (value, weight(name))
-            for name, value in dict(checklist=0.5, dialogue=0.6, length=0.7, repetition=0.8).items()
+            for name, value in dict(
+                checklist=0.5, dialogue=0.6, length=0.7, repetition=0.8, timing=0.9, probes=0.95
+            ).items()
         },
         "rewards.normalize": (True, "combine.normalize"),
         "rewards.gate": (True, "combine.gate"),
@@ -162,10 +166,14 @@ FIELDS = {
         "rewards.high": (22, "score_captions.thresholds.length_high"),
         "rewards.covered_low": (0.1, "score_captions.thresholds.low"),
         "rewards.covered_high": (0.9, "score_captions.thresholds.high"),
-        "rewards.keypoints": (5, "make_references.keypoints", "_shared.limit"),
+        "rewards.keypoints": (5, "make_references.keypoints", lambda calls: [calls._shared[0].limit]),
+        "rewards.questions": (3, lambda calls: [calls._shared[1].limit]),
         "rewards.lines": (6, "make_references.limits.quotes", "score_captions.limits.quotes"),
-        "rewards.judge": ("remote", "open_judge.name"),
-        "rewards.judge_model": ("model", "open_judge.model", "open_judge.endpoint.model"),
+        "rewards.scenes": (7, "make_references.events"),
+        "rewards.judge": ("remote", lambda calls: [calls.open_judge[0].name]),
+        "rewards.judge_model": ("model", first_judge("model"), first_judge("endpoint", "model")),
+        "rewards.probe_judge": ("remote", lambda calls: [calls.open_judge[1].name]),
+        "rewards.probe_model": ("other", lambda calls: [calls.open_judge[1].model], probes_answered),
         "rewards.judge_url": ("https://judge/v1", "open_judge.endpoint.url"),
         "rewards.judge_cache": ("answers", lambda calls: [str(one.endpoint.cache) for one in calls.open_judge]),
         "rewards.judge_patience": (7.0, "open_judge.endpoint.patience"),

@@ -25,6 +25,8 @@ COLLAPSES = {
     "zero_variance": (0.9, "90% of groups have equal rewards"),
     "reward_repetition": (-0.2, "20% of captions repeat themselves"),
     "reward_checklist_missing": (0.6, "60% of captions have no R_C"),
+    "reward_probes_missing": (0.7, "70% of captions have no score of probes"),
+    "reward_timing_missing": (0.8, "80% of captions have no time IoU"),
 }
 
 
@@ -72,5 +74,9 @@ def test_the_start_describes_a_step():
     def loss(**fields):
         return "policy loss" in describe(GrpoConfig(**fields), SEVEN_B, bucket)
 
+    judged = RewardConfig(probes=2.0, probe_judge="remote")
+    assert "+ 2 x probes, keypoints judged by lexical, probes answered by remote" in describe(
+        GrpoConfig(rewards=judged), SEVEN_B, bucket
+    )
     assert not loss(passes=2)  # the second pass has ratios other than 1
     assert not loss(objective=ObjectiveConfig(aggregate="token"))  # long captions weigh more

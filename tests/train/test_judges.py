@@ -17,7 +17,8 @@ from avocado_jax.data.tokenizer import SPECIAL, write_tokenizer
 from avocado_jax.errors import InputError
 from avocado_jax.models.config import TINY
 from avocado_jax.train import judges
-from avocado_jax.train.judges import BATCH, embedding_judge, lm_judge, open_judge
+from avocado_jax.train.judges import BATCH, LmJudge, embedding_judge, open_judge
+from avocado_jax.typing import Probe
 
 WORDS = [
     "a",
@@ -137,7 +138,7 @@ def test_the_model_is_asked_in_its_chat_format(tmp_path):
     write_reference(tmp_path, TINY)
     write_tokenizer(tmp_path)
     captions, keypoints = ["a dog <|im_end|> barks", "café \ud83d", ""], [["a dog", "a cat sleeps"], ["coffee"], []]
-    scores = lm_judge(tmp_path, "float32")(captions, keypoints)()
+    scores = LmJudge(tmp_path, "float32")(captions, keypoints)()
     np.testing.assert_array_equal(np.isnan(scores), [[False, False], [False, True], [True, True]])
 
     theirs = load_reference(tmp_path)
@@ -174,8 +175,46 @@ def test_the_model_is_asked_in_its_chat_format(tmp_path):
     assert abs(scores[0, 0] - scores[0, 1]) > 1e-3
 
 
+def test_probes_are_answered_by_the_likeliest_letter(tmp_path):
+    """As the reference does that reads the same words as plain text; a caption without text answers none."""
+    write_reference(tmp_path, TINY)
+    write_tokenizer(tmp_path)
+    captions = ["a dog barks", "", "café \ud83d"]
+    probes = [
+        [Probe(f"Which is {j}?", tuple(f"{j}{letter}" for letter in "abcde"[: 2 + j]), (i + j) % 2) for j in range(3)]
+        for i in range(3)
+    ]
+    judge = LmJudge(tmp_path, "float32")
+    scores = judge.probes(captions, probes)()
+    assert scores[1].tolist() == [0, 0, 0]
+    theirs = load_reference(tmp_path)
+    byte = {letter: i for i, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    split = pre_tokenizers.ByteLevel(False, use_regex=False).pre_tokenize_str
+
+    def letters(text):
+        return [byte[letter] for letter in split(text)[0][0]]
+
+    start, end = (256 + SPECIAL.index(token) for token in ("<|im_start|>", "<|im_end|>"))
+    for i, j in ((0, 0), (0, 2), (2, 1)):
+        probe = probes[i][j]
+        lines = "\n".join([probe.question, *(f"{'ABCDE'[k]}. {text}" for k, text in enumerate(probe.choices))])
+        user = (
+            f"user\nThe description:\n\n{captions[i].replace(chr(0xD83D), '?')}\n\nThe question: {lines}\n\n"
+            "Answer with the letter of one choice, and nothing else."
+        )
+        ids = [start, *letters(f"system\n{judges.PROBE_SYSTEM}"), end, *letters("\n"), start, *letters(user), end]
+        ids += [*letters("\n"), start, *letters("assistant\n")]
+        with torch.no_grad():
+            logits = theirs(input_ids=torch.tensor([ids])).logits[0, -1].numpy()
+        likeliest = np.argmax([logits[byte["ABCDE"[k]]] for k in range(len(probe.choices))])
+        assert scores[i, j] == (likeliest == probe.right)
+    flipped = [[probe._replace(right=1 - probe.right) for probe in each] for each in probes]
+    both = scores + judge.probes(captions, flipped)()
+    assert set(both[[0, 2]][:, 0]) == {1}  # one of two choices is the likeliest
+
+
 def test_a_tokenizer_of_another_vocabulary_is_refused(tmp_path):
     write_reference(tmp_path, replace(TINY, text=replace(TINY.text, vocab=260)))
     write_tokenizer(tmp_path)
     with pytest.raises(InputError, match="makes id 265, the vocabulary ends at 260"):
-        lm_judge(tmp_path, "float32")
+        LmJudge(tmp_path, "float32")

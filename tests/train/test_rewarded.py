@@ -30,7 +30,7 @@ def rewards_of(monkeypatch):
     mesh = make_mesh(1, 1, 1, devices=jax.devices()[:1])
     source = SimpleNamespace(index=SimpleNamespace(ids=[]))
     setup = SimpleNamespace(mesh=mesh, source=source, words=SimpleNamespace(json=None))
-    return lambda config: (setup, make_rewards(config, setup, (), None))
+    return lambda config: (setup, make_rewards(config, setup, (), {}))
 
 
 @pytest.mark.parametrize("normalize", [False, True])

@@ -39,3 +39,11 @@ def test_keypoints_and_dialogues_stay_whole():
         told = {"caption": fields["caption"], "references": [fields["caption"]]}  # training draws from both
         assert fields == whole | told
         assert len(fields["caption"].encode()) <= habits.index.caption[number]
+
+
+def test_captions_with_times_as_a_source():
+    timed, _ = open_source("world:0:train:9:3:timestamps", DataConfig())
+    for number in range(3):
+        fields, script = timed[number].fields, make_script(9, number, "train", 0)
+        assert fields == record(script, timestamps=True)
+        assert len(fields["caption"].encode()) == timed.index.caption[number]

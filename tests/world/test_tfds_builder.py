@@ -14,7 +14,7 @@ import tensorflow_datasets as tfds
 tiny = AvWorldConfig(name="tiny", level=0, train_clips=3, test_clips=2)
 builder = AvWorld(config=tiny, data_dir=sys.argv[1])
 builder.download_and_prepare()
-assert "avocado_jax" in builder.info.citation and str(builder.info.version) == "1.0.0"
+assert "avocado_jax" in builder.info.citation and str(builder.info.version) == "1.1.0"
 again = tfds.builder_from_directory(str(builder.data_dir)).as_data_source("train")
 assert len(again) == 3
 named = tfds.data_source("av_world", split="test", data_dir=sys.argv[1], download=False,
@@ -43,5 +43,6 @@ def test_a_dataset_is_built_and_read_without_tensorflow(tmp_path):
         assert line["caption"] == made["caption"]
         assert json.loads(line["events"]) == made["events"]
         assert json.loads(line["references"]) == made["references"]
+        assert json.loads(line["probes"]) == made["probes"]
         assert line["bytes"][0] > 5000
         assert line["bytes"][1] == "ftyp"

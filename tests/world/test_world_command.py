@@ -10,6 +10,7 @@ import time
 import pytest
 
 from avocado_jax.__main__ import main
+from avocado_jax.world.timing import time_iou
 
 MADE = ["--clips", "3", "--seed", "5", "--level", "0", "--references", "2", "--workers", "1"]
 
@@ -29,7 +30,7 @@ def test_a_world_is_a_manifest_and_its_clips(world):
     lines = [json.loads(line) for line in (world / "clips.jsonl").read_text().splitlines()]
     assert sorted(contents(world)) == sorted(["clips.jsonl", *(line["video"] for line in lines)])
     assert len(lines) == len({line["id"] for line in lines}) == 3
-    fields = {"id", "video", "caption", "prompt", "references", "events", "dialogues", "keypoints"}
+    fields = {"id", "video", "caption", "prompt", "references", "events", "dialogues", "keypoints", "probes"}
     assert all(line.keys() == fields and len(line["references"]) == 2 for line in lines)
 
 
@@ -43,6 +44,27 @@ def test_the_same_command_makes_the_same_bytes_and_only_what_is_missing(world, t
     assert main(["world", str(again), *MADE]) == 0
     assert contents(again) == contents(world)
     assert kept.stat().st_mtime_ns == before
+
+
+def test_captions_with_times(world, tmp_path, capsys):
+    """The same clips; each caption has the times of all its events, and --check reads it."""
+    out = tmp_path / "timed"
+    assert main(["world", str(out), *MADE, "--timestamps"]) == 0
+    plain, timed = (
+        [json.loads(line) for line in (folder / "clips.jsonl").read_text().splitlines()] for folder in (world, out)
+    )
+    for one, other in zip(plain, timed, strict=True):
+        same = one.keys() - {"caption", "references", "prompt"}
+        assert {name: one[name] for name in same} == {name: other[name] for name in same}
+        assert other["references"] == [other["caption"]]
+        assert other["caption"].count("[") == len(other["events"])
+        assert "[start - end]" in other["prompt"]
+        assert time_iou(other["caption"], other) == pytest.approx(1)
+    assert {path.name for path in (out / "clips").iterdir()} == {path.name for path in (world / "clips").iterdir()}
+    capsys.readouterr()
+    assert main(["world", "--check", str(out / "clips.jsonl"), "--truth", str(world / "clips.jsonl")]) == 0
+    scores = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert all(one["recall"] == one["order"] == 1 and one["hallucination"] == 0 for one in scores)
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])

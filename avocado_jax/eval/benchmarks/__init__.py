@@ -1,8 +1,8 @@
-"""The six public benchmarks, a file each behind one interface (benchmark.py)."""
+"""The six public benchmarks and a user's own probes, a file each behind one interface (benchmark.py)."""
 
-from avocado_jax.eval.benchmarks import daily_omni, dream1k, ugc_videocap, vdc, video_salmonn2, worldsense
+from avocado_jax.eval.benchmarks import daily_omni, dream1k, probes, ugc_videocap, vdc, video_salmonn2, worldsense
 
 BENCHMARKS = {
     module.BENCHMARK.name: module.BENCHMARK
-    for module in (video_salmonn2, ugc_videocap, daily_omni, worldsense, vdc, dream1k)
+    for module in (video_salmonn2, ugc_videocap, daily_omni, worldsense, vdc, dream1k, probes)
 }

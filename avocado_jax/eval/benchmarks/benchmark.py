@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeVar
 
@@ -41,14 +41,41 @@ class Ask(Protocol):
     """Asks the judge in the words of a prompt's file."""
 
     def __call__(
-        self, prompt: str, fields: Mapping[str, Any], schema: type[A], check: Callable[[A], Any] = ...
+        self,
+        prompt: str,
+        fields: Mapping[str, Any],
+        schema: type[A],
+        check: Callable[[Any], Any] = ...,
+        read: Callable[[str], Any] | None = ...,
     ) -> Awaitable[Reply[Any]]:
-        """The answer as `check` gives it, which raises Malformed where it is not as it must be."""
+        """Ask one question.
+
+        Args:
+            schema: the form of the answer that our own prompts ask for.
+            check: an answer to what is used of it; raises Malformed if it is invalid.
+            read: the answer's text to what `check` gets, in any form that official prompts ask for; by default an
+                object of `schema`. Raises Malformed.
+        """
+
+
+@dataclass(frozen=True)
+class Official:
+    """The official treatment of a benchmark where ours differs (`evaluate --official`).
+
+    Attributes:
+        notes: the differences, a sentence each; eval/README.md lists them.
+        text: applied to captions and references before they are judged.
+        treat: a record's units to those that the official measure counts.
+    """
+
+    notes: tuple[str, ...] = ()
+    text: Callable[[str], str] = str
+    treat: Callable[[list[Unit]], list[Unit]] = list
 
 
 @dataclass(frozen=True)
 class Benchmark:
-    """One public benchmark."""
+    """One benchmark."""
 
     name: str
     title: str
@@ -60,6 +87,18 @@ class Benchmark:
     rounds: int = 1  # how often the judge is asked, as published
     sound: bool = True
     frames: int | None = None  # of a clip at most, where that is less than usual
+    official: Official = Official()
+    typical: Mapping[str, Any] = field(default_factory=dict)  # by prompt: answers that a dry run assumes
+    beside: bool = False  # clips are named relative to the file
+
+
+def officially(benchmark: Benchmark) -> Benchmark:
+    """The benchmark with the official measure."""
+
+    def measure(judged: Sequence[Judged]) -> dict[str, float | None]:
+        return benchmark.measure([one._replace(units=benchmark.official.treat(one.units)) for one in judged])
+
+    return replace(benchmark, measure=measure)
 
 
 class Answer(BaseModel):
@@ -129,6 +168,11 @@ def all_different(path: Path, records: Iterator[Record]) -> list[Record]:
 def valid(judged: Sequence[Judged]) -> list[Unit]:
     """All units with a valid answer."""
     return [unit for one in judged for unit in one.units if "why" not in unit]
+
+
+def answered(unit: Unit, **answer: Any) -> Unit:
+    """A unit without a valid answer, with this one."""
+    return {name: value for name, value in unit.items() if name != "why"} | answer
 
 
 def percent(part: float, whole: float) -> float | None:

@@ -6,11 +6,10 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from avocado_jax.errors import InputError
-from avocado_jax.eval.benchmarks.benchmark import Answer, Ask, Judged, Record, Unit, percent, valid
+from avocado_jax.eval.benchmarks.benchmark import Answer, Ask, Judged, Official, Record, Unit, answered, percent, valid
+from avocado_jax.remote.answers import last_words, read_object
 from avocado_jax.remote.call import Malformed
-
-UNKNOWN = "N/A"  # the caption does not tell
-LETTERS = "ABCDEFGHIJ"
+from avocado_jax.rewards.probes import LETTERS, UNKNOWN, letter_of
 
 
 class Choice(Answer):
@@ -43,21 +42,20 @@ def question(where: str, text: str, choices: Sequence[str], answer: str, kind: s
     return Question(text, lettered, right, kind)
 
 
-def letter_of(said: str, choices: Mapping[str, str]) -> str:
-    """The letter that an answer means: the letter itself, with or without its choice, or the choice in full.
+def read_choice(text: str, choices: Mapping[str, str]) -> str:
+    """The letter that an answer selects, or UNKNOWN: a JSON object with "answer", or plain text (`letter_of`).
 
     Raises:
-        Malformed: none of them, nor N/A.
+        Malformed: it selects nothing.
     """
-    said = said.strip()
-    if said.upper() in (UNKNOWN, "NA"):
-        return UNKNOWN
-    if (found := re.fullmatch(r"\(?([A-Za-z])\)?[.:]?", said)) and found[1].upper() in choices:
-        return found[1].upper()
-    for letter, text in choices.items():
-        if said in (text, f"{letter}. {text}", f"{letter}: {text}", f"({letter}) {text}", f"{letter}) {text}"):
+    try:
+        said = [read_object(text, Choice, python=True).answer]
+    except Malformed:
+        said = last_words(text)
+    for one in said:
+        if letter := letter_of(one, choices):
             return letter
-    raise Malformed(f"{said[:80]!r} is none of {', '.join(choices)} or {UNKNOWN}")
+    raise Malformed(f"{text.strip()[-80:]!r} is none of {', '.join(choices)} or {UNKNOWN}", text)
 
 
 async def judge(record: Record, caption: str, ask: Ask) -> list[Unit]:
@@ -66,10 +64,17 @@ async def judge(record: Record, caption: str, ask: Ask) -> list[Unit]:
     async def one(asked: Question) -> Unit:
         told = {"question": asked.text, "choices": dict(asked.choices), "truth": asked.answer, "type": asked.type}
         fields = {"caption": caption, "question": asked.text, "choices": dict(asked.choices)}
-        reply = await ask("multiple-choice", fields, Choice, lambda said: letter_of(said.answer, asked.choices))
+        reply = await ask("multiple-choice", fields, Choice, read=lambda text: read_choice(text, asked.choices))
         return told | ({"why": reply.why} if reply.value is None else {"answer": reply.value})
 
     return list(await asyncio.gather(*map(one, record.truth)))
+
+
+def _wrong(units: list[Unit]) -> list[Unit]:
+    return [unit if "answer" in unit else answered(unit, answer="") for unit in units]
+
+
+OFFICIAL = Official(("A question without a valid answer counts as wrong.",), treat=_wrong)
 
 
 def measure(judged: Sequence[Judged]) -> dict[str, float | None]:

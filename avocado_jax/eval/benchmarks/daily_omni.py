@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from avocado_jax.eval.benchmarks.benchmark import Benchmark, Record, all_different, checked, read_json
-from avocado_jax.eval.benchmarks.choices import judge, measure, question
+from avocado_jax.eval.benchmarks.choices import OFFICIAL, judge, measure, question
 
 
 def read(path: Path) -> list[Record]:
@@ -26,4 +26,14 @@ def _records(path: Path) -> Iterator[Record]:
         yield Record(name, places, None, None, asked, {"duration": one["video_duration"]})
 
 
-BENCHMARK = Benchmark("daily-omni", "Daily-Omni", ("multiple-choice",), read, judge, measure, "accuracy", frames=256)
+BENCHMARK = Benchmark(
+    "daily-omni",
+    "Daily-Omni",
+    ("multiple-choice",),
+    read,
+    judge,
+    measure,
+    "accuracy",
+    frames=256,
+    official=OFFICIAL,
+)

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from avocado_jax.errors import InputError
 from avocado_jax.eval.benchmarks.benchmark import (
@@ -12,17 +12,19 @@ from avocado_jax.eval.benchmarks.benchmark import (
     Ask,
     Benchmark,
     Judged,
+    Official,
     Record,
     Unit,
     all_different,
     checked,
     mean,
-    valid,
 )
 from avocado_jax.jsonl import read_lines
+from avocado_jax.remote.answers import read_object
 from avocado_jax.remote.call import Malformed
 
 MOST = 10  # events of a caption that count
+VERDICTS = ("entailment", "neutral", "contradiction")
 
 
 class Told(Answer):
@@ -44,6 +46,18 @@ class Verdicts(Answer):
     verdicts: list[Verdict]
 
 
+class Relationship(Answer):
+    """Of one event, in the official form; a reason may follow."""
+
+    relationship: Annotated[str, AfterValidator(lambda said: said.strip().lower())]
+
+
+class Relationships(Answer):
+    """Of every event, in their order, in the official form."""
+
+    events: list[Relationship]
+
+
 def read(path: Path) -> list[Record]:
     """The official file: lines {"messages": [user, assistant], "dataset", "extra_info": {"events"}}."""
     return all_different(path, _records(path))
@@ -61,8 +75,8 @@ def _records(path: Path) -> Iterator[Record]:
         names = [video["video_file"] for video in videos if isinstance(video.get("video_file"), str)]
         texts = [part["reference"] for part in parts if isinstance(part.get("reference"), str)]
         asked = [part["text"] for part in parts if isinstance(part.get("text"), str)]
-        if len(names) != 1 or len(texts) != 1 or not events or not asked:
-            raise InputError(f'{where}: it must have one "video_file", one "reference", a question and events')
+        if len(names) != 1 or len(texts) != 1 or not asked:
+            raise InputError(f'{where}: it must have one "video_file", one "reference" and a question')
         subset = line.get("dataset")
         groups = {"subset": subset} if isinstance(subset, str) else {}
         yield Record(PurePosixPath(names[0]).stem, (names[0],), asked[0], texts[0], events, groups)
@@ -79,33 +93,69 @@ async def judge(record: Record, caption: str, ask: Ask) -> list[Unit]:
 
 async def _entailed(ask: Ask, what: str, events: Sequence[str], text: str) -> Unit:
     unit = {"what": what, "events": list(events)}
-    if not events:  # a caption that tells of no event
+    if not events:
         return unit | {"verdicts": []}
 
-    def check(answer: Verdicts) -> list[str]:
-        by_number = {one.number: one.verdict for one in answer.verdicts}
-        if len(by_number) < len(answer.verdicts) or by_number.keys() != set(range(1, len(events) + 1)):
-            raise Malformed(f"{len(events)} events were asked about, the answer has {sorted(by_number)[:50]}")
+    def read(text: str) -> list[str]:
+        try:
+            found = read_object(text, Verdicts, python=True).verdicts
+        except Malformed:
+            official = [one.relationship for one in read_object(text, Relationships, python=True).events]
+            if len(official) != len(events) or not set(official) <= set(VERDICTS):
+                raise Malformed(
+                    f"{len(events)} events were asked about, the answer has {official[:50]}", text
+                ) from None
+            return official
+        by_number = {one.number: one.verdict for one in found}
+        if len(by_number) < len(found) or by_number.keys() != set(range(1, len(events) + 1)):
+            raise Malformed(f"{len(events)} events were asked about, the answer has {sorted(by_number)[:50]}", text)
         return [by_number[number] for number in range(1, len(events) + 1)]
 
     fields: dict[str, Any] = {"events": {str(n): event for n, event in enumerate(events, start=1)}, "text": text}
-    reply = await ask("dream-1k-entailment", fields, Verdicts, check)
+    reply = await ask("dream-1k-entailment", fields, Verdicts, read=read)
     return unit | ({"why": reply.why} if reply.value is None else {"verdicts": reply.value})
 
 
 def measure(judged: Sequence[Judged]) -> dict[str, float | None]:
-    """Means over clips of both shares, of a hundred, and the F1 of the means. No event told is a precision of 0."""
-    shares: dict[str, list[float]] = {"precision": [], "recall": []}
-    for unit in valid(judged):
-        entailed = unit["verdicts"].count("entailment")
-        shares[unit["what"]].append(100 * entailed / max(1, len(unit["verdicts"])))
-    precision, recall = mean(shares["precision"]), mean(shares["recall"])
+    """Means of both shares over the clips of a subset, then over the subsets, of a hundred; and the F1 of these means.
+
+    As published, a reference without events has a recall of 1, and a caption without events a precision of 1.
+    """
+    shares: dict[str, dict[str, list[float]]] = {"precision": {}, "recall": {}}
+    for one in judged:
+        for unit in one.units:
+            if "why" in unit:
+                continue
+            verdicts = unit["verdicts"]
+            share = 100 * verdicts.count("entailment") / len(verdicts) if verdicts else 100.0
+            shares[unit["what"]].setdefault(one.record.groups.get("subset", ""), []).append(share)
+    precision, recall = (mean([mean(each) for each in shares[name].values()]) for name in ("precision", "recall"))
     f1 = None
     if precision is not None and recall is not None:
         f1 = 2 * precision * recall / (precision + recall) if precision + recall else 0.0
     return {"f1": f1, "precision": precision, "recall": recall}
 
 
+def _whole(units: list[Unit]) -> list[Unit]:
+    return [] if any("why" in unit for unit in units) else units
+
+
 BENCHMARK = Benchmark(
-    "dream-1k", "DREAM-1K", ("dream-1k-events", "dream-1k-entailment"), read, judge, measure, "f1", sound=False
+    "dream-1k",
+    "DREAM-1K",
+    ("dream-1k-events", "dream-1k-entailment"),
+    read,
+    judge,
+    measure,
+    "f1",
+    sound=False,
+    official=Official(
+        (
+            "A clip of which any answer is invalid is left out of precision and recall.",
+            "Captions and references are judged in lower case.",
+        ),
+        text=str.lower,
+        treat=_whole,
+    ),
+    typical={"dream-1k-events": Told(events=["somebody does something to something"] * MOST)},
 )

@@ -4,16 +4,18 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import Field
+from pydantic import AliasChoices, Field
 
 from avocado_jax.eval.benchmarks.benchmark import (
     Answer,
     Ask,
     Benchmark,
     Judged,
+    Official,
     Record,
     Unit,
     all_different,
+    answered,
     checked,
     mean,
     read_json,
@@ -25,11 +27,11 @@ Grade = Annotated[int, Field(ge=1, le=5)]
 
 
 class Grades(Answer):
-    """From 1 to 5 each."""
+    """From 1 to 5 each. The official prompt calls the last one "details"."""
 
     audio: Grade
     visual: Grade
-    detail: Grade
+    detail: Grade = Field(validation_alias=AliasChoices("detail", "details"))
 
 
 def read(path: Path) -> list[Record]:
@@ -57,4 +59,17 @@ def measure(judged: Sequence[Judged]) -> dict[str, float | None]:
     return {**means, "average": mean(list(means.values())) if units else None}
 
 
-BENCHMARK = Benchmark("ugc-videocap", "UGC-VideoCap", ("ugc-videocap",), read, judge, measure, "average")
+def _ungraded(units: list[Unit]) -> list[Unit]:
+    return [answered(unit, **dict.fromkeys(GRADES, 0)) if "why" in unit else unit for unit in units]
+
+
+BENCHMARK = Benchmark(
+    "ugc-videocap",
+    "UGC-VideoCap",
+    ("ugc-videocap",),
+    read,
+    judge,
+    measure,
+    "average",
+    official=Official(("A caption without valid grades counts 0 in all three.",), treat=_ungraded),
+)

@@ -13,19 +13,25 @@ from avocado_jax.eval.benchmarks.benchmark import (
     Ask,
     Benchmark,
     Judged,
+    Official,
     Record,
     Unit,
     all_different,
+    answered,
     checked,
     mean,
 )
 from avocado_jax.jsonl import read_lines
+from avocado_jax.remote.answers import last_words, read_object
+from avocado_jax.remote.call import Malformed
+
+LONGEST = 10_000  # characters of an answer
 
 
 class Told(Answer):
     """What the caption answers."""
 
-    answer: Annotated[str, Field(min_length=1, max_length=10_000)]
+    answer: Annotated[str, Field(min_length=1, max_length=LONGEST)]
 
 
 class Graded(Answer):
@@ -40,6 +46,9 @@ class Graded(Answer):
         return said.strip().lower() if isinstance(said, str) else said
 
 
+QUESTION = "Describe in full detail all that can be seen in the video."  # visual only, like the official one
+
+
 def read(path: Path) -> list[Record]:
     """The official file: lines {video id: [{"question", "answer", "category"}]}."""
     return all_different(path, _records(path))
@@ -51,7 +60,22 @@ def _records(path: Path) -> Iterator[Record]:
             if not isinstance(asked, list) or not asked:
                 raise InputError(f"{where}: {name[:80]!r} must be a list of questions")
             fields = {"question": str, "answer": str, "category": str}
-            yield Record(name, (name,), None, None, [checked(where, one, fields) for one in asked])
+            yield Record(name, (name,), QUESTION, None, [checked(where, one, fields) for one in asked])
+
+
+def read_answer(text: str) -> str:
+    """The answer in a JSON object, else, in the official form, the text itself.
+
+    Raises:
+        Malformed: there is none.
+    """
+    try:
+        return read_object(text, Told, python=True).answer
+    except Malformed:
+        said = last_words(text)[0]
+        if not 0 < len(said) <= LONGEST or said.startswith(("{", "[")):
+            raise
+        return said
 
 
 async def judge(record: Record, caption: str, ask: Ask) -> list[Unit]:
@@ -59,10 +83,10 @@ async def judge(record: Record, caption: str, ask: Ask) -> list[Unit]:
 
     async def one(asked: dict[str, str]) -> Unit:
         told = {"question": asked["question"], "truth": asked["answer"], "type": asked["category"]}
-        reply = await ask("vdc-answer", {"caption": caption, "question": asked["question"]}, Told)
+        reply = await ask("vdc-answer", {"caption": caption, "question": asked["question"]}, Told, read=read_answer)
         if reply.value is None:
             return told | {"why": reply.why}
-        told["answer"] = reply.value.answer
+        told["answer"] = reply.value
         fields = {"question": asked["question"], "answer": asked["answer"], "prediction": told["answer"]}
         graded = await ask("vdc-grade", fields, Graded)
         if graded.value is None:
@@ -93,6 +117,21 @@ def measure(judged: Sequence[Judged]) -> dict[str, float | None]:
     }
 
 
+def _ungraded(units: list[Unit]) -> list[Unit]:
+    answered_ones = [unit for unit in units if "answer" in unit]
+    return [answered(unit, correct=False, score=0) if "why" in unit else unit for unit in answered_ones]
+
+
 BENCHMARK = Benchmark(
-    "vdc", "VDC detailed", ("vdc-answer", "vdc-grade"), read, judge, measure, "accuracy", sound=False, frames=256
+    "vdc",
+    "VDC detailed",
+    ("vdc-answer", "vdc-grade"),
+    read,
+    judge,
+    measure,
+    "accuracy",
+    sound=False,
+    frames=256,
+    official=Official(("An answer without a valid grade counts as wrong, with a score of 0.",), treat=_ungraded),
+    typical={"vdc-answer": "a few words about what can be seen there"},
 )

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import Field
+from pydantic import AliasChoices, Field
 
 from avocado_jax.errors import InputError
 from avocado_jax.eval.benchmarks.benchmark import (
@@ -12,6 +12,7 @@ from avocado_jax.eval.benchmarks.benchmark import (
     Ask,
     Benchmark,
     Judged,
+    Official,
     Record,
     Unit,
     all_different,
@@ -20,6 +21,8 @@ from avocado_jax.eval.benchmarks.benchmark import (
     read_json,
     valid,
 )
+from avocado_jax.eval.metrics import cut_repetitions
+from avocado_jax.remote.answers import read_object
 from avocado_jax.remote.call import Malformed
 
 MOST = 500  # inventions of a caption: more is no count
@@ -32,6 +35,20 @@ class Events(Answer):
     missed: list[int] | Count
     incorrect: list[int] | Count
     hallucination: list[str] | Count
+
+
+class Reasoned(Answer):
+    """An event by its number; a reason may follow."""
+
+    number: int = Field(validation_alias=AliasChoices("number", "event", "id"))
+
+
+class AnyEvents(Answer):
+    """As `Events`, with lists of objects that give a reason; the official form has counts, and lists beside them."""
+
+    missed: list[int | Reasoned] | Count
+    incorrect: list[int | Reasoned] | Count
+    hallucination: list[str | dict[str, Any]] | Count
 
 
 def read(path: Path) -> list[Record]:
@@ -58,16 +75,18 @@ async def judge(record: Record, caption: str, ask: Ask) -> list[Unit]:
     events = record.truth
     numbered = {str(number): text for number, text in enumerate(events, start=1)}
 
-    def check(answer: Events) -> Events:
+    def check(answer: AnyEvents) -> AnyEvents:
         own = [answer.missed, answer.incorrect]
-        named = [number for part in own if isinstance(part, list) for number in part]
+        events_of = [event for part in own if isinstance(part, list) for event in part]
+        named = [event.number if isinstance(event, Reasoned) else event for event in events_of]
         if len(set(named)) < len(named) or not set(named) <= set(range(1, len(events) + 1)):
             raise Malformed(f"of {len(events)} events the answer names {named[:50]}")
         if sum(map(count, own)) > len(events) or count(answer.hallucination) > MOST:
             raise Malformed(f"{len(events)} events were asked about, the answer counts {answer!r:.200}")
         return answer
 
-    reply = await ask("video-salmonn-2", {"events": numbered, "caption": caption}, Events, check)
+    fields = {"events": numbered, "caption": caption}
+    reply = await ask("video-salmonn-2", fields, Events, check, lambda text: read_object(text, AnyEvents, python=True))
     if reply.value is None:
         return [{"why": reply.why}]
     return [{"events": len(events), **reply.value.model_dump()}]
@@ -93,5 +112,13 @@ def measure(judged: Sequence[Judged]) -> dict[str, float | None]:
 
 
 BENCHMARK = Benchmark(
-    "video-salmonn-2", "video-SALMONN-2 test set", ("video-salmonn-2",), read, judge, measure, "total", rounds=7
+    "video-salmonn-2",
+    "video-SALMONN-2 test set",
+    ("video-salmonn-2",),
+    read,
+    judge,
+    measure,
+    "total",
+    rounds=7,
+    official=Official(("Repetitions are cut from captions before they are judged.",), text=cut_repetitions),
 )

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from avocado_jax.errors import InputError
 from avocado_jax.eval.benchmarks.benchmark import Benchmark, Record, all_different, checked, read_json
-from avocado_jax.eval.benchmarks.choices import judge, measure, question
+from avocado_jax.eval.benchmarks.choices import OFFICIAL, judge, measure, question
 
 FIELDS = {"task_type": str, "question": str, "answer": str, "candidates": [str]}
 
@@ -31,4 +31,14 @@ def _records(path: Path) -> Iterator[Record]:
         yield Record(name, (name,), None, told if isinstance(told, str) else None, asked, groups)
 
 
-BENCHMARK = Benchmark("worldsense", "WorldSense", ("multiple-choice",), read, judge, measure, "accuracy", frames=256)
+BENCHMARK = Benchmark(
+    "worldsense",
+    "WorldSense",
+    ("multiple-choice",),
+    read,
+    judge,
+    measure,
+    "accuracy",
+    frames=256,
+    official=OFFICIAL,
+)

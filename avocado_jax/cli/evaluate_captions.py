@@ -1,0 +1,112 @@
+"""Captions that `avocado evaluate` measures: made by a checkpoint, or given in a file."""
+
+import argparse
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+from avocado_jax.checkpoint.load import identity, named_checkpoint
+from avocado_jax.checkpoint.references import tokenizer_folder
+from avocado_jax.data import storage
+from avocado_jax.data.manifest import prompt_fields
+from avocado_jax.data.prompt import choose_prompt, read_prompts
+from avocado_jax.data.words import load_words
+from avocado_jax.errors import InputError
+from avocado_jax.eval.captioner import load_captioner
+from avocado_jax.eval.runner import (
+    Caption,
+    How,
+    Item,
+    Outcome,
+    TooManyFailed,
+    Videos,
+    caption_items,
+    digest,
+    read_captions,
+)
+
+T = TypeVar("T")
+EMPTY = Caption("", 0)
+
+
+def read_file(path: str, read: Callable[[Path], T]) -> T:
+    """What `read` makes of a file, local or gs://."""
+    with storage.here(path) as local:
+        try:
+            return read(local)
+        except InputError as error:
+            raise InputError(str(error).replace(str(local), path)) from error
+
+
+def folder_of(path: str) -> str:
+    """The folder of a file, local or gs://."""
+    return path.rpartition("/")[0] if storage.is_remote(path) else str(Path(path).parent)
+
+
+def own_prompts(args: argparse.Namespace) -> tuple[str, ...]:
+    """The prompts of --prompt-file."""
+    return read_prompts(args.prompt_file) if args.prompt_file else ()
+
+
+def make_item(videos: Videos, prompts: tuple[str, ...], name: str, video: str, fields: Mapping[str, Any]) -> Item:
+    """A clip with the fields that decide its prompt.
+
+    Raises:
+        InputError: one of the fields has another type.
+    """
+    stated = prompt_fields(fields)
+    if prompts and not stated.get("prompt"):
+        stated["prompt"] = choose_prompt(prompts, name)
+    return Item(name, video, stated, videos.size(video))
+
+
+def make_captions(
+    args: argparse.Namespace, items: list[Item], how: How, file: Any, frames: int | None = None
+) -> Outcome:
+    """Captions of the checkpoint, kept in `file(digest of what makes them)`; clips of so many frames at most."""
+    if items and all(item.bytes is None for item in items):
+        raise InputError(f"{items[0].video}: no such file, nor any other video of {args.data}")
+    checkpoint = named_checkpoint(args.checkpoint)
+    known = identity(checkpoint)
+    if frames:
+        known = f"{known} {frames}"
+    place = file(digest([known, vars(how)])[:8])
+
+    def load():
+        captioner = load_captioner(checkpoint, None, how.dtype)
+        reading = captioner.reading
+        most = min(reading.most_frames, frames or reading.most_frames)
+        return captioner._replace(reading=replace(reading, most_frames=most))
+
+    folder = folder_of(place)
+    beside = storage.names(folder) if args.benchmark != "world" else []
+    kept = [name for name in beside if name.startswith("captions") and name.endswith(".jsonl")]
+    others = [path for path in (storage.join(folder, name) for name in kept) if path != place]
+    return caption_items(items, load, known, how, place, args.batch, args.max_failed, others, args.clip_seconds)
+
+
+def given_captions(args: argparse.Namespace, every: dict[str, Any], wanted: list[str]) -> Outcome:
+    """Captions made elsewhere."""
+    captions = read_file(args.captions, lambda file: read_captions(file, every))
+    tokenizer = load_words(tokenizer_folder(args.checkpoint)) if args.checkpoint else None
+    if tokenizer:
+        captions = {
+            name: Caption(one.text, len(tokenizer.encode(one.text)) if one.tokens is None else one.tokens)
+            for name, one in captions.items()
+        }
+    failed = {name: "no caption" for name in wanted if name not in captions}
+    if len(failed) > args.max_failed * len(wanted):
+        raise TooManyFailed(
+            f"{args.captions}: no caption of {len(failed)} of {len(wanted)} clips, such as {next(iter(failed))}; "
+            f"the share of {args.max_failed:g} is allowed (--max-failed)"
+        )
+    return Outcome(captions, failed)
+
+
+def print_failed(outcome: Outcome, count: int) -> None:
+    """Print how many of `count` clips have no caption."""
+    if outcome.failed:
+        told = f"{len(outcome.failed)} of {count} clips failed; their captions count as empty"
+        print(f"avocado evaluate: {told}", file=sys.stderr)

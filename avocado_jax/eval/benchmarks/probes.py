@@ -1,0 +1,95 @@
+"""Probes: a user's own questions with choices, which a judge answers from the caption alone, all in one call."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+from avocado_jax.data.manifest import prompt_fields
+from avocado_jax.data.probes import read_probe
+from avocado_jax.errors import InputError
+from avocado_jax.eval.benchmarks.benchmark import Answer, Ask, Benchmark, Record, Unit, all_different
+from avocado_jax.eval.benchmarks.choices import OFFICIAL, measure
+from avocado_jax.jsonl import read_lines
+from avocado_jax.remote.answers import objects, read_object
+from avocado_jax.remote.call import Malformed
+from avocado_jax.rewards.probes import LETTERS, UNKNOWN, letter_of, lettered
+from avocado_jax.typing import Probe
+
+
+class Choice(Answer):
+    """The answer to one question."""
+
+    number: int
+    answer: str
+
+
+class Choices(Answer):
+    """The answers to all questions."""
+
+    answers: list[Choice]
+
+
+def read(path: Path) -> list[Record]:
+    """Lines {"id", "probes": [{"question", "choices", "answer", "category"?}], "video"?, "prompt"?, "caption"?}."""
+    return all_different(path, _records(path))
+
+
+def _records(path: Path) -> Iterator[Record]:
+    for where, line in read_lines(path, {"id": str, "probes": list}):
+        try:
+            probes = [read_probe(held) for held in line["probes"]]
+            prompt = prompt_fields(line).get("prompt")
+        except InputError as error:
+            raise InputError(f"{where}: {error}") from None
+        if not probes:
+            raise InputError(f'{where}: "probes" is empty')
+        caption, video = line.get("caption"), line.get("video", line["id"])
+        if not isinstance(video, str):
+            raise InputError(f'{where}: "video" must be a string')
+        yield Record(line["id"], (video,), prompt or None, caption if isinstance(caption, str) else None, probes)
+
+
+async def judge(record: Record, caption: str, ask: Ask) -> list[Unit]:
+    """A unit a question, as `choices.judge`; the type is the category. A caption without text answers nothing."""
+    probes: Sequence[Probe] = record.truth
+    units = [
+        {
+            "question": probe.question,
+            "choices": lettered(probe),
+            "truth": LETTERS[probe.right],
+            "type": probe.category or "none",
+        }
+        for probe in probes
+    ]
+    if not caption.strip():
+        return [unit | {"answer": UNKNOWN} for unit in units]
+    questions = {
+        str(number): {"question": probe.question, "choices": lettered(probe)}
+        for number, probe in enumerate(probes, start=1)
+    }
+
+    def read_letters(text: str) -> dict[int, str]:
+        try:
+            said = {one.number: one.answer for one in read_object(text, Choices, python=True).answers}
+        except Malformed:  # {"1": "A", ...} is an answer too
+            last = next(reversed(objects(text, python=True)), {})
+            said = {int(name): str(answer) for name, answer in last.items() if name.isdecimal() and len(name) < 6}
+        found = {
+            number: letter
+            for number, answer in said.items()
+            if 0 < number <= len(probes) and (letter := letter_of(answer, lettered(probes[number - 1])))
+        }
+        if not found or not said.keys() <= set(range(1, len(probes) + 1)):
+            raise Malformed(f"{len(probes)} questions were asked, the answer has {list(said)[:50]}", text)
+        return found
+
+    reply = await ask("probes", {"caption": caption, "questions": questions}, Choices, read=read_letters)
+    if reply.value is None:
+        return [unit | {"why": reply.why} for unit in units]
+    letters: Mapping[int, str] = reply.value
+    return [
+        unit | ({"answer": letters[number]} if number in letters else {"why": "left out of the answer"})
+        for number, unit in enumerate(units, start=1)
+    ]
+
+
+BENCHMARK = Benchmark("probes", "Probes", ("probes",), read, judge, measure, "accuracy", official=OFFICIAL, beside=True)

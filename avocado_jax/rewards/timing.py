@@ -1,0 +1,196 @@
+"""Timing: how well the scenes that a caption times agree with the events of the reference.
+
+    S  scenes of a caption: intervals "[1.5 - 3]" in seconds or "[00:01 - 00:03]"
+    E  events of the reference, sorted by start, then end; they may overlap
+
+Scenes and events are aligned in order so that the summed time IoU is highest. The term is the F1
+2 * sum / (scenes + events): 0 without scenes, NaN without events.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from avocado_jax.rewards.text import compact
+from avocado_jax.typing import Array, Bool, Float, Int
+
+WINDOW = 40  # characters of an interval, brackets included
+DIGIT, COLON, POINT, SPACE, SECONDS, DASH, CLOSE, OTHER = range(8)
+KINDS = {":": COLON, ".": POINT, " ": SPACE, "s": SECONDS, "S": SECONDS, "]": CLOSE, "\xa0": SPACE}
+KINDS |= dict.fromkeys("0123456789", DIGIT) | dict.fromkeys("-‐‑‒–—", DASH)
+
+
+class Events(NamedTuple):
+    """The times of one reference's events, sorted; of several where stacked.
+
+    Attributes:
+        start, end: seconds; 0 past `count`.
+        count: number of events; 0 if the reference has none with times.
+    """
+
+    start: Float[Array, "E"]
+    end: Float[Array, "E"]
+    count: Int[Array, ""]
+
+
+class Scenes(NamedTuple):
+    """The intervals of one caption, in its order.
+
+    Attributes:
+        start, end: seconds.
+        valid: which places hold an interval.
+        cut: the caption has more candidates than there is room for.
+    """
+
+    start: Float[Array, "S"]
+    end: Float[Array, "S"]
+    valid: Bool[Array, "S"]
+    cut: Bool[Array, ""]
+
+
+def event_references(
+    events: Sequence[Sequence[Mapping[str, Any]] | None], room: int
+) -> tuple[Events, Bool[np.ndarray, "B"]]:
+    """References of clips, stacked, and which of them have more than `room` events.
+
+    Args:
+        events: of each clip, {"start", "end"} in seconds; entries without both are ignored.
+    """
+    made = Events(np.zeros((len(events), room), np.float32), np.zeros((len(events), room), np.float32), None)
+    counts = np.zeros(len(events), np.int32)
+    for clip, each in enumerate(events):
+        times = sorted((one["start"], one["end"]) for one in each or () if _is_timed(one))
+        counts[clip] = len(times)
+        for place, (start, end) in enumerate(times[:room]):
+            made.start[clip, place], made.end[clip, place] = start, end
+    return made._replace(count=np.minimum(counts, room)), counts > room
+
+
+def _is_timed(event: Mapping[str, Any]) -> bool:
+    return all(isinstance(event.get(name), int | float) for name in ("start", "end"))
+
+
+def find_scenes(points: Int[Array, "N"], length: Int[Array, ""], room: int) -> Scenes:
+    """The intervals of a caption, given as code points.
+
+    An interval is "[" TIME "-" TIME "]". TIME is seconds, mm:ss or hh:mm:ss, with or without a fraction, and may end
+    with "s"; any dash separates. White space may stand around each TIME. One that ends before it starts counts as a
+    scene that overlaps nothing.
+
+    Args:
+        room: S, the number of candidates that are read: brackets before a digit.
+    """
+    places = jnp.arange(len(points), dtype=jnp.int32)
+    kind = _kinds(points)
+    ahead = jnp.concatenate([kind[1:], jnp.full(1, OTHER)])
+    after = jnp.concatenate([kind[2:], jnp.full(2, OTHER)])
+    opens = (points == ord("[")) & (places < length)
+    opens &= (ahead == DIGIT) | ((ahead == SPACE) & (after == DIGIT))
+    at, count = compact(opens, places, room)
+    window = at[:, None] + 1 + jnp.arange(WINDOW)[None]
+    read = jnp.where(window < length, window, len(points))
+    letters = jnp.concatenate([points, jnp.zeros(1, points.dtype)])[jnp.minimum(read, len(points))]
+    start, end, accepted = _read_intervals(letters.T)
+    return Scenes(start, end, accepted & (jnp.arange(room) < count), count > room)
+
+
+def _kinds(points: Array) -> Array:
+    kind = jnp.full(points.shape, OTHER)
+    for letter, number in KINDS.items():
+        kind = jnp.where(points == ord(letter), number, kind)
+    return kind
+
+
+class _State(NamedTuple):
+    """How far S intervals are read."""
+
+    whole: Float[Array, "S"]  # groups before the current one, in units of it
+    number: Float[Array, "S"]  # the current group of digits
+    scale: Float[Array, "S"]  # of the next digit after a decimal point; 0 before one
+    digits: Bool[Array, "S"]  # the current group has a digit
+    colons: Int[Array, "S"]
+    ended: Bool[Array, "S"]  # the current time is complete
+    start: Float[Array, "S"]
+    end: Float[Array, "S"]
+    second: Bool[Array, "S"]  # the dash was read
+    accepted: Bool[Array, "S"]
+    failed: Bool[Array, "S"]
+
+
+def _read_intervals(letters: Int[Array, "L S"]) -> tuple[Float[Array, "S"], Float[Array, "S"], Bool[Array, "S"]]:
+    """(start, end, whether it is an interval) of texts that begin after an opening bracket."""
+
+    def step(state: _State, points: Int[Array, "S"]) -> tuple[_State, None]:
+        kind = _kinds(points)
+        is_ = [kind == number for number in range(8)]
+        running = ~state.accepted & ~state.failed
+        fraction = state.scale > 0
+        value = state.whole + state.number
+        open_ = state.digits & ~state.ended
+        allowed = jnp.select(
+            is_,
+            [
+                ~state.ended,
+                open_ & ~fraction & (state.colons < 2),
+                open_ & ~fraction,
+                state.digits | (state.colons == 0),
+                open_,
+                state.digits & ~state.second,
+                state.digits & state.second,
+                jnp.zeros_like(state.failed),
+            ],
+            False,
+        )
+        goes = running & allowed
+        digit, colon, point = (goes & is_[number] for number in (DIGIT, COLON, POINT))
+        dash, close = goes & is_[DASH], goes & is_[CLOSE]
+        ends = goes & state.digits & (is_[SPACE] | is_[SECONDS])
+        worth = (points - ord("0")).astype(jnp.float32)
+        grown = jnp.where(fraction, state.number + worth * state.scale, state.number * 10 + worth)
+        reset = colon | dash
+        return _State(
+            whole=jnp.where(dash, 0.0, jnp.where(colon, value * 60, state.whole)),
+            number=jnp.where(reset, 0.0, jnp.where(digit, grown, state.number)),
+            scale=jnp.where(
+                dash, 0.0, jnp.where(point, 0.1, jnp.where(digit & fraction, state.scale / 10, state.scale))
+            ),
+            digits=(state.digits | digit) & ~reset,
+            colons=jnp.where(dash, 0, state.colons + colon),
+            ended=(state.ended | ends) & ~dash,
+            start=jnp.where(dash, value, state.start),
+            end=jnp.where(close, value, state.end),
+            second=state.second | dash,
+            accepted=state.accepted | close,
+            failed=state.failed | (running & ~allowed),
+        ), None
+
+    size = letters.shape[1]
+    zero, no = jnp.zeros(size), jnp.zeros(size, bool)
+    begin = _State(zero, zero, zero, no, jnp.zeros(size, jnp.int32), no, zero, zero, no, no, no)
+    state, _ = jax.lax.scan(step, begin, letters)
+    return state.start, state.end, state.accepted
+
+
+def timing_reward(scenes: Scenes, events: Events) -> Float[Array, ""]:
+    """F1 of the summed time IoU of the best alignment in order; NaN without events, 0 without scenes."""
+    real = jnp.arange(len(events.start)) < events.count
+    overlap = jnp.minimum(scenes.end[:, None], events.end[None]) - jnp.maximum(
+        scenes.start[:, None], events.start[None]
+    )
+    overlap = jnp.maximum(overlap, 0)
+    lengths = jnp.maximum(scenes.end - scenes.start, 0)[:, None] + jnp.maximum(events.end - events.start, 0)[None]
+    union = lengths - overlap
+    iou = jnp.where(union > 0, overlap / jnp.where(union > 0, union, 1), 0.0)
+    iou = jnp.where(scenes.valid[:, None] & real[None], iou, 0.0)
+
+    def row(best: Float[Array, "E"], gains: Float[Array, "E"]) -> tuple[Float[Array, "E"], None]:
+        """`best[j]`: highest sum of the scenes so far with the first j + 1 events."""
+        matched = jnp.concatenate([jnp.zeros(1), best[:-1]]) + gains
+        return jax.lax.cummax(jnp.maximum(best, matched)), None
+
+    best, _ = jax.lax.scan(row, jnp.zeros(len(events.start)), iou)
+    total = jnp.sum(scenes.valid) + events.count
+    return jnp.where(events.count > 0, 2 * best[-1] / jnp.maximum(total, 1), jnp.nan)

@@ -1,0 +1,64 @@
+"""Captions with times: a scene "[start - end]" in seconds before each sentence, and their time IoU with the truth.
+
+`time_iou` computes on the host what `rewards.timing` computes on the device.
+"""
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from avocado_jax.world.caption import statement
+from avocado_jax.world.script import Event
+
+REQUEST = "Begin each sentence with its time in seconds, as [start - end]."  # behind the question of such clips
+_TIME = r"((?:[0-9]+:){0,2}[0-9]+(?:\.[0-9]*)?)[sS]?"
+LONGEST = 41  # characters of a scene's time, brackets included
+SCENE = re.compile(rf"\[[ \xa0]?{_TIME}[ \xa0]*[-‐‑‒–—][ \xa0]*{_TIME}[ \xa0]*\]")
+
+
+def timed_caption(events: Iterable[Event]) -> str:
+    """One plain sentence for each event behind its time, by start, then end."""
+    ordered = sorted(events, key=lambda event: (event.start, event.end))
+    return " ".join(f"[{event.start:g} - {event.end:g}] {statement(event)}" for event in ordered)
+
+
+def scenes(caption: str) -> list[tuple[float, float]]:
+    """The start and end of each scene of a caption, in its order, in seconds."""
+    found = (match for match in SCENE.finditer(caption) if len(match[0]) <= LONGEST)
+    return [(_seconds(match[1]), _seconds(match[2])) for match in found]
+
+
+def _seconds(time: str) -> float:
+    total = 0.0
+    for group in time.split(":"):
+        total = 60 * total + float(group)
+    return total
+
+
+def without_times(caption: str) -> str:
+    """The caption without its scenes' times."""
+    return re.sub(SCENE.pattern + " *", "", caption)
+
+
+def time_iou(caption: str, record: Mapping[str, Any]) -> float | None:
+    """The F1 of the summed time IoU between a caption's scenes and the record's events, aligned in order.
+
+    2 * sum / (scenes + events): 0 without scenes, None without events.
+    """
+    told = scenes(caption)
+    truth = sorted((event["start"], event["end"]) for event in record["events"] if "end" in event)
+    if not truth:
+        return None
+    best = [0.0] * (len(truth) + 1)  # of the scenes so far with each prefix of the events
+    for scene in told:
+        row = [0.0]
+        for place, event in enumerate(truth):
+            row.append(max(best[place + 1], row[-1], best[place] + _iou(scene, event)))
+        best = row
+    return 2 * best[-1] / (len(told) + len(truth))
+
+
+def _iou(one: tuple[float, float], other: tuple[float, float]) -> float:
+    overlap = max(0.0, min(one[1], other[1]) - max(one[0], other[0]))
+    union = max(0.0, one[1] - one[0]) + max(0.0, other[1] - other[0]) - overlap
+    return overlap / union if union else 0.0

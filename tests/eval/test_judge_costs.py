@@ -1,0 +1,196 @@
+"""What a judge may cost, over real sockets: budgets over restarts, a dry run, the circuit breaker, proxies."""
+
+import json
+
+import pytest
+from benchmark_judge import CAPTIONS, honest, write_official
+from chat import chat_server
+
+from avocado_jax.__main__ import main
+from avocado_jax.cli import evaluate_benchmark
+from avocado_jax.eval import public
+from avocado_jax.remote import chat as client
+from avocado_jax.remote.call import proxy_for
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch):
+    monkeypatch.setattr(client, "FIRST_PAUSE", 0.05)
+    monkeypatch.setattr(client, "LAST_PAUSE", 0.1)
+    monkeypatch.setattr(public, "dialogue_scores", lambda captions, references: [None] * len(captions))
+    for name in ("OPENAI_API_KEY", "HTTP_PROXY", "http_proxy", "HTTPS_PROXY", "https_proxy", "NO_PROXY", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def answer(number, request):
+    """Honest, at 100 tokens an answer, by a model of another name."""
+    told = {"choices": [{"message": {"content": honest(request)}}], "usage": {"total_tokens": 100}, "model": "m-2026"}
+    return json.dumps(told).encode()
+
+
+@pytest.fixture
+def evaluate(tmp_path, capsys):
+    """Run the command on ten questions; gives the exit status, what was printed as JSON, and stderr."""
+    own = tmp_path / "mine.jsonl"
+    own.write_text("".join(json.dumps({"id": clip, "caption": text}) + "\n" for clip, text in CAPTIONS.items()))
+    data = str(write_official("worldsense", tmp_path))
+
+    def run(url, *more):
+        command = ["evaluate", "worldsense", "--data", data, "--captions", str(own), "--out", str(tmp_path / "out")]
+        status = main([*command, "--judge", url, "--judge-model", "m", "--json", *map(str, more)])
+        said = capsys.readouterr()
+        return status, json.loads(said.out) if said.out else None, said.err
+
+    return run
+
+
+def test_a_budget_of_calls_holds_over_all_runs(evaluate, tmp_path):
+    with chat_server(answer) as server:
+        for _ in range(2):
+            status, result, told = evaluate(server.url, "--budget-calls", 6)
+            assert (status, result, len(server.requests)) == (3, None, 6)
+            assert "the budget of 6 calls is spent; answers are kept, the same command continues" in told
+            assert not (tmp_path / "out" / "result.json").exists()
+        status, result, _ = evaluate(server.url, "--budget-calls", 10)
+        assert (status, result["metrics"]["accuracy"], len(server.requests)) == (0, 100, 10)
+        assert evaluate(server.url, "--budget-calls", 0)[0] == 0  # all is there: nothing is asked
+
+
+def test_a_budget_of_tokens_holds_over_all_runs(evaluate, tmp_path):
+    """Estimates of calls in flight do not end the run early, and what was spent is what the endpoint counted."""
+    limit = ["--request", '{"max_tokens": 20}']
+    with chat_server(answer) as server:
+        status, result, told = evaluate(server.url, "--budget-tokens", 750, *limit)
+        assert status == 3
+        first = len(server.requests)
+        assert 3 <= first <= 7
+        assert f"the budget of 750 tokens: {100 * first} are spent" in told
+        status, _, _ = evaluate(server.url, "--budget-tokens", 750, *limit)
+        assert (status, len(server.requests)) == (3, first)
+        status, result, _ = evaluate(server.url, "--budget-tokens", 2000, *limit)
+    assert (status, result["missing"], len(server.requests)) == (0, 0, 10)
+    lines = [json.loads(line) for line in (tmp_path / "out" / "spent.jsonl").read_text().splitlines()]
+    assert [sum(column) for column in zip(*lines)] == [10, 1000]
+
+
+def test_a_call_is_in_the_ledger_before_it_is_made(evaluate, tmp_path):
+    """What a kill in the middle of a call leaves counts."""
+    seen = []
+
+    def look(number, request):
+        seen.append((tmp_path / "out" / "spent.jsonl").read_text().count("[1, "))
+        return answer(number, request)
+
+    with chat_server(look) as server:
+        assert evaluate(server.url)[0] == 0
+    assert all(count > number for number, count in enumerate(seen))
+    with (tmp_path / "out" / "spent.jsonl").open("ab") as file:
+        file.write(b"[1, 50")  # half a line
+    with chat_server(answer) as server:
+        assert evaluate(server.url, "--budget-calls", 10)[0] == 0
+        assert not server.requests
+    (tmp_path / "out" / "spent.jsonl").write_text('{"other": 1}\n')
+    status, _, told = evaluate("http://127.0.0.1:9/v1")
+    assert status == 2
+    assert "spent.jsonl:1: not a line of calls and tokens" in told
+
+
+def test_a_dry_run_counts_what_is_asked_and_asks_and_writes_nothing(evaluate, tmp_path):
+    before = sorted(tmp_path.iterdir())
+    with chat_server(answer) as server:
+        status, counts, _ = evaluate(server.url, "--dry-run")
+        assert (status, len(server.requests), sorted(tmp_path.iterdir())) == (0, 0, before)
+        assert (counts["clips"], counts["calls"], counts["cached"], counts["calls_at_most"]) == (3, 10, 0, 30)
+        assert evaluate(server.url, "--rounds", "2", "--dry-run")[1]["calls"] == 20
+        assert evaluate(server.url)[0] == 0
+        assert counts["tokens"] == sum(map(client.estimate, server.requests))
+        assert evaluate(server.url, "--dry-run")[1]["calls"] == 0
+
+
+@pytest.mark.parametrize(("name", "calls"), [("vdc", 20), ("dream-1k", 9), ("probes", 3), ("video-salmonn-2", 21)])
+def test_a_dry_run_counts_questions_that_follow_from_answers(name, calls, tmp_path, capsys):
+    own = tmp_path / "mine.jsonl"
+    own.write_text("".join(json.dumps({"id": clip, "caption": text}) + "\n" for clip, text in CAPTIONS.items()))
+    data = str(write_official(name, tmp_path))
+    command = ["evaluate", name, "--data", data, "--judge", "http://127.0.0.1:9/v1", "--judge-model", "m", "--json"]
+    assert main([*command, "--captions", str(own), "--dry-run"]) == 0
+    given = json.loads(capsys.readouterr().out)
+    assert given["calls"] == calls
+    assert main([*command, "--dry-run", "--max-new-tokens", "500"]) == 0
+    assert json.loads(capsys.readouterr().out)["tokens"] > given["tokens"]
+
+
+def test_no_answer_to_many_questions_in_a_row_stops_the_run(evaluate, monkeypatch):
+    monkeypatch.setattr(evaluate_benchmark, "SILENCE", 4)
+    down = [True]
+    patience = ["--judge-patience", "0.3"]
+    with chat_server(lambda number, request: (503, {}, b"") if down[0] else answer(number, request)) as server:
+        status, result, told = evaluate(server.url, *patience)
+        assert (status, result) == (75, None)
+        assert "no answer to 4 questions in a row" in told
+        down[0] = False
+        assert evaluate(server.url)[1]["missing"] == 0
+
+
+def test_answers_that_cannot_be_read_do_not_stop_the_run(evaluate, monkeypatch):
+    """They are answers: the endpoint is there."""
+    monkeypatch.setattr(evaluate_benchmark, "SILENCE", 2)
+    with chat_server(lambda *_: "I would rather not.") as server:
+        status, result, _ = evaluate(server.url)
+    assert (status, result["missing"]) == (1, 10)
+
+
+def test_the_request_and_what_decides_the_answers_are_in_the_result(evaluate, tmp_path):
+    out = tmp_path / "out"
+    with chat_server(answer) as server:
+        refusing = ["--request", '{"temperature": null, "reasoning_effort": "low"}']
+        _, result, _ = evaluate(server.url, *refusing)
+        assert all("temperature" not in request for request in server.requests)
+        assert {request["reasoning_effort"] for request in server.requests} == {"low"}
+        again = evaluate(server.url, *refusing)[1]
+        plain = evaluate(server.url)[1]
+        assert {request.get("temperature") for request in server.requests[10:]} == {0}
+    assert result["judge"]["request"] == {"reasoning_effort": "low"}
+    assert result["judge"]["returned"] == again["judge"]["returned"] == {"m-2026": 10}
+    assert plain["judge"]["request"] == {"temperature": 0}
+    assert "models of the answers, as the endpoint named them: m-2026 (10)" in (out / "table.md").read_text()
+    (digest,) = plain["judge"]["digests"].values()
+    assert len(digest) == 16
+    assert result["judge"]["digests"] == plain["judge"]["digests"]
+
+
+def test_another_prompt_has_another_digest_and_no_response_format(evaluate, tmp_path):
+    folder = tmp_path / "prompts"
+    folder.mkdir()
+    (folder / "multiple-choice.md").write_text("Say the letter only.\n---\n{{material}}")
+    with chat_server(lambda *_: "A") as server:
+        result = evaluate(server.url, "--prompts", folder)[1]
+        assert not any("response_format" in request for request in server.requests)
+    assert (result["metrics"]["accuracy"], result["missing"]) == (100, 0)
+    with chat_server(answer) as server:
+        assert evaluate(server.url)[1]["judge"]["digests"] != result["judge"]["digests"]
+
+
+def test_a_proxy_of_the_environment_is_used(evaluate, monkeypatch):
+    """The judge's host does not exist; the proxy answers for it. NO_PROXY and loopback addresses bypass it."""
+    with chat_server(answer) as proxy:
+        monkeypatch.setenv("http_proxy", proxy.url.removesuffix("/v1"))
+        status, result, _ = evaluate("http://judge.invalid/v1")
+        assert (status, result["metrics"]["accuracy"]) == (0, 100)
+        assert {request["path"] for request in proxy.requests} == {"http://judge.invalid/v1/chat/completions"}
+        monkeypatch.setenv("no_proxy", "judge.invalid")
+        assert proxy_for("http://judge.invalid/v1") is None
+        with chat_server(answer) as server:
+            asked = len(proxy.requests)
+            evaluate(server.url, "--request", '{"seed": 1}')
+            assert (len(proxy.requests), len(server.requests)) == (asked, 10)
+
+
+def test_the_key_survives_a_netrc(evaluate, monkeypatch, tmp_path):
+    (tmp_path / "netrc").write_text("machine judge.invalid login someone password else\n")
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    monkeypatch.setenv("OPENAI_API_KEY", "secret-1")
+    with chat_server(answer) as proxy:
+        monkeypatch.setenv("http_proxy", proxy.url.removesuffix("/v1"))
+        assert evaluate("http://judge.invalid/v1")[0] == 0
+    assert {request["authorization"] for request in proxy.requests} == {"Bearer secret-1"}

@@ -1,0 +1,41 @@
+"""An exact judge of AVWorld's probes: it answers what a caption states, in the caption's own order, or not at all."""
+
+import json
+
+from avocado_jax.world.check import normalize, parse, parse_sentence
+from avocado_jax.world.probes import FIRST
+from avocado_jax.world.script import Claim, claims
+
+
+def claims_of(event):
+    """The claims of an event that was read from a text, lines as they are compared."""
+    return [
+        Claim(one.kind, tuple((name, normalize(value) if name == "line" else value) for name, value in one.slots))
+        for one in claims(event)
+    ]
+
+
+def answer(caption, question, choices):
+    """The letter of the choice that the caption supports, else N/A. `choices` are by their letters."""
+    places = {}  # claim -> where it is first made
+    for place, event in enumerate(event for sentence in parse(caption) for event in sentence.events):
+        for claim in claims_of(event):
+            places.setdefault(claim, place)
+    stated = {}
+    for letter, choice in choices.items():
+        made = [claim for event in parse_sentence(choice) for claim in claims_of(event)]
+        if made and all(claim in places for claim in made):
+            stated[letter] = max(places[claim] for claim in made)
+    if not stated or (question == FIRST and len(stated) < len(choices)):
+        return "N/A"
+    return min(stated, key=stated.get)
+
+
+def exact(number, request):
+    """The judge behind a `chat_server`: one answer to each of the questions of a caption."""
+    asked = json.loads(request["messages"][-1]["content"])
+    caption = asked.get("description", asked.get("caption"))
+    answers = {key: answer(caption, one["question"], one["choices"]) for key, one in asked["questions"].items()}
+    if "description" in asked:
+        return json.dumps(answers)
+    return json.dumps({"answers": [{"number": int(key), "answer": letter} for key, letter in answers.items()]})

@@ -1,0 +1,50 @@
+"""Probes of AVWorld: one choice is true of the clip, and its captions answer them."""
+
+from collections import Counter
+
+import pytest
+from probe_judge import answer, claims_of
+
+from avocado_jax.data.probes import LETTERS, read_probe
+from avocado_jax.world.check import parse_sentence
+from avocado_jax.world.clip import record
+from avocado_jax.world.director import make_script
+from avocado_jax.world.probes import FIRST, MOST
+
+
+@pytest.mark.parametrize("level", range(4))
+def test_captions_answer_them_and_nothing_else_does(level):
+    """Right for every reference caption; an empty or another clip's caption stays far below chance."""
+    categories, places, other = Counter(), Counter(), []
+    for index in range(12):
+        script = make_script(7, index, "train", level)
+        made, stranger = record(script, 2), record(make_script(8, index, "test", level), 1)
+        probes = [read_probe(one) for one in made["probes"]]
+        assert 4 <= len(probes) <= MOST
+        assert len({(one.question, one.choices) for one in probes}) == len(probes)
+        for probe in probes:
+            choices = dict(zip(LETTERS, probe.choices))
+            assert len(choices) == 4 or probe.question == FIRST
+            for caption in made["references"]:
+                assert answer(caption, probe.question, choices) == LETTERS[probe.right]
+            assert answer("", probe.question, choices) == "N/A"
+            other.append(answer(stranger["caption"], probe.question, choices) == LETTERS[probe.right])
+            places[probe.right] += 1
+            categories[probe.category] += 1
+    assert set(categories) == {"static", "dynamic", "auditory", "spatiotemporal", "crossmodal"}
+    assert max(places.values()) < 0.5 * sum(places.values())  # no letter is right more often than not
+    assert sum(other) < 0.25 * len(other)
+
+
+def test_one_choice_is_true_and_the_same_script_has_the_same_probes():
+    for index in range(20):
+        script = make_script(3, index, "train", 1)
+        true = {claim for event in script.events for claim in claims_of(event)}
+        for held in record(script)["probes"]:
+            stated = [
+                choice
+                for choice in held["choices"]
+                if all(claim in true for event in parse_sentence(choice) for claim in claims_of(event))
+            ]
+            assert held["question"] == FIRST or stated == [held["answer"]]
+        assert record(script)["probes"] == record(make_script(3, index, "train", 1))["probes"]
