@@ -183,13 +183,17 @@ def test_a_run_in_a_bucket_is_exported_at_the_speed_of_the_connection(published,
 
 
 @pytest.mark.slow
-def test_from_the_hub_to_a_bucket(published, tmp_path, monkeypatch):
+def test_from_the_hub_to_a_bucket_and_back(published, tmp_path, monkeypatch):
     """All 1,346 tensors; of the other files, those that a checkpoint needs."""
     with hub_server(tmp_path / "home", monkeypatch) as hub, proxied_bucket(tmp_path / "buckets", monkeypatch):
         hub.add(NAME, published)
         assert main(["convert", "from-hf", NAME, "gs://bucket/base"]) == 0
         needed = {path.name for path in published.iterdir()} - {"README.md", ".gitattributes"}
         assert {*hub.fetched()} == needed
+        assert main(["convert", "to-hf", "gs://bucket/base", str(tmp_path / "back")]) == 0
+    ours, theirs = tensors_of(tmp_path / "back"), tensors_of(published)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
 @pytest.mark.slow
@@ -210,26 +214,28 @@ def test_from_the_hub_through_training_to_transformers(tmp_path, monkeypatch):
 
 
 @pytest.mark.soak
-def test_the_chain_with_every_tensor(published, tmp_path, monkeypatch, capsys):
-    """All 1,346 tensors from the hub: a caption, a bucket and back, `sft`, a GRPO step, and both classes load it."""
+def test_a_caption_with_every_tensor(published, tmp_path, monkeypatch, capsys):
+    """`caption` by the public name at a revision, with all 1,346 tensors."""
     assert main(["world", str(tmp_path / "world"), "--clips", "1", "--seed", "0", "--level", "0"]) == 0
     clip = next((tmp_path / "world").rglob("*.mp4"))
-    with hub_server(tmp_path / "home", monkeypatch) as hub, proxied_bucket(tmp_path / "buckets", monkeypatch):
+    with hub_server(tmp_path / "home", monkeypatch) as hub:
         commit = hub.add(NAME, published).refs["main"]
         capsys.readouterr()
         command = ["caption", str(clip), "--checkpoint", f"{NAME}@{commit}", "--max-new-tokens", "2", "--json"]
         assert main(command) == 0
         assert json.loads(capsys.readouterr().out)["token_ids"]
-        assert main(["convert", "from-hf", NAME, "gs://bucket/base"]) == 0
-        assert main(["convert", "to-hf", "gs://bucket/base", str(tmp_path / "same")]) == 0
+
+
+@pytest.mark.soak
+def test_training_with_every_tensor(published, tmp_path, monkeypatch):
+    """`sft` from the public name, a GRPO step, `to-hf`, with all 1,346 tensors: both classes load the result."""
+    with hub_server(tmp_path / "home", monkeypatch) as hub:
+        hub.add(NAME, published)
         fields = ("--steps", "1", "--data.heldout", "", "--train", "captioner")
         Runs(tmp_path, NAME).finish("sft", *fields, devices=2)
         Runs(tmp_path, tmp_path / "sft", "grpo", GRPO).finish("grpo", *fields, devices=2)
-    ours, theirs = tensors_of(tmp_path / "same"), tensors_of(published)
-    assert ours.keys() == theirs.keys()
-    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     assert main(["convert", "to-hf", str(tmp_path / "grpo"), str(tmp_path / "back"), "--dtype", "bfloat16"]) == 0
-    assert tensors_of(tmp_path / "back").keys() == theirs.keys()
+    assert tensors_of(tmp_path / "back").keys() == tensors_of(published).keys()
     assert (tmp_path / "back" / "spk_dict.pt").read_bytes() == (published / "spk_dict.pt").read_bytes()
     whole = loaded(Qwen2_5OmniForConditionalGeneration, tmp_path / "back").thinker.state_dict()
     thinker = loaded(Qwen2_5OmniThinkerForConditionalGeneration, tmp_path / "back").state_dict()
