@@ -108,7 +108,8 @@ def test_published_form_from_the_hub_and_back(published, tmp_path, monkeypatch):
 def test_training_keeps_the_habits_of_its_checkpoint(tmp_path):
     """A run samples clips as its data does, and prompts as its checkpoint; both are in the run's `reading.json`."""
     folder = write_published(tmp_path / "hf", SHALLOW)
-    (folder / "reading.json").write_text('{"fps": 1.0, "media_first": false, "prompt": "Why?"}')
+    stated = {"fps": 1.0, "media_first": False, "prompt": "Why?", "segment_seconds": 20}
+    (folder / "reading.json").write_text(json.dumps(stated))
     data = DataConfig(train="world:0:train:0:8:plain", shapes=1)
     config = SftConfig(init=str(folder), batch=8, data=data)
     setup = set_up(config)
@@ -117,6 +118,7 @@ def test_training_keeps_the_habits_of_its_checkpoint(tmp_path):
     open_folder(config, setup.model, str(tmp_path / "run"), setup.recipe.reading)
     kept = json.loads((tmp_path / "run/hf/reading.json").read_text())
     assert (kept["fps"], kept["media_first"], kept["prompt"]) == (setup.recipe.reading.fps, False, "Why?")
+    assert kept["segment_seconds"] == 20
 
 
 @pytest.fixture(scope="module")
