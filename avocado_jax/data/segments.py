@@ -21,7 +21,7 @@ RATIO = 4.0  # of it to those around it
 AROUND = 2.0  # seconds
 # A segment of twice the target length costs 1.
 UNSURE = 2.0  # what a border costs where a scene change is unsure, by how unsure it is
-SURE = 0.3  # a border at a place of less is inside of a scene
+SURE = 0.8  # a border at a place of less is inside of a scene
 SPLIT = 100.0  # and costs so much
 SHORTEST = 1 / 6  # of a segment, in target lengths
 
@@ -80,7 +80,8 @@ def scene_changes(differences: Float[Array, "N"]) -> Float[Array, "N"]:
     windows = np.lib.stride_tricks.sliding_window_view(padded, 2 * reach + 1)
     counted = np.lib.stride_tricks.sliding_window_view(np.pad(np.ones(len(differences)), reach), 2 * reach + 1)
     others = (windows.sum(axis=1) - differences) / np.maximum(counted.sum(axis=1) - 1, 1)
-    ratio = differences / (others + 0.005)
+    near = np.maximum(padded[reach - 1 : -reach - 1], padded[reach + 1 : len(padded) - reach + 1])
+    ratio = differences / (np.maximum(others, near / 2) + 0.005)  # a burst of motion has neighbours of its size
     return np.clip(differences / CHANGE, 0, 1) * np.clip((ratio - 1) / (RATIO - 1), 0, 1)
 
 

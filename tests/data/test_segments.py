@@ -90,6 +90,9 @@ def test_motion_and_noise_are_no_scene_changes():
     moving = np.full(200, 0.15) + rng.uniform(-0.05, 0.05, 200)  # a fast pan
     assert scene_changes(moving).max() < 0.5
     assert scene_changes(rng.uniform(0, 0.01, 200)).max() < 0.15  # noise of a still picture
+    burst = np.zeros(200)
+    burst[80:84] = 0.05, 0.07, 0.083, 0.06  # a shape that rushes by
+    assert scene_changes(burst).max() < 0.5
     cut = np.where(np.arange(200) == 77, 0.3, 0.01)
     assert scene_changes(cut)[77] == 1
     assert scene_changes(cut)[[76, 78]].max() < 0.1
