@@ -140,12 +140,15 @@ class RewardConfig:
     max_unjudged: float = free(0.1)  # the run stops if a larger share of a step's keypoints or probes has no answer
     probe_judge: str = "lm"  # of the probes: "lm" or "remote"
     probe_model: str = ""  # as `judge_model`, which it is if empty; equal judges of both terms are loaded once
+    long_units: bool = True  # sentences of 100 to 400 characters that are repeated three times are repetition too
+    idf: str = ""  # local JSON lines of captions that tell how rare words are; empty: all content words weigh the same
     covered_low: float = 0.35  # share of a keypoint's words from which the lexical judge finds it stated in part
     covered_high: float = 0.65  # and in full
     keypoints: int = 64  # maximum number per reference
     lines: int = 32  # maximum number of dialogue lines that are compared
     scenes: int = 64  # maximum number of timed scenes and of events that are compared
     questions: int = 20  # maximum number of probes per reference
+    merge: bool = False  # compare consecutive lines of one speaker as one line (DiaDem's evaluation)
 
 
 @dataclass(frozen=True)

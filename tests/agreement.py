@@ -209,7 +209,7 @@ def rewarded(folder, judges=None, sizes=(2, 1, -1), order=None, split=1, lost=No
         score=lambda *_: jnp.zeros(()),
         update=update,
     )
-    run_rewards.make_table, run_rewards.make_references = lambda text: (), count_references
+    run_rewards.make_table, run_rewards.make_references = lambda *_: (), count_references
     run_rewards.score_captions = score_simply
     with jax.set_mesh(mesh):
         rewards = make_rewards(config, setup, (0,), judges or {})

@@ -1,86 +1,123 @@
-"""What a judge that needs a model says of real captions: FILE is a list of {"conversations", "events"}.
+"""How a judge of keypoints scores real captions: FILE is a list of {"conversations", "events"}.
 
-  python tests/measure_judges.py video_salmonn2.json --encoder DIR [--clips N]    # a sentence encoder
-  python tests/measure_judges.py video_salmonn2.json --lm DIR [--clips N]         # a language model
+  python tests/measure_judges.py video_salmonn2.json                                   # lexical
+  python tests/measure_judges.py video_salmonn2.json --judge embedding --judge-model DIR
+  python tests/measure_judges.py video_salmonn2.json --judge lm --judge-model REF      # any checkpoint
+  python tests/measure_judges.py FILE --judge remote --judge-url https://HOST/v1 --judge-model NAME
 
-Each caption is scored against its own events and another clip's, cut to its first half, with opposites in place of
-colours and sides, as a bag of its words, and with its sentences in random order.
+Each caption is judged against its own events: as it is; its first half (against all events, and against the last 40%);
+another clip's caption; with opposites in place of colours, sides and sexes ("contradiction"); with both ("hedge"); and
+with all speakers in each attribution ("union"). `--paraphrases` names a JSON object of record numbers and captions of
+the same clips in other words. The table is that of avocado_jax/rewards/README.md.
 """
 
 import argparse
 import json
-import random
-import re
 import time
+import unicodedata
 from pathlib import Path
 
 import numpy as np
+import tricks
 
-from avocado_jax.train.judges import LmJudge, embedding_judge
+from avocado_jax.eval.rewarded import scores
+from avocado_jax.remote.chat import Endpoint
+from avocado_jax.rewards.checklist import HIGH, LOW
+from avocado_jax.rewards.combine import DEFAULTS, JUDGES
+from avocado_jax.rewards.vocabulary import make_table, word_weights, words_of
+from avocado_jax.train.judges import open_judge
 
-OPPOSITES = (
-    ("red", "green"),
-    ("blue", "yellow"),
-    ("black", "white"),
-    ("left", "right"),
-    ("man", "woman"),
-    ("top", "bottom"),
-    ("loud", "quiet"),
-    ("up", "down"),
-)
-
-
-def swapped(text):
-    """The text with each word of a pair in place of the other."""
-    other = dict(OPPOSITES) | {right: left for left, right in OPPOSITES}
-    return re.sub(r"\b[a-z]+\b", lambda found: other.get(found[0], found[0]), text)
-
-
-def area(positive, negative):
-    """The probability that one of the first ranks above one of the second, ties half."""
-    negative = np.sort(negative)
-    below, upto = (np.searchsorted(negative, positive, side) for side in ("left", "right"))
-    return float((below + upto).mean() / 2 / len(negative))
+VARIANTS = {
+    "own": lambda caption: caption,
+    "half": tricks.half,
+    "contradiction": tricks.contradicted,
+    "hedge": tricks.hedged,
+    "union": tricks.by_everybody,
+}
 
 
 def main():
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("file", type=Path)
-    parser.add_argument("--encoder", type=Path)
-    parser.add_argument("--lm", type=Path)
-    parser.add_argument("--clips", type=int, default=60)
+    parser.add_argument("--judge", choices=(*JUDGES, "combined"), default="lexical")
+    parser.add_argument("--judge-model", default="")
+    parser.add_argument("--judge-url", default="")
+    parser.add_argument("--paraphrases", type=Path)
+    parser.add_argument("--clips", type=int, default=100)
+    parser.add_argument("--ramp", type=float, nargs=2, default=(LOW, HIGH), help="of the lexical judge")
+    parser.add_argument("--idf", action="store_true", help="word weights from the captions of FILE")
     args = parser.parse_args()
-    judge = embedding_judge(args.encoder) if args.encoder else LmJudge(args.lm, "float32")
-    records = json.loads(args.file.read_text())[: args.clips]
-    captions = [record["conversations"][1]["value"] for record in records]
+    records = json.loads(args.file.read_text())
+    captions = [unicodedata.normalize("NFC", record["conversations"][1]["value"]) for record in records]
     events = [record["events"] for record in records]
-    start = time.monotonic()
-    own = judge(captions, events)()
-    print(
-        f"{len(captions)} captions, {sum(map(len, events))} events: {time.monotonic() - start:.1f} s with compilation"
-    )
-    print(f"own: R_C {np.nanmean(own, axis=1).mean():.3f}, least {np.nanmean(own, axis=1).min():.3f}")
-    other = judge(captions[7:] + captions[:7], events)()
-    of = [scores[~np.isnan(scores)] for scores in (own, other)]
-    print(f"another clip's: R_C {np.nanmean(other, axis=1).mean():.3f}; AUC {area(*of):.4f}")
-    halves = [" ".join((words := caption.split())[: len(words) // 2]) for caption in captions]
-    half = judge(halves, events)()
-    first = np.concatenate([row[: int(0.4 * len(one))] for row, one in zip(half, events)])
-    last = np.concatenate([row[len(one) - int(0.4 * len(one)) : len(one)] for row, one in zip(half, events)])
-    print(f"first half kept: first 40% of the events against the last 40% at AUC {area(first, last):.4f}")
-    rng = random.Random(0)
-    shuffled = [" ".join(rng.sample(words := caption.split(), len(words))) for caption in captions]
-    sentences = [re.split(r"(?<=[.!?])\s+", caption) for caption in captions]
-    reordered = [" ".join(rng.sample(parts, len(parts))) for parts in sentences]
-    for name, changed in (
-        ("opposites", [swapped(caption) for caption in captions]),
-        ("bag of words", shuffled),
-        ("sentences in random order", reordered),
-    ):
-        scores = np.nanmean(judge(changed, events)(), axis=1)
-        lower = np.mean(scores < np.nanmean(own, axis=1))
-        print(f"{name}: R_C {scores.mean():.3f}, below the honest caption in {lower:.0%}")
+    judge = opened(args, captions, events)
+    if args.paraphrases:
+        told = {int(number): text for number, text in json.loads(args.paraphrases.read_text()).items()}
+        shared = [overlap(text, captions[number]) for number, text in told.items()]
+        print(f"{len(told)} paraphrases: {np.mean(shared):.1%} of their runs of 4 words are in the reference caption")
+        show("paraphrase", judge([*told.values()], [*told]))
+        show("their references", judge([captions[number] for number in told], [*told]))
+        show("another clip's", judge([captions[(number + 7) % len(captions)] for number in told], [*told]))
+    numbers = list(range(min(args.clips, len(records))))
+    honest = None
+    for name, change in VARIANTS.items():
+        found = judge([change(captions[number]) for number in numbers], numbers)
+        honest = honest or found
+        show(name, found, honest)
+        if name == "half":
+            late = [row[-max(1, int(0.4 * len(row))) :] for row in found]
+            show("half, last 40% of events", late)
+    show("another clip's", judge([captions[(number + 7) % len(captions)] for number in numbers], numbers), honest)
+
+
+def opened(args, captions, events):
+    """Captions and the numbers of their records to the scores of their events."""
+
+    def lexical(texts, numbers):
+        table = make_table(None, word_weights(captions) if args.idf else None)
+        references = [{"keypoints": [{"text": event} for event in events[number]]} for number in numbers]
+        thresholds = DEFAULTS._replace(low=args.ramp[0], high=args.ramp[1])
+        made = [None] * len(texts)
+        for one in scores(table, texts, references, [np.nan] * len(texts), thresholds=thresholds):
+            made[one.number] = one.scored.keypoints[: len(events[numbers[one.number]])]
+        return made
+
+    if args.judge == "lexical":
+        return lexical
+    name = "embedding" if args.judge == "combined" else args.judge
+    judge = open_judge(name, args.judge_model, "float32", Endpoint(args.judge_url, args.judge_model)).__enter__()
+
+    def model(texts, numbers):
+        start = time.monotonic()
+        found = judge(texts, [events[number] for number in numbers])()
+        print(f"  {(time.monotonic() - start) / len(texts):.2f} s a caption")
+        return [row[: len(events[number])] for row, number in zip(found, numbers)]
+
+    def combined(texts, numbers):
+        pairs = zip(lexical(texts, numbers), model(texts, numbers))
+        return [(one + other) / 2 for one, other in pairs]
+
+    return combined if args.judge == "combined" else model
+
+
+def show(name, found, honest=None):
+    """Print the mean R_C, and how often the honest caption is ahead."""
+    each = np.array([np.nanmean(row) for row in found])
+    ahead = ""
+    if honest is not None and found is not honest:
+        ahead = f", honest caption ahead in {np.mean(each < [np.nanmean(row) for row in honest]):.1%}"
+    print(f"{name}: R_C {each.mean():.3f}{ahead}", flush=True)
+
+
+def overlap(text, reference, size=4):
+    """The share of the runs of words of a text that are in another."""
+
+    def runs(words):
+        return {tuple(words[place : place + size]) for place in range(len(words) - size + 1)}
+
+    own = runs(words_of(text))
+    return len(own & runs(words_of(reference))) / max(1, len(own))
 
 
 if __name__ == "__main__":

@@ -3,7 +3,9 @@
   python tests/measure_rewards.py video_salmonn2.json
 
 The file is that of the video-SALMONN-2 test set; captions and events are the references, and captions of other clips,
-halves of captions and loops are scored against them.
+halves of captions, loops and tricks (tricks.py) are scored against them. `rewards/labelled_quotes.json` has the lines
+that a reader found in 30 records of its first 240: places in the captions, alternatives of a line, and quotes that
+may be taken either way.
 """
 
 import json
@@ -12,14 +14,28 @@ import unicodedata
 from functools import partial
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parent / "rewards"))
+
 import jax
 import numpy as np
-import oracles
+import reading
+import tricks
+from rapidfuzz.distance import Levenshtein
 
 from avocado_jax.rewards import checklist, dialogue, repetition, text, vocabulary
 from avocado_jax.rewards.text import Limits
 
 LIMITS = Limits(8192, 1536, 48, 512)
+TRICKS = {
+    "one or the other": tricks.hedged,
+    "lists of alternatives": tricks.listed,
+    "all of it is false": tricks.denied,
+    "opposites": tricks.contradicted,
+    "all speakers in each attribution": tricks.by_everybody,
+    "a man everywhere": tricks.by_anybody,
+}
+SPEECH = ("all speakers in each attribution", "a man everywhere")  # of captions with lines
+LABELS = Path(__file__).parent / "rewards" / "labelled_quotes.json"
 CHUNK = 40
 
 
@@ -30,6 +46,12 @@ def in_chunks(of, *trees):
     slices = [slice(first, first + CHUNK) for first in range(0, count, CHUNK)]
     parts = [run(*jax.tree.map(lambda leaf, part=part: leaf[part], trees)) for part in slices]
     return jax.tree.map(lambda *leaves: np.concatenate([np.asarray(leaf) for leaf in leaves]), *parts)
+
+
+def alike(line, text):
+    """Whether a line as R_D compares it is nearly that of a text."""
+    text = reading.normalize(text)
+    return bool(text) and 1 - Levenshtein.distance(line, text) / max(len(line), len(text)) >= 0.9
 
 
 def area(positive, negative):
@@ -54,10 +76,28 @@ def main(path):
     found = expected = right = 0
     for clip, caption in enumerate(captions):
         spans = zip(whole.quote_start[clip][: whole.quotes[clip]], whole.quote_end[clip])
-        told, truth = [caption[a:b] for a, b in spans], oracles.quotes(caption)
+        told, truth = [caption[a:b] for a, b in spans], reading.quotes(caption)
         found, expected = found + len(told), expected + len(truth)
         right += sum(min(told.count(one), truth.count(one)) for one in set(told))
     print(f"quotes: {expected}, precision {right / found:.4f}, recall {right / expected:.4f}")
+
+    labels = {int(k): one for k, one in json.loads(LABELS.read_text()).items()} if n >= 240 else {}
+    true = told = missed = 0
+    for clip, label in labels.items():
+        caption = captions[clip]
+        spoken = whole.lines[clip][: whole.quotes[clip]], whole.line_length[clip]
+        got = ["".join(map(chr, row[:size])) for row, size in zip(*spoken)]
+        for spans in label["lines"]:
+            match = next((one for one in got if any(alike(one, caption[a:b]) for a, b in spans)), None)
+            missed += match is None
+            true += match is not None
+            got = got if match is None else [one for k, one in enumerate(got) if k != got.index(match)]
+        either = [caption[a:b] for spans in label["either"] for a, b in spans]
+        told += sum(not any(alike(one, text) for text in either) for one in got)
+    if labels:
+        print(
+            f"lines labelled in 30 records: recall {true / (true + missed):.4f}, precision {true / (true + told):.4f}"
+        )
 
     lines, cut = dialogue.dialogue_references(table, [None] * n, captions, LIMITS)
     own = in_chunks(dialogue.dialogue_reward, whole, lines)
@@ -104,6 +144,27 @@ def main(path):
     looping = read(loops)
     collapsed = in_chunks(repetition.collapses, looping.points, looping.length)
     print(f"loops that collapse: {int(collapsed.sum())} of {n}")
+
+    # Tricks: each caption against itself and its events, and changed to be rewarded for what it is not.
+    spoken = partial(in_chunks, dialogue.dialogue_reward)
+    many = whole.quotes > 0
+    for name, trick in TRICKS.items():
+        changed = read([trick(caption)[: LIMITS.characters] for caption in captions])
+        content = means(in_chunks(checklist.lexical, changed, points).score, points.count)
+        both = content + spoken(changed, lines)
+        honest = self_score + own
+        use = many if name in SPEECH else np.ones(n, bool)
+        print(
+            f"{name}: R_C {content.mean():.3f} of {self_score.mean():.3f}, R_D {(both - content)[use].mean():.3f};"
+            f" honest caption ahead in {np.mean(both[use] < honest[use] - 1e-6):.1%}, behind in"
+            f" {np.mean(both[use] > honest[use] + 1e-6):.1%} of {use.sum()}"
+        )
+    looping = read([tricks.looped(caption[:4000]) for caption in captions])
+    collapsed = in_chunks(partial(repetition.collapses, long_units=True), looping.points, looping.length)
+    kept = in_chunks(partial(repetition.collapses, long_units=True), whole.points, whole.length)
+    print(
+        f"a sentence again and again: {int(collapsed.sum())} of {n} collapse with long units, {int(kept.sum())} honest"
+    )
 
 
 def roll(caption, by):

@@ -15,20 +15,18 @@ dialogues are {"speaker", "text"}, keypoints {"text", "dimension"?}, events {"st
   timing     with --terms ...,timing: F1 of the time IoU of "[start - end]" scenes with the events
   probes     with --terms ...,probes: share of the probes that --judge lm or remote answers rightly from the caption
 
-A term without a reference, or that is not among --terms, is null. The words of all references in the file tell which
-words say much. avocado_jax/rewards/README.md says what each term sees and what it does not.
+A term without a reference, or that is not among --terms, is null. Word weights are those of training: all content words
+alike, or with --idf by how rare they are in the captions of a file. Text past 32,768 characters, 64 quotes or 2,048
+characters of a quote is cut. avocado_jax/rewards/README.md says what each term sees and what it does not.
 """
 
 import argparse
 import json
 import math
-import re
 import sys
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
 from avocado_jax.checkpoint.references import tokenizer_folder
@@ -36,23 +34,15 @@ from avocado_jax.data.probes import read_probe
 from avocado_jax.data.words import Words, load_words
 from avocado_jax.errors import InputError
 from avocado_jax.eval.captioner import computing_dtype
+from avocado_jax.eval.marks import as_compared
+from avocado_jax.eval.rewarded import Entry, load_term, scores
 from avocado_jax.jsonl import NUMBER, read_lines
 from avocado_jax.remote.chat import Endpoint
-from avocado_jax.rewards.combine import (
-    ALWAYS,
-    DEFAULTS,
-    JUDGES,
-    PROBE_JUDGES,
-    TERMS,
-    References,
-    make_references,
-    score,
-)
+from avocado_jax.rewards.combine import ALWAYS, JUDGES, PROBE_JUDGES, TERMS
 from avocado_jax.rewards.explain import explain
-from avocado_jax.rewards.text import Limits, parse
-from avocado_jax.rewards.vocabulary import MARKS, Table, code_points, make_table, word_weights, words_of
+from avocado_jax.rewards.vocabulary import make_table, word_weights
+from avocado_jax.train.rewards import caption_texts
 
-BATCH = 32  # captions at once
 EXTRA = ("timing", "probes")  # terms with a field only if they are among --terms
 
 
@@ -81,6 +71,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="SECONDS",
         help="what is not answered by then is missing (default: %(default)g)",
     )
+    parser.add_argument("--idf", metavar="FILE", help="JSON lines of captions that tell how rare words are")
+    parser.add_argument("--merge", action="store_true", help="consecutive lines of one speaker are one line")
+    parser.add_argument(
+        "--extra", action="append", default=[], metavar="TERM", help="jax:MODULE:FUNCTION or host:MODULE:FUNCTION"
+    )
     parser.add_argument("--tokenizer", metavar="REF", help="counts the tokens of captions")
     parser.add_argument("--explain", action="store_true", help="say what matched, in words")
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
@@ -93,25 +88,30 @@ def run(args: argparse.Namespace) -> int:
         raise InputError(f'--terms: no term "{unknown[0]}"; there are {", ".join(TERMS)}')
     lines = [checked(where, line) for where, line in read_lines(args.file, {"id": str, "caption": str})]
     tokenizer = load_words(tokenizer_folder(args.tokenizer)) if args.tokenizer else None
-    told_missing(lines, terms, tokenizer)
     answers = asked(args, lines)
-    references = [line["reference"] for line in lines]
-    table = make_table(None, word_weights([document(reference) for reference in references]))
-    limits = fitting(lines)
-    events = max(1, *(len(one["events"] or ()) for one in references), *(line["caption"].count("[") for line in lines))
-    made, cut = make_references(table, references, limits, events=rounded(events, 8) if "timing" in terms else 0)
-    lengths = [float(len(tokenizer.encode(line["caption"]))) if tokenizer else math.nan for line in lines]
-    for first in range(0, len(lines), BATCH):
-        part = slice(first, first + BATCH)
-        own = jax.tree.map(lambda leaf, part=part: leaf[part], made)
-        given = {term: scores[part] for term, scores in answers.items()}
-        captions, scored = scored_batch(table, lines[part], np.array(lengths[part]), own, given, limits)
-        for number, line in enumerate(lines[part]):
-            caption, reference, result = jax.tree.map(lambda leaf, n=number: leaf[n], (captions, own, scored))
-            told = row(line, terms, reference, result, bool(cut[first + number]))
-            if args.explain:
-                told["explain"] = explain(caption, reference, result, line["reference"].get("keypoints") or ())
-            show(told, args.json)
+    told_missing(lines, terms, tokenizer)
+    table = make_table(None, word_weights(caption_texts(args.idf)) if args.idf else None)
+    extra = [load_term(text) for text in args.extra]
+    captions, references = [line["caption"] for line in lines], [line["reference"] for line in lines]
+    host = {name: function(captions, references) for kind, name, function in extra if kind == "host"}
+    on_device = [(name, function) for kind, name, function in extra if kind == "jax"]
+    lengths = [float(len(tokenizer.encode(caption))) if tokenizer else math.nan for caption in captions]
+    told: dict[int, dict[str, Any]] = {}
+    timing = "timing" in terms
+    for one in scores(table, captions, references, lengths, answers, args.merge, extra=on_device, timing=timing):
+        line = lines[one.number]
+        told[one.number] = row(line, terms, one)
+        for _, name, _ in extra:
+            value = float(one.extra[name]) if name in one.extra else host[name][one.number]
+            told[one.number][name] = None if value is None or math.isnan(value) else float(value)
+        if args.explain:
+            points = line["reference"].get("keypoints") or ()
+            spoken = as_compared(table, [line["reference"]], one.limits)[0]["dialogues"] or ()
+            told[one.number]["explain"] = explain(one.caption, one.reference, one.scored, points, spoken)
+    for number in range(len(lines)):
+        show(told[number], args.json)
+    if cut := sum(one["truncated"] for one in told.values()):
+        print(f"avocado score: {cut} of {len(lines)} captions or references were cut", file=sys.stderr)
     return 0
 
 
@@ -209,70 +209,9 @@ def told_missing(lines: list[dict[str, Any]], terms: list[str], tokenizer: Words
             print(f"avocado score: {told}", file=sys.stderr)
 
 
-def document(reference: dict[str, Any]) -> str:
-    """All words of a reference."""
-    lines = [f"{one['speaker']} {one['text']}" for one in reference["dialogues"] or ()]
-    return "\n".join([reference["caption"] or "", *lines, *(one["text"] for one in reference["keypoints"] or ())])
-
-
-def fitting(lines: list[dict[str, Any]]) -> Limits:
-    """Limits that all texts of the file stay within, lines of dialogue of more than 2,048 characters aside."""
-    texts = [text for line in lines for text in (line["caption"], line["reference"]["caption"] or "")]
-    spoken = [line["reference"]["dialogues"] or () for line in lines]
-    between = [piece for text in texts for piece in re.split(f"[{''.join(MARKS)}\n]", text)]  # quoted or not
-    longest = max(len(text) for text in (*between, *(one["text"] for own in spoken for one in own)))
-    marks = max(sum(letter in MARKS for letter in text) for text in texts)
-    quotes = max(marks, *(len(own) for own in spoken), 1)  # marks that close nothing open a line each
-    return Limits(
-        rounded(max(map(len, texts)), 256),
-        rounded(max(len(words_of(text)) for text in texts), 64),
-        rounded(quotes, 8),
-        min(rounded(longest, 64), 2048),
-    )
-
-
-def rounded(number: int, step: int) -> int:
-    """The next multiple of a step, steps growing with the number, so that few shapes are compiled."""
-    step = max(step, 2 ** (max(number, 1).bit_length() - 2))
-    return max(step, -(-number // step) * step)
-
-
-@partial(jax.jit, static_argnames="limits")
-def _score(
-    table: Table,
-    points: jax.Array,
-    sizes: jax.Array,
-    lengths: jax.Array,
-    references: References,
-    answers: dict[str, jax.Array],
-    limits: Limits,
-) -> Any:
-    def one(
-        points: jax.Array, size: jax.Array, length: jax.Array, reference: References, judged: dict[str, jax.Array]
-    ) -> Any:
-        caption = parse(table, points, size, limits)
-        return caption, score(caption, length, reference, DEFAULTS, judged.get("checklist"), judged.get("probes"))
-
-    return jax.vmap(one)(points, sizes, lengths, references, answers)
-
-
-def scored_batch(
-    table: Table,
-    lines: list[dict[str, Any]],
-    lengths: np.ndarray,
-    references: References,
-    answers: dict[str, np.ndarray],
-    limits: Limits,
-) -> Any:
-    """(Caption, Scored) of captions, as numpy arrays with a leading axis; short batches are filled up."""
-    points, sizes = code_points([line["caption"] for line in lines], limits.characters)
-    full = np.minimum(np.arange(BATCH), len(lines) - 1)
-    given = jax.tree.map(lambda leaf: leaf[full], (points, sizes, lengths, references, answers))
-    return jax.tree.map(np.asarray, _score(table, *given, limits=limits))
-
-
-def row(line: dict[str, Any], terms: list[str], reference: References, scored: Any, cut: bool) -> dict[str, Any]:
+def row(line: dict[str, Any], terms: list[str], one: Entry) -> dict[str, Any]:
     """The result of one caption."""
+    scored, reference = one.scored, one.reference
 
     def value(term: str) -> float | None:
         number = float(scored.terms[term])
@@ -288,7 +227,7 @@ def row(line: dict[str, Any], terms: list[str], reference: References, scored: A
         "keypoints": [None if math.isnan(one) else one for one in answers]
         if "checklist" in terms and answers
         else None,
-        "truncated": bool(scored.terms["truncated"] > 0) or cut,
+        "truncated": bool(scored.terms["truncated"] > 0) or one.cut,
         **{term: value(term) for term in EXTRA if term in terms},
     }
 

@@ -16,7 +16,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from avocado_jax.rewards.text import Caption, Limits, compact, read_texts
+from avocado_jax.rewards.arrays import compact
+from avocado_jax.rewards.text import Caption, Limits, read_texts
 from avocado_jax.rewards.vocabulary import EXCLUSIVE, Table, hash_word, meaning
 from avocado_jax.typing import Array, Bool, Float, Int
 
@@ -119,9 +120,13 @@ def keypoint_references(
     known = [clip for clip in range(n) if captions[clip] and counts[clip] > 0]
     for start in range(0, len(known), 64):
         clips = known[start : start + 64]
-        own = jax.tree.map(lambda leaf, clips=clips: leaf[clips], made)
-        verdict = _judge(read_texts(table, [captions[clip] for clip in clips], limits), own)
-        made.place[clips] = np.where(np.asarray(verdict.score) >= 0.5, verdict.place, -1)
+        full = [*clips, *clips[-1:] * ((1 << (len(clips) - 1).bit_length()) - len(clips))]  # few shapes
+        own = jax.tree.map(lambda leaf, full=full: leaf[full], made)
+        verdict = jax.tree.map(
+            lambda leaf, clips=clips: np.asarray(leaf)[: len(clips)],
+            _judge(read_texts(table, [captions[clip] for clip in full], limits), own),
+        )
+        made.place[clips] = np.where(verdict.score >= 0.5, verdict.place, -1)
     return made, cut
 
 
@@ -152,7 +157,7 @@ def _read_keypoints(table: Table, texts: Sequence[str], room: int) -> tuple[np.n
 def features(caption: Caption) -> tuple[Int[Array, "3 W"], Float[Array, "3 W"], Int[Array, "W"]]:
     """Hashes and weights (0: none) of content words and of pairs one and two apart, and where each begins."""
     size = len(caption.stems)
-    stems = caption.stems ^ jnp.where(caption.negated, jnp.uint32(0x5BD1E995), jnp.uint32(0))
+    stems = caption.stems ^ jnp.where(caption.unstated, jnp.uint32(0x5BD1E995), jnp.uint32(0))
     content = caption.weights > 0
     order, count = compact(content, jnp.arange(size, dtype=jnp.int32), size)
     stems, weights = stems[order], jnp.where(jnp.arange(size) < count, caption.weights[order], 0)
@@ -175,8 +180,9 @@ def lexical(
 
     The share of a keypoint's weight that a window of six blocks of words holds, at the best window, goes from nothing
     at `low` to all at `high`. A window without the keypoint's colours, sides or numbers counts for less, and so does
-    one with hardly a function word: a list, not sentences. Negated words are words of their own. Where the reference
-    caption states a keypoint too, it loses up to `order` for being told on the wrong side of the others.
+    one with hardly a function word: a list, not sentences. A word that is denied, or one of several alternatives, is
+    another word. Where the reference caption states a keypoint too, it loses up to `order` for being told on the wrong
+    side of the others.
     """
     hashes, weights, word = features(caption)
     size = len(caption.stems)

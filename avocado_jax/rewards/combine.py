@@ -36,6 +36,7 @@ class Thresholds(NamedTuple):
     length_low: int = 2048  # R_L: tokens up to which a caption may go
     length_high: int = 4096  # R_L: and at which nothing is left
     min_span: int = MIN_SPAN  # RepCol: characters of a stretch that counts
+    long_units: bool = False  # RepCol: repeated sentences of 100 to 400 characters count too
 
 
 DEFAULTS = Thresholds()
@@ -121,7 +122,7 @@ def score(
     verdict = lexical(caption, reference.keypoints, thresholds.low, thresholds.high, thresholds.order)
     answers = verdict.score if answers is None else answers
     pairs = compare(caption, reference.dialogue, thresholds.similar, thresholds.speaker)
-    looping = collapses(caption.points, caption.length, thresholds.min_span)
+    looping = collapses(caption.points, caption.length, thresholds.min_span, thresholds.long_units)
     terms = {
         "checklist": mean_score(answers, reference.keypoints.count),
         "dialogue": f1(pairs, caption.quotes, reference.dialogue.count),

@@ -18,14 +18,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from avocado_jax.rewards.arrays import compact
 from avocado_jax.rewards.text import PHRASE, Caption, Limits, read_texts
-from avocado_jax.rewards.vocabulary import Table, letters_of, stems_of, words_of
+from avocado_jax.rewards.vocabulary import BIT, Table, hash_word, letters_of, meaning, stems_of, words_of
 from avocado_jax.typing import Array, Bool, Float, Int
 
 SIMILAR = 0.6  # least similarity of two lines that may be one (paper)
 SPEAKER = 0.55  # least share of what is said of a speaker that the words around the caption's quote must say too
+WITHIN = 0.8  # least share of a phrase within another of the same reference that makes them one speaker
 UNIT = 26  # bits after the point of a similarity
 TIE = round(1e-6 * 2**UNIT)
+VOICE = hash_word(meaning("voice"))
+PAIRS = 128  # pairs of lines that are compared at once
 CHUNK = 64  # reference captions that are read at once
 
 
@@ -70,7 +74,9 @@ def dialogue_references(
         limits: `quotes` and `line` bound the lines of a clip and the characters of a line.
         alphabet: room for so many distinct characters in a clip's lines; 0 takes what these need.
     """
-    known: list[list[_Line] | None] = [None if own is None else _given(table, own) for own in dialogues]
+    known: list[list[_Line] | None] = [
+        None if own is None else _given(table, _merged(own) if limits.merge else own) for own in dialogues
+    ]
     cut = np.zeros(len(known), bool)
     unread = [clip for clip, own in enumerate(known) if own is None and captions[clip] is not None]
     for first in range(0, len(unread), CHUNK):
@@ -105,18 +111,39 @@ def dialogue_references(
     return made, cut
 
 
+def _merged(lines: Sequence[Mapping[str, str]]) -> list[Mapping[str, str]]:
+    """Lines with consecutive ones of one speaker as one."""
+    made: list[Mapping[str, str]] = []
+    for line in lines:
+        if made and made[-1]["speaker"] == line["speaker"]:
+            made[-1] = {"speaker": line["speaker"], "text": f"{made[-1]['text']} {line['text']}"}
+        else:
+            made.append(line)
+    return made
+
+
 def _given(table: Table, lines: Sequence[Mapping[str, str]]) -> list[_Line]:
     made = []
     for line in lines:
-        stems, weights = stems_of(table, " ".join(dict.fromkeys(words_of(line["speaker"]))))
-        silent = np.isin(stems, table.spoken) | np.isin(stems, table.written)
-        made.append(_Line(letters_of(line["text"]), stems, np.where(silent, 0, weights)))
+        stems, weights, classes = stems_of(table, " ".join(dict.fromkeys(words_of(line["speaker"]))))
+        weights = np.where(classes & BIT["SILENT"], 0, weights)
+        made.append(_Line(letters_of(line["text"]), stems, _without_voice(stems, weights)))
     return [line for line in made if len(line.letters)]
+
+
+def _without_voice(stems: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Weights of a description: that it is a voice or a narrator counts only where nothing else is known."""
+    others = np.where(stems == VOICE, 0, weights)
+    return others if others.any() else weights
 
 
 def _read(caption: Caption) -> list[_Line]:
     return [
-        _Line(caption.lines[q, : caption.line_length[q]], caption.speakers[q], caption.speaker_weights[q])
+        _Line(
+            caption.lines[q, : caption.line_length[q]],
+            caption.speakers[q],
+            _without_voice(caption.speakers[q], caption.speaker_weights[q]),
+        )
         for q in range(int(caption.quotes))
     ]
 
@@ -151,24 +178,30 @@ def f1(pairs: Pairs, quotes: Int[Array, ""], lines: Int[Array, ""]) -> Float[Arr
 
 def compare(caption: Caption, reference: Dialogue, similar: float = SIMILAR, speaker: float = SPEAKER) -> Pairs:
     """Similarity and speakers of all pairs of lines."""
-    distance = edit_distances(caption.lines, caption.line_length, reference)
     longest = jnp.maximum(caption.line_length[:, None], reference.line_length[None])
+    shortest = jnp.minimum(caption.line_length[:, None], reference.line_length[None])
     most = max(caption.lines.shape[-1], reference.lines.shape[-1])
     # How many characters must agree, in the arithmetic of the host: 1 - 2/5 >= 0.6 has to hold everywhere.
     enough = [next(k for k in range(n + 2) if n == 0 or k > n or 1 - (n - k) / n >= similar) for n in range(most + 1)]
-    agree = longest - distance
-    fits = (agree >= jnp.asarray(enough)[longest]) & (longest > 0)
+    enough = jnp.asarray(enough)[longest]
+    needed = (shortest >= enough) & (longest > 0)  # no more characters can agree than the shorter line has
+    agree = longest - edit_distances(caption.lines, caption.line_length, reference, needed)
+    fits = needed & (agree >= enough)
     divisor = jnp.maximum(longest, 1)
     high, rest = jnp.divmod(agree << UNIT // 2, divisor)
     units = (high << UNIT // 2) + ((rest << UNIT // 2) + divisor // 2) // divisor
     return Pairs(jnp.where(fits, units, 0).astype(jnp.uint32), same_speaker(caption, reference, speaker))
 
 
-def edit_distances(lines: Int[Array, "Q L"], length: Int[Array, "Q"], reference: Dialogue) -> Int[Array, "Q J"]:
-    """Levenshtein distances of all pairs of lines, bit-parallel (Myers 1999, Hyyrö 2003).
+def edit_distances(
+    lines: Int[Array, "Q L"], length: Int[Array, "Q"], reference: Dialogue, needed: Bool[Array, "Q J"]
+) -> Int[Array, "Q J"]:
+    """Levenshtein distances of the pairs of lines that are needed, bit-parallel (Myers 1999, Hyyrö 2003).
 
     A column of the dynamic programme is its differences from row to row, +1 in `rises` and -1 in `falls`, a bit for
-    each character of the reference's line; a column takes a few operations on words of 32 bits.
+    each character of the reference's line; a column takes a few operations on words of 32 bits. Pairs are computed
+    PAIRS at a time: the time is that of the needed ones. Of the others the distance is that of lines without a
+    common character.
     """
     lines_ref, columns, j = reference.lines, lines.shape[-1], len(reference.lines)
     words = -(-lines_ref.shape[-1] // 32)
@@ -182,57 +215,84 @@ def edit_distances(lines: Int[Array, "Q L"], length: Int[Array, "Q"], reference:
     at = jnp.minimum(jnp.searchsorted(alphabet, lines), other - 1)
     text = jnp.where(alphabet[at] == lines, at, other)
 
-    def column(step: jax.Array, state: tuple) -> tuple:
-        rises, falls = state
-        match = masks[:, text[:, step]]  # [K, Q, J]
-        goes = (step < length)[:, None]
-        carry = jnp.zeros((len(lines), j), jnp.uint32)
-        rise_in, fall_in = jnp.ones((), jnp.uint32), jnp.zeros((), jnp.uint32)  # row 0 rises by one a column
-        new_rises, new_falls = [], []
-        for k in range(words):
-            up, down, equal = rises[k], falls[k], match[k]
-            both = equal & up
-            total = both + up
-            with_carry = total + carry
-            carry = ((total < both) | (with_carry < total)).astype(jnp.uint32)
-            across = (with_carry ^ up) | equal
-            rise, fall = down | ~(across | up), up & across
-            rise_next, fall_next = rise >> 31, fall >> 31
-            rise, fall = (rise << 1) | rise_in, (fall << 1) | fall_in
-            rise_in, fall_in = rise_next, fall_next
-            vertical = equal | down
-            new_rises.append(jnp.where(goes, fall | ~(vertical | rise), up))
-            new_falls.append(jnp.where(goes, rise & vertical, down))
-        return tuple(new_rises), tuple(new_falls)
+    size = min(PAIRS, len(lines) * j)
+    room = -(-len(lines) * j // size) * size
+    order, count = compact(needed.reshape(-1), jnp.arange(len(lines) * j, dtype=jnp.int32), room)
 
-    full = jnp.full((len(lines), j), 0xFFFFFFFF, jnp.uint32)
-    start = ((full,) * words, (jnp.zeros_like(full),) * words)
-    rises, falls = jax.lax.fori_loop(0, jnp.minimum(jnp.max(length, initial=0), columns), column, start)
-    distance = jnp.broadcast_to(length[:, None], (len(lines), j))
-    for k in range(words):
-        bits = jnp.clip(reference.line_length - 32 * k, 0, 32).astype(jnp.uint32)
-        inside = jnp.where(bits == 32, jnp.uint32(0xFFFFFFFF), jnp.left_shift(jnp.uint32(1), bits) - 1)[None]
-        count = jax.lax.population_count(rises[k] & inside).astype(jnp.int32)
-        distance = distance + count - jax.lax.population_count(falls[k] & inside).astype(jnp.int32)
-    return distance
+    def some(state: tuple) -> tuple:
+        first, found = state
+        pair = jax.lax.dynamic_slice_in_dim(order, first, size)
+        real = first + jnp.arange(size) < count
+        own, of = pair // j, pair % j
+        letters, until = text[own].T, jnp.where(real, length[own], 0)
+
+        def column(step: jax.Array, state: tuple) -> tuple:
+            rises, falls = state
+            match = masks[:, letters[step], of]  # [K, P]
+            goes = step < until
+            carry = jnp.zeros(size, jnp.uint32)
+            rise_in, fall_in = jnp.ones((), jnp.uint32), jnp.zeros((), jnp.uint32)  # row 0 rises by one a column
+            new_rises, new_falls = [], []
+            for k in range(words):
+                up, down, equal = rises[k], falls[k], match[k]
+                both = equal & up
+                total = both + up
+                with_carry = total + carry
+                carry = ((total < both) | (with_carry < total)).astype(jnp.uint32)
+                across = (with_carry ^ up) | equal
+                rise, fall = down | ~(across | up), up & across
+                rise_next, fall_next = rise >> 31, fall >> 31
+                rise, fall = (rise << 1) | rise_in, (fall << 1) | fall_in
+                rise_in, fall_in = rise_next, fall_next
+                vertical = equal | down
+                new_rises.append(jnp.where(goes, fall | ~(vertical | rise), up))
+                new_falls.append(jnp.where(goes, rise & vertical, down))
+            return tuple(new_rises), tuple(new_falls)
+
+        full = jnp.full(size, 0xFFFFFFFF, jnp.uint32)
+        start = ((full,) * words, (jnp.zeros_like(full),) * words)
+        rises, falls = jax.lax.fori_loop(0, jnp.minimum(jnp.max(until, initial=0), columns), column, start)
+        distance = until
+        for k in range(words):
+            bits = jnp.clip(reference.line_length[of] - 32 * k, 0, 32).astype(jnp.uint32)
+            inside = jnp.where(bits == 32, jnp.uint32(0xFFFFFFFF), jnp.left_shift(jnp.uint32(1), bits) - 1)
+            distance = distance + jax.lax.population_count(rises[k] & inside).astype(jnp.int32)
+            distance = distance - jax.lax.population_count(falls[k] & inside).astype(jnp.int32)
+        return first + size, found.at[jnp.where(real, pair, len(found))].set(distance, mode="drop")
+
+    furthest = jnp.maximum(length[:, None], reference.line_length[None]).astype(jnp.int32)
+    state = (jnp.int32(0), furthest.reshape(-1))
+    return jax.lax.while_loop(lambda state: state[0] < count, some, state)[1].reshape(len(lines), j)
 
 
 def same_speaker(caption: Caption, reference: Dialogue, least: float = SPEAKER) -> Bool[Array, "Q J"]:
-    """Whether the words around each quote say who speaks each line of the reference.
+    """Whether the words around each quote describe the speaker of each line of the reference.
 
-    They do if they hold at least a share of what the reference says of the speaker, by weight, and no more of any
-    other speaker of it. Where the reference's speakers are phrases of a caption, the share is of the phrase that says
-    less. A line whose speaker the reference leaves open agrees with any.
+    They must contain at least the share `least` of the speaker's description, by weight. Where the reference's
+    speakers are phrases of a caption, the share is of the shorter phrase. Of several speakers of the reference that
+    the words describe, only the one described best counts: by share, then by weight, then the first. A line whose
+    speaker the reference leaves open agrees with any.
     """
-    found = caption.speakers[:, :, None, None] == reference.speakers[None, None]  # [Q, S, J, S]
-    found = jnp.any(found & (caption.speaker_weights > 0)[:, :, None, None], axis=1)
-    overlap = jnp.sum(found * reference.speaker_weights[None], axis=-1)
-    whole = jnp.broadcast_to(jnp.sum(reference.speaker_weights, axis=-1), overlap.shape)
+    overlap = _overlap(caption.speakers, caption.speaker_weights, reference)
+    whole = jnp.sum(reference.speaker_weights, axis=-1)
     told = jnp.sum(caption.speaker_weights, axis=-1)[:, None]
-    against = jnp.where(reference.derived, jnp.minimum(whole, told), whole)
+    against = jnp.where(reference.derived, jnp.minimum(whole[None], told), whole[None])
     share = jnp.where(against > 0, overlap / jnp.maximum(against, 1e-9), 0.0)
-    best = jnp.max(share, axis=-1, keepdims=True, initial=0.0)
-    return (whole == 0) | ((share >= least) & (share >= best - 1e-6))
+    best = share >= jnp.max(share, axis=-1, keepdims=True, initial=0.0) - 1e-6
+    chosen = jnp.argmax(
+        jnp.where(best, overlap, -1.0) >= jnp.max(jnp.where(best, overlap, -1.0), -1)[:, None] - 1e-4, -1
+    )
+    # lines of the reference with one speaker: the same description, or where it was read, one within the other
+    common = _overlap(reference.speakers, reference.speaker_weights, reference)
+    shorter, longer = (of(whole[:, None], whole[None]) for of in (jnp.minimum, jnp.maximum))
+    one = jnp.where(reference.derived, common >= WITHIN * shorter, common >= longer - 1e-4)
+    return (whole == 0)[None] | ((share >= least) & one[chosen])
+
+
+def _overlap(stems: Array, weights: Array, reference: Dialogue) -> Float[Array, "Q J"]:
+    """The weight of the words of each speaker of the reference that each phrase contains."""
+    found = (stems[:, :, None, None] == reference.speakers[None, None]) & (weights > 0)[:, :, None, None]
+    return jnp.sum(jnp.any(found, axis=1) * reference.speaker_weights[None], axis=-1)
 
 
 def align(pairs: Pairs, quotes: Int[Array, ""], lines: Int[Array, ""]) -> tuple[Int[Array, ""], Int[Array, ""]]:

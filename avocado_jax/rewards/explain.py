@@ -14,20 +14,25 @@ EXTRA = {"timing": "Time IoU of the scenes", "probes": "Probes answered rightly"
 
 
 def explain(
-    caption: Caption, reference: References, scored: Scored, keypoints: Sequence[Mapping[str, str]]
+    caption: Caption,
+    reference: References,
+    scored: Scored,
+    keypoints: Sequence[Mapping[str, str]],
+    dialogues: Sequence[Mapping[str, str]] = (),
 ) -> list[str]:
-    """Sentences that say what matched: lines with their speakers, keypoints with the words they were found in.
+    """What matched, in words: lines with their speakers, keypoints with the words they were found in.
 
     Args:
         caption, reference, scored: of one caption, as numpy arrays.
         keypoints: {"text"} of the reference.
+        dialogues: {"speaker", "text"} of its lines as they were compared; the speaker may be empty.
     """
     terms = {name: float(value) for name, value in scored.terms.items()}
     said = [f"R_C {_number(terms['checklist'])}, R_D {_number(terms['dialogue'])}, R_L {_number(terms['length'])}."]
     said += [f"{title} {_number(terms[name])}." for name, title in EXTRA.items() if name in terms]
     said += ["The caption falls into repetition."] * (terms["repetition"] < 0)
     said += ["Something did not fit the limits and was left out."] * (terms["truncated"] > 0)
-    said += _dialogue(caption, reference, scored)
+    said += _dialogue(caption, reference, scored, dialogues)
     by_dimension = zip(DIMENSIONS, np.asarray(dimension_scores(scored.keypoints, reference.keypoints)))
     said += [f"Keypoints, {name}: {value:.2f}." for name, value in by_dimension if not np.isnan(value)]
     for number, point in enumerate(keypoints[: int(reference.keypoints.count)]):
@@ -44,21 +49,39 @@ def explain(
     return said
 
 
-def _dialogue(caption: Caption, reference: References, scored: Scored) -> list[str]:
+def _dialogue(
+    caption: Caption, reference: References, scored: Scored, dialogues: Sequence[Mapping[str, str]]
+) -> list[str]:
     quotes, lines = int(caption.quotes), int(reference.dialogue.count)
     if lines < 0:
         return ["There is no dialogue to compare with."]
     spoken = [_text(caption, *span) for span in zip(caption.quote_start[:quotes], caption.quote_end[:quotes])]
     matched = alignment(scored.pairs.similarity[:quotes, :lines], scored.pairs.same[:quotes, :lines])
+    letters = ["".join(map(chr, row[:n])) for row, n in zip(reference.dialogue.lines, reference.dialogue.line_length)]
+    known = dialogues if len(dialogues) >= lines else [{"speaker": "", "text": text} for text in letters]
     said = [f"Dialogue: {quotes} quoted, {lines} in the reference, {len(matched)} aligned."]
     for quote, line in matched:
         alike = float(scored.pairs.similarity[quote, line]) / 2**UNIT
         who = "the same speaker" if scored.pairs.same[quote, line] else "another speaker"
-        said.append(f'Line {line + 1} as "{_short(spoken[quote])}": similarity {alike:.2f}, {who}.')
+        name = f' for "{_short(known[line]["speaker"])}"' if known[line]["speaker"] else ""
+        said.append(
+            f'Line {line + 1} as "{_short(spoken[quote])}": similarity {alike:.2f}, {who}: '
+            f'"{_phrase(caption, quote)}"{name}.'
+        )
     said += [f'Not in the reference: "{_short(one)}".' for q, one in enumerate(spoken) if q not in dict(matched)]
     unsaid = sorted(set(range(lines)) - {line for _, line in matched})
-    letters = [reference.dialogue.lines[line, : reference.dialogue.line_length[line]] for line in unsaid]
-    return said + [f'Not said, line {n + 1}: "{_short("".join(map(chr, one)))}".' for n, one in zip(unsaid, letters)]
+    return said + [f'Not said, line {line + 1}: "{_short(" ".join(known[line]["text"].split()))}".' for line in unsaid]
+
+
+def _phrase(caption: Caption, quote: int) -> str:
+    """The words that say who speaks a quote, in the caption's order."""
+    stems = caption.speakers[quote][caption.speaker_weights[quote] > 0]
+    words = {}
+    for word in range(int(caption.words)):
+        if caption.stems[word] in stems and caption.stems[word] not in words:
+            end = caption.word_start[word + 1] if word + 1 < caption.words else caption.length
+            words[caption.stems[word]] = _text(caption, caption.word_start[word], end).strip(' .,:;!?"')
+    return _short(" ".join(words.values()))
 
 
 def alignment(similarity: np.ndarray, same: np.ndarray) -> list[tuple[int, int]]:

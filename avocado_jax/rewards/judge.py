@@ -156,31 +156,39 @@ PROBES = Task(probe_question, is_right, "questions")
 
 
 def read_answer(text: str, items: Sequence[Any], task: Task = KEYPOINTS) -> Verdicts:
-    """Parse the verdicts in a model's output: the last JSON object whose keys are numbers.
+    """Parse the verdicts in a model's output: the JSON object whose keys are numbers.
 
-    Text and fences around it are ignored. An item that is omitted, or whose answer is invalid, is None.
+    Text and fences around it are ignored, and what a model thinks before it answers (`</think>`). An item that is
+    omitted, or whose answer is invalid, is None.
 
     Raises:
-        Malformed: there is no such object, or it has a number twice or an unknown number: it may then belong to
-            another list.
+        Malformed: there is no such object, or several that differ, or it has a number twice or an unknown number: it
+            may then belong to another list.
     """
+    text = text.rsplit("</think>", 1)[-1]
     decoder = json.JSONDecoder(object_pairs_hook=tuple)
+    found = []
     starts = [place for place, letter in enumerate(text) if letter == "{"]
-    for start in reversed(starts[-64:]):
+    for start in starts[-64:]:
         try:
             pairs, _ = decoder.raw_decode(text, start)
         except (ValueError, RecursionError):
             continue
         if pairs and all(key.isdecimal() and len(key) < 6 for key, _ in pairs):
-            break
-    else:
+            found.append(pairs)
+    if not found:
         raise Malformed(f"no JSON object of numbered verdicts in {text[:200]!r}")
-    numbers = [int(key) for key, _ in pairs]
-    if len(set(numbers)) < len(numbers) or not set(numbers) <= set(range(1, len(items) + 1)):
-        raise Malformed(f"{len(items)} {task.noun} were asked about, the answer has the numbers {numbers[:50]}")
-    verdicts: Verdicts = [None] * len(items)
-    for number, (_, answer) in zip(numbers, pairs):
-        verdicts[number - 1] = task.score(str(answer).strip(), items[number - 1])
+    given = []
+    for pairs in found:
+        numbers = [int(key) for key, _ in pairs]
+        if len(set(numbers)) < len(numbers) or not set(numbers) <= set(range(1, len(items) + 1)):
+            raise Malformed(f"{len(items)} {task.noun} were asked about, the answer has the numbers {numbers[:50]}")
+        verdicts: Verdicts = [None] * len(items)
+        for number, (_, answer) in zip(numbers, pairs):
+            verdicts[number - 1] = task.score(str(answer).strip(), items[number - 1])
+        given.append(verdicts)
+    if any(other != verdicts for other in given):
+        raise Malformed(f"{len(found)} JSON objects of {task.noun} contradict each other in {text[:200]!r}")
     return verdicts
 
 

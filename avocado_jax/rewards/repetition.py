@@ -7,24 +7,30 @@ import numpy as np
 from avocado_jax.typing import Array, Bool, Int
 
 MIN_SPAN = 24  # characters of a stretch that counts: good captions hold "00000" and "mmmmm"
-LONGEST_UNIT = 99
+LONGEST_UNIT, LONGEST_SENTENCE = 99, 400  # of the rule, and of `long_units`
 
 
-def collapses(points: Int[Array, "N"], length: Int[Array, ""], min_span: int = MIN_SPAN) -> Bool[Array, ""]:
-    """Whether a unit of 1-49 code points stands five times in a row, or one of 50-99 four times, in enough of them.
+def collapses(
+    points: Int[Array, "N"], length: Int[Array, ""], min_span: int = MIN_SPAN, long_units: bool = False
+) -> Bool[Array, ""]:
+    """Whether a unit of 1-49 code points is repeated five times in a row, or one of 50-99 four times.
 
-    The stretch must have at least `min_span` code points; `min_span=0` is the cleaning rule of the paper's official
-    evaluation. With 99 passes over the text: in each, places that equal what stands a unit later, 32 of them in a
-    word, and among these the starts of a run that is long enough, found by doubling.
+    One pass over the text for each unit: places that equal the place one unit later, 32 of them in a word, and among
+    these the starts of a run that is long enough, found by doubling.
+
+    Args:
+        min_span: least code points of the stretch; 0 is the cleaning rule of the paper's official evaluation.
+        long_units: also units of 100-400, repeated three times: sentences.
     """
-    units = np.arange(1, LONGEST_UNIT + 1)
-    spans = np.maximum(np.where(units < 50, 5, 4) * units, min_span)
+    longest_unit = LONGEST_SENTENCE if long_units else LONGEST_UNIT
+    units = np.arange(1, longest_unit + 1)
+    spans = np.maximum(np.where(units < 50, 5, np.where(units < 100, 4, 3)) * units, min_span)
     runs = jnp.asarray(spans - units)  # equal places in a row that make the stretch
     longest = int((spans - units).max())
     words = -(-len(points) // 32)
     places = jnp.arange(32 * words)
     here = jnp.pad(points, (0, 32 * words - len(points)))
-    ahead = jnp.pad(here, (0, LONGEST_UNIT))
+    ahead = jnp.pad(here, (0, longest_unit))
 
     def one(unit: jax.Array) -> jax.Array:
         later = jax.lax.dynamic_slice_in_dim(ahead, unit, len(here))
@@ -39,7 +45,7 @@ def collapses(points: Int[Array, "N"], length: Int[Array, ""], min_span: int = M
             have += by
         return starts.any()
 
-    return jax.lax.fori_loop(1, LONGEST_UNIT + 1, lambda unit, found: found | one(unit), jnp.array(False))
+    return jax.lax.fori_loop(1, longest_unit + 1, lambda unit, found: found | one(unit), jnp.array(False))
 
 
 def _bits_from(words: Int[Array, "W"], by: Int[Array, ""], most: int) -> Int[Array, "W"]:

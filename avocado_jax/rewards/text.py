@@ -7,7 +7,8 @@ Everything is for one caption, of static shape, and is vmapped by those who call
 and `truncated` says so. The same program reads references (`read_texts`), so that both sides follow one set of rules.
 """
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -15,27 +16,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from avocado_jax.rewards.arrays import compact, count_before, last_place, next_place, shift
+from avocado_jax.rewards.attribution import PHRASE as PHRASE
+from avocado_jax.rewards.attribution import Words, around, find_lines
+from avocado_jax.rewards.claims import unstated
+from avocado_jax.rewards.quotes import characters, covered, find_quotes, sentences
+from avocado_jax.rewards.speakers import same_as_before, speakers
 from avocado_jax.rewards.vocabulary import (
     ALONE,
     APOSTROPHE,
     BASE,
-    CLOSER,
-    CORNER,
-    CORNER_END,
-    DIGIT,
-    LEFT,
     LOWER,
-    MARK,
-    NEWLINE,
+    MARKS,
     PAGE,
-    RIGHT,
+    SCRIPTS_WITHOUT_SPACES,
     SPACE,
     SPREAD,
-    STOP,
-    STOP_CJK,
-    STRAIGHT,
-    WHITE,
-    WHITE_END,
+    UPPER,
     WORD,
     Table,
     code_points,
@@ -43,8 +40,9 @@ from avocado_jax.rewards.vocabulary import (
 from avocado_jax.typing import Array, Bool, Float, Int
 
 REPLACEMENT = 0xFFFD
-BEFORE, AFTER = 24, 8  # words of a speaker phrase before and after its quote
-PHRASE = BEFORE + AFTER
+A_WORD = re.compile("[{0}]|[^\\W{0}]+".format("".join(f"{chr(a)}-{chr(b)}" for a, b in SCRIPTS_WITHOUT_SPACES)))
+A_SINGLE_MARK = re.compile(r"\B['‘’*]|['‘’*]\B")
+BETWEEN_MARKS = re.compile(f"[{''.join(MARKS)}]")  # quoted or not
 
 
 class Limits(NamedTuple):
@@ -54,11 +52,35 @@ class Limits(NamedTuple):
     words: int = 2048
     quotes: int = 32
     line: int = 400  # characters of a quoted line, normalised
+    merge: bool = False  # consecutive lines of one speaker are one line
 
 
 def limits_for(tokens: int) -> Limits:
     """Limits that ordinary captions of up to so many tokens stay within."""
     return Limits(characters=max(256, 6 * tokens), words=max(64, tokens + tokens // 4))
+
+
+def limits_of(texts: Sequence[str], lines: int = 0) -> Limits:
+    """Limits that the texts stay within, of few sizes: powers of two.
+
+    At most 32,768 characters, 64 lines and 2,048 characters of a line: what lies beyond is cut, so that the cost of a
+    text is bounded.
+
+    Args:
+        lines: room for so many lines of dialogue, at least.
+    """
+
+    def room(least: int, needed: Iterable[int], most: int) -> int:
+        return min(most, max(least, 1 << (max([1, *needed]) - 1).bit_length()))
+
+    characters = room(1024, map(len, texts), 32768)
+    texts = [text[:characters] for text in texts]
+    words = room(characters // 4, (len(A_WORD.findall(text)) for text in texts), characters)
+    double = (sum(map(text.count, MARKS)) + text.count("''") + text.count("&quot;") for text in texts)
+    single = (len(A_SINGLE_MARK.findall(text)) for text in texts)
+    quotes = room(16, [lines, *(pair // 2 + more // 4 for pair, more in zip(double, single))], 64)
+    longest = (len(piece) for text in texts for piece in BETWEEN_MARKS.split(text))
+    return Limits(characters, words, quotes, room(256, longest, 2048))
 
 
 class Caption(NamedTuple):
@@ -69,7 +91,7 @@ class Caption(NamedTuple):
         letters: the word characters in lower case, one after another.
         stems, weights: of each word: its hash (0 past the end) and how much it says.
         word_start: where each word begins in `points`.
-        negated: words that a negation stands shortly before, outside quotes.
+        unstated: words, outside quotes, that the caption denies or names as one of several alternatives.
         quote_start, quote_end: each quoted line, without its marks, in `points`; on-screen text is not among them.
         lines, line_length: each quoted line as R_D compares it: word characters in lower case.
         speakers, speaker_weights: words around each quote, outside of quotes, and how much they say of who speaks.
@@ -83,7 +105,7 @@ class Caption(NamedTuple):
     weights: Float[Array, "W"]
     word_start: Int[Array, "W"]
     words: Int[Array, ""]
-    negated: Bool[Array, "W"]
+    unstated: Bool[Array, "W"]
     quote_start: Int[Array, "Q"]
     quote_end: Int[Array, "Q"]
     quotes: Int[Array, ""]
@@ -101,8 +123,9 @@ def _read_points(table: Table, points: jax.Array, lengths: jax.Array, limits: Li
 
 def read_texts(table: Table, texts: Sequence[str], limits: Limits) -> Caption:
     """Texts of the host read as captions are: leaves are numpy arrays with a leading axis of texts."""
-    points, lengths = code_points(texts, limits.characters)
-    return jax.tree.map(np.asarray, _read_points(table, points, lengths, limits))
+    full = [*texts, *[""] * ((1 << (len(texts) - 1).bit_length()) - len(texts))]  # few shapes
+    points, lengths = code_points(full, limits.characters)
+    return jax.tree.map(lambda leaf: np.asarray(leaf)[: len(texts)], _read_points(table, points, lengths, limits))
 
 
 def read(table: Table, ids: Int[Array, "C"], length: Int[Array, ""], limits: Limits) -> Caption:
@@ -158,13 +181,6 @@ def decode(
     return points, jnp.where(ends[-1] > room, jnp.maximum(total, size + 1), total)
 
 
-def compact(mask: Bool[Array, "n"], values: Array, size: int) -> tuple[Array, Int[Array, ""]]:
-    """The values under a mask one after another, zeros behind them, and how many there are (which may exceed size)."""
-    count = jnp.cumsum(mask)
-    at = jnp.where(mask, count - 1, size)
-    return jnp.zeros(size, values.dtype).at[at].set(values, mode="drop"), count[-1]
-
-
 def parse(table: Table, points: Int[Array, "N"], length: Int[Array, ""], limits: Limits) -> Caption:
     """Read one caption from its code points; `length` may exceed what there is of them."""
     places = jnp.arange(len(points), dtype=jnp.int32)
@@ -174,77 +190,81 @@ def parse(table: Table, points: Int[Array, "N"], length: Int[Array, ""], limits:
     kind = jnp.where(inside, table.kind[page, place], SPACE)
     lower = points + table.lower[page, place]
     letter = (kind & WORD) > 0
-    letters_before = jnp.cumsum(letter) - letter
-    letters, total = compact(letter, lower, len(points))
+    letters, _ = compact(letter, lower, len(points))
+    words, count, first = _words(table, kind, letters, limits.words)
 
-    # words
-    before, before2 = _shift(kind, 1), _shift(kind, 2)
-    bridged = ((before & APOSTROPHE) > 0) & ((before2 & WORD) > 0)
-    last = jnp.where(bridged, before2, before)
-    joined = ((last & WORD) > 0) & ((last & ALONE) == 0) & ((kind & ALONE) == 0)
-    first = letter & ~joined
-    word_start, words = compact(first, places, limits.words)
-    begin, _ = compact(first, letters_before.astype(jnp.int32), limits.words + 1)
-    begin = jnp.where(jnp.arange(limits.words + 1) < words, begin, total)
-    real = jnp.arange(limits.words) < words
-    stems = jnp.where(real, _meaning(table, letters, begin[:-1], begin[1:]), 0)
-    weights = jnp.where(real, weight_of(table, stems), 0)
+    text = characters(points, kind, length)
+    quotes = find_quotes(text, (words.start, words.classes, words.real), 4 * limits.quotes, 2 * limits.quotes)
+    quoted = covered(quotes.start, quotes.end, quotes.kind, len(points))
+    sentence = sentences(text, quoted)
+    near = around(text, words, quoted, sentence, quotes)
+    begun = count_before(first)
+    spoken, goes_on = find_lines(text, quotes, near, sentence, begun[quotes.end] - begun[quotes.start])
+    phrases, phrase_weights = speakers(near, quotes)
 
-    # quoted lines
-    found, found_end, marks = _pair(kind, places, inside, length, 2 * limits.quotes)
-    cut = marks > 2 * limits.quotes
-    is_quote = found_end > found
-    delta = jnp.zeros(len(points) + 1, jnp.int32)
-    delta = delta.at[jnp.where(is_quote, found, len(points))].add(1)
-    delta = delta.at[jnp.where(is_quote, found_end, len(points))].add(-1)
-    quoted = jnp.cumsum(delta[:-1]) > 0
-    count_before = jnp.append(letters_before, total).astype(jnp.int32)
-    line_begin, line_end = count_before[found], count_before[found_end]
-    is_quote &= line_end > line_begin  # a line that is empty when normalised is none
-    sentence = _sentences(kind, quoted)
-    speakers, speaker_weights, is_written = _speakers(
-        table, (stems, weights, word_start, real), quoted, sentence, (found, found_end, is_quote)
-    )
-    is_quote &= ~is_written
-    order, quotes = compact(is_quote, jnp.arange(len(found), dtype=jnp.int32), limits.quotes)
-    real_quote = jnp.arange(limits.quotes) < quotes
+    # lines: a quote with those that go on with it
+    begins = spoken & ~goes_on
+    if limits.merge:
+        begins &= ~same_as_before(spoken, phrases, phrase_weights)
+    number = jnp.arange(len(spoken), dtype=jnp.int32)
+    order, lines = compact(begins, number, limits.quotes)
+    until = shift(next_place(begins), -1, len(spoken))[order]  # where the next line begins
+    last = last_place(spoken)[until - 1]
+    real = jnp.arange(limits.quotes) < lines
+    said = letter & covered(quotes.start, quotes.end, jnp.where(spoken, quotes.kind, 0), len(points))
+    speech, _ = compact(said, lower, len(points))
+    said = count_before(said)
 
     def keep(values: Array) -> Array:
-        kept = values[order]
-        return jnp.where(real_quote.reshape(-1, *[1] * (kept.ndim - 1)), kept, 0)
+        return jnp.where(real.reshape(-1, *[1] * (values.ndim - 1)), values, 0)
 
-    line_length = keep(line_end - line_begin)
-    columns = jnp.arange(limits.line)
-    at = keep(line_begin)[:, None] + columns[None]
-    lines = jnp.where(columns[None] < line_length[:, None], letters[jnp.minimum(at, len(points) - 1)], 0)
+    begin = said[quotes.start[order]]
+    line_length = keep(said[quotes.end[last]] - begin)
+    columns = jnp.arange(limits.line)[None]
+    characters_of = speech[jnp.minimum(begin[:, None] + columns, len(points) - 1)]
     return Caption(
         points,
         jnp.minimum(length, len(points)).astype(jnp.int32),
         letters,
-        stems,
-        weights,
-        word_start,
-        jnp.minimum(words, limits.words),
-        _negated(table, stems, quoted[word_start]),
-        keep(found),
-        keep(found_end),
-        jnp.minimum(quotes, limits.quotes),
-        lines,
+        words.stems,
+        words.weights,
+        words.start,
+        jnp.minimum(count, limits.words),
+        unstated(text, words, quoted, sentence),
+        keep(quotes.start[order]),
+        keep(quotes.end[last]),
+        jnp.minimum(lines, limits.quotes),
+        jnp.where(columns < line_length[:, None], characters_of, 0),
         jnp.minimum(line_length, limits.line),
-        keep(speakers),
-        keep(speaker_weights),
+        keep(phrases[order]),
+        keep(phrase_weights[order]),
         (length > len(points))
-        | (words > limits.words)
-        | cut
-        | (quotes > limits.quotes)
+        | (count > limits.words)
+        | quotes.cut
+        | (lines > limits.quotes)
         | jnp.any(line_length > limits.line),
     )
 
 
-def _shift(values: Array, by: int) -> Array:
-    """Each place sees the value `by` places before it (after it where negative); beyond the text lies a space."""
-    edge = jnp.full(abs(by), SPACE, values.dtype)
-    return jnp.concatenate([edge, values[:-by]]) if by > 0 else jnp.concatenate([values[-by:], edge])
+def _words(table: Table, kind: Array, letters: Array, most: int) -> tuple[Words, Array, Array]:
+    """The first `most` words, how many there are, and where they begin."""
+    letter = (kind & WORD) > 0
+    before, before2 = shift(kind, 1, SPACE), shift(kind, 2, SPACE)
+    bridged = ((before & APOSTROPHE) > 0) & ((before2 & WORD) > 0)
+    bridged &= ~(((before2 & LOWER) > 0) & ((kind & UPPER) > 0))  # says'No
+    last = jnp.where(bridged, before2, before)
+    joined = ((last & WORD) > 0) & ((last & ALONE) == 0) & ((kind & ALONE) == 0)
+    first = letter & ~joined
+    start, count = compact(first, jnp.arange(len(kind), dtype=jnp.int32), most)
+    so_far = count_before(letter)
+    begin, _ = compact(first, so_far[:-1], most + 1)
+    begin = jnp.where(jnp.arange(most + 1) < count, begin, so_far[-1])
+    real = jnp.arange(most) < count
+    stems, pronoun = _meaning(table, letters, begin[:-1], begin[1:])
+    stems = jnp.where(real, stems, 0)
+    at = jnp.minimum(jnp.searchsorted(table.classed, stems), len(table.classed) - 1)
+    classes = jnp.where(table.classed[at] == stems, table.classes[at], 0)
+    return Words(start, stems, jnp.where(real, weight_of(table, stems), 0), classes, pronoun & real, real), count, first
 
 
 def contains(ordered: Int[Array, "n"], values: Array) -> Array:
@@ -259,8 +279,8 @@ def weight_of(table: Table, stems: Array) -> Array:
     return jnp.where(table.known[at] == stems, table.weight[at], table.unknown)
 
 
-def _meaning(table: Table, letters: Array, begin: Array, end: Array) -> Array:
-    """As `meaning`, of the words at letters[begin:end]."""
+def _meaning(table: Table, letters: Array, begin: Array, end: Array) -> tuple[Array, Array]:
+    """As `meaning`, of the words at letters[begin:end], and whether they are pronouns."""
     n = len(letters)
     powers = np.cumprod(np.r_[1, np.full(n - 1, BASE)].astype(np.uint32), dtype=np.uint32)
     inverse = np.cumprod(np.r_[1, np.full(n - 1, pow(BASE, -1, 1 << 32))].astype(np.uint32), dtype=np.uint32)
@@ -294,168 +314,4 @@ def _meaning(table: Table, letters: Array, begin: Array, end: Array) -> Array:
     hashed = (sums[jnp.clip(begin + length, 0, n)] - sums[begin]) * jnp.asarray(inverse)[begin]
     hashed = jnp.where(hashed == 0, 1, hashed)
     at = jnp.minimum(jnp.searchsorted(table.forms, hashed), len(table.forms) - 1)
-    return jnp.where(table.forms[at] == hashed, table.becomes[at], hashed)
-
-
-def _pair(kind: Array, places: Array, inside: Array, length: Array, most: int) -> tuple[Array, Array, Array]:
-    """Quotation marks to quoted spans: (start, end, number of marks), start = end where there is none.
-
-    A mark opens a quote where none is open and closes it where one is, and a quote that nobody closes ends with its
-    line. Beyond that: the corner brackets of Chinese close each other only; a straight mark after a digit is an inch
-    mark, unless a word follows; a right mark that stands like a closing one does not open; what opens with a left mark
-    is closed by a right one if one comes before the next left one, so that other marks may stand inside.
-    """
-    size = most + 1
-    mark = kind >> MARK
-    at, marks = compact(mark > 0, places, size)
-    here = jnp.arange(size) < jnp.minimum(marks, most)
-    type_ = jnp.where(here, mark[at], 0)
-    before, after = _shift(kind, 1)[at], _shift(kind, -1)[at]
-    line = jnp.cumsum((kind & NEWLINE) > 0)
-    line_end = jnp.searchsorted(line, line[at] + 1).astype(jnp.int32)  # the line break itself
-    line_end = jnp.minimum(line_end, jnp.minimum(length, len(kind)).astype(jnp.int32))
-
-    # Whether, later in the line, a right mark comes before a left one, and whether a straight one comes at all.
-    def look(later: tuple, one: tuple) -> tuple:
-        of_line, right, straight = later
-        own, number = one
-        right &= own == of_line
-        straight &= own == of_line
-        curly = (number == LEFT) | (number == RIGHT)
-        seen = (own, jnp.where(curly, number == RIGHT, right), straight | (number == STRAIGHT))
-        return seen, (right, straight)
-
-    lines = jnp.where(here, line[at], -1)
-    _, (right_next, straight_next) = jax.lax.scan(
-        look, (jnp.int32(-2), False, False), (lines.astype(jnp.int32), type_), reverse=True
-    )
-    inch = (type_ == STRAIGHT) & ((before & DIGIT) > 0) & ((after & WORD) == 0)
-    closing = (type_ == RIGHT) & ((before & SPACE) == 0) & ((after & WORD) == 0)
-    opens = here & ((type_ == STRAIGHT) & ~inch | (type_ == LEFT) | (type_ == RIGHT) & ~closing)
-    opens |= (type_ == CORNER) | (type_ == WHITE)
-    stands_left = ((before & SPACE) > 0) & ((after & WORD) > 0)
-    nests = (type_ == LEFT) & stands_left & right_next & straight_next
-
-    def step(state: tuple, one: tuple) -> tuple:
-        start, stop, opener, nested = state  # of the open quote; opener 0: none
-        place, stop_here, number, may_open, right_later, nesting = one
-        over = (opener > 0) & (stop != stop_here)  # its line has ended: it ended there
-        emitted = (jnp.where(over, start, 0), jnp.where(over, stop, 0))
-        opener, nested = jnp.where(over, 0, opener), nested & ~over
-        plain = (number >= STRAIGHT) & (number <= RIGHT)
-        enters = (opener == STRAIGHT) & nesting & ~nested
-        closes = jnp.select(
-            [opener == CORNER, opener == WHITE, opener == LEFT, opener == STRAIGHT],
-            [
-                number == CORNER_END,
-                number == WHITE_END,
-                (number == RIGHT) | (plain & ~right_later),
-                plain & ~enters & ~(nested & (number == RIGHT)),
-            ],
-            (opener == RIGHT) & plain,
-        )
-        leaves = nested & (number == RIGHT)
-        emitted = jax.tree.map(lambda a, b: jnp.where(closes, b, a), emitted, (start, place))
-        opening = (opener == 0) & may_open
-        state = (
-            jnp.where(opening, place + 1, start),
-            jnp.where(opening, stop_here, stop),
-            jnp.where(opening, number, jnp.where(closes, 0, opener)),
-            (nested | enters) & ~leaves & ~closes,
-        )
-        return state, emitted
-
-    start = (jnp.int32(0), jnp.int32(0), jnp.int32(0), jnp.array(False))
-    # Places past the last mark have kind 0 and the end of no line, which ends what is open.
-    stops = jnp.where(here, line_end, -1)
-    _, (found, found_end) = jax.lax.scan(step, start, (at, stops, type_, opens, right_next, nests))
-    return found, found_end, marks
-
-
-def _sentences(kind: Array, quoted: Array) -> Array:
-    """The number of the sentence that each place is in.
-
-    One begins at a line break; at a space after . ! ? … (and what closes behind it) unless a lower-case letter
-    follows; and right after the full stops of Chinese. Never inside a quote.
-    """
-
-    def after_stop(bit: int) -> Array:
-        ended, open_ = jnp.zeros(len(kind), bool), jnp.ones(len(kind), bool)
-        for k in (1, 2, 3):
-            one = _shift(kind, k)
-            ended |= open_ & ((one & bit) > 0)
-            open_ &= (one & CLOSER) > 0
-        return ended
-
-    next_, next2 = _shift(kind, -1), _shift(kind, -2)
-    follows = jnp.where((next_ & SPACE) > 0, next2, next_)
-    latin = ((kind & SPACE) > 0) & after_stop(STOP) & ((follows & LOWER) == 0)
-    chinese = after_stop(STOP_CJK) & ((kind & CLOSER) == 0)
-    begins = ((kind & NEWLINE) > 0) | ((latin | chinese) & ~quoted)
-    return jnp.cumsum(begins)
-
-
-def _speakers(table: Table, words: tuple, quoted: Array, sentence: Array, spans: tuple) -> tuple[Array, Array, Array]:
-    """The speaker phrase of each quote: stems and weights, and whether the quote is on-screen text.
-
-    The phrase is the words of the quote's sentence outside of quotes: up to 24 before it, back to the quote before,
-    and up to 8 after it, unless another quote follows in the sentence and so owns them. Where these say nothing, up
-    to 12 words of the sentence before. Words that only say that something is spoken or written weigh nothing.
-    """
-    stems, weights, word_start, real = words
-    start, end, is_quote = spans
-    n, size = len(quoted), len(stems)
-    here = real & ~quoted[word_start]
-    order, outside = compact(here, jnp.arange(size, dtype=jnp.int32), size)
-    place = jnp.where(jnp.arange(size) < outside, word_start[order], n)
-    place_sentence = sentence[jnp.minimum(place, n - 1)]
-    starts = jnp.sort(jnp.where(is_quote, start, n))
-    opened = jnp.searchsorted(starts, place)  # how many quotes begin before each word
-    before = jnp.searchsorted(place, start)  # words outside of quotes before each quote
-    quote = jnp.searchsorted(starts, start)
-    own = sentence[jnp.clip(start - 1, 0, n - 1)]
-    then = sentence[jnp.clip(end, 0, n - 1)]
-    following = jnp.append(starts, n)[quote + 1]
-    owned = (following < n) & (sentence[jnp.clip(following - 1, 0, n - 1)] == then)
-
-    def pick(at: Array, wanted: Array) -> tuple[Array, Array]:
-        fits = (at >= 0) & (at < outside) & wanted
-        word = order[jnp.clip(at, 0, size - 1)]
-        return jnp.where(fits, stems[word], 0), jnp.where(fits, weights[word], 0.0)
-
-    def at_word(values: Array, at: Array) -> Array:
-        return values[jnp.clip(at, 0, size - 1)]
-
-    back = before[:, None] - 1 - jnp.arange(BEFORE)[None]
-    in_front = (at_word(place_sentence, back) == own[:, None]) & (at_word(opened, back) == quote[:, None])
-    ahead = before[:, None] + jnp.arange(AFTER)[None]
-    behind = (at_word(place_sentence, ahead) == then[:, None]) & (at_word(opened, ahead) == quote[:, None] + 1)
-    behind &= ~owned[:, None]
-    first, first_weight = pick(back, in_front)
-    second, second_weight = pick(ahead, behind)
-
-    def says_who(phrase: Array, weight: Array) -> Array:
-        return jnp.where(contains(table.spoken, phrase) | contains(table.written, phrase), 0.0, weight)
-
-    near = jnp.sum(says_who(first, first_weight), -1) + jnp.sum(says_who(second, second_weight), -1)
-    skipped = jnp.sum(at_word(place_sentence, back) == own[:, None], -1)
-    far = before[:, None] - 1 - skipped[:, None] - jnp.arange(BEFORE)[None]
-    there = at_word(place_sentence, before - 1 - skipped)[:, None]
-    third, third_weight = pick(far, at_word(place_sentence, far) == there)
-    bare = (near <= 0)[:, None]
-    phrase = jnp.concatenate([jnp.where(bare, third, first), second], -1)
-    weight = jnp.concatenate([jnp.where(bare, third_weight, first_weight), second_weight], -1)
-    repeats = jnp.tril(phrase[:, :, None] == phrase[:, None, :], -1).any(-1)
-    weight = jnp.where(repeats, 0.0, weight)
-    nearby = jnp.concatenate([first, second], -1)
-    is_written = contains(table.written, nearby).any(-1) & ~contains(table.spoken, nearby).any(-1)
-    return phrase, says_who(phrase, weight), is_written  # a word that stands twice weighs once
-
-
-def _negated(table: Table, stems: Array, quoted: Array) -> Array:
-    """Words with a negation among the three before them, both outside of quotes."""
-    negation = contains(table.negating, stems) & ~quoted
-    near = jnp.zeros(len(stems), bool)
-    for k in (1, 2, 3):
-        near |= jnp.concatenate([jnp.zeros(k, bool), negation[:-k]])
-    return near & ~quoted
+    return jnp.where(table.forms[at] == hashed, table.becomes[at], hashed), contains(table.pronouns, hashed)

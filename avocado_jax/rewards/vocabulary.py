@@ -14,51 +14,21 @@ from typing import NamedTuple
 
 import numpy as np
 
+from avocado_jax.rewards.lexicon import CLASSES, EXCLUSIVE, EXCLUSIVE_WEIGHT, FORMS, FUNCTION, PRONOUNS
 from avocado_jax.typing import Array, Float, Int
 
-WORD, SPACE, LOWER, ALONE, STOP, STOP_CJK, CLOSER, APOSTROPHE, DIGIT, NEWLINE = (1 << bit for bit in range(10))
-MARK = 10  # the kinds of quotation marks stand above this bit
-STRAIGHT, LEFT, RIGHT, CORNER, CORNER_END, WHITE, WHITE_END = range(1, 8)
+WORD, SPACE, LOWER, UPPER, ALONE, STOP, STOP_CJK, CLOSER, APOSTROPHE, DIGIT, NEWLINE, LEAD, TAIL, END = (
+    1 << bit for bit in range(14)
+)
+MARK = 14  # the kinds of quotation marks stand above this bit
+STRAIGHT, LEFT, RIGHT, CORNER, CORNER_END, WHITE, WHITE_END, APOSTROPHE_MARK, SINGLE_LEFT, STAR = range(1, 11)
 MARKS = {'"': STRAIGHT, "＂": STRAIGHT, "“": LEFT, "„": LEFT, "‟": LEFT, "«": LEFT, "”": RIGHT, "»": RIGHT}
 MARKS |= {"「": CORNER, "」": CORNER_END, "『": WHITE, "』": WHITE_END}
+SINGLE_MARKS = {"'": APOSTROPHE_MARK, "’": APOSTROPHE_MARK, "‘": SINGLE_LEFT, "*": STAR}
 SCRIPTS_WITHOUT_SPACES = ((0x3040, 0x30FF), (0x3400, 0x4DBF), (0x4E00, 0x9FFF), (0xF900, 0xFAFF), (0x20000, 0x323AF))
+BIT = {name: 1 << place for place, name in enumerate([*CLASSES, "FUNCTION", "SILENT"])}
 PAGE = 256  # code points of a page of the character table
 BASE, SPREAD = 0x01000193, 0x9E3779B1  # both odd: powers of the base have inverses mod 2^32
-
-# Other forms of a word that no suffix rule finds, and the plainest words for the same; a group becomes its first.
-FORMS = """man men he him his himself male guy gentleman|woman women she her hers herself female lady|
-child children kid kids|person people|run ran|stand stood|sit sat|hold held|say said|speak spoke spoken speech|
-tell told|go went gone goes|come came|take took taken|give gave given|begin began begun start commence|fall fell fallen|
-fly flew flown|see saw seen|wear wore worn|write wrote written|drive drove driven|ride rode ridden|sing sang sung|
-throw threw thrown|catch caught|lie lay lying|rise rose risen|shake shook shaken|hear heard|
-hit hitting|swim swam swum|grey gray|feet foot|hands hand|ring rang rung|blow blew blown|break broke broken|
-bring brought|eat ate eaten|wake woke|make made|two 2|three 3|four 4|five 5|six 6|seven 7|eight 8|
-nine 9|ten 10|one 1|family families|
-big large huge|small little tiny|soft quiet faint gentle|screen frame|appear emerge|show shown display|
-jump leap hop|spin rotate turn|bump crash collide|music tune melody song|background backdrop|car vehicle|
-picture image photo photograph|road street|smile grin|look gaze stare|glance peek|happy cheerful joyful"""
-# Words that carry nothing of what is said to be seen or heard.
-FUNCTION = """a an the this that these those it its is are was were be been being am and or but so as of in on at to
-from by with for into onto over under near off out up down then while when where which who whom whose there here i you
-we they them their our your my me us do does did have has had having can could will would shall should may might must
-if than also too very just not no nor s t re ve ll d m one some any each other another both such only own same more
-most now how what why all because until during after before between through about against again further once
-的 了 在 是 和 着 与 也 就 都 而 及 一 个 这 那 有 他 她 它 们 为 以 上 中 到 地 得"""
-# Words that say that something is spoken, and words that say that it is written: neither says who speaks.
-SPOKEN = """say says speak tell ask reply respond answer state exclaim narrate continue add shout yell whisper call
-cry explain announce declare remark comment murmur mutter sing repeat insist claim note mention warn suggest wonder
-want know question inquire introduce conclude laugh scream voice hear audio sound narration dialogue speech remind
-agree greet chant utter instruct 说 道 问 答 喊 叫 讲 唱"""
-WRITTEN = (
-    "text word title caption subtitle sign label letter lettering logo banner overlay headline written read 字 写 幕"
-)
-# One of these in place of another is a contradiction, so none counts for little.
-EXCLUSIVE = """red orange yellow green blue purple violet pink brown black white grey silver gold golden left right top
-bottom upper lower above below up down man woman boy girl two three four five six seven eight nine ten first second
-third big small loud soft high low fast slow open close inside outside day night
-红 橙 黄 绿 蓝 紫 黑 白 左 右 男 女"""
-EXCLUSIVE_WEIGHT = 2.5
-NEGATING = "no not never without none nobody nothing dont doesnt didnt isnt arent wasnt werent cant wont 不 没"
 
 
 class Table(NamedTuple):
@@ -70,7 +40,8 @@ class Table(NamedTuple):
         lower, kind: code points in lower case, and what they are (bits), by page and place.
         forms, becomes: sorted stem hashes that are read as another.
         known, weight: sorted stem hashes and how much each says (idf); `unknown` is the weight of all others.
-        spoken, written, negating: sorted stem hashes.
+        classed, classes: sorted stem hashes, and the classes of words that each is of (BIT).
+        pronouns: sorted hashes of words as they stand.
     """
 
     starts: Int[Array, "V+1"]
@@ -83,9 +54,9 @@ class Table(NamedTuple):
     known: Int[Array, "known"]
     weight: Float[Array, "known"]
     unknown: Float[Array, ""]
-    spoken: Int[Array, "spoken"]
-    written: Int[Array, "written"]
-    negating: Int[Array, "negating"]
+    classed: Int[Array, "classed"]
+    classes: Int[Array, "classed"]
+    pronouns: Int[Array, "pronouns"]
 
 
 def make_table(tokenizer: str | None = None, weights: Mapping[str, float] | None = None) -> Table:
@@ -116,9 +87,8 @@ def make_table(tokenizer: str | None = None, weights: Mapping[str, float] | None
         known,
         np.array([hashed[int(one)] for one in known], np.float32),
         np.float32(weights[""]),
-        _hashes(SPOKEN),
-        _hashes(WRITTEN),
-        _hashes(NEGATING),
+        *_classes(),
+        np.unique(np.array([hash_word(stem(word)) for word in PRONOUNS.split()], np.uint32)),
     )
 
 
@@ -170,6 +140,7 @@ def characters() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     kind[ord("_")] = WORD  # as \w of `re`
     kind |= SPACE * np.fromiter(map(str.isspace, every), np.int32)
     kind |= LOWER * np.fromiter(map(str.islower, every), np.int32)
+    kind |= UPPER * np.fromiter(map(str.isupper, every), np.int32)
     kind |= DIGIT * np.fromiter(map(str.isdecimal, every), np.int32)
     for first, last in SCRIPTS_WITHOUT_SPACES:
         kind[first : last + 1] |= ALONE * (kind[first : last + 1] & WORD)
@@ -177,6 +148,9 @@ def characters() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         (".!?…", STOP),
         ("。！？", STOP_CJK),
         (")]}'’*`", CLOSER),
+        (",:;([{—–，：；（", LEAD),
+        (".,!?…;:)]}'’，。！？", TAIL),
+        (".!?…。！？,，-—~", END),
         ("'’`", APOSTROPHE),
         ("\n\r\u2028\u2029", NEWLINE),
     ):
@@ -184,6 +158,9 @@ def characters() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     for mark, number in MARKS.items():
         kind[ord(mark)] |= number << MARK
         kind[ord(mark)] |= CLOSER
+        kind[ord(mark)] |= TAIL * (number not in (CORNER, WHITE))
+    for mark, number in SINGLE_MARKS.items():
+        kind[ord(mark)] |= number << MARK
     both = np.concatenate([(lower - np.arange(len(lower))).reshape(-1, PAGE), kind.reshape(-1, PAGE)], axis=1)
     distinct, page = np.unique(both, axis=0, return_inverse=True)
     return page.reshape(-1).astype(np.int32), distinct[:, :PAGE].astype(np.int32), distinct[:, PAGE:].astype(np.int32)
@@ -233,8 +210,18 @@ def meaning(word: str) -> str:
     return _forms().get(stem(word), stem(word))
 
 
-def _hashes(words: str) -> np.ndarray:
-    return np.unique(np.array([hash_word(meaning(word)) for word in words.split()], np.uint32))
+@lru_cache(maxsize=1)
+def _classes() -> tuple[np.ndarray, np.ndarray]:
+    """Sorted stem hashes of all words of a class, and the bits of their classes."""
+    found = Counter()
+    for name, words in (*CLASSES.items(), ("FUNCTION", FUNCTION)):
+        for one in {hash_word(meaning(word)) for word in words.split()}:
+            found[one] |= BIT[name]
+    says = BIT["SPOKEN"] | BIT["WRITTEN"] | BIT["SUBTITLE"]
+    for one, bits in found.items():  # says that there is speech or text, not whose
+        found[one] |= BIT["SILENT"] * (bits & says > 0 and not bits & BIT["VOICE"])
+    hashes = np.sort(np.fromiter(found, np.uint32))
+    return hashes, np.array([found[int(one)] for one in hashes], np.int32)
 
 
 def letters_of(text: str) -> np.ndarray:
@@ -245,11 +232,13 @@ def letters_of(text: str) -> np.ndarray:
     return points + lower[page[points >> 8], points & (PAGE - 1)]
 
 
-def stems_of(table: Table, text: str) -> tuple[np.ndarray, np.ndarray]:
-    """The stem hashes of a text's words, and how much each says."""
+def stems_of(table: Table, text: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The stem hashes of a text's words, their weights, and their classes (BIT)."""
     stems = np.array([hash_word(meaning(word)) for word in words_of(text)], np.uint32)
     at = np.minimum(np.searchsorted(table.known, stems), len(table.known) - 1)
-    return stems, np.where(table.known[at] == stems, table.weight[at], table.unknown).astype(np.float32)
+    weights = np.where(table.known[at] == stems, table.weight[at], table.unknown).astype(np.float32)
+    at = np.minimum(np.searchsorted(table.classed, stems), len(table.classed) - 1)
+    return stems, weights, np.where(table.classed[at] == stems, table.classes[at], 0)
 
 
 def words_of(text: str) -> list[str]:
@@ -261,7 +250,9 @@ def words_of(text: str) -> list[str]:
     for place, (point, here) in enumerate(zip(points, kinds)):
         if here & WORD:
             letter = chr(point + int(lower[page[point >> 8], point & 255]))
-            joined = before & WORD or (place > 1 and before & APOSTROPHE and kinds[place - 2] & WORD)
+            bridged = place > 1 and before & APOSTROPHE and kinds[place - 2] & WORD
+            bridged = bridged and not (kinds[place - 2] & LOWER and here & UPPER)  # says'No
+            joined = before & WORD or bridged
             if words and joined and not here & ALONE and not kinds[place - 1 if before & WORD else place - 2] & ALONE:
                 words[-1] += letter
             else:

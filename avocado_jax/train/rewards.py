@@ -17,6 +17,7 @@ from avocado_jax.data.pipeline import Batch, Source
 from avocado_jax.data.probes import read_probe
 from avocado_jax.data.storage import StorageError
 from avocado_jax.errors import InputError
+from avocado_jax.jsonl import read_lines
 from avocado_jax.parallel.backend import on_cpu
 from avocado_jax.parallel.batches import process_rows, rows_sharding
 from avocado_jax.parallel.compiled import Program
@@ -35,7 +36,7 @@ from avocado_jax.rewards.combine import (
     score_captions,
 )
 from avocado_jax.rewards.text import limits_for
-from avocado_jax.rewards.vocabulary import make_table
+from avocado_jax.rewards.vocabulary import make_table, word_weights
 from avocado_jax.train.judges import Judge, open_judge
 from avocado_jax.train.programs import by_rows
 from avocado_jax.train.rollout import Rollout
@@ -133,6 +134,15 @@ def _endpoint(rewards: RewardConfig, kind: str, model: str) -> Endpoint | None:
     return Endpoint(rewards.judge_url, model, cache=cache, patience=rewards.judge_patience)
 
 
+def caption_texts(path: str) -> list[str]:
+    """The captions of a file of JSON lines, a manifest for one.
+
+    Raises:
+        InputError: it cannot be read, or a line has no "caption".
+    """
+    return [line["caption"] for _, line in read_lines(Path(path), {"caption": str})]
+
+
 def make_rewards(config: GrpoConfig, setup: Setup, stops: Sequence[int], judges: Mapping[str, Judge]) -> Rewards:
     """The rewards of `config` with open judges.
 
@@ -140,10 +150,15 @@ def make_rewards(config: GrpoConfig, setup: Setup, stops: Sequence[int], judges:
         judges: of the terms in ITEMS. Without one for the checklist, captions are judged by their words; without one
             for the probes there is no such term.
     """
-    settings, table = config.rewards, make_table(setup.words.json)
-    limits = limits_for(config.sampling.tokens)._replace(quotes=settings.lines)
+    settings = config.rewards
+    table = make_table(setup.words.json, word_weights(caption_texts(settings.idf)) if settings.idf else None)
+    limits = limits_for(config.sampling.tokens)._replace(quotes=settings.lines, merge=settings.merge)
     thresholds = Thresholds(
-        low=settings.covered_low, high=settings.covered_high, length_low=settings.low, length_high=settings.high
+        low=settings.covered_low,
+        high=settings.covered_high,
+        length_low=settings.low,
+        length_high=settings.high,
+        long_units=settings.long_units,
     )
     weights = {name: getattr(settings, name) for name in TERMS if name in ALWAYS or getattr(settings, name)}
     room = {"checklist": settings.keypoints, "probes": settings.questions}

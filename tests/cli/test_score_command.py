@@ -74,8 +74,11 @@ def test_what_matched_is_told_in_words(scored):
     assert status == 0
     assert told["R_L"] is None
     assert told["R_D"] == pytest.approx(2 / 3, abs=1e-6)
-    assert 'Line 1 as "Look at the moon.": similarity 1.00, the same speaker.' in told["explain"]
-    assert 'Not said, line 2: "goodbye".' in told["explain"]
+    assert (
+        'Line 1 as "Look at the moon.": similarity 1.00, the same speaker: "red circle" for "a red circle".'
+        in told["explain"]
+    )
+    assert 'Not said, line 2: "Good bye".' in told["explain"]
     assert any("A bell rings softly" in one and "1.00" in one for one in told["explain"])
 
 
@@ -101,6 +104,32 @@ def test_timing_and_probes_are_fields_of_their_own(scored):
     assert "Probes answered rightly 0.00." in found[2]["explain"]
     assert any("timing: no reference for 1 of 3 captions, such as c" in line for line in err)
     assert any("probes: no reference for 1 of 3 captions, such as a" in line for line in err)
+
+
+def shout(caption, reference):
+    """A term of the device."""
+    return (caption.points == ord("!")).sum() / 1.0
+
+
+def known(captions, references):
+    """A term of the host."""
+    return [len(reference["keypoints"] or ()) or None for reference in references]
+
+
+def test_terms_of_a_user_and_word_weights(scored, tmp_path):
+    (tmp_path / "idf.jsonl").write_text("".join(json.dumps({"caption": f"A dog {k} barks."}) + "\n" for k in range(40)))
+    lines = [
+        {"id": "a", "caption": "A dog sleeps! Now!", "reference": {"keypoints": ["A dog sits."]}},
+        {"id": "b", "caption": "Nothing.", "reference": {}},
+    ]
+    terms = ["--extra", "jax:test_score_command:shout", "--extra", "host:test_score_command:known", "--json"]
+    status, out, _ = scored(lines, *terms)
+    first, second = map(json.loads, out)
+    assert status == 0
+    assert (first["shout"], first["known"], second["shout"], second["known"]) == (2, 1, 0, None)
+    _, out, _ = scored(lines, *terms, "--idf", str(tmp_path / "idf.jsonl"))
+    assert json.loads(out[0])["R_C"] < first["R_C"]  # "dog" says little among captions of dogs
+    assert scored(lines, "--extra", "jax:no_module:name")[0] == 2
 
 
 @pytest.mark.parametrize(

@@ -106,6 +106,31 @@ def respoken(clip, speakers):
     return caption.replace("@", "The ")
 
 
+def all_speakers(clip):
+    names = " and ".join(dict.fromkeys(line["speaker"] for line in clip["dialogues"]))
+    return respoken(clip, [names] * len(clip["dialogues"]))
+
+
+def somebody(clip):
+    return respoken(clip, ["the shape"] * len(clip["dialogues"]))
+
+
+def alternatives(caption):
+    other = dict(COLOURS + SIDES) | {b: a for a, b in COLOURS + SIDES}
+    return re.sub(rf"\b({'|'.join(other)})\b", lambda found: f"{found[0]} or {other[found[0]]}", caption)
+
+
+def several(caption):
+    other = dict(COLOURS) | {b: a for a, b in COLOURS}
+    return re.sub(rf"\b({'|'.join(other)})\b", lambda found: f"{other[found[0]]}, white or {found[0]}", caption)
+
+
+def denied(caption):
+    return re.sub(
+        r"(^|[.!?] )([A-Z])(?=[a-z ])", lambda found: f"{found[1]}It is false that {found[2].lower()}", caption
+    )
+
+
 def shuffled_quotes(clip):
     quotes = re.findall(r'"[^"]*"', clip["caption"])
     moved = iter(quotes[1:] + quotes[:1])
@@ -119,6 +144,11 @@ TRICKS = {
     "every line of dialogue ten times": (tenfold, SPEECH),
     "all quotes by one speaker": (one_speaker, SPEECH),
     "speakers swapped": (other_speakers, SPEECH),
+    "all speakers in each attribution": (all_speakers, SPEECH),
+    "nobody in particular speaks": (somebody, SPEECH),
+    "one or the other": (lambda clip: alternatives(clip["caption"]), CONTENT),
+    "lists of alternatives": (lambda clip: several(clip["caption"]), CONTENT),
+    "all of it is false": (lambda clip: denied(clip["caption"]), CONTENT),
     "quotes shuffled": (shuffled_quotes, SPEECH),
     "opposite colours": (lambda clip: swapped(clip["caption"], COLOURS), CONTENT),
     "left for right": (lambda clip: swapped(clip["caption"], SIDES), CONTENT),

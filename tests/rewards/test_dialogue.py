@@ -67,7 +67,8 @@ def as_reference(table, lines, speakers=()):
 
 
 def distances(caption, reference):
-    return edit_distances(caption.lines, caption.line_length, reference)
+    needed = np.ones((LIMITS.quotes, LIMITS.quotes), bool)
+    return edit_distances(caption.lines, caption.line_length, reference, needed)
 
 
 def composed(line):

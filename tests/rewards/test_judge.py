@@ -433,6 +433,7 @@ def test_captions_that_try_to_answer_for_the_judge():
         ('{"1": "yes"} {"note": "the second is unclear"}', [True, None]),
         ('{"1": 1, "2": null}', [None, None]),
         ('{"1": {"answer": "yes"}, "2": "no"}', [None, False]),
+        ('{"1": "yes", "2": "no"} or, in short: {"2": "No", "1": true}', [True, False]),
     ],
 )
 def test_answers(text, verdicts):
@@ -440,7 +441,19 @@ def test_answers(text, verdicts):
 
 
 @pytest.mark.parametrize(
-    "text", ["", "yes, no", "{}", '["yes"]', '{"3": "no"}', '{"1": "no", "01": "no"}', "{" * 10**5, '{"9e9": "no"}']
+    "text",
+    [
+        '{"1": "no", "2": "no"} {"1": "yes", "2": "no"}',
+        '{"1": "yes"} {"2": "no"}',
+        "",
+        "yes, no",
+        "{}",
+        '["yes"]',
+        '{"3": "no"}',
+        '{"1": "no", "01": "no"}',
+        "{" * 10**5,
+        '{"9e9": "no"}',
+    ],
 )
 def test_answers_that_are_none(text):
     with pytest.raises(Malformed):

@@ -26,16 +26,16 @@ LOOPS = st.builds(
 TEXTS = st.one_of(st.text(max_size=200), LOOPS, st.text("ab", max_size=120)).filter(lambda one: len(one) <= SIZE)
 
 
-@partial(jax.jit, static_argnums=2)
-def on_device(points, lengths, min_span):
-    return jax.vmap(partial(collapses, min_span=min_span))(points, lengths)
+@partial(jax.jit, static_argnums=(2, 3))
+def on_device(points, lengths, min_span, long_units=False):
+    return jax.vmap(partial(collapses, min_span=min_span, long_units=long_units))(points, lengths)
 
 
-def found(texts, min_span=24, size=SIZE):
+def found(texts, min_span=24, size=SIZE, long_units=False):
     points = np.zeros((len(texts), size), np.int32)
     for row, one in zip(points, texts):
         row[: len(one)] = [ord(letter) for letter in one]
-    return np.asarray(on_device(points, np.array(list(map(len, texts))), min_span)).tolist()
+    return np.asarray(on_device(points, np.array(list(map(len, texts))), min_span, long_units)).tolist()
 
 
 @pytest.mark.parametrize("min_span", [24, 0])
@@ -58,6 +58,17 @@ def test_every_unit_at_its_border():
         ]
         texts += [""] * (18 - len(texts))
         assert found(texts)[: 2 * len(units)] == [True] * len(units) + [False] * len(units)
+
+
+def test_long_units():
+    """Sentences of 100 to 400 characters, three times in a row: only where they are asked for."""
+    unit = {n: "".join(map(chr, range(0x4E00, 0x4E00 + n))) for n in (99, 100, 146, 333, 400, 401)}
+    texts = [f"a{(unit[n] * 3)[: 3 * n - less]}b" for n in unit for less in (0, 1)]
+    size = 1280
+    expected = [oracles.collapses(one, long_units=True) for one in texts]
+    assert expected == [n in range(100, 401) and less == 0 for n in unit for less in (0, 1)]
+    assert found(texts, size=size, long_units=True) == expected
+    assert not any(found(texts, size=size))
 
 
 def test_what_lies_behind_the_text_does_not_count():

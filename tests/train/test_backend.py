@@ -102,7 +102,7 @@ def test_references_are_built_on_the_cpu_and_not_on_the_mesh(monkeypatch):
         used.append(jax.jit(lambda x: x + 1)(np.ones(2)).devices())
         return table, None
 
-    monkeypatch.setattr(run_rewards, "make_table", lambda _: ())
+    monkeypatch.setattr(run_rewards, "make_table", lambda *_: ())
     monkeypatch.setattr(run_rewards, "make_references", make_references)
     source = SimpleNamespace(index=SimpleNamespace(ids=[]))
     mesh = make_mesh(1, -1, 1)

@@ -26,7 +26,7 @@ NAMES = ("checklist", "dialogue", "length", "repetition")
 @pytest.fixture
 def rewards_of(monkeypatch):
     """Config -> its rewards on one device."""
-    monkeypatch.setattr(run_rewards, "make_table", lambda _: make_table())
+    monkeypatch.setattr(run_rewards, "make_table", lambda *_: make_table())
     mesh = make_mesh(1, 1, 1, devices=jax.devices()[:1])
     source = SimpleNamespace(index=SimpleNamespace(ids=[]))
     setup = SimpleNamespace(mesh=mesh, source=source, words=SimpleNamespace(json=None))

@@ -1,0 +1,182 @@
+"""Scores of any number of captions: batches of similar size, of few shapes, so that the cost is that of the text.
+
+B  captions of a batch
+"""
+
+import importlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from avocado_jax.errors import InputError
+from avocado_jax.progress import progress
+from avocado_jax.rewards.combine import DEFAULTS, References, Scored, Thresholds, make_references, score
+from avocado_jax.rewards.text import Caption, Limits, limits_of, parse
+from avocado_jax.rewards.vocabulary import Table, code_points
+
+BATCH = 32
+LINES = (32, 512), (64, 2048)  # sizes of dialogue: lines of a text, characters of a line
+POINTS, FEATURES, LETTERS = 32, 256, 64  # least room for keypoints, for their features, for letters of the lines
+
+
+class Entry(NamedTuple):
+    """One caption scored, as numpy arrays.
+
+    Attributes:
+        number: its place among the captions.
+        limits: what was read of it and its reference.
+        cut: something of its reference did not fit.
+        extra: the values of additional terms, by name.
+    """
+
+    number: int
+    limits: Limits
+    caption: Caption
+    reference: References
+    scored: Scored
+    cut: bool
+    extra: dict[str, np.ndarray]
+
+
+def load_term(text: str) -> tuple[str, str, Callable]:
+    """A user's term, "jax:MODULE:FUNCTION" or "host:MODULE:FUNCTION": its kind, its name and the function.
+
+    A jax term maps one `Caption` and one `References` to a float32 scalar; it is vmapped and compiled. A host term
+    maps the texts of captions and their references, as in the file, to numbers or None, one each.
+
+    Raises:
+        InputError: there is no such function.
+    """
+    kind, _, rest = text.partition(":")
+    module, _, name = rest.partition(":")
+    if kind not in ("jax", "host") or not name:
+        raise InputError(f"a term is jax:MODULE:FUNCTION or host:MODULE:FUNCTION, not {text!r}")
+    try:
+        return kind, name, getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise InputError(f"{text}: {error}") from error
+
+
+def scores(
+    table: Table,
+    captions: Sequence[str],
+    references: Sequence[Mapping[str, Any]],
+    tokens: Sequence[float],
+    answers: Mapping[str, np.ndarray] | None = None,
+    merge: bool = False,
+    thresholds: Thresholds = DEFAULTS,
+    extra: Sequence[tuple[str, Callable]] = (),
+    timing: bool = False,
+) -> Iterator[Entry]:
+    """The scores of captions, in batches of similar size: not in their order.
+
+    Args:
+        references: of each, "caption", "dialogues" and "keypoints", as `make_references` takes them.
+        tokens: the length of each caption for R_L, NaN where it is not known.
+        answers: a judge's scores by term, [n, most items]: "checklist", or the lexical judge scores it, and "probes".
+        merge: consecutive lines of one speaker are one line.
+        thresholds: of the terms.
+        extra: names and functions of additional terms, of kind "jax" (`load_term`).
+        timing: whether to compute the term `timing`.
+    """
+    limits = [_limits(*pair, merge) for pair in zip(captions, references)]
+    order = sorted(range(len(captions)), key=lambda number: (limits[number], len(captions[number])))
+    parts: list[list[int]] = []
+    for number in order:
+        if not parts or len(parts[-1]) == BATCH or limits[parts[-1][0]] != limits[number]:
+            parts.append([])
+        parts[-1].append(number)
+    for part in progress(parts, "batches of captions"):
+        full = [*part, *part[-1:] * (BATCH - len(part))]
+        yield from _batch(
+            table,
+            [captions[number] for number in full],
+            [references[number] for number in full],
+            np.array([tokens[number] for number in full], np.float32),
+            {term: values[full] for term, values in (answers or {}).items()},
+            timing,
+            limits[part[0]],
+            (thresholds, tuple(extra)),
+            part,
+        )
+
+
+def _limits(caption: str, reference: Mapping[str, Any], merge: bool) -> Limits:
+    """Of a caption and its reference."""
+    lines = reference.get("dialogues") or ()
+    found = limits_of([caption, reference.get("caption") or ""], len(lines))
+    longest = max([found.line, *(min(len(one["text"]), 2048) for one in lines)])
+    quotes, line = next((size for size in LINES if found.quotes <= size[0] and longest <= size[1]), LINES[-1])
+    return found._replace(quotes=quotes, line=line, merge=merge)
+
+
+def _batch(
+    table: Table,
+    captions: list[str],
+    references: list[Mapping[str, Any]],
+    tokens: np.ndarray,
+    answers: dict[str, np.ndarray],
+    timing: bool,
+    limits: Limits,
+    terms: tuple,
+    numbers: Sequence[int],
+) -> Iterator[Entry]:
+    events = max(8, *(len(one.get("events") or ()) for one in references), *(text.count("[") for text in captions))
+    made, cut = make_references(table, references, limits, events=1 << (events - 1).bit_length() if timing else 0)
+    made = _padded(made)
+    if "checklist" in answers:
+        room = made.keypoints.index.shape[1]
+        own = np.pad(answers["checklist"], ((0, 0), (0, room)), constant_values=np.nan)[:, :room]
+        answers = {**answers, "checklist": own}
+    points, sizes = code_points(captions, limits.characters)
+    found = jax.tree.map(np.asarray, _score(table, points, sizes, tokens, made, answers, limits, terms))
+    for place, number in enumerate(numbers):
+        caption, reference, scored, extra = jax.tree.map(
+            lambda leaf, place=place: leaf[place], (found[0], made, found[1], found[2])
+        )
+        yield Entry(number, limits, caption, reference, scored, bool(cut[place]), extra)
+
+
+def _padded(made: References) -> References:
+    """References with room of few sizes: powers of two."""
+
+    def grown(values: np.ndarray, axis: int, least: int, fill: float) -> np.ndarray:
+        size = max(least, 1 << (values.shape[axis] - 1).bit_length())
+        widths = [(0, size - values.shape[axis]) if place == axis else (0, 0) for place in range(values.ndim)]
+        return np.pad(values, widths, constant_values=fill)
+
+    points = made.keypoints
+    points = points._replace(
+        features=grown(points.features, 1, FEATURES, 0xFFFFFFFF),
+        **{name: grown(getattr(points, name), 1, POINTS, 0) for name in ("index", "weight", "telling")},
+        **{name: grown(getattr(points, name), 1, POINTS, -1) for name in ("dimension", "place")},
+    )
+    letters = grown(made.dialogue.alphabet, 1, LETTERS, np.iinfo(np.int32).max)
+    return made._replace(keypoints=points, dialogue=made.dialogue._replace(alphabet=letters))
+
+
+@partial(jax.jit, static_argnums=(6, 7))
+def _score(
+    table: Table,
+    points: jax.Array,
+    sizes: jax.Array,
+    tokens: jax.Array,
+    references: References,
+    answers: dict[str, jax.Array],
+    limits: Limits,
+    terms: tuple[Thresholds, tuple[tuple[str, Callable], ...]],
+) -> tuple[Caption, Scored, dict[str, jax.Array]]:
+    thresholds, extra = terms
+
+    def one(
+        points: jax.Array, size: jax.Array, length: jax.Array, reference: References, judged: dict[str, jax.Array]
+    ) -> Any:
+        caption = parse(table, points, size, limits)
+        more = {name: function(caption, reference) for name, function in extra}
+        given = judged.get("checklist"), judged.get("probes")
+        return caption, score(caption, length, reference, thresholds, *given), more
+
+    return jax.vmap(one)(points, sizes, tokens, references, answers)

@@ -1,0 +1,247 @@
+"""Which quotes are spoken, and which of them are one line, by the words around them.
+
+    N  code points of a caption      W  words of a caption      R  quotes, on-screen text among them
+
+`tests/rewards/reading.py` is the same in plain Python.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from avocado_jax.rewards.arrays import compact, count_before, last_place, next_place
+from avocado_jax.rewards.quotes import DOUBLE, SCRIPT, SINGLE, STOPS, Characters, Quotes
+from avocado_jax.rewards.vocabulary import ALONE, BIT, END, LEAD, LOWER, MARK, NEWLINE, SPACE, WORD
+from avocado_jax.typing import Array, Bool, Float, Int
+
+BEFORE, AFTER = 24, 8  # words looked at before and after a quote
+PHRASE = BEFORE + AFTER
+BETWEEN = 6  # words at most between the parts of one line
+FEW = 3  # words of a quote that may be a name or a label
+
+
+class Words(NamedTuple):
+    """The words of a text, in order.
+
+    Attributes:
+        start: the place where each begins.
+        stems, weights, classes, pronoun: of `vocabulary`; whether it is a pronoun.
+        real: whether there is a word.
+    """
+
+    start: Int[Array, "W"]
+    stems: Int[Array, "W"]
+    weights: Float[Array, "W"]
+    classes: Int[Array, "W"]
+    pronoun: Bool[Array, "W"]
+    real: Bool[Array, "W"]
+
+
+class Around(NamedTuple):
+    """The words around each quote: numbers among the words outside of quotes, nearest first, and whether they count.
+
+    Attributes:
+        outside: the words outside of quotes; `place` where each begins, N past the last; `sentence` of each.
+        count: words outside of quotes before each quote.
+        front, in_front: before a quote, in its sentence, back to the quote before.
+        behind, is_behind: after a quote, unless another quote follows in the sentence.
+    """
+
+    outside: Words
+    sentence: Int[Array, "W"]
+    count: Int[Array, "R"]
+    front: Int[Array, "R 24"]
+    in_front: Bool[Array, "R 24"]
+    behind: Int[Array, "R 8"]
+    is_behind: Bool[Array, "R 8"]
+
+
+def has(classes: Int[Array, "..."], *names: str) -> Bool[Array, "..."]:
+    """Whether words are of one of the classes."""
+    return (classes & sum(BIT[name] for name in names)) > 0
+
+
+def around(
+    text: Characters, words: Words, quoted: Bool[Array, "N"], sentence: Int[Array, "N"], quotes: Quotes
+) -> Around:
+    """Find the words around each quote."""
+    n, size, most = len(quoted), len(words.start), len(quotes.start)
+    order, outside = compact(words.real & ~quoted[words.start], jnp.arange(size, dtype=jnp.int32), size)
+    real = jnp.arange(size) < outside
+    words = jax.tree.map(lambda leaf: jnp.where(real, leaf[order], 0).astype(leaf.dtype), words)
+    words = words._replace(start=jnp.where(real, words.start, n))
+    of_word = jnp.where(real, sentence[jnp.minimum(words.start, n - 1)], -1)
+    exists = quotes.kind > 0
+    starts = jnp.where(exists, quotes.start, n)
+    opened = jnp.searchsorted(starts, words.start)  # how many quotes begin before each word
+    count = jnp.searchsorted(words.start, starts)
+    number = jnp.arange(most)
+    own = sentence[jnp.clip(starts - 1, 0, n - 1)]
+    then = sentence[jnp.clip(quotes.end, 0, n - 1)]
+    following = jnp.append(starts, n)[1:]
+    owned = (following < n) & (sentence[jnp.clip(following - 1, 0, n - 1)] == then)
+
+    front = count[:, None] - 1 - jnp.arange(BEFORE)[None]
+    at = jnp.clip(front, 0, size - 1)
+    in_front = (front >= 0) & (of_word[at] == own[:, None]) & (opened[at] == number[:, None])
+    behind = count[:, None] + jnp.arange(AFTER)[None]
+    at = jnp.clip(behind, 0, size - 1)
+    is_behind = (behind < outside) & (of_word[at] == then[:, None]) & (opened[at] == number[:, None] + 1)
+    is_behind &= ~owned[:, None]
+    return Around(
+        words,
+        of_word,
+        count,
+        jnp.clip(front, 0, size - 1),
+        in_front & exists[:, None],
+        at,
+        is_behind & exists[:, None],
+    )
+
+
+def find_lines(
+    text: Characters, quotes: Quotes, near: Around, sentence: Int[Array, "N"], inside_words: Int[Array, "R"]
+) -> tuple[Bool[Array, "R"], Bool[Array, "R"]]:
+    """Which quotes are spoken, and which of these go on with the line of the quote before.
+
+    A quote is on-screen text if the noun that it is attributed to is one of WRITTEN, and speech if it is attributed
+    to somebody who speaks. Without such words it is speech, unless it is a part of the sentence around it, like a
+    label or a name. Single quotation marks are speech only where the words say so, or where the caption has more
+    speech in these than in double ones.
+
+    Args:
+        inside_words: the number of words in each quote.
+    """
+    kind, n = text.kind, len(text.kind)
+    front, behind = (
+        jnp.where(valid, near.outside.classes[at], 0)
+        for at, valid in ((near.front, near.in_front), (near.behind, near.is_behind))
+    )
+
+    def nearest(mask: Array) -> Array:
+        return jnp.where(mask.any(-1), jnp.argmax(mask, -1), BEFORE)
+
+    def at(values: Array, place: Array) -> Array:
+        picked = jnp.take_along_axis(values, jnp.clip(place, 0, values.shape[1] - 1)[:, None], 1)[:, 0]
+        return jnp.where(place < values.shape[1], picked, 0)
+
+    # the characters around: in front of the mark, behind it, and the last one inside
+    thing = last_place((kind & (WORD | SPACE | LEAD | STOPS)) > 0)
+    solid = last_place(((kind & SPACE) == 0) | ((kind & NEWLINE) > 0))
+    place = thing[jnp.maximum(quotes.start - 1, 0)]
+    place = jnp.where(place >= 0, solid[jnp.maximum(place, 0)], -1)
+    ahead = jnp.where(place >= 0, kind[jnp.maximum(place, 0)], NEWLINE)
+    glued = ((ahead & WORD) > 0) & ((ahead & ALONE) == 0)
+    points = text.points
+    plain = (points == ord(" ")) | (points == ord("`")) | (points == ord("*"))
+    last = last_place(~plain)[jnp.maximum(quotes.end - 1, 0)]
+    last_kind = jnp.where(last >= quotes.start, kind[jnp.maximum(last, 0)], 0)
+    ended, few = (last_kind & END) > 0, inside_words <= FEW
+    closing = (points == ord("`")) | (points == ord("*")) | (points == ord("'")) | (points == ord("’"))
+    closing |= ((kind >> MARK) >= 1) & ((kind >> MARK) <= 3)
+    blank = ((kind & SPACE) > 0) & ((kind & NEWLINE) == 0)
+    after = next_place(~closing)[jnp.minimum(quotes.end, n - 1)]
+    after = jnp.where(after < n, next_place(~blank)[jnp.minimum(after, n - 1)], n)
+    small = (after < n) & ((kind[jnp.minimum(after, n - 1)] & LOWER) > 0) & (quotes.end < n)
+
+    # the words in front: the smaller the number, the nearer
+    speaks = nearest(has(front, "SPOKEN"))
+    written = nearest(has(front, "WRITTEN"))
+    rank = jnp.arange(BEFORE)[None]
+    reader = (at(front, written) & BIT["READ"] > 0) & (at(front, written + 1) & BIT["PERSON"] > 0)
+    speaks = jnp.where(reader, jnp.minimum(speaks, written), speaks)
+    written = jnp.where(reader, nearest(has(front, "WRITTEN") & (rank > written[:, None])), written)
+    with_sound = (at(front, written + 1) & BIT["AND"] > 0) & (at(front, written + 2) & BIT["SPOKEN"] > 0)
+    written = jnp.where(with_sound, BEFORE, written)
+    subtitle = nearest(has(front, "SUBTITLE"))
+    written = jnp.where((speaks == BEFORE) & (subtitle < written), subtitle, written)
+    between = (rank > speaks[:, None]) & (rank < written[:, None])
+    apart = (has(front, "PERSON", "SOURCE", "CONJUNCTION") & between).any(-1)  # who speaks is not the text
+    content = nearest(near.in_front & ~has(front, "FUNCTION"))
+    adjacent = glued & (at(front, content) & BIT["SPOKEN"] > 0)
+    says = glued & (at(front, content) & BIT["SAYS"] > 0)
+
+    aloud = has(front, "ALOUD").any(-1)
+    naming = glued & near.in_front[:, 0] & has(front[:, 0], "NAMING")
+    by_text, by_speech = written < BEFORE, speaks < BEFORE
+    known = aloud | naming | by_text | by_speech
+    verdict = jnp.select(
+        [aloud, naming, by_text], [True, False, (speaks < written) & apart], adjacent | ~glued | (ended & ~few)
+    )
+    strong = known & verdict
+    told = has(behind, "SPOKEN", "WRITTEN")
+    first_behind = jnp.take_along_axis(behind, jnp.argmax(told, -1)[:, None], 1)[:, 0]
+    otherwise = jnp.where(told.any(-1) & ~glued, has(first_behind, "SPOKEN"), ~(glued | (small & ~ended)))
+    verdict = jnp.where(known, verdict, otherwise)
+    attributed = (says & (ended | (points[jnp.minimum(quotes.end, n - 1)] == ord("*")))) | (
+        (ahead & (LEAD | STOPS | NEWLINE)) > 0
+    )
+    single = quotes.kind == SINGLE
+    loose = verdict & (~single | attributed)
+    full = ((last_kind & STOPS) > 0) & ~few
+    verdict = loose & (~single | strong | full)
+
+    # brackets without a word of speech in them hold a translation
+    opened, closed = last_place(points == ord("(")), last_place(points == ord(")"))
+    front_place = jnp.maximum(quotes.start - 1, 0)
+    bracket = opened[front_place]
+    in_brackets = (bracket > closed[front_place]) & (bracket > last_place((kind & NEWLINE) > 0)[front_place])
+    sounds = count_before(has(near.outside.classes, "SPOKEN"))
+    since = jnp.searchsorted(near.outside.start, bracket)
+    in_brackets &= sounds[near.count] == sounds[since]
+    # after nothing but function words a quote is what the quote before is
+    previous = jnp.concatenate([jnp.zeros(1, jnp.int32), quotes.end[:-1]])
+    plain_word = has(near.outside.classes, "FUNCTION") & (
+        ~has(near.outside.classes, "CONJUNCTION") | has(near.outside.classes, "AND")
+    )
+    content_words = count_before(near.outside.start < n) - count_before(plain_word & (near.outside.start < n))
+    since = jnp.searchsorted(near.outside.start, previous)
+    same_sentence = sentence[jnp.clip(previous, 0, n - 1)] == sentence[front_place]
+    inherits = (
+        (jnp.arange(len(previous)) > 0)
+        & same_sentence
+        & ~known
+        & ~in_brackets
+        & (content_words[near.count] == content_words[since])
+    )
+    script = quotes.kind == SCRIPT
+    verdict, loose = ((value & ~in_brackets) | script for value in (verdict, loose))
+    inherits &= ~script
+    before = jnp.concatenate([jnp.zeros(1, quotes.kind.dtype), quotes.kind[:-1]])
+    may = (quotes.kind == before) | (quotes.kind == DOUBLE)
+
+    def carry(earlier: Array, one: tuple) -> tuple:
+        own, takes, fits = one
+        own = jnp.where(takes, earlier & fits, own)
+        return own, own
+
+    _, spoken = jax.lax.scan(carry, jnp.array(False), (verdict, inherits, may))
+    exists = quotes.kind > 0
+    more_single = jnp.sum(spoken & single & exists) > jnp.sum(spoken & ~single & exists)
+    spoken = jnp.where(more_single, jnp.where(inherits, spoken, loose), spoken) & exists
+
+    # "Open it," she says, "before they come back."
+    comma = last_kind_is_comma(text, last, quotes)
+    first = next_place(~plain)[jnp.minimum(quotes.start, n - 1)]
+    begins_small = (first < quotes.end) & ((kind[jnp.minimum(first, n - 1)] & LOWER) > 0)
+    counts = [
+        count_before(mask & (near.outside.start < n))
+        for mask in (
+            near.outside.start < n,
+            has(near.outside.classes, "SPOKEN"),
+            has(near.outside.classes, "CONJUNCTION"),
+        )
+    ]
+    words_between, spoken_between, joined = (count[near.count] - count[since] for count in counts)
+    double = quotes.kind == DOUBLE
+    earlier = [jnp.concatenate([jnp.zeros(1, value.dtype), value[:-1]]) for value in (spoken, double, comma)]
+    goes_on = spoken & earlier[0] & double & earlier[1] & earlier[2] & begins_small & same_sentence
+    goes_on &= (words_between > 0) & (words_between <= BETWEEN) & (spoken_between > 0) & (joined == 0)
+    return spoken, goes_on
+
+
+def last_kind_is_comma(text: Characters, last: Array, quotes: Quotes) -> Array:
+    """Whether the last character of each quote is a comma."""
+    point = text.points[jnp.maximum(last, 0)]
+    return (last >= quotes.start) & ((point == ord(",")) | (point == ord("，")))

@@ -1,0 +1,61 @@
+"""Which words of a caption it does not claim: denied ones, and alternatives.
+
+N  code points of a caption      W  words of a caption
+"""
+
+import jax.numpy as jnp
+
+from avocado_jax.rewards.arrays import count_before, next_place, shift
+from avocado_jax.rewards.attribution import Words, has
+from avocado_jax.rewards.quotes import Characters
+from avocado_jax.typing import Array, Bool, Int
+
+NEAR = 3  # words after a negation that it denies, and words on each side of "or" that it makes alternatives
+ITEM, ITEMS = 3, 8  # words of an item of a list, and items before "or", at most
+
+
+def unstated(text: Characters, words: Words, quoted: Bool[Array, "N"], sentence: Int[Array, "N"]) -> Bool[Array, "W"]:
+    """Words outside of quotes that are denied or alternatives.
+
+    Denied are the three words after a negation, and all words of a sentence that is declared false ("it is false that
+    ..."). Alternatives are the three words on each side of "or", up to a comma behind it; the items of a list of which
+    the last follows "or"; and both sides of a slash.
+    """
+    inside = quoted[words.start]
+    claimed = words.real & ~inside
+    of = jnp.where(claimed, sentence[words.start], -1)
+    classes = jnp.where(claimed, words.classes, 0)
+    negation = has(classes, "NEGATING")
+    denied = jnp.zeros(len(claimed), bool)
+    for k in range(1, NEAR + 1):
+        denied |= shift(negation, k, False) & (shift(of, k, -1) == of)
+
+    that = shift(has(classes, "THAT"), -1, False)
+    over = shift(of, -1, -1) != of
+    untrue = has(classes, "TRUTH") & denied
+    false = (has(classes, "DENIAL") | untrue) & (that | over)
+    order = jnp.where(words.real, sentence[words.start], jnp.iinfo(jnp.int32).max)
+    count = count_before(false)
+    first, last = (jnp.searchsorted(order, order, side=side) for side in ("left", "right"))
+    denied |= count[last] > count[first]
+
+    joins = has(classes, "ALTERNATIVE")
+    before_next = shift(words.start, -1, 0) - 1  # the character before the next word
+    slash = (text.points[jnp.maximum(before_next, 0)] == ord("/")) & shift(claimed, -1, False)
+    commas = count_before(text.points == ord(","))
+    comma = commas[jnp.maximum(before_next, 0) + 1] > commas[words.start]
+    alternative = slash | shift(slash, 1, False)
+    open_ = ~comma  # no comma yet between "or" and the word
+    near = joins & open_
+    for k in range(1, NEAR + 1):
+        alternative |= (shift(joins, -k, False) & (shift(of, -k, -1) == of)) | (
+            shift(near, k, False) & (shift(of, k, -1) == of)
+        )
+        near &= shift(open_, -k, False)
+    # red, blue, green or yellow
+    end = next_place(comma)
+    item = (end - jnp.arange(len(comma)) < ITEM) & (end < len(comma) - 1)
+    after = jnp.minimum(end + 1, len(comma) - 1)
+    for _ in range(ITEMS):
+        alternative |= item & alternative[after] & (of[after] == of)
+    return (denied | alternative) & claimed

@@ -1,0 +1,342 @@
+"""Where quotes begin and end: quotation marks of all kinds, and direct speech without marks.
+
+    N  code points of a caption      M  quotation marks of a caption      R  quotes
+
+A double mark opens or closes by the characters on its two sides; one that could do either opens if nothing is open. A
+quote that is not closed ends with its sentence if another opens in its line, and with its line otherwise. Single
+quotation marks, curly ones and `*` count outside double ones. Chinese brackets close each other only. "Speaker: text"
+at the start of a line, and "she says: text", are direct speech. `tests/rewards/reading.py` is the same in plain Python.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from avocado_jax.rewards.arrays import compact, count_before, last_place, next_place, shift
+from avocado_jax.rewards.vocabulary import (
+    APOSTROPHE_MARK,
+    BIT,
+    CLOSER,
+    CORNER,
+    CORNER_END,
+    DIGIT,
+    END,
+    LEAD,
+    LEFT,
+    LOWER,
+    MARK,
+    NEWLINE,
+    RIGHT,
+    SINGLE_LEFT,
+    SPACE,
+    STAR,
+    STOP,
+    STOP_CJK,
+    STRAIGHT,
+    TAIL,
+    UPPER,
+    WHITE,
+    WHITE_END,
+    WORD,
+)
+from avocado_jax.typing import Array, Bool, Int
+
+OPENS, CLOSES, EITHER, SINGLE_OPENS, SINGLE_CLOSES, OPENS_CORNER, CLOSES_CORNER, OPENS_WHITE, CLOSES_WHITE = range(
+    1, 10
+)
+DOUBLE, SINGLE, IN_CORNERS, IN_WHITE, SCRIPT = range(1, 6)  # kinds of quotes
+STOPS = STOP | STOP_CJK
+HEAD = 4  # words of a speaker's name before a colon, at most
+
+
+class Characters(NamedTuple):
+    """What each place of a text is.
+
+    Attributes:
+        points, kind: code points, and their kinds (bits of `vocabulary`).
+        line, paragraph: numbers; a line break begins the next line.
+        line_end: the line break that ends the line, or the end of the text.
+    """
+
+    points: Int[Array, "N"]
+    kind: Int[Array, "N"]
+    line: Int[Array, "N"]
+    paragraph: Int[Array, "N"]
+    line_end: Int[Array, "N"]
+
+
+class Quotes(NamedTuple):
+    """Quotes in order, at most R: start and end without marks, kind (0: none).
+
+    Attributes:
+        cut: there were more marks or quotes than fit.
+    """
+
+    start: Int[Array, "R"]
+    end: Int[Array, "R"]
+    kind: Int[Array, "R"]
+    cut: Bool[Array, ""]
+
+
+def characters(points: Int[Array, "N"], kind: Int[Array, "N"], length: Int[Array, ""]) -> Characters:
+    """Lines and paragraphs of a text of `length` code points."""
+    newline = (kind & NEWLINE) > 0
+    crlf = (points == ord("\n")) & (shift(points, 1, 0) == ord("\r"))
+    line = jnp.cumsum(newline, dtype=jnp.int32)
+    paragraph = jnp.cumsum(newline & ((shift(kind, 1, 0) & NEWLINE) > 0) & ~crlf, dtype=jnp.int32)
+    stop = jnp.minimum(length, len(points)).astype(jnp.int32)
+    line_end = jnp.minimum(shift(next_place(newline), -1, len(points)), stop)
+    return Characters(points, kind, line, paragraph, line_end)
+
+
+def find_quotes(text: Characters, words: tuple, most_marks: int, most: int) -> Quotes:
+    """The quotes of a text.
+
+    Args:
+        words: start of each word in the text, its classes, and whether there is one, [W] each.
+        most_marks, most: room for marks and for quotes.
+    """
+    code, width, fenced = _marks(text)
+    marked = _pair(text, code, width, most_marks)
+    letters = count_before((text.kind & WORD) > 0)
+    start, end, kind = marked[:3]
+    kind = jnp.where(letters[end] > letters[start], kind, 0)  # without a word it is none
+    double = (code > 0) & (code != SINGLE_OPENS) & (code != SINGLE_CLOSES)
+    double &= (code != CLOSES_CORNER) & (code != CLOSES_WHITE)
+    scripts, more = _scripts(text, words, covered(start, end, kind, len(code)), fenced, double, letters, most)
+    start, end, kind = (jnp.concatenate(pair) for pair in zip((start, end, kind), scripts))
+    order = jnp.argsort(jnp.where(kind > 0, start, len(code)))[:most]
+    found = jnp.sum(kind > 0)
+    start, end, kind = start[order], end[order], kind[order]
+    real = kind > 0
+    cut = (jnp.sum(code > 0) > most_marks) | (found > most) | more
+    return Quotes(jnp.where(real, start, 0), jnp.where(real, end, 0), kind, cut)
+
+
+def covered(start: Array, end: Array, kind: Array, size: int) -> Bool[Array, "N"]:
+    """The places inside quotes."""
+    delta = jnp.zeros(size + 1, jnp.int32)
+    delta = delta.at[jnp.where(kind > 0, start, size)].add(1)
+    delta = delta.at[jnp.where(kind > 0, end, size)].add(-1)
+    return jnp.cumsum(delta[:-1]) > 0
+
+
+def _marks(text: Characters) -> tuple[Array, Array, Array]:
+    """Of each place: what a mark that begins there does (0: none), how wide it is, and whether it is in a code block.
+
+    Two apostrophes are a double mark, and so is &quot;.
+    """
+    points, kind = text.points, text.kind
+    mark = kind >> MARK
+    before = shift(kind, 1, SPACE)
+    apostrophe = points == ord("'")
+    tick = points == ord("`")
+    ticks = [shift(tick, k, False) for k in (1, 2, 3, 4)]
+    fenced = jnp.cumsum(ticks[0] & ticks[1] & ticks[2] & ~ticks[3]) % 2 == 1
+    entity = points == ord("&")
+    for k, letter in enumerate("quot;", start=1):
+        entity &= shift(points, -k, 0) == ord(letter)
+    twice = apostrophe & shift(apostrophe, -1, False)
+    width = jnp.where(entity, 6, jnp.where(twice, 2, 1)).astype(jnp.int32)
+    after = jnp.where(entity, shift(kind, -6, SPACE), jnp.where(twice, shift(kind, -2, SPACE), shift(kind, -1, SPACE)))
+
+    space_before, space_after = (before & SPACE) > 0, (after & SPACE) > 0
+    led = space_before | ((before & LEAD) > 0)
+    tailed = space_after | ((after & TAIL) > 0)
+    opens, closes = led & ~tailed, ~space_before & tailed
+    single = (mark == APOSTROPHE_MARK) & ~twice | (mark == SINGLE_LEFT)
+    single |= (mark == STAR) & (before >> MARK != STAR) & (after >> MARK != STAR)
+    big_after = (after & UPPER) > 0
+    enters = (mark == SINGLE_LEFT) | opens | (((before & LOWER) > 0) & big_after)
+    leaves = ~space_before & (tailed | (((before & STOPS) > 0) & big_after))
+    straight = jnp.where(opens, OPENS, jnp.where(closes & ~(led & space_after), CLOSES, EITHER))
+    code = jnp.select(
+        [
+            (mark == STRAIGHT) | twice | entity,
+            mark == LEFT,
+            mark == RIGHT,
+            single & enters,
+            single & leaves,
+            mark == CORNER,
+            mark == CORNER_END,
+            mark == WHITE,
+            mark == WHITE_END,
+        ],
+        [
+            straight,
+            jnp.where(closes & ~led, CLOSES, OPENS),
+            jnp.where(opens, OPENS, CLOSES),
+            *(jnp.full_like(straight, one) for one in range(SINGLE_OPENS, CLOSES_WHITE + 1)),
+        ],
+        0,
+    )
+    second = apostrophe & shift(apostrophe, 1, False)
+    return jnp.where(fenced | second, 0, code), width, fenced
+
+
+def _pair(text: Characters, code: Array, width: Array, most: int) -> tuple[Array, Array, Array]:
+    """Marks to quotes: start, end and kind (0: none) of the quote that each mark ends, the last by the end."""
+    size = most + 1  # places past the last mark are in no paragraph, which ends what is open
+    n = len(code)
+    at, marks = compact(code > 0, jnp.arange(n, dtype=jnp.int32), size)
+    here = jnp.arange(size) < jnp.minimum(marks, most)
+    code = jnp.where(here, code[at], 0)
+    kind, before = text.kind, shift(text.kind, 1, SPACE)
+    line, paragraph = jnp.where(here, text.line[at], -2), jnp.where(here, text.paragraph[at], -2)
+    strong = (before[at] & END) > 0  # a single mark behind a full stop or comma is no apostrophe
+    space_before, digit_before = (before[at] & SPACE) > 0, (before[at] & DIGIT) > 0
+    solid = last_place((kind & SPACE) == 0)[jnp.maximum(at - 1, 0)]
+    over = space_before & (solid >= 0) & ((kind[jnp.maximum(solid, 0)] & STOPS) > 0)  # a sentence is over
+
+    def look(later: tuple, one: tuple) -> tuple:
+        own_line, own_paragraph, first, second, closes = later
+        number, of_line, of_paragraph, is_strong = one
+        first, second = (jnp.where(own_paragraph == of_paragraph, value, 0) for value in (first, second))
+        closes &= own_line == of_line
+        answer = (first, second, closes)
+        double = (number >= OPENS) & (number <= EITHER)
+        closes = jnp.where((number == SINGLE_OPENS) | (number == OPENS), False, closes)
+        closes |= (number == SINGLE_CLOSES) & is_strong
+        second, first = jnp.where(double, first, second), jnp.where(double, number, first)
+        return (of_line, of_paragraph, first, second, closes), answer
+
+    zero = jnp.int32(0)
+    # The next two double marks of the paragraph, and whether a strong single mark closes before another opens.
+    _, (next_one, next_two, closed_later) = jax.lax.scan(
+        look, (zero - 2, zero - 2, zero, zero, jnp.array(False)), (code, line, paragraph, strong), reverse=True
+    )
+
+    def step(state: tuple, one: tuple) -> tuple:
+        opener, start, first, first_line, first_paragraph, nested, inner, marked = state
+        place, size, number, own_line, own_paragraph, ahead, ahead2, later, flags = one
+        is_strong, spaced, digit, ended = flags
+        left = (own_paragraph != first_paragraph) | ((opener != DOUBLE) & (own_line != first_line))
+        left &= opener > 0
+        line_over = (
+            start,
+            jnp.where((opener == DOUBLE) & (marked >= 0), marked, -1),
+            jnp.where(opener == SINGLE, 0, opener),
+        )
+        opener = jnp.where(left, 0, opener)
+        nested, inner, marked = nested & ~left, inner & ~left, jnp.where(left, -1, marked)
+
+        free, double, single = opener == 0, opener == DOUBLE, opener == SINGLE
+        is_opens, is_closes, is_either = number == OPENS, number == CLOSES, number == EITHER
+        shuts = is_closes | is_either
+        pair_inside = ((ahead == CLOSES) | (ahead == EITHER)) & ((ahead2 == CLOSES) | (ahead2 == EITHER))
+        misplaced = ((ahead == OPENS) | (ahead == 0)) & ended
+        enters = double & is_opens & ~nested & pair_inside
+        closes = double & ((shuts & ~nested) | (is_opens & ~nested & ~pair_inside & misplaced))
+        broken = double & is_opens & ~nested & ~pair_inside & ~misplaced  # it was never closed
+        closes |= single & (is_closes | (is_either & ~spaced) | ((number == SINGLE_CLOSES) & (is_strong | ~later)))
+        closes |= (opener == IN_CORNERS) & (number == CLOSES_CORNER) | (opener == IN_WHITE) & (number == CLOSES_WHITE)
+        begins = jnp.select(
+            [
+                free & (is_opens | is_either & ~digit) | single & (is_opens | is_either & spaced) | broken,
+                (free | single) & (number == SINGLE_OPENS),
+                free & (number == OPENS_CORNER),
+                free & (number == OPENS_WHITE),
+            ],
+            [DOUBLE, SINGLE, IN_CORNERS, IN_WHITE],
+            0,
+        )
+        # A quote that was not closed: -1 where it ends with its line, -2 where a sentence's end or this mark ends it.
+        unclosed = jnp.where(marked >= 0, marked, jnp.where(own_line == first_line, -2, -1))
+        found = (start, jnp.where(broken, unclosed, place), jnp.where(closes | broken, opener, 0))
+        found = jax.tree.map(lambda a, b: jnp.where(left, a, b), line_over, found)
+        nested = (nested | enters) & ~(double & shuts)
+        unmatched = double & (number == SINGLE_CLOSES) & ~inner & is_strong & (marked < 0)
+        marked = jnp.where(unmatched, place, marked)
+        inner = double & ((number == SINGLE_OPENS) | inner & (number != SINGLE_CLOSES))
+        fresh = begins > 0
+        state = (
+            jnp.where(fresh, begins, jnp.where(closes, 0, opener)),
+            jnp.where(fresh, place + size, start),
+            jnp.where(fresh, place, first),
+            jnp.where(fresh, own_line, first_line),
+            jnp.where(fresh, own_paragraph, first_paragraph),
+            nested & ~fresh,
+            inner & ~fresh,
+            jnp.where(fresh, -1, marked),
+        )
+        return state, (*found, first)
+
+    false = jnp.array(False)
+    state = (zero, zero, zero, zero, zero, false, false, zero - 1)
+    flags = (strong, space_before, digit_before, over)
+    inputs = (at, width[at], code, line, paragraph, next_one, next_two, closed_later, flags)
+    _, (start, end, kind_of, first) = jax.lax.scan(step, state, inputs)
+    sentence_end = next_place(((before & STOPS) > 0) & ((kind & SPACE) > 0))
+    stop = jnp.minimum(sentence_end[jnp.clip(start + 1, 0, n - 1)], at)
+    end = jnp.where(end == -1, text.line_end[first], jnp.where(end == -2, stop, end))
+    real = (kind_of > 0) & (end > start)
+    kind_of = jnp.where(kind_of == IN_WHITE, IN_CORNERS, kind_of)
+    return jnp.where(real, start, 0), jnp.where(real, end, 0), jnp.where(real, kind_of, 0)
+
+
+def _scripts(
+    text: Characters, words: tuple, quoted: Array, fenced: Array, marks: Array, letters: Array, most: int
+) -> tuple[tuple, Array]:
+    """Direct speech without marks: (start, end, kind) of at most `most`, and whether there was more to look at.
+
+    The first colon of a line is taken. A name of at most four words before it, the last of them one of PERSON, makes a
+    line of a script; a verb of SAYS makes one sentence of speech. Words in brackets and numbers do not count.
+    """
+    points, kind, n = text.points, text.kind, len(text.points)
+    word_start, classes, real = words
+    wide = points == ord("：")
+    spaced = ((shift(kind, -1, SPACE) & SPACE) > 0) | (shift(points, -1, 0) == ord("*"))
+    colon = (wide | (points == ord(":")) & spaced) & ~fenced & ~quoted
+    newline = (kind & NEWLINE) > 0
+    count = count_before(colon)
+    in_line = jax.lax.cummax(jnp.where(newline, count[:-1], 0))
+    colon &= count[:-1] == in_line
+    at, colons = compact(colon, jnp.arange(n, dtype=jnp.int32), most)
+    exists = jnp.arange(most) < colons
+
+    opened = (points == ord("(")) | (points == ord("["))
+    bracket = last_place(opened | (points == ord(")")) | (points == ord("]")))
+    begin = last_place(newline)  # the line begins behind it
+    bracketed = opened[jnp.maximum(bracket, 0)] & (bracket > begin)
+    counts = real & ~bracketed[word_start] & ((kind[word_start] & DIGIT) == 0)
+    so_far, last = count_before(counts), last_place(counts)
+    until = jnp.searchsorted(jnp.where(real, word_start, n), at)
+    since = jnp.searchsorted(jnp.where(real, word_start, n), begin[at] + 1)
+    names = so_far[until] - so_far[since]
+    of_last = jnp.where(names > 0, classes[jnp.maximum(last[jnp.maximum(until - 1, 0)], 0)], 0)
+    line = ((of_last & BIT["PERSON"]) > 0) & (names <= HEAD)
+    says = ((of_last & BIT["SAYS"]) > 0) & ~line
+
+    solid = next_place(((kind & SPACE) == 0) & (points != ord("*")))
+    line_end = text.line_end[at]
+    start = jnp.minimum(solid[jnp.minimum(at + 1, n - 1)], line_end)
+    sentence_end = next_place(((shift(kind, 1, SPACE) & STOPS) > 0) & ((kind & SPACE) > 0))
+    end = jnp.where(says, jnp.minimum(sentence_end[jnp.minimum(start + 1, n - 1)], line_end), line_end)
+    marks, quoted = count_before(marks), count_before(quoted)
+    fits = exists & (line | says) & (start < end) & (marks[end] == marks[jnp.minimum(at + 1, n)])
+    fits &= (quoted[end] == quoted[start]) & (letters[end] > letters[start])
+    return (jnp.where(fits, start, 0), jnp.where(fits, end, 0), jnp.where(fits, SCRIPT, 0)), colons > most
+
+
+def sentences(text: Characters, quoted: Bool[Array, "N"]) -> Int[Array, "N"]:
+    """The number of the sentence that each place is in.
+
+    One begins at a line break; at a space after . ! ? … (and what closes behind it) unless a lower-case letter
+    follows; and right after the full stops of Chinese. Never inside a quote.
+    """
+    kind = text.kind
+
+    def after_stop(bit: int) -> Array:
+        ended, open_ = jnp.zeros(len(kind), bool), jnp.ones(len(kind), bool)
+        for k in (1, 2, 3):
+            one = shift(kind, k, SPACE)
+            ended |= open_ & ((one & bit) > 0)
+            open_ &= (one & CLOSER) > 0
+        return ended
+
+    next_, next2 = shift(kind, -1, SPACE), shift(kind, -2, SPACE)
+    follows = jnp.where((next_ & SPACE) > 0, next2, next_)
+    latin = ((kind & SPACE) > 0) & after_stop(STOP) & ((follows & LOWER) == 0)
+    chinese = after_stop(STOP_CJK) & ((kind & CLOSER) == 0)
+    return jnp.cumsum(~quoted & (((kind & NEWLINE) > 0) | latin | chinese), dtype=jnp.int32)

@@ -1,0 +1,88 @@
+"""Captions that try to be rewarded for what they are not: each function changes an honest caption."""
+
+import re
+
+OPPOSITES = (
+    ("red", "green"),
+    ("blue", "yellow"),
+    ("black", "white"),
+    ("left", "right"),
+    ("man", "woman"),
+    ("boy", "girl"),
+    ("top", "bottom"),
+    ("loud", "quiet"),
+    ("up", "down"),
+)
+OTHER = dict(OPPOSITES) | {right: left for left, right in OPPOSITES}
+WORD = re.compile(r"\b[a-z]+\b")
+QUOTE = re.compile(r'"[^"\n]*"')
+SAYS = r"says|said|saying|asks|asking|replies|replying|continues|continuing|explains|explaining|narrates|states|stating"
+
+
+def outside_quotes(caption, change):
+    """The caption with what is outside of quotes changed."""
+    parts = QUOTE.split(caption)
+    quotes = [*QUOTE.findall(caption), ""]
+    return "".join(change(part) + quote for part, quote in zip(parts, quotes))
+
+
+def contradicted(caption):
+    """Each word of a pair of opposites in place of the other."""
+    return outside_quotes(caption, lambda text: WORD.sub(lambda found: OTHER.get(found[0], found[0]), text))
+
+
+def hedged(caption):
+    """Each such word as one of two: "left or right"."""
+
+    def both(found):
+        return f"{found[0]} or {OTHER[found[0]]}" if found[0] in OTHER else found[0]
+
+    return outside_quotes(caption, lambda text: WORD.sub(both, text))
+
+
+def listed(caption):
+    """Each such word at the end of a list of alternatives."""
+
+    def several(found):
+        word = found[0]
+        return f"{OTHER[word]}, tall, small or {word}" if word in OTHER else word
+
+    return outside_quotes(caption, lambda text: WORD.sub(several, text))
+
+
+def denied(caption):
+    """Each sentence declared false."""
+    return outside_quotes(
+        caption,
+        lambda text: re.sub(r"(^|[.!?]\s+)([A-Z])(?=[a-z])", lambda m: f"{m[1]}It is false that {m[2].lower()}", text),
+    )
+
+
+def spoken_by(caption, speaker):
+    """Each quote said by one speaker, named right before it."""
+    return QUOTE.sub(lambda found: f". {speaker} says, {found[0]}. ", caption)
+
+
+def by_everybody(caption):
+    """Each quote said by all who may have said it."""
+    return spoken_by(caption, "A man, a woman, a boy, a girl and a narrator")
+
+
+def by_anybody(caption):
+    """Each quote said by "a man"."""
+    return spoken_by(caption, "A man")
+
+
+def looped(caption):
+    """A sentence of more than a hundred characters again and again behind it."""
+    sentence = (
+        "The camera then moves slowly across the room and shows everything that was there before, "
+        "from the door to the window and back again. "
+    )
+    return caption + " " + sentence * 25
+
+
+def half(caption):
+    """The first half of its words."""
+    words = caption.split()
+    return " ".join(words[: len(words) // 2])
