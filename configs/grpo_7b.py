@@ -6,6 +6,12 @@ One epoch, 8 captions of each of 8 clips a step at temperature 1, beta 0.04, lr 
 bounds of the ratio, warm-up, decay, clipping of the gradient) is that of the closest published recipe, one update a
 rollout; the estimate of the KL and the aggregation are GRPO's own. Captions may be as long as R_L looks at.
 
+Judge: the config keeps `lexical`, which needs no model and measures wording (rewards/README.md). For real data use the
+paper's kind of judge, `--rewards.judge remote --rewards.judge_url URL --rewards.judge_model NAME`, or the initial
+policy, `--rewards.judge lm --rewards.judge_model CHECKPOINT`. Neither has been measured on published weights; measure
+with `python tests/measure_judges.py FILE --judge lm --judge-model CHECKPOINT` before a run. With `lexical`, take the
+word weights from the training captions: `--rewards.idf MANIFEST`.
+
 The mesh is for up to 64 chips: each holds a quarter of the weights for decoding, whose time is reading them, and a
 clip's captions are two rows, a row for every four chips (more chips: `--split 4`). What it takes stands in
 launch/README.md; `avocado plan configs/grpo_7b.py --topology v6e:8x8` finds it for another slice.
