@@ -166,7 +166,7 @@ def compile_ahead(programs: Sequence[Program]) -> None:
     report()
 
 
-def _compile(name: str, lowered: jax.stages.Lowered) -> None:
+def _compile(name: str, lowered: Any) -> None:
     try:
         lowered.compile()
     except Exception as error:
