@@ -216,6 +216,7 @@ class GrpoConfig(RunConfig):
     passes: int = 1  # over each batch
     minibatches: int = 1  # updates per pass
     reference_dtype: str = "bfloat16"  # of the reference model's parameters
+    eval_tokens: int = 2048  # maximum length of a held-out caption; at most `sampling.tokens`
     optim: OptimConfig = OptimConfig(lr=1e-5)
     checkpoint_every: int = free(50)  # steps
     eval_every: int = 50

@@ -26,7 +26,7 @@ ALLOWED = {
     "eval": {"sampling", "rewards", "remote", "checkpoint", "data", "world", "models", "parallel"},
     "curation": {"sampling", "rewards", "remote", "checkpoint", "data", "world", "models", "parallel", "eval"},
     "serving": {"sampling", "data"},
-    "planning": {"train", "checkpoint", "data", "models", "parallel"},
+    "planning": {"bench", "train", "eval", "sampling", "checkpoint", "data", "models", "parallel"},
     "cli": {
         "planning",
         "train",

@@ -1,5 +1,6 @@
 """The captioning engine in its steady state with random weights: all slots decode, finished ones are refilled."""
 
+from contextlib import nullcontext
 from itertools import pairwise
 from typing import Any
 
@@ -9,48 +10,58 @@ import numpy as np
 
 from avocado_jax.bench.measure import row, seconds_of
 from avocado_jax.bench.model import FRAME, FRAMES, random_clip, random_policy
-from avocado_jax.models.flops import decode_bytes, row_flops
+from avocado_jax.models.flops import decoding_work, prefill_work
+from avocado_jax.parallel.batches import rows_sharding
+from avocado_jax.parallel.mesh import make_mesh
 from avocado_jax.sampling import slots as programs
 from avocado_jax.sampling.logits import GREEDY
 
 
-def bench_caption(size: str, slots: int, clip_tokens: int, caption_tokens: int, dtype: str) -> dict[str, Any]:
+def bench_caption(
+    size: str, slots: int, clip_tokens: int, caption_tokens: int, dtype: str, sizes: tuple[int, int] = (1, 1)
+) -> dict[str, Any]:
     """Caption as many clips as there are slots: one prefill a clip, spread evenly over the decoding steps.
 
-    The floor is the time of the prefill FLOPs and of the bytes that the decoding steps read, at the measured ceilings.
+    The floor is the time of the prefill FLOPs and of the bytes that the decoding steps read, at the measured ceilings
+    of one device. Rates of FLOPs and bytes are those of one device.
+
+    Args:
+        slots: of each data replica.
+        sizes: data replicas, and devices of each.
     """
-    config, params = random_policy(size, dtype)
+    data, tensor = sizes
+    mesh = make_mesh(data, 1, tensor, devices=jax.devices()[: data * tensor]) if data * tensor > 1 else None
+    config, params = random_policy(size, dtype, mesh)
     clip = random_clip(config, clip_tokens, FRAMES.get(size, FRAME))
+    shape = (clip_tokens, *clip.patches.shape[1:3], clip.mel.shape[1])
+    clips = jax.tree.map(lambda leaf: jnp.repeat(leaf, data, axis=0), clip)
+    if mesh:
+        clips = jax.device_put(clips, rows_sharding(mesh))
     dispatches = -(-caption_tokens // programs.STEPS)
-    options = dict(config=config, mesh=None)
-    state = programs.empty(clip_tokens=clip_tokens, slots=slots, length=caption_tokens, **options)
+    state = programs.empty(config, mesh, clip_tokens, slots * data, caption_tokens)
     banned = jnp.zeros(config.text.vocab, bool)
     filled = [slots * count // dispatches for count in range(dispatches + 1)]
-
-    zero = np.zeros(1, np.int32)
+    numbers = np.zeros(data, np.int32)
 
     def cycle() -> jax.Array:
         nonlocal state
-        for begin, end in pairwise(filled):
+        for number, (begin, end) in enumerate(pairwise(filled)):
             for slot in range(begin, end):
-                index = np.array([[slot]], np.int32)
-                state = programs.admit(state, params, clip, zero, np.uint32(0), zero, index, **options)
-            state = programs.advance(
-                state, params, banned, sampling=GREEDY, stops=(-1,), length=caption_tokens, **options
-            )
+                index = np.full((data, 1), slot, np.int32)
+                state = programs.admit(state, params, clips, None, np.uint32(0), numbers, index, config, mesh)
+            window = programs.window_of(caption_tokens, number * programs.STEPS)
+            state = programs.advance(state, params, banned, config, mesh, GREEDY, (-1,), window)
         return state.step
 
-    seconds = seconds_of(cycle, repeats=1)
-    clip_only, both = (row_flops(config, (clip_tokens, *_sizes(clip)), captions, caption_tokens) for captions in (0, 1))
+    with jax.set_mesh(mesh) if mesh else nullcontext():
+        seconds = seconds_of(cycle, repeats=1)
     item = jnp.dtype(dtype).itemsize
-    weights = decode_bytes(config, 0, 0, 0, item)
-    cache = decode_bytes(config, clip_tokens, 1, caption_tokens / 2, item) - weights
-    nbytes = caption_tokens * (weights + slots * cache)
-    result = row("caption", size, seconds, caption_tokens, slots * caption_tokens, slots * both.total, nbytes, dtype)
-    floor = slots * clip_only.total / (1e12 * result["ceiling_tflops"]) + nbytes / result["ceiling_bytes_per_second"]
-    return result | {"clips_per_second": slots / seconds, "floor_seconds": floor}
-
-
-def _sizes(clip: Any) -> tuple[int, int, int]:
-    """Temporal patches, windows of one, and chunks of sound."""
-    return (*clip.patches.shape[1:3], clip.mel.shape[1])
+    prefill = prefill_work(config, shape, item, tensor)
+    step = decoding_work(config, shape, caption_tokens, slots, item, tensor)
+    flops = (slots * prefill.flops + caption_tokens * step.flops) / tensor
+    nbytes = caption_tokens * step.bytes
+    result = row("caption", size, seconds, caption_tokens, data * slots * caption_tokens, flops, nbytes, dtype)
+    floor = slots * prefill.flops / tensor / (1e12 * result["ceiling_tflops"])
+    floor += nbytes / result["ceiling_bytes_per_second"]
+    rates = {"clips_per_second": data * slots / seconds, "floor_seconds": floor, "devices": data * tensor}
+    return result | rates

@@ -6,12 +6,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding
 
 from avocado_jax.bench.measure import row, seconds_of
 from avocado_jax.models.cache import KV, ClipCache, caption_cache
 from avocado_jax.models.config import SIZES, ThinkerConfig, computed
 from avocado_jax.models.flops import decode_bytes, row_flops
 from avocado_jax.models.thinker import Thinker, init
+from avocado_jax.parallel.rules import shardings
 from avocado_jax.typing import Clip
 
 FRAMES = {"tiny": (4, 8)}  # merged cells of a frame, rows and columns
@@ -45,15 +47,21 @@ def random_clip(config: ThinkerConfig, tokens: int, cells: tuple[int, int]) -> C
     )
 
 
-def random_policy(size: str, dtype: str) -> tuple[ThinkerConfig, Any]:
-    """A model of a size with separate layers, and small random weights."""
+def random_policy(size: str, dtype: str, mesh: Mesh | None = None) -> tuple[ThinkerConfig, Any]:
+    """A model of a size with separate layers, and small random weights; over a mesh sharded over `tensor`."""
     config = computed(SIZES[size], dtype, scan=False)
     shapes = jax.eval_shape(partial(init, config), jax.random.key(0))
     leaves, tree = jax.tree.flatten(shapes)
+    where = jax.tree.leaves(shardings(shapes, mesh, over=("tensor",))) if mesh else [None] * len(leaves)
+
     # Small random weights, made leaf by leaf: `init` itself would hold all of them twice in fp32.
-    make = jax.jit(lambda key, leaf: 0.02 * jax.random.normal(key, leaf.shape, leaf.dtype), static_argnums=1)
+    @partial(jax.jit, static_argnums=(1, 2))
+    def make(key: jax.Array, leaf: jax.ShapeDtypeStruct, sharding: NamedSharding | None) -> jax.Array:
+        made = 0.02 * jax.random.normal(key, leaf.shape, leaf.dtype)
+        return jax.lax.with_sharding_constraint(made, sharding) if sharding else made
+
     keys = jax.random.split(jax.random.key(0), len(leaves))
-    return config, tree.unflatten(make(key, leaf) for key, leaf in zip(keys, leaves))
+    return config, tree.unflatten(make(*each) for each in zip(keys, leaves, where))
 
 
 def bench_prefill(size: str, tokens: int, dtype: str) -> dict[str, Any]:

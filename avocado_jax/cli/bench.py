@@ -4,7 +4,7 @@
   avocado bench decode --size 7b --group 8 --clip-tokens 16384 --caption-tokens 128
   avocado bench sft --size 3b --group 1 --clip-tokens 8192 --caption-tokens 768
   avocado bench grpo --size 3b --group 8 --clip-tokens 16384 --caption-tokens 640    # --train lora: adapters only
-  avocado bench caption --size 7b --slots 16 --caption-tokens 640   # clips a second, beside the floor
+  avocado bench caption --size 7b --slots 16 --caption-tokens 640 --mesh 4,2   # clips a second, beside the floor
   avocado bench rewards --captions 64 --caption-tokens 1000    # against 12 lines and 40 keypoints each
 
 `tflops` and `bytes_per_second` count the work that the shapes imply; `ceiling_*` are a large matrix product and
@@ -26,6 +26,7 @@ from avocado_jax.bench.sft import bench_sft
 from avocado_jax.errors import InputError
 from avocado_jax.models.config import REMAT, SIZES
 from avocado_jax.parallel.backend import use_exact_fp32, use_gpu_memory
+from avocado_jax.parallel.mesh import parse_mesh
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -39,7 +40,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--train", choices=("captioner", "lora"), default="captioner", help="of `grpo`")
     parser.add_argument("--clips", type=int, default=1, metavar="B", help="of `grpo`, a device (default: %(default)s)")
     parser.add_argument("--captions", type=int, default=64, metavar="N", help="of `rewards` (default: %(default)s)")
-    parser.add_argument("--slots", type=int, default=16, metavar="S", help="of `caption` (default: %(default)s)")
+    parser.add_argument(
+        "--slots", type=int, default=16, metavar="S", help="of `caption`, a data replica (default: %(default)s)"
+    )
+    parser.add_argument("--mesh", default="1,1", metavar="DATA,TENSOR", help="of `caption` (default: one device)")
     parser.add_argument("--data", metavar="SHARDS", help="what `input` reads")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: bfloat16, float32 on a CPU")
     parser.add_argument("--json", action="store_true", help="one JSON object")
@@ -70,7 +74,9 @@ def run(args: argparse.Namespace) -> int:
             args.size, args.group, args.clip_tokens, args.caption_tokens, dtype, args.remat, args.train, args.clips
         )
     elif args.what == "caption":
-        result = bench_caption(args.size, args.slots, args.clip_tokens, args.caption_tokens, dtype)
+        result = bench_caption(
+            args.size, args.slots, args.clip_tokens, args.caption_tokens, dtype, parse_mesh(args.mesh)
+        )
     elif args.what == "prefill":
         result = bench_prefill(args.size, args.clip_tokens, dtype)
     else:

@@ -18,19 +18,23 @@ frames or sound are left out is captioned with a warning.
 
 With --out, lines are appended to a file, or to captions-I-of-N.jsonl and rejects-I-of-N.jsonl in a folder or bucket.
 Run the same command again after a stop: finished clips are not captioned again. Exit status 0 once every clip has a
-caption or an error.
+caption or an error; 3 if too many clips in a row fail (--max-failed), as when credentials expire.
+
+Compiled programs are kept in ~/.cache/avocado/compiled (below $XDG_CACHE_HOME if that is set), or in the folder that
+JAX_COMPILATION_CACHE_DIR names.
 """
 
 import argparse
 import json
 import sys
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
 
+import jax
 import numpy as np
 
 from avocado_jax.checkpoint.load import Checkpoint, identity, named_checkpoint
@@ -42,8 +46,9 @@ from avocado_jax.data.reader import CLIP_SECONDS, READERS, ClipReader
 from avocado_jax.data.shard import parse_shard
 from avocado_jax.data.storage import StorageError
 from avocado_jax.errors import InputError, first_line
-from avocado_jax.eval.captioner import computing_dtype, load_captioner, parse_mesh
+from avocado_jax.eval.captioner import computing_dtype, load_captioner, open_captioner
 from avocado_jax.parallel.backend import use_gpu_memory
+from avocado_jax.parallel.mesh import parse_mesh
 from avocado_jax.progress import progress
 from avocado_jax.sampling.captioner import Captioner, words
 from avocado_jax.sampling.engine import Engine, free_cache_bytes
@@ -54,6 +59,8 @@ from avocado_jax.sampling.segments import Segment, Segments, caption_fields, dig
 LONGEST_CLIP = 100.0  # seconds: captions degrade for longer clips, which `--segments auto` cuts
 LONGEST_SEGMENT = 5 / 3  # in lengths that are asked for
 SHOWN = 20  # failed clips that are printed one by one with --out
+GATHER = 1.0  # seconds that decoding waits for more clips on a CPU, whose cores read them too
+RECENT = 100  # clips over which the share of failed ones is computed
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -104,15 +111,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--ids", action="store_true", help="with --out: token_ids and prompt_ids too")
     parser.add_argument("--retry-failed", action="store_true", help="with --out: caption clips with an error again")
     parser.add_argument(
+        "--max-failed", type=float, default=0.5, metavar="SHARE", help=f"with --out: stop with exit status 3 once more "
+        f"than this share of {RECENT} clips in a row failed (default: %(default)s; 1: never)"
+    )  # fmt: skip
+    parser.add_argument(
         "--shard", metavar="I/N", help="with --out: part I of N of the clips (I from 0), or 'auto' on a TPU slice, "
         "Kubernetes, SkyPilot and Slurm"
     )  # fmt: skip
-    parser.add_argument("--dry-run", action="store_true", help="print how many clips there are, and how many are done")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print how many clips there are, how many are done, and an estimate"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     """Caption every clip; one that cannot be read gets an error in its place."""
-    sampling = _check(args)
+    sampling, mesh = _check(args), parse_mesh(args.mesh)
     use_gpu_memory()
     prompts = read_prompts(args.prompt_file) if args.prompt_file else ()
     checkpoint, shard, dtype = named_checkpoint(args.checkpoint), parse_shard(args.shard), computing_dtype(args.dtype)
@@ -130,14 +143,20 @@ def run(args: argparse.Namespace) -> int:
             done = f", {len(clips) - len(left)} of them are in {args.out}" if files else ""
             print(f"{len(clips)} clips{done}", file=sys.stderr)
         if args.dry_run or not left:
+            if left:
+                captioner = open_captioner(checkpoint, args.prompt, dtype)._replace(reading=reading)
+                _print_estimate(args, captioner, left, mesh, prompts)
             return 0
         engine = None
         if any(clip.may_exist() for _, clip in left):  # else no model is loaded
-            captioner = load_captioner(checkpoint, args.prompt, dtype, parse_mesh(args.mesh))._replace(reading=reading)
+            captioner = load_captioner(checkpoint, args.prompt, dtype, mesh)._replace(reading=reading)
             memory = free_cache_bytes(captioner.params)
             memory = files.keep("cache_bytes", memory) if files else memory
             batch = files.options["batch"] if files else args.batch
-            engine = Engine(captioner, args.max_new_tokens, sampling, args.seed, batch, memory)
+            report = _report if len(left) > 1 else lambda program: None
+            gather = GATHER if jax.default_backend() == "cpu" else 0.0
+            more = dict(report=report, gather=gather)
+            engine = Engine(captioner, args.max_new_tokens, sampling, args.seed, batch, memory, **more)
         reader = stack.enter_context(ClipReader(READERS, args.clip_seconds))
         how = Segments(reading, reader, not args.no_audio, prompts, _segment_lengths(args.segments, reading), _warn)
         requests = read_segments(left, engine and engine.captioner, how)
@@ -160,6 +179,8 @@ def _check(args: argparse.Namespace) -> Sampling:
         raise InputError(f"--seed is {args.seed}; it must be 0 to {2**32 - 1}")
     if args.prompt is not None and args.prompt_file:
         raise InputError("--prompt and --prompt-file exclude each other")
+    if not 0 <= args.max_failed <= 1:
+        raise InputError(f"--max-failed is {args.max_failed:g}; it must be a share from 0 to 1")
     if not args.clip_seconds > 0:
         raise InputError(f"--clip-seconds: {args.clip_seconds:g} is not a positive number of seconds")
     _segment_lengths(args.segments, Reading())
@@ -186,6 +207,29 @@ def _segment_lengths(given: str | None, reading: Reading) -> tuple[float, float]
 
 def _warn(clip: ClipSource, warning: str) -> None:
     print(f"avocado caption: {printable(clip.name)}: warning: {warning}", file=sys.stderr)
+
+
+def _print_estimate(
+    args: argparse.Namespace,
+    captioner: Captioner,
+    clips: list[tuple[int, ClipSource]],
+    mesh: tuple[int, int] | None,
+    prompts: tuple[str, ...],
+) -> None:
+    from avocado_jax.planning.estimate import SAMPLED, estimate_clips, estimate_line  # imports what training needs
+
+    count = min(SAMPLED, len(clips))
+    some = [clips[number * len(clips) // count] for number in range(count)]
+    with ClipReader(READERS, args.clip_seconds) as reader:
+        how = Segments(captioner.reading, reader, not args.no_audio, prompts, _target(args.segments), _warn)
+        rows = read_segments(some, captioner, how)
+        estimate = estimate_clips(captioner.config, rows, count, args.max_new_tokens, args.batch, mesh)
+    line = estimate_line(estimate, len(clips)) if estimate else f"no estimate: none of {count} clips can be read"
+    print(line, file=sys.stderr)
+
+
+def _report(program: str) -> None:
+    print(f"first {program}: it is compiled, or read from the cache", file=sys.stderr, flush=True)
 
 
 def _options(
@@ -229,7 +273,8 @@ def _write(
     total: int,
 ) -> int:
     """Write every result, and report them. Returns the exit status."""
-    reasons, tokens, begun = Counter[str](), 0, time.monotonic()
+    reasons, captions, tokens, begun = Counter[str](), 0, 0, time.monotonic()
+    recent, stopped = deque[bool](maxlen=RECENT), False
     for segments, result in progress(made, "clips", total) if total > 1 else made:
         name = segments[0].clip.name
         if isinstance(result, StorageError):  # it may pass: no verdict on the clip
@@ -241,7 +286,7 @@ def _write(
             if not files or reasons.total() <= SHOWN:
                 print(f"avocado caption: {reason}", file=sys.stderr)
         else:
-            tokens += sum(map(len, result))
+            captions, tokens = captions + 1, tokens + sum(map(len, result))
             record = _record(engine.captioner, segments, result, args.ids if files else args.json, bool(args.segments))
         if files:
             files.write(record)
@@ -249,10 +294,20 @@ def _write(
             print(json.dumps(record), flush=True)
         elif "caption" in record:
             print(f"{printable(name)}:\n" * (total > 1) + record["caption"], flush=True)
+        recent.append("error" in record)
+        if stopped := bool(files) and sum(recent) > args.max_failed * RECENT:
+            break
     failed = reasons.total()
     if files:
         chips = engine.mesh.size if engine and engine.mesh else 1
-        print(_summary(total - failed, reasons, tokens, chips * (time.monotonic() - begun)), file=sys.stderr)
+        print(_summary(captions, reasons, tokens, chips * (time.monotonic() - begun)), file=sys.stderr)
+    if stopped:
+        print(
+            f"avocado caption: stopped: {sum(recent)} of the last {len(recent)} clips failed, more than --max-failed "
+            f"{args.max_failed:g}; once the cause is removed, --retry-failed captions them",
+            file=sys.stderr,
+        )
+        return 3
     return 0 if files or not failed else 2 if failed == total else 1
 
 

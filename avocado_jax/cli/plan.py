@@ -4,6 +4,7 @@
   avocado plan configs/sft_7b.py --topology v5e:8x16 --mesh.tensor 2 --remat offload
   avocado plan configs/sft_7b.py --topology v6e:8x8 --search 6
   avocado plan configs/grpo_7b.py --topology v6e:8x8
+  avocado plan configs/sft_7b.py --topology v6e:2x4 --captions 640     # captioning instead of training
 
 libtpu compiles the step for the slice (v5e, v5p or v6e; chips as AxB or AxBxC), which this machine need not have.
 Without --topology, the step is compiled for this machine. A GRPO step is five programs with an entry each: encode,
@@ -13,6 +14,9 @@ shapes, communication from the compiled program. The time is the largest of comp
 65% of the respective ceiling. `hosts` lists the rows of a batch that each process loads. Where the checkpoint (`init`)
 or the data do not exist on this machine, the config's `nominal` supplies model and shapes. Exit status 1: the step
 does not fit.
+
+With --captions, the programs of `caption` are compiled for the devices of one host: the prefill of some clips and the
+decoding steps of one dispatch. The last line, or `clips_per_chip_hour`, is the rate for clips of the largest shape.
 """
 
 import argparse
@@ -38,6 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="compile up to N choices of mesh, remat and accumulation; print those that fit, fastest first",
     )
+    parser.add_argument("--captions", type=int, metavar="N", help="plan captioning, with captions of N tokens")
     parser.add_argument("--json", action="store_true", help="one JSON object")
     parser.set_defaults(fields=[])
 
@@ -47,6 +52,8 @@ def run(args: argparse.Namespace) -> int:
     config = load(args.config, args.fields)
     if not isinstance(config, RunConfig):
         raise InputError(f"{args.config}: a {type(config).__name__}, not a training config")
+    if args.captions is not None and (args.captions < 1 or args.search is not None):
+        raise InputError("--captions starts at 1, and excludes --search")
     if args.topology:
         os.environ["JAX_PLATFORMS"] = "cpu"  # set before jax starts: leaves this machine's accelerators free
     from avocado_jax.planning.program import devices_of, model_and_buckets, program_of
@@ -57,6 +64,8 @@ def run(args: argparse.Namespace) -> int:
     model, buckets = model_and_buckets(config)
     topology = args.topology or f"{devices[0].device_kind} x {len(devices)}"
     plan: dict[str, Any] = {"config": args.config, "topology": topology}
+    if args.captions is not None:
+        return _plan_captions(args, plan, model, buckets[0].shape, devices)
     if args.search is not None:
         found = []
         for one, entries in search(config, model, buckets[0], devices, args.search):
@@ -87,6 +96,23 @@ def run(args: argparse.Namespace) -> int:
         print(json.dumps(plan | {"fits": fits, "steps": steps, "hosts": hosts}))
     else:
         print(hosts_line(hosts))
+    return 0 if fits else 1
+
+
+def _plan_captions(args: argparse.Namespace, plan: dict[str, Any], model: Any, shape: Any, devices: list[Any]) -> int:
+    """Returns 0, or 1 if a program does not fit."""
+    from avocado_jax.planning.captioning import caption_plan
+
+    *steps, summary = progress(caption_plan(model, shape, args.captions, devices), "compiled")
+    fits = all(entry["fits"] for entry in steps)
+    if args.json:
+        print(json.dumps(plan | {"fits": fits, "steps": steps} | summary))
+        return 0 if fits else 1
+    for entry in steps:
+        _print(entry, plan["topology"], entry["bucket"]["captions"])
+    mesh, rate = summary["mesh"], summary["clips_per_chip_hour"]
+    speed = f"about {rate:.0f} clips per chip-hour" if rate else "no ceilings are known for these devices"
+    print(f"{summary['slots']} slots on data {mesh['data']} x tensor {mesh['tensor']}: {speed}")
     return 0 if fits else 1
 
 

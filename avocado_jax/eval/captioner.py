@@ -1,7 +1,7 @@
 """A checkpoint folder to a captioner: its parameters, tokenizer, stop ids and way of sampling clips."""
 
-from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import jax
 from jax.sharding import Mesh
@@ -12,9 +12,10 @@ from avocado_jax.data.media import load_reading
 from avocado_jax.data.prompt import PROMPTS, load_habits
 from avocado_jax.data.words import load_words
 from avocado_jax.errors import InputError
-from avocado_jax.models.config import computed
+from avocado_jax.models.config import ThinkerConfig, computed
 from avocado_jax.models.thinker import init
 from avocado_jax.parallel.backend import use_exact_fp32
+from avocado_jax.parallel.compiled import use_user_cache
 from avocado_jax.parallel.mesh import make_mesh
 from avocado_jax.parallel.programs import bound_compiled_programs
 from avocado_jax.parallel.rules import shardings
@@ -29,15 +30,35 @@ def load_captioner(
 ) -> Captioner:
     """Load an opened checkpoint onto the local devices, computing in `dtype`, with `text` as the question.
 
+    Compiled programs are kept in the user's cache folder.
+
     Without a text it is the checkpoint's own (`question.txt` in its folder), else AVoCaDO's first.
 
     Args:
         mesh: data replicas, and devices of each; None: replicas of the fewest devices that hold the parameters.
 
     Raises:
-        InputError: it has no tokenizer, no stop ids, or a tokenizer of another vocabulary.
+        InputError: as `open_captioner`, or the mesh has more devices than there are.
     """
     bound_compiled_programs()
+    use_user_cache()
+    made = open_captioner(checkpoint, text, dtype)
+    shapes = parameter_shapes(made.config)
+    placed = captioning_mesh(sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes)), mesh)
+    return made._replace(params=load_params(checkpoint, dtype, placed and shardings(shapes, placed, over=("tensor",))))
+
+
+def parameter_shapes(config: ThinkerConfig) -> Any:
+    """The parameters of a model as shapes."""
+    return jax.eval_shape(partial(init, config), jax.random.key(0))
+
+
+def open_captioner(checkpoint: Checkpoint, text: str | None, dtype: str) -> Captioner:
+    """The captioner of an opened checkpoint without parameters: it makes rows of clips.
+
+    Raises:
+        InputError: it has no tokenizer, no stop ids, or a tokenizer of another vocabulary.
+    """
     folder = checkpoint.side_files
     tokenizer = load_words(folder)
     config = computed(checkpoint.config, dtype, scan=False)
@@ -47,12 +68,9 @@ def load_captioner(
         own = folder / QUESTION
         text = habits.prompt or (own.read_text(encoding="utf-8").strip() if own.is_file() else PROMPTS[0])
     try:
-        made = captioner_of(config, {}, tokenizer, stops, text, reading, habits)
+        return captioner_of(config, {}, tokenizer, stops, text, reading, habits)
     except InputError as error:
         raise InputError(f"{folder}: {error}") from error
-    shapes = jax.eval_shape(partial(init, replace(config, param_dtype=dtype)), jax.random.key(0))
-    placed = captioning_mesh(sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes)), mesh)
-    return made._replace(params=load_params(checkpoint, dtype, placed and shardings(shapes, placed, over=("tensor",))))
 
 
 def captioning_mesh(size: int, sizes: tuple[int, int] | None = None) -> Mesh | None:
@@ -69,8 +87,7 @@ def captioning_mesh(size: int, sizes: tuple[int, int] | None = None) -> Mesh | N
         return None
     if sizes is None:
         limit = (devices[0].memory_stats() or {}).get("bytes_limit") or float("inf")
-        powers = [1 << power for power in range(len(devices).bit_length()) if len(devices) % (1 << power) == 0]
-        tensor = next((tensor for tensor in powers if size / tensor <= PARAMETERS * limit), powers[-1])
+        tensor = fewest_devices(size, len(devices), limit)
         sizes = len(devices) // tensor, tensor
     if sizes[0] * sizes[1] > len(devices):
         raise InputError(f"--mesh {sizes[0]},{sizes[1]}: there are {len(devices)} devices")
@@ -79,14 +96,10 @@ def captioning_mesh(size: int, sizes: tuple[int, int] | None = None) -> Mesh | N
     return make_mesh(sizes[0], 1, sizes[1], devices=devices[: sizes[0] * sizes[1]])
 
 
-def parse_mesh(given: str | None) -> tuple[int, int] | None:
-    """(data, tensor) of --mesh. Raises InputError."""
-    if given is None:
-        return None
-    data, _, tensor = given.partition(",")
-    if data.isdecimal() and tensor.isdecimal() and int(data) > 0 and int(tensor) > 0:
-        return int(data), int(tensor)
-    raise InputError(f"--mesh {given}: not DATA,TENSOR with two positive numbers")
+def fewest_devices(size: int, count: int, limit: float) -> int:
+    """The fewest of `count` devices of `limit` bytes that hold parameters of `size` bytes in half of their memory."""
+    powers = [1 << power for power in range(count.bit_length()) if count % (1 << power) == 0]
+    return next((tensor for tensor in powers if size / tensor <= PARAMETERS * limit), powers[-1])
 
 
 def computing_dtype(asked: str | None) -> str:

@@ -1,6 +1,5 @@
 """Keys and values kept between calls: they go in and come out, nothing is stored in a module."""
 
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -16,10 +15,26 @@ class KV(NamedTuple):
     k: Float[Array, "... K S E"]
     v: Float[Array, "... K S E"]
 
-    def write(self, new: "KV", step: Int[Array, "B"] | Int[Array, ""]) -> "KV":
-        """The cache with the keys and values of one more token a caption, [B G K 1 E], at `step` (of each row)."""
-        write = partial(jax.lax.dynamic_update_slice_in_dim, axis=2 + (step.ndim == 0))
-        return KV(*((write if step.ndim == 0 else jax.vmap(write))(old, x, step) for old, x in zip(self, new)))
+    def write(self, new: "KV", step: Int[Array, ""]) -> "KV":
+        """The cache with the keys and values of one more token a caption, [B G K 1 E], at `step`."""
+        return KV(*(jax.lax.dynamic_update_slice_in_dim(old, x, step, axis=3) for old, x in zip(self, new)))
+
+
+class Growing(NamedTuple):
+    """A caption cache of rows that are at different steps, while they all decode some tokens.
+
+    New tokens are written at one index of all rows: a write at an index of each row is a scatter, which costs more than
+    the attention of a token.
+
+    Attributes:
+        old: the first `begun` tokens of each row; only read.
+        new: the tokens since, up to `count`.
+    """
+
+    old: KV
+    new: KV
+    begun: Int[Array, "B"]
+    count: Int[Array, ""]
 
 
 class ClipCache(NamedTuple):

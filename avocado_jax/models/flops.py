@@ -143,3 +143,24 @@ def decode_bytes(config: ThinkerConfig, clip: int, group: int, caption: float, i
     """Bytes that one decoding step of one clip reads: the weights, the clip's cache and each caption's cache so far."""
     weights = config.text.layers * text_layer_parameters(config) + config.text.vocab * config.text.width
     return weights * itemsize + kv_bytes(config, itemsize) * (clip + group * caption)
+
+
+class Work(NamedTuple):
+    """Operations of all devices of a replica, and bytes that one of them reads."""
+
+    flops: float
+    bytes: float
+
+
+def prefill_work(config: ThinkerConfig, shape: Any, itemsize: int, tensor: int = 1) -> Work:
+    """Prefill of one clip on `tensor` devices, each of which reads its part of the language model's weights."""
+    return Work(row_flops(config, shape, 0, 0).total, decode_bytes(config, 0, 0, 0, itemsize) / tensor)
+
+
+def decoding_work(config: ThinkerConfig, shape: Any, caption: int, slots: int, itemsize: int, tensor: int = 1) -> Work:
+    """One decoding step of `slots` clips with a caption each, of half of `caption` tokens on average."""
+    alone, captioned = (row_flops(config, shape, captions, caption).total for captions in (0, 1))
+    weights = decode_bytes(config, 0, 0, 0, itemsize)
+    caches = decode_bytes(config, shape[0], 1, caption / 2, itemsize) - weights
+    read = weights / tensor + slots * caches / min(tensor, config.text.kv_heads)
+    return Work(slots * (captioned - alone) / caption, read)

@@ -6,7 +6,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from avocado_jax.models.attention import backend, plain
-from avocado_jax.models.cache import KV
+from avocado_jax.models.cache import KV, Growing
 from avocado_jax.models.config import Kernel, TextConfig, ThinkerConfig
 from avocado_jax.models.layers import GatedMLP, RMSNorm, dense, layer_input, stack_of
 from avocado_jax.models.rope import Rope, rotate, text_rope
@@ -31,7 +31,7 @@ class TextLayer(nn.Module):
     def __call__(
         self,
         x: Float[Array, "B Q D"],
-        caches: tuple[KV, KV] | None,
+        caches: tuple[KV, KV | Growing] | None,
         rope: Rope,
         clip_valid: Bool[Array, "B P"] | None,
         step: Int[Array, "B"] | Int[Array, ""] | None,
@@ -41,10 +41,11 @@ class TextLayer(nn.Module):
         Args:
             x: the Q tokens of a row; every matrix product covers all of them at once.
             caches: in decoding, keys and values of the clip, [B K P E], and of the captions so far, [B G K S E].
-            step: in decoding, where the new token of each caption is written.
+            step: in decoding, the index of the new token of each caption; the same for all unless caches are `Growing`.
 
         Returns:
-            The output, and the keys and values to keep: of the clip (prefill), of the captions (decoding), or None.
+            The output, and the keys and values to keep: of the clip (prefill), of the captions (decoding; those of
+            `Growing.new`), or None.
         """
         text, (rows, tokens, _) = self.text, x.shape
         norms = dict(eps=text.rms_eps, dtype=self.dtype, param_dtype=self.param_dtype)
@@ -92,14 +93,24 @@ def _decode(
     k: Float[Array, "B G K E"],
     v: Float[Array, "B G K E"],
     clip: KV,
-    captions: KV,
+    captions: KV | Growing,
     clip_valid: Bool[Array, "B P"],
     step: Int[Array, "B"] | Int[Array, ""],
 ) -> tuple[Float[Array, "B G H E"], KV]:
-    """Attention of one token of each caption, and the captions' cache with that token written at `step`."""
-    captions = captions.write(KV(k[..., None, :], v[..., None, :]), step)
-    written = jnp.arange(captions.k.shape[3])[None] <= jnp.atleast_1d(step)[:, None]
-    return plain.attend_step(q, captions, clip, clip_valid, written), captions
+    """Attention of one token of each caption, and the captions' cache with that token written."""
+    token = KV(k[..., None, :], v[..., None, :])
+    if isinstance(captions, Growing):
+        kept = captions.new.write(token, captions.count)
+        begun = jnp.arange(captions.old.k.shape[3])[None] < captions.begun[:, None]
+        parts = [(captions.old, begun), (kept, _until(captions.count, kept))]
+    else:
+        kept = captions.write(token, step)
+        parts = [(kept, _until(step, kept))]
+    return plain.attend_step(q, parts, clip, clip_valid), kept
+
+
+def _until(step: Int[Array, ""], kv: KV) -> Bool[Array, "1 S"]:
+    return (jnp.arange(kv.k.shape[3]) <= step)[None]
 
 
 class TextModel(nn.Module):

@@ -98,7 +98,7 @@ class Thinker(nn.Module):
     ) -> tuple[Float[Array, "B G V"], Any]:
         """Logits (fp32) of the next token of every caption, and the caption cache with `inputs` written at `step`.
 
-        Captions are at one step, or each row at its own.
+        Captions are at one step; or each row at its own, if `so_far` are `Growing`, of which `new` is returned.
         """
         index = jnp.broadcast_to(step[..., None, None], (*inputs.shape, 1))
         positions = caption_positions(cache.start, index)[:, :, 0]

@@ -43,6 +43,20 @@ def make_mesh(data: int, fsdp: int, tensor: int, slices: int = 1, devices: list 
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
+def parse_mesh(text: str | None) -> tuple[int, int] | None:
+    """(data, tensor) of --mesh DATA,TENSOR; None of None.
+
+    Raises:
+        InputError: it is not of this form.
+    """
+    if text is None:
+        return None
+    data, _, tensor = text.partition(",")
+    if data.isdecimal() and tensor.isdecimal() and int(data) > 0 and int(tensor) > 0:
+        return int(data), int(tensor)
+    raise InputError(f"--mesh {text}: not DATA,TENSOR with two positive numbers")
+
+
 def parts_of(axis: str | tuple[str, ...]) -> int:
     """Number of shards of an axis ("rows": data and fsdp) of the current mesh; 1 without a mesh."""
     mesh = jax.sharding.get_abstract_mesh()

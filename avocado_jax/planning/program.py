@@ -109,6 +109,12 @@ def model_and_buckets(config: RunConfig) -> tuple[ThinkerConfig, list[Bucket]]:
     return model, [Bucket(Shape(*nominal.clip), data.caption_tokens)]
 
 
+def kernel_of(model: ThinkerConfig, platform: str) -> ThinkerConfig:
+    """The model with attention "auto" resolved for devices of a platform, which may not be this machine's."""
+    kernel = {"tpu": "splash", "gpu": "cudnn" if model.dtype == "bfloat16" else "plain"}
+    return replace(model, attention=kernel.get(platform, "plain")) if model.attention == "auto" else model
+
+
 def program_of(config: RunConfig, model: ThinkerConfig, bucket: Bucket, devices: list[Any]) -> Program:
     """The training step of `config` on `devices`.
 
@@ -118,9 +124,7 @@ def program_of(config: RunConfig, model: ThinkerConfig, bucket: Bucket, devices:
     """
     use_exact_fp32(config.dtype)
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, config.mesh.slices, devices)
-    if model.attention == "auto":  # resolved for these devices, not for this machine
-        kernel = {"tpu": "splash", "gpu": "cudnn" if model.dtype == "bfloat16" else "plain"}
-        model = replace(model, attention=kernel.get(devices[0].platform, "plain"))
+    model = kernel_of(model, devices[0].platform)
     if isinstance(config, GrpoConfig):
         bucket = bucket._replace(caption=config.sampling.tokens)
         rows, group, make = config.batch * config.split, config.group // config.split, grpo_phases

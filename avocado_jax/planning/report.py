@@ -17,7 +17,7 @@ from avocado_jax.parallel.rules import bytes_per_device
 from avocado_jax.planning.collectives import collective_bytes
 from avocado_jax.planning.phases import Phase
 from avocado_jax.planning.program import Program
-from avocado_jax.planning.work import batches, flops_of, residual_bytes, rows_per_device, traffic_bytes
+from avocado_jax.planning.work import Flops, batches, flops_of, residual_bytes, rows_per_device, traffic_bytes
 
 # Predicted share of a ceiling. The matrix products of a text model's step reached 64% of the measured ceiling of an
 # H100, recomputation included (48% MFU under full remat). Not measured on TPUs.
@@ -50,16 +50,28 @@ class Times(NamedTuple):
     interconnect: float
 
 
-def report(program: Program, phase: Phase) -> dict[str, Any]:
-    """Compile a phase and describe it: an entry of `steps` in the output of `plan`.
+class Compiled(NamedTuple):
+    """What compiling a phase shows.
 
-    Bytes are per device and include all arrays that are alive while the phase runs, also those that it does not read.
-    FLOPs are of all devices, recomputation included. `seconds` assumes ATTAINED of the binding ceiling; it and `mfu`
-    are null where the ceilings of the device are unknown. FLOPs and bytes are of the program, `seconds` are of a step:
-    the time of a rollout is divided by its batches.
+    Attributes:
+        hbm: bytes on one device by part, with `temporaries` and `total`.
+        traffic: bytes that one device sends, by kind of collective; None if the program is refused.
     """
-    mesh, (shape, caption) = program.mesh, program.bucket
-    device, chip = mesh.devices.flat[0], CHIPS.get(mesh.devices.flat[0].device_kind)
+
+    hbm: dict[str, int]
+    limit: int
+    traffic: dict[str, float] | None
+    fits: bool
+    seconds: float
+
+
+def compile_phase(phase: Phase, mesh: Mesh, most: int = 1) -> Compiled:
+    """Compile a phase. Bytes include all arrays that are alive while it runs, also those that it does not read.
+
+    Args:
+        most: assumed trip count of loops whose condition depends on data.
+    """
+    device = mesh.devices.flat[0]
     hbm = {part: bytes_per_device(tree) for part, tree in phase.alive.items()}
     resident = sum(hbm.values())
     lowered, begun = phase.lower(mesh), time.perf_counter()
@@ -67,7 +79,7 @@ def report(program: Program, phase: Phase) -> dict[str, Any]:
     try:
         compiled, text = _compiled(lowered, device.platform)
     except jax.errors.JaxRuntimeError as error:
-        arguments = bytes_per_device(phase.args)
+        arguments = bytes_per_device([leaf for leaf in jax.tree.leaves(phase.args) if hasattr(leaf, "sharding")])
         if (refused := memory_refused(str(error), arguments)) is None:
             raise
         (total, limit), fits = refused, False
@@ -76,33 +88,59 @@ def report(program: Program, phase: Phase) -> dict[str, Any]:
         stats = compiled.memory_analysis()
         total = _stored(phase.alive, mesh) + stats.output_size_in_bytes - stats.alias_size_in_bytes
         total += stats.temp_size_in_bytes + stats.generated_code_size_in_bytes
-        traffic = collective_bytes(text, caption if phase.name == "rollout" else 1)
+        traffic = collective_bytes(text, most)
         fits = total <= limit
     hbm |= {"temporaries": total - resident, "total": total}
+    return Compiled(hbm, limit, traffic, fits, round(time.perf_counter() - begun, 1))
 
+
+def report(program: Program, phase: Phase) -> dict[str, Any]:
+    """Compile a phase and describe it: an entry of `steps` in the output of `plan`.
+
+    FLOPs are of all devices, recomputation included. `seconds` assumes ATTAINED of the binding ceiling; it and `mfu`
+    are null where the ceilings of the device are unknown. FLOPs and bytes are of the program, `seconds` are of a step:
+    the time of a rollout is divided by its batches.
+    """
+    shape, caption = program.bucket
+    found = compile_phase(phase, program.mesh, caption if phase.name == "rollout" else 1)
     flops = flops_of(program, phase)
+    bucket = {**shape._asdict(), "captions": program.group, "caption": caption}
+    entry = describe(phase.name, bucket, program.mesh, found, flops, traffic_bytes(program, phase))
+    entry["residual_bytes_estimate"] = residual_bytes(program, phase)
+    if entry["seconds"] is not None:
+        entry["seconds"] /= batches(program, phase)
+    if not found.fits:
+        entry["advice"] = _advice(program, phase, entry)
+    return entry
+
+
+def describe(
+    name: str, bucket: dict[str, int], mesh: Mesh, found: Compiled, flops: Flops, nbytes: float
+) -> dict[str, Any]:
+    """An entry of `steps`, without advice.
+
+    Args:
+        nbytes: HBM traffic of one device.
+    """
     entry: dict[str, Any] = {
-        "name": phase.name,
-        "bucket": {**shape._asdict(), "captions": program.group, "caption": caption},
-        "fits": fits,
-        "hbm_bytes": hbm,
-        "hbm_limit_bytes": limit,
-        "residual_bytes_estimate": residual_bytes(program, phase),
+        "name": name,
+        "bucket": bucket,
+        "fits": found.fits,
+        "hbm_bytes": found.hbm,
+        "hbm_limit_bytes": found.limit,
+        "residual_bytes_estimate": 0,
         "flops": flops.machine,
-        "collective_bytes": traffic,
+        "collective_bytes": found.traffic,
         "bound": None,
         "seconds": None,
         "mfu": None,
-        "compile_seconds": round(time.perf_counter() - begun, 1),
+        "compile_seconds": found.seconds,
         "advice": None,
     }
-    if not fits:
-        entry["advice"] = _advice(program, phase, entry)
-    if chip and traffic is not None:
+    chip = CHIPS.get(mesh.devices.flat[0].device_kind)
+    if chip and found.traffic is not None:
         times = Times(
-            flops.machine / mesh.size / chip.flops,
-            traffic_bytes(program, phase) / chip.bandwidth,
-            sum(traffic.values()) / chip.links,
+            flops.machine / mesh.size / chip.flops, nbytes / chip.bandwidth, sum(found.traffic.values()) / chip.links
         )
         entry["roofline_seconds"] = times._asdict()
         entry["bound"] = max(times._fields, key=lambda name: getattr(times, name))

@@ -7,19 +7,20 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from avocado_jax.models.cache import ClipCache, caption_cache
+from avocado_jax.models.cache import ClipCache, Growing, caption_cache
 from avocado_jax.models.config import ThinkerConfig
-from avocado_jax.models.thinker import Thinker
+from avocado_jax.models.thinker import Encoded, Thinker
 from avocado_jax.parallel.mesh import ROWS
 from avocado_jax.sampling.generate import caption_keys, draw_tokens
 from avocado_jax.sampling.logits import Sampling
 from avocado_jax.typing import Array, Bool, Clip, Int
 
 STEPS = 16  # decoded in one dispatch: a slot that finishes waits for half of them on average
+WINDOW = 256  # the smallest part of the caption caches that a dispatch reads; the others are twice as large each
 
 
 class Slots(NamedTuple):
-    """The S slots of a lane. A slot that decodes nothing has `stopped` set."""
+    """S slots. A slot that decodes nothing has `stopped` set."""
 
     cache: ClipCache
     so_far: Any  # the captions' keys and values
@@ -30,31 +31,29 @@ class Slots(NamedTuple):
     tokens: Int[Array, "S C"]
 
 
-def _sharded(slots: Slots, mesh: Mesh | None) -> Slots:
-    """Caches sharded by slots, and by heads over `tensor`; what the host reads is replicated."""
-    if mesh is None:
-        return slots
+def slot_shardings(slots: Slots, mesh: Mesh) -> Slots:
+    """A sharding for each leaf: caches by slots, and by heads over `tensor`; what the host reads is replicated."""
 
-    def constrain(leaf: Array, *axes: Any) -> Array:
-        return jax.lax.with_sharding_constraint(leaf, NamedSharding(mesh, PartitionSpec(*axes)))
+    def by(*axes: Any) -> NamedSharding:
+        return NamedSharding(mesh, PartitionSpec(*axes))
 
-    def heads(leaf: Array, axis: int) -> Array:
+    def heads(leaf: Any, axis: int) -> NamedSharding:
         tensor = "tensor" if leaf.shape[axis] % mesh.shape["tensor"] == 0 else None
-        return constrain(leaf, ROWS, *[None] * (axis - 1), tensor)
+        return by(ROWS, *[None] * (axis - 1), tensor)
 
     return Slots(
-        ClipCache(
-            jax.tree.map(partial(heads, axis=1), slots.cache.layers),
-            constrain(slots.cache.valid, ROWS),
-            constrain(slots.cache.start, ROWS),
-        ),
+        ClipCache(jax.tree.map(partial(heads, axis=1), slots.cache.layers), by(ROWS), by(ROWS)),
         jax.tree.map(partial(heads, axis=2), slots.so_far),
-        *(constrain(leaf) for leaf in slots[2:]),
+        *(by() for _ in slots[2:]),
     )
 
 
+def _sharded(slots: Slots, mesh: Mesh | None) -> Slots:
+    return slots if mesh is None else jax.lax.with_sharding_constraint(slots, slot_shardings(slots, mesh))
+
+
 @partial(jax.jit, static_argnames=("config", "mesh", "clip_tokens", "slots", "length"))
-def empty(*, config: ThinkerConfig, mesh: Mesh | None, clip_tokens: int, slots: int, length: int) -> Slots:
+def empty(config: ThinkerConfig, mesh: Mesh | None, clip_tokens: int, slots: int, length: int) -> Slots:
     """Slots for clips of `clip_tokens` tokens and captions of `length` tokens."""
     kv = caption_cache(config, slots, 1, clip_tokens)
     return _sharded(
@@ -64,7 +63,7 @@ def empty(*, config: ThinkerConfig, mesh: Mesh | None, clip_tokens: int, slots: 
                 jnp.zeros((slots, clip_tokens), bool),
                 jnp.zeros(slots, jnp.int32),
             ),
-            caption_cache(config, slots, 1, length),
+            caption_cache(config, slots, 1, -(-length // STEPS) * STEPS),  # whole dispatches
             caption_keys(jax.random.key(0), jnp.zeros(slots, jnp.int32), 1),
             jnp.zeros(slots, jnp.int32),
             jnp.zeros((slots, 1), jnp.int32),
@@ -75,27 +74,37 @@ def empty(*, config: ThinkerConfig, mesh: Mesh | None, clip_tokens: int, slots: 
     )
 
 
+def slot_shapes(config: ThinkerConfig, mesh: Mesh, clip_tokens: int, slots: int, length: int) -> Slots:
+    """What `empty` returns, as shapes with shardings."""
+
+    def shape(leaf: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+    made = jax.eval_shape(partial(empty, config, mesh, clip_tokens, slots, length))
+    return jax.tree.map(shape, made, slot_shardings(made, mesh))
+
+
 @partial(jax.jit, static_argnames=("config", "mesh"), donate_argnums=0)
 def admit(
     slots: Slots,
     params: Any,
     clips: Clip,
-    which: Int[Array, "N"],
+    encoded: Encoded | None,
     seed: Array,
     numbers: Int[Array, "N"],
     index: Int[Array, "D M"],
-    *,
     config: ThinkerConfig,
     mesh: Mesh | None,
 ) -> Slots:
-    """Prefill N = D x M of the given clips and insert them.
+    """Prefill N = D x M clips and insert them.
 
-    Clip `which[d M + m]` goes to slot `index[d, m]` of data shard d. An index past the last slot inserts nothing.
+    Args:
+        clips: over a mesh, sharded by rows: clip d M + m is on data shard d, and goes to slot `index[d, m]` of it.
+        encoded: encoder outputs of the clips; None: the encoders run here.
+        seed: of the draws, with the clip's entry of `numbers`.
+        index: a number past the last slot of a shard inserts nothing.
     """
-    clips = jax.tree.map(lambda leaf: leaf[which], clips)
-    if mesh is not None:
-        clips = jax.lax.with_sharding_constraint(clips, NamedSharding(mesh, PartitionSpec(ROWS)))
-    cache = Thinker(config).apply({"params": params}, clips, method="prefill")
+    cache = Thinker(config).apply({"params": params}, clips, encoded, method="prefill")
     keys = caption_keys(jax.random.key(seed), numbers, 1)
     shards, together = index.shape
 
@@ -112,25 +121,38 @@ def admit(
     return _sharded(Slots(inserted[0], slots.so_far, *inserted[1:], slots.tokens), mesh)
 
 
-@partial(jax.jit, static_argnames=("config", "mesh", "sampling", "stops", "length"), donate_argnums=0)
+def window_of(length: int, step: int) -> int:
+    """The part of caption caches of `length` tokens that a dispatch reads if captions have up to `step` tokens."""
+    window = WINDOW
+    while window < step:
+        window *= 2
+    return min(window, length)
+
+
+@partial(jax.jit, static_argnames=("config", "mesh", "sampling", "stops", "window"), donate_argnums=0)
 def advance(
     slots: Slots,
     params: Any,
     banned: Bool[Array, "V"],
-    *,
     config: ThinkerConfig,
     mesh: Mesh | None,
     sampling: Sampling,
     stops: tuple[int, ...],
-    length: int,
+    window: int,
 ) -> Slots:
-    """Decode up to `STEPS` tokens of every slot that has not stopped."""
+    """Decode up to `STEPS` tokens of every slot that has not stopped.
+
+    Args:
+        window: `window_of` the longest caption. The cache behind it is not read.
+    """
     decode = partial(Thinker(config).apply, {"params": params}, method="decode")
-    rows = jnp.arange(len(slots.step))
+    rows, length = jnp.arange(len(slots.step)), slots.tokens.shape[1]
+    read = jax.tree.map(lambda leaf: leaf[..., :window, :], slots.so_far)
 
     def step(state: tuple[Array, Slots]) -> tuple[Array, Slots]:
         count, now = state
-        logits, so_far = decode(now.cache, now.so_far, now.step, now.last)
+        caches = tuple(Growing(old, new, slots.step, count) for old, new in zip(read, now.so_far))
+        logits, so_far = decode(now.cache, caches, now.step, now.last)
         token, _ = draw_tokens(logits, banned, now.keys, now.step, sampling)
         at = jnp.where(now.stopped, length, now.step)  # past the end: dropped
         ended = jnp.isin(token[:, 0], jnp.asarray(stops, jnp.int32)) | (now.step + 1 >= length)
@@ -145,4 +167,9 @@ def advance(
     def unfinished(state: tuple[Array, Slots]) -> Bool[Array, ""]:
         return (state[0] < STEPS) & ~jnp.all(state[1].stopped)
 
-    return _sharded(jax.lax.while_loop(unfinished, step, (jnp.int32(0), slots))[1], mesh)
+    new = caption_cache(config, len(rows), 1, STEPS)
+    begin = _sharded(slots._replace(so_far=new), mesh)
+    _, after = jax.lax.while_loop(unfinished, step, (jnp.int32(0), begin))
+    write = jax.vmap(partial(jax.lax.dynamic_update_slice_in_dim, axis=-2))
+    kept = jax.tree.map(lambda old, new: write(old, new, slots.step), slots.so_far, after.so_far)
+    return _sharded(after._replace(so_far=kept), mesh)

@@ -20,6 +20,8 @@ from avocado_jax.parallel.rules import shardings
 from avocado_jax.train.grpo import Experience, GrpoProgram, Scored
 from avocado_jax.train.rollout import VIEW_AXES, Rollout, cut
 
+EVAL_CLIPS = 64  # held-out clips that are captioned together, if there are so many
+
 
 class StepShapes(NamedTuple):
     """What the programs of a GRPO step pass on, for one bucket; every leaf is a ShapeDtypeStruct with its sharding."""
@@ -45,10 +47,21 @@ def step_shapes(
     batch = batch_shapes(config, model, bucket, mesh, config.batch * config.split)
     params = program.state.params
     encoded = program.encode and by_rows(jax.eval_shape(program.encode, params, batch[0]), mesh)
-    view = jax.eval_shape(program.view, params)
-    view = jax.tree.map(with_sharding, view, shardings(view, mesh, over=VIEW_AXES))
+    view = view_shapes(program, mesh)
     rollout, *_ = jax.eval_shape(program.roll_out, *_sampling(model, program, view, batch[0], encoded, 1))
     return StepShapes(batch, encoded, view, by_rows(rollout, mesh))
+
+
+def view_shapes(program: GrpoProgram, mesh: Mesh) -> Any:
+    """The sampler's parameters."""
+    view = jax.eval_shape(program.view, program.state.params)
+    return jax.tree.map(with_sharding, view, shardings(view, mesh, over=VIEW_AXES))
+
+
+def heldout_rows(config: GrpoConfig, clips: int = EVAL_CLIPS) -> int:
+    """Rows of a batch of held-out clips, of which there are `clips`: a multiple of those of a training step."""
+    rows = config.batch * config.split
+    return rows * -(-min(EVAL_CLIPS, clips) // rows)
 
 
 def sampling_programs(

@@ -41,7 +41,7 @@ from avocado_jax.train.agree import agreed_batches, agreement
 from avocado_jax.train.inputs import input_workers, open_source
 from avocado_jax.train.loop import Job, train
 from avocado_jax.train.metrics import Log
-from avocado_jax.train.programs import batch_shapes
+from avocado_jax.train.programs import batch_shapes, heldout_rows
 from avocado_jax.train.sft import batch_sums, model_of, sft_program
 from avocado_jax.train.startup import ready
 from avocado_jax.train.state import State, rest_of
@@ -250,7 +250,7 @@ def agreement_programs(setup: Setup, buckets: Iterable[Bucket], references: Call
 
 
 def heldout(config: RunConfig, setup: Setup) -> Setup:
-    """The setup for one pass over the first `eval_rows` held-out clips.
+    """The setup for one pass over the first `eval_rows` held-out clips, each of them one row.
 
     Raises:
         InputError: the held-out data was prepared with other settings than the training data.
@@ -259,10 +259,10 @@ def heldout(config: RunConfig, setup: Setup) -> Setup:
     recipe = setup.recipe
     if reading != recipe.reading:
         raise InputError(f"{config.data.heldout}: prepared for {reading}, the training data for {recipe.reading}")
-    plan = plan_batches(
-        _first(source.index, config.eval_rows), recipe, config.batch, min(4, config.data.shapes), config.seed
-    )
-    return setup._replace(source=source, plan=plan, steps=plan.epoch_steps)
+    index = _first(source.index, config.eval_rows)
+    batch = heldout_rows(config, len(index.ids)) if isinstance(config, GrpoConfig) else config.batch
+    plan = plan_batches(index, recipe, batch, min(4, config.data.shapes), config.seed)
+    return setup._replace(source=source, plan=plan, steps=plan.epoch_steps, split=1)
 
 
 def heldout_means(

@@ -5,7 +5,6 @@ import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
-from dataclasses import replace
 from functools import partial
 from itertools import islice
 from typing import Any, NamedTuple
@@ -22,25 +21,30 @@ from avocado_jax.config import GrpoConfig
 from avocado_jax.data import storage
 from avocado_jax.data.pipeline import Batch
 from avocado_jax.data.plan import Bucket
+from avocado_jax.models.config import computed
 from avocado_jax.models.flops import grpo_flops
 from avocado_jax.models.thinker import Encoded
 from avocado_jax.parallel.batches import rows_sharding
 from avocado_jax.parallel.compiled import Program
+from avocado_jax.sampling.batch import Captioning, batch_programs, caption_batch
 from avocado_jax.sampling.captioner import banned_ids
+from avocado_jax.sampling.generate import Samples
 from avocado_jax.train.grpo import Experience, GrpoProgram, Scored, grpo_program
 from avocado_jax.train.health import Health, describe
 from avocado_jax.train.objective import advantages, zero_variance
 from avocado_jax.train.phases import Phases
 from avocado_jax.train.programs import (
     StepShapes,
+    batch_shapes,
     by_rows,
     learning_programs,
     sampling_programs,
     step_shapes,
+    view_shapes,
     with_sharding,
 )
 from avocado_jax.train.rewards import Judged, Rewards, caption_text, open_rewards
-from avocado_jax.train.rollout import Rollout, cut, fitting, widths
+from avocado_jax.train.rollout import Rollout, as_rollout, cut, fitting, widths
 from avocado_jax.train.run import (
     Evaluator,
     Measured,
@@ -56,7 +60,7 @@ from avocado_jax.train.run import (
 )
 from avocado_jax.train.startup import ready
 from avocado_jax.train.state import State
-from avocado_jax.typing import Array
+from avocado_jax.typing import Array, Clip
 
 
 def grpo(config: GrpoConfig, folder: str) -> int:
@@ -326,17 +330,31 @@ def _evaluator(
     """Mean rewards of greedy captions of the first `eval_rows` held-out clips."""
     if not config.data.heldout:
         return Evaluator()
-    evaluated = heldout(config, setup)
-    greedy = replace(config, group=config.split, rollout_batches=1, sampling=replace(config.sampling, temperature=0.0))
-    greedy_program = grpo_program(greedy, setup.model, setup.mesh, setup.steps, stops)
+    mesh, evaluated = setup.mesh, heldout(config, setup)
+    rows = evaluated.plan.batch
+    how = Captioning(
+        config=computed(setup.model, setup.model.dtype, scan=False),
+        mesh=mesh,
+        stops=stops,
+        length=min(config.eval_tokens, config.sampling.tokens),
+        parts=rows // (config.batch * config.split),  # as many rows are prefilled together as in a training step
+    )
     sums = jax.jit(partial(heldout_sums, rewards))
 
+    @partial(jax.jit, out_shardings=rows_sharding(mesh))
+    def held_out_rollout(tokens: Array, lengths: Array, clip: Clip) -> Rollout:
+        """The captions of slots, as long as those of a training step."""
+        written = jnp.arange(how.length)[None] < lengths[:, None]
+        tokens = jnp.where(written, tokens, stops[0])
+        tokens = jnp.pad(tokens, ((0, 0), (0, config.sampling.tokens - how.length)), constant_values=stops[0])
+        return as_rollout(Samples(tokens[:, None], jnp.zeros(tokens[:, None].shape), lengths[:, None]), clip, stops)
+
     def evaluate(state: State, step: int) -> dict[str, Any]:
-        view = program.view(state.params)
+        view, encode = program.view(state.params), program.encode and partial(program.encode, state.params)
 
         def measure(batch: Batch) -> Measured:
-            encoded = program.encode and program.encode(state.params, batch.clip)
-            (rollout,) = greedy_program.roll_out(view, (batch.clip,), (encoded,), state.step, banned)
+            slots = caption_batch(view, batch.clip, batch.weight, encode, banned, how)
+            rollout = held_out_rollout(slots.tokens, slots.step, batch.clip)
             judged = rewards.judge(rollout, batch)()
             with jax.debug_nans(False):  # a term without a reference is NaN
                 terms = rewards.terms(rollout, batch.references, judged)
@@ -346,14 +364,25 @@ def _evaluator(
 
         return heldout_means(config, evaluated, measure, rewards.references)
 
-    buckets = evaluated.plan.buckets
-    found = agreement_programs(evaluated, buckets, rewards.references)
-    for shapes in shapes_of(greedy, evaluated, greedy_program, buckets):
-        sampling = greedy_program._replace(encode=program.encode, view=program.view)
-        found += sampling_programs(greedy, setup.model, sampling, shapes).values()
-    scoring, lengths = rewards.program(shapes.rollout), shapes.rollout.lengths
-    terms = by_rows(jax.eval_shape(scoring.run, *scoring.args), setup.mesh)
-    found += [scoring, Program("held-out sums", sums, (terms, lengths, shapes.batch[2]))]
+    params, view, replicated = program.state.params, view_shapes(program, mesh), NamedSharding(mesh, PartitionSpec())
+    every_id = jax.ShapeDtypeStruct(banned.shape, banned.dtype, sharding=replicated)
+    tokens, lengths = (
+        jax.ShapeDtypeStruct(shape, jnp.int32, sharding=replicated) for shape in ((rows, how.length), (rows,))
+    )
+    found = agreement_programs(evaluated, evaluated.plan.buckets, rewards.references)
+    for bucket in evaluated.plan.buckets:
+        clip, _, weight, _ = batch_shapes(config, setup.model, bucket, mesh, rows)
+        encoded = None
+        if program.encode:
+            part = batch_shapes(config, setup.model, bucket, mesh, rows // how.parts)[0]
+            encoded = by_rows(jax.eval_shape(program.encode, params, part), mesh)
+            found.append(Program("held-out encode", program.encode, (params, part)))
+        found += batch_programs(view, clip, weight, encoded, every_id, how)
+        rollout = by_rows(jax.eval_shape(held_out_rollout, tokens, lengths, clip), mesh)
+        found.append(Program("held-out captions", held_out_rollout, (tokens, lengths, clip)))
+    scoring = rewards.program(rollout)
+    terms = by_rows(jax.eval_shape(scoring.run, *scoring.args), mesh)
+    found += [scoring, Program("held-out sums", sums, (terms, rollout.lengths, weight))]
     return Evaluator(evaluate, rank_by_reward, found)
 
 

@@ -13,6 +13,7 @@ from gcs import Proxy, storage_server
 from jax.sharding import PartitionSpec
 
 from avocado_jax.__main__ import main
+from avocado_jax.bench.measure import Ceilings
 from avocado_jax.checkpoint.load import SHIPPED
 from avocado_jax.cli import caption as command
 from avocado_jax.data import appended, storage
@@ -20,6 +21,8 @@ from avocado_jax.data.clips import ClipSource, list_clips
 from avocado_jax.data.shard import parse_shard
 from avocado_jax.errors import InputError
 from avocado_jax.eval.captioner import captioning_mesh
+from avocado_jax.parallel import compiled
+from avocado_jax.planning import estimate
 from avocado_jax.sampling import outputs
 from avocado_jax.sampling.engine import Engine
 from avocado_jax.sampling.logits import Sampling
@@ -135,7 +138,7 @@ def test_a_stopped_run_ends_with_the_same_bytes(clips, tmp_path, stub, capsys, s
     assert "temperature 0.0 (now 0.5)" in capsys.readouterr().err
 
 
-def test_shards_and_failed_clips(clips, tmp_path, stub, capsys):
+def test_shards_and_failed_clips(clips, tmp_path, stub, capsys, monkeypatch):
     """Two shards are one run; failed clips are captioned again only on request."""
     given = [clips, "--checkpoint", os.fspath(SHIPPED), "--ids"]
     for shard in ("0/2", "1/2"):
@@ -157,8 +160,12 @@ def test_shards_and_failed_clips(clips, tmp_path, stub, capsys):
     run(*given, "--out", f"{tmp_path}/all/", "--retry-failed")
     assert stub.runs[before:] == [reject["clip"]]
     assert lines(tmp_path / "all" / "rejects-0-of-1.jsonl") == [reject]
-    run(*given, "--out", f"{tmp_path}/none/", "--dry-run")
-    assert "4 clips, 0 of them are in" in capsys.readouterr().err
+    monkeypatch.setattr(estimate, "ceilings", lambda _: Ceilings(1e12, 1e11))
+    run(*given, "--out", f"{tmp_path}/none/", "--dry-run", "--batch", "4")
+    error = capsys.readouterr().err
+    assert "4 clips, 0 of them are in" in error
+    assert "estimate, from 3 clips of" in error
+    assert "4 clips take" in error
     assert len(stub.runs) == before + 1
 
 
@@ -311,6 +318,59 @@ def test_storage_that_fails_is_no_verdict_on_a_clip(clips, tmp_path, stub, monke
     assert out.read_bytes() == b""
     run(clip, "--checkpoint", SHIPPED, "--out", out)
     assert "caption" in lines(out)[0]
+
+
+def test_many_failures_in_a_row_stop_the_run(clips, tmp_path, stub, monkeypatch, capsys):
+    """More than half of the last four, unless --max-failed allows it; what was written stays."""
+    monkeypatch.setattr(command, "RECENT", 4)
+    out, missing = tmp_path / "out.jsonl", [f"{number}.mp4" for number in range(6)]
+    given = [*missing[:2], *[clips / "b" / "plain.mp4"] * 4, *missing[2:], "--checkpoint", SHIPPED, "--out", out]
+    run(*given, status=3)
+    assert ["error" in line for line in lines(out)] == [True] * 2 + [False] * 4 + [True] * 3
+    error = capsys.readouterr().err
+    assert "4 captions," in error
+    assert "stopped: 3 of the last 4 clips failed, more than --max-failed 0.5; once" in error
+    run(*given, "--max-failed", "1")
+    assert len(lines(out)) == 10
+    run(*missing, "--checkpoint", SHIPPED, status=2)  # to the terminal: all of them
+    assert "stopped" not in capsys.readouterr().err
+    run(*given, "--max-failed", "1.5", status=2)
+
+
+def test_programs_are_announced_and_kept(clips, tmp_path, stub, monkeypatch, capsys):
+    """With more than one clip, each before its first use. The folder is the user's."""
+    kept = []
+    monkeypatch.setattr("avocado_jax.eval.captioner.use_user_cache", lambda: kept.append(1))
+    real = stub.run
+
+    def announced(self, requests):
+        self._announce("prefill")
+        self._announce("prefill")
+        return real(self, requests)
+
+    monkeypatch.setattr(stub, "run", announced)
+    clip = clips / "b" / "plain.mp4"
+    run(clip, "--checkpoint", SHIPPED)
+    assert "prefill" not in capsys.readouterr().err
+    run(clip, clip, "--checkpoint", SHIPPED)
+    assert capsys.readouterr().err.count("first prefill: it is compiled, or read from the cache") == 1
+    assert kept == [1, 1]
+
+
+def test_the_folder_of_compiled_programs(tmp_path, monkeypatch):
+    """Below XDG_CACHE_HOME or the home; none if it cannot be written."""
+    used = []
+    monkeypatch.setattr(compiled, "use_cache", used.append)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    compiled.use_user_cache()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "other"))
+    compiled.use_user_cache()
+    assert used == [f"{tmp_path}/.cache/avocado", f"{tmp_path}/other/avocado"]
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    compiled.use_user_cache()
+    assert len(used) == 2
 
 
 def test_missing_files_need_no_model(tmp_path, monkeypatch):

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import multihost_utils
 from jax.sharding import PartitionSpec
 from reference import random_media
 
@@ -83,7 +84,7 @@ def test_unstacked_layers_are_the_stack_s(params):
     assert jax.tree.map(np.shape, apart) == jax.tree.map(lambda leaf: leaf.shape, born)
 
 
-def test_captions_in_training_are_the_same_over_a_mesh(params, tokenizer):
+def test_captions_in_training_are_the_same_over_a_mesh(params, tokenizer, monkeypatch):
     single = captioner_in_training(CONFIG, params, tokenizer, STOPS, "What?", "float32")
     expected = caption_records(single, records(), 6, slots=2)
     assert expected[3] is None
@@ -96,6 +97,13 @@ def test_captions_in_training_are_the_same_over_a_mesh(params, tokenizer):
     assert kernel.sharding.spec == PartitionSpec("fsdp", "tensor")
     assert caption_records(captioner, records(), 6, slots=4) == expected
     assert caption_records(captioner, records()[3:], 6, slots=4) == [None]
+
+    # Another process cannot read the first clip: no process captions it.
+    gathered = [np.array([False, True, True, True])]
+    with monkeypatch.context() as patch:
+        patch.setattr(jax, "process_count", lambda: 2)
+        patch.setattr(multihost_utils, "process_allgather", lambda read: np.stack([read, *gathered]))
+        assert caption_records(single, records(), 6, slots=2) == [None, *expected[1:]]
 
     half = captioner_in_training(CONFIG, params, tokenizer, STOPS, "What?", "bfloat16")
     assert half.config.dtype == "bfloat16"

@@ -15,11 +15,15 @@ from avocado_jax.data.rows import rounded, shape_of, stack
 from avocado_jax.data.tokenizer import write_tokenizer
 from avocado_jax.data.words import load_words
 from avocado_jax.models.config import TINY, computed
-from avocado_jax.models.thinker import init
+from avocado_jax.models.thinker import Thinker, init
+from avocado_jax.parallel.batches import rows_sharding
+from avocado_jax.parallel.compiled import compile_ahead, counts
 from avocado_jax.parallel.mesh import make_mesh
 from avocado_jax.parallel.rules import shardings
-from avocado_jax.sampling import engine
+from avocado_jax.planning.collectives import collective_bytes
+from avocado_jax.sampling import arrivals, engine, lane
 from avocado_jax.sampling import slots as programs
+from avocado_jax.sampling.batch import Captioning, batch_programs, caption_batch
 from avocado_jax.sampling.captioner import captioner_of
 from avocado_jax.sampling.engine import Engine
 from avocado_jax.sampling.generate import caption_keys, generate
@@ -29,8 +33,9 @@ SMALL = replace(TINY, audio=replace(TINY.audio, layers=1), vision=replace(TINY.v
 CONFIG = computed(SMALL, "float32", scan=False)
 LENGTH = 40
 SEED = 5
-# Frames, height, width and samples: two shapes that are padded differently.
+# Frames, height, width and samples: two shapes of one number of padded tokens, and one of another.
 SIZES = [(4, 56, 84, 16000), (6, 112, 56, None)]
+LARGER = (8, 112, 140, None)
 WARM = Sampling(temperature=0.7, top_p=0.9)
 
 
@@ -64,7 +69,7 @@ def one_by_one(captioner, rows):
     """Tokens of each clip by itself, for each way of sampling."""
 
     def caption(number, row, sampling):
-        clip = stack([row.clip], rounded(shape_of(row.clip), engine.SHAPE_BITS))
+        clip = stack([row.clip], rounded(shape_of(row.clip), arrivals.SHAPE_BITS))
         keys = caption_keys(jax.random.key(SEED), np.array([number]), 1)
         options = dict(config=CONFIG, sampling=sampling, stops=captioner.stops, length=LENGTH)
         samples = generate(captioner.params, clip, keys, captioner.banned, **options)
@@ -104,7 +109,7 @@ def test_over_a_mesh(captioner, rows, one_by_one, sizes):
 def long_and_short(one_by_one, monkeypatch):
     """Two clips of one shape: the caption of the first takes at least four times the dispatches of the second."""
     monkeypatch.setattr(programs, "STEPS", 1)
-    monkeypatch.setattr(engine, "PATIENCE", 1)
+    monkeypatch.setattr(lane, "PATIENCE", 1)
     jax.clear_caches()  # `STEPS` is a constant of the program
     lengths = {i: len(tokens) for i, tokens in enumerate(one_by_one[GREEDY]) if i % 2 == 0}
     long, short = max(lengths, key=lengths.get), min(lengths, key=lengths.get)
@@ -117,8 +122,8 @@ def test_a_finished_slot_is_refilled_while_others_decode(captioner, rows, long_a
     """One slot decodes the long caption, the other as many short ones as take the same time."""
     long, short, many, few = long_and_short
     dispatches = []
-    advance = engine._Lane.advance
-    monkeypatch.setattr(engine._Lane, "advance", lambda lane: (dispatches.append(1), advance(lane)))
+    advance = lane.Lane.advance
+    monkeypatch.setattr(lane.Lane, "advance", lambda self: (dispatches.append(1), advance(self)))
     order = [long] + [short] * (many // few)
     made = list(Engine(captioner, LENGTH, GREEDY, SEED, 2).run([(i, rows[i], i) for i in order]))
     assert len(made) == len(order)
@@ -145,7 +150,7 @@ def test_a_dropped_request_frees_its_slot(captioner, rows, long_and_short, monke
 
 def test_too_little_memory_halves_the_slots(captioner, rows, one_by_one, monkeypatch):
     """With the fewest slots, only the clips of that shape fail, once each; None is an item as any other."""
-    real, small = programs.admit, rounded(shape_of(rows[0].clip), engine.SHAPE_BITS)
+    real, small = programs.admit, rounded(shape_of(rows[0].clip), arrivals.SHAPE_BITS)
     failing = {4, 2}
 
     def admit(slots, params, clips, *rest, **options):
@@ -161,7 +166,7 @@ def test_too_little_memory_halves_the_slots(captioner, rows, one_by_one, monkeyp
     failing.add(1)
     made = dict(Engine(captioner, LENGTH, slots=4).run(requests))
     for i, row in enumerate(rows):
-        if rounded(shape_of(row.clip), engine.SHAPE_BITS) == small:
+        if rounded(shape_of(row.clip), arrivals.SHAPE_BITS) == small:
             assert isinstance(made[i or None], jax.errors.JaxRuntimeError)
         else:
             assert made[i].tolist() == one_by_one[GREEDY][i]
@@ -176,19 +181,122 @@ def test_other_errors_of_the_devices_are_raised(captioner, rows, monkeypatch):
         list(Engine(captioner, LENGTH, slots=2).run([(0, rows[0], 0)]))
 
 
-def test_a_clip_of_another_shape_does_not_wait_for_ever(captioner, rows, long_and_short, monkeypatch):
+def test_a_clip_of_another_lane_does_not_wait_for_ever(captioner, rows, long_and_short, monkeypatch):
     """A lane that has captioned its share admits no more, although one of its slots is still busy."""
     monkeypatch.setattr(engine, "LANE_ROUNDS", 1)
     long, short, *_ = long_and_short
-    order = [long, 1] + [short] * 8
-    made = [item for item, _ in Engine(captioner, LENGTH, GREEDY, SEED, 2).run([(i, rows[i], i) for i in order])]
+    order, other = [long, -1] + [short] * 8, captioner.row(random_media(*LARGER), {})
+    lanes = {rounded(shape_of(row.clip), arrivals.SHAPE_BITS).tokens for row in (rows[0], rows[1], other)}
+    assert len(lanes) == 2
+    requests = [(i, other if i < 0 else rows[i], abs(i)) for i in order]
+    made = [item for item, _ in Engine(captioner, LENGTH, GREEDY, SEED, 2).run(requests)]
     assert len(made) == len(order)
-    assert made.index(1) == 2
+    assert made.index(-1) == 2
+
+
+def test_a_rare_shape_of_a_lane_does_not_wait_for_ever(rows, monkeypatch):
+    """Pairs of one shape are prefilled before a single, older clip of another, but only for some time."""
+    monkeypatch.setattr(lane, "PREFILL_TOKENS", 2 * rounded(shape_of(rows[0].clip), arrivals.SHAPE_BITS).tokens)
+    monkeypatch.setattr(programs, "empty", lambda *_: None)
+    monkeypatch.setattr(programs, "admit", lambda *_: None)
+    waiting = arrivals.Arrivals([(i, rows[min(i, 1)], 0) for i in range(40)], None)
+    waiting.receive()
+    how = lane.Decoding(SimpleNamespace(config=None, params=None), None, 1, LENGTH, GREEDY, 0)
+    one = lane.Lane(how, waiting.shapes()[0].tokens, 8, lambda _: None)
+    one._in_slots[0] = arrivals.Request("decodes", rows[0], 0)
+    admitted = []
+    for _ in range(100):
+        one.prepare(waiting)
+        one.admit(waiting)
+        admitted += [request.item for request in one._in_slots[1:] if request]
+        one._in_slots[1:] = [None] * 7
+    assert sorted(admitted) == list(range(40))
+    assert 0 < admitted.index(0) <= 2 * lane.PATIENCE + 2
+
+
+def test_the_next_clips_are_stacked_while_the_devices_decode(captioner, rows, monkeypatch):
+    """Between the dispatch of decoding steps and the wait for their results; each clip once."""
+    events = []
+
+    def recorded(module, name):
+        real = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *args: (events.append(name), real(*args))[1])
+
+    recorded(lane, "stack")
+    for name in ("advance", "finished"):
+        recorded(lane.Lane, name)
+    requests = [(i, rows[i], i) for i in (0, 2, 4)]
+    assert len(list(Engine(captioner, LENGTH, GREEDY, SEED, 1).run(requests))) == 3
+    assert events[:4] == ["stack", "advance", "stack", "finished"]
+    assert events.count("stack") == 3
+
+
+@pytest.mark.parametrize("slots", [3, 8])
+def test_captions_do_not_depend_on_the_window(captioner, rows, one_by_one, slots, monkeypatch):
+    """Caches of 40 tokens are read in windows of 8, 16 and 32; each program is announced once."""
+    monkeypatch.setattr(programs, "WINDOW", 8)
+    announced = []
+    made = Engine(captioner, LENGTH, GREEDY, SEED, slots, report=announced.append).run(
+        [(i, row, i) for i, row in enumerate(rows)]
+    )
+    assert {number: tokens.tolist() for number, tokens in made} == dict(enumerate(one_by_one[GREEDY]))
+    windows = [line for line in announced if "decoding" in line]
+    assert windows == [f"decoding of {slots} captions behind {width} tokens" for width in (8, 16, 32)]
+    assert len(set(announced)) == len(announced) == 5  # and two shapes are prefilled
+
+
+def test_windows():
+    assert [programs.window_of(2048, steps) for steps in (1, 256, 257, 1025, 2048, 2060)] == [
+        256, 256, 512, 2048, 2048, 2048
+    ]  # fmt: skip
+    assert programs.window_of(40, 32) == 40
+
+
+def test_no_cache_moves_between_devices(captioner, rows):
+    """Compiled for data 4 x tensor 2: what devices exchange is small beside the caches of one."""
+    mesh = make_mesh(data=4, fsdp=1, tensor=2, devices=jax.devices()[:8])
+    params = jax.device_put(captioner.params, shardings(captioner.params, mesh))
+    shape = rounded(shape_of(rows[0].clip), arrivals.SHAPE_BITS)
+    clips = jax.device_put(stack([rows[0].clip] * 4, shape), rows_sharding(mesh))
+    where, index = (CONFIG, mesh), np.zeros((4, 1), np.int32)
+    with jax.set_mesh(mesh):
+        slots = programs.empty(*where, shape.tokens, 8, LENGTH)
+        of_device = sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(slots.cache.layers))
+        assert of_device == sum(leaf.nbytes for leaf in jax.tree.leaves(slots.cache.layers)) / 8
+        admit = programs.admit.lower(slots, params, clips, None, np.uint32(0), index.reshape(-1), index, *where)
+        advance = programs.advance.lower(slots, params, captioner.banned, *where, GREEDY, captioner.stops, LENGTH)
+        for lowered in (admit, advance):
+            sent = collective_bytes(lowered.compile().as_text(), programs.STEPS)
+            moved = sum(sent[kind] for kind in ("all-gather", "all-to-all", "collective-permute"))
+            assert moved < 0.1 * of_device, sent
+
+
+def test_a_batch_on_the_mesh(captioner, rows, one_by_one):
+    """In two parts; rows without weight have no caption, and nothing is compiled after `batch_programs`."""
+    mesh = make_mesh(data=2, fsdp=2, tensor=2, devices=jax.devices()[:8])
+    params = jax.device_put(captioner.params, shardings(captioner.params, mesh))
+    order, weight = [0, 2, 4, 6, 8, 0, 2, 4], np.array([1, 0, 1, 1, 0, 1, 1, 0], np.float32)
+    shape = rounded(shape_of(rows[0].clip), arrivals.SHAPE_BITS)
+    by_row = rows_sharding(mesh)
+    clips = jax.device_put(stack([rows[i].clip for i in order], shape), by_row)
+    how = Captioning(CONFIG, mesh, captioner.stops, LENGTH, parts=2)
+    encode = jax.jit(partial(Thinker(CONFIG).apply, {"params": params}, method="encode"), out_shardings=by_row)
+    weight = jax.device_put(weight, by_row)
+    with jax.set_mesh(mesh):
+        encoded = encode(jax.device_put(stack([rows[i].clip for i in order[:4]], shape), by_row))
+        compile_ahead(batch_programs(params, clips, weight, encoded, captioner.banned, how))
+        before = counts().compiled + counts().read
+        slots = caption_batch(params, clips, weight, encode, captioner.banned, how)
+        assert counts().compiled + counts().read == before
+    tokens, steps = jax.device_get((slots.tokens, slots.step))
+    for row, (clip, counted) in enumerate(zip(order, np.asarray(weight))):
+        expected = one_by_one[GREEDY][clip] if counted else []
+        assert tokens[row, : steps[row]].tolist() == expected, row
 
 
 def test_waiting_clips_are_bounded(rows, monkeypatch):
     """Reading goes on once clips are taken."""
-    monkeypatch.setattr(engine, "WAITING_BYTES", 3 * engine._nbytes(rows[0]) - 1)
+    monkeypatch.setattr(arrivals, "WAITING_BYTES", 3 * arrivals.nbytes(rows[0]) - 1)
     read = []
 
     def requests():
@@ -196,18 +304,41 @@ def test_waiting_clips_are_bounded(rows, monkeypatch):
             read.append(number)
             yield number, rows[0], number
 
-    arrivals = engine._Arrivals(requests(), None)
+    waiting = arrivals.Arrivals(requests(), None)
 
     def settled():
         for _ in range(100):
             time.sleep(0.01)
-            arrivals.receive()
+            waiting.receive()
         return len(read)
 
     assert settled() == 3
-    assert [one.item for one in arrivals.take(arrivals.oldest(), 2)] == [0, 1]
+    assert [one.item for one in waiting.take(waiting.shapes()[0], 2)] == [0, 1]
     assert settled() == 5
-    arrivals.close()
+    waiting.close()
+
+
+def test_clips_are_gathered_before_a_dispatch(rows):
+    """Until there are as many, the end, or the time is up."""
+    given = [(i, rows[i], i) for i in range(4)]
+
+    def gathered(requests, count, seconds=30.0):
+        waiting, begun = arrivals.Arrivals(requests, None), time.monotonic()
+        waiting.gather(count, seconds)
+        found = sum(map(waiting.waiting, waiting.shapes(256)))
+        waiting.close()
+        return found, time.monotonic() - begun < 20
+
+    def slow(then=0.0):
+        for one in given:
+            time.sleep(0.05)
+            yield one
+        time.sleep(then)
+
+    assert gathered(slow(5.0), 3) == (3, True)
+    assert gathered(slow(), 9) == (4, True)
+    assert gathered(slow(5.0), 9, 0.5) == (4, True)
+    assert gathered(given, 0) == (0, True)
 
 
 @pytest.mark.parametrize("error", [OSError("the disk is gone"), MemoryError("the disk is gone")])
@@ -227,8 +358,8 @@ def test_an_error_of_the_requests_is_raised(captioner, rows, one_by_one, error):
 
 def test_slots_by_memory(captioner, rows):
     """A slot takes the keys and values of its clip and its caption in every layer."""
-    shape, text = shape_of(rows[0].clip), CONFIG.text
-    slot = 2 * text.layers * text.kv_heads * text.head * (shape.tokens + LENGTH) * 4
+    tokens, text = shape_of(rows[0].clip).tokens, CONFIG.text
+    slot = 2 * text.layers * text.kv_heads * text.head * (tokens + LENGTH) * 4
     for given, expected in (
         (dict(slots=3), 3),
         (dict(), engine.CPU_SLOTS),
@@ -236,12 +367,12 @@ def test_slots_by_memory(captioner, rows):
         (dict(cache_bytes=0), 1),
         (dict(cache_bytes=1000 * slot), engine.MOST_SLOTS),
     ):
-        assert Engine(captioner, LENGTH, **given).slots(shape) == expected
+        assert Engine(captioner, LENGTH, **given).slots(tokens) == expected
     mesh = make_mesh(data=4, fsdp=1, tensor=2, devices=jax.devices()[:8])
     divided = captioner._replace(params=jax.device_put(captioner.params, shardings(captioner.params, mesh)))
-    assert Engine(divided, LENGTH, slots=5).slots(shape) == 8
+    assert Engine(divided, LENGTH, slots=5).slots(tokens) == 8
     assert text.kv_heads % 2 == 0
-    assert Engine(divided, LENGTH, cache_bytes=5 * slot).slots(shape) == 4 * 10
+    assert Engine(divided, LENGTH, cache_bytes=5 * slot).slots(tokens) == 4 * 10
 
 
 def test_memory_for_caches(captioner, monkeypatch):

@@ -81,6 +81,12 @@ def group(calls):
     return [max(one.group for one in calls.roll_out)]
 
 
+def heldout_batches(calls):
+    """Clips of a step, and of a held-out batch, which has as many rows as a step with two rows a clip."""
+    trained, evaluated = calls.plan_batches[:2]
+    return [trained.batch, evaluated.batch / 2]
+
+
 def rows(calls):
     """Rows of a step that this process reads."""
     return len(calls.batches[0].rows)

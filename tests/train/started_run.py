@@ -171,7 +171,7 @@ def started(kind, values, folder, patch):
     calls.record(grpo, "caption_logprobs", instead=some_scores)
     calls.record(grpo, "by_parts", "objective")
     calls.record(grpo, "roll_out", instead=empty_rollout)
-    calls.record(run_grpo, "advantages", "widths", "grpo_flops", "blocks")
+    calls.record(run_grpo, "advantages", "widths", "grpo_flops", "blocks", "batch_programs")
     # --- its rewards
     calls.record(rewards, "open_judge", instead=lambda _, model, *__: nullcontext(SimpleNamespace(probes=model)))
     calls.record(rewards, "make_references", instead=lambda _, records, *__: (np.zeros(len(records)), None))

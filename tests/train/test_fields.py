@@ -19,6 +19,7 @@ from field_effects import (
     first_judge,
     frozen_dtypes,
     group,
+    heldout_batches,
     in_fine_tuning,
     in_the_update,
     limit_changes_the_loss,
@@ -41,6 +42,7 @@ from field_effects import (
 from started_run import CLIPS, MESH, Clips, index, started
 
 from avocado_jax.config import GrpoConfig, SftConfig, flat
+from avocado_jax.data.index import Index
 from avocado_jax.planning import program as planning
 from avocado_jax.train import run
 
@@ -107,7 +109,7 @@ FIELDS = {
     },
     "GrpoConfig": {
         **shared("grpo_program", ("roll_out.seed", random_numbers)),
-        "batch": (6, "plan_batches.batch", lambda calls: [rows(calls) / 2]),
+        "batch": (6, heldout_batches, lambda calls: [rows(calls) / 2]),
         "accumulate": (2, "gradient.accumulate", "by_parts.parts", "roll_out.parts"),
         "data.references": (3, world_references),
         "data.caption_tokens": (24, in_fine_tuning),
@@ -122,6 +124,7 @@ FIELDS = {
         "passes": (5, updates("passes", "minibatches")),
         "minibatches": (3, updates("minibatches", "passes")),
         "reference_dtype": ("float32", reference_dtypes),
+        "eval_tokens": (7, "batch_programs.how.length"),
         "sampling.tokens": (
             10,
             on_rollouts("tokens"),
@@ -229,10 +232,19 @@ def test_checkpoints_are_ranked_by_the_held_out_metric(runs, kind):
     assert rank({}) is None
 
 
-def test_held_out_captions_are_greedy_one_a_row(runs):
+def test_held_out_clips_are_captioned_together(runs, monkeypatch):
+    """One row each, 64 or more at a time where there are so many, in parts of the rows of a training step."""
     calls = runs("GrpoConfig")
-    greedy = [one for one in calls.roll_out if one.group != calls.config.group]
-    assert {(one.group, one.sampling.temperature) for one in greedy} == {(calls.config.split, 0.0)}
+    many = Clips()
+    many.index = Index(*(np.tile(column, 40) if isinstance(column, np.ndarray) else column for column in index()))
+    many.index = many.index._replace(ids=[f"clip-{number}" for number in range(40 * CLIPS)])
+    setup = run.set_up(calls.config, 2)
+    monkeypatch.setattr(run, "open_source", lambda *_: (many, setup.recipe.reading))
+    for eval_rows, batch, split, expected in ((128, 8, 2, 64), (30, 8, 2, 32), (1, 8, 2, 16), (128, 48, 2, 96)):
+        config = replace(calls.config, eval_rows=eval_rows, batch=batch, split=split)
+        found = run.heldout(config, setup._replace(split=split))
+        assert (found.plan.batch, found.split) == (expected, 1)
+        assert found.steps == -(-eval_rows // expected)
 
 
 def test_the_plan_of_grpo_does_not_depend_on_reference_captions(runs, monkeypatch):

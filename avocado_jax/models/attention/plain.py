@@ -5,6 +5,7 @@ the clip's keys are read once for all G captions and never broadcast.
 """
 
 import math
+from functools import reduce
 
 import jax
 import jax.numpy as jnp
@@ -88,33 +89,35 @@ def attend_captions(
 
 def attend_step(
     q: Float[Array, "B G H E"],
-    own: KV,
+    captions: list[tuple[KV, Bool[Array, "#B _"]]],
     clip: KV,
     clip_valid: Bool[Array, "B P"],
-    written: Bool[Array, "#B S"],
 ) -> Float[Array, "B G H E"]:
-    """One decoding step: the new token of each caption attends to its clip, [B K P E], and its caption, [B G K S E].
+    """One decoding step: the new token of each caption attends to its clip, [B K P E], and its caption.
 
-    Computes one softmax over both parts without concatenating them. The clip's keys are read once for all captions.
+    Computes one softmax over all parts without concatenating them. The clip's keys are read once for all captions.
 
     Args:
+        captions: parts of the caption cache, [B G K S E], each with the positions that are attended to, the same for
+            all captions of a row.
         clip_valid: the clip tokens that are attended to.
-        written: the positions of the caption cache that are attended to, the same for all captions of a row.
     """
     kv_heads, width = clip.k.shape[1], q.shape[-1]
     heads = q.reshape(*q.shape[:2], kv_heads, -1, width)
-    scores = (
-        jnp.einsum("BGKRE,BKPE->BGKRP", heads, clip.k, preferred_element_type=jnp.float32),
-        jnp.einsum("BGKRE,BGKSE->BGKRS", heads, own.k, preferred_element_type=jnp.float32),
-    )
-    valid = clip_valid[:, None, None, None], written[:, None, None, None]
-    scores = [jnp.where(mask, part / math.sqrt(width), MASKED) for mask, part in zip(valid, scores)]
-    largest = jnp.maximum(*(jnp.max(part, axis=-1, keepdims=True) for part in scores))
+    scores = [jnp.einsum("BGKRE,BKPE->BGKRP", heads, clip.k, preferred_element_type=jnp.float32)]
+    scores += [jnp.einsum("BGKRE,BGKSE->BGKRS", heads, kv.k, preferred_element_type=jnp.float32) for kv, _ in captions]
+    masks = [clip_valid, *(mask for _, mask in captions)]
+    scores = [
+        jnp.where(mask[:, None, None, None], part / math.sqrt(width), MASKED)
+        for mask, part in zip(masks, scores, strict=True)
+    ]
+    largest = reduce(jnp.maximum, (jnp.max(part, axis=-1, keepdims=True) for part in scores))
     weights = [jnp.exp(part - largest) for part in scores]
     total = sum(jnp.sum(part, axis=-1, keepdims=True) for part in weights)
-    of_clip, of_own = (part.astype(q.dtype) for part in weights)
+    of_clip, *of_captions = (part.astype(q.dtype) for part in weights)
     mixed = jnp.einsum("BGKRP,BKPE->BGKRE", of_clip, clip.v, preferred_element_type=jnp.float32)
-    mixed = mixed + jnp.einsum("BGKRS,BGKSE->BGKRE", of_own, own.v, preferred_element_type=jnp.float32)
+    for part, (kv, _) in zip(of_captions, captions):
+        mixed = mixed + jnp.einsum("BGKRS,BGKSE->BGKRE", part, kv.v, preferred_element_type=jnp.float32)
     return (mixed / total).astype(q.dtype).reshape(q.shape)
 
 
