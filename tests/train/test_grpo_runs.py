@@ -131,5 +131,5 @@ def test_another_kind_of_config_is_refused(grpo_runs, runs):
 def test_steps_compile_nothing(grpo_runs):
     """Real batches have the shapes and shardings that were compiled before step 1."""
     programs = {"encode", "decoding_weights", "view", "roll_out", "score", "grpo_update", "cut", "sums"}
-    programs |= {"agree", "score_terms", "group_advantages"}
+    programs |= {"agree", "score_terms", "group_advantages", "admit", "advance", "held_out_rollout"}
     assert not grpo_runs.compiled_late("undisturbed") & programs
