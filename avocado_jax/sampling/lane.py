@@ -97,7 +97,7 @@ class Lane(Generic[T]):
         if self._next is not None or not shapes:
             return
         full = [shape for shape in shapes if arrivals.waiting(shape) >= places]
-        if not (found := shapes if fewer else full):
+        if not (found := shapes if fewer or self._patience <= 0 else full):
             return
         shape, drop = found[0], self._decoding.drop
         taken = arrivals.take(shape, places)

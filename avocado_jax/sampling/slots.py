@@ -24,7 +24,7 @@ class Slots(NamedTuple):
 
     cache: ClipCache
     so_far: Any  # the captions' keys and values
-    keys: Array  # a random key for each slot, [S 1]
+    keys: Array  # data of a random key for each slot, [S 1 ...]
     step: Int[Array, "S"]  # tokens of the caption
     last: Int[Array, "S 1"]  # the newest token
     stopped: Bool[Array, "S"]
@@ -64,7 +64,7 @@ def empty(config: ThinkerConfig, mesh: Mesh | None, clip_tokens: int, slots: int
                 jnp.zeros(slots, jnp.int32),
             ),
             caption_cache(config, slots, 1, -(-length // STEPS) * STEPS),  # whole dispatches
-            caption_keys(jax.random.key(0), jnp.zeros(slots, jnp.int32), 1),
+            jax.random.key_data(caption_keys(jax.random.key(0), jnp.zeros(slots, jnp.int32), 1)),
             jnp.zeros(slots, jnp.int32),
             jnp.zeros((slots, 1), jnp.int32),
             jnp.ones(slots, bool),
@@ -105,7 +105,7 @@ def admit(
         index: a number past the last slot of a shard inserts nothing.
     """
     cache = Thinker(config).apply({"params": params}, clips, encoded, method="prefill")
-    keys = caption_keys(jax.random.key(seed), numbers, 1)
+    keys = jax.random.key_data(caption_keys(jax.random.key(seed), numbers, 1))
     shards, together = index.shape
 
     def insert(old: Array, new: Array) -> Array:
@@ -147,13 +147,13 @@ def advance(
     """
     decode = partial(Thinker(config).apply, {"params": params}, method="decode")
     rows, length = jnp.arange(len(slots.step)), slots.tokens.shape[1]
-    read = jax.tree.map(lambda leaf: leaf[..., :window, :], slots.so_far)
+    keys, read = jax.random.wrap_key_data(slots.keys), jax.tree.map(lambda leaf: leaf[..., :window, :], slots.so_far)
 
     def step(state: tuple[Array, Slots]) -> tuple[Array, Slots]:
         count, now = state
         caches = tuple(Growing(old, new, slots.step, count) for old, new in zip(read, now.so_far))
         logits, so_far = decode(now.cache, caches, now.step, now.last)
-        token, _ = draw_tokens(logits, banned, now.keys, now.step, sampling)
+        token, _ = draw_tokens(logits, banned, keys, now.step, sampling)
         at = jnp.where(now.stopped, length, now.step)  # past the end: dropped
         ended = jnp.isin(token[:, 0], jnp.asarray(stops, jnp.int32)) | (now.step + 1 >= length)
         return count + 1, now._replace(
