@@ -108,16 +108,22 @@ def admit(
     keys = jax.random.key_data(caption_keys(jax.random.key(seed), numbers, 1))
     shards, together = index.shape
 
-    def insert(old: Array, new: Array) -> Array:
-        apart = old.reshape(shards, -1, *old.shape[1:]), new.reshape(shards, together, *new.shape[1:])
-        put = jax.vmap(lambda old, new, at: old.at[at].set(new, mode="drop"))(*apart, index)
-        return put.reshape(old.shape)
+    def by_shard(leaf: Array) -> Array:
+        return leaf.reshape(shards, len(leaf) // shards, *leaf.shape[1:])
 
-    inserted = jax.tree.map(
-        insert,
-        (slots.cache, slots.keys, slots.step, slots.last, slots.stopped),
-        (cache, keys, jnp.zeros_like(numbers), clips.first[:, None], jnp.zeros_like(numbers, bool)),
-    )
+    def one(old: Array, new: Array, at: Array) -> Array:
+        """One clip into a shard's slots. Written with an index that exists: scatters over a mesh do not drop others."""
+        slot = jnp.minimum(at, len(old) - 1)
+        kept = jnp.where(at < len(old), new, jax.lax.dynamic_index_in_dim(old, slot, keepdims=False))
+        return jax.lax.dynamic_update_index_in_dim(old, kept, slot, 0)
+
+    now = slots.cache, slots.keys, slots.step, slots.last, slots.stopped
+    new = cache, keys, jnp.zeros_like(numbers), clips.first[:, None], jnp.zeros_like(numbers, bool)
+    inserted, divided = (jax.tree.map(by_shard, tree) for tree in (now, new))
+    for row in range(together):
+        put = jax.vmap(one)
+        inserted = jax.tree.map(lambda old, new: put(old, new[:, row], index[:, row]), inserted, divided)  # noqa: B023
+    inserted = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), inserted)
     return _sharded(Slots(inserted[0], slots.so_far, *inserted[1:], slots.tokens), mesh)
 
 
