@@ -144,7 +144,7 @@ def describe(
         )
         entry["roofline_seconds"] = times._asdict()
         entry["bound"] = max(times._fields, key=lambda name: getattr(times, name))
-        entry["seconds"] = max(times) / ATTAINED / batches(program, phase)
+        entry["seconds"] = max(times) / ATTAINED
         entry["mfu"] = flops.model / mesh.size / chip.flops / (max(times) / ATTAINED)
     return entry
 
