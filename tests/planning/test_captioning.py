@@ -81,7 +81,7 @@ def test_the_estimate_of_a_collection(monkeypatch, batch, slots):
     assert found == (2, 150.0, 32, pytest.approx(seconds), 2.0, 8)
     line = estimate.estimate_line(found._replace(device_seconds=0.5, read_seconds=0.1), 7200)
     assert "from 2 clips of 150 tokens on average and captions of 32" in line
-    assert "7200 clips take 2 h, 450 clips per chip-hour" in line
+    assert "7200 clips take 1 h, 900 clips per chip-hour" in line
     assert estimate.estimate_clips(config, given[1:2], 1, 32, batch, None) is None
 
 
