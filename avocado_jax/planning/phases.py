@@ -62,14 +62,9 @@ def grpo_phases(config: GrpoConfig, model: ThinkerConfig, bucket: Bucket, mesh: 
     - always: parameters, optimizer state, the reference's parameters, the batches of a rollout and the next batch;
     - encoded clips: from `encode` to the end of `update`;
     - the sampler's view of the parameters: during `rollout`. Held-out evaluation keeps it over all its batches, so
-<<<<<<< HEAD
       there it is alive during `encode` too, beside the encoded clips of the previous batch;
     - captions, log-probabilities, scores and advantages: from `rollout` and `score` to the end of `update`; with
       several batches per rollout also from each rollout to the next, in the state.
-=======
-      there it is alive during `encode` too, beside the encoded clips of the previous part and the slots of a batch;
-    - captions, log-probabilities, scores and advantages: from `rollout` and `score` to the end of `update`.
->>>>>>> dff8237 (Engine: lanes of clips of one number of tokens, a window of the caption cache, new tokens written at one index, stacking while the devices decode; GRPO's held-out captions through its programs; plan --captions, estimates, --max-failed, a compile cache)
 
     KV caches, gathered weights and gradients exist only inside a program; the compiler accounts for them. `encode` is
     absent if the encoders are trained, `score` if nothing is scored.
@@ -90,22 +85,16 @@ def grpo_phases(config: GrpoConfig, model: ThinkerConfig, bucket: Bucket, mesh: 
     together = config.rollout_batches
     always = _always(program.state, batch, together) | {"reference": reference}
     after, rollouts = always | {"encoded": (encoded,) * together}, (rollout,) * together
-<<<<<<< HEAD
-    evaluated = after | {"view": view} if config.data.heldout else always
-    if together > 1:  # the last batch of a rollout, or held-out clips between its updates
-        count = together + 1 if config.data.heldout else together - 1
-        evaluated |= {"encoded": (encoded,) * count, "captions": rollouts}
-    kept = {"captions": rollouts} if together > 1 else {}
-=======
     evaluated = always
     if config.data.heldout:
         length = min(config.eval_tokens, config.sampling.tokens)
         sampler = computed(model, model.dtype, scan=False)
         slots = slot_shapes(sampler, mesh, bucket.shape.tokens, heldout_rows(config), length)
         evaluated = after | {"view": view, "slots": slots}
-    if config.data.heldout and together > 1:  # between the updates of a rollout, whose captions are kept
-        evaluated |= {"encoded": (encoded,) * (together + 1), "captions": rollouts}
->>>>>>> dff8237 (Engine: lanes of clips of one number of tokens, a window of the caption cache, new tokens written at one index, stacking while the devices decode; GRPO's held-out captions through its programs; plan --captions, estimates, --max-failed, a compile cache)
+    if together > 1:  # the last batch of a rollout, or held-out clips between its updates
+        count = together + 1 if config.data.heldout else together - 1
+        evaluated |= {"encoded": (encoded,) * count, "captions": rollouts}
+    kept = {"captions": rollouts} if together > 1 else {}
     alive = {
         "encode": evaluated,
         "view": after | kept,

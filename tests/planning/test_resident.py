@@ -40,26 +40,20 @@ def test_what_a_phase_does_not_read_counts(plan):
     assert beside["total"] - alone["total"] == beside["other"] == alone["parameters"] > 0
 
 
-<<<<<<< HEAD
-@pytest.mark.parametrize("together", [1, 2])
-def test_a_step_holds_what_its_plan_says(together, tmp_path, capsys):
-=======
 def test_held_out_clips_have_slots_beside_a_step(plan):
     """The caches of 64 clips, in as many devices as divide the rows of a step."""
-    config = load("configs/grpo_7b.py", [*FIELDS, "--data.heldout", "heldout", "--eval_tokens", "8"])
-    model, (bucket,) = model_and_buckets(config)
-    phases = {phase.name: phase for phase in program_of(config, model, bucket, jax.devices()).phases}
-    before = {phase.name: phase for phase in plan.phases}
+    held_out = plan_of("--data.heldout", "heldout", "--eval_tokens", "8")
+    phases, before = ({phase.name: phase for phase in one.phases} for one in (held_out, plan))
     assert phases["encode"].alive.keys() - before["encode"].alive.keys() >= {"slots", "view"}
-    text, shards = model.text, len(jax.devices()) // config.mesh.tensor
+    text, shards = held_out.model.text, len(jax.devices()) // held_out.mesh.shape["tensor"]
     token = 2 * text.layers * text.kv_heads * text.head * 2  # bytes in bf16; two key heads are not divided by four
     caches = bytes_per_device(phases["encode"].alive["slots"][:2])
     assert 64 // shards * (256 + 16) * token <= caches <= 64 // shards * ((256 + 16) * token + 300)
     assert phases["update"].alive.keys() == before["update"].alive.keys()
 
 
-def test_a_step_holds_what_its_plan_says(plan, tmp_path, capsys):
->>>>>>> dff8237 (Engine: lanes of clips of one number of tokens, a window of the caption cache, new tokens written at one index, stacking while the devices decode; GRPO's held-out captions through its programs; plan --captions, estimates, --max-failed, a compile cache)
+@pytest.mark.parametrize("together", [1, 2])
+def test_a_step_holds_what_its_plan_says(together, tmp_path, capsys):
     """The step of a run, with phases that only make what the real ones would return, and see what is there."""
     plan = plan_of("--rollout_batches", str(together), "--objective.importance_cap", "2")
     phases = {phase.name: phase for phase in plan.phases}
