@@ -141,7 +141,7 @@ class RewardConfig:
     probe_judge: str = "lm"  # of the probes: "lm" or "remote"
     probe_model: str = ""  # as `judge_model`, which it is if empty; equal judges of both terms are loaded once
     long_units: bool = True  # sentences of 100 to 400 characters that are repeated three times are repetition too
-    idf: str = ""  # local JSON lines of captions that tell how rare words are; empty: all content words weigh the same
+    idf: str = ""  # local JSON lines of captions that give the rarity of words; empty: all content words weigh the same
     covered_low: float = 0.35  # share of a keypoint's words from which the lexical judge finds it stated in part
     covered_high: float = 0.65  # and in full
     keypoints: int = 64  # maximum number per reference

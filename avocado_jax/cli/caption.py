@@ -52,7 +52,7 @@ from avocado_jax.sampling.outputs import CaptionFiles
 from avocado_jax.sampling.segments import Segment, Segments, caption_fields, digest, joined, read_segments
 
 LONGEST_CLIP = 100.0  # seconds: captions degrade for longer clips, which `--segments auto` cuts
-LONGEST_SEGMENT = 5 / 3  # in lengths that are asked for
+LONGEST_SEGMENT = 5 / 3  # of the target length
 SHOWN = 20  # failed clips that are printed one by one with --out
 
 

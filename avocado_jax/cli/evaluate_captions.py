@@ -108,5 +108,5 @@ def given_captions(args: argparse.Namespace, every: dict[str, Any], wanted: list
 def print_failed(outcome: Outcome, count: int) -> None:
     """Print how many of `count` clips have no caption."""
     if outcome.failed:
-        told = f"{len(outcome.failed)} of {count} clips failed; their captions count as empty"
-        print(f"avocado evaluate: {told}", file=sys.stderr)
+        message = f"{len(outcome.failed)} of {count} clips failed; their captions count as empty"
+        print(f"avocado evaluate: {message}", file=sys.stderr)
