@@ -56,7 +56,7 @@ def report(program: Program, phase: Phase) -> dict[str, Any]:
     Bytes are per device and include all arrays that are alive while the phase runs, also those that it does not read.
     FLOPs are of all devices, recomputation included. `seconds` assumes ATTAINED of the binding ceiling; it and `mfu`
     are null where the ceilings of the device are unknown. FLOPs and bytes are of the program, `seconds` are of a step:
-    the time of a rollout is divided by its batches.
+    the times of a rollout and of its view are divided by its batches.
     """
     mesh, (shape, caption) = program.mesh, program.bucket
     device, chip = mesh.devices.flat[0], CHIPS.get(mesh.devices.flat[0].device_kind)

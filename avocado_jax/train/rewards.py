@@ -195,7 +195,11 @@ def make_rewards(config: GrpoConfig, setup: Setup, stops: Sequence[int], judges:
         terms: dict[str, Array], weight: Array, normalize: bool = settings.normalize
     ) -> tuple[Array, dict[str, Array]]:
         counted = {name: jnp.where((weight > 0)[:, None], value, jnp.nan) for name, value in terms.items()}
-        return combine(counted, weights, normalize, settings.gate)
+        total, metrics = combine(counted, weights, normalize, settings.gate)
+        for name in weights:  # of the rows that count
+            counts = jnp.broadcast_to((weight > 0)[:, None], counted[name].shape)
+            metrics[f"{name}_missing"] = jnp.sum(jnp.isnan(counted[name]) & counts) / jnp.maximum(jnp.sum(counts), 1)
+        return total, metrics
 
     def check(judged: Answers) -> None:
         for term, one in judged.items():
