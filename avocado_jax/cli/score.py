@@ -17,7 +17,7 @@ dialogues are {"speaker", "text"}, keypoints {"text", "dimension"?}, events {"st
 
 A term without a reference, or that is not among --terms, is null. Word weights are those of training: all content words
 alike, or with --idf by how rare they are in the captions of a file. Text past 32,768 characters, 64 quotes or 2,048
-characters of a quote is cut. avocado_jax/rewards/README.md says what each term sees and what it does not.
+characters of a quote, and 512 scenes or events, is cut. avocado_jax/rewards/README.md describes what each term sees.
 """
 
 import argparse
@@ -43,6 +43,7 @@ from avocado_jax.rewards.explain import explain
 from avocado_jax.rewards.vocabulary import make_table, word_weights
 from avocado_jax.train.rewards import caption_texts
 
+FIXED = ("id", "R_C", "R_D", "R_L", "repcol", "keypoints", "truncated", "explain")  # fields of every result
 EXTRA = ("timing", "probes")  # terms with a field only if they are among --terms
 
 
@@ -90,14 +91,18 @@ def run(args: argparse.Namespace) -> int:
         raise InputError(f'--terms: no term "{unknown[0]}"; there are {", ".join(TERMS)}')
     lines = [checked(where, line) for where, line in read_lines(args.file, {"id": str, "caption": str})]
     tokenizer = load_words(tokenizer_folder(args.tokenizer)) if args.tokenizer else None
-    answers = judge_scores(args, lines)
-    warn_of_missing(lines, terms, tokenizer)
-    table = make_table(None, word_weights(caption_texts(args.idf)) if args.idf else None)
     extra = [load_term(text) for text in args.extra]
     captions, references = [line["caption"] for line in lines], [line["reference"] for line in lines]
     host = {name: function(captions, references) for kind, name, function in extra if kind == "host"}
+    for name, values in host.items():
+        if len(values) != len(captions):
+            raise InputError(f"--extra {name}: {len(values)} values of {len(captions)} captions")
+    answers = judge_scores(args, lines)
+    warn_of_missing(lines, terms, tokenizer)
+    table = make_table(None, word_weights(caption_texts(args.idf)) if args.idf else None)
     on_device = [(name, function) for kind, name, function in extra if kind == "jax"]
-    lengths = [float(len(tokenizer.encode(caption))) if tokenizer else math.nan for caption in captions]
+    texts = (caption.encode(errors="replace").decode() for caption in captions)  # tokenizers refuse lone surrogates
+    lengths = [float(len(tokenizer.encode(text))) if tokenizer else math.nan for text in texts]
     results: dict[int, dict[str, Any]] = {}
     timing = "timing" in terms
     for one in scores(table, captions, references, lengths, answers, args.merge, extra=on_device, timing=timing):
@@ -154,7 +159,7 @@ def checked(where: str, line: dict[str, Any]) -> dict[str, Any]:
     reference = line.get("reference") or {}
     if not isinstance(reference, dict) or not isinstance(reference.get("caption") or "", str):
         raise InputError(f'{where}: "reference" must be an object, and its "caption" a string')
-    made = {"caption": reference.get("caption")}
+    made = {**reference, "caption": reference.get("caption")}  # a user's term may read other fields
     for name, fields in (("dialogues", ("speaker", "text")), ("keypoints", ("text",))):
         entries = reference.get(name)
         if entries is not None and not isinstance(entries, list):
@@ -186,8 +191,9 @@ def checked_events(where: str, value: Any) -> list[dict[str, Any]] | None:
     if value is None:
         return None
     for one in listed(where, "events", value):
-        if not isinstance(one, dict) or not all(isinstance(one.get(field), NUMBER) for field in ("start", "end")):
-            raise InputError(f'{where}: each of "reference.events" must have start and end, numbers')
+        times = [one.get(field) for field in ("start", "end")] if isinstance(one, dict) else [None]
+        if not all(isinstance(time, NUMBER) and abs(time) < 1e9 for time in times):  # NaN is not
+            raise InputError(f'{where}: each of "reference.events" must have start and end in seconds')
     return value
 
 
@@ -237,13 +243,12 @@ def row(line: dict[str, Any], terms: list[str], one: Entry) -> dict[str, Any]:
 def show(result: dict[str, Any], as_json: bool) -> None:
     """Print one result."""
     if as_json:
-        print(json.dumps(result, ensure_ascii=False))
+        print(json.dumps(result, ensure_ascii=False).encode(errors="replace").decode())
         return
     numbers = ("unknown" if result[name] is None else f"{result[name]:.3f}" for name in ("R_C", "R_D", "R_L"))
-    extra = [
-        f"{name} {'unknown' if result[name] is None else f'{result[name]:.3f}'}" for name in EXTRA if name in result
-    ]
+    more = {name: value for name, value in result.items() if name not in FIXED}  # terms that were chosen, a user's too
+    extra = [f"{name} {'unknown' if number is None else f'{number:.3f}'}" for name, number in more.items()]
     marks = [*extra, *(name for name in ("repcol", "truncated") if result[name])]
-    print("  ".join([result["id"], *(f"{name} {one}" for name, one in zip(("R_C", "R_D", "R_L"), numbers)), *marks]))
-    for sentence in result.get("explain", ()):
-        print(f"    {sentence}")
+    named = [f"{name} {one}" for name, one in zip(("R_C", "R_D", "R_L"), numbers)]
+    for line in ("  ".join([result["id"], *named, *marks]), *(f"    {one}" for one in result.get("explain", ()))):
+        print(line.encode(errors="replace").decode())

@@ -100,9 +100,12 @@ def open_rewards(config: GrpoConfig, setup: Setup, stops: Sequence[int]) -> Iter
     """The rewards of `config`. Prints which terms have no reference in the first records.
 
     Raises:
-        InputError: the judge cannot be opened.
+        InputError: a limit is invalid, or the judge cannot be opened.
     """
     rewards = config.rewards
+    for name in ("keypoints", "lines", "scenes", "questions"):
+        if getattr(rewards, name) < 1:
+            raise InputError(f"rewards.{name}: {getattr(rewards, name)} is not a number from 1")
     if rewards.judge not in JUDGES:
         raise InputError(f"rewards.judge: {rewards.judge!r} is none of {', '.join(JUDGES)}")
     if rewards.probe_judge not in PROBE_JUDGES:
