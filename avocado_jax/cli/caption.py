@@ -160,7 +160,7 @@ def _check(args: argparse.Namespace) -> Sampling:
         raise InputError(f"--seed is {args.seed}; it must be 0 to {2**32 - 1}")
     if args.prompt is not None and args.prompt_file:
         raise InputError("--prompt and --prompt-file exclude each other")
-    if not args.clip_seconds > 0:
+    if not 0 < args.clip_seconds < float("inf"):
         raise InputError(f"--clip-seconds: {args.clip_seconds:g} is not a positive number of seconds")
     _segment_lengths(args.segments, Reading())
     for name in ("ids", "retry_failed", "shard"):

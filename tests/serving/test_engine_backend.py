@@ -262,3 +262,20 @@ def test_with_the_engine(captioner, rows, one_by_one):  # noqa: F811
         assert answers[-1].tokens == len(expected[i])
         assert answers[-1].prompt_tokens == len(rows[i].prompt_ids)
     assert text[-1].tokens in range(1, 6)
+
+
+def test_the_default_sampling_always_has_a_place(stub, monkeypatch):
+    """Clients with other ways of sampling cannot use it up, and a request that is refused takes none."""
+    monkeypatch.setattr(module, "SAMPLINGS", 3)
+
+    async def work(backend):
+        large = chat(0, temperature=0.1)._replace(turns=(Turn("user", "a " * 100_000),))
+        with pytest.raises(ApiError, match="tokens"):
+            await backend.prepare(large, None)
+        for temperature in (0.2, 0.3):
+            await backend.prepare(chat(0, temperature=temperature), clip(0))
+        with pytest.raises(ApiError, match="combinations"):
+            await backend.prepare(chat(0, temperature=0.4), clip(0))
+        return await backend.prepare(chat(0), clip(0))
+
+    assert run(stub, work)[0].sampling == GREEDY
