@@ -141,7 +141,7 @@ class RewardConfig:
     probe_judge: str = "lm"  # of the probes: "lm" or "remote"
     probe_model: str = ""  # as `judge_model`, which it is if empty; equal judges of both terms are loaded once
     long_units: bool = True  # sentences of 100 to 400 characters that are repeated three times are repetition too
-    idf: str = ""  # local JSON lines of captions that tell how rare words are; empty: all content words weigh the same
+    idf: str = ""  # local JSON lines of captions that give the rarity of words; empty: all content words weigh the same
     covered_low: float = 0.35  # share of a keypoint's words from which the lexical judge finds it stated in part
     covered_high: float = 0.65  # and in full
     keypoints: int = 64  # maximum number per reference
@@ -208,7 +208,7 @@ class GrpoConfig(RunConfig):
     epochs: float = 1.0
     batch: int = 8  # clips per step, over all devices
     group: int = 8  # captions sampled per clip
-    split: int = free(1)  # rows over which the captions of a clip are spread, if there are more devices than clips
+    split: int = free(1)  # rows of a clip, if there are more devices than clips; fixed where rollout_batches exceeds 1
     sampling: SamplingConfig = SamplingConfig()
     rewards: RewardConfig = RewardConfig()
     objective: ObjectiveConfig = ObjectiveConfig()
@@ -262,6 +262,8 @@ def _check(config: RunConfig) -> None:
     """
     if not 0 <= config.checkpoint_minutes < math.inf:
         raise InputError(f"checkpoint_minutes: {config.checkpoint_minutes} is not a number of minutes from 0 (off)")
+    if isinstance(config, GrpoConfig) and config.rollout_batches < 1:
+        raise InputError(f"rollout_batches: {config.rollout_batches} is not a number from 1")
     if (window := config.profile) and (len(window) > 2 or not 1 <= window[0] <= window[-1]):
         raise InputError(f"profile: {','.join(map(str, window))} is not FIRST,LAST with 1 <= FIRST <= LAST")
     for name, size in asdict(config.splash).items():

@@ -24,8 +24,8 @@ from avocado_jax.errors import InputError  # noqa: E402
 
 # Fields that decide how much memory and time a step takes: a plan holds for all configs in which these are equal.
 PLANNED = re.compile(
-    r"batch|accumulate|train|(param_|frozen_|reference_)?dtype|remat|attention|group|split|rollout_batches|passes|minibatches"
-    r"|(mesh|lora|nominal)\..*|data\.(references|caption_tokens)|sampling\.tokens|objective\.beta"
+    r"batch|accumulate|train|(param_|frozen_|reference_)?dtype|remat|attention|group|split|rollout_batches"
+    r"|passes|minibatches|(mesh|lora|nominal)\..*|data\.(references|caption_tokens)|sampling\.tokens|objective\.beta"
 )
 TABLE = re.compile(r"(<!-- printed by launch/plans.py -->\n).*?(<!-- end -->)", re.DOTALL)
 HEAD = (

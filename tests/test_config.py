@@ -56,6 +56,11 @@ def test_mistakes_are_told_in_a_line(path, given, told):
     assert "\n" not in str(error.value)
 
 
+def test_a_rollout_has_a_batch():
+    with pytest.raises(InputError, match="rollout_batches: 0 is not a number from 1"):
+        load("configs/grpo_7b.py", ["--rollout_batches", "0"])
+
+
 def test_files_that_are_no_config(tmp_path):
     for text, told in (("config = 3", "defines no"), ("1 / 0", "ZeroDivisionError"), ("def", "SyntaxError")):
         (tmp_path / "bad.py").write_text(text)

@@ -57,7 +57,7 @@ from avocado_jax.sampling.outputs import CaptionFiles
 from avocado_jax.sampling.segments import Segment, Segments, caption_fields, digest, joined, read_segments
 
 LONGEST_CLIP = 100.0  # seconds: captions degrade for longer clips, which `--segments auto` cuts
-LONGEST_SEGMENT = 5 / 3  # in lengths that are asked for
+LONGEST_SEGMENT = 5 / 3  # of the target length
 SHOWN = 20  # failed clips that are printed one by one with --out
 GATHER = 1.0  # seconds that decoding waits for more clips on a CPU, whose cores read them too
 RECENT = 100  # clips over which the share of failed ones is computed
@@ -181,7 +181,7 @@ def _check(args: argparse.Namespace) -> Sampling:
         raise InputError("--prompt and --prompt-file exclude each other")
     if not 0 <= args.max_failed <= 1:
         raise InputError(f"--max-failed is {args.max_failed:g}; it must be a share from 0 to 1")
-    if not args.clip_seconds > 0:
+    if not 0 < args.clip_seconds < float("inf"):
         raise InputError(f"--clip-seconds: {args.clip_seconds:g} is not a positive number of seconds")
     _segment_lengths(args.segments, Reading())
     for name in ("ids", "retry_failed", "shard"):

@@ -158,11 +158,11 @@ def run(args: argparse.Namespace) -> int:
     """Caption, measure, print. Returns the exit status."""
     for name in ("max_new_tokens", "batch", "limit", "rounds"):
         if (value := getattr(args, name)) is not None and value < 1:
-            raise InputError(f"--{name.replace('_', '-')} is {value}, at least 1 is asked for")
+            raise InputError(f"--{name.replace('_', '-')} is {value}: it must be at least 1")
     if not args.clip_seconds > 0:
         raise InputError(f"--clip-seconds: {args.clip_seconds:g} is not a positive number of seconds")
     if not 0 <= args.max_failed <= 1:
-        raise InputError(f"--max-failed is {args.max_failed}, a share from 0 to 1 is asked for")
+        raise InputError(f"--max-failed is {args.max_failed}, not a share from 0 to 1")
     try:
         return _world(args) if args.benchmark == "world" else run_benchmark(args, BENCHMARKS[args.benchmark])
     except TooManyFailed as error:

@@ -98,7 +98,7 @@ def _check(args: argparse.Namespace, benchmark: Benchmark) -> None:
     if args.judge and not args.judge_model:
         raise InputError("--judge needs --judge-model, the model's name there")
     if args.captions is None and args.videos is None and not benchmark.beside and not args.dry_run:
-        raise InputError("--videos DIR is asked for, where the clips are, or --captions FILE")
+        raise InputError("one of --videos DIR (the clips) and --captions FILE is required")
     if args.captions and args.shard:
         raise InputError("--shard is for captions that are made, --captions for such as there are")
     for name in ("budget_calls", "budget_tokens", "dry_run"):
@@ -106,7 +106,7 @@ def _check(args: argparse.Namespace, benchmark: Benchmark) -> None:
             raise InputError(f"--{name.replace('_', '-')} is about an endpoint; --judge names one")
     for name in ("budget_calls", "budget_tokens"):
         if (getattr(args, name) or 0) < 0:
-            raise InputError(f"--{name.replace('_', '-')} is {getattr(args, name)}, at least 0 is asked for")
+            raise InputError(f"--{name.replace('_', '-')} is {getattr(args, name)}: it must be at least 0")
 
 
 def _about(

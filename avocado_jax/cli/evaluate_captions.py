@@ -92,9 +92,12 @@ def given_captions(args: argparse.Namespace, every: dict[str, Any], wanted: list
     captions = read_file(args.captions, lambda file: read_captions(file, every))
     tokenizer = load_words(tokenizer_folder(args.checkpoint)) if args.checkpoint else None
     if tokenizer:
+
+        def tokens(one: Caption) -> int:  # tokenizers refuse lone surrogates
+            return len(tokenizer.encode(one.text.encode(errors="replace").decode()))
+
         captions = {
-            name: Caption(one.text, len(tokenizer.encode(one.text)) if one.tokens is None else one.tokens)
-            for name, one in captions.items()
+            name: Caption(one.text, tokens(one) if one.tokens is None else one.tokens) for name, one in captions.items()
         }
     failed = {name: "no caption" for name in wanted if name not in captions}
     if len(failed) > args.max_failed * len(wanted):
@@ -108,5 +111,5 @@ def given_captions(args: argparse.Namespace, every: dict[str, Any], wanted: list
 def print_failed(outcome: Outcome, count: int) -> None:
     """Print how many of `count` clips have no caption."""
     if outcome.failed:
-        told = f"{len(outcome.failed)} of {count} clips failed; their captions count as empty"
-        print(f"avocado evaluate: {told}", file=sys.stderr)
+        message = f"{len(outcome.failed)} of {count} clips failed; their captions count as empty"
+        print(f"avocado evaluate: {message}", file=sys.stderr)

@@ -17,7 +17,7 @@ dialogues are {"speaker", "text"}, keypoints {"text", "dimension"?}, events {"st
 
 A term without a reference, or that is not among --terms, is null. Word weights are those of training: all content words
 alike, or with --idf by how rare they are in the captions of a file. Text past 32,768 characters, 64 quotes or 2,048
-characters of a quote is cut. avocado_jax/rewards/README.md says what each term sees and what it does not.
+characters of a quote, and 512 scenes or events, is cut. avocado_jax/rewards/README.md describes what each term sees.
 """
 
 import argparse
@@ -43,6 +43,7 @@ from avocado_jax.rewards.explain import explain
 from avocado_jax.rewards.vocabulary import make_table, word_weights
 from avocado_jax.train.rewards import caption_texts
 
+FIXED = ("id", "R_C", "R_D", "R_L", "repcol", "keypoints", "truncated", "explain")  # fields of every result
 EXTRA = ("timing", "probes")  # terms with a field only if they are among --terms
 
 
@@ -71,13 +72,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="SECONDS",
         help="what is not answered by then is missing (default: %(default)g)",
     )
-    parser.add_argument("--idf", metavar="FILE", help="JSON lines of captions that tell how rare words are")
+    parser.add_argument(
+        "--idf", metavar="FILE", help="JSON lines of captions from which the rarity of words is counted"
+    )
     parser.add_argument("--merge", action="store_true", help="consecutive lines of one speaker are one line")
     parser.add_argument(
         "--extra", action="append", default=[], metavar="TERM", help="jax:MODULE:FUNCTION or host:MODULE:FUNCTION"
     )
     parser.add_argument("--tokenizer", metavar="REF", help="counts the tokens of captions")
-    parser.add_argument("--explain", action="store_true", help="say what matched, in words")
+    parser.add_argument("--explain", action="store_true", help="add what matched, in words")
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
 
 
@@ -88,34 +91,38 @@ def run(args: argparse.Namespace) -> int:
         raise InputError(f'--terms: no term "{unknown[0]}"; there are {", ".join(TERMS)}')
     lines = [checked(where, line) for where, line in read_lines(args.file, {"id": str, "caption": str})]
     tokenizer = load_words(tokenizer_folder(args.tokenizer)) if args.tokenizer else None
-    answers = asked(args, lines)
-    told_missing(lines, terms, tokenizer)
-    table = make_table(None, word_weights(caption_texts(args.idf)) if args.idf else None)
     extra = [load_term(text) for text in args.extra]
     captions, references = [line["caption"] for line in lines], [line["reference"] for line in lines]
     host = {name: function(captions, references) for kind, name, function in extra if kind == "host"}
+    for name, values in host.items():
+        if len(values) != len(captions):
+            raise InputError(f"--extra {name}: {len(values)} values of {len(captions)} captions")
+    answers = judge_scores(args, lines)
+    warn_of_missing(lines, terms, tokenizer)
+    table = make_table(None, word_weights(caption_texts(args.idf)) if args.idf else None)
     on_device = [(name, function) for kind, name, function in extra if kind == "jax"]
-    lengths = [float(len(tokenizer.encode(caption))) if tokenizer else math.nan for caption in captions]
-    told: dict[int, dict[str, Any]] = {}
+    texts = (caption.encode(errors="replace").decode() for caption in captions)  # tokenizers refuse lone surrogates
+    lengths = [float(len(tokenizer.encode(text))) if tokenizer else math.nan for text in texts]
+    results: dict[int, dict[str, Any]] = {}
     timing = "timing" in terms
     for one in scores(table, captions, references, lengths, answers, args.merge, extra=on_device, timing=timing):
         line = lines[one.number]
-        told[one.number] = row(line, terms, one)
+        results[one.number] = row(line, terms, one)
         for _, name, _ in extra:
             value = float(one.extra[name]) if name in one.extra else host[name][one.number]
-            told[one.number][name] = None if value is None or math.isnan(value) else float(value)
+            results[one.number][name] = None if value is None or math.isnan(value) else float(value)
         if args.explain:
             points = line["reference"].get("keypoints") or ()
             spoken = as_compared(table, [line["reference"]], one.limits)[0]["dialogues"] or ()
-            told[one.number]["explain"] = explain(one.caption, one.reference, one.scored, points, spoken)
+            results[one.number]["explain"] = explain(one.caption, one.reference, one.scored, points, spoken)
     for number in range(len(lines)):
-        show(told[number], args.json)
-    if cut := sum(one["truncated"] for one in told.values()):
+        show(results[number], args.json)
+    if cut := sum(one["truncated"] for one in results.values()):
         print(f"avocado score: {cut} of {len(lines)} captions or references were cut", file=sys.stderr)
     return 0
 
 
-def asked(args: argparse.Namespace, lines: list[dict[str, Any]]) -> dict[str, np.ndarray]:
+def judge_scores(args: argparse.Namespace, lines: list[dict[str, Any]]) -> dict[str, np.ndarray]:
     """Scores of a judge for the terms that need one, [n, most keypoints or probes], NaN without an answer."""
     terms = args.terms.split(",")
     items = {}
@@ -152,7 +159,7 @@ def checked(where: str, line: dict[str, Any]) -> dict[str, Any]:
     reference = line.get("reference") or {}
     if not isinstance(reference, dict) or not isinstance(reference.get("caption") or "", str):
         raise InputError(f'{where}: "reference" must be an object, and its "caption" a string')
-    made = {"caption": reference.get("caption")}
+    made = {**reference, "caption": reference.get("caption")}  # a user's term may read other fields
     for name, fields in (("dialogues", ("speaker", "text")), ("keypoints", ("text",))):
         entries = reference.get(name)
         if entries is not None and not isinstance(entries, list):
@@ -172,24 +179,25 @@ def checked(where: str, line: dict[str, Any]) -> dict[str, Any]:
     return {"id": line["id"], "caption": line["caption"], "reference": made}
 
 
-def listed(where: str, name: str, held: Any) -> list[Any]:
+def listed(where: str, name: str, value: Any) -> list[Any]:
     """A part of a reference that must be a list."""
-    if not isinstance(held, list):
+    if not isinstance(value, list):
         raise InputError(f'{where}: "reference.{name}" must be a list')
-    return held
+    return value
 
 
-def checked_events(where: str, held: Any) -> list[dict[str, Any]] | None:
+def checked_events(where: str, value: Any) -> list[dict[str, Any]] | None:
     """Events with their times; None without a list."""
-    if held is None:
+    if value is None:
         return None
-    for one in listed(where, "events", held):
-        if not isinstance(one, dict) or not all(isinstance(one.get(field), NUMBER) for field in ("start", "end")):
-            raise InputError(f'{where}: each of "reference.events" must have start and end, numbers')
-    return held
+    for one in listed(where, "events", value):
+        times = [one.get(field) for field in ("start", "end")] if isinstance(one, dict) else [None]
+        if not all(isinstance(time, NUMBER) and abs(time) < 1e9 for time in times):  # NaN is not
+            raise InputError(f'{where}: each of "reference.events" must have start and end in seconds')
+    return value
 
 
-def told_missing(lines: list[dict[str, Any]], terms: list[str], tokenizer: Words | None) -> None:
+def warn_of_missing(lines: list[dict[str, Any]], terms: list[str], tokenizer: Words | None) -> None:
     """Say on stderr which terms have no reference, and for how many clips."""
     without = {
         "checklist": [line["id"] for line in lines if not line["reference"]["keypoints"]],
@@ -205,8 +213,8 @@ def told_missing(lines: list[dict[str, Any]], terms: list[str], tokenizer: Words
     for term in terms:
         if names := without.get(term):
             why = "no --tokenizer" if term == "length" else "no reference"
-            told = f"{term}: {why} for {len(names)} of {len(lines)} captions, such as {names[0]}"
-            print(f"avocado score: {told}", file=sys.stderr)
+            message = f"{term}: {why} for {len(names)} of {len(lines)} captions, such as {names[0]}"
+            print(f"avocado score: {message}", file=sys.stderr)
 
 
 def row(line: dict[str, Any], terms: list[str], one: Entry) -> dict[str, Any]:
@@ -232,14 +240,15 @@ def row(line: dict[str, Any], terms: list[str], one: Entry) -> dict[str, Any]:
     }
 
 
-def show(told: dict[str, Any], as_json: bool) -> None:
+def show(result: dict[str, Any], as_json: bool) -> None:
     """Print one result."""
     if as_json:
-        print(json.dumps(told, ensure_ascii=False))
+        print(json.dumps(result, ensure_ascii=False).encode(errors="replace").decode())
         return
-    numbers = ("unknown" if told[name] is None else f"{told[name]:.3f}" for name in ("R_C", "R_D", "R_L"))
-    extra = [f"{name} {'unknown' if told[name] is None else f'{told[name]:.3f}'}" for name in EXTRA if name in told]
-    marks = [*extra, *(name for name in ("repcol", "truncated") if told[name])]
-    print("  ".join([told["id"], *(f"{name} {one}" for name, one in zip(("R_C", "R_D", "R_L"), numbers)), *marks]))
-    for sentence in told.get("explain", ()):
-        print(f"    {sentence}")
+    numbers = ("unknown" if result[name] is None else f"{result[name]:.3f}" for name in ("R_C", "R_D", "R_L"))
+    more = {name: value for name, value in result.items() if name not in FIXED}  # terms that were chosen, a user's too
+    extra = [f"{name} {'unknown' if number is None else f'{number:.3f}'}" for name, number in more.items()]
+    marks = [*extra, *(name for name in ("repcol", "truncated") if result[name])]
+    named = [f"{name} {one}" for name, one in zip(("R_C", "R_D", "R_L"), numbers)]
+    for line in ("  ".join([result["id"], *named, *marks]), *(f"    {one}" for one in result.get("explain", ()))):
+        print(line.encode(errors="replace").decode())

@@ -33,6 +33,7 @@ import argparse
 import asyncio
 import ipaddress
 import os
+import resource
 import sys
 from pathlib import Path
 
@@ -81,8 +82,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Load the model and serve it. Returns the exit status."""
     sampling, key = _check(args), _key(args.api_key_env)
+    hosts = frozenset(("localhost", "127.0.0.1", "::1", args.host)) if not key and _is_loopback(args.host) else None
     if not key and not _is_loopback(args.host):
         print(f"avocado serve: warning: --host {args.host} without --api-key-env: no key is needed", file=sys.stderr)
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # each frame of a clip in parts is an open file
     use_gpu_memory()
     checkpoint, dtype = named_checkpoint(args.checkpoint), computing_dtype(args.dtype)
     sources = Sources(args.media_root, args.allow_remote, args.max_megabytes * 2**20, DOWNLOAD_SECONDS)
@@ -95,7 +99,7 @@ def run(args: argparse.Namespace) -> int:
     habits = captioner.habits._replace(prompt=captioner.question)
     name = _name(args.checkpoint)
     with ClipReader(READERS, args.clip_seconds) as reader:
-        server = Server(backend, name, reader, captioner.reading, habits, sources, limits, key)
+        server = Server(backend, name, reader, captioner.reading, habits, sources, limits, key, hosts)
 
         def listening(port: int) -> None:
             host = f"[{args.host}]" if ":" in args.host else args.host
@@ -119,7 +123,7 @@ def _check(args: argparse.Namespace) -> Sampling:
     for name in ("max_requests", "max_megabytes", "max_clip_seconds", "max_new_tokens", "max_prompt_tokens", "timeout"):
         if not getattr(args, name) > 0:
             raise InputError(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be positive")
-    if not (args.clip_seconds > 0 and args.grace >= 0 and (args.batch is None or args.batch > 0)):
+    if not (0 < args.clip_seconds < float("inf") and args.grace >= 0 and (args.batch is None or args.batch > 0)):
         raise InputError("--clip-seconds and --batch must be positive, --grace at least 0")
     if args.media_root and not args.media_root.is_dir():
         raise InputError(f"--media-root {args.media_root} is not a folder")

@@ -1,7 +1,7 @@
 """Files of lines to which one process appends: on local disk, or objects in a bucket.
 
-A line is in a local file once `append` returns. An object is appended to every `INTERVAL` seconds and when the exit
-stack is closed: a process that is killed loses the lines since then.
+A line is in a local file once `append` returns. An object is appended to by the first line that comes `INTERVAL`
+seconds or more after the last time, and when the exit stack is closed: a process that is killed loses the lines since.
 """
 
 import os
@@ -36,6 +36,7 @@ class RemoteLines:
     def __init__(self, path: str, size: int) -> None:
         self._path, self._size = path, size
         self._buffer, self._flushed, self._lock = bytearray(), time.monotonic(), threading.Lock()
+        self._sending = 0  # bytes of an append that failed: the object may have them
 
     def append(self, line: bytes) -> None:
         """Append a line, which ends with a line feed."""
@@ -47,10 +48,12 @@ class RemoteLines:
     def flush(self) -> None:
         """Make the lines so far part of the object."""
         with self._lock:
-            if self._buffer:
-                storage.append(self._path, bytes(self._buffer), self._size)
-                self._size += len(self._buffer)
-                self._buffer.clear()
+            while self._buffer:
+                self._sending = self._sending or len(self._buffer)
+                storage.append(self._path, bytes(self._buffer[: self._sending]), self._size)
+                self._size += self._sending
+                del self._buffer[: self._sending]
+                self._sending = 0
             self._flushed = time.monotonic()
 
 

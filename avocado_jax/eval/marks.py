@@ -26,7 +26,7 @@ def as_compared(table: Table, references: Sequence[Mapping[str, Any]], limits: L
     made = [{name: one.get(name) for name in ASKED} for one in references]
     unread = [one for one in made if one["dialogues"] is None and one["caption"] is not None]
     if unread:
-        read = read_texts(table, _filled([one["caption"] for one in unread]), limits)
+        read = read_texts(table, [one["caption"] for one in unread], limits)
         for number, one in enumerate(unread):
             own = jax.tree.map(lambda leaf, n=number: leaf[n], read)
             spans = zip(own.quote_start[: own.quotes], own.quote_end[: own.quotes])

@@ -19,6 +19,7 @@ from avocado_jax.rewards.vocabulary import Table, code_points
 
 BATCH = 32
 LINES = (32, 512), (64, 2048)  # sizes of dialogue: lines of a text, characters of a line
+MOST_SCENES = 512  # of a caption, and events of its reference: what lies beyond is cut
 POINTS, FEATURES, LETTERS = 32, 256, 64  # least room for keypoints, for their features, for letters of the lines
 
 
@@ -52,11 +53,11 @@ def load_term(text: str) -> tuple[str, str, Callable]:
     """
     kind, _, rest = text.partition(":")
     module, _, name = rest.partition(":")
-    if kind not in ("jax", "host") or not name:
+    if kind not in ("jax", "host") or not module or not name:
         raise InputError(f"a term is jax:MODULE:FUNCTION or host:MODULE:FUNCTION, not {text!r}")
     try:
         return kind, name, getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
+    except (ImportError, AttributeError, TypeError, ValueError, SyntaxError) as error:
         raise InputError(f"{text}: {error}") from error
 
 
@@ -124,7 +125,8 @@ def _batch(
     terms: tuple,
     numbers: Sequence[int],
 ) -> Iterator[Entry]:
-    events = max(8, *(len(one.get("events") or ()) for one in references), *(text.count("[") for text in captions))
+    given = (len(one.get("events") or ()) for one in references)
+    events = min(MOST_SCENES, max(8, *given, *(text.count("[") for text in captions)))
     made, cut = make_references(table, references, limits, events=1 << (events - 1).bit_length() if timing else 0)
     made = _padded(made)
     if "checklist" in answers:

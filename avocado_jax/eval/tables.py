@@ -39,7 +39,8 @@ def notes(result: Mapping[str, Any]) -> list[str]:
         named = [f"{name} ({count})" for name, count in judge.get("returned", {}).items() if name]
         told += [f"models of the answers, as the endpoint named them: {', '.join(named)}"] * bool(named)
         told += [f"as published: {note}" for note in judge.get("official", ())]
-        told.append(f"{result['missing']} of {result['asked']} answers are missing and left out of the figures")
+        left = "" if judge.get("official") else " and left out of the figures"
+        told.append(f"{result['missing']} of {result['asked']} answers are missing{left}")
         told += [f"{count} times: {why}" for why, count in result["why"].items()]
         if judge["prompts"] == "our own":
             told.append("published figures were judged with other prompts; wording moves the numbers")

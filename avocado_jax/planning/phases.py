@@ -72,7 +72,7 @@ def grpo_phases(config: GrpoConfig, model: ThinkerConfig, bucket: Bucket, mesh: 
     Raises:
         InputError: the config is inconsistent, or the mesh does not divide the rows.
     """
-    program = grpo_program(config, model, mesh, config.steps or STEPS, STOPS)
+    program = grpo_program(config, model, mesh, config.steps or STEPS * config.rollout_batches, STOPS)
     with jax.set_mesh(mesh):
         shapes = step_shapes(config, model, program, bucket, mesh)
         sampling = sampling_programs(config, model, program, shapes)

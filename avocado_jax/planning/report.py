@@ -99,7 +99,7 @@ def report(program: Program, phase: Phase) -> dict[str, Any]:
 
     FLOPs are of all devices, recomputation included. `seconds` assumes ATTAINED of the binding ceiling; it and `mfu`
     are null where the ceilings of the device are unknown. FLOPs and bytes are of the program, `seconds` are of a step:
-    the time of a rollout is divided by its batches.
+    the times of a rollout and of its view are divided by its batches.
     """
     shape, caption = program.bucket
     found = compile_phase(phase, program.mesh, caption if phase.name == "rollout" else 1)

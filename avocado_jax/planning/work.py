@@ -45,8 +45,8 @@ def flops_of(program: Program, phase: Phase) -> Flops:
 
 
 def batches(program: Program, phase: Phase) -> int:
-    """Number of batches that a phase processes together."""
-    return program.config.rollout_batches if phase.name == "rollout" else 1
+    """Number of batches that one run of a phase serves."""
+    return program.config.rollout_batches if phase.name in ("view", "rollout") else 1
 
 
 def microbatches(program: Program, phase: Phase) -> int:

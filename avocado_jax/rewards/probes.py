@@ -1,7 +1,7 @@
 """Probes as judges are asked: a question with lettered choices, answered from the caption alone.
 
 The reward is the share of a clip's probes that the judge answers rightly (`checklist.mean_score` of 1 and 0; NaN
-without an answer). A caption without text answers nothing: its probes score 0 and no judge is asked.
+without an answer). A caption without text answers nothing: its probes score 0, whatever a judge answers.
 """
 
 import re
@@ -39,13 +39,8 @@ def letter_of(answer: str, choices: Mapping[str, str]) -> str | None:
         if (found := re.fullmatch(r"\(?([A-Za-z])[).:]*", text)) and found[1].upper() in choices:
             return found[1].upper()
         for letter, choice in choices.items():
-            if text in (
-                choice,
-                f"{letter}. {choice}",
-                f"{letter}: {choice}",
-                f"({letter}) {choice}",
-                f"{letter}) {choice}",
-            ):
+            forms = choice, f"{letter}. {choice}", f"{letter}: {choice}", f"({letter}) {choice}", f"{letter}) {choice}"
+            if text in map(_bare, forms):
                 return letter
     return None
 

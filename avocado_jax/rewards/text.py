@@ -78,7 +78,9 @@ def limits_of(texts: Sequence[str], lines: int = 0) -> Limits:
     words = room(characters // 4, (len(A_WORD.findall(text)) for text in texts), characters)
     double = (sum(map(text.count, MARKS)) + text.count("''") + text.count("&quot;") for text in texts)
     single = (len(A_SINGLE_MARK.findall(text)) for text in texts)
-    quotes = room(16, [lines, *(pair // 2 + more // 4 for pair, more in zip(double, single))], 64)
+    script = (sum(map(text.count, (": ", ":\n", ":*", "："))) for text in texts)  # `Speaker: text` has no marks
+    spoken = (pair // 2 + more // 2 + colons for pair, more, colons in zip(double, single, script))
+    quotes = room(16, [lines, *spoken], 64)
     longest = (len(piece) for text in texts for piece in BETWEEN_MARKS.split(text))
     return Limits(characters, words, quotes, room(256, longest, 2048))
 

@@ -17,7 +17,7 @@ import numpy as np
 from avocado_jax.rewards.text import compact
 from avocado_jax.typing import Array, Bool, Float, Int
 
-WINDOW = 40  # characters of an interval, brackets included
+WINDOW = 40  # characters of an interval behind its opening bracket
 DIGIT, COLON, POINT, SPACE, SECONDS, DASH, CLOSE, OTHER = range(8)
 KINDS = {":": COLON, ".": POINT, " ": SPACE, "s": SECONDS, "S": SECONDS, "]": CLOSE, "\xa0": SPACE}
 KINDS |= dict.fromkeys("0123456789", DIGIT) | dict.fromkeys("-‐‑‒–—", DASH)

@@ -71,6 +71,8 @@ class Server:
         reading: how clips are sampled.
         habits: the question of requests without text, and the system message of requests without one.
         key: that requests must send; None: none.
+        hosts: names of this server that requests may use; None: any. It protects a local server without a key from
+            web pages whose host name was bound to this machine's address.
     """
 
     def __init__(
@@ -83,10 +85,11 @@ class Server:
         sources: Sources,
         limits: Limits = Limits(),
         key: str | None = None,
+        hosts: frozenset[str] | None = None,
     ) -> None:
         self.backend, self.name, self.limits, self.metrics = backend, name, limits, Metrics()
         self._reader, self._reading, self._habits, self._sources = reader, reading, habits, sources
-        self._key = key.encode() if key else None
+        self._key, self._hosts = key.encode() if key else None, hosts
         self._active: set[asyncio.Timeout] = set()  # of requests that are being answered
         self._parsing = asyncio.Semaphore(PARSED_AT_ONCE)
         self._created, self._stopping = int(time.time()), False
@@ -119,6 +122,8 @@ class Server:
     ) -> web.StreamResponse:
         """Check the key, and put every error into the protocol's form."""
         try:
+            if self._hosts is not None and request.url.host not in self._hosts:
+                raise ApiError(403, "the Host of the request is not this server")
             if self._key and request.path not in OPEN_PATHS:
                 given = request.headers.get("Authorization", "").encode(errors="surrogateescape")
                 if not hmac.compare_digest(given, b"Bearer " + self._key):
@@ -257,7 +262,7 @@ class Server:
         body.seek(0)
 
     def _parsed(self, body: IO[bytes]) -> Chat:
-        chat = parse_chat(body.read(), self._habits.prompt, self._habits.system)
+        chat = parse_chat(body.read(), self._habits.prompt, self._habits.system, self._habits.media_first)
         self._check_model(chat.request.model)
         if len(chat.images) > self._reading.most_frames:
             raise ApiError(400, f"more than {self._reading.most_frames} images")
@@ -275,16 +280,21 @@ class Server:
         try:
             if not video:
                 pictures = paths[: len(paths) - sound]
-                return self._reader.read_parts(pictures, paths[-1] if sound else None, self._reading)
-            seconds, limit = self._reader.probe(paths[0], self._reading).seconds, self.limits.clip_seconds
-            if seconds > limit:
-                raise ApiError(400, f"the clip is {seconds:.0f} s long; {limit:g} s are the most", "clip_too_long")
+                media = self._reader.read_parts(pictures, paths[-1] if sound else None, self._reading)
+                self._check_length(media.seconds)
+                return media
+            self._check_length(self._reader.probe(paths[0], self._reading).seconds)
             return self._reader.read(paths[0], self._reading)
         except InputError as error:
             message = str(error)
-            for path in paths:
+            for path in sorted(paths, key=len, reverse=True):  # one may begin another
                 message = message.replace(printable(path), "the clip")
             raise ApiError(400, message, "invalid_clip") from None
+
+    def _check_length(self, seconds: float) -> None:
+        limit = self.limits.clip_seconds
+        if seconds > limit:
+            raise ApiError(400, f"the clip is {seconds:.0f} s long; {limit:g} s are the most", "clip_too_long")
 
 
 def grown(answer: Answer, sent: str) -> str:

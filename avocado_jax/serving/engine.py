@@ -72,7 +72,8 @@ class EngineBackend:
         cache_bytes: int | None = None,
     ) -> None:
         self._captioner, self._length, self._prompt_tokens = captioner, length, prompt_tokens
-        self._sampling, self._samplings = sampling, set[Sampling]()
+        self._sampling = sampling
+        self._samplings = {sampling if sampling.temperature else Sampling(0.0)}  # the default has a place
         self._options = dict(seed=seed, slots=slots, cache_bytes=cache_bytes, drop=self._drop)
         self._jobs: set[_Job] = set()  # that are not finished
         self._waiting: deque[_Job] = deque()
@@ -98,8 +99,8 @@ class EngineBackend:
 
     async def prepare(self, chat: Chat, media: Media | None) -> tuple["_Job", list[str]]:
         """The features of a clip and its prompt, and warnings. Raises ApiError if they are too large."""
-        sampling = self._sampling_of(chat)
         row = await asyncio.to_thread(self._row, chat, media)
+        sampling = self._sampling_of(chat)  # last: a request that is refused takes no place
         limit = min(chat.limit or self._length, self._length)
         seed = chat.request.seed
         number = secrets.randbits(31) if seed is None else zlib.crc32(str(seed).encode()) >> 1

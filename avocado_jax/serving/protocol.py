@@ -156,11 +156,11 @@ class Chat(NamedTuple):
         return [url for url in (self.video, *self.images, self.sound) if url is not None]
 
 
-def parse_chat(body: bytes, question: str, system: str) -> Chat:
+def parse_chat(body: bytes, question: str, system: str, media_first: bool = True) -> Chat:
     """Validate the body of a request.
 
     Args:
-        question: the text of a user message with media and without text.
+        question: the text of a user message with media and without text; behind the media, or before them.
         system: the system message where there is none. An empty one removes it, here and in a request.
 
     Raises:
@@ -186,7 +186,7 @@ def parse_chat(body: bytes, question: str, system: str) -> Chat:
         raise ApiError(400, "one clip a request: one video_url, or image_url parts (its frames) and one input_audio")
     limits = [one for one in (request.max_completion_tokens, request.max_tokens) if one is not None]
     return Chat(
-        tuple(turn for turn in _turns(request, question, system) if turn.role != "system" or turn.text),
+        tuple(turn for turn in _turns(request, question, system, media_first) if turn.role != "system" or turn.text),
         videos[0] if videos else None,
         tuple(images),
         f"data:;base64,{sounds[0]}" if sounds else None,
@@ -195,7 +195,7 @@ def parse_chat(body: bytes, question: str, system: str) -> Chat:
     )
 
 
-def _turns(request: ChatRequest, question: str, system: str) -> Iterator[Turn]:
+def _turns(request: ChatRequest, question: str, system: str, media_first: bool) -> Iterator[Turn]:
     """The messages as turns. The media stand where the first of them does; text parts are joined by newlines."""
     if not any(message.role in SYSTEM_ROLES for message in request.messages):
         yield Turn("system", system)
@@ -215,7 +215,9 @@ def _turns(request: ChatRequest, question: str, system: str) -> Iterator[Turn]:
             yield Turn("system" if message.role in SYSTEM_ROLES else message.role, before)
         else:
             placed = True
-            yield Turn("user", before, after if before or after else question)
+            if not (before or after):
+                before, after = ("", question) if media_first else (question, "")
+            yield Turn("user", before, after)
     if request.messages[-1].role != "user":
         raise ApiError(400, "the last message must be the user's", param="messages")
 

@@ -122,4 +122,7 @@ def _decoded(url: str) -> IO[bytes]:
 
 
 def _unnamed() -> IO[bytes]:
-    return tempfile.TemporaryFile(prefix="avocado-serve-")
+    try:
+        return tempfile.TemporaryFile(prefix="avocado-serve-")
+    except OSError as error:
+        raise ApiError(503, f"the media cannot be stored ({error.strerror})") from error

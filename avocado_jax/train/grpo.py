@@ -155,7 +155,8 @@ def grpo_update(
     def once(state: State, part: Experience) -> tuple[State, tuple]:
         grads, loss, sums = batch_gradient(state.params, part, model=model, config=config)
         norm = optax.tree.norm(grads)
-        state, moved = apply_gradient(state, grads, jnp.isfinite(norm) & jnp.isfinite(loss), adamw, config.train)
+        finite, counts = jnp.isfinite(norm) & jnp.isfinite(loss), jnp.any(part.weight > 0)
+        state, moved = apply_gradient(state, grads, finite, adamw, config.train, counts)
         return state, (loss, norm, moved, sums)
 
     if (updates := config.passes * config.minibatches) == 1:

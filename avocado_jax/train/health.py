@@ -68,6 +68,8 @@ class Health:
             step: finished steps.
             stale: the captions are those of an earlier policy, so that `sampler_gap` includes what was learned since.
         """
+        if not metrics.get("rows", 1):  # padding and lost records only
+            return
         self._first = self._first or metrics
         found = warnings(metrics, self._first)
         unknown = {"sampler_gap"} if stale else set()

@@ -23,8 +23,11 @@ class Phases:
         self._dispatched, self._step = time.perf_counter(), {}
 
     def end(self, name: str, results: Any) -> None:
-        """A phase was dispatched, whose results are these. None of them may be donated to what follows."""
-        self._step[name] = self._waiting.submit(self._wait, results, self._dispatched)
+        """A phase was dispatched, whose results are these. None of them may be donated to what follows.
+
+        The seconds of several phases of one name are added.
+        """
+        self._step[name] = self._waiting.submit(self._wait, results, self._dispatched, self._step.get(name))
         self._dispatched = time.perf_counter()
 
     def idle(self, name: str) -> None:
@@ -32,10 +35,10 @@ class Phases:
         now = self._dispatched = time.perf_counter()
         self._step[name] = self._waiting.submit(lambda: max(0.0, now - self._ended))
 
-    def _wait(self, results: Any, dispatched: float) -> float:
+    def _wait(self, results: Any, dispatched: float, before: Future | None) -> float:
         jax.block_until_ready(results)
         begun, self._ended = max(self._ended, dispatched), time.perf_counter()
-        return self._ended - begun
+        return self._ended - begun + (before.result() if before else 0)
 
     def step(self) -> dict[str, Future]:
         """The phases of the step so far, in the order they were dispatched; their values are seconds."""

@@ -100,9 +100,12 @@ def open_rewards(config: GrpoConfig, setup: Setup, stops: Sequence[int]) -> Iter
     """The rewards of `config`. Prints which terms have no reference in the first records.
 
     Raises:
-        InputError: the judge cannot be opened.
+        InputError: a limit is invalid, or the judge cannot be opened.
     """
     rewards = config.rewards
+    for name in ("keypoints", "lines", "scenes", "questions"):
+        if getattr(rewards, name) < 1:
+            raise InputError(f"rewards.{name}: {getattr(rewards, name)} is not a number from 1")
     if rewards.judge not in JUDGES:
         raise InputError(f"rewards.judge: {rewards.judge!r} is none of {', '.join(JUDGES)}")
     if rewards.probe_judge not in PROBE_JUDGES:
@@ -195,7 +198,11 @@ def make_rewards(config: GrpoConfig, setup: Setup, stops: Sequence[int], judges:
         terms: dict[str, Array], weight: Array, normalize: bool = settings.normalize
     ) -> tuple[Array, dict[str, Array]]:
         counted = {name: jnp.where((weight > 0)[:, None], value, jnp.nan) for name, value in terms.items()}
-        return combine(counted, weights, normalize, settings.gate)
+        total, metrics = combine(counted, weights, normalize, settings.gate)
+        for name in weights:  # of the rows that count
+            counts = jnp.broadcast_to((weight > 0)[:, None], counted[name].shape)
+            metrics[f"{name}_missing"] = jnp.sum(jnp.isnan(counted[name]) & counts) / jnp.maximum(jnp.sum(counts), 1)
+        return total, metrics
 
     def check(judged: Answers) -> None:
         for term, one in judged.items():

@@ -147,9 +147,10 @@ def blocks(batches: Iterator[Batch], first: int, size: int) -> Iterator[Batch]:
     """
     with closing(batches):
         while block := list(islice(batches, size - first % size)):
-            yield block[0]._replace(following=tuple(block[1:]))
-            yield from block[1:]
             first += len(block)
+            yield block.pop(0)._replace(following=tuple(block))
+            while block:  # this holds no batch that was yielded, so that its arrays can be freed
+                yield block.pop(0)
 
 
 def shapes_of(config: GrpoConfig, setup: Setup, program: GrpoProgram, buckets: Iterable[Bucket]) -> list[StepShapes]:
@@ -215,13 +216,21 @@ def _step(
         terms = by_rows(jax.eval_shape(scoring.run, *scoring.args), setup.mesh)
         reward, advantage, _ = jax.eval_shape(group_advantages, terms, weight)
         written = rollout.captions.targets, rollout.lengths, terms, with_sharding(advantage, by_row)
+        several = config.rollout_batches > 1
         return [
             scoring,
+            *([Program("rows of the rollout", agree_with_rollout, (rollout, weight))] if several else []),
             Program("advantages", group_advantages, (terms, weight)),
             Program("the longest caption", longest, (rollout.lengths,)),
             Program("the rollout's lines", gather, (written, with_sharding(reward, replicated))),
             *(Program("the cut", narrow, (rollout, width)) for width in widths(config.sampling.tokens)),
         ]
+
+    @partial(jax.jit, out_shardings=by_row)
+    def agree_with_rollout(rollout: Rollout, weight: Array) -> tuple[Rollout, Array]:
+        """A row whose record was lost when its captions were sampled has none, and does not count after a resume."""
+        rollout = rollout._replace(lengths=rollout.lengths * (weight > 0)[:, None])
+        return rollout, weight * (jnp.max(rollout.lengths, axis=1) > 0)
 
     parts: deque[_Part] = deque()  # of the newest rollout: those that the policy has not learned from
 
@@ -233,8 +242,13 @@ def _step(
             rollouts = program.roll_out(program.view(state.params), clips, encoded, state.step, banned)
             phases.end("rollout", [rollout.lengths for rollout in rollouts])
         else:
-            rollouts = state.rollouts[-len(batches) :]
-        for batch, *each in zip(batches, encoded, rollouts, strict=True):
+            rollouts = state.rollouts
+        if config.rollout_batches > 1:
+            finished = config.rollout_batches - len(batches)
+            agreed = [agree_with_rollout(*each) for each in zip(rollouts[finished:], (one.weight for one in batches))]
+            rollouts = (*rollouts[:finished], *(rollout for rollout, _ in agreed))
+            batches = tuple(batch._replace(weight=weight) for batch, (_, weight) in zip(batches, agreed))
+        for batch, *each in zip(batches, encoded, rollouts[-len(batches) :], strict=True):
             parts.append(start_rewards(state, batch, *each))
         return rollouts
 
@@ -268,7 +282,7 @@ def _step(
         experience = Experience(batch.clip, encoded, cropped, scored, advantage, batch.weight)
         state, metrics = program.update(state._replace(rollouts=()), experience)
         phases.end("update", metrics)
-        stale = batch.step % config.rollout_batches
+        number, stale = batch.step, batch.step % config.rollout_batches
         if config.rollout_batches > 1:
             state = state._replace(rollouts=rollouts)
             metrics |= {"staleness": np.int32(stale)}
@@ -279,10 +293,10 @@ def _step(
 
         def finish() -> dict[str, Any]:
             values = jax.device_get(metrics | reward_metrics)
-            health.check(batch.step + 1, {name: float(value) for name, value in values.items()}, stale > 0)
-            lines = _lines(setup, stops, batch.step, *jax.device_get(written))
+            health.check(number + 1, {name: float(value) for name, value in values.items()}, stale > 0)
+            lines = _lines(setup, stops, number, *jax.device_get(written))
             if jax.process_index() == 0:
-                storage.write(storage.join(folder, f"rollouts/{batch.step + 1}.jsonl"), "".join(lines).encode())
+                storage.write(storage.join(folder, f"rollouts/{number + 1}.jsonl"), "".join(lines).encode())
             return {f"{name}_seconds": round(one.result(), 4) for name, one in seconds.items()}
 
         return state, metrics | reward_metrics, finish

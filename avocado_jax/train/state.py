@@ -61,9 +61,17 @@ def initial_state(params: Any, optimizer: optax.GradientTransformation, train: s
 
 
 def apply_gradient(
-    state: State, gradient: Any, finite: Bool[Array, ""], optimizer: optax.GradientTransformation, train: str
+    state: State,
+    gradient: Any,
+    finite: Bool[Array, ""],
+    optimizer: optax.GradientTransformation,
+    train: str,
+    counts: Bool[Array, ""] | bool = True,
 ) -> tuple[State, Float[Array, ""]]:
     """Apply one update; if not `finite`, change only the counters of skipped updates.
+
+    Args:
+        counts: whether a row counts. Without one nothing changes: momentum and weight decay would move the parameters.
 
     Returns:
         The next state and the norm of the update.
@@ -72,7 +80,7 @@ def apply_gradient(
     updates, moments = optimizer.update(gradient, state.optimizer, trained)
 
     def kept(new: Any, old: Any) -> Any:
-        return jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, old)
+        return jax.tree.map(lambda new, old: jnp.where(finite & counts, new, old), new, old)
 
     after = state._replace(
         params=join(kept(optax.apply_updates(trained, updates), trained), frozen),

@@ -46,7 +46,8 @@ def time_iou(caption: str, record: Mapping[str, Any]) -> float | None:
     2 * sum / (scenes + events): 0 without scenes, None without events.
     """
     told = scenes(caption)
-    truth = sorted((event["start"], event["end"]) for event in record["events"] if "end" in event)
+    timed = (event for event in record["events"] if isinstance(event.get("end"), int | float))
+    truth = sorted((event["start"], event["end"]) for event in timed)
     if not truth:
         return None
     best = [0.0] * (len(truth) + 1)  # of the scenes so far with each prefix of the events

@@ -148,8 +148,9 @@ def read_in_rounds(proxy: Proxy, read: Callable[[], Any], more: int = 1) -> Any:
     return value
 
 
-def test_files_in_a_bucket_are_read_at_the_speed_of_the_connection(published, tmp_path, monkeypatch):
-    """A request a tensor, 32 at a time, for every way of loading: 43 round trips for 1,345 tensors."""
+def test_files_in_a_bucket_are_read_at_the_speed_of_the_connection(tmp_path, monkeypatch):
+    """A request a tensor, 32 at a time, for every way of loading."""
+    published = write_published(tmp_path / "hf", SHALLOW)
     names = json.loads((published / "model.safetensors.index.json").read_text())["weight_map"]
     local = open_checkpoint(published)
     with proxied_bucket(tmp_path / "buckets", monkeypatch) as proxy:
@@ -171,6 +172,7 @@ def test_files_in_a_bucket_are_read_at_the_speed_of_the_connection(published, tm
         jax.tree.map(np.testing.assert_array_equal, params, load_sharded(local, wanted))
 
 
+@pytest.mark.slow
 def test_a_run_in_a_bucket_is_exported_at_the_speed_of_the_connection(published, exported, tmp_path, monkeypatch):
     """A request a layer and some for the index, 32 at a time."""
     with proxied_bucket(tmp_path / "buckets", monkeypatch) as proxy:

@@ -1,6 +1,7 @@
 """`avocado score`: captions in, scores out."""
 
 import json
+import math
 
 import pytest
 from chat import chat_server
@@ -116,6 +117,11 @@ def known(captions, references):
     return [len(reference["keypoints"] or ()) or None for reference in references]
 
 
+def too_few(captions, references):
+    """A term that forgets a caption."""
+    return [1.0] * (len(captions) - 1)
+
+
 def test_terms_of_a_user_and_word_weights(scored, tmp_path):
     (tmp_path / "idf.jsonl").write_text("".join(json.dumps({"caption": f"A dog {k} barks."}) + "\n" for k in range(40)))
     lines = [
@@ -129,7 +135,20 @@ def test_terms_of_a_user_and_word_weights(scored, tmp_path):
     assert (first["shout"], first["known"], second["shout"], second["known"]) == (2, 1, 0, None)
     _, out, _ = scored(lines, *terms, "--idf", str(tmp_path / "idf.jsonl"))
     assert json.loads(out[0])["R_C"] < first["R_C"]  # "dog" says little among captions of dogs
-    assert scored(lines, "--extra", "jax:no_module:name")[0] == 2
+    _, out, _ = scored(lines, *terms[:-1])
+    assert "shout 2.000  known 1.000" in out[0]
+    for wrong in ("jax:no_module:name", "jax::f", "host:.m:f", "host:test_score_command:too_few"):
+        status, _, err = scored(lines, "--extra", wrong)
+        assert (status, len(err)) == (2, 1), wrong
+
+
+def test_texts_that_are_no_unicode(scored):
+    """A lone surrogate, as tools write that cut an emoji in half."""
+    line = {"id": "a", "caption": 'A man says, "Hi \ud83d."', "reference": {"caption": 'A man says, "Hi \ud83d."'}}
+    status, out, _ = scored([line], "--explain", "--terms", "dialogue")
+    assert status == 0
+    assert out[0].startswith("a  R_C unknown  R_D 1.000")
+    assert len(out) > 1
 
 
 @pytest.mark.parametrize(
@@ -141,6 +160,7 @@ def test_terms_of_a_user_and_word_weights(scored, tmp_path):
         ({"id": "a", "caption": "x", "reference": {"keypoints": [3]}}, [], "must have text"),
         ({"id": "a", "caption": "x", "reference": 3}, [], '"reference" must be an object'),
         ({"id": "a", "caption": "x", "reference": {"events": [{"start": 1}]}}, [], "must have start and end"),
+        ({"id": "a", "caption": "x", "reference": {"events": [{"start": 1, "end": math.nan}]}}, [], "start and end"),
         ({"id": "a", "caption": "x", "reference": {"probes": 3}}, [], '"reference.probes" must be a list'),
         ({"id": "a", "caption": "x", "reference": {"probes": [{}]}}, [], "captions.jsonl:1: a probe's 'question'"),
         ({"id": "a", "caption": "x"}, ["--terms", "probes"], "--judge lexical is none of lm, remote"),

@@ -251,7 +251,7 @@ def test_mistakes_are_one_line(tmp_path, capsys):
     data, own = str(write_official("ugc-videocap", tmp_path)), str(captions(tmp_path))
     with_captions = ["ugc-videocap", "--data", data, "--captions", own]
     tour = [
-        (["ugc-videocap", "--data", data], "--videos DIR is asked for"),
+        (["ugc-videocap", "--data", data], "one of --videos DIR (the clips) and --captions FILE is required"),
         (["ugc-videocap", "--data", data, "--videos", str(tmp_path)], "nor any other video"),
         (
             ["ugc-videocap", "--data", data, "--videos", str(tmp_path), "--shard", "3/2"],

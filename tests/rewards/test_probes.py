@@ -96,6 +96,7 @@ def test_answers(answer, right):
 def test_letters_come_before_choices_that_look_like_them():
     choices = {"A": "B", "B": "A"}
     assert letter_of("A", choices) == "A"
+    assert letter_of('B. "Hello there."', {"A": "Bye.", "B": '"Hello there."'}) == "B"  # a choice that ends with a mark
     assert letter_of("n/a", choices) == UNKNOWN
     assert as_text(COLOR) == "What color is the door?\nA. blue\nB. red"
 

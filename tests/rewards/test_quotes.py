@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from avocado_jax.rewards import text, vocabulary
-from avocado_jax.rewards.text import Limits
+from avocado_jax.rewards.text import Limits, limits_of
 
 LIMITS = Limits(256, 64, 12, 64)  # of test_text.py too: one program
 MARKS = (
@@ -223,3 +223,9 @@ def test_what_a_caption_does_not_claim(table, written, claimed):
     denied = {"red", "blue", "yellow", "bark"} - set(claimed.split())
     assert not {vocabulary.meaning(word) for word in denied} & kept or '"' in written
     assert np.isfinite(caption.weights).all()
+
+
+@pytest.mark.parametrize("line", ["Man: Hello there.\n", "She says, 'Hello there.'\n", 'She says, "Hello there."\n'])
+def test_limits_have_room_for_every_line(line):
+    """Lines of scripts and in single marks count as those in double marks do."""
+    assert limits_of([line * 40]).quotes == 64

@@ -123,8 +123,9 @@ def main() -> None:
         with ClipReader(2, 120.0) as reader:
             limits = Limits(args.requests, args.bytes, args.seconds, 60.0)
             sources = Sources(args.root, args.remote, 100_000, 3.0)
+            hosts = None if args.key else frozenset(("127.0.0.1", "localhost", "::1"))
             backend = TruthfulBackend(args.truths) if args.truths else StubBackend()
-            server = Server(backend, "stub", reader, READING, HABITS, sources, limits, args.key)
+            server = Server(backend, "stub", reader, READING, HABITS, sources, limits, args.key, hosts)
             await serve(server, "127.0.0.1", 0, args.grace, lambda port: print(port, flush=True))
 
     asyncio.run(run())

@@ -154,12 +154,12 @@ def test_a_client_that_leaves(stub):
         await asyncio.sleep(0)
         task.cancel()
         other = (await ask(backend, chat(1, seed=1), clip(1)))[-1]
-        news = [one._news.get_nowait() for one in (job, waiting) for _ in range(one._news.qsize())]
-        return other, news, backend._jobs
+        dropped = [backend._drop(one, np.zeros(1, np.int32)) for one in (job, waiting)]  # what the engine asks
+        return other, dropped, backend._jobs
 
-    other, news, left = run(stub, work)
+    other, dropped, left = run(stub, work)
     assert other.text == words(stub, tokens_of(drawn(1), GREEDY))
-    assert not any(complete for _, complete in news)
+    assert dropped == [True, True]
     assert not left
 
 
@@ -262,3 +262,20 @@ def test_with_the_engine(captioner, rows, one_by_one):  # noqa: F811
         assert answers[-1].tokens == len(expected[i])
         assert answers[-1].prompt_tokens == len(rows[i].prompt_ids)
     assert text[-1].tokens in range(1, 6)
+
+
+def test_the_default_sampling_always_has_a_place(stub, monkeypatch):
+    """Clients with other ways of sampling cannot use it up, and a request that is refused takes none."""
+    monkeypatch.setattr(module, "SAMPLINGS", 3)
+
+    async def work(backend):
+        large = chat(0, temperature=0.1)._replace(turns=(Turn("user", "a " * 100_000),))
+        with pytest.raises(ApiError, match="tokens"):
+            await backend.prepare(large, None)
+        for temperature in (0.2, 0.3):
+            await backend.prepare(chat(0, temperature=temperature), clip(0))
+        with pytest.raises(ApiError, match="combinations"):
+            await backend.prepare(chat(0, temperature=0.4), clip(0))
+        return await backend.prepare(chat(0), clip(0))
+
+    assert run(stub, work)[0].sampling == GREEDY

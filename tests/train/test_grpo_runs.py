@@ -77,6 +77,7 @@ def test_a_run_resumes_between_the_updates_of_one_rollout(grpo_runs):
     assert kill(process) == -signal.SIGKILL
     assert not (grpo_runs.folder / "killed-between" / "checkpoints" / "4").exists()
     grpo_runs.finish("killed-between", *fields)
+    grpo_runs.finish("killed-between", *fields)  # finished: its last checkpoint can be restored
     assert grpo_runs.lines("killed-between") == lines
     assert rollouts(grpo_runs, "killed-between") == rollouts(grpo_runs, "together")
     jax.tree.map(np.testing.assert_array_equal, grpo_runs.files("killed-between"), grpo_runs.files("together"))

@@ -59,6 +59,14 @@ def test_a_metric_that_is_absent_or_unknown_warns_of_nothing(capsys):
     assert not capsys.readouterr().err
 
 
+def test_a_step_without_rows_is_neither_a_collapse_nor_a_start(capsys):
+    health, empty = Health(), dict.fromkeys(START, 0.0) | {"rows": 0.0, "reward_checklist_missing": 1.0}
+    for step, metrics in enumerate((empty, START, empty, START | {"length": 90.0, "rows": 4.0}), start=1):
+        health.check(step, metrics)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("step 4: warning: captions have 90 tokens")
+
+
 def test_the_start_describes_a_step():
     bucket = Bucket(Shape(28032, 99, 30, 50), 4096)
     config = GrpoConfig(

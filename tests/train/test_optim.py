@@ -86,6 +86,19 @@ def test_a_skipped_update_changes_only_counters():
     assert (int(after.skipped), int(after.in_row)) == (1, 1)
 
 
+def test_an_update_without_rows_changes_nothing():
+    """Momentum and weight decay do not move the parameters; it is not counted as skipped."""
+    params, make = parameters(), optimizer(CONFIG, STEPS)
+    state, once = initial_state(params, make, "all"), jax.jit(apply_gradient, static_argnums=(3, 4))
+    state, _ = once(state, jax.tree.map(np.ones_like, params), jnp.array(True), make, "all")
+    none = jax.tree.map(np.zeros_like, params)
+    after, _ = once(state, none, jnp.array(True), make, "all", jnp.array(False))
+    jax.tree.map(np.testing.assert_array_equal, (after.params, after.optimizer), (state.params, state.optimizer))
+    assert (int(after.skipped), int(after.in_row)) == (0, 0)
+    moved, _ = once(state, none, jnp.array(True), make, "all", jnp.array(True))
+    assert any((one != other).any() for one, other in zip(*map(jax.tree.leaves, (moved.params, state.params))))
+
+
 LOSS, GRADIENT = np.array([[1, 0], [1, 1], [np.nan, 1], [1, np.nan]], np.float32).T
 
 

@@ -74,15 +74,19 @@ class Steps:
         setup = SimpleNamespace(mesh=self.mesh, plan=SimpleNamespace(step=lambda _: SimpleNamespace(records=[-1] * B)))
         self.step, _ = run_grpo._step(self.config, setup, program, rewards, {}, None, (), str(folder))
 
-    def run(self, state, first, last, stop=None):
+    def run(self, state, first, last, stop=None, weights={}):  # noqa: B006
         """Run a job's steps from `first` to `last` - 1, or until `stop` steps are finished.
+
+        `weights`: of the rows of some steps.
 
         Returns:
             The state, and (metrics, entries of "perf") of each step.
         """
         found = []
         with jax.set_mesh(self.mesh):
-            for one in blocks(Batches(map(batch, range(first, last))), first, self.config.rollout_batches):
+            batches = [batch(step) for step in range(first, last)]
+            batches = [one._replace(weight=weights.get(one.step, one.weight)) for one in batches]
+            for one in blocks(Batches(batches), first, self.config.rollout_batches):
                 if one.step == stop:
                     break
                 state, metrics, finish = self.step(state, one)
@@ -166,10 +170,22 @@ def test_a_resume_takes_the_captions_from_the_state(tmp_path):
         assert (one.rollout.sampled == other.rollout.sampled).all()
     assert [int(metrics["staleness"]) for metrics, _ in found] == [1, 2]
     assert state.params == undisturbed.params == 3
+    assert [float(one.sampled[0, 0, 0]) for one in state.rollouts] == [0, 1, 2]  # for a second stop in this block
+
+
+def test_a_record_that_was_lost_at_sampling_does_not_count_after_a_resume(tmp_path):
+    """Its captions are those of an empty clip, although a later start can read it. A row lost later does not count."""
+    lost = jnp.array([0.0, 1.0])
+    steps = Steps(tmp_path, rollout_batches=2)
+    state, _ = steps.run(start(), 0, 2, stop=1, weights={1: lost})
+    assert [one.lengths.tolist() for one in state.rollouts] == [[[2, 2], [2, 2]], [[0, 0], [2, 2]]]
+    again = Steps(tmp_path, rollout_batches=2)
+    again.run(state, 1, 2)
+    assert again.of("update")[0][1].weight.tolist() == [0, 1]
 
 
 def test_a_checkpoint_has_the_rollouts_of_several_batches_only():
-    """A run without them resumes from the checkpoints of earlier versions."""
+    """Without them a checkpoint has the form of earlier versions."""
     assert rest_of(start()).keys() == {"step", "params", "optimizer", "skipped", "in_row"}
     rollouts = (rollout_of(0), rollout_of(1))
     assert rest_of(start()._replace(rollouts=rollouts))["rollouts"] is rollouts

@@ -69,7 +69,10 @@ async def judge(record: Record, caption: str, ask: Ask) -> list[Unit]:
 
     def read_letters(text: str) -> dict[int, str]:
         try:
-            said = {one.number: one.answer for one in read_object(text, Choices, python=True).answers}
+            answers = read_object(text, Choices, python=True).answers
+            said = {one.number: one.answer for one in answers}
+            if len(said) < len(answers):
+                said = {}  # a number twice: neither answer counts
         except Malformed:  # {"1": "A", ...} is an answer too
             last = next(reversed(objects(text, python=True)), {})
             said = {int(name): str(answer) for name, answer in last.items() if name.isdecimal() and len(name) < 6}
