@@ -221,7 +221,14 @@ def _print_estimate(
     count = min(SAMPLED, len(clips))
     some = [clips[number * len(clips) // count] for number in range(count)]
     with ClipReader(READERS, args.clip_seconds) as reader:
-        how = Segments(captioner.reading, reader, not args.no_audio, prompts, _target(args.segments), _warn)
+        how = Segments(
+            captioner.reading,
+            reader,
+            not args.no_audio,
+            prompts,
+            _segment_lengths(args.segments, captioner.reading),
+            _warn,
+        )
         rows = read_segments(some, captioner, how)
         estimate = estimate_clips(captioner.config, rows, count, args.max_new_tokens, args.batch, mesh)
     line = estimate_line(estimate, len(clips)) if estimate else f"no estimate: none of {count} clips can be read"
