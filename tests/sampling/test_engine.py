@@ -134,8 +134,8 @@ def test_a_dropped_request_frees_its_slot(captioner, rows, long_and_short, monke
     """One slot: the long caption is dropped after three tokens, a request that is dropped before is not prefilled."""
     long, short, many, few = long_and_short
     dispatches, admitted = [], []
-    advance, take = engine._Lane.advance, programs.admit
-    monkeypatch.setattr(engine._Lane, "advance", lambda lane: (dispatches.append(1), advance(lane)))
+    advance, take = lane.Lane.advance, programs.admit
+    monkeypatch.setattr(lane.Lane, "advance", lambda self: (dispatches.append(1), advance(self)))
     monkeypatch.setattr(programs, "admit", lambda *args, **kwargs: (admitted.append(1), take(*args, **kwargs))[1])
 
     def drop(item, tokens):
