@@ -1,10 +1,12 @@
 """The start of the AVWorld captioner: its tokenizer against transformers' own class, its weights against the table."""
 
 import json
+import runpy
 import subprocess
 import sys
 from itertools import product
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -28,7 +30,8 @@ SCRIPT = Path(__file__).parents[2] / "launch" / "small_checkpoint.py"
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     made = tmp_path_factory.mktemp("small") / "hf"
-    subprocess.run([sys.executable, SCRIPT, made], check=True)
+    with mock.patch.object(sys, "argv", [SCRIPT.name, str(made)]):
+        assert runpy.run_path(str(SCRIPT))["main"]() == 0
     return made
 
 

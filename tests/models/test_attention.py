@@ -113,13 +113,13 @@ def test_kernels_are_the_plain_form(kernel, clip):
     """Forward and gradients. The GPU's own kernel needs one: here its arguments go to the same function in XLA."""
     args = sequences(clip=clip)
     ours, theirs = outputs({"splash": splash, "cudnn": cudnn}[kernel], **KERNELS[kernel]), outputs(attention)
-    for one, other in zip(ours(*args), theirs(*args)):
+    for one, other in zip(jax.jit(ours)(*args), jax.jit(theirs)(*args)):
         np.testing.assert_allclose(one, other, atol=5e-6)
 
     def loss(run):
         return lambda *parts: sum(jnp.sum(jnp.sin(part)) for part in run(*parts, args[-1]))
 
-    gradients = (jax.grad(loss(run), argnums=(0, 1, 2, 3))(*args[:-1]) for run in (ours, theirs))
+    gradients = (jax.jit(jax.grad(loss(run), argnums=(0, 1, 2, 3)))(*args[:-1]) for run in (ours, theirs))
     for one, other in zip(*map(jax.tree.leaves, gradients)):
         np.testing.assert_allclose(one, other, atol=5e-5)
 

@@ -1,18 +1,11 @@
 """One undisturbed run that others are compared with."""
 
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
-from train_runs import GRPO, Runs
-
-ROOT = Path(__file__).parents[2]
+from train_runs import GRPO, Runs, write_checkpoint
 
 
 def made(folder, *options):
-    script = ROOT / "launch" / "random_checkpoint.py"
-    subprocess.run([sys.executable, script, folder / "init", "--size", "tiny"], check=True, capture_output=True)
+    write_checkpoint(folder / "init")
     runs = Runs(folder, folder / "init", *options)
     runs.finish("undisturbed", "--tensorboard", "true")
     return runs

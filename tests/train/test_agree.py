@@ -1,8 +1,6 @@
 """Several processes that hold the same rows: one lost record, one question to the judge, one answer everywhere."""
 
 import json
-import subprocess
-import sys
 import zlib
 from pathlib import Path
 
@@ -11,6 +9,7 @@ import pytest
 from chat import chat_server
 from processes import several
 from test_judges import encoder  # noqa: F401 (a fixture)
+from train_runs import write_checkpoint
 
 ROOT = Path(__file__).parents[2]
 IMPORT = f"import sys, json\nsys.path.append({str(ROOT / 'tests' / 'data')!r})\nimport agreement, numpy as np, jax\n"
@@ -75,7 +74,7 @@ def verdict(number, request):
 @pytest.fixture(scope="module")
 def judges(encoder, tmp_path_factory):  # noqa: F811
     lm = tmp_path_factory.mktemp("lm")
-    subprocess.run([sys.executable, ROOT / "launch" / "random_checkpoint.py", lm], check=True, capture_output=True)
+    write_checkpoint(lm)
     return encoder[0], lm
 
 
