@@ -3,8 +3,11 @@
 import argparse
 import importlib
 import os
+import platform
 import signal
 import sys
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
 from typing import NoReturn
 
 from avocado_jax.errors import report
@@ -44,6 +47,19 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
 
 
+VERSIONS = ("avocado-jax", "jax", "jaxlib", "libtpu", "flax", "transformers")
+
+
+def versions() -> str:
+    """The versions that a report of a fault needs; packages that are not installed are left out."""
+    python = f"python {platform.python_version()}"
+    found = []
+    for name in VERSIONS:
+        with suppress(PackageNotFoundError):
+            found.append(f"{name} {version(name)}")
+    return ", ".join([*found, python])
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run one command. Returns its exit status, as in `STATUSES`."""
     argv = sys.argv[1:] if argv is None else argv
@@ -54,6 +70,18 @@ def main(argv: list[str] | None = None) -> int:
         epilog=STATUSES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.add_argument(
+        "--version",
+        action="version",
+        version=versions() if argv[:1] == ["--version"] else "",
+        help="print the versions of the package, Python, jax and what else matters",
+    )
+    parser.add_argument("--print-completion", metavar="SHELL", help="print the completion script for a shell")
+    if argv[:1] == ["--print-completion"]:
+        from avocado_jax.cli.completion import completion
+
+        print(completion(parser, COMMANDS, argv[1:]))
+        return 0
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
     for name, summary in COMMANDS.items():
         command = commands.add_parser(
@@ -69,7 +97,7 @@ def main(argv: list[str] | None = None) -> int:
             command.set_defaults(run=module.run)
     args, rest = parser.parse_known_args(argv)
     if rest and not hasattr(args, "fields"):  # commands that take a config take its fields too
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        commands.choices[args.command].error(f"unrecognized arguments: {' '.join(rest)}")
     args.fields = rest
     # At once: no file has its final name before it is complete, and the same command resumes or starts again.
     signal.signal(signal.SIGTERM, lambda *_: os._exit(75))

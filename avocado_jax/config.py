@@ -6,7 +6,6 @@ run computes: a run folder with another value is refused.
 
 import difflib
 import importlib.util
-import math
 import types
 import typing
 from collections.abc import Iterator, Sequence
@@ -15,6 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from avocado_jax.errors import InputError
+from avocado_jax.fields import OTHER_NAMES, check_field
+
+PACKAGE = Path(__file__).parent
 
 
 def free(default: Any) -> Any:
@@ -41,8 +43,8 @@ class DataConfig:
     their times, or `:drills` for drills.
     """
 
-    train: str = ""
-    heldout: str = ""  # its loss (GRPO: its reward, never normalised) is measured every `eval_every` steps
+    train: str = ""  # source of the training clips
+    heldout: str = ""  # source whose loss (GRPO: its reward, never normalised) is measured every `eval_every` steps
     references: int = 1  # captions per clip
     caption_tokens: int = 1024  # SFT: longer captions are truncated and counted (GRPO: `sampling.tokens`)
     shapes: int = 8  # maximum number of compiled shapes
@@ -56,21 +58,21 @@ class DataConfig:
 class OptimConfig:
     """AdamW, global-norm clipping, linear warm-up, cosine decay."""
 
-    lr: float = 2e-5
+    lr: float = 2e-5  # peak learning rate
     warmup: float = 0.05  # share of the steps; the first update has a positive rate, with 0 the full one
     final: float = 0.0  # share of `lr` that the cosine approaches at the last step
-    beta1: float = 0.9
-    beta2: float = 0.95
-    eps: float = 1e-8
-    weight_decay: float = 0.1  # of matrices, not of biases and norms
-    clip_norm: float = 1.0  # of the whole gradient
+    beta1: float = 0.9  # decay of the first moment
+    beta2: float = 0.95  # decay of the second moment
+    eps: float = 1e-8  # added to the root of the second moment
+    weight_decay: float = 0.1  # decay of matrices, not of biases and norms
+    clip_norm: float = 1.0  # maximum norm of the whole gradient
 
 
 @dataclass(frozen=True)
 class LoraConfig:
     """Low-rank adapters in the language model's linear maps, where `train` is "lora"."""
 
-    rank: int = 16
+    rank: int = 16  # width of each adapter
     alpha: float = 16.0  # their output counts alpha / rank
 
 
@@ -78,10 +80,10 @@ class LoraConfig:
 class SplashConfig:
     """Block sizes of the "splash" kernel: queries and keys of one step, at most; multiples of 128."""
 
-    q: int = free(512)
-    kv: int = free(512)
-    q_backward: int = free(512)
-    kv_backward: int = free(512)
+    q: int = free(512)  # queries of the forward pass
+    kv: int = free(512)  # keys of the forward pass
+    q_backward: int = free(512)  # queries of the backward pass
+    kv_backward: int = free(512)  # keys of the backward pass
 
 
 @dataclass(frozen=True)
@@ -97,24 +99,24 @@ class SamplingConfig:
     """How captions are sampled from the policy."""
 
     tokens: int = 4096  # maximum length of a caption, including the stop token
-    temperature: float = 1.0
-    top_k: int = 0  # 0: all
-    top_p: float = 1.0
+    temperature: float = 1.0  # divides the logits
+    top_k: int = 0  # sample from so many most probable tokens; 0: all
+    top_p: float = 1.0  # probability mass to sample from; 1: all
 
 
 @dataclass(frozen=True)
 class ObjectiveConfig:
     """The GRPO objective (formulas: train/objective.py)."""
 
-    advantage: str = "std"  # of a reward within its group: "std": (r - mean) / std; "mean": r - mean
+    advantage: str = "std"  # advantage of a reward within its group: "std": (r - mean) / std; "mean": r - mean
     std_floor: float = 1e-3  # lower bound of a group's std
     ratio: str = "token"  # level of the policy ratio: "token", or "sequence" (GSPO)
     clip_low: float = 0.2  # ratios are clipped at 1 - clip_low
-    clip_high: float = 0.2  # and at 1 + clip_high
+    clip_high: float = 0.2  # ratios are clipped at 1 + clip_high
     kl: str = "k3"  # estimator of the KL to the reference: "k1", "k2", "k3"
     beta: float = 0.04  # weight of the KL; 0: no reference model
-    aggregate: str = "sequence"  # of tokens: "sequence" (GRPO), "token" (DAPO), "constant" (Dr. GRPO)
-    importance_cap: float = 0.0  # of the trainer's over the sampler's probability; 0: not corrected
+    aggregate: str = "sequence"  # mean over tokens: "sequence" (GRPO), "token" (DAPO), "constant" (Dr. GRPO)
+    importance_cap: float = 0.0  # cap of the ratio of the trainer's to the sampler's probability; 0: no correction
     mask_overlong: bool = False  # truncated captions have no loss
 
 
@@ -131,20 +133,20 @@ class RewardConfig:
     normalize: bool = False  # each term over its deviation in the group before it is weighted (GDPO)
     gate: bool = False  # a caption that collapses has no credit for dialogue
     low: int = 2048  # tokens from which R_L falls from 1
-    high: int = 4096  # to 0
-    judge: str = "lexical"  # of R_C: "lexical", "remote", "lm" or "embedding" (rewards/README.md)
+    high: int = 4096  # tokens from which R_L is 0
+    judge: str = "lexical"  # judge of R_C: "lexical", "remote", "lm" or "embedding" (rewards/README.md)
     judge_model: str = ""  # model reference of an "lm" or "embedding"; name at the endpoint of a "remote"
     judge_url: str = free("")  # endpoint of a "remote" judge: https://HOST/v1; its key is in OPENAI_API_KEY
     judge_cache: str = free("")  # local folder for a "remote" judge's answers; a resumed run repeats no request
-    judge_patience: float = free(600.0)  # seconds that a step waits for it
+    judge_patience: float = free(600.0)  # seconds that a step waits for a "remote" judge
     max_unjudged: float = free(0.1)  # the run stops if a larger share of a step's keypoints or probes has no answer
-    probe_judge: str = "lm"  # of the probes: "lm" or "remote"
-    probe_model: str = ""  # as `judge_model`, which it is if empty; equal judges of both terms are loaded once
+    probe_judge: str = "lm"  # judge of the probes: "lm" or "remote"
+    probe_model: str = ""  # as `judge_model`; empty: the same. Equal judges of both terms are loaded once
     long_units: bool = True  # sentences of 100 to 400 characters that are repeated three times are repetition too
     idf: str = ""  # local JSON lines of captions that give the rarity of words; empty: all content words weigh the same
     covered_low: float = 0.35  # share of a keypoint's words from which the lexical judge finds it stated in part
-    covered_high: float = 0.65  # and in full
-    keypoints: int = 64  # maximum number per reference
+    covered_high: float = 0.65  # share from which it is stated in full
+    keypoints: int = 64  # maximum number of keypoints per reference
     lines: int = 32  # maximum number of dialogue lines that are compared
     scenes: int = 64  # maximum number of timed scenes and of events that are compared
     questions: int = 20  # maximum number of probes per reference
@@ -165,29 +167,29 @@ class RunConfig:
     """Fields of every training run."""
 
     init: str = ""  # a checkpoint: folder in Hugging Face format or run, local or gs://; or ORG/NAME[@REVISION]
-    seed: int = 0
-    steps: int = 0  # 0: `epochs` of the data
-    epochs: float = 2.0
+    seed: int = 0  # seed of every random number of the run
+    steps: int = 0  # number of steps; 0: `epochs` of the data
+    epochs: float = 2.0  # passes over the data, where `steps` is 0
     batch: int = 128  # clips per step, over all devices
     accumulate: int = free(1)  # microbatches per batch
-    train: str = "captioner"  # "captioner": adapters and language model; "all"; "adapters"; "lora": with adapters
+    train: str = "captioner"  # "captioner": adapters and language model; "all"; "adapters"; "lora" and adapters
     lora: LoraConfig = LoraConfig()
-    dtype: str = "bfloat16"  # of activations; trained parameters, their gradients and moments are float32
-    frozen_dtype: str = "bfloat16"  # of frozen parameters
+    dtype: str = "bfloat16"  # dtype of activations; trained parameters, their gradients and moments are float32
+    frozen_dtype: str = "bfloat16"  # dtype of frozen parameters
     remat: str = free("full")  # what the backward pass recomputes: "none", "dots", "full", "offload"
     attention: str = free("auto")  # "auto": the platform's kernel; "plain", "splash", "cudnn"
     splash: SplashConfig = SplashConfig()
     mesh: MeshConfig = MeshConfig()
     data: DataConfig = DataConfig()
     optim: OptimConfig = OptimConfig()
-    checkpoint_every: int = free(500)  # steps
+    checkpoint_every: int = free(500)  # steps between two checkpoints
     checkpoint_minutes: float = free(0.0)  # a checkpoint also after so many minutes without one; 0: off
     keep: int = free(2)  # newest checkpoints to keep; the best by held-out loss or reward is kept too
-    eval_every: int = 500  # steps; it adds to metrics.jsonl, so it is part of what the run is
+    eval_every: int = 500  # steps between two evaluations; part of what the run is, since metrics.jsonl has them
     eval_rows: int = 128  # maximum number of held-out clips
     max_skipped: int = 20  # the run stops after so many steps in a row without a finite gradient
     profile: tuple[int, ...] = free(())  # steps (first, last) traced by jax.profiler into RUN/profile
-    tensorboard: bool = free(True)
+    tensorboard: bool = free(True)  # write RUN/tensorboard
     nominal: NominalConfig = NominalConfig()
     timeouts: TimeoutConfig = TimeoutConfig()
     wandb: str = free("")  # a project's name; needs `pip install 'avocado-jax[wandb]'`
@@ -213,12 +215,12 @@ class GrpoConfig(RunConfig):
     rewards: RewardConfig = RewardConfig()
     objective: ObjectiveConfig = ObjectiveConfig()
     rollout_batches: int = 1  # batches whose captions are sampled together; then each has its update
-    passes: int = 1  # over each batch
+    passes: int = 1  # passes over each batch
     minibatches: int = 1  # updates per pass
-    reference_dtype: str = "bfloat16"  # of the reference model's parameters
+    reference_dtype: str = "bfloat16"  # dtype of the parameters of the reference model
     eval_tokens: int = 2048  # maximum length of a held-out caption; at most `sampling.tokens`
     optim: OptimConfig = OptimConfig(lr=1e-5)
-    checkpoint_every: int = free(50)  # steps
+    checkpoint_every: int = free(50)
     eval_every: int = 50
 
 
@@ -227,15 +229,31 @@ def as_sft(config: RunConfig) -> SftConfig:
     return SftConfig(**{one.name: getattr(config, one.name) for one in fields(RunConfig)})
 
 
+def config_file(name: str) -> Path:
+    """The file of a config: a path, or the bare name of a config of this package, such as `sft_7b`.
+
+    Raises:
+        InputError: there is no such file.
+    """
+    if (path := Path(name)).is_file():
+        return path
+    folder = next(one for one in (PACKAGE / "configs", PACKAGE.parent / "configs") if one.is_dir())  # wheel, clone
+    if (packaged := folder / f"{name}.py").is_file() and name == path.name:
+        return packaged
+    names = ", ".join(sorted(one.stem for one in folder.glob("*.py")))
+    raise InputError(f"{name}: no such config file; configs with a name: {names}")
+
+
 def load(path: str, overrides: Sequence[str] = ()) -> Any:
     """The `config` of a Python file, with fields changed by `["--a.b", "value", ...]` or `["--a.b=value"]`.
+
+    Args:
+        path: as in `config_file`.
 
     Raises:
         InputError: no such file, no config in it, an unknown field, or a value of the wrong kind.
     """
-    file = Path(path)
-    if not file.is_file():
-        raise InputError(f"{path}: no such config file")
+    file = config_file(path)
     spec = importlib.util.spec_from_file_location("avocado_config", file)
     if spec is None or spec.loader is None:
         raise InputError(f"{path}: not a Python file")
@@ -260,10 +278,8 @@ def _check(config: RunConfig) -> None:
     Raises:
         InputError: a value is out of its domain.
     """
-    if not 0 <= config.checkpoint_minutes < math.inf:
-        raise InputError(f"checkpoint_minutes: {config.checkpoint_minutes} is not a number of minutes from 0 (off)")
-    if isinstance(config, GrpoConfig) and config.rollout_batches < 1:
-        raise InputError(f"rollout_batches: {config.rollout_batches} is not a number from 1")
+    for name, value, _ in flat(config):
+        check_field(name, value)
     if (window := config.profile) and (len(window) > 2 or not 1 <= window[0] <= window[-1]):
         raise InputError(f"profile: {','.join(map(str, window))} is not FIRST,LAST with 1 <= FIRST <= LAST")
     for name, size in asdict(config.splash).items():
@@ -284,28 +300,13 @@ def _pairs(overrides: Sequence[str]) -> Iterator[tuple[str, str]]:
         yield name, value
 
 
-# Names of other trainers, without "_" and "-".
-OTHER_NAMES = {
-    "learningrate": "optim.lr",
-    "maxgradnorm": "optim.clip_norm",
-    "warmupratio": "optim.warmup",
-    "batchsize": "batch",
-    "gradientaccumulationsteps": "accumulate",
-    "maxsteps": "steps",
-    "numtrainepochs": "epochs",
-    "numgenerations": "group",
-    "checkpoint": "init",
-    "model": "init",
-}
-
-
 def _nearest(config: Any, name: str) -> str | None:
     """The field whose name is like `name`; of nested fields the last part may be enough."""
     every = [field for field, _, _ in flat(config)]
-    if (known := OTHER_NAMES.get(name.replace("_", "").replace("-", "").lower())) in every:
+    last = name.rpartition(".")[2]
+    if (known := OTHER_NAMES.get(last.replace("_", "").replace("-", "").lower())) in every:
         return known
     lasts = {field.rpartition(".")[2]: field for field in reversed(every)}
-    last = name.rpartition(".")[2]
     if last in lasts:
         return lasts[last]
     if close := difflib.get_close_matches(name, every, 1):
@@ -375,8 +376,19 @@ def refuse_another(config: Any, stored: dict[str, Any], where: str) -> None:
         return tuple(value) if isinstance(value, list) else value
 
     fixed = ((name, at(name), value) for name, value, is_free in flat(config) if not is_free)
-    differ = [f"{name} ({there} there, {here} here)" for name, there, here in fixed if there != here]
+    changed = {
+        name: (there, here) for name, there, here in fixed if there != here and not _same_path(name, there, here)
+    }
+    differ = [f"{name} ({there} there, {here} here)" for name, (there, here) in changed.items()]
     if stored.get("kind") != type(config).__name__:
         differ = [f"kind ({stored.get('kind')} there, {type(config).__name__} here)"]
     if differ:
-        raise InputError(f"{where}: begun with another config: {', '.join(differ)}")
+        more = f"; to train longer, begin another run with --init {where}" if {"steps", "epochs"} & {*changed} else ""
+        raise InputError(f"{where}: begun with another config: {', '.join(differ)}{more}")
+
+
+def _same_path(name: str, there: Any, here: Any) -> bool:
+    """Whether two values of a field name the same local path, one of them relative."""
+    if name not in ("init", "data.train", "data.heldout") or not there or not here or ":" in f"{there}{here}":
+        return False
+    return Path(there).resolve() == Path(here).resolve()

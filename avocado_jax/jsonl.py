@@ -27,6 +27,25 @@ def read_lines(path: Path, fields: Mapping[str, Any]) -> Iterator[tuple[str, dic
     yield from parse_lines(data, str(path), fields)
 
 
+def read_captions(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Lines with "id" and "caption". In lines that `caption` has written, "clip" becomes the id.
+
+    Lines about clips that failed are left out.
+
+    Raises:
+        InputError: as `read_lines`.
+    """
+    for where, line in read_lines(path, {}):
+        if isinstance(line.get("clip"), str) and "id" not in line:
+            if "error" in line:
+                continue
+            line["id"] = line["clip"]
+        for field in ("id", "caption"):
+            if not isinstance(line.get(field), str):
+                raise InputError(f'{where}: "{field}" must be {NAMES[str]}')
+        yield where, line
+
+
 def parse_lines(data: bytes, name: str, fields: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
     """Each JSON object of a file's content with its "name:line", checked to have the fields, of these types.
 

@@ -9,7 +9,7 @@ keypoint of this world has few words and each of them counts, so the lexical jud
 the clips have the same habits as before, so that more fine-tuning on them is more of the same; keypoints and dialogues
 are whole.
 
-Expected: see the README, "Measured".
+Expected: see avocado_jax/eval/README.md, "Measured".
 """
 
 from avocado_jax.config import DataConfig, GrpoConfig, ObjectiveConfig, OptimConfig, RewardConfig, SamplingConfig

@@ -4,7 +4,7 @@
   avocado prepare runs/quickstart/train/clips.jsonl runs/quickstart/shards --features --reading fewest_pixels=784
   avocado sft configs/world_quick.py --workdir runs/quickstart/run
 
-Expected: see the README, "Measured".
+Expected: see the README, "Two commands".
 """
 
 from avocado_jax.config import DataConfig, OptimConfig, SftConfig

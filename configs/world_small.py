@@ -3,7 +3,7 @@
   avocado sft configs/world_small.py --workdir runs/world_small --data.workers 15    # after those in world_drills.py
 
 Expected: the loss falls to 0.051; 6 minutes on one H100. `convert to-hf` of it is avocado_jax/assets/captioner; what
-it can do stands in the README, "Measured"; what was amiss in that run, in "Limits".
+it can do is in avocado_jax/world/README.md, with the faults of that run.
 """
 
 from avocado_jax.config import DataConfig, OptimConfig, SftConfig

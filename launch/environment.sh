@@ -23,4 +23,4 @@ if [[ ! -x .venv/bin/pip ]]; then
   }
   "$python" -m venv .venv
 fi
-install product --editable '.[world]'
+install product --requirement requirements.txt --editable '.[world]'

@@ -8,4 +8,4 @@ uv=$HOME/.uv
 [[ -x $uv/bin/uv ]] || python3 -m pip install --quiet --upgrade --target "$uv" uv==0.13.9
 export UV_PYTHON_PREFERENCE=${UV_PYTHON_PREFERENCE-only-managed}
 "$uv/bin/uv" venv --quiet --allow-existing --python 3.11 .venv
-"$uv/bin/uv" pip install --quiet --python .venv/bin/python --editable ".[${extras// /,}]"
+"$uv/bin/uv" pip install --quiet --python .venv/bin/python --requirement requirements.txt --editable ".[${extras// /,}]"

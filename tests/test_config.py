@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from avocado_jax.config import SftConfig, as_json, flat, load, refuse_another
+from avocado_jax import config
+from avocado_jax.config import DataConfig, SftConfig, as_json, flat, load, refuse_another
 from avocado_jax.errors import InputError
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.py"))
@@ -21,10 +22,10 @@ def path(tmp_path):
 
 def test_overrides_take_the_type_of_their_field(path):
     given = ["--data.train", "world:0:train:0:8", "--optim.lr=1e-3", "--steps", "1_000", "--tensorboard", "false"]
-    config = load(path, [*given, "--profile", "3,5", "--mesh.fsdp=-1"])
-    assert config.data.train == "world:0:train:0:8"
-    assert (config.optim.lr, config.steps, config.tensorboard) == (1e-3, 1000, False)
-    assert (config.profile, config.mesh.fsdp, config.batch) == ((3, 5), -1, 4)
+    loaded = load(path, [*given, "--profile", "3,5", "--mesh.fsdp=-1"])
+    assert loaded.data.train == "world:0:train:0:8"
+    assert (loaded.optim.lr, loaded.steps, loaded.tensorboard) == (1e-3, 1000, False)
+    assert (loaded.profile, loaded.mesh.fsdp, loaded.batch) == ((3, 5), -1, 4)
 
 
 @pytest.mark.parametrize(
@@ -43,7 +44,8 @@ def test_overrides_take_the_type_of_their_field(path):
         (["--optim", "adam"], "--optim.lr"),
         (["--steps.more", "1"], "no fields of its own"),
         (["steps", "1"], "--name value"),
-        (["--checkpoint_minutes", "-1"], "checkpoint_minutes: -1.0 is not a number of minutes"),
+        (["--optim.learning_rate", "1"], "did you mean optim.lr?"),
+        (["--checkpoint_minutes", "-1"], "checkpoint_minutes: -1.0 is not a number from 0"),
         (["--checkpoint_minutes", "nan"], "checkpoint_minutes"),
         (["--profile", "5,3"], "profile: 5,3 is not FIRST,LAST"),
         (["--profile", "0,3"], "profile"),
@@ -70,6 +72,25 @@ def test_files_that_are_no_config(tmp_path):
         load(str(tmp_path / "absent.py"))
 
 
+def test_configs_of_the_package_have_names(tmp_path, monkeypatch):
+    """A name is looked up behind files of the working directory, beside the package (clone) or inside it (wheel)."""
+    there = load(str(CONFIGS[0]))
+    monkeypatch.chdir(tmp_path)
+    assert load(CONFIGS[0].stem) == there
+    with pytest.raises(InputError, match=r"configs with a name: .*sft_7b, .*world_tiny"):
+        load("sft_8b")
+    for path in ("../configs/sft_7b", "nested/sft_7b"):
+        with pytest.raises(InputError, match="no such config file"):
+            load(path)
+    (tmp_path / "sft_7b").write_text(CONFIGS[0].read_text())
+    with pytest.raises(InputError, match="not a Python file"):
+        load("sft_7b")
+    (tmp_path / "package" / "configs").mkdir(parents=True)
+    (tmp_path / "package" / "configs" / "mine.py").write_text(CONFIGS[0].read_text())
+    monkeypatch.setattr(config, "PACKAGE", tmp_path / "package")
+    assert load("mine") == there
+
+
 def test_a_run_is_refused_under_another_config():
     held = json.loads(json.dumps(as_json(SftConfig())))
     refuse_another(SftConfig(), held, "run")
@@ -79,6 +100,24 @@ def test_a_run_is_refused_under_another_config():
         refuse_another(other, held, "run")
     with pytest.raises(InputError, match="kind"):
         refuse_another(SftConfig(), held | {"kind": "GrpoConfig"}, "run")
+    with pytest.raises(
+        InputError, match=r"steps \(0 there, 9 here\); to train longer, begin another run with --init run"
+    ):
+        refuse_another(load_with(steps=9), held, "run")
+
+
+def test_a_run_is_the_same_with_absolute_and_relative_paths(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    def of(**data):
+        return load_with(init="base", data=DataConfig(**data))
+
+    held = json.loads(json.dumps(as_json(of(train="shards", heldout="gs://b/x"))))
+    refuse_another(of(train=f"{tmp_path}/shards", heldout="gs://b/x"), held, "run")
+    refuse_another(of(train="./shards/", heldout="gs://b/x"), held, "run")
+    for train, heldout in (("shards2", "gs://b/x"), ("shards", "gs://b/y"), ("shards", "b/x"), ("", "gs://b/x")):
+        with pytest.raises(InputError, match="data"):
+            refuse_another(of(train=train, heldout=heldout), held, "run")
 
 
 def load_with(**fields):
@@ -87,8 +126,7 @@ def load_with(**fields):
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_every_config_loads_and_tells_its_command(path):
-    config = load(str(path))
-    assert any(name == "mesh.tensor" for name, *_ in flat(config))
+    assert any(name == "mesh.tensor" for name, *_ in flat(load(str(path))))
     text = path.read_text()
     assert f"configs/{path.name}" in text
     assert "Expected" in text

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parents[1] / "avocado_jax"
-LEAVES = {"typing", "errors", "progress", "config", "jsonl"}
+LEAVES = {"typing", "errors", "progress", "config", "fields", "jsonl"}
 # what a folder may import of the package, itself and the leaves apart
 ALLOWED = {
     "models": {"parallel"},

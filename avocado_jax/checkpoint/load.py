@@ -43,8 +43,11 @@ def open_checkpoint(reference: str | os.PathLike, copies: bool = False) -> Check
         return open_run(folder, copies=copies)
     if is_hf(folder):
         return open_hf(folder, copies=copies)
+    run, _, step = folder.rstrip("/").rpartition("/checkpoints")
+    if run and step.strip("/").isdigit() | (not step) and is_run(run):
+        raise InputError(f"{folder}: part of a run; name the run, {run}, whose newest checkpoint is read")
     if not storage.is_remote(folder) and not Path(folder).is_dir():
-        raise InputError(f"{folder}: no such folder")
+        raise InputError(f"{folder}: no such folder, and not ORG/NAME of the Hugging Face hub")
     raise InputError(f"{folder}: neither a checkpoint in Hugging Face format nor a run folder")
 
 

@@ -31,7 +31,8 @@ from avocado_jax.errors import InputError
 
 HUB = re.compile(r"(?P<name>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>[^\s@]+))?")
 INDEX = "model.safetensors.index.json"
-TOKENIZER = ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"]
+TOKENIZER = ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "reading.json"]
+PACKAGE = Path(__file__).parents[1]
 # Side files of a checkpoint that are read. Modules and pickles are not among them.
 MODEL = ["*.json", "*.jinja", "merges.txt", "vocab.txt", "question.txt"]
 COPIES = ["spk_dict.pt", "LICENSE*", "NOTICE*"]  # that conversion and training only copy
@@ -59,6 +60,8 @@ def located(reference: str | os.PathLike, needed: str = "model") -> str:
         StorageError: the hub cannot be reached or is busy.
     """
     text = str(reference)
+    if text.startswith(f"{PACKAGE.name}/assets/") and not os.path.exists(text):
+        return str(PACKAGE.parent / text)  # the shipped captioner, from any working directory
     return _snapshot(text, needed) if is_hub(text) else text
 
 
@@ -122,7 +125,7 @@ def fetched(folder: PurePath, weights: bool = True, copies: bool = False) -> Pat
 
 
 def tokenizer_folder(reference: str | os.PathLike) -> Path:
-    """The local folder of the tokenizer of a model reference; of a model on the hub, only its tokenizer is downloaded.
+    """The local folder of the tokenizer, and of `reading.json`, of a model reference; weights are not downloaded.
 
     Raises:
         InputError, StorageError: as `load.open_checkpoint`.

@@ -47,7 +47,9 @@ class Job(NamedTuple):
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command; what it does not know are fields of the config."""
-    parser.add_argument("config", metavar="CONFIG", help="a Python file that defines a GrpoConfig, as in configs/")
+    parser.add_argument(
+        "config", metavar="CONFIG", help="a Python file that defines a GrpoConfig, or the name of one in configs/"
+    )
     parser.add_argument("--out", metavar="OUT", required=True, help="folder of all runs and of what came out")
     parser.add_argument("--seeds", type=int, default=5, metavar="N", help="runs of each arm (default: %(default)s)")
     parser.add_argument("--arm", action="append", metavar="ARM", help="an arm; several: give it again")

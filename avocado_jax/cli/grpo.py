@@ -7,7 +7,7 @@ Each step samples a group of captions of every clip, rewards them and updates th
 resumes and finishes a run: killed at any moment, it continues from its newest checkpoint and ends with bit-identical
 metrics. SIGTERM, Ctrl-C, several processes, timeouts, `--deterministic` and `--debug-nans` work as in `sft`; a reward
 that is NaN, because a clip has no reference for it, does not end the run. `--a.b value` changes a field of the config;
-avocado_jax/config.py describes all fields.
+all fields are listed below.
 
 RUN/metrics.jsonl has a line a step, RUN/rollouts/STEP.jsonl a line a caption with its rewards and advantage;
 RUN/checkpoints is what `caption`, `evaluate` and `convert to-hf` read.
@@ -15,12 +15,16 @@ RUN/checkpoints is what `caption`, `evaluate` and `convert to-hf` read.
 
 import argparse
 
-from avocado_jax.cli.sft import add_arguments, configure_jax
+from avocado_jax.cli import sft
+from avocado_jax.cli.sft import configure_jax, folder_of_run
 from avocado_jax.config import GrpoConfig, load
 from avocado_jax.errors import InputError
 from avocado_jax.parallel.processes import init_distributed
 
-__all__ = ["add_arguments", "run"]
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command: that of `sft` with the fields of a GRPO config."""
+    sft.add_arguments(parser, GrpoConfig())
 
 
 def run(args: argparse.Namespace) -> int:
@@ -28,6 +32,8 @@ def run(args: argparse.Namespace) -> int:
     config = load(args.config, args.fields)
     if not isinstance(config, GrpoConfig):
         raise InputError(f"{args.config}: its config is of type {type(config).__name__}; grpo takes a GrpoConfig")
+    if not folder_of_run(args, config):
+        return 0
     configure_jax(args)
     with init_distributed(args.coordinator, args.processes, args.process, args.devices, config.timeouts):
         from avocado_jax.parallel.compiled import use_cache  # after init_distributed: these may touch devices

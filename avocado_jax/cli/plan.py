@@ -33,7 +33,7 @@ GIB = 2**30
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments; unknown ones are config fields."""
-    parser.add_argument("config", metavar="CONFIG", help="a Python file that defines `config`, as in configs/")
+    parser.add_argument("config", metavar="CONFIG", help="a Python file, or the name of one in configs/")
     parser.add_argument("--topology", metavar="SLICE", help="v5e:8x16, v5p:4x4x4, v6e:8x8 (default: this machine)")
     parser.add_argument("--all-shapes", action="store_true", help="all shapes of the data, not only the most expensive")
     parser.add_argument(

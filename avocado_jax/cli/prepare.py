@@ -1,11 +1,12 @@
 """Turn videos and their captions into shards to train from.
 
     avocado prepare clips.jsonl gs://bucket/clips
-    avocado prepare clips.jsonl prepared --features --tokenizer checkpoint
+    avocado prepare clips.jsonl prepared --features --checkpoint Qwen/Qwen2.5-Omni-7B
     avocado prepare AVoCaDO_training_set.jsonl gs://bucket/shards --media 'parts/videos.part-*.tar.gz'
     avocado prepare hub:AVoCaDO-Captioner/training_set gs://bucket/shards
 
-SOURCE is a JSONL file with an object a line, {"id", "video", "caption", ...} or ms-swift's {"messages", "videos"};
+SOURCE is a JSONL file with an object a line, {"id": "a", "video": "a.mp4", "caption": "A man ..."} and optional fields
+(avocado_jax/data/README.md, which also converts a CSV), or ms-swift's {"messages", "videos"};
 Parquet files with these columns, where `video` is a path or has the bytes; or WebDataset tar files (a clip and a .json
 or .txt file of one key). It is a path, a glob or a folder (ending in /), local or gs://, or hub:ORG/NAME[@REVISION].
 
@@ -22,19 +23,19 @@ On several machines, run with --shard I/N on each, and then once with --finish.
 
 import argparse
 import json
-import os
 import signal
 import sys
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import fields
+from dataclasses import fields, replace
 from types import FrameType
 from typing import NoReturn
 
 from avocado_jax.checkpoint.references import tokenizer_folder
 from avocado_jax.data.make_shard import Job
-from avocado_jax.data.media import Reading, parse_reading
+from avocado_jax.data.media import Reading, load_reading, parse_reading
 from avocado_jax.data.prepare import prepare
 from avocado_jax.data.prompt import read_prompts
+from avocado_jax.data.reader import available_cores
 from avocado_jax.data.shard import parse_shard
 from avocado_jax.data.storage import StorageError
 from avocado_jax.data.words import load_words
@@ -44,7 +45,7 @@ STOPPED = 75
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
-    cores = len(os.sched_getaffinity(0))
+    cores = available_cores()
     parser.add_argument("source", metavar="SOURCE", help="manifest, WebDataset or Parquet: a path, gs:// or hub:")
     parser.add_argument("out", metavar="OUT", help="folder, local or gs://")
     parser.add_argument(
@@ -58,14 +59,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="prompts, one a line, for rows without their own; the id of a row decides which one it gets",
     )
-    parser.add_argument("--tokenizer", metavar="REF", help="count captions in tokens (else in bytes)")
+    parser.add_argument(
+        "--checkpoint",
+        metavar="REF",
+        help="the model to train: clips are sampled in its way, and captions are counted with its tokenizer",
+    )
+    parser.add_argument("--tokenizer", metavar="REF", help="count captions in tokens of another model")
     names = ", ".join(field.name for field in fields(Reading) if field.name != "align_sound")
     parser.add_argument(
         "--reading",
         metavar="NAME=VALUE",
         action="append",
         default=[],
-        help=f"how clips are sampled, where it is not AVoCaDO's way; the run must ask for the same ({names})",
+        help=f"one property of how clips are sampled, where it is not that of --checkpoint or AVoCaDO ({names})",
     )
     parser.add_argument(
         "--align-sound",
@@ -89,8 +95,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Prepare. Returns 0, 1 where storage failed, 3 where too many lines were rejected, or 75 where it was stopped."""
     before = signal.signal(signal.SIGTERM, _stop)
-    words = load_words(tokenizer_folder(args.tokenizer)) if args.tokenizer else None
-    reading = Reading(**parse_reading(args.reading), align_sound=args.align_sound)
+    model = tokenizer_folder(args.checkpoint) if args.checkpoint else None
+    counted = tokenizer_folder(args.tokenizer) if args.tokenizer else model
+    words = load_words(counted) if counted else None
+    reading = load_reading(model) if model else Reading()
+    reading = replace(reading, **parse_reading(args.reading), align_sound=reading.align_sound or args.align_sound)
     shard = parse_shard(args.shard) if args.shard else None
     prompts = read_prompts(args.prompt_file) if args.prompt_file else ()
     limits = args.shard_records, args.clip_seconds

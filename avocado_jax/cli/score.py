@@ -5,7 +5,7 @@
 
 FILE holds lines {"id", "caption", "reference": {"caption"?, "dialogues"?, "keypoints"?, "events"?, "probes"?}}:
 dialogues are {"speaker", "text"}, keypoints {"text", "dimension"?}, events {"start", "end"} in seconds, probes
-{"question", "choices", "answer"}. One line of JSON a caption, in order:
+{"question", "choices", "answer"}. Lines that `caption --out` has written will do. One line of JSON a caption, in order:
 
   R_C        share of the keypoints that the caption states, as --judge sees it; "keypoints" has its answers
   R_D        lines of dialogue and their speakers; without "dialogues" those of reference.caption count
@@ -36,7 +36,7 @@ from avocado_jax.errors import InputError
 from avocado_jax.eval.captioner import computing_dtype
 from avocado_jax.eval.marks import as_compared
 from avocado_jax.eval.rewarded import Entry, load_term, scores
-from avocado_jax.jsonl import NUMBER, read_lines
+from avocado_jax.jsonl import NUMBER, read_captions
 from avocado_jax.remote.chat import Endpoint
 from avocado_jax.rewards.combine import ALWAYS, JUDGES, PROBE_JUDGES, TERMS
 from avocado_jax.rewards.explain import explain
@@ -89,7 +89,7 @@ def run(args: argparse.Namespace) -> int:
     terms = args.terms.split(",")
     if unknown := [name for name in terms if name not in TERMS]:
         raise InputError(f'--terms: no term "{unknown[0]}"; there are {", ".join(TERMS)}')
-    lines = [checked(where, line) for where, line in read_lines(args.file, {"id": str, "caption": str})]
+    lines = [checked(where, line) for where, line in read_captions(args.file)]
     tokenizer = load_words(tokenizer_folder(args.tokenizer)) if args.tokenizer else None
     extra = [load_term(text) for text in args.extra]
     captions, references = [line["caption"] for line in lines], [line["reference"] for line in lines]

@@ -5,7 +5,7 @@
 
 The same command starts, resumes and finishes a run: killed at any moment, it continues from its newest checkpoint and
 ends with bit-identical metrics. SIGTERM and Ctrl-C finish the step, save and exit with 75; before the first step of a
-start they exit at once. `--a.b value` changes a field of the config; avocado_jax/config.py describes all fields.
+start they exit at once. `--a.b value` changes a field of the config; all fields are listed below.
 With several processes, start each with the same command and its own `--process`; on a TPU pod `--coordinator auto`
 is enough. A host that makes no progress for `--timeouts.step` seconds dumps all stacks, names the host that the others
 wait for and exits with 75.
@@ -21,21 +21,29 @@ RUN/metrics.jsonl has a line a step; RUN/checkpoints is what `caption`, `evaluat
 """
 
 import argparse
+import json
 import os
 import sys
 
 import jax
 
-from avocado_jax.config import GrpoConfig, SftConfig, as_sft, load
+from avocado_jax.config import GrpoConfig, RunConfig, SftConfig, as_json, as_sft, load
 from avocado_jax.errors import InputError
+from avocado_jax.fields import field_help
 from avocado_jax.parallel.backend import use_gpu_memory
 from avocado_jax.parallel.processes import init_distributed
 
+CONFIG_HELP = "a Python file that defines `config`, or the name of one in configs/, such as sft_7b"
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+
+def add_arguments(parser: argparse.ArgumentParser, fields: RunConfig = SftConfig()) -> None:  # noqa: B008
     """Declare the command; what it does not know are fields of the config."""
-    parser.add_argument("config", metavar="CONFIG", help="a Python file that defines `config`, as in configs/")
-    parser.add_argument("--workdir", metavar="RUN", required=True, help="folder of the run, local or gs://")
+    parser.epilog = field_help(fields)
+    parser.add_argument("config", metavar="CONFIG", help=CONFIG_HELP)
+    parser.add_argument("--workdir", metavar="RUN", help="folder of the run, local or gs:// (required)")
+    parser.add_argument(
+        "--print-config", action="store_true", help="print the config with all fields as JSON, and exit"
+    )
     parser.add_argument("--coordinator", metavar="HOST:PORT", help="of process 0; auto: known to the platform")
     parser.add_argument("--processes", type=int, metavar="N", help="how many there are")
     parser.add_argument("--process", type=int, metavar="I", help="which this is, from 0")
@@ -55,6 +63,20 @@ def configure_jax(args: argparse.Namespace) -> None:
     jax.config.update("jax_debug_nans", args.debug_nans)
 
 
+def folder_of_run(args: argparse.Namespace, config: RunConfig) -> str:
+    """The folder of the run; empty where --print-config has printed the config instead.
+
+    Raises:
+        InputError: neither is given.
+    """
+    if args.print_config:
+        print(json.dumps(as_json(config), indent=2))
+        return ""
+    if not args.workdir:
+        raise InputError("--workdir RUN, the folder of the run, is required")
+    return args.workdir
+
+
 def run(args: argparse.Namespace) -> int:
     """Train."""
     config = load(args.config, args.fields)
@@ -63,6 +85,8 @@ def run(args: argparse.Namespace) -> int:
         config = as_sft(config)
     if not isinstance(config, SftConfig):
         raise InputError(f"{args.config}: a {type(config).__name__}; sft takes an SftConfig")
+    if not folder_of_run(args, config):
+        return 0
     configure_jax(args)
     with init_distributed(args.coordinator, args.processes, args.process, args.devices, config.timeouts):
         from avocado_jax.parallel.compiled import use_cache  # after init_distributed: these may touch devices

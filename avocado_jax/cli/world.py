@@ -8,8 +8,8 @@ already are not made again, so a run that was stopped goes on with the same comm
 
     world --check FILE --truth OUT/clips.jsonl
 
-reads lines {"id", "caption"} and prints {"id", "recall", "hallucination", "order", "dialogue_f1"} for each,
-in order: exact, with no judge.
+reads lines {"id", "caption"}, or those that `caption --out FILE` has written, and prints {"id", "recall",
+"hallucination", "order", "dialogue_f1"} for each, in order: exact, with no judge.
 """
 
 import argparse
@@ -21,8 +21,9 @@ import sys
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
+from avocado_jax.data.reader import available_cores
 from avocado_jax.errors import InputError
-from avocado_jax.jsonl import read_lines
+from avocado_jax.jsonl import read_captions
 from avocado_jax.progress import progress
 from avocado_jax.world.check import measure
 from avocado_jax.world.clip import record, write_clip
@@ -63,7 +64,7 @@ def run(args: argparse.Namespace) -> int:
         return check(args.check, args.truth)
     if not args.out or args.clips is None:
         raise InputError("say where and how many: world OUT --clips N")
-    workers = len(os.sched_getaffinity(0)) if args.workers is None else args.workers
+    workers = available_cores() if args.workers is None else args.workers
     asked = (("--clips", args.clips, 1), ("--references", args.references, 0), ("--workers", workers, 1))
     for name, value, least in asked:
         if value < least:
@@ -108,9 +109,10 @@ def _make(index: int, out: Path, seed: int, split: str, level: int, references: 
 def check(captions: Path, truth: Path) -> int:
     """Print how true each caption is."""
     records = read_truth(truth)
-    for where, line in read_lines(captions, {"id": str, "caption": str}):
-        if line["id"] not in records:
+    for where, line in read_captions(captions):
+        name = next((one for one in (line["id"], Path(line["id"]).stem) if one in records), None)  # an id, or a file
+        if name is None:
             raise InputError(f"{where}: {truth} has no clip {json.dumps(line['id'])}")
-        scores = measure(line["caption"], records[line["id"]])
-        print(json.dumps({"id": line["id"], **scores._asdict()}, ensure_ascii=False))
+        scores = measure(line["caption"], records[name])
+        print(json.dumps({"id": name, **scores._asdict()}, ensure_ascii=False))
     return 0

@@ -1,6 +1,5 @@
 """What curating clips would take, before anything is asked: calls and tokens, as the client will count them."""
 
-import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -12,7 +11,7 @@ from avocado_jax.curation.content import text_part
 from avocado_jax.curation.pipeline import BYTES, Settings
 from avocado_jax.curation.run import Clip
 from avocado_jax.data.decode import Probe
-from avocado_jax.data.reader import ClipReader
+from avocado_jax.data.reader import ClipReader, available_cores
 from avocado_jax.errors import InputError
 from avocado_jax.progress import progress
 from avocado_jax.remote.chat import AUDIO_BYTES, estimate
@@ -53,7 +52,7 @@ def expected(clips: Sequence[Clip], settings: Settings, limit: int, local: bool)
         except InputError:
             return None
 
-    workers = len(os.sched_getaffinity(0))
+    workers = available_cores()
     total = Counter(clips=len(clips), unreadable=0, calls=0, tokens=0, calls_at_most=0, tokens_at_most=0)
     with ClipReader(workers) as reader, ThreadPoolExecutor(workers) as pool:
         for probe in progress(pool.map(look, clips), "curate: clips", len(clips)):

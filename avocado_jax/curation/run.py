@@ -12,7 +12,7 @@ from avocado_jax.curation.asking import Asker, Rejected, Stopped, Unanswered
 from avocado_jax.curation.captions import Captioned
 from avocado_jax.curation.pipeline import Captions, Settings, Source, curate_clip
 from avocado_jax.data import storage
-from avocado_jax.data.reader import ClipReader
+from avocado_jax.data.reader import ClipReader, available_cores
 from avocado_jax.errors import InputError
 from avocado_jax.progress import progress
 
@@ -89,7 +89,7 @@ def curate_clips(
     asker: Asker, clips: Sequence[Clip], settings: Settings, local: Captions | None, at_once: int
 ) -> Curated:
     """Take clips through all stages, `at_once` at a time. Ends and raises as `curate`."""
-    with ClipReader(min(at_once, len(os.sched_getaffinity(0)))) as reader:
+    with ClipReader(min(at_once, available_cores())) as reader:
 
         async def one(clip: Clip) -> dict[str, Any]:
             return await curate_clip(asker, Source(clip.id, clip.path, settings.reading, reader), settings, local)

@@ -83,7 +83,9 @@ class Folder:
 
 
 def other_job(out: str) -> InputError:
-    return InputError(f"{out}: was made of another manifest or with other options; empty it first")
+    return InputError(
+        f"{out}: was made of another manifest or with other options; empty it first, or write to another folder"
+    )
 
 
 def load_base(folder: Folder, key: str) -> Base:

@@ -122,6 +122,12 @@ def _scan(job: Job, source: Source, manifest: Path | None, base: Base, opened: d
         lines = scan_manifest(file, source.key, limit, [base.doc["size"]])
     if not len(lines.number) and not lines.rejects:
         raise InputError(f"{job.source}: has no lines")
+    if not len(lines.number):  # before the folder belongs to this manifest
+        first = lines.rejects[0]
+        raise InputError(
+            f'{job.source}: no line is {{"id": "a", "video": "a.mp4", "caption": "A man ..."}}; '
+            f"line {first.line}: {first.reason}"
+        )
     known = [(part["size"], part["md5"]) for part in (base.doc, opened) if part and "md5" in part]
     if any(lines.sums.get(size) != md5 for size, md5 in known):
         raise other_job(job.out)

@@ -19,9 +19,15 @@ from avocado_jax.data.container import Packets, printable
 from avocado_jax.data.media import Media, Reading
 from avocado_jax.errors import InputError
 
+
+def available_cores() -> int:
+    """Cores that this process may use: all of the machine where the platform (macOS) does not know."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 START_SECONDS = 300.0  # for a process to import the decoder
 CLIP_SECONDS = 300.0  # to read one clip
-READERS = max(2, min(32, len(os.sched_getaffinity(0)) // 2))  # clips that are read at once
+READERS = max(2, min(32, available_cores() // 2))  # clips that are read at once
 
 T = TypeVar("T")
 R = TypeVar("R")

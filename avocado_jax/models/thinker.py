@@ -22,7 +22,7 @@ class Encoded(NamedTuple):
 
 
 class Thinker(nn.Module):
-    """Qwen2.5-Omni's thinker for rows of one clip and its G captions (README, "A row").
+    """Qwen2.5-Omni's thinker for rows of one clip and its G captions (README.md, "A row").
 
     `__call__` is the training pass. `prefill` and `decode` are for sampling; call them as
     `model.apply({"params": params}, ..., method="prefill")`. With `encoded`, the encoders do not run and their

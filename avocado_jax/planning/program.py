@@ -93,7 +93,7 @@ def model_and_buckets(config: RunConfig) -> tuple[ThinkerConfig, list[Bucket]]:
         InputError: `nominal` is invalid, or an existing checkpoint or data set cannot be read.
     """
     nominal, checkpoint = config.nominal, None
-    if config.init and (config.init.startswith("gs://") or os.path.exists(config.init)):
+    if config.init and (config.init.startswith(("gs://", "avocado_jax/assets/")) or os.path.exists(config.init)):
         checkpoint = open_checkpoint(config.init)
     elif nominal.model not in SIZES:
         raise InputError(f"nominal.model: {nominal.model!r} is none of {', '.join(SIZES)}")

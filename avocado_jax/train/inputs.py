@@ -1,6 +1,5 @@
 """The input of a run: its sources by the names that configs use, its worker processes, and whether it keeps up."""
 
-import os
 import sys
 import time
 from collections.abc import Iterable
@@ -14,6 +13,7 @@ from avocado_jax.config import DataConfig
 from avocado_jax.data.index import Index
 from avocado_jax.data.media import Media, Reading
 from avocado_jax.data.pipeline import Source
+from avocado_jax.data.reader import available_cores
 from avocado_jax.data.records import Record
 from avocado_jax.data.sources import open_shards, open_tfds, prepared_reading
 from avocado_jax.errors import InputError
@@ -142,7 +142,7 @@ def input_workers(asked: int) -> int:
         raise InputError(f"data.workers: {asked} is neither a number of processes nor -1")
     if asked >= 0:
         return asked
-    cores = len(os.sched_getaffinity(0))
+    cores = available_cores()
     return 0 if jax.default_backend() == "cpu" else max(1, min(MOST_WORKERS, cores // 2))
 
 
@@ -189,6 +189,8 @@ def open_source(name: str, config: DataConfig) -> tuple[Source, Reading]:
         if not config.cache_dir:
             raise InputError(f"{name}: data.cache_dir, the folder for its measurements, is not set")
         return open_tfds(folder, split, Reading(), Path(config.cache_dir)), Reading()
+    if name.endswith((".jsonl", ".parquet", ".tar", ".csv")):
+        raise InputError(f"{name}: training reads shards; make them with: avocado prepare {name} OUT")
     reading = prepared_reading(name)
     shards = open_shards(name, reading, Path(config.cache_dir) if config.cache_dir else None)
     shards.check()

@@ -213,7 +213,7 @@ class ProgressLog:
         self._printed = now
         steps, spent = line["step"] - self._first[0], now - self._first[1]
         left = f", {(self._total - line['step']) * spent / steps / 60:.0f} min left" if steps and not last else ""
-        shown = {"reward": "reward", "heldout_loss": "held out", "heldout_reward": "held out"}
+        shown = {"reward": "reward", "heldout_loss": "held-out loss", "heldout_reward": "held-out reward"}
         more = "".join(f", {word} {line[name]:.4f}" for name, word in shown.items() if line.get(name) is not None)
         loss = "not finite" if line["loss"] is None else f"{line['loss']:.4f}"
         print(

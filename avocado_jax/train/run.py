@@ -1,6 +1,7 @@
 """From a config to a run: checkpoint, data, batch plan, mesh and training loop; supervised fine-tuning."""
 
 import json
+import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict
@@ -20,7 +21,7 @@ from avocado_jax.checkpoint.training import Checkpoints
 from avocado_jax.config import GrpoConfig, RunConfig, SftConfig, as_json, refuse_another
 from avocado_jax.data import storage
 from avocado_jax.data.index import Index
-from avocado_jax.data.media import Reading
+from avocado_jax.data.media import Reading, load_reading, reading_fields
 from avocado_jax.data.pipeline import Batch, Recipe, Source, batches, plan_batches
 from avocado_jax.data.plan import Bucket, Plan
 from avocado_jax.data.prompt import PROMPTS, Habits, load_habits
@@ -98,11 +99,27 @@ def set_up(config: RunConfig, split: int = 1, folder: str = "") -> Setup:
     checkpoint = open_checkpoint(pinned(config.init, folder) if folder else config.init)
     model, words = model_of(config, checkpoint.config), load_words(checkpoint.side_files)
     source, reading = open_source(config.data.train, config.data)
+    if jax.process_index() == 0 and not config.data.train.startswith("world:"):
+        warn_of_reading(config, reading, load_reading(checkpoint.side_files))
     recipe = make_recipe(config, model, words, reading, load_habits(checkpoint.side_files))
     together = config.rollout_batches if isinstance(config, GrpoConfig) else 1
     plan = plan_batches(source.index, recipe, config.batch, config.data.shapes, config.seed, together)
     steps = config.steps or together * max(1, round(config.epochs * plan.epoch_steps / together))
     return Setup(mesh, checkpoint, model, words, source, recipe, plan, steps, split)
+
+
+def warn_of_reading(config: RunConfig, prepared: Reading, expected: Reading) -> None:
+    """Print a warning if clips are not sampled as those of the checkpoint that the run begins with."""
+    if prepared == expected:
+        return
+    ours, theirs = reading_fields(expected), reading_fields(prepared)
+    names = [name for name in ours | theirs if ours.get(name) != theirs.get(name)]
+    print(
+        f"warning: {config.data.train} was prepared with {', '.join(f'{name}={theirs.get(name)}' for name in names)}, "
+        f"but {config.init} samples clips with {', '.join(f'{name}={ours.get(name)}' for name in names)}. "
+        f"Unless that is intended, prepare the clips with --checkpoint {config.init}",
+        file=sys.stderr,
+    )
 
 
 def make_recipe(

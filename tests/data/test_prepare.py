@@ -14,10 +14,11 @@ from stream_fixtures import READING, recipe, write_clip, write_manifest
 from tokenizer import write_tokenizer as real_tokenizer
 
 from avocado_jax.__main__ import main
+from avocado_jax.checkpoint.load import SHIPPED
 from avocado_jax.data.decode import read_media
 from avocado_jax.data.index import load_index, measured
 from avocado_jax.data.make_shard import Job
-from avocado_jax.data.media import Media
+from avocado_jax.data.media import Media, Reading
 from avocado_jax.data.pipeline import row_sizes
 from avocado_jax.data.prepare import prepare
 from avocado_jax.data.prompt import chat_prompt, choose_prompt, load_tokenizer
@@ -318,3 +319,24 @@ def test_bytes_and_files_read_alike(tmp_path):
     two = decoded(Record({}, path.read_bytes(), "a.mp4"), READING)
     np.testing.assert_array_equal(one.frames, two.frames)
     np.testing.assert_array_equal(one.samples, two.samples)
+
+
+def test_clips_are_sampled_and_counted_as_the_checkpoint_does(tmp_path, monkeypatch):
+    """`--checkpoint` gives the reading and the tokenizer; `--reading` and `--tokenizer` have priority."""
+    jobs = []
+    monkeypatch.setattr("avocado_jax.cli.prepare.prepare", lambda job, *_: jobs.append(job))
+    monkeypatch.chdir(tmp_path)  # the shipped captioner is found from any folder
+    model, other = "avocado_jax/assets/captioner", real_tokenizer(tmp_path / "other")
+    (other / "reading.json").write_text(json.dumps({"align_sound": True}))
+    for more in ((), ("--checkpoint", model), ("--checkpoint", model, "--reading", "fps=1", "--tokenizer", str(other))):
+        assert main(["prepare", "clips.jsonl", "out", "--shard", "0/2", *more]) == 0
+    assert main(["prepare", "clips.jsonl", "out", "--shard", "0/2", "--checkpoint", str(other)]) == 0
+    default, shipped, changed, aligned = (one.reading for one in jobs)
+    assert default == Reading()
+    assert shipped == Reading(fewest_pixels=784)
+    assert changed == Reading(fewest_pixels=784, fps=1.0)
+    assert aligned == Reading(align_sound=True)
+    words = [one.words for one in jobs]
+    assert words == [None, load_words(SHIPPED), load_words(other), load_words(other)]
+    assert words[1] != words[2]
+    assert main(["prepare", "clips.jsonl", "out", "--checkpoint", "nowhere"]) == 2

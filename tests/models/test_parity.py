@@ -247,7 +247,7 @@ def test_loss_and_gradients(reference):
 
 @pytest.mark.parametrize("gradients", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_captions_of_a_group_are_separate_rows(reference, gradients):
-    """G captions on one clip: the logits, loss and gradients of G rows that repeat the clip (README, "A row")."""
+    """G captions on one clip: the logits, loss and gradients of G rows that repeat the clip (models/README.md)."""
     _, params = reference
     _, _, clip = batch("unequal")
     lengths = [[9, 4, 12], [1, 7, 3], [12, 2, 5]]

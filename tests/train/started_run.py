@@ -186,7 +186,7 @@ def started(kind, values, folder, patch):
     patch.setattr(command, "configure_jax", lambda _: None)
     patch.setattr(run, "log_compilations", lambda: None)
     patch.setattr("avocado_jax.parallel.compiled.use_cache", lambda _: None)
-    places = dict.fromkeys(("coordinator", "processes", "process", "devices"))
+    places = dict.fromkeys(("coordinator", "processes", "process", "devices", "print_config"))
     args = Namespace(config=str(folder / "config.py"), workdir=str(folder / "run"), fields=texts, **places)
     assert command.run(args) == 0
 

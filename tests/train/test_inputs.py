@@ -1,5 +1,6 @@
 """Records of AVWorld straight from its generator."""
 
+import os
 from types import SimpleNamespace
 
 import numpy as np
@@ -36,22 +37,25 @@ def test_input_processes_follow_the_host(monkeypatch):
     """-1 is a share of the cores on accelerators, and none on CPU, where the step needs them."""
     config = DataConfig()
     assert config.workers == -1
-    monkeypatch.setattr(inputs.os, "sched_getaffinity", lambda _: range(12))
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(12))
     assert input_workers(config.workers) == 0
     monkeypatch.setattr(inputs.jax, "default_backend", lambda: "tpu")
     assert input_workers(config.workers) == 6
-    monkeypatch.setattr(inputs.os, "sched_getaffinity", lambda _: range(208))
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(208))
     assert input_workers(config.workers) == MOST_WORKERS
     assert [input_workers(asked) for asked in (0, 3)] == [0, 3]
     with pytest.raises(InputError, match="-2"):
         input_workers(-2)
+    monkeypatch.delattr(os, "sched_getaffinity")  # macOS
+    monkeypatch.setattr(os, "cpu_count", lambda: 10)
+    assert input_workers(-1) == 5
 
 
 def test_a_run_starts_as_many_input_processes(monkeypatch):
     started = []
     monkeypatch.setattr(run, "batches", lambda *arguments: started.append(arguments[6:]))
     monkeypatch.setattr(inputs.jax, "default_backend", lambda: "gpu")
-    monkeypatch.setattr(inputs.os, "sched_getaffinity", lambda _: range(8))
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(8))
     monkeypatch.setattr(run, "agreed_batches", lambda *_: None)
     setup = run.Setup(*[None] * len(run.Setup._fields))
     setup = setup._replace(mesh=make_mesh(1, -1, 1), plan=SimpleNamespace(batch=8), split=1)

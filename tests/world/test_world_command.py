@@ -101,6 +101,9 @@ def test_check_prints_a_line_a_caption(world, tmp_path, capsys):
     made = [json.loads(line) for line in (world / "clips.jsonl").read_text().splitlines()]
     captions = [{"id": m["id"], "caption": m["references"][1]} for m in made]
     captions.append({"id": made[0]["id"], "caption": "A man walks his dog."})
+    captions.append({"clip": f"some/where/{made[1]['id']}.mp4", "caption": made[1]["caption"], "truncated": False})
+    captions.append({"clip": "some/where/bad.mp4", "error": "bad.mp4: no video"})
+    captions.append({"clip": made[2]["id"], "caption": made[2]["caption"]})  # of `caption --manifest`
     file = tmp_path / "captions.jsonl"
     file.write_text("\n".join(map(json.dumps, captions)))
     assert main(["world", "--check", str(file), "--truth", str(world / "clips.jsonl")]) == 0
@@ -109,6 +112,7 @@ def test_check_prints_a_line_a_caption(world, tmp_path, capsys):
     assert printed[:3] == [{"id": m["id"], **perfect} for m in made]
     assert printed[3]["recall"] == 0
     assert printed[3]["hallucination"] == 1
+    assert printed[4:] == [{"id": m["id"], **perfect} for m in made[1:3]]
 
 
 def test_what_is_wrong_is_said_in_one_line(world, tmp_path, capsys):

@@ -1,0 +1,135 @@
+"""Fields of configs: their domains, and their descriptions for `--help`."""
+
+import inspect
+import math
+import re
+import shutil
+import textwrap
+from collections.abc import Iterator
+from dataclasses import fields, is_dataclass
+from typing import Any, NamedTuple
+
+from avocado_jax.errors import InputError
+
+DTYPES = ("float32", "bfloat16")
+CHOICES = {
+    "train": ("captioner", "all", "adapters", "lora"),
+    "dtype": DTYPES,
+    "frozen_dtype": DTYPES,
+    "reference_dtype": DTYPES,
+    "remat": ("none", "dots", "full", "offload"),
+    "attention": ("auto", "plain", "splash", "cudnn"),
+    "nominal.model": ("7b", "3b", "tiny"),
+    "objective.advantage": ("std", "mean"),
+    "objective.ratio": ("token", "sequence"),
+    "objective.kl": ("k1", "k2", "k3"),
+    "objective.aggregate": ("sequence", "token", "constant"),
+    "rewards.judge": ("lexical", "remote", "lm", "embedding"),
+    "rewards.probe_judge": ("lm", "remote"),
+}
+# Bounds of numbers. Without an entry integers are at least 1, other numbers at least 0.
+NATURAL, SHARE, ANY = (0, math.inf), (0, 1), (-math.inf, math.inf)
+BOUNDS = {
+    "seed": (0, 2**32 - 1),
+    **dict.fromkeys(("steps", "samples", "sampling.top_k", "rewards.low", "timeouts.step"), NATURAL),
+    **dict.fromkeys(("optim.warmup", "optim.final", "optim.beta1", "optim.beta2"), SHARE),
+    **dict.fromkeys(("data.max_lost_share", "objective.clip_low", "rewards.max_unjudged"), SHARE),
+    **dict.fromkeys(("rewards.covered_low", "rewards.covered_high"), SHARE),
+    **dict.fromkeys((f"rewards.{term}" for term in ("checklist", "dialogue", "length", "repetition")), ANY),
+    **dict.fromkeys(("rewards.timing", "rewards.probes"), ANY),
+    "sampling.temperature": (1e-3, math.inf),
+    "sampling.top_p": (1e-6, 1),
+    "data.workers": (-1, math.inf),  # -1: by the host
+}
+# Names of other trainers, without "_" and "-".
+OTHER_NAMES = {
+    "learningrate": "optim.lr",
+    "maxgradnorm": "optim.clip_norm",
+    "warmupratio": "optim.warmup",
+    "batchsize": "batch",
+    "gradientaccumulationsteps": "accumulate",
+    "maxsteps": "steps",
+    "numtrainepochs": "epochs",
+    "numgenerations": "group",
+    "checkpoint": "init",
+    "model": "init",
+}
+MEANING = 46  # column of the meanings in `field_help`
+AXES = ("mesh.data", "mesh.fsdp", "mesh.tensor")
+
+
+class Description(NamedTuple):
+    """A field, or the heading of nested fields, which has a name that ends in "." and no type."""
+
+    name: str  # dotted
+    kind: str  # its type
+    default: str
+    meaning: str
+
+
+def check_field(name: str, value: Any) -> None:
+    """Check that a value is in the domain of its field.
+
+    Args:
+        name: dotted, as `optim.lr`.
+
+    Raises:
+        InputError: it is not; the message states the domain.
+    """
+    if name in CHOICES and value not in CHOICES[name]:
+        raise InputError(f"{name}: {value!r} is not one of {', '.join(CHOICES[name])}")
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return
+    if name in AXES:
+        if value != -1 and value < 1:
+            raise InputError(f"{name}: {value} is neither -1 (all remaining devices) nor a number from 1")
+        return
+    low, high = BOUNDS.get(name, (1 if isinstance(value, int) else 0, math.inf))
+    if not (low <= value <= high and math.isfinite(value)):
+        domain = "a finite number" if low == -math.inf else f"a number from {low:g}"
+        raise InputError(f"{name}: {value} is not {domain}" + (f" to {high:g}" if high < math.inf else ""))
+
+
+def describe(config: Any, prefix: str = "") -> Iterator[Description]:
+    """All fields of a config in order; the meaning of a field is the comment beside it in the source."""
+    comments = _comments(type(config))
+    for one in fields(config):
+        name, value = f"{prefix}{one.name}", getattr(config, one.name)
+        if is_dataclass(value):
+            yield Description(f"{name}.", "", "", comments[one.name] or " ".join((inspect.getdoc(value) or "").split()))
+            yield from describe(value, f"{name}.")
+        else:
+            default = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+            kind = "int,..." if isinstance(value, tuple) else type(value).__name__
+            yield Description(name, kind, default.lower() if kind == "bool" else default, comments[one.name])
+
+
+def field_help(config: Any) -> str:
+    """All fields of a config, for the end of a `--help`."""
+    width = max(60, min(120, shutil.get_terminal_size().columns)) - 2
+    lines = ["fields of the config, each --NAME VALUE, with type, default and meaning:"]
+    for one in describe(config):
+        if not one.kind:
+            lines += [
+                "",
+                *textwrap.wrap(f"{one.name}  {one.meaning}", width, initial_indent="  ", subsequent_indent="    "),
+            ]
+            continue
+        left = f"  --{one.name} {one.kind.upper()} = {one.default or repr('')}"
+        meaning = textwrap.wrap(one.meaning, width - MEANING)
+        if len(left) > MEANING - 2:
+            lines.append(left)
+            left = ""
+        lines.append(f"{left:{MEANING}}{meaning[0]}")
+        lines += [" " * MEANING + rest for rest in meaning[1:]]
+    return "\n".join(lines)
+
+
+def _comments(kind: type) -> dict[str, str]:
+    """The comment beside each field of a dataclass; of a field that a subclass declares again, the first with one."""
+    found: dict[str, str] = {}
+    for base in kind.__mro__[:-1]:
+        for line in inspect.getsource(base).splitlines():
+            if match := re.match(r"    (\w+): [^#]*(?:# (.*))?$", line):
+                found[match[1]] = found.get(match[1]) or match[2] or ""
+    return found
