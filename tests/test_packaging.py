@@ -24,8 +24,7 @@ def declared(*groups):
 
 def test_imports_are_declared():
     known = declared(PROJECT["dependencies"], *PROJECT["optional-dependencies"].values())
-    shipped = [path for _, path in files() if path.parent.name != "docs"]
-    modules = {module for path in shipped for module in imports_of(path)}
+    modules = {module for _, path in files() for module in imports_of(path)}
     found = {module.split(".")[0] for module in modules} - {*sys.stdlib_module_names, "avocado_jax", "google"}
     distributions = packages_distributions()
     for name in sorted(found):

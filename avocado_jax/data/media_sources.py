@@ -283,7 +283,7 @@ def _pyarrow() -> Any:
     try:
         import pyarrow.parquet
     except ImportError as error:
-        raise InputError("Parquet files need pyarrow: pip install pyarrow") from error
+        raise InputError("Parquet files need pyarrow: pip install 'avocado-jax[parquet]'") from error
     return pyarrow
 
 

@@ -10,6 +10,7 @@ import io
 import re
 import sys
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from matplotlib.figure import Figure
 from PIL import Image
@@ -26,17 +27,19 @@ PANELS = {"event recall": 1, "hallucination": 2, "Dlg.F1": 4, "RepCol": 5}  # co
 
 
 def view_picture(run: str) -> bytes:
-    """The captions of the newest step of a run, as the page shows them."""
-    page_file = Path(run).resolve() / "report.html"
-    assert main(["view", run]) == 0
-    with browser() as page:
-        page.open(page_file.as_uri(), width=1280, height=900)
-        page.choose("#sort", "reward") if page.evaluate("!!document.querySelector('#sort')") else None
+    """The first clip of the newest step of a run and its captions, as the page shows them."""
+    assert main(["view", run, "--last", "1"]) == 0
+    with browser() as page, TemporaryDirectory() as folder:
+        page.open((Path(run).resolve() / "report.html").as_uri(), width=1280, height=838)
         page.until("document.querySelector('video').readyState >= 2")
-        page.evaluate("document.querySelector('video').currentTime = 2")
+        page.evaluate(
+            "new Promise(done => { const video = document.querySelector('video'); video.onseeked = done;"
+            "video.controls = false; video.currentTime = 2; })"
+        )
         page.evaluate("document.querySelector('.row').scrollIntoView({block: 'start'})")
-        page.picture(HERE / "view.png")
-    return (HERE / "view.png").read_bytes()
+        page.evaluate("new Promise(done => setTimeout(done, 500))")  # until the frame is painted
+        page.picture(Path(folder, "page.png"))
+        return Path(folder, "page.png").read_bytes()
 
 
 def ablation_plot() -> bytes:
@@ -51,6 +54,7 @@ def ablation_plot() -> bytes:
         spread = [cell[1] if len(cell) > 1 else 0.0 for cell in cells]
         axes.errorbar([cell[0] for cell in cells], range(len(arms)), xerr=spread, fmt="none", ecolor="black", capsize=2)
         axes.set_title(title, fontsize=10)
+        axes.set_xlim(left=0)
         axes.spines[["top", "right"]].set_visible(False)
     axes.set_yticks(range(len(arms)), [arm[0] for arm in arms], fontsize=8)
     axes.invert_yaxis()
