@@ -32,17 +32,25 @@ class Slots(NamedTuple):
 
 
 def slot_shardings(slots: Slots, mesh: Mesh) -> Slots:
-    """A sharding for each leaf: caches by slots, and by heads over `tensor`; what the host reads is replicated."""
+    """A sharding for each leaf: caches by slots, and by heads over `tensor`; what the host reads is replicated.
+
+    They have the form of those that XLA returns, without axes of size 1. Otherwise arrays that a program returns would
+    not have the shardings that the next one was compiled for.
+    """
+    rows = tuple(axis for axis in ROWS if mesh.shape[axis] > 1)
+    rows = rows[0] if len(rows) == 1 else rows or None
 
     def by(*axes: Any) -> NamedSharding:
+        while axes and axes[-1] is None:
+            axes = axes[:-1]
         return NamedSharding(mesh, PartitionSpec(*axes))
 
     def heads(leaf: Any, axis: int) -> NamedSharding:
-        tensor = "tensor" if leaf.shape[axis] % mesh.shape["tensor"] == 0 else None
-        return by(ROWS, *[None] * (axis - 1), tensor)
+        divided = mesh.shape["tensor"] > 1 and leaf.shape[axis] % mesh.shape["tensor"] == 0
+        return by(rows, *[None] * (axis - 1), "tensor" if divided else None)
 
     return Slots(
-        ClipCache(jax.tree.map(partial(heads, axis=1), slots.cache.layers), by(ROWS), by(ROWS)),
+        ClipCache(jax.tree.map(partial(heads, axis=1), slots.cache.layers), by(rows), by(rows)),
         jax.tree.map(partial(heads, axis=2), slots.so_far),
         *(by() for _ in slots[2:]),
     )

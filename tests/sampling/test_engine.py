@@ -1,5 +1,6 @@
 """Captions of the engine are those of the clips one by one, whatever is decoded beside them."""
 
+import math
 import time
 from dataclasses import replace
 from functools import partial
@@ -271,9 +272,12 @@ def test_no_cache_moves_between_devices(captioner, rows):
             assert moved < 0.1 * of_device, sent
 
 
-def test_a_batch_on_the_mesh(captioner, rows, one_by_one):
+@pytest.mark.parametrize(
+    "sizes", [(1, 2, 2), *(pytest.param(one, marks=pytest.mark.slow) for one in ((2, 2, 2), (1, 4, 1)))]
+)
+def test_a_batch_on_the_mesh(captioner, rows, one_by_one, sizes):
     """In two parts; rows without weight have no caption, and nothing is compiled after `batch_programs`."""
-    mesh = make_mesh(data=2, fsdp=2, tensor=2, devices=jax.devices()[:8])
+    mesh = make_mesh(*sizes, devices=jax.devices()[: math.prod(sizes)])
     params = jax.device_put(captioner.params, shardings(captioner.params, mesh, over=("tensor",)))
     order, weight = [0, 2, 4, 6, 8, 0, 2, 4], np.array([1, 0, 1, 1, 0, 1, 1, 0], np.float32)
     shape = rounded(shape_of(rows[0].clip), arrivals.SHAPE_BITS)
