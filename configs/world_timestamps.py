@@ -11,18 +11,18 @@ from avocado_jax.config import DataConfig, OptimConfig, SftConfig
 
 config = SftConfig(
     init="avocado_jax/assets/captioner",
-    steps=160,
+    steps=240,
     batch=16,
     train="captioner",
     dtype="float32",
     frozen_dtype="float32",
     remat="none",
     data=DataConfig(
-        train="world:0:train:5:2560:timestamps", heldout="world:0:test:1:64:timestamps", caption_tokens=400, shapes=2
+        train="world:0:train:5:3840:timestamps", heldout="world:0:test:1:64:timestamps", caption_tokens=400, shapes=2
     ),
-    optim=OptimConfig(lr=5e-4, warmup=0.05, weight_decay=0.05),
-    checkpoint_every=80,
-    eval_every=80,
+    optim=OptimConfig(lr=1e-3, warmup=0.05, weight_decay=0.05),
+    checkpoint_every=120,
+    eval_every=120,
     eval_rows=16,
     samples=0,
 )

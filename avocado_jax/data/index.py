@@ -39,7 +39,7 @@ class Index(NamedTuple):
     mel: Array  # log-mel frames, 0 for a clip without sound
     caption: Array  # length of its longest caption
     prompt: Array  # length of its own question and system text, 0 where it has none
-    unit: str  # of the two lengths: "token" or "byte" (of UTF-8)
+    unit: str  # of the two lengths: "token" or "byte" (`byte_length`)
 
 
 class Sizes(NamedTuple):
@@ -49,11 +49,17 @@ class Sizes(NamedTuple):
     caption: Int[Array, "N"]  # caption tokens with the stop
 
 
+def byte_length(text: str) -> int:
+    """Bytes of UTF-8, of which a digit or a mark has BYTES_PER_TOKEN: most tokenizers make a token of each."""
+    marks = sum(character.isascii() and not (character.isalpha() or character.isspace()) for character in text)
+    return len(text.encode()) + (BYTES_PER_TOKEN - 1) * marks
+
+
 def measured(record: Record, media: Media, words: Words | None = None) -> dict[str, Any]:
-    """The columns of one record except its place. Texts are counted in tokens of `words`, or in bytes."""
+    """The columns of one record except its place. Texts are counted in tokens of `words`, or by `byte_length`."""
 
     def length(text: str) -> int:
-        return len(words.encode(text) if words else text.encode())
+        return len(words.encode(text)) if words else byte_length(text)
 
     frames, height, width = media.frames.shape[:3]
     texts = [record.fields["caption"], *record.fields.get("references", [])]

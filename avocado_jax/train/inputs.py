@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from avocado_jax.config import DataConfig
-from avocado_jax.data.index import Index
+from avocado_jax.data.index import Index, byte_length
 from avocado_jax.data.media import Media, Reading
 from avocado_jax.data.pipeline import Source
 from avocado_jax.data.reader import available_cores
@@ -123,8 +123,8 @@ def _index(
         height=column(LEVELS[script.level].size[0] for script in scripts),
         width=column(LEVELS[script.level].size[1] for script in scripts),
         mel=column(round(seconds * 100) for seconds in sounds),
-        caption=column(len(text.encode()) for text in captions),
-        prompt=column(len((clip["prompt"] + clip.get("system", "")).encode()) for clip in fields),
+        caption=column(map(byte_length, captions)),
+        prompt=column(byte_length(clip["prompt"] + clip.get("system", "")) for clip in fields),
         unit="byte",
     )
 

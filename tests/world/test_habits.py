@@ -2,7 +2,10 @@
 
 from collections import defaultdict
 
+from avocado_jax.checkpoint.load import SHIPPED
 from avocado_jax.config import DataConfig
+from avocado_jax.data.index import BYTES_PER_TOKEN
+from avocado_jax.data.words import load_words
 from avocado_jax.eval.metrics import collapses
 from avocado_jax.train.inputs import open_source
 from avocado_jax.world.check import measure
@@ -43,7 +46,10 @@ def test_keypoints_and_dialogues_stay_whole():
 
 def test_captions_with_times_as_a_source():
     timed, _ = open_source("world:0:train:9:3:timestamps", DataConfig())
+    words = load_words(SHIPPED)
     for number in range(3):
         fields, script = timed[number].fields, make_script(9, number, "train", 0)
         assert fields == record(script, timestamps=True)
-        assert len(fields["caption"].encode()) == timed.index.caption[number]
+        # Digits and marks are a token each: batches planned for fewer tokens would cut the captions.
+        tokens = len(words.encode(fields["caption"]))
+        assert tokens < timed.index.caption[number] / BYTES_PER_TOKEN < 1.5 * tokens
