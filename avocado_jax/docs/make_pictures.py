@@ -39,7 +39,12 @@ def view_picture(run: str) -> bytes:
         page.evaluate("document.querySelector('.row').scrollIntoView({block: 'start'})")
         page.evaluate("new Promise(done => setTimeout(done, 500))")  # until the frame is painted
         page.picture(Path(folder, "page.png"))
-        return Path(folder, "page.png").read_bytes()
+        left, right = page.evaluate(
+            "(box => [box.left, box.right])(document.querySelector('.clip-card').getBoundingClientRect())"
+        )
+        out = io.BytesIO()
+        Image.open(Path(folder, "page.png")).crop((int(left) - 8, 0, int(right) + 8, 838)).save(out, "png")
+        return out.getvalue()
 
 
 def ablation_plot() -> bytes:
