@@ -80,6 +80,7 @@ def test_every_field_is_described(kind):
         f"{name}." for name, value in vars(kind()).items() if is_dataclass(value)
     }
     assert made["optim.lr"] == ("optim.lr", "float", str(kind().optim.lr), "peak learning rate")
+    assert (made["profile"].kind, made["nominal.clip"].default) == ("int,...", "28032,99,30,50")
     assert made["batch"].meaning == "clips per step, over all devices"
     # A field that a subclass declares again without a comment has that of its parent.
     assert "checkpoint_every: int = free(50)\n" in inspect.getsource(config.GrpoConfig)
