@@ -86,6 +86,7 @@ def test_configs_of_the_package_have_names(tmp_path, monkeypatch):
     with pytest.raises(InputError, match="not a Python file"):
         load("sft_7b")
     (tmp_path / "package" / "configs").mkdir(parents=True)
+    (tmp_path / "configs").mkdir()  # in site-packages: of another package
     (tmp_path / "package" / "configs" / "mine.py").write_text(CONFIGS[0].read_text())
     monkeypatch.setattr(config, "PACKAGE", tmp_path / "package")
     assert load("mine") == there
