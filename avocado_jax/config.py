@@ -130,6 +130,7 @@ class RewardConfig:
     repetition: float = 0.0  # -1 where it collapses into repetition
     timing: float = 0.0  # F1 of the time IoU of its `[start - end]` scenes with the events of the reference
     probes: float = 0.0  # probes of the reference that a judge answers rightly from the caption alone
+    extra: tuple[str, ...] = ()  # a user's terms: jax:MODULE:FUNCTION=WEIGHT or host:MODULE:FUNCTION=WEIGHT, ...
     normalize: bool = False  # each term over its deviation in the group before it is weighted (GDPO)
     gate: bool = False  # a caption that collapses has no credit for dialogue
     low: int = 2048  # tokens from which R_L falls from 1
@@ -363,16 +364,20 @@ def as_json(config: Any) -> dict[str, Any]:
 
 
 def refuse_another(config: Any, stored: dict[str, Any], where: str) -> None:
-    """Compare a config with the stored config of a run folder.
+    """Compare a config with the stored config of a run folder, where a field that is missing has its default.
 
     Raises:
         InputError: fields that are not free differ; the message names them.
     """
 
+    defaults = {name: value for name, value, _ in flat(type(config)())}
+
     def at(name: str) -> Any:
         value: Any = stored
         for key in name.split("."):
-            value = value.get(key) if isinstance(value, dict) else None
+            if not isinstance(value, dict) or key not in value:
+                return defaults[name]  # the field is newer than the folder
+            value = value[key]
         return tuple(value) if isinstance(value, list) else value
 
     fixed = ((name, at(name), value) for name, value, is_free in flat(config) if not is_free)

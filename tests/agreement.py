@@ -17,6 +17,7 @@ from avocado_jax.data.index import Index
 from avocado_jax.data.media import Media
 from avocado_jax.data.pipeline import batches, empty_row, plan_batches
 from avocado_jax.data.records import Record
+from avocado_jax.errors import InputError
 from avocado_jax.models.config import TINY
 from avocado_jax.parallel.batches import process_rows, rows_sharding
 from avocado_jax.parallel.mesh import make_mesh
@@ -152,7 +153,7 @@ def count_references(table, records, limits, keypoints, features, characters, ev
     return References(Count(np.ones_like(counts)), Count(counts)), None
 
 
-def score_simply(table, tokens, lengths, references, thresholds=None, answers=None, limits=None, probes=None):
+def score_simply(table, tokens, lengths, references, thresholds=None, answers=None, limits=None, probes=None, extra=()):
     """In place of `score_captions`, whose alignments take long to compile: length, and the judges' answers."""
     length = 1 - lengths / 12
     if answers is None:
@@ -164,6 +165,19 @@ def score_simply(table, tokens, lengths, references, thresholds=None, answers=No
     if probes is not None:
         terms["probes"] = jax.vmap(jax.vmap(lambda scores: mean_score(scores, jnp.int32(len(scores)))))(probes)
     return terms
+
+
+def letters(captions, references):
+    """A user's term, which differs between processes: no verdict on captions with an A, else A and the process."""
+    assert all(len(reference["keypoints"]) > 1 for reference in references)
+    return [None if "A" in text else len(text) + 100.0 * jax.process_index() for text in captions]
+
+
+def letters_or_failure(captions, references):
+    """Raises on the last process what would elsewhere be bad input."""
+    if jax.process_index() == jax.process_count() - 1:
+        raise InputError("no letters")
+    return letters(captions, references)
 
 
 def rewarded(folder, judges=None, sizes=(2, 1, -1), order=None, split=1, lost=None, **settings):
@@ -219,6 +233,8 @@ def rewarded(folder, judges=None, sizes=(2, 1, -1), order=None, split=1, lost=No
             _, metrics, finish = step(State({}, None, jnp.int32(0), jnp.int32(0), jnp.int32(0)), batch)
         except Unjudged as error:
             return {"unjudged": str(error)}
+        except RuntimeError as error:
+            return {"failed": str(error), "cause": type(error.__cause__).__name__}
         finish()
         kept = {"advantage": received[0].advantage, "weight": batch.weight, "references": batch.references}
         return {

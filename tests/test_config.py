@@ -96,6 +96,10 @@ def test_a_run_is_refused_under_another_config():
     held = json.loads(json.dumps(as_json(SftConfig())))
     refuse_another(SftConfig(), held, "run")
     refuse_another(load_with(profile=(1, 2), accumulate=4, keep=9), held, "run")
+    del held["max_skipped"], held["optim"]["final"]  # fields that are newer than the folder
+    refuse_another(SftConfig(), held, "run")
+    with pytest.raises(InputError, match=r"max_skipped \(20 there, 3 here\)"):
+        refuse_another(load_with(max_skipped=3), held, "run")
     other = load_with(batch=64, optim=replace(SftConfig().optim, lr=1.0))
     with pytest.raises(InputError, match=r"batch \(128 there, 64 here\), optim.lr"):
         refuse_another(other, held, "run")

@@ -5,12 +5,14 @@
   avocado ablate configs/grpo_7b.py --init gs://B/sft --data.train gs://B/shards --out gs://B/ablation --configs
 
 An arm is NAME=init (the captioner that `init` names as it is), NAME=sft (fine-tuned further on the same clips, as
-often) or NAME=TERM[:WEIGHT],... of checklist, dialogue, length, repetition, timing, probes. By default they are the
+often) or NAME=TERM[:WEIGHT],... of checklist, dialogue, length, repetition, timing, probes, and of a user's terms,
+jax:MODULE:FUNCTION[=WEIGHT] or host:MODULE:FUNCTION[=WEIGHT] (avocado_jax/rewards/README.md). By default they are the
 paper's five rows.
 Seeds are the config's and those after it; arms share them, and are compared seed by seed: bold is what lies beyond two
 standard errors. Every run is a run folder, OUT/ARM/SEED; the greedy captions of all clips of `data.heldout`
 (world:...) are compared with the truth. Killed at any moment, the same command goes on.
 
+A user's terms of the arms are columns of the table for all arms.
 OUT/table.md, arms.png, curves.png and results.json hold what came out; OUT/ARM/SEED/heldout.json each run's captions.
 With --configs nothing is run: the commands that train the arms are printed, a JSON object a line, for a launcher.
 """
@@ -28,10 +30,11 @@ from avocado_jax.checkpoint.load import open_checkpoint
 from avocado_jax.config import GrpoConfig, as_json, as_sft, load, refuse_another
 from avocado_jax.data import storage
 from avocado_jax.errors import InputError
-from avocado_jax.eval.ablation import PAPER, Arm, parse_arms, summary, table
+from avocado_jax.eval.ablation import IN_SOME, METRICS, PAPER, Arm, parse_arms, summary, table
 from avocado_jax.parallel.backend import use_gpu_memory
 from avocado_jax.parallel.compiled import use_cache
 from avocado_jax.rewards.combine import TERMS
+from avocado_jax.rewards.extra import Term, load_terms
 
 TOGETHER = 25  # held-out clips that are captioned at once
 
@@ -67,6 +70,8 @@ def run(args: argparse.Namespace) -> int:
     if args.seeds < 1:
         raise InputError(f"--seeds is {args.seeds}, at least 1 is asked for")
     arms = parse_arms(args.arm or PAPER)
+    every = dict.fromkeys(text.partition("=")[0] for arm in arms for text in extra_of(arm))
+    terms = load_terms(list(every), (*TERMS, *METRICS, *IN_SOME))
     jobs = [_job(arm, config.seed + seed, args.out) for seed in range(args.seeds) for arm in arms]
     jobs = [job for job in jobs if job.arm.stage != "init" or job.seed == config.seed]
     if args.configs:
@@ -96,6 +101,8 @@ def run(args: argparse.Namespace) -> int:
             storage.write(where, json.dumps(told, ensure_ascii=False).encode())
             jax.clear_caches()  # the next run's programs are its own
         measured[job.arm.name].append(json.loads(storage.read(where)))
+    if terms:
+        _add_means(terms, config, [one for each in measured.values() for one in each])
     rows = _write(args.out, arms, jobs, measured)
     print(json.dumps({"arms": rows}) if args.json else table(rows), end="\n" if args.json else "")
     return 0
@@ -105,7 +112,13 @@ def _job(arm: Arm, seed: int, out: str) -> Job:
     fields = ["--seed", str(seed)]
     if arm.stage == "grpo":
         fields += [part for term in TERMS for part in (f"--rewards.{term}", f"{arm.weights.get(term, 0.0):g}")]
+        fields += ["--rewards.extra", ",".join(extra_of(arm))]
     return Job(arm, seed, storage.join(out, f"{arm.slug}/{seed}"), fields)
+
+
+def extra_of(arm: Arm) -> list[str]:
+    """The user's terms of an arm, as in `rewards.extra`."""
+    return [f"{term}={weight:g}" for term, weight in arm.weights.items() if term not in TERMS]
 
 
 def _begun(config: GrpoConfig, out: str) -> None:
@@ -142,6 +155,18 @@ def _measured(config: GrpoConfig, checkpoint: str) -> dict[str, Any]:
     lengths = [len(captioner.tokenizer.encode(caption)) for caption in captions]
     metrics = world_metrics(captions, lengths, [record.fields for record in records])
     return {"metrics": metrics, "captions": {one.fields["id"]: said for one, said in zip(records, captions)}}
+
+
+def _add_means(terms: list[Term], config: GrpoConfig, measured: list[dict[str, Any]]) -> None:
+    """Add the means of a user's terms to the metrics of all runs, whether they were trained with them or not."""
+    from avocado_jax.eval.rewarded import mean_values
+    from avocado_jax.train.inputs import open_source
+
+    source, _ = open_source(config.data.heldout, replace(config.data, references=0))
+    fields = {name: source[number].fields for number, name in enumerate(source.index.ids)}
+    for one in measured:
+        references = [fields[name] for name in one["captions"]]
+        one["metrics"] |= mean_values(terms, list(one["captions"].values()), references)
 
 
 def _write(out: str, arms: list[Arm], jobs: list[Job], measured: dict[str, list[dict[str, Any]]]) -> list[dict]:

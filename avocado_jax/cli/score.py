@@ -35,11 +35,12 @@ from avocado_jax.data.words import Words, load_words
 from avocado_jax.errors import InputError
 from avocado_jax.eval.captioner import computing_dtype
 from avocado_jax.eval.marks import as_compared
-from avocado_jax.eval.rewarded import Entry, load_term, scores
+from avocado_jax.eval.rewarded import Entry, scores
 from avocado_jax.jsonl import NUMBER, read_captions
 from avocado_jax.remote.chat import Endpoint
 from avocado_jax.rewards.combine import ALWAYS, JUDGES, PROBE_JUDGES, TERMS
 from avocado_jax.rewards.explain import explain
+from avocado_jax.rewards.extra import load_terms
 from avocado_jax.rewards.vocabulary import make_table, word_weights
 from avocado_jax.train.rewards import caption_texts
 
@@ -91,16 +92,13 @@ def run(args: argparse.Namespace) -> int:
         raise InputError(f'--terms: no term "{unknown[0]}"; there are {", ".join(TERMS)}')
     lines = [checked(where, line) for where, line in read_captions(args.file)]
     tokenizer = load_words(tokenizer_folder(args.tokenizer)) if args.tokenizer else None
-    extra = [load_term(text) for text in args.extra]
+    extra = load_terms(args.extra, (*TERMS, *FIXED))
     captions, references = [line["caption"] for line in lines], [line["reference"] for line in lines]
-    host = {name: function(captions, references) for kind, name, function in extra if kind == "host"}
-    for name, values in host.items():
-        if len(values) != len(captions):
-            raise InputError(f"--extra {name}: {len(values)} values of {len(captions)} captions")
+    host = {term.name: term.values(captions, references) for term in extra if term.kind == "host"}
     answers = judge_scores(args, lines)
     warn_of_missing(lines, terms, tokenizer)
     table = make_table(None, word_weights(caption_texts(args.idf)) if args.idf else None)
-    on_device = [(name, function) for kind, name, function in extra if kind == "jax"]
+    on_device = [term for term in extra if term.kind == "jax"]
     texts = (caption.encode(errors="replace").decode() for caption in captions)  # tokenizers refuse lone surrogates
     lengths = [float(len(tokenizer.encode(text))) if tokenizer else math.nan for text in texts]
     results: dict[int, dict[str, Any]] = {}
@@ -108,9 +106,9 @@ def run(args: argparse.Namespace) -> int:
     for one in scores(table, captions, references, lengths, answers, args.merge, extra=on_device, timing=timing):
         line = lines[one.number]
         results[one.number] = row(line, terms, one)
-        for _, name, _ in extra:
-            value = float(one.extra[name]) if name in one.extra else host[name][one.number]
-            results[one.number][name] = None if value is None or math.isnan(value) else float(value)
+        for name in (term.name for term in extra):
+            value = float(host[name][one.number] if name in host else one.scored.terms[name])
+            results[one.number][name] = None if math.isnan(value) else value
         if args.explain:
             points = line["reference"].get("keypoints") or ()
             spoken = as_compared(table, [line["reference"]], one.limits)[0]["dialogues"] or ()

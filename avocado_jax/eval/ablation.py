@@ -12,6 +12,7 @@ import numpy as np
 
 from avocado_jax.errors import InputError
 from avocado_jax.rewards.combine import TERMS
+from avocado_jax.rewards.extra import KINDS, weight_of
 
 PAPER = (  # the rows of the paper's ablation
     "SFT=init",
@@ -28,7 +29,7 @@ METRICS = {  # as `evaluate world` names them, and as they are headed
     "repcol": "RepCol",
     "length": "length",
 }
-IN_SOME = {"time_iou": "time IoU"}  # only where captions have timed scenes; 0 in arms without
+IN_SOME = {"time_iou": "time IoU"}  # only where captions have timed scenes; 0 in arms without. Others: a user's terms
 ERRORS = 2.0  # standard errors of a mean difference beyond which it is shown
 Results = Mapping[str, Sequence[Mapping[str, float]]]  # of each arm, metrics by seed; of one that has no seeds, once
 
@@ -38,7 +39,7 @@ class Arm(NamedTuple):
 
     Attributes:
         stage: "init": nothing; "sft": more of it, on the same clips; "grpo".
-        weights: of GRPO's reward terms.
+        weights: of GRPO's reward terms; a user's term is KIND:MODULE:FUNCTION.
     """
 
     name: str
@@ -52,7 +53,7 @@ class Arm(NamedTuple):
 
 
 def parse_arms(texts: Sequence[str]) -> list[Arm]:
-    """Arms from `NAME=init`, `NAME=sft` or `NAME=TERM[:WEIGHT],...`.
+    """Arms from `NAME=init`, `NAME=sft` or `NAME=TERM[:WEIGHT],...`; a user's term is KIND:MODULE:FUNCTION[=WEIGHT].
 
     Raises:
         InputError: one is not so, or two would share a folder.
@@ -74,8 +75,11 @@ def _parse(text: str) -> Arm:
     weights = {}
     for part in told.split(","):
         term, _, weight = part.strip().partition(":")
-        if term not in TERMS or term in weights:
-            raise InputError(f"--arm {text}: {term!r} is not one of {', '.join(TERMS)}, each once")
+        if term in KINDS:
+            term, weight = weight_of(part.strip())
+        if (term not in TERMS and ":" not in term) or term in weights:
+            known = f"{', '.join(TERMS)}, jax:MODULE:FUNCTION, host:MODULE:FUNCTION"
+            raise InputError(f"--arm {text}: {term!r} is not one of {known}, each once")
         try:
             weights[term] = float(weight or 1)
         except ValueError:
@@ -116,8 +120,7 @@ def difference(arm: Sequence[Mapping[str, float]], base: Sequence[Mapping[str, f
 def summary(arms: Sequence[Arm], results: Results) -> list[dict[str, Any]]:
     """Of each arm its mean and standard deviation over seeds, and its differences to the arm it adds to."""
     rows = []
-    some = [metric for metric in IN_SOME if any(metric in one for values in results.values() for one in values)]
-    metrics = [*METRICS, *some]
+    metrics = list(dict.fromkeys([*METRICS, *(name for each in results.values() for one in each for name in one)]))
     for arm in arms:
         values, base = results[arm.name], base_of(arm, arms)
         row: dict[str, Any] = {"arm": arm.name, "stage": arm.stage, "weights": arm.weights, "runs": len(values)}
@@ -138,7 +141,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
     def line(cells: Sequence[str]) -> str:
         return "| " + " | ".join(cells) + " |"
 
-    titles = {name: title for name, title in (METRICS | IN_SOME).items() if name in rows[0]["mean"]}
+    titles = {name: (METRICS | IN_SOME).get(name, name) for name in rows[0]["mean"]}
     head = [line(["", *titles.values()]), line(["---"] * (len(titles) + 1))]
     values = [line([row["arm"], *(_spread(metric, row) for metric in titles)]) for row in rows]
     added = [

@@ -3,19 +3,19 @@
 B  captions of a batch
 """
 
-import importlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
-from avocado_jax.errors import InputError
 from avocado_jax.progress import progress
 from avocado_jax.rewards.combine import DEFAULTS, References, Scored, Thresholds, make_references, score
+from avocado_jax.rewards.extra import Term
 from avocado_jax.rewards.text import Caption, Limits, limits_of, parse
-from avocado_jax.rewards.vocabulary import Table, code_points
+from avocado_jax.rewards.vocabulary import Table, code_points, make_table
 
 BATCH = 32
 LINES = (32, 512), (64, 2048)  # sizes of dialogue: lines of a text, characters of a line
@@ -30,7 +30,6 @@ class Entry(NamedTuple):
         number: its place among the captions.
         limits: what was read of it and its reference.
         cut: something of its reference did not fit.
-        extra: the values of additional terms, by name.
     """
 
     number: int
@@ -39,26 +38,6 @@ class Entry(NamedTuple):
     reference: References
     scored: Scored
     cut: bool
-    extra: dict[str, np.ndarray]
-
-
-def load_term(text: str) -> tuple[str, str, Callable]:
-    """A user's term, "jax:MODULE:FUNCTION" or "host:MODULE:FUNCTION": its kind, its name and the function.
-
-    A jax term maps one `Caption` and one `References` to a float32 scalar; it is vmapped and compiled. A host term
-    maps the texts of captions and their references, as in the file, to numbers or None, one each.
-
-    Raises:
-        InputError: there is no such function.
-    """
-    kind, _, rest = text.partition(":")
-    module, _, name = rest.partition(":")
-    if kind not in ("jax", "host") or not module or not name:
-        raise InputError(f"a term is jax:MODULE:FUNCTION or host:MODULE:FUNCTION, not {text!r}")
-    try:
-        return kind, name, getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, TypeError, ValueError, SyntaxError) as error:
-        raise InputError(f"{text}: {error}") from error
 
 
 def scores(
@@ -69,7 +48,7 @@ def scores(
     answers: Mapping[str, np.ndarray] | None = None,
     merge: bool = False,
     thresholds: Thresholds = DEFAULTS,
-    extra: Sequence[tuple[str, Callable]] = (),
+    extra: Sequence[Term] = (),
     timing: bool = False,
 ) -> Iterator[Entry]:
     """The scores of captions, in batches of similar size: not in their order.
@@ -80,7 +59,7 @@ def scores(
         answers: a judge's scores by term, [n, most items]: "checklist", or the lexical judge scores it, and "probes".
         merge: consecutive lines of one speaker are one line.
         thresholds: of the terms.
-        extra: names and functions of additional terms, of kind "jax" (`load_term`).
+        extra: further terms, of kind "jax".
         timing: whether to compute the term `timing`.
     """
     limits = [_limits(*pair, merge) for pair in zip(captions, references)]
@@ -103,6 +82,20 @@ def scores(
             (thresholds, tuple(extra)),
             part,
         )
+
+
+def mean_values(
+    terms: Sequence[Term], captions: Sequence[str], references: Sequence[Mapping[str, Any]]
+) -> dict[str, float]:
+    """The mean of each of a user's terms over the captions for which it has a verdict; NaN if there are none."""
+    values = {term.name: term.values(captions, references) for term in terms if term.kind == "host"}
+    if on_device := [term for term in terms if term.kind == "jax"]:
+        entries = list(scores(make_table(), captions, references, [math.nan] * len(captions), extra=on_device))
+        values |= {term.name: np.array([one.scored.terms[term.name] for one in entries]) for term in on_device}
+    return {
+        name: float(np.mean(each[~np.isnan(each)])) if (~np.isnan(each)).any() else math.nan
+        for name, each in values.items()
+    }
 
 
 def _limits(caption: str, reference: Mapping[str, Any], merge: bool) -> Limits:
@@ -136,10 +129,8 @@ def _batch(
     points, sizes = code_points(captions, limits.characters)
     found = jax.tree.map(np.asarray, _score(table, points, sizes, tokens, made, answers, limits, terms))
     for place, number in enumerate(numbers):
-        caption, reference, scored, extra = jax.tree.map(
-            lambda leaf, place=place: leaf[place], (found[0], made, found[1], found[2])
-        )
-        yield Entry(number, limits, caption, reference, scored, bool(cut[place]), extra)
+        caption, reference, scored = jax.tree.map(lambda leaf, place=place: leaf[place], (found[0], made, found[1]))
+        yield Entry(number, limits, caption, reference, scored, bool(cut[place]))
 
 
 def _padded(made: References) -> References:
@@ -169,16 +160,15 @@ def _score(
     references: References,
     answers: dict[str, jax.Array],
     limits: Limits,
-    terms: tuple[Thresholds, tuple[tuple[str, Callable], ...]],
-) -> tuple[Caption, Scored, dict[str, jax.Array]]:
+    terms: tuple[Thresholds, tuple[Term, ...]],
+) -> tuple[Caption, Scored]:
     thresholds, extra = terms
 
     def one(
         points: jax.Array, size: jax.Array, length: jax.Array, reference: References, judged: dict[str, jax.Array]
     ) -> Any:
         caption = parse(table, points, size, limits)
-        more = {name: function(caption, reference) for name, function in extra}
         given = judged.get("checklist"), judged.get("probes")
-        return caption, score(caption, length, reference, thresholds, *given), more
+        return caption, score(caption, length, reference, thresholds, *given, extra)
 
     return jax.vmap(one)(points, sizes, tokens, references, answers)

@@ -12,6 +12,7 @@ import numpy as np
 
 from avocado_jax.rewards.checklist import HIGH, LOW, ORDER, Keypoints, Verdict, keypoint_references, lexical, mean_score
 from avocado_jax.rewards.dialogue import SIMILAR, SPEAKER, Dialogue, Pairs, compare, dialogue_references, f1
+from avocado_jax.rewards.extra import Term
 from avocado_jax.rewards.length import length_reward
 from avocado_jax.rewards.repetition import MIN_SPAN, collapses
 from avocado_jax.rewards.text import Caption, Limits, limits_for, read
@@ -56,7 +57,8 @@ class Scored(NamedTuple):
     Attributes:
         terms: raw values by name: R_C, R_D and R_L from 0 to 1, NaN without a reference; `repetition` is -1 for a
             caption that collapses and 0 for any other; `truncated` is 1 where it was too long for the limits; `timing`
-            where the reference has room for events, and `probes` where a judge was asked, both from 0 to 1.
+            where the reference has room for events, and `probes` where a judge was asked, both from 0 to 1; those of a
+            user.
         keypoints: the judge's answers.
         verdict, pairs: what the lexical judge and R_D saw.
     """
@@ -113,11 +115,13 @@ def score(
     thresholds: Thresholds = DEFAULTS,
     answers: Float[Array, "K"] | None = None,
     probes: Float[Array, "P"] | None = None,
+    extra: Sequence[Term] = (),
 ) -> Scored:
     """Score one caption of so many tokens against one reference.
 
     Args:
         answers, probes: a judge's scores of the keypoints and of the probes; NaN without one.
+        extra: a user's terms of kind "jax".
     """
     verdict = lexical(caption, reference.keypoints, thresholds.low, thresholds.high, thresholds.order)
     answers = verdict.score if answers is None else answers
@@ -136,6 +140,7 @@ def score(
         terms["truncated"] = (caption.truncated | scenes.cut).astype(jnp.float32)
     if probes is not None:
         terms["probes"] = mean_score(probes, jnp.int32(len(probes)))
+    terms |= {term.name: term.value(caption, reference) for term in extra}
     return Scored(terms, answers, verdict, pairs)
 
 
@@ -148,6 +153,7 @@ def score_captions(
     answers: Float[Array, "B G K"] | None = None,
     limits: Limits | None = None,
     probes: Float[Array, "B G P"] | None = None,
+    extra: Sequence[Term] = (),
 ) -> dict[str, Float[Array, "B G"]]:
     """The raw value of every term for G captions of each of B clips.
 
@@ -157,11 +163,12 @@ def score_captions(
         answers: of another judge than the lexical one.
         limits: how much of a caption is read; by default what captions of C tokens need.
         probes: scores of each clip's probes; NaN without one.
+        extra: a user's terms of kind "jax".
     """
     limits = limits or limits_for(tokens.shape[-1])
 
     def one(ids: Array, length: Array, reference: References, *judged: Array | None) -> dict[str, Array]:
-        return score(read(table, ids, length, limits), length, reference, thresholds, *judged).terms
+        return score(read(table, ids, length, limits), length, reference, thresholds, *judged, extra).terms
 
     by_caption = [None if one is None else 0 for one in (answers, probes)]
     in_group = jax.vmap(one, in_axes=(0, 0, None, *by_caption))

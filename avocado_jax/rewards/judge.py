@@ -3,6 +3,7 @@
 import asyncio
 import json
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -60,6 +61,7 @@ class RemoteJudge:
     def __init__(self, endpoint: Endpoint):
         self.client = ChatClient(endpoint)
         self.counts = self.client.counts
+        self._newest: dict[str, tuple[Future, float]] = {}  # by the kind of task: the newest batch and its deadline
 
     @property
     def trouble(self) -> str:
@@ -73,15 +75,16 @@ class RemoteJudge:
 
         Returns:
             A function that waits for the scores: 1 if the caption states the keypoint, 0 if not, NaN without an
-            answer and beyond a caption's keypoints. It returns within the endpoint's `patience` from now.
+            answer and beyond a caption's keypoints. It returns within the endpoint's `patience`, which counts from
+            now, or from the deadline of the batch before it if that is not complete.
         """
-        return self.client.start(self._batch(KEYPOINTS, captions, keypoints)).result
+        return self._start(KEYPOINTS, captions, keypoints)
 
     def probes(
         self, captions: Sequence[str], probes: Sequence[Sequence[Probe]]
     ) -> Callable[[], Float[np.ndarray, "N K"]]:
         """As calling the judge, with 1 if the endpoint answers the probe rightly from the caption, 0 if not."""
-        return self.client.start(self._batch(PROBES, captions, probes)).result
+        return self._start(PROBES, captions, probes)
 
     def close(self) -> None:
         """Cancel pending calls and end the thread."""
@@ -93,11 +96,23 @@ class RemoteJudge:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    async def _batch(
+    def _start(
         self, task: Task, captions: Sequence[str], items: Sequence[Sequence[Any]]
+    ) -> Callable[[], Float[np.ndarray, "N K"]]:
+        """Start a batch. Its calls wait behind those of earlier batches, so its patience does too."""
+        before, deadline = self._newest.get(task.noun, (None, 0.0))
+        begun = self.client.now()
+        if before and not before.done():
+            begun = max(begun, deadline)
+        deadline = begun + self.client.endpoint.patience
+        running = self.client.start(self._batch(task, captions, items, deadline))
+        self._newest[task.noun] = running, deadline
+        return running.result
+
+    async def _batch(
+        self, task: Task, captions: Sequence[str], items: Sequence[Sequence[Any]], deadline: float
     ) -> Float[np.ndarray, "N K"]:
         """The scores of a batch."""
-        deadline = self.client.now() + self.client.endpoint.patience
         pairs = zip(captions, items, strict=True)
         answers = await asyncio.gather(*(self._verdicts(task, *pair, deadline) for pair in pairs))
         scores = np.full((len(captions), max(map(len, items), default=0)), np.nan, np.float32)

@@ -13,6 +13,7 @@ from avocado_jax.data.plan import Bucket
 from avocado_jax.models.config import ThinkerConfig
 from avocado_jax.models.flops import grpo_flops
 from avocado_jax.rewards.combine import TERMS
+from avocado_jax.rewards.extra import weight_of
 
 # Bound on `sampler_gap`, nats per token. Rounding in bf16 gives 0.01 to 0.03 on random weights with logits of order 1
 # (tests/train/test_sampler.py). Above it the sampler is not the trained policy, which biases the gradient.
@@ -40,7 +41,7 @@ def describe(config: GrpoConfig, model: ThinkerConfig, bucket: Bucket) -> str:
         f"step: {config.group} captions of each of {config.batch} clips, up to {sampling.tokens} tokens at temperature "
         f"{sampling.temperature:g}; at most {config.batch * sum(row) / 1e15:.3g} PFLOP"
     ]
-    weights = {name: getattr(config.rewards, name) for name in TERMS}
+    weights = {name: getattr(config.rewards, name) for name in TERMS} | dict(map(weight_of, config.rewards.extra))
     terms = " + ".join(f"{weight:g} x {name}" for name, weight in weights.items() if weight)
     judge = f", keypoints judged by {config.rewards.judge}" if config.rewards.checklist else ""
     judge += f", probes answered by {config.rewards.probe_judge}" if config.rewards.probes else ""

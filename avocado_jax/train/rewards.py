@@ -35,8 +35,10 @@ from avocado_jax.rewards.combine import (
     missing,
     score_captions,
 )
+from avocado_jax.rewards.extra import load_terms
 from avocado_jax.rewards.text import limits_for
 from avocado_jax.rewards.vocabulary import make_table, word_weights
+from avocado_jax.train.extra import Computed, HostTerm
 from avocado_jax.train.judges import Judge, open_judge
 from avocado_jax.train.programs import by_rows
 from avocado_jax.train.rollout import Rollout
@@ -56,7 +58,8 @@ class Judged(NamedTuple):
     missing: Int[Array, ""]  # items without an answer
 
 
-Answers = Mapping[str, Judged]  # by the term that they are for; empty without a judge
+# By the term that they are for; empty if nothing is computed on the hosts.
+Answers = Mapping[str, Judged | Computed]
 JUDGE_FIELDS = {  # of each term: its judge and the judge's model
     "checklist": ("rewards.judge", "rewards.judge_model"),
     "probes": ("rewards.probe_judge", "rewards.probe_model"),
@@ -69,13 +72,14 @@ class Rewards(NamedTuple):
 
     Attributes:
         references: fields of records -> what captions are compared with, numpy [B, ...], of one shape for all records.
-        judge: (rollout, batch) -> a function that waits for the answers. It starts the judges, and returns before the
-            answers are there.
+        judge: (rollout, batch) -> a function that waits for the answers. It starts the judges and the terms of a user
+            that run on the hosts, and returns before the answers are there.
         terms: (rollout, references, answers) -> each term, [B G]; NaN if a clip has no reference for it.
         combine: (terms of complete groups, weight [B], normalize=`rewards.normalize`) -> (reward [B G], metrics of the
             rows that count).
         program: shapes of a rollout -> the program that `terms` runs.
-        check: raises `Unjudged` if too many answers are missing. It waits for the devices; all processes agree.
+        check: raises `Unjudged` if too many answers are missing, or the exception of a user's term. It waits for the
+            devices; all processes agree.
     """
 
     references: Callable[[Sequence[Mapping[str, Any]]], References]
@@ -100,7 +104,7 @@ def open_rewards(config: GrpoConfig, setup: Setup, stops: Sequence[int]) -> Iter
     """The rewards of `config`. Prints which terms have no reference in the first records.
 
     Raises:
-        InputError: a limit is invalid, or the judge cannot be opened.
+        InputError: a limit is invalid, or a judge or a user's term cannot be opened.
     """
     rewards = config.rewards
     for name in ("keypoints", "lines", "scenes", "questions"):
@@ -164,6 +168,10 @@ def make_rewards(config: GrpoConfig, setup: Setup, stops: Sequence[int], judges:
         long_units=settings.long_units,
     )
     weights = {name: getattr(settings, name) for name in TERMS if name in ALWAYS or getattr(settings, name)}
+    extra = load_terms(settings.extra, TERMS)
+    on_device = [term for term in extra if term.kind == "jax"]
+    on_hosts = {term.name: term for term in extra if term.kind == "host"}
+    weights |= {term.name: term.weight for term in extra}
     room = {"checklist": settings.keypoints, "probes": settings.questions}
     events = settings.scenes if settings.timing else 0
 
@@ -172,7 +180,8 @@ def make_rewards(config: GrpoConfig, setup: Setup, stops: Sequence[int], judges:
         table: Any, tokens: Array, lengths: Array, references: References, answers: dict[str, Array]
     ) -> dict[str, Array]:
         keypoints, probes = answers.get("checklist"), answers.get("probes")
-        return score_captions(table, tokens, lengths, references, thresholds, keypoints, limits, probes)
+        terms = score_captions(table, tokens, lengths, references, thresholds, keypoints, limits, probes, on_device)
+        return terms | {name: answers[name] for name in on_hosts}
 
     def references(records: Sequence[Mapping[str, Any]]) -> References:
         with on_cpu():  # this runs in the input thread while the accelerators compute a step
@@ -191,6 +200,7 @@ def make_rewards(config: GrpoConfig, setup: Setup, stops: Sequence[int], judges:
         one = references([{}])
         shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((rows, *leaf.shape[1:]), leaf.dtype), one)
         answers = {term: jax.ShapeDtypeStruct((rows, group, room[term]), jnp.float32) for term in judges}
+        answers |= {name: jax.ShapeDtypeStruct((rows, group), jnp.float32) for name in on_hosts}
         inputs = by_rows((shapes, answers), setup.mesh)
         return Program("rewards", score_terms, (table, rollout.captions.targets, rollout.lengths, *inputs))
 
@@ -205,8 +215,10 @@ def make_rewards(config: GrpoConfig, setup: Setup, stops: Sequence[int], judges:
         return total, metrics
 
     def check(judged: Answers) -> None:
-        for term, one in judged.items():
-            asked, missing = jax.device_get((one.asked, one.missing))
+        for name, term in hosts.items():
+            term.check(judged[name])
+        for term in judged.keys() - hosts.keys():
+            asked, missing = jax.device_get((judged[term].asked, judged[term].missing))
             if missing > settings.max_unjudged * asked:
                 raise Unjudged(
                     f"the judge left {missing} of {asked} {ITEMS[term]} of a step without an answer; nothing is lost"
@@ -216,6 +228,8 @@ def make_rewards(config: GrpoConfig, setup: Setup, stops: Sequence[int], judges:
         _warn_of_missing(setup.source, references, [name for name, weight in weights.items() if weight])
     text = partial(caption_text, setup, stops)
     started = {term: _shared(one, setup.mesh, room[term], text, items_of(term)) for term, one in judges.items()}
+    hosts = {name: HostTerm(term, setup.mesh, text) for name, term in on_hosts.items()}
+    started |= {name: term.start for name, term in hosts.items()}
     return Rewards(references, judge, terms, reward, program, check)
 
 

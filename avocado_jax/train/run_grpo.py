@@ -26,6 +26,8 @@ from avocado_jax.models.flops import grpo_flops
 from avocado_jax.models.thinker import Encoded
 from avocado_jax.parallel.batches import rows_sharding
 from avocado_jax.parallel.compiled import Program
+from avocado_jax.rewards.combine import TERMS
+from avocado_jax.rewards.extra import load_terms
 from avocado_jax.sampling.batch import Captioning, batch_programs, caption_batch
 from avocado_jax.sampling.captioner import banned_ids
 from avocado_jax.sampling.generate import Samples
@@ -69,7 +71,12 @@ def grpo(config: GrpoConfig, folder: str) -> int:
     Raises:
         InputError: the config is inconsistent, or the folder holds a run of another config.
     """
-    setup = ready(config, folder, lambda: set_up(config, config.split, folder))
+
+    def opened() -> Setup:
+        load_terms(config.rewards.extra, TERMS)  # a mistake is reported before hosts wait for each other
+        return set_up(config, config.split, folder)
+
+    setup = ready(config, folder, opened)
     mesh, model = setup.mesh, setup.model
     stops = stop_ids(setup.checkpoint.side_files, setup.words, model.text.vocab)
     with jax.set_mesh(mesh), open_rewards(config, setup, stops) as rewards:

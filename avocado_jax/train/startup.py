@@ -6,7 +6,8 @@ Hosts run their checks independently and all-gather the results, so that all exi
 import hashlib
 import json
 import socket
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -16,7 +17,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from avocado_jax.checkpoint.references import commit_of
-from avocado_jax.config import RunConfig, as_json
+from avocado_jax.config import GrpoConfig, RunConfig, as_json
 from avocado_jax.data import storage
 from avocado_jax.errors import InputError
 from avocado_jax.parallel.processes import deadline
@@ -66,7 +67,9 @@ def ready(config: RunConfig, folder: str, open_all: Callable[[], T]) -> T:
             raise failure
         return opened
     commit = commit_of(opened.checkpoint.folder) if opened else ""  # a branch on the hub may move between two hosts
-    report = Host(socket.gethostname(), code(), _digest([as_json(config), folder, commit]), "", False)
+    terms = config.rewards.extra if isinstance(config, GrpoConfig) else ()
+    modules = [module for _, module, *_ in (text.split(":") for text in terms if ":" in text)]
+    report = Host(socket.gethostname(), code(modules), _digest([as_json(config), folder, commit]), "", False)
     if failure:
         report = report._replace(error=_short(str(failure)), permanent=isinstance(failure, InputError))
     with deadline(config.timeouts.start, f"host {jax.process_index()}: not all hosts finished the start-up checks"):
@@ -97,11 +100,13 @@ def gather(report: Host) -> list[Host]:
     return [Host(*json.loads(row.tobytes())) for row in multihost_utils.process_allgather(padded)]
 
 
-def code() -> str:
-    """A digest of this package's source files and of the versions of its main dependencies."""
+def code(modules: Sequence[str] = ()) -> str:
+    """A digest of the source files of this package and of imported `modules`, and of versions of main dependencies."""
     parts: list[Any] = [_version(name) for name in PACKAGES]
     for path in sorted(PACKAGE.rglob("*.py")):
         parts.append([str(path.relative_to(PACKAGE)), hashlib.sha256(path.read_bytes()).hexdigest()])
+    for path in (getattr(sys.modules.get(name), "__file__", None) for name in modules):
+        parts.append(path and hashlib.sha256(Path(path).read_bytes()).hexdigest())
     return _digest(parts)
 
 

@@ -13,7 +13,11 @@ import pytest
 from train_runs import GRPO
 
 from avocado_jax.__main__ import main
+from avocado_jax.cli.ablate import _add_means
 from avocado_jax.config import load
+from avocado_jax.rewards.combine import TERMS
+from avocado_jax.rewards.extra import load_terms
+from avocado_jax.train.inputs import open_source
 
 ROOT = Path(__file__).parents[2]
 PAPER = str(ROOT / "configs" / "grpo_7b.py")
@@ -40,12 +44,40 @@ def test_the_jobs_of_the_papers_arms(capsys):
     assert len({shlex.split(job["command"])[4] for job in jobs}) == len(jobs)
 
 
+def shortness(captions, references):
+    """A term of a user."""
+    return [1 / len(caption) if caption else None for caption in captions]
+
+
+def test_an_arm_with_a_users_term(capsys):
+    """Arms without it have no other: not that of the config either."""
+    arms = ["--arm", "R_L=length", "--arm", "mine=length:0.5,host:test_ablate_command:shortness=2"]
+    given = ["--rewards.extra", "host:module:other"]
+    assert main(["ablate", PAPER, "--configs", "--seeds", "1", "--out", "out", *arms, *given]) == 0
+    jobs = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    configs = [load(PAPER, shlex.split(job["command"])[5:]) for job in jobs]
+    assert [(one.rewards.length, one.rewards.extra) for one in configs] == [
+        (1.0, ()),
+        (0.5, ("host:test_ablate_command:shortness=2",)),
+    ]
+
+
+def test_means_of_a_users_terms_are_metrics_of_every_run():
+    terms = load_terms(["host:test_ablate_command:shortness"], TERMS)
+    config = load(str(ROOT / "configs" / "grpo_world.py"), ["--data.heldout", "world:0:test:1:3"])
+    names = open_source(config.data.heldout, config.data)[0].index.ids
+    runs = [{"metrics": {"order": 0.5}, "captions": dict(zip(names, texts))} for texts in (("ab", "abcd"), ("ab", ""))]
+    _add_means(terms, config, runs)
+    assert [one["metrics"] for one in runs] == [{"order": 0.5, "shortness": 0.375}, {"order": 0.5, "shortness": 0.5}]
+
+
 def test_bad_input_is_one_line(capsys, tmp_path):
     out = ["--out", str(tmp_path)]
     for options, why in (
         ([str(ROOT / "configs" / "sft_7b.py"), *out], "ablate takes a GrpoConfig"),
         ([PAPER, *out, "--seeds", "0"], "--seeds is 0"),
         ([PAPER, *out, "--arm", "x=charm"], "'charm' is not one of"),
+        ([PAPER, *out, "--arm", "x=host:no_module:f"], "No module named 'no_module'"),
         ([PAPER, *out], "has no known truth"),
         ([PAPER, *out, "--data.heldout", "world:0:test:1:4"], "init: no checkpoint"),
         ([PAPER, *out, "--data.heldout", "world:0:test:1:4", "--init", "no/such"], "no/such: no such folder"),

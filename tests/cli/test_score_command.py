@@ -8,6 +8,7 @@ from chat import chat_server
 from tokenizer import write_tokenizer
 
 from avocado_jax.__main__ import main
+from avocado_jax.errors import InputError
 from avocado_jax.eval.metrics import collapses
 from avocado_jax.world.check import measure
 from avocado_jax.world.clip import record
@@ -122,6 +123,11 @@ def too_few(captions, references):
     return [1.0] * (len(captions) - 1)
 
 
+def confused(captions, references):
+    """A term that raises what the command elsewhere reports as bad input."""
+    raise InputError("no such caption")
+
+
 def test_terms_of_a_user_and_word_weights(scored, tmp_path):
     (tmp_path / "idf.jsonl").write_text("".join(json.dumps({"caption": f"A dog {k} barks."}) + "\n" for k in range(40)))
     lines = [
@@ -137,9 +143,15 @@ def test_terms_of_a_user_and_word_weights(scored, tmp_path):
     assert json.loads(out[0])["R_C"] < first["R_C"]  # "dog" says little among captions of dogs
     _, out, _ = scored(lines, *terms[:-1])
     assert "shout 2.000  known 1.000" in out[0]
-    for wrong in ("jax:no_module:name", "jax::f", "host:.m:f", "host:test_score_command:too_few"):
+    for wrong in ("jax:no_module:name", "jax::f", "host:.m:f", "host:test_score_command:known=x", "host:math:dist=inf"):
         status, _, err = scored(lines, "--extra", wrong)
         assert (status, len(err)) == (2, 1), wrong
+    for wrong, why in {"too_few": "1 values of 2 captions", "confused": "no such caption"}.items():
+        status, _, err = scored(lines, "--extra", f"host:test_score_command:{wrong}")
+        assert (status, err[0]) == (3, "Traceback (most recent call last):")
+        assert err[-1].startswith(
+            f"avocado score: RuntimeError: the term host:test_score_command:{wrong} failed: {why}"
+        )
 
 
 def test_texts_that_are_no_unicode(scored):

@@ -29,11 +29,18 @@ def test_the_papers_arms():
 def test_weights_and_what_is_no_arm():
     (arm,) = parse_arms(["half=checklist:0.5, repetition:2"])
     assert arm.weights == {"checklist": 0.5, "repetition": 2.0}
+    (arm,) = parse_arms(["mine=length,jax:some.module:term,host:module:other=0.25"])
+    assert (arm.stage, arm.weights) == (
+        "grpo",
+        {"length": 1.0, "jax:some.module:term": 1.0, "host:module:other": 0.25},
+    )
     for wrong, why in {
         "dialogue": "not NAME=",
         "a=speech": "'speech' is not one of",
         "a=length,length": "each once",
         "a=length:x": "'x' is no weight",
+        "a=host:module:term=x": "'x' is no weight",
+        "a=host:module:term,host:module:term=2": "each once",
         "=init": "names of their own",
         "../x": "not NAME=",
     }.items():
@@ -85,6 +92,16 @@ def test_time_iou_has_a_column_where_captions_have_times():
     lines = table(summary(arms, held)).splitlines()
     assert lines[0].endswith("| length | time IoU |")
     assert [line.split(" | ")[-1] for line in lines[2:]] == ["0.000 |", "0.305 ± 0.007 |", "**+0.305 ± 0.010** |"]
+
+
+def test_a_users_term_has_a_column():
+    arms = parse_arms(["SFT=init", "mine=host:module:mine"])
+    held = results(SFT=[0.5], mine=[0.5, 0.5])
+    for one in (*held["SFT"], *held["mine"]):
+        one["mine"] = 0.25
+    lines = table(summary(arms, held)).splitlines()
+    assert lines[0].endswith("| length | mine |")
+    assert [line.split(" | ")[-1] for line in lines[2:4]] == ["0.250 |", "0.250 ± 0.000 |"]
 
 
 def test_plots_are_pictures():

@@ -127,6 +127,21 @@ def test_what_fails_for_ever_is_missing_in_time(fault, capsys):
     assert "judge: passing: " in capsys.readouterr().err
 
 
+def test_batches_that_are_started_together_have_patience_one_after_another():
+    """Those of one rollout; keypoints and probes of a batch wait at the same time."""
+    with (
+        chat_server(lambda *_: "hang") as server,
+        RemoteJudge(Endpoint(server.url, "judge-1", patience=0.4, timeout=5.0)) as judge,
+    ):
+        start = time.monotonic()
+        waiting = [judge(CAPTIONS, KEYPOINTS), judge(CAPTIONS[::-1], KEYPOINTS), judge.probes([""], [[]])]
+        seconds = [(wait(), time.monotonic() - start)[1] for wait in waiting]
+        assert 0.4 <= seconds[0] < 0.75 <= seconds[1] < 1.2
+        start = time.monotonic()
+        judge(CAPTIONS, KEYPOINTS[::-1])()  # the batches before it are complete
+        assert time.monotonic() - start < 0.75
+
+
 @pytest.mark.parametrize("fault", [b"nonsense", "nonsense", '{"7": "yes"}', "{}"])
 def test_nonsense_for_ever_is_missing_after_a_few_tries(fault):
     with chat_server(lambda *_: fault) as server:

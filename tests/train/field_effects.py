@@ -167,6 +167,23 @@ def weight(term):
     return lambda calls: [one.weights[term] for one in calls.combine]
 
 
+def shout(caption, reference):
+    """A user's term."""
+    return 1.0
+
+
+def known(captions, references):
+    """Another."""
+    return [1.0] * len(captions)
+
+
+def extra_terms(calls):
+    """What is scored on the devices and on the hosts, with the weights of their sum."""
+    (on_device,), weights = calls.score_captions[0].extra, calls.combine[0].weights
+    hosts = [f"host:field_effects:{one.term.name}={weights[one.term.name]}" for one in calls.HostTerm]
+    return [(f"jax:field_effects:{on_device.name}={weights[on_device.name]}", *hosts)]
+
+
 def first_judge(*path):
     """Of the judge of keypoints, which is opened first."""
     return lambda calls: [attrgetter(".".join(path))(calls.open_judge[0])]

@@ -175,9 +175,13 @@ def started(kind, values, folder, patch):
     # --- its rewards
     calls.record(rewards, "open_judge", instead=lambda _, model, *__: nullcontext(SimpleNamespace(probes=model)))
     calls.record(rewards, "make_references", instead=lambda _, records, *__: (np.zeros(len(records)), None))
-    calls.record(rewards, "score_captions", instead=lambda _, tokens, lengths, *__: dict.fromkeys(TERMS, lengths * 1.0))
+    calls.record(
+        rewards,
+        "score_captions",
+        instead=lambda _, tokens, lengths, *__: dict.fromkeys((*TERMS, "shout"), lengths * 1.0),
+    )
     calls.record(rewards, "caption_texts", instead=lambda path: [])
-    calls.record(rewards, "make_rewards", "combine", "_shared")
+    calls.record(rewards, "make_rewards", "combine", "_shared", "HostTerm")
     patch.setattr(rewards, "make_table", lambda *_: make_table())
     patch.setattr(rewards, "missing", lambda _: {})
 

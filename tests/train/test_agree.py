@@ -37,6 +37,8 @@ for name in wanted:
     elif name.startswith("split"):
         lost = {"split none": {}, "split one": {1: [3]}, "split all": {0: [2], 1: [3]}}[name]
         found[name] = agreement.rewarded(where, **apart, lost=lost)
+    elif name.startswith("letters"):
+        found[name] = agreement.rewarded(where, **both, extra=(f"host:agreement:{name}=0.5",))
     elif name.startswith("silent"):
         allowed = 0.3 if name == "silent" else 0.7
         found[name] = agreement.rewarded(where, {"checklist": silent}, **both, max_unjudged=allowed)
@@ -56,6 +58,7 @@ print(json.dumps(found))
 """
 JUDGED = ("remote", "embedding", "lm")
 PROBES = ("remote probes", "lm probes")
+LETTERS = ("letters", "letters_or_failure")
 SPLIT = ("split none", "split one", "split all")
 
 
@@ -89,7 +92,7 @@ def run(judges, folder, count, devices, *scenarios):
 
 @pytest.fixture(scope="module")
 def two(judges, tmp_path_factory):
-    scenarios = ("learn", *SPLIT, *JUDGED, "remote lost", *PROBES, "silent", "silent allowed")
+    scenarios = ("learn", *SPLIT, *JUDGED, "remote lost", *PROBES, "silent", "silent allowed", *LETTERS)
     return run(judges, tmp_path_factory.mktemp("two"), 2, 2, *scenarios)
 
 
@@ -192,6 +195,40 @@ def test_missing_answers_end_all_processes(two):
     assert "keypoints of a step without an answer" in first["silent"]["unjudged"]
     assert first["silent allowed"] == second["silent allowed"]
     assert 0.3 < first["silent allowed"]["metrics"]["reward_checklist_missing"] < 0.7
+
+
+def test_one_process_computes_each_value_of_a_users_term(two):
+    (first, second), _, folder = two
+    assert first["letters"] == second["letters"]  # the digest of the local replicas too
+    lines = rollouts(folder, "letters")
+    values = [line["rewards"]["letters"] for line in lines]
+    assert {value is None for value in values} == {True, False}
+    process = {line["id"]: set() for line in lines}
+    for line, value in zip(lines, values):
+        assert (value is None) == ("A" in line["caption"])
+        if value is not None:
+            number, length = divmod(value, 100)
+            assert length == len(line["caption"])
+            process[line["id"]].add(number)
+    assert sorted(map(len, process.values())) == [1, 1]
+    known = [value for value in values if value is not None]
+    assert first["letters"]["metrics"]["reward_letters"] == pytest.approx(np.mean(known), rel=1e-5)
+    assert first["letters"]["metrics"]["reward_letters_missing"] == values.count(None) / len(values)
+    for clip in process:
+        own = [line for line in lines if line["id"] == clip]
+        mean = np.mean([line["rewards"]["letters"] for line in own if line["rewards"]["letters"] is not None])
+        for line in own:  # without a verdict a caption has the mean of its group
+            value = mean if line["rewards"]["letters"] is None else line["rewards"]["letters"]
+            assert line["reward"] == pytest.approx(line["rewards"]["length"] + 0.5 * value, rel=1e-5)
+
+
+def test_an_exception_in_a_users_term_ends_all_processes(two):
+    first, second = (found["letters_or_failure"] for found in two[0])
+    assert first == {
+        "failed": "the term letters_or_failure failed on another process: see its output",
+        "cause": "NoneType",
+    }
+    assert second == {"failed": "the term host:agreement:letters_or_failure failed: no letters", "cause": "InputError"}
 
 
 @pytest.mark.slow

@@ -16,6 +16,7 @@ from field_effects import (
     changes_the_loss,
     drawn,
     epochs,
+    extra_terms,
     first_judge,
     frozen_dtypes,
     group,
@@ -163,6 +164,7 @@ FIELDS = {
                 checklist=0.5, dialogue=0.6, length=0.7, repetition=0.8, timing=0.9, probes=0.95
             ).items()
         },
+        "rewards.extra": (("jax:field_effects:shout=0.3", "host:field_effects:known=-0.2"), extra_terms),
         "rewards.normalize": (True, "combine.normalize"),
         "rewards.gate": (True, "combine.gate"),
         "rewards.low": (11, "score_captions.thresholds.length_low"),

@@ -1,6 +1,7 @@
 """The grpo command: what it writes, and that kills leave no trace."""
 
 import json
+import os
 import random
 import signal
 import subprocess
@@ -81,6 +82,59 @@ def test_a_run_resumes_between_the_updates_of_one_rollout(grpo_runs):
     assert grpo_runs.lines("killed-between") == lines
     assert rollouts(grpo_runs, "killed-between") == rollouts(grpo_runs, "together")
     jax.tree.map(np.testing.assert_array_equal, grpo_runs.files("killed-between"), grpo_runs.files("together"))
+
+
+TERMS = """
+import os
+
+def shortness(captions, references):
+    return [1 / (1 + len(text)) if len(text) % 3 else None for text in captions]
+
+def letters(caption, reference):
+    return (caption.points == ord("e")).sum() / 100
+
+def fails(captions, references):
+    if os.environ["PROCESS"] == "1":
+        raise OSError("no such thing")
+    return [0.0] * len(captions)
+"""
+
+
+def test_terms_of_a_user(grpo_runs, monkeypatch):
+    """Their values are in the rollouts and metrics; a kill changes nothing; an exception ends both processes with 3."""
+    (grpo_runs.folder / "my_terms.py").write_text(TERMS)
+    monkeypatch.setenv("PYTHONPATH", f"{grpo_runs.folder}:{os.environ.get('PYTHONPATH', '')}")
+    fields = ["--rewards.extra", "host:my_terms:shortness=0.5,jax:my_terms:letters=-1", "--steps", "3"]
+    grpo_runs.finish("extra", *fields)
+    lines = grpo_runs.lines("extra")
+    assert all({"reward_shortness", "reward_letters_std", "reward_shortness_missing"} < line.keys() for line in lines)
+    assert "heldout_reward_shortness" in lines[2]
+    for line in map(json.loads, b"".join(rollouts(grpo_runs, "extra")).splitlines()):
+        size, value = len(line["caption"]), line["rewards"]["shortness"]
+        assert value == (pytest.approx(1 / (1 + size)) if size % 3 else None)
+        assert line["rewards"]["letters"] == pytest.approx(line["caption"].count("e") / 100)
+    process = grpo_runs.start("extra-killed", *fields)
+    while not (grpo_runs.folder / "extra-killed" / "checkpoints" / "2").exists():
+        assert process.poll() is None
+        time.sleep(0.02)
+    kill(process)
+    grpo_runs.finish("extra-killed", *fields)
+    assert grpo_runs.lines("extra-killed") == lines
+    assert rollouts(grpo_runs, "extra-killed") == rollouts(grpo_runs, "extra")
+    monkeypatch.setattr(subprocess, "Popen", numbered(subprocess.Popen))
+    log = grpo_runs.finish("fails", "--rewards.extra", "host:my_terms:fails", processes=2, devices=1, expect=3)
+    assert "OSError: no such thing" in log
+    assert "RuntimeError: the term host:my_terms:fails failed: no such thing" in log
+    assert "RuntimeError: the term fails failed on another process" in log
+
+
+def numbered(popen):
+    """Popen with the number of the process in its environment."""
+
+    def start(command, env, **options):
+        return popen(command, env=env | {"PROCESS": command[command.index("--process") + 1]}, **options)
+
+    return start
 
 
 @pytest.mark.soak

@@ -86,5 +86,9 @@ def test_the_start_describes_a_step():
     assert "+ 2 x probes, keypoints judged by lexical, probes answered by remote" in describe(
         GrpoConfig(rewards=judged), SEVEN_B, bucket
     )
+    extra = RewardConfig(checklist=0.0, extra=("host:module:mine=0.25", "jax:module:other"))
+    assert "1 x length + 0.25 x host:module:mine + 1 x jax:module:other\n" in describe(
+        GrpoConfig(rewards=extra), SEVEN_B, bucket
+    )
     assert not loss(passes=2)  # the second pass has ratios other than 1
     assert not loss(objective=ObjectiveConfig(aggregate="token"))  # long captions weigh more

@@ -33,6 +33,38 @@ def rewards_of(monkeypatch):
     return lambda config: (setup, make_rewards(config, setup, (), {}))
 
 
+def known_lengths(captions, references):
+    """A term of the hosts: no verdict on the second caption."""
+    return [None if number == 1 else float(one["seconds"]) for number, one in enumerate(references)]
+
+
+def wrong(captions, references):
+    raise OSError("no such caption")
+
+
+def test_a_users_term_is_combined_by_its_weight(rewards_of, monkeypatch):
+    """A value without a verdict has the mean of its group; weight 0 only logs the term."""
+    extra = ("host:test_rewarded:known_lengths=0.5", "host:test_rewarded:wrong=0")
+    monkeypatch.setattr(run_rewards, "caption_text", lambda setup, stops, ids: f"{len(ids)}")
+    _, rewards = rewards_of(GrpoConfig(rewards=RewardConfig(extra=extra)))
+    terms = dict.fromkeys(NAMES, np.zeros((1, 3), np.float32)) | {"wrong": np.full((1, 3), 7.0)}
+    reward, metrics = rewards.combine(terms | {"known_lengths": np.array([[2, np.nan, 4]])}, np.ones(1))
+    assert reward.tolist() == [[1, 1.5, 2]]
+    assert [float(metrics[name]) for name in ("known_lengths", "known_lengths_missing", "wrong")] == pytest.approx(
+        [3, 1 / 3, 7]
+    )
+    shape = jax.ShapeDtypeStruct((1, 3, 5), jnp.int32)
+    program = rewards.program(Rollout(Captions(shape, shape, shape), shape, shape, shape))
+    assert {name: leaf.shape for name, leaf in program.args[4].items()} == {"known_lengths": (1, 3), "wrong": (1, 3)}
+    # --- the values of a rollout, and the exception of one of the terms
+    tokens, lengths = jnp.ones((2, 3, 5), jnp.int32), jnp.full((2, 3), 5)
+    batch = SimpleNamespace(weight=jnp.array([0.0, 1.0]), records=({}, {"seconds": 3}))
+    judged = rewards.judge(Rollout(Captions(tokens, tokens, tokens), tokens, lengths, lengths), batch)()
+    np.testing.assert_array_equal(judged["known_lengths"].answers, [[np.nan] * 3, [3, np.nan, 3]])
+    with pytest.raises(RuntimeError, match="host:test_rewarded:wrong failed: no such caption"):
+        rewards.check(judged)
+
+
 @pytest.mark.parametrize("normalize", [False, True])
 def test_held_out_rewards_are_plain_weighted_sums(rewards_of, normalize):
     """Also where training normalises each term in its group: greedy captions have no group."""

@@ -95,6 +95,12 @@ def test_the_code_digest_depends_on_sources_and_versions(tmp_path, monkeypatch):
     (tmp_path / "two.py").touch()
     assert startup.code() != before
     (tmp_path / "two.py").unlink()
+    (tmp_path / "term.py").write_text("x = 1")
+    monkeypatch.setattr(startup, "PACKAGE", tmp_path / "one.py")
+    monkeypatch.setitem(sys.modules, "users", SimpleNamespace(__file__=str(tmp_path / "term.py")))
+    with_module = startup.code(["users", "absent"])
+    (tmp_path / "term.py").write_text("x = 2")
+    assert startup.code(["users", "absent"]) not in (with_module, startup.code())
     monkeypatch.setattr(startup, "version", lambda name: "0.0")
     assert startup.code() != before
 

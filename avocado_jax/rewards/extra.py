@@ -1,0 +1,106 @@
+"""Terms that users write: functions that are named on the command line, or in `rewards.extra` of a config.
+
+  jax:MODULE:FUNCTION=WEIGHT    one `Caption` and one `References` -> float32 scalar; vmapped and compiled
+  host:MODULE:FUNCTION=WEIGHT   texts of captions and the fields of their records -> numbers or None, one each
+
+NaN, or None, means no verdict: the value is excluded, never counted as 0. The term has the name of the function.
+"""
+
+import importlib
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+
+from avocado_jax.errors import InputError
+from avocado_jax.typing import Array, Float
+
+KINDS = ("jax", "host")
+SUFFIXES = ("", "_std", "_flat", "_missing")  # of the metrics of a term
+RESERVED = ("std", "truncated")  # `reward_std` is a metric; `truncated` is a column beside the terms
+
+
+class Term(NamedTuple):
+    """A user's term."""
+
+    kind: str  # of KINDS
+    name: str
+    function: Callable
+    weight: float
+
+    def value(self, caption: Any, reference: Any) -> Float[Array, ""]:
+        """The value of a "jax" term for one caption.
+
+        Raises:
+            RuntimeError: the function raised an exception, or its result is not a scalar.
+        """
+        try:
+            return jnp.asarray(self.function(caption, reference), jnp.float32).reshape(())
+        except Exception as error:  # whatever the user's code raises: the exit status must not depend on its type
+            raise self._failed(error) from error
+
+    def values(self, captions: Sequence[str], references: Sequence[Mapping[str, Any]]) -> Float[np.ndarray, "N"]:
+        """The values of a "host" term, NaN without a verdict.
+
+        Raises:
+            RuntimeError: the function raised an exception, or returned something else than N numbers or None.
+        """
+        try:
+            given = self.function(list(captions), list(references))
+            found = np.array([math.nan if value is None else float(value) for value in given])
+            if found.shape != (len(captions),) or np.isinf(found).any():
+                raise ValueError(f"{len(found)} values of {len(captions)} captions, or one that is infinite")
+            return found
+        except Exception as error:
+            raise self._failed(error) from error
+
+    def _failed(self, error: Exception) -> RuntimeError:
+        return RuntimeError(f"the term {self.kind}:{self.function.__module__}:{self.name} failed: {error}")
+
+
+def load_terms(texts: Sequence[str], taken: Sequence[str]) -> list[Term]:
+    """Import the functions of terms; without "=WEIGHT" the weight is 1.
+
+    Args:
+        taken: names of other terms.
+
+    Raises:
+        InputError: one is not so, there is no such function, or its name or that of a metric is taken.
+    """
+    terms = [_load(text) for text in texts]
+    names = [*taken, *(term.name for term in terms)]
+    columns = [*RESERVED, *(name + suffix for name in names for suffix in SUFFIXES)]
+    for text, term in zip(texts, terms):
+        if any(columns.count(term.name + suffix) > 1 for suffix in SUFFIXES):
+            raise InputError(f"{text}: the name {term.name} is taken: rename the function")
+    return terms
+
+
+def weight_of(text: str) -> tuple[str, float]:
+    """KIND:MODULE:FUNCTION and the weight.
+
+    Raises:
+        InputError: the weight is not a finite number.
+    """
+    which, equals, weight = text.partition("=")
+    try:
+        value = float(weight) if equals else 1.0
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise InputError(f"{text}: {weight!r} is no weight")
+    return which, value
+
+
+def _load(text: str) -> Term:
+    which, weight = weight_of(text)
+    kind, _, rest = which.partition(":")
+    module, _, name = rest.partition(":")
+    if kind not in KINDS or not module or not name:
+        raise InputError(f"a term is jax:MODULE:FUNCTION or host:MODULE:FUNCTION, not {text!r}")
+    try:
+        return Term(kind, name, getattr(importlib.import_module(module), name), weight)
+    except (ImportError, AttributeError, TypeError, ValueError, SyntaxError) as error:
+        raise InputError(f"{text}: {error}") from error
