@@ -216,6 +216,7 @@ class GrpoConfig(RunConfig):
     rewards: RewardConfig = RewardConfig()
     objective: ObjectiveConfig = ObjectiveConfig()
     rollout_batches: int = 1  # batches whose captions are sampled together; then each has its update
+    oversample: int = 0  # spare clips per rollout, a multiple of `batch`; they replace groups of equal rewards
     passes: int = 1  # passes over each batch
     minibatches: int = 1  # updates per pass
     reference_dtype: str = "bfloat16"  # dtype of the parameters of the reference model
@@ -281,6 +282,8 @@ def _check(config: RunConfig) -> None:
     """
     for name, value, _ in flat(config):
         check_field(name, value)
+    if isinstance(config, GrpoConfig) and config.oversample % config.batch:
+        raise InputError(f"oversample: {config.oversample} clips are not a multiple of batch = {config.batch}")
     if (window := config.profile) and (len(window) > 2 or not 1 <= window[0] <= window[-1]):
         raise InputError(f"profile: {','.join(map(str, window))} is not FIRST,LAST with 1 <= FIRST <= LAST")
     for name, size in asdict(config.splash).items():

@@ -7,7 +7,7 @@ import shutil
 import textwrap
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 from avocado_jax.errors import InputError
 
@@ -31,7 +31,7 @@ CHOICES = {
 NATURAL, SHARE, ANY = (0, math.inf), (0, 1), (-math.inf, math.inf)
 BOUNDS = {
     "seed": (0, 2**32 - 1),
-    **dict.fromkeys(("steps", "samples", "sampling.top_k", "rewards.low", "timeouts.step"), NATURAL),
+    **dict.fromkeys(("steps", "samples", "oversample", "sampling.top_k", "rewards.low", "timeouts.step"), NATURAL),
     **dict.fromkeys(("optim.warmup", "optim.final", "optim.beta1", "optim.beta2"), SHARE),
     **dict.fromkeys(("data.max_lost_share", "objective.clip_low", "rewards.max_unjudged"), SHARE),
     **dict.fromkeys(("rewards.covered_low", "rewards.covered_high"), SHARE),
@@ -100,7 +100,7 @@ def describe(config: Any, prefix: str = "") -> Iterator[Description]:
             yield from describe(value, f"{name}.")
         else:
             default = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
-            kind = "int,..." if isinstance(value, tuple) else type(value).__name__
+            kind = f"{get_args(one.type)[0].__name__},..." if isinstance(value, tuple) else type(value).__name__
             yield Description(name, kind, default.lower() if kind == "bool" else default, comments[one.name])
 
 

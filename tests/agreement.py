@@ -168,9 +168,9 @@ def score_simply(table, tokens, lengths, references, thresholds=None, answers=No
 
 
 def letters(captions, references):
-    """A user's term, which differs between processes: no verdict on captions with an A, else A and the process."""
+    """A user's term, which differs between processes: no verdict on odd lengths, else length and process."""
     assert all(len(reference["keypoints"]) > 1 for reference in references)
-    return [None if "A" in text else len(text) + 100.0 * jax.process_index() for text in captions]
+    return [None if len(text) % 2 else len(text) + 100.0 * jax.process_index() for text in captions]
 
 
 def letters_or_failure(captions, references):

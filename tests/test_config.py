@@ -61,6 +61,10 @@ def test_mistakes_are_told_in_a_line(path, given, told):
 def test_a_rollout_has_a_batch():
     with pytest.raises(InputError, match="rollout_batches: 0 is not a number from 1"):
         load("configs/grpo_7b.py", ["--rollout_batches", "0"])
+    for clips, why in (("-8", "-8 is not a number from 0"), ("12", "12 clips are not a multiple of batch = 8")):
+        with pytest.raises(InputError, match=f"oversample: {why}"):
+            load("configs/grpo_7b.py", ["--oversample", clips])
+    assert load("configs/grpo_7b.py", ["--oversample", "16"]).oversample == 16
 
 
 def test_files_that_are_no_config(tmp_path):

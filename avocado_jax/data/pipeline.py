@@ -50,7 +50,7 @@ class Lost(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """The rows of this host at one step."""
+    """The rows of this host in one batch of the plan."""
 
     step: int
     epoch: int
@@ -65,6 +65,7 @@ class Batch(NamedTuple):
     lost: tuple[Lost, ...]  # records that this host could not read
     references: Any = None  # GRPO: what rewards compare with, as arrays of [B, ...]
     following: tuple["Batch", ...] = ()  # GRPO: later batches whose captions are sampled together with these
+    spares: tuple["Batch", ...] = ()  # GRPO: spare batches, as well
 
 
 @dataclass(frozen=True)
@@ -107,18 +108,20 @@ def row_sizes(index: Index, recipe: Recipe) -> Sizes:
     return known._replace(caption=np.full_like(known.caption, recipe.caption_tokens)) if recipe.sampled else known
 
 
-def plan_batches(index: Index, recipe: Recipe, batch: int, shapes: int, seed: int, together: int = 1) -> Plan:
+def plan_batches(
+    index: Index, recipe: Recipe, batch: int, shapes: int, seed: int, together: int = 1, spares: int = 0
+) -> Plan:
     """The plan of a run: `batch` rows a step over all hosts, at most `shapes` compiled shapes.
 
     Args:
-        together: consecutive steps that have the same shape.
+        together, spares: of a block of batches that have the same shape (`Plan`).
 
     Raises:
         InputError: the index has no records.
     """
     known = row_sizes(index, recipe)
     buckets = choose_buckets(known, shapes, recipe.group, recipe.config, recipe.aligned) if index.ids else []
-    return make_plan(known, buckets, batch, seed, recipe.group, recipe.config, together)
+    return make_plan(known, buckets, batch, seed, recipe.group, recipe.config, together, spares)
 
 
 def batches(
@@ -131,7 +134,7 @@ def batches(
     workers: int = 0,
     threads: int = 2,
 ) -> Iterator[Batch]:
-    """This host's part of steps `first` to `stop` (exclusive), in order.
+    """This host's part of the plan's batches `first` to `stop` (exclusive), in order.
 
     Args:
         rows: this host's rows of the plan's batch, in any order. A row may occur several times; it is read once.

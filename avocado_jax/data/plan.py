@@ -3,9 +3,10 @@
 The plan is a pure function of (index, seed, step, batch size, buckets). Each epoch contains every record once:
 
 1. The records of the epoch are shuffled and assigned, in that order, to the cheapest bucket that fits. A full block
-   is `together` consecutive steps of the same bucket; by default one step.
+   is `together` consecutive batches of the same bucket, by default one, followed by `spares` further ones.
 2. The remaining records of each bucket are filled up with remaining records of buckets that fit inside it, so that
-   few blocks stay short. Their empty positions are rows of zero weight (record -1), spread over the steps of the block.
+   few blocks stay short. Their empty positions are rows of zero weight (record -1), in spare batches first, then spread
+   over the others.
 3. The blocks of the epoch are shuffled.
 
 No state passes from one epoch to the next: all epochs have the same number of steps, and any step can be computed
@@ -37,9 +38,9 @@ class Bucket(NamedTuple):
 
 
 class Step(NamedTuple):
-    """The work of all processes in one step."""
+    """A batch of all processes."""
 
-    step: int
+    step: int  # number of the batch (`Plan.position`)
     epoch: int
     bucket: Bucket
     records: Int[Array, "B"]  # numbers in the index; -1 is a row of zero weight
@@ -147,15 +148,26 @@ class Plan:
     needs: Float[Array, "N"]  # FLOPs of each record's row without padding
     batch: int  # rows of all processes
     seed: int
-    together: int = 1  # consecutive steps that have the same bucket; `epoch_steps` is a multiple of it
+    together: int = 1  # consecutive batches that have the same bucket, each of a training step
+    spares: int = 0  # batches behind these, with the same bucket, that have no step
 
     @property
     def epoch_steps(self) -> int:
-        """Steps of an epoch, the same for every epoch."""
+        """Batches of an epoch, the same for every epoch; a multiple of `together` + `spares`."""
         return len(_epoch(self, 0))
 
+    def position(self, step: int) -> int:
+        """The number of a training step's batch; it is the step if there are no spare batches."""
+        block, within = divmod(step, self.together)
+        return block * (self.together + self.spares) + within
+
+    def spare_positions(self, step: int) -> range:
+        """The numbers of the spare batches in the block of a training step."""
+        end = self.position(step // self.together * self.together) + self.together
+        return range(end, end + self.spares)
+
     def step(self, step: int) -> Step:
-        """Bucket and records of a step."""
+        """Bucket and records of a batch."""
         epoch, within = divmod(step, self.epoch_steps)
         bucket, records = _epoch(self, epoch)[within]
         padded = 1 - self.needs[records[records >= 0]].sum() / (self.batch * self.costs[bucket])
@@ -164,8 +176,9 @@ class Plan:
     @property
     def digest(self) -> str:
         """Digest of all that determines the steps. Hosts compare it; a checkpoint's step is valid for one digest."""
-        together = (self.together,) if self.together > 1 else ()
-        inputs = repr((self.buckets, self.batch, self.seed, *together)).encode() + self.assigned.tobytes()
+        together = (self.together,) if self.together > 1 or self.spares else ()
+        spares = (self.spares,) if self.spares else ()
+        inputs = repr((self.buckets, self.batch, self.seed, *together, *spares)).encode() + self.assigned.tobytes()
         return hashlib.md5(inputs, usedforsecurity=False).hexdigest()
 
     def padded_share(self) -> float:
@@ -181,6 +194,7 @@ def make_plan(
     group: int,
     config: ThinkerConfig,
     together: int = 1,
+    spares: int = 0,
 ) -> Plan:
     """Assign each record to the cheapest bucket that fits.
 
@@ -194,14 +208,17 @@ def make_plan(
     order = np.argsort(-costs, kind="stable")
     assigned = _cheapest(_table(sizes), boxes[order], group, config)
     needs = row_flops(_table(sizes), group, config)
-    return Plan(tuple(buckets[number] for number in order), costs[order], assigned, needs, batch, seed, together)
+    return Plan(
+        tuple(buckets[number] for number in order), costs[order], assigned, needs, batch, seed, together, spares
+    )
 
 
 @lru_cache(maxsize=4)
 def _epoch(plan: Plan, epoch: int) -> list[tuple[int, Int[Array, "B"]]]:
-    """All steps of an epoch: (bucket, records)."""
+    """All batches of an epoch: (bucket, records)."""
     order = np.random.default_rng([plan.seed, EPOCH, epoch]).permutation(len(plan.assigned))
-    blocks, left, size = [], [], plan.batch * plan.together
+    learned = plan.batch * plan.together
+    blocks, left, size = [], [], learned + plan.batch * plan.spares
     for bucket in range(len(plan.buckets)):
         own = order[plan.assigned[order] == bucket]
         full = len(own) // size * size
@@ -217,5 +234,8 @@ def _epoch(plan: Plan, epoch: int) -> list[tuple[int, Int[Array, "B"]]]:
         if left[bucket]:
             blocks.append((bucket, np.array(left[bucket] + [-1] * (size - len(left[bucket])))))
     shuffle = np.random.default_rng([plan.seed, STEPS, epoch]).permutation(len(blocks))
-    ordered = (blocks[number] for number in shuffle)
-    return [(bucket, records[step :: plan.together]) for bucket, records in ordered for step in range(plan.together)]
+    found = []
+    for bucket, records in (blocks[number] for number in shuffle):
+        spread = [records[:learned][step :: plan.together] for step in range(plan.together)]
+        found += [(bucket, one) for one in (*spread, *records[learned:].reshape(plan.spares, plan.batch))]
+    return found

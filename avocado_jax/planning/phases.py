@@ -10,11 +10,13 @@ from avocado_jax.config import GrpoConfig, RunConfig, SftConfig
 from avocado_jax.data.plan import Bucket
 from avocado_jax.errors import InputError
 from avocado_jax.models.config import ThinkerConfig, computed
+from avocado_jax.parallel.compiled import Program
 from avocado_jax.parallel.mesh import ROWS
 from avocado_jax.sampling.slots import slot_shapes
 from avocado_jax.train.grpo import grpo_program
 from avocado_jax.train.programs import batch_shapes, heldout_rows, learning_programs, sampling_programs, step_shapes
 from avocado_jax.train.sft import sft_program
+from avocado_jax.train.spares import replacement, replacement_shapes
 from avocado_jax.train.state import State
 
 STOPS = (0, 1)  # any stop ids: they do not change memory or FLOPs
@@ -64,10 +66,12 @@ def grpo_phases(config: GrpoConfig, model: ThinkerConfig, bucket: Bucket, mesh: 
     - the sampler's view of the parameters: during `rollout`. Held-out evaluation keeps it over all its batches, so
       there it is alive during `encode` too, beside the encoded clips of the previous batch;
     - captions, log-probabilities, scores and advantages: from `rollout` and `score` to the end of `update`; with
-      several batches per rollout also from each rollout to the next, in the state.
+      several batches per rollout also from each rollout to the next, in the state;
+    - spare clips, their encodings and captions: to the last update of their rollout; a batch in which they have
+      replaced others, from `spares` to the end of its update.
 
     KV caches, gathered weights and gradients exist only inside a program; the compiler accounts for them. `encode` is
-    absent if the encoders are trained, `score` if nothing is scored.
+    absent if the encoders are trained, `score` if nothing is scored, `spares` without `oversample`.
 
     Raises:
         InputError: the config is inconsistent, or the mesh does not divide the rows.
@@ -82,7 +86,7 @@ def grpo_phases(config: GrpoConfig, model: ThinkerConfig, bucket: Bucket, mesh: 
     batch = _batch(config, model, bucket, mesh, config.batch * config.split)
     reference = program.reference if config.objective.beta else {}
 
-    together = config.rollout_batches
+    together = config.rollout_batches + config.oversample // config.batch
     always = _always(program.state, batch, together) | {"reference": reference}
     after, rollouts = always | {"encoded": (encoded,) * together}, (rollout,) * together
     evaluated = always
@@ -91,10 +95,10 @@ def grpo_phases(config: GrpoConfig, model: ThinkerConfig, bucket: Bucket, mesh: 
         sampler = computed(model, model.dtype, scan=False)
         slots = slot_shapes(sampler, mesh, bucket.shape.tokens, heldout_rows(config), length)
         evaluated = after | {"view": view, "slots": slots}
-    if together > 1:  # the last batch of a rollout, or held-out clips between its updates
+    if config.rollout_batches > 1:  # the last batch of a rollout, or held-out clips between its updates
         count = together + 1 if config.data.heldout else together - 1
         evaluated |= {"encoded": (encoded,) * count, "captions": rollouts}
-    kept = {"captions": rollouts} if together > 1 else {}
+    kept = {"captions": rollouts} if config.rollout_batches > 1 else {}
     alive = {
         "encode": evaluated,
         "view": after | kept,
@@ -102,6 +106,12 @@ def grpo_phases(config: GrpoConfig, model: ThinkerConfig, bucket: Bucket, mesh: 
         "score": after | {"captions": (kept, rollouts, rollouts)},  # at their full width, and cropped
         "update": after | {"captions": (kept, rollouts, rollouts, (scored,) * together)},
     }
+    if config.oversample:
+        args = replacement_shapes(config, shapes, mesh)
+        sampling["spares"] = Program("spares", replacement(mesh), args)
+        alive["spares"] = after | {"captions": (kept, rollouts, rollouts)}
+        alive["score"] = alive["spares"] | {"replaced": (args[0], rollout)}  # at its full width, and cropped
+        alive["update"] = alive["score"] | {"scores": scored}
     phases = tuple(Phase(name, run, args, alive[name]) for name, (_, run, args) in (sampling | learning).items())
     return tuple(phase for phase in phases if phase.name != "score" or jax.tree.leaves(scored))
 

@@ -17,7 +17,7 @@ from avocado_jax.parallel.rules import bytes_per_device
 from avocado_jax.planning.collectives import collective_bytes
 from avocado_jax.planning.phases import Phase
 from avocado_jax.planning.program import Program
-from avocado_jax.planning.work import Flops, batches, flops_of, residual_bytes, rows_per_device, traffic_bytes
+from avocado_jax.planning.work import Flops, flops_of, residual_bytes, rows_per_device, runs_per_step, traffic_bytes
 
 # Predicted share of a ceiling. The matrix products of a text model's step reached 64% of the measured ceiling of an
 # H100, recomputation included (48% MFU under full remat). Not measured on TPUs.
@@ -99,7 +99,7 @@ def report(program: Program, phase: Phase) -> dict[str, Any]:
 
     FLOPs are of all devices, recomputation included. `seconds` assumes ATTAINED of the binding ceiling; it and `mfu`
     are null where the ceilings of the device are unknown. FLOPs and bytes are of the program, `seconds` are of a step:
-    the times of a rollout and of its view are divided by its batches.
+    a rollout and its view count once for all steps of the rollout, and spare clips are included.
     """
     shape, caption = program.bucket
     found = compile_phase(phase, program.mesh, caption if phase.name == "rollout" else 1)
@@ -108,7 +108,7 @@ def report(program: Program, phase: Phase) -> dict[str, Any]:
     entry = describe(phase.name, bucket, program.mesh, found, flops, traffic_bytes(program, phase))
     entry["residual_bytes_estimate"] = residual_bytes(program, phase)
     if entry["seconds"] is not None:
-        entry["seconds"] /= batches(program, phase)
+        entry["seconds"] *= runs_per_step(program, phase)
     if not found.fits:
         entry["advice"] = _advice(program, phase, entry)
     return entry

@@ -45,8 +45,19 @@ def flops_of(program: Program, phase: Phase) -> Flops:
 
 
 def batches(program: Program, phase: Phase) -> int:
-    """Number of batches that one run of a phase serves."""
-    return program.config.rollout_batches if phase.name in ("view", "rollout") else 1
+    """Number of batches that one run of a phase processes, spare ones included."""
+    config = program.config
+    return config.rollout_batches + config.oversample // config.batch if phase.name in ("view", "rollout") else 1
+
+
+def runs_per_step(program: Program, phase: Phase) -> float:
+    """How often a phase runs in a step: once, once per rollout, or once for each of its batches and spare ones."""
+    config = program.config
+    if phase.name in ("view", "rollout"):
+        return 1 / config.rollout_batches
+    if phase.name == "encode":
+        return 1 + config.oversample / (config.batch * config.rollout_batches)
+    return 1.0
 
 
 def microbatches(program: Program, phase: Phase) -> int:
@@ -101,6 +112,8 @@ def traffic_bytes(program: Program, phase: Phase) -> float:
         return bytes_per_device(phase.args) + (1 + (mesh.shape["fsdp"] > 1)) * bytes_per_device(view)
     if phase.name == "rollout":
         return _text(program, phase, 1, shape.tokens, gathered=False) + caption * _decoding(program, phase)
+    if phase.name == "spares":
+        return 2 * bytes_per_device(phase.args)
     if phase.name == "score":
         trees = (config.passes * config.minibatches > 1) + (config.objective.beta > 0)
         return _text(program, phase, trees, shape.tokens + sampled)

@@ -203,7 +203,7 @@ class GrpoProgram(NamedTuple):
         begin: parameters -> state; donates the parameters.
         encode: (parameters, clip) -> encoded; None if the encoders are trained.
         view: parameters -> the sampler's parameters.
-        roll_out: (view, clips, encoded, step, banned) -> rollouts, each of a batch.
+        roll_out: (view, clips, encoded, step, banned) -> rollouts, each of a batch; spare batches come last.
         score: (parameters, reference, clip, encoded, captions) -> scored.
         update: (state, experience) -> (state, metrics); donates the state.
     """
@@ -261,6 +261,7 @@ def grpo_program(
         stops=stops,
         seed=config.seed,
         parts=config.accumulate,
+        together=config.rollout_batches,
     )
     view = partial(decoding_weights, dtype=model.dtype, mesh=mesh, axes=VIEW_AXES, encoders=not frozen_encoders)
     update = partial(grpo_update, **bound, adamw=make, rate=schedule(config.optim, updates))

@@ -41,6 +41,11 @@ def describe(config: GrpoConfig, model: ThinkerConfig, bucket: Bucket) -> str:
         f"step: {config.group} captions of each of {config.batch} clips, up to {sampling.tokens} tokens at temperature "
         f"{sampling.temperature:g}; at most {config.batch * sum(row) / 1e15:.3g} PFLOP"
     ]
+    if config.oversample:
+        lines.append(
+            f"spare clips: {config.oversample} for the {config.rollout_batches * config.batch} of a rollout; groups of "
+            "equal rewards never reach an update"
+        )
     weights = {name: getattr(config.rewards, name) for name in TERMS} | dict(map(weight_of, config.rewards.extra))
     terms = " + ".join(f"{weight:g} x {name}" for name, weight in weights.items() if weight)
     judge = f", keypoints judged by {config.rewards.judge}" if config.rewards.checklist else ""
@@ -69,7 +74,7 @@ class Health:
             step: finished steps.
             stale: the captions are those of an earlier policy, so that `sampler_gap` includes what was learned since.
         """
-        if not metrics.get("rows", 1):  # padding and lost records only
+        if not metrics.get("rows", 1) or metrics.get("all_equal"):  # nothing was learned from
             return
         self._first = self._first or metrics
         found = warnings(metrics, self._first)

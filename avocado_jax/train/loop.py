@@ -120,7 +120,7 @@ def train(job: Job, state: State, mesh: Mesh, checkpoints: Checkpoints, log: Log
             state, metrics, finish_step = job.step(state, batch)
             stop, save = finish(pending, {}) if pending else (False, False)
             # Free the arrays with the step.
-            bare = batch._replace(clip=None, captions=None, references=None, following=())
+            bare = batch._replace(clip=None, captions=None, references=None, following=(), spares=())
             pending = _Pending(number, bare, metrics, finish_step, flags.dispatch(save=late()), waited)
 
             # --- fetch its own metrics too where an evaluation or a checkpoint follows

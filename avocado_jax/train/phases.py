@@ -25,15 +25,18 @@ class Phases:
     def end(self, name: str, results: Any) -> None:
         """A phase was dispatched, whose results are these. None of them may be donated to what follows.
 
-        The seconds of several phases of one name are added.
+        The seconds of several phases of one name are added, as are those of `idle`.
         """
         self._step[name] = self._waiting.submit(self._wait, results, self._dispatched, self._step.get(name))
         self._dispatched = time.perf_counter()
 
     def idle(self, name: str) -> None:
         """The host has waited for something else until now; the entry is the time for which the devices had no work."""
-        now = self._dispatched = time.perf_counter()
-        self._step[name] = self._waiting.submit(lambda: max(0.0, now - self._ended))
+        now, before = time.perf_counter(), self._step.get(name)
+        self._dispatched = now
+        self._step[name] = self._waiting.submit(
+            lambda: max(0.0, now - self._ended) + (before.result() if before else 0)
+        )
 
     def _wait(self, results: Any, dispatched: float, before: Future | None) -> float:
         jax.block_until_ready(results)

@@ -69,7 +69,8 @@ def sampling_programs(
 ) -> dict[str, Program]:
     """`encode` (where the encoders are frozen), `view` and `rollout`."""
     clip, params = shapes.batch[0], program.state.params
-    sampling = _sampling(model, program, shapes.view, clip, shapes.encoded, config.rollout_batches)
+    count = config.rollout_batches + config.oversample // config.batch
+    sampling = _sampling(model, program, shapes.view, clip, shapes.encoded, count)
     programs = {"encode": Program("encode", program.encode, (params, clip))} if program.encode else {}
     return programs | {
         "view": Program("view", program.view, (params,)),

@@ -215,10 +215,11 @@ def make_rewards(config: GrpoConfig, setup: Setup, stops: Sequence[int], judges:
         return total, metrics
 
     def check(judged: Answers) -> None:
-        for name, term in hosts.items():
-            term.check(judged[name])
-        for term in judged.keys() - hosts.keys():
-            asked, missing = jax.device_get((judged[term].asked, judged[term].missing))
+        for term, one in judged.items():
+            if term in hosts:
+                hosts[term].check(one)
+                continue
+            asked, missing = jax.device_get((one.asked, one.missing))
             if missing > settings.max_unjudged * asked:
                 raise Unjudged(
                     f"the judge left {missing} of {asked} {ITEMS[term]} of a step without an answer; nothing is lost"

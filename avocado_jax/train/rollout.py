@@ -12,7 +12,7 @@ from avocado_jax.sampling.generate import Samples, caption_keys, generate
 from avocado_jax.sampling.logits import Sampling
 from avocado_jax.typing import Array, Bool, Captions, Clip, Float, Int
 
-ROLLOUT = 5  # the purpose of these random numbers
+ROLLOUT, SPARE = 5, 6  # purposes of random numbers
 WIDTHS = 2  # that captions are cut to, in equal parts of the limit; `score` and `update` are compiled for each
 VIEW_AXES = ("tensor",)  # the mesh axes that shard the sampler's weights: each decoding step reads all of them
 
@@ -40,6 +40,7 @@ def roll_out(
     stops: tuple[int, ...],
     seed: int,
     parts: int = 1,
+    together: int = 1,
 ) -> tuple[Rollout, ...]:
     """Sample `group` captions of each clip of some batches, all together: a decoding step reads the weights once.
 
@@ -48,14 +49,16 @@ def roll_out(
 
     Args:
         view: the policy's `decoding_weights`; `model` is their config.
-        clips, encoded: of batches of equal shapes, which are those of the steps from `step` on.
+        clips, encoded: of batches of equal shapes: those of `together` steps from `step` on, or fewer, then spare ones.
 
     Returns:
         The rollout of each batch.
     """
     rows, count = len(clips[0].tokens), len(clips)
-    purpose = jax.random.fold_in(jax.random.key(seed), ROLLOUT)
-    steps = [jax.random.fold_in(purpose, step + number) for number in range(count)]
+    purpose, spare = (jax.random.fold_in(jax.random.key(seed), number) for number in (ROLLOUT, SPARE))
+    steps = [jax.random.fold_in(purpose, step + number) for number in range(min(count, together))]
+    spare = jax.random.fold_in(spare, step)
+    steps += [jax.random.fold_in(spare, number) for number in range(count - len(steps))]
     keys = [caption_keys(key, jnp.arange(rows // split), group).reshape(rows, group // split) for key in steps]
 
     def interleave(*leaves: Array) -> Array:

@@ -102,9 +102,10 @@ def set_up(config: RunConfig, split: int = 1, folder: str = "") -> Setup:
     if jax.process_index() == 0 and not config.data.train.startswith("world:"):
         warn_of_reading(config, reading, load_reading(checkpoint.side_files))
     recipe = make_recipe(config, model, words, reading, load_habits(checkpoint.side_files))
-    together = config.rollout_batches if isinstance(config, GrpoConfig) else 1
-    plan = plan_batches(source.index, recipe, config.batch, config.data.shapes, config.seed, together)
-    steps = config.steps or together * max(1, round(config.epochs * plan.epoch_steps / together))
+    grpo = isinstance(config, GrpoConfig)
+    together, spares = (config.rollout_batches, config.oversample // config.batch) if grpo else (1, 0)
+    plan = plan_batches(source.index, recipe, config.batch, config.data.shapes, config.seed, together, spares)
+    steps = config.steps or together * max(1, round(config.epochs * plan.epoch_steps / (together + spares)))
     return Setup(mesh, checkpoint, model, words, source, recipe, plan, steps, split)
 
 
@@ -219,7 +220,7 @@ def run(
         evaluate=evaluator.evaluate,
         rank=evaluator.rank,
         batches=batches or (lambda first: stream(setup, config, first)),
-        rows=lambda number: int((setup.plan.step(number).records >= 0).sum()),
+        rows=lambda number: int((setup.plan.step(setup.plan.position(number)).records >= 0).sum()),
         position={"plan": setup.plan.digest},
         checkpoint_every=config.checkpoint_every,
         checkpoint_minutes=config.checkpoint_minutes,
@@ -234,7 +235,8 @@ def run(
 
 def remaining_buckets(setup: Setup, first: int) -> list[Bucket]:
     """The buckets of the steps from `first` on, in the order of their first use."""
-    return list(dict.fromkeys(setup.plan.step(number).bucket for number in range(first, setup.steps)))
+    positions = map(setup.plan.position, range(first, setup.steps))
+    return list(dict.fromkeys(setup.plan.step(position).bucket for position in positions))
 
 
 def open_folder(config: RunConfig, model: ThinkerConfig, folder: str, reading: Reading) -> None:
@@ -252,11 +254,15 @@ def open_folder(config: RunConfig, model: ThinkerConfig, folder: str, reading: R
 
 
 def stream(setup: Setup, config: RunConfig, first: int, references: Callable | None = None) -> Iterator[Batch]:
-    """Batches on the mesh from step `first` to the last, the same rows on every process (`agreed_batches`)."""
+    """Batches on the mesh from that of step `first` on, the same rows on every process (`agreed_batches`).
+
+    Spare batches follow those of their block; batches have their numbers in the plan (`Plan.position`).
+    """
     workers, threads = input_workers(config.data.workers), config.data.threads
     total = setup.plan.batch * setup.split
     rows = [row // setup.split for row in process_rows(setup.mesh, total, jax.process_index())]
-    read = batches(setup.source, setup.plan, setup.recipe, first, setup.steps, rows, workers, threads)
+    first, stop = map(setup.plan.position, (first, setup.steps))
+    read = batches(setup.source, setup.plan, setup.recipe, first, stop, rows, workers, threads)
     return agreed_batches(read, setup.mesh, setup.recipe, total, setup.split, references)
 
 

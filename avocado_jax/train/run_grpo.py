@@ -1,6 +1,5 @@
 """From a config to a GRPO run: rollouts, rewards, updates, and the files written for each step."""
 
-import json
 import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -45,8 +44,9 @@ from avocado_jax.train.programs import (
     view_shapes,
     with_sharding,
 )
-from avocado_jax.train.rewards import Judged, Rewards, caption_text, open_rewards
+from avocado_jax.train.rewards import Answers, Rewards, open_rewards
 from avocado_jax.train.rollout import Rollout, as_rollout, cut, fitting, widths
+from avocado_jax.train.rollout_lines import rollout_lines
 from avocado_jax.train.run import (
     Evaluator,
     Measured,
@@ -60,6 +60,7 @@ from avocado_jax.train.run import (
     set_up,
     stream,
 )
+from avocado_jax.train.spares import Sampled, replacement, replacement_shapes
 from avocado_jax.train.startup import ready
 from avocado_jax.train.state import State
 from avocado_jax.typing import Array, Clip
@@ -97,7 +98,8 @@ def grpo(config: GrpoConfig, folder: str) -> int:
             return config.batch * row * (1 - batch.padded)
 
         def batches(first: int) -> Iterator[Batch]:
-            return blocks(stream(setup, config, first, rewards.references), first, config.rollout_batches)
+            read = stream(setup, config, first, rewards.references)
+            return blocks(read, first, config.rollout_batches, setup.plan.spares)
 
         step, step_programs = _step(config, setup, program, rewards, reference, banned, stops, folder)
         evaluator = _evaluator(config, setup, program, rewards, banned, stops)
@@ -128,34 +130,43 @@ def _with_rollouts(config: GrpoConfig, setup: Setup, program: GrpoProgram) -> tu
     """Shapes of the state, and the function that creates it from parameters.
 
     With several batches per rollout the state includes their rollouts, since a resume cannot sample them again: the
-    policy has changed.
+    policy has changed. It also includes which of the spare clips have replaced others.
     """
     if config.rollout_batches == 1:
         return program.state, program.begin
     (shapes,) = shapes_of(config, setup, program, setup.plan.buckets[:1])  # rollouts have one shape in all buckets
-    rollouts = (shapes.rollout,) * config.rollout_batches
+    spares = config.oversample // config.batch
+    rollouts, spent = (shapes.rollout,) * (config.rollout_batches + spares), ()
+    if spares:
+        everywhere = NamedSharding(setup.mesh, PartitionSpec())
+        spent = jax.ShapeDtypeStruct((config.oversample,), jnp.bool_, sharding=everywhere)
+    kept = {"rollouts": rollouts, "spent": spent}
 
-    @partial(jax.jit, out_shardings=rows_sharding(setup.mesh))
-    def empty() -> tuple[Rollout, ...]:
-        return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), rollouts)
+    @partial(jax.jit, out_shardings=jax.tree.map(lambda leaf: leaf.sharding, kept))
+    def empty() -> dict[str, Any]:
+        return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), kept)
 
     def begin(params: Any) -> State:
-        return program.begin(params)._replace(rollouts=empty())
+        return program.begin(params)._replace(**empty())
 
-    return program.state._replace(rollouts=rollouts), begin
+    return program.state._replace(**kept), begin
 
 
-def blocks(batches: Iterator[Batch], first: int, size: int) -> Iterator[Batch]:
+def blocks(batches: Iterator[Batch], first: int, size: int, spares: int = 0) -> Iterator[Batch]:
     """The batches in order; the first of each rollout, and the first of all, has the others of its rollout too.
 
     Args:
         first: step of the first batch.
         size: batches of a rollout, which begins at a multiple of it.
+        spares: batches behind these, without a step.
     """
     with closing(batches):
-        while block := list(islice(batches, size - first % size)):
+        while block := list(islice(batches, size - first % size + spares)):
+            extra = tuple(block.pop() for _ in range(spares))[::-1]
+            block = [batch._replace(step=first + number) for number, batch in enumerate(block)]
             first += len(block)
-            yield block.pop(0)._replace(following=tuple(block))
+            yield block.pop(0)._replace(following=tuple(block), spares=extra)
+            del extra
             while block:  # this holds no batch that was yielded, so that its arrays can be freed
                 yield block.pop(0)
 
@@ -172,8 +183,18 @@ class _Part(NamedTuple):
     encoded: Encoded | None
     rollout: Rollout
     cropped: Rollout  # at the width of its longest caption
-    answers: Callable[[], Judged | None]  # waits for the judge
-    scored: Scored | None  # None until the batch's turn, if it depends on the policy of that time
+    answers: Callable[[], Answers]  # waits for the judge
+    scored: Scored | None  # None until the batch's turn, if it depends on the policy of that time, or on spare clips
+
+
+class _Rewarded(NamedTuple):
+    """A batch with its rewards."""
+
+    sampled: Sampled
+    reward: Array
+    metrics: dict[str, Array]
+    written: tuple[Any, ...]  # arguments of `rollout_lines`
+    judged: Answers
 
 
 def _step(
@@ -223,7 +244,7 @@ def _step(
         terms = by_rows(jax.eval_shape(scoring.run, *scoring.args), setup.mesh)
         reward, advantage, _ = jax.eval_shape(group_advantages, terms, weight)
         written = rollout.captions.targets, rollout.lengths, terms, with_sharding(advantage, by_row)
-        several = config.rollout_batches > 1
+        several, replacing = config.rollout_batches > 1, replacement_shapes(config, shapes, setup.mesh)
         return [
             scoring,
             *([Program("rows of the rollout", agree_with_rollout, (rollout, weight))] if several else []),
@@ -231,6 +252,7 @@ def _step(
             Program("the longest caption", longest, (rollout.lengths,)),
             Program("the rollout's lines", gather, (written, with_sharding(reward, replicated))),
             *(Program("the cut", narrow, (rollout, width)) for width in widths(config.sampling.tokens)),
+            *([Program("spare clips", replaced, replacing)] if config.oversample else []),
         ]
 
     @partial(jax.jit, out_shardings=by_row)
@@ -240,9 +262,21 @@ def _step(
         return rollout, weight * (jnp.max(rollout.lengths, axis=1) > 0)
 
     parts: deque[_Part] = deque()  # of the newest rollout: those that the policy has not learned from
+    extra: list[_Part] = []  # its spare batches
+    spares: list[_Rewarded] = []  # the same with their rewards, from its first step on
+    unspent, replaced = (), replacement(setup.mesh)
+    if config.oversample:
+        zeros = np.zeros(config.oversample, bool)
+        unspent = jax.make_array_from_callback(zeros.shape, replicated, lambda index: zeros[index])
 
-    def rolled_out(state: State, batches: tuple[Batch, ...]) -> tuple[Rollout, ...]:
-        """Sample the captions of some batches, or take them from the state after a resume. Fills `parts`."""
+    def rolled_out(state: State, batches: tuple[Batch, ...], spare: tuple[Batch, ...]) -> tuple[Rollout, ...]:
+        """Sample captions, or take them from the state after a resume. Fills `parts` and `extra`.
+
+        Args:
+            batches: those of the remaining steps of the rollout.
+            spare: its spare batches.
+        """
+        steps, batches = len(batches), (*batches, *spare)
         clips = tuple(batch.clip for batch in batches)
         encoded = tuple(program.encode and program.encode(state.params, clip) for clip in clips)
         if batches[0].step % config.rollout_batches == 0:
@@ -251,98 +285,91 @@ def _step(
         else:
             rollouts = state.rollouts
         if config.rollout_batches > 1:
-            finished = config.rollout_batches - len(batches)
+            finished = config.rollout_batches - steps
             agreed = [agree_with_rollout(*each) for each in zip(rollouts[finished:], (one.weight for one in batches))]
             rollouts = (*rollouts[:finished], *(rollout for rollout, _ in agreed))
             batches = tuple(batch._replace(weight=weight) for batch, (_, weight) in zip(batches, agreed))
-        for batch, *each in zip(batches, encoded, rollouts[-len(batches) :], strict=True):
-            parts.append(start_rewards(state, batch, *each))
+        every = list(zip(batches, encoded, rollouts[-len(batches) :], strict=True))
+        parts.append(start_rewards(state, *every[0]))
+        extra.extend(start_rewards(state, *one) for one in every[steps:])  # needed with the first
+        parts.extend(start_rewards(state, *one) for one in every[1:steps])
         return rollouts
 
     def start_rewards(state: State, batch: Batch, encoded: Encoded | None, rollout: Rollout) -> _Part:
         cropped = narrow(rollout, fitting(int(longest(rollout.lengths)), config.sampling.tokens))
         part = _Part(batch, encoded, rollout, cropped, rewards.judge(rollout, batch), None)
-        return part._replace(scored=score(state, part)) if config.passes * config.minibatches == 1 else part
+        known = config.passes * config.minibatches == 1 and not config.oversample
+        return part._replace(scored=score(state, batch.clip, encoded, cropped)) if known else part
 
-    def score(state: State, part: _Part) -> Scored:
-        scored = program.score(state.params, reference, part.batch.clip, part.encoded, part.cropped.captions)
+    def score(state: State, clip: Clip, encoded: Encoded | None, cropped: Rollout) -> Scored:
+        scored = program.score(state.params, reference, clip, encoded, cropped.captions)
         phases.end("score", scored)
         return scored
 
-    def step(state: State, batch: Batch) -> tuple[State, dict[str, Array], Callable[[], dict[str, Any]]]:
-        phases.begin()
-        rollouts = state.rollouts
-        if not parts:
-            rollouts = rolled_out(state, (batch, *batch.following))
-        part = parts.popleft()
-        if part.scored is None:
-            part = part._replace(scored=score(state, part))
-        batch, encoded, rollout, cropped, answers, scored = part
-        del part
-        judged = answers()  # the devices work while the host waits for a remote judge
+    def rewarded(part: _Part) -> _Rewarded:
+        """Wait for the judge and compute rewards and advantages."""
+        batch, rollout, judged = part.batch, part.rollout, part.answers()  # meanwhile the devices work
         if judged:
             phases.idle("judge_wait")
         with jax.debug_nans(False):  # a term without a reference is NaN
             terms = rewards.terms(rollout, batch.references, judged)
-            reward, advantage, reward_metrics = group_advantages(terms, batch.weight)
-        phases.end("reward", advantage)
-        experience = Experience(batch.clip, encoded, cropped, scored, advantage, batch.weight)
-        state, metrics = program.update(state._replace(rollouts=()), experience)
-        phases.end("update", metrics)
-        number, stale = batch.step, batch.step % config.rollout_batches
-        if config.rollout_batches > 1:
-            state = state._replace(rollouts=rollouts)
-            metrics |= {"staleness": np.int32(stale)}
-        with jax.debug_nans(False):
+            reward, advantage, metrics = group_advantages(terms, batch.weight)
+            phases.end("reward", advantage)
             written = gather((rollout.captions.targets, rollout.lengths, terms, advantage), reward)
+        sampled = Sampled(batch.clip, part.encoded, rollout, advantage, batch.weight)
+        return _Rewarded(sampled, reward, metrics, written, judged)
+
+    def step(state: State, batch: Batch) -> tuple[State, dict[str, Array], Callable[[], dict[str, Any]]]:
+        phases.begin()
+        number, stale = batch.step, batch.step % config.rollout_batches
+        rollouts, spent = state.rollouts, state.spent if stale else unspent
+        if not parts:
+            rollouts = rolled_out(state, (batch, *batch.following), batch.spares)
+        part = parts.popleft()
+        if part.scored is None and not config.oversample:
+            part = part._replace(scored=score(state, part.batch.clip, part.encoded, part.cropped))
+        own, scored, cropped, judged, more = rewarded(part), part.scored, part.cropped, [], {}
+        learned, written, taken = own.sampled, [own.written], np.zeros(0, bool)
+        if config.oversample:
+            if not spares:
+                spares.extend(map(rewarded, extra))
+                judged = [one.judged for one in spares]
+            width = max(one.cropped.sampled.shape[-1] for one in (part, *extra))
+            samples, spare_rewards = zip(*((one.sampled, one.reward) for one in spares))
+            learned, taken, spent, more = replaced(learned, own.reward, samples, spare_rewards, spent)
+            cropped = narrow(learned.rollout, width)
+            scored = score(state, learned.clip, learned.encoded, cropped)
+            written += [one.written for one in spares]
+            if not parts:
+                extra.clear()
+                spares.clear()
+        experience = Experience(learned.clip, learned.encoded, cropped, scored, learned.advantage, learned.weight)
+        state, metrics = program.update(state._replace(rollouts=(), spent=()), experience)
+        phases.end("update", metrics)
+        if config.rollout_batches > 1:
+            state = state._replace(rollouts=rollouts, spent=spent)
+            metrics |= {"staleness": np.int32(stale)}
+        metrics |= own.metrics | more
         seconds = phases.step()
-        rewards.check(judged)  # after the update is dispatched, so that the devices need not wait for the host
+        for one in (own.judged, *judged):  # after the update is dispatched, so that the devices need not wait
+            rewards.check(one)
 
         def finish() -> dict[str, Any]:
-            values = jax.device_get(metrics | reward_metrics)
+            values = jax.device_get(metrics)
             health.check(number + 1, {name: float(value) for name, value in values.items()}, stale > 0)
-            lines = _lines(setup, stops, number, *jax.device_get(written))
+            positions = [setup.plan.position(number), *setup.plan.spare_positions(number)]
+            used = np.concatenate([np.full(config.batch, True), taken]).reshape(len(positions), config.batch)
+            lines = []
+            for position, of_clips, arrays in zip(positions, used, written, strict=True):
+                records = np.where(of_clips, setup.plan.step(position).records, -1)
+                lines += rollout_lines(setup, stops, number, records, *jax.device_get(arrays))
             if jax.process_index() == 0:
                 storage.write(storage.join(folder, f"rollouts/{number + 1}.jsonl"), "".join(lines).encode())
             return {f"{name}_seconds": round(one.result(), 4) for name, one in seconds.items()}
 
-        return state, metrics | reward_metrics, finish
+        return state, metrics, finish
 
     return step, programs
-
-
-def _lines(
-    setup: Setup,
-    stops: tuple[int, ...],
-    step: int,
-    tokens: np.ndarray,
-    lengths: np.ndarray,
-    terms: dict,
-    advantage: np.ndarray,
-    reward: np.ndarray,
-) -> Iterator[str]:
-    """A JSON line for each caption of a step, in order."""
-    for row, record in enumerate(setup.plan.step(step).records):
-        for caption in range(lengths.shape[1] if record >= 0 else 0):
-            at = row, caption
-            ids = tokens[at][: lengths[at]].tolist()
-            line = {
-                "step": step + 1,
-                "id": setup.source.index.ids[record],
-                "group": caption,
-                "caption": caption_text(setup, stops, ids),
-                "token_ids": ids,
-                "length": int(lengths[at]),
-                "rewards": {name: _number(value[at]) for name, value in terms.items()},
-                "reward": _number(reward[at]),
-                "advantage": _number(advantage[at]),
-            }
-            yield json.dumps(line, ensure_ascii=False) + "\n"
-
-
-def _number(value: np.floating) -> float | None:
-    """None for NaN (a term without a reference), which JSON cannot represent."""
-    return float(value) if np.isfinite(value) else None
 
 
 def _evaluator(

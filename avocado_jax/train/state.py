@@ -33,12 +33,13 @@ class State(NamedTuple):
     skipped: Int[Array, ""]  # updates skipped because loss or gradient was not finite
     in_row: Int[Array, ""]  # consecutive skipped updates up to now
     rollouts: Any = ()  # GRPO with several batches per rollout: the newest rollout of each batch, for a resume
+    spent: Any = ()  # the same with spare batches: bool [spare clips], those that have replaced others
 
 
 def rest_of(state: State) -> dict[str, Any]:
-    """What a checkpoint stores of a state beside its parameters. `rollouts` is absent if the state has none."""
+    """What a checkpoint stores of a state beside its parameters. Empty `rollouts` and `spent` are absent."""
     rest = state._replace(params=None)._asdict()  # Orbax stores a None too
-    return rest if state.rollouts else {name: value for name, value in rest.items() if name != "rollouts"}
+    return {name: value for name, value in rest.items() if name not in ("rollouts", "spent") or jax.tree.leaves(value)}
 
 
 def split(params: Any, train: str) -> tuple[Any, Any]:

@@ -59,6 +59,33 @@ def test_every_record_once_an_epoch_and_within_its_bucket(clips, buckets, batch,
         assert sorted(seen) == list(range(clips))
 
 
+@pytest.mark.parametrize(("clips", "together", "spares"), [(150, 3, 2), (13, 1, 1)])
+def test_spare_batches_follow_those_of_their_block(clips, together, spares):
+    """An epoch has every record once; rows without a record are in spare batches first."""
+    asked = random_sizes(clips, 2)
+    plan, without = (
+        make_plan(asked, choose_buckets(asked, 3, 1, TINY), 4, 1, 1, TINY, together, n) for n in (spares, 0)
+    )
+    size = together + spares
+    assert plan.epoch_steps % size == 0
+    batches = [plan.step(number) for number in range(plan.epoch_steps)]
+    used = np.concatenate([one.records for one in batches])
+    assert sorted(used[used >= 0]) == list(range(clips))
+    steps = plan.epoch_steps // size * together
+    learned = [plan.position(step) for step in range(steps)]
+    for first in range(0, plan.epoch_steps, size):
+        block = batches[first : first + size]
+        assert len({one.bucket for one in block}) == 1
+        assert [place for place in range(first, first + size) if place in learned] == [*range(first, first + together)]
+        assert list(plan.spare_positions(first // size * together)) == [*range(first + together, first + size)]
+        if (np.concatenate([one.records for one in block[:together]]) < 0).any():
+            assert (np.concatenate([one.records for one in block[together:]]) < 0).all()
+    assert plan.spare_positions(together - 1) == plan.spare_positions(0)
+    assert plan.digest != without.digest
+    assert [without.position(step) for step in range(9)] == [*range(9)]
+    assert not without.spare_positions(0)
+
+
 @pytest.mark.parametrize(("clips", "together"), [(150, 4), (13, 3)])
 def test_steps_of_one_rollout_have_one_bucket(clips, together):
     """Each record is in the epoch once, and empty positions are spread over the steps of a block."""

@@ -53,13 +53,14 @@ def test_held_out_clips_have_slots_beside_a_step(plan):
     assert phases["update"].alive.keys() == before["update"].alive.keys()
 
 
-@pytest.mark.parametrize("together", [1, 3])
-def test_a_step_holds_what_its_plan_says(together, tmp_path, capsys):
+@pytest.mark.parametrize(("steps", "spares"), [(1, 0), (3, 0), (2, 1)])
+def test_a_step_holds_what_its_plan_says(steps, spares, tmp_path, capsys):
     """The step of a run, with phases that only make what the real ones would return, and see what is there."""
-    plan = plan_of("--rollout_batches", str(together), "--objective.importance_cap", "2")
+    together, fields = steps + spares, ["--rollout_batches", str(steps), "--oversample", str(8 * spares)]
+    plan = plan_of(*fields, "--objective.importance_cap", "2")
     phases = {phase.name: phase for phase in plan.phases}
     alive = phases["rollout"].alive | phases["update"].alive
-    _, (rollout, *_), _, (scored, *_) = alive["captions"]
+    rollout, scored = alive["captions"][1][0], phases["update"].args[1].scored
     before, held = bytes_per_device(jax.live_arrays()), {}
 
     def phase(name, returned):
@@ -86,25 +87,31 @@ def test_a_step_holds_what_its_plan_says(together, tmp_path, capsys):
         check=lambda judged: None,
     )
     *batches, waiting = (made(batch) for batch in alive["inputs"])
-    empty = Batch(**dict.fromkeys(Batch._fields))._replace(records=(), following=())
+    empty = Batch(**dict.fromkeys(Batch._fields))._replace(records=(), following=(), spares=())
     named = [
         empty._replace(step=step, **dict(zip(("clip", "captions", "weight", "cut"), one)))
         for step, one in enumerate(batches)
     ]
     del batches
     state, reference = made(phases["update"].args[0]), made(alive["reference"])
-    if together > 1:
+    if steps > 1:
         state = state._replace(rollouts=tuple(made(rollout) for _ in range(together)))
-    batch = named[0]._replace(following=tuple(named[1:]))
+    batch = named[0]._replace(following=tuple(named[1:steps]), spares=tuple(named[steps:]))
     del named
     with jax.set_mesh(plan.mesh):
-        setup = SimpleNamespace(mesh=plan.mesh, plan=SimpleNamespace(step=lambda _: batch))
+        batches = SimpleNamespace(
+            step=lambda _: SimpleNamespace(records=[-1] * plan.config.batch),
+            position=lambda step: step,
+            spare_positions=lambda _: range(spares),
+        )
+        setup = SimpleNamespace(mesh=plan.mesh, plan=batches)
         step, _ = run_grpo._step(plan.config, setup, program, rewards, reference, None, (), str(tmp_path))
         _, _, finish = step(state, batch)
         finish()
-    assert "step 1: warning: sampler_gap 0.300" in capsys.readouterr().err
+    warned = "step 1: warning: sampler_gap 0.300" in capsys.readouterr().err
+    assert warned == (spares == 0)  # all captions have the same reward, so nothing is learned from
     del waiting
-    assert list(held) == list(phases)
+    assert list(held) == [name for name in phases if name != "spares"]  # made by the step itself
     for name, bytes_held in held.items():
         assert abs(bytes_held - bytes_per_device(phases[name].alive)) < SMALL * together, name
     # what comes and goes is larger than what is overlooked

@@ -34,7 +34,8 @@ def observed(calls, where):
 
 def epochs(calls):
     setup = run.set_up(replace(calls.config, steps=0), getattr(calls.config, "split", 1))
-    return [setup.steps / setup.plan.epoch_steps]
+    plan = setup.plan
+    return [setup.steps / plan.epoch_steps * (plan.together + plan.spares) / plan.together]
 
 
 def trained(calls):
@@ -85,6 +86,11 @@ def heldout_batches(calls):
     """Clips of a step, and of a held-out batch, which has as many rows as a step with two rows a clip."""
     trained, evaluated = calls.plan_batches[:2]
     return [trained.batch, evaluated.batch / 2]
+
+
+def rolled_out(calls):
+    """Batches whose captions are sampled together."""
+    return max(len(one.args[1]) for one in calls.compile_ahead[0].programs if one.name == "rollout")
 
 
 def rows(calls):

@@ -33,6 +33,7 @@ from field_effects import (
     probes_answered,
     random_numbers,
     reference_dtypes,
+    rolled_out,
     rows,
     timeouts,
     trained,
@@ -119,8 +120,14 @@ FIELDS = {
         "rollout_batches": (
             3,
             lambda calls: [calls.plan_batches[0].together],
-            lambda calls: [max(len(one.args[1]) for one in calls.compile_ahead[0].programs if one.name == "rollout")],
+            lambda calls: [rolled_out(calls) - 2],
             "blocks.size",
+        ),
+        "oversample": (
+            12,
+            lambda calls: [6 * calls.plan_batches[0].spares],
+            lambda calls: [6 * (rolled_out(calls) - 3)],
+            lambda calls: [6 * one.spares for one in calls.blocks],
         ),
         "passes": (5, updates("passes", "minibatches")),
         "minibatches": (3, updates("minibatches", "passes")),

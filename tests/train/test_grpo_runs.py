@@ -84,6 +84,44 @@ def test_a_run_resumes_between_the_updates_of_one_rollout(grpo_runs):
     jax.tree.map(np.testing.assert_array_equal, grpo_runs.files("killed-between"), grpo_runs.files("together"))
 
 
+def test_spare_clips_survive_a_kill(grpo_runs):
+    """Rewards that most groups share: of one term with few values. A step learns from captions that differ only."""
+    rewards = ["--rewards.dialogue", "0", "--rewards.checklist", "0", "--rewards.high", "9"]
+    fields = [
+        "--steps",
+        "4",
+        "--rollout_batches",
+        "2",
+        "--oversample",
+        "4",
+        "--objective.importance_cap",
+        "2",
+        *rewards,
+    ]
+    fields += ["--checkpoint_every", "3"]
+    grpo_runs.finish("spares", *fields)
+    lines = grpo_runs.lines("spares")
+    assert sum(line["replaced"] for line in lines) > 0 < sum(line["dropped"] for line in lines)
+    for line, text in zip(lines, rollouts(grpo_runs, "spares"), strict=True):
+        found = [json.loads(one) for one in text.splitlines()]
+        groups = {one["id"]: [other["reward"] for other in found if other["id"] == one["id"]] for one in found}
+        assert len(groups) == 4 + line["replaced"]
+        equal = sum(min(rewards) == max(rewards) for rewards in groups.values())
+        assert equal == line["replaced"] + line["dropped"] == 4 * line["zero_variance"]
+        assert line["lost"] == 0
+        assert line["all_equal"] == (line["dropped"] == 4)
+    process = grpo_runs.start("spares-killed", *fields)
+    while not (grpo_runs.folder / "spares-killed" / "checkpoints" / "3").exists():
+        assert process.poll() is None
+        time.sleep(0.02)
+    assert kill(process) == -signal.SIGKILL
+    grpo_runs.finish("spares-killed", *fields)
+    assert grpo_runs.lines("spares-killed") == lines
+    assert rollouts(grpo_runs, "spares-killed") == rollouts(grpo_runs, "spares")
+    jax.tree.map(np.testing.assert_array_equal, grpo_runs.files("spares-killed"), grpo_runs.files("spares"))
+    assert not grpo_runs.compiled_late("spares") & {"replace_groups", "roll_out", "score", "grpo_update"}
+
+
 TERMS = """
 import os
 

@@ -21,7 +21,9 @@ B, G, C = 2, 2, 4
 
 
 def batch(step):
-    return Batch(**dict.fromkeys(Batch._fields))._replace(step=step, clip=step, weight=jnp.ones(B), following=())
+    return Batch(**dict.fromkeys(Batch._fields))._replace(
+        step=step, clip=step, weight=jnp.ones(B), following=(), spares=()
+    )
 
 
 def rollout_of(step):
@@ -71,7 +73,10 @@ class Steps:
             combine=lambda terms, _: (terms["length"], {}),
             check=lambda judged: None,
         )
-        setup = SimpleNamespace(mesh=self.mesh, plan=SimpleNamespace(step=lambda _: SimpleNamespace(records=[-1] * B)))
+        plan = SimpleNamespace(
+            step=lambda _: SimpleNamespace(records=[-1] * B), position=lambda step: step, spare_positions=lambda _: ()
+        )
+        setup = SimpleNamespace(mesh=self.mesh, plan=plan)
         self.step, _ = run_grpo._step(self.config, setup, program, rewards, {}, None, (), str(folder))
 
     def run(self, state, first, last, stop=None, weights={}):  # noqa: B006
