@@ -11,6 +11,8 @@ from avocado_jax.data.pipeline import Batch
 from avocado_jax.parallel.rules import bytes_per_device
 from avocado_jax.planning.program import model_and_buckets, program_of
 from avocado_jax.planning.report import report
+from avocado_jax.planning.work import batches as batches_of
+from avocado_jax.planning.work import runs_per_step
 from avocado_jax.train import run_grpo
 from avocado_jax.train.grpo import GrpoProgram
 
@@ -59,6 +61,9 @@ def test_a_step_holds_what_its_plan_says(steps, spares, tmp_path, capsys):
     together, fields = steps + spares, ["--rollout_batches", str(steps), "--oversample", str(8 * spares)]
     plan = plan_of(*fields, "--objective.importance_cap", "2")
     phases = {phase.name: phase for phase in plan.phases}
+    runs = {"encode": together / steps, "view": 1 / steps, "rollout": 1 / steps}
+    assert {name: runs_per_step(plan, phase) for name, phase in phases.items()} == dict.fromkeys(phases, 1.0) | runs
+    assert batches_of(plan, phases["rollout"]) == together  # spare ones too
     alive = phases["rollout"].alive | phases["update"].alive
     rollout, scored = alive["captions"][1][0], phases["update"].args[1].scored
     before, held = bytes_per_device(jax.live_arrays()), {}
