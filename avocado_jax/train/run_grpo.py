@@ -20,40 +20,32 @@ from avocado_jax.config import GrpoConfig
 from avocado_jax.data import storage
 from avocado_jax.data.pipeline import Batch
 from avocado_jax.data.plan import Bucket
-from avocado_jax.models.config import computed
 from avocado_jax.models.flops import grpo_flops
 from avocado_jax.models.thinker import Encoded
 from avocado_jax.parallel.batches import rows_sharding
 from avocado_jax.parallel.compiled import Program
 from avocado_jax.rewards.combine import TERMS
 from avocado_jax.rewards.extra import load_terms
-from avocado_jax.sampling.batch import Captioning, batch_programs, caption_batch
 from avocado_jax.sampling.captioner import banned_ids
-from avocado_jax.sampling.generate import Samples
 from avocado_jax.train.grpo import Experience, GrpoProgram, Scored, grpo_program
 from avocado_jax.train.health import Health, describe
 from avocado_jax.train.objective import advantages, zero_variance
 from avocado_jax.train.phases import Phases
 from avocado_jax.train.programs import (
     StepShapes,
-    batch_shapes,
     by_rows,
     learning_programs,
     sampling_programs,
     step_shapes,
-    view_shapes,
     with_sharding,
 )
+from avocado_jax.train.reward_evaluation import reward_evaluator
 from avocado_jax.train.rewards import Answers, Rewards, open_rewards
-from avocado_jax.train.rollout import Rollout, as_rollout, cut, fitting, widths
+from avocado_jax.train.rollout import Rollout, cut, fitting, widths
 from avocado_jax.train.rollout_lines import rollout_lines
 from avocado_jax.train.run import (
-    Evaluator,
-    Measured,
     Setup,
     agreement_programs,
-    heldout,
-    heldout_means,
     open_folder,
     restored,
     run,
@@ -102,7 +94,7 @@ def grpo(config: GrpoConfig, folder: str) -> int:
             return blocks(read, first, config.rollout_batches, setup.plan.spares)
 
         step, step_programs = _step(config, setup, program, rewards, reference, banned, stops, folder)
-        evaluator = _evaluator(config, setup, program, rewards, banned, stops)
+        evaluator = reward_evaluator(config, setup, program, rewards, banned, stops)
 
         def programs(buckets: list[Bucket]) -> list[Program]:
             found = agreement_programs(setup, buckets, rewards.references)
@@ -370,82 +362,3 @@ def _step(
         return state, metrics, finish
 
     return step, programs
-
-
-def _evaluator(
-    config: GrpoConfig, setup: Setup, program: GrpoProgram, rewards: Rewards, banned: Array, stops: tuple[int, ...]
-) -> Evaluator:
-    """Mean rewards of greedy captions of the first `eval_rows` held-out clips."""
-    if not config.data.heldout:
-        return Evaluator()
-    mesh, evaluated = setup.mesh, heldout(config, setup)
-    rows = evaluated.plan.batch
-    how = Captioning(
-        config=computed(setup.model, setup.model.dtype, scan=False),
-        mesh=mesh,
-        stops=stops,
-        length=min(config.eval_tokens, config.sampling.tokens),
-        parts=rows // (config.batch * config.split),  # as many rows are prefilled together as in a training step
-    )
-    sums = jax.jit(partial(heldout_sums, rewards))
-
-    @partial(jax.jit, out_shardings=rows_sharding(mesh))
-    def held_out_rollout(tokens: Array, lengths: Array, clip: Clip) -> Rollout:
-        """The captions of slots, as long as those of a training step."""
-        written = jnp.arange(how.length)[None] < lengths[:, None]
-        tokens = jnp.where(written, tokens, stops[0])
-        tokens = jnp.pad(tokens, ((0, 0), (0, config.sampling.tokens - how.length)), constant_values=stops[0])
-        return as_rollout(Samples(tokens[:, None], jnp.zeros(tokens[:, None].shape), lengths[:, None]), clip, stops)
-
-    def evaluate(state: State, step: int) -> dict[str, Any]:
-        view, encode = program.view(state.params), program.encode and partial(program.encode, state.params)
-
-        def measure(batch: Batch) -> Measured:
-            slots = caption_batch(view, batch.clip, batch.weight, encode, banned, how)
-            rollout = held_out_rollout(slots.tokens, slots.step, batch.clip)
-            judged = rewards.judge(rollout, batch)()
-            with jax.debug_nans(False):  # a term without a reference is NaN
-                terms = rewards.terms(rollout, batch.references, judged)
-            part = sums(terms, rollout.lengths, batch.weight)
-            rewards.check(judged)
-            return part
-
-        return heldout_means(config, evaluated, measure, rewards.references)
-
-    params, view, replicated = program.state.params, view_shapes(program, mesh), NamedSharding(mesh, PartitionSpec())
-    every_id = jax.ShapeDtypeStruct(banned.shape, banned.dtype, sharding=replicated)
-    tokens, lengths = (
-        jax.ShapeDtypeStruct(shape, jnp.int32, sharding=replicated) for shape in ((rows, how.length), (rows,))
-    )
-    found = agreement_programs(evaluated, evaluated.plan.buckets, rewards.references)
-    for bucket in evaluated.plan.buckets:
-        clip, _, weight, _ = batch_shapes(config, setup.model, bucket, mesh, rows)
-        encoded = None
-        if program.encode:
-            part = batch_shapes(config, setup.model, bucket, mesh, rows // how.parts)[0]
-            encoded = by_rows(jax.eval_shape(program.encode, params, part), mesh)
-            found.append(Program("held-out encode", program.encode, (params, part)))
-        found += batch_programs(view, clip, weight, encoded, every_id, how)
-        rollout = by_rows(jax.eval_shape(held_out_rollout, tokens, lengths, clip), mesh)
-        found.append(Program("held-out captions", held_out_rollout, (tokens, lengths, clip)))
-    scoring = rewards.program(rollout)
-    terms = by_rows(jax.eval_shape(scoring.run, *scoring.args), mesh)
-    found += [scoring, Program("held-out sums", sums, (terms, rollout.lengths, weight))]
-    return Evaluator(evaluate, rank_by_reward, found)
-
-
-def rank_by_reward(entries: dict[str, Any]) -> float | None:
-    """The best checkpoint has the highest held-out reward."""
-    return -entries["heldout_reward"] if "heldout_reward" in entries else None
-
-
-def heldout_sums(rewards: Rewards, terms: dict[str, Array], lengths: Array, weight: Array) -> Measured:
-    """Sums of the reward, its terms and the lengths over the captions that count, and their numbers.
-
-    The reward is the weighted sum of the terms, never normalised: a caption has no group to compare it with.
-    """
-    reward, _ = rewards.combine(terms, weight, normalize=False)
-    measured = {f"reward_{name}": value for name, value in terms.items()}
-    measured |= {"reward": reward, "length": lengths.astype(jnp.float32)}
-    known = {name: jnp.isfinite(value) & (weight > 0)[:, None] for name, value in measured.items()}
-    return {name: (jnp.sum(value, where=known[name]), jnp.sum(known[name])) for name, value in measured.items()}

@@ -24,7 +24,7 @@ from avocado_jax.data.media import Reading
 from avocado_jax.parallel.mesh import make_mesh
 from avocado_jax.rewards.combine import TERMS
 from avocado_jax.rewards.vocabulary import make_table
-from avocado_jax.train import grpo, programs, rewards, run, run_grpo, sft
+from avocado_jax.train import grpo, programs, reward_evaluation, rewards, run, run_grpo, sft
 from avocado_jax.train.losses import Scores
 from avocado_jax.train.rollout import Rollout
 from avocado_jax.train.state import State
@@ -171,7 +171,8 @@ def started(kind, values, folder, patch):
     calls.record(grpo, "caption_logprobs", instead=some_scores)
     calls.record(grpo, "by_parts", "objective")
     calls.record(grpo, "roll_out", instead=empty_rollout)
-    calls.record(run_grpo, "advantages", "widths", "grpo_flops", "blocks", "batch_programs")
+    calls.record(run_grpo, "advantages", "widths", "grpo_flops", "blocks")
+    calls.record(reward_evaluation, "batch_programs")
     # --- its rewards
     calls.record(rewards, "open_judge", instead=lambda _, model, *__: nullcontext(SimpleNamespace(probes=model)))
     calls.record(rewards, "make_references", instead=lambda _, records, *__: (np.zeros(len(records)), None))

@@ -16,8 +16,8 @@ from avocado_jax.parallel.batches import rows_sharding
 from avocado_jax.parallel.mesh import make_mesh
 from avocado_jax.train import loop
 from avocado_jax.train.metrics import Log
+from avocado_jax.train.reward_evaluation import rank_by_reward
 from avocado_jax.train.run import Evaluator, rank_by_loss, run
-from avocado_jax.train.run_grpo import rank_by_reward
 from avocado_jax.train.state import State
 
 STEP_SECONDS = 7 * 60.0

@@ -15,9 +15,10 @@ from avocado_jax.parallel.mesh import make_mesh
 from avocado_jax.rewards.vocabulary import make_table
 from avocado_jax.train import rewards as run_rewards
 from avocado_jax.train.programs import StepShapes
+from avocado_jax.train.reward_evaluation import heldout_sums
 from avocado_jax.train.rewards import make_rewards
 from avocado_jax.train.rollout import Rollout
-from avocado_jax.train.run_grpo import _step, heldout_sums
+from avocado_jax.train.run_grpo import _step
 from avocado_jax.typing import Captions
 
 NAMES = ("checklist", "dialogue", "length", "repetition")
