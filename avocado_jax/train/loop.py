@@ -98,7 +98,7 @@ def train(job: Job, state: State, mesh: Mesh, checkpoints: Checkpoints, log: Log
         line = {"step": done.number, "epoch": batch.epoch, **_finite(scalars | more), "perf": perf}
         log.write(line)
         progress_log.write(line)
-        for lost in lost_records(batch, mesh):
+        for lost in (line for one in (batch, *batch.spares) for line in lost_records(one, mesh)):
             print(f"step {done.number}: {lost}", file=sys.stderr)
         if scalars["skipped_in_row"] >= job.max_skipped:
             raise FloatingPointError(f"{job.max_skipped} steps in a row without a finite gradient; last: {done.number}")
@@ -120,7 +120,7 @@ def train(job: Job, state: State, mesh: Mesh, checkpoints: Checkpoints, log: Log
             state, metrics, finish_step = job.step(state, batch)
             stop, save = finish(pending, {}) if pending else (False, False)
             # Free the arrays with the step.
-            bare = batch._replace(clip=None, captions=None, references=None, following=(), spares=())
+            bare = _without_arrays(batch)._replace(spares=tuple(map(_without_arrays, batch.spares or ())))
             pending = _Pending(number, bare, metrics, finish_step, flags.dispatch(save=late()), waited)
 
             # --- fetch its own metrics too where an evaluation or a checkpoint follows
@@ -139,6 +139,10 @@ def train(job: Job, state: State, mesh: Mesh, checkpoints: Checkpoints, log: Log
             if stop:
                 return 75 if number < job.steps else 0
         return 0
+
+
+def _without_arrays(batch: Batch) -> Batch:
+    return batch._replace(clip=None, captions=None, references=None, following=(), spares=())
 
 
 @contextmanager

@@ -59,7 +59,7 @@ def test_a_run_starts_as_many_input_processes(monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(8))
     monkeypatch.setattr(run, "agreed_batches", lambda *_: None)
     setup = run.Setup(*[None] * len(run.Setup._fields))
-    setup = setup._replace(mesh=make_mesh(1, -1, 1), plan=SimpleNamespace(batch=8), split=1)
+    setup = setup._replace(mesh=make_mesh(1, -1, 1), plan=SimpleNamespace(batch=8, position=lambda step: step), split=1)
     for workers in (-1, 3):
         run.stream(setup, SftConfig(data=DataConfig(workers=workers, threads=5)), 0)
     assert started == [(4, 5), (3, 5)]

@@ -7,11 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiny_run import tiny_run
 
 from avocado_jax.checkpoint import training as checkpoint
 from avocado_jax.checkpoint.orbax import finished_steps
 from avocado_jax.config import SftConfig
-from avocado_jax.data.pipeline import Batch
+from avocado_jax.data.pipeline import Batch, Lost
 from avocado_jax.parallel.batches import rows_sharding
 from avocado_jax.parallel.mesh import make_mesh
 from avocado_jax.train import loop
@@ -62,7 +63,9 @@ def finish(folder, clock, steps=12, first=0, checkpoints=None, fails=None, evalu
     weight = jax.device_put(np.ones(mesh.size), rows_sharding(mesh))
     batch = Batch(*[None] * len(Batch._fields))._replace(epoch=0, padded=0.0, ids=(), lost=(), weight=weight)
     config = SftConfig(tensorboard=False, **({"checkpoint_every": 0, "eval_every": 0} | fields))
-    plan = SimpleNamespace(digest="d", step=lambda number: SimpleNamespace(records=np.array([0]), bucket=None))
+    plan = SimpleNamespace(
+        digest="d", step=lambda number: SimpleNamespace(records=np.array([0]), bucket=None), position=lambda step: step
+    )
     setup = SimpleNamespace(steps=steps, plan=plan, mesh=mesh)
     functions = dict(step=step, flops=lambda *_: 1.0, evaluator=evaluator)
     functions |= dict(programs=lambda buckets: [], batches=lambda first: (batch for _ in range(first, steps)))
@@ -134,3 +137,13 @@ def test_a_failure_keeps_the_trace_and_closes_everything(tmp_path, clock, traces
     assert "also: no storage" in capsys.readouterr().err
     with pytest.raises(OSError, match="no storage"):
         finish(tmp_path, clock)
+
+
+def test_lost_spare_clips_are_listed(capsys):
+    mesh = make_mesh(-1, 1, 1)
+    rows = [jax.device_put(np.full(mesh.size, value, np.float32), rows_sharding(mesh)) for value in (1, 0)]
+    empty = Batch(**dict.fromkeys(Batch._fields))._replace(epoch=0, padded=0.0, lost=(), spares=())
+    spare = empty._replace(ids=("spare", *[""] * (mesh.size - 1)), weight=rows[1], lost=(Lost(0, "spare", "too long"),))
+    batch = empty._replace(step=0, ids=("clip",) * mesh.size, clip=rows[0], weight=rows[0], spares=(spare,))
+    assert tiny_run(steps=1, batches=lambda first: (one for one in [batch]))[0] == 0
+    assert "step 1: spare is lost: too long\n" in capsys.readouterr().err
