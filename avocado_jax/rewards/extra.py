@@ -73,7 +73,7 @@ def load_terms(texts: Sequence[str], taken: Sequence[str]) -> list[Term]:
     names = [*taken, *(term.name for term in terms)]
     columns = [*RESERVED, *(name + suffix for name in names for suffix in SUFFIXES)]
     for text, term in zip(texts, terms):
-        if any(columns.count(term.name + suffix) > 1 for suffix in SUFFIXES):
+        if columns.count(term.name) > 1:
             raise InputError(f"{text}: the name {term.name} is taken: rename the function")
     return terms
 
