@@ -74,8 +74,9 @@ def main():
 def opened(args, captions, events):
     """Captions and the numbers of their records to the scores of their events."""
 
+    table = make_table(None, word_weights(captions) if args.idf else None)
+
     def lexical(texts, numbers):
-        table = make_table(None, word_weights(captions) if args.idf else None)
         references = [{"keypoints": [{"text": event} for event in events[number]]} for number in numbers]
         thresholds = DEFAULTS._replace(low=args.ramp[0], high=args.ramp[1])
         made = [None] * len(texts)

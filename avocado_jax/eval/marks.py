@@ -12,8 +12,9 @@ from avocado_jax.rewards.checklist import BLOCK, WINDOW, features
 from avocado_jax.rewards.combine import References, Scored, make_references, score
 from avocado_jax.rewards.dialogue import UNIT
 from avocado_jax.rewards.explain import alignment
+from avocado_jax.rewards.limits import limits_of
 from avocado_jax.rewards.text import Caption, Limits, parse, read_texts
-from avocado_jax.rewards.vocabulary import MARKS, Table, code_points, letters_of, make_table, words_of
+from avocado_jax.rewards.vocabulary import Table, code_points, letters_of, make_table
 
 T = TypeVar("T")
 ASKED = ("caption", "dialogues", "keypoints")
@@ -53,7 +54,9 @@ def mark(
         lexical judge found it. Either is None without a reference.
     """
     known = [k for k, of in enumerate(owners) if any(references[of].get(name) is not None for name in ASKED)]
-    table, limits = make_table(), _fitting([captions[k] for k in known], references)
+    table = make_table()
+    texts = [*(captions[k] for k in known), *(one.get("caption") or "" for one in references)]
+    limits = limits_of(texts, ([line["text"] for line in one.get("dialogues") or ()] for one in references))
     asked = as_compared(table, references, limits)
     told = [{"quotes": None, "points": None} for _ in captions]
     if known:
@@ -76,15 +79,6 @@ def _filled(items: Sequence[T]) -> list[T]:
     return [*items, *items[-1:] * (-len(items) % BATCH)]
 
 
-def _fitting(captions: Sequence[str], references: Sequence[Mapping[str, Any]]) -> Limits:
-    """Limits that the texts stay within, of few sizes."""
-    texts = [*captions, *(one.get("caption") or "" for one in references)]
-    lines = [len(one.get("dialogues") or ()) for one in references]
-    quotes = max([8, *(sum(text.count(letter) for letter in MARKS) for text in texts), *lines])
-    words = max([256, *(len(words_of(text)) for text in texts)])
-    return Limits(_rounded(max([1024, *map(len, texts)])), _rounded(words), min(_rounded(quotes), 64), 400)
-
-
 def _rounded(number: int) -> int:
     return 1 << (number - 1).bit_length()
 
@@ -95,7 +89,7 @@ def _score(table: Table, points: jax.Array, sizes: jax.Array, references: Refere
 
     def one(points: jax.Array, size: jax.Array, reference: References) -> Any:
         caption = parse(table, points, size, limits)
-        hashes, weights, places = features(caption)
+        hashes, weights, places = features(caption.stems, caption.weights, caption.unstated)
         return caption, score(caption, size, reference), (hashes[0], weights[0], places)
 
     return jax.vmap(one)(points, sizes, references)

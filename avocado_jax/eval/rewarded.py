@@ -14,11 +14,11 @@ import numpy as np
 from avocado_jax.progress import progress
 from avocado_jax.rewards.combine import DEFAULTS, References, Scored, Thresholds, make_references, score
 from avocado_jax.rewards.extra import Term
-from avocado_jax.rewards.text import Caption, Limits, limits_of, parse
-from avocado_jax.rewards.vocabulary import Table, code_points, make_table
+from avocado_jax.rewards.limits import limits_of
+from avocado_jax.rewards.text import Caption, Limits, read_texts
+from avocado_jax.rewards.vocabulary import Table, make_table
 
-BATCH = 32
-LINES = (32, 512), (64, 2048)  # sizes of dialogue: lines of a text, characters of a line
+BATCH, CHARACTERS = 32, 2**16  # captions of a batch at most, and their characters
 MOST_SCENES = 512  # of a caption, and events of its reference: what lies beyond is cut
 POINTS, FEATURES, LETTERS = 32, 256, 64  # least room for keypoints, for their features, for letters of the lines
 
@@ -66,11 +66,11 @@ def scores(
     order = sorted(range(len(captions)), key=lambda number: (limits[number], len(captions[number])))
     parts: list[list[int]] = []
     for number in order:
-        if not parts or len(parts[-1]) == BATCH or limits[parts[-1][0]] != limits[number]:
+        if not parts or limits[parts[-1][0]] != limits[number] or len(parts[-1]) == _rows(limits[number]):
             parts.append([])
         parts[-1].append(number)
     for part in progress(parts, "batches of captions"):
-        full = [*part, *part[-1:] * (BATCH - len(part))]
+        full = [*part, *part[-1:] * (_rows(limits[part[0]]) - len(part))]
         yield from _batch(
             table,
             [captions[number] for number in full],
@@ -98,13 +98,15 @@ def mean_values(
     }
 
 
+def _rows(limits: Limits) -> int:
+    """Captions of a batch: fewer where they are long, so that time and memory are bounded."""
+    return max(1, min(BATCH, CHARACTERS // limits.characters))
+
+
 def _limits(caption: str, reference: Mapping[str, Any], merge: bool) -> Limits:
     """Of a caption and its reference."""
-    lines = reference.get("dialogues") or ()
-    found = limits_of([caption, reference.get("caption") or ""], len(lines))
-    longest = max([found.line, *(min(len(one["text"]), 2048) for one in lines)])
-    quotes, line = next((size for size in LINES if found.quotes <= size[0] and longest <= size[1]), LINES[-1])
-    return found._replace(quotes=quotes, line=line, merge=merge)
+    lines = [one["text"] for one in reference.get("dialogues") or ()]
+    return limits_of([caption, reference.get("caption") or ""], [lines])._replace(merge=merge)
 
 
 def _batch(
@@ -126,10 +128,10 @@ def _batch(
         room = made.keypoints.index.shape[1]
         own = np.pad(answers["checklist"], ((0, 0), (0, room)), constant_values=np.nan)[:, :room]
         answers = {**answers, "checklist": own}
-    points, sizes = code_points(captions, limits.characters)
-    found = jax.tree.map(np.asarray, _score(table, points, sizes, tokens, made, answers, limits, terms))
+    read = read_texts(table, captions, limits)  # the program that reads the reference captions
+    found = read, made, jax.tree.map(np.asarray, _score(read, tokens, made, answers, terms))
     for place, number in enumerate(numbers):
-        caption, reference, scored = jax.tree.map(lambda leaf, place=place: leaf[place], (found[0], made, found[1]))
+        caption, reference, scored = jax.tree.map(lambda leaf, place=place: leaf[place], found)
         yield Entry(number, limits, caption, reference, scored, bool(cut[place]))
 
 
@@ -151,24 +153,18 @@ def _padded(made: References) -> References:
     return made._replace(keypoints=points, dialogue=made.dialogue._replace(alphabet=letters))
 
 
-@partial(jax.jit, static_argnums=(6, 7))
+@partial(jax.jit, static_argnums=4)
 def _score(
-    table: Table,
-    points: jax.Array,
-    sizes: jax.Array,
+    captions: Caption,
     tokens: jax.Array,
     references: References,
     answers: dict[str, jax.Array],
-    limits: Limits,
     terms: tuple[Thresholds, tuple[Term, ...]],
-) -> tuple[Caption, Scored]:
+) -> Scored:
     thresholds, extra = terms
 
-    def one(
-        points: jax.Array, size: jax.Array, length: jax.Array, reference: References, judged: dict[str, jax.Array]
-    ) -> Any:
-        caption = parse(table, points, size, limits)
+    def one(caption: Caption, length: jax.Array, reference: References, judged: dict[str, jax.Array]) -> Scored:
         given = judged.get("checklist"), judged.get("probes")
-        return caption, score(caption, length, reference, thresholds, *given, extra)
+        return score(caption, length, reference, thresholds, *given, extra)
 
-    return jax.vmap(one)(points, sizes, tokens, references, answers)
+    return jax.vmap(one)(captions, tokens, references, answers)

@@ -10,6 +10,7 @@ of 60 words of the caption holds them.
 """
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -17,8 +18,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from avocado_jax.rewards.arrays import compact
-from avocado_jax.rewards.text import Caption, Limits, read_texts
-from avocado_jax.rewards.vocabulary import EXCLUSIVE, Table, hash_word, meaning
+from avocado_jax.rewards.limits import A_WORD
+from avocado_jax.rewards.text import Caption, Limits, outline, read_texts
+from avocado_jax.rewards.vocabulary import EXCLUSIVE, Table, code_points, hash_word, meaning
 from avocado_jax.typing import Array, Bool, Float, Int
 
 DIMENSIONS = ("static", "dynamic", "auditory", "spatiotemporal", "crossmodal")  # paper, checklist reward
@@ -30,7 +32,8 @@ WRONG = 0.75  # what a keypoint loses none of whose colours, sides, numbers and 
 PROSE = 0.1  # share of function words that a window of sentences has at least
 ORDER = 1.0  # what a keypoint loses that is told on the wrong side of all others
 KEYPOINT = Limits(characters=512, words=96, quotes=4, line=8)
-CHUNK = 512  # keypoints that are read at once
+SHORT = Limits(characters=128, words=32, quotes=4, line=8)  # of most keypoints
+CHARACTERS = 2**13  # of the keypoints that are read at once
 
 
 class Keypoints(NamedTuple):
@@ -139,28 +142,42 @@ def _read_keypoints(table: Table, texts: Sequence[str], room: int) -> tuple[np.n
     """Of each text its features' hashes and weights, 0 behind them, and whether it was cut."""
     hashes, weights = np.zeros((len(texts), room), np.uint32), np.zeros((len(texts), room), np.float32)
     cut = np.zeros(len(texts), bool)
-    chunk = min(CHUNK, max(32, 1 << (len(texts) - 1).bit_length()))
-    for first in range(0, len(texts), chunk):
-        part = list(texts[first : first + chunk])
-        read = read_texts(table, part + [""] * (chunk - len(part)), KEYPOINT)
-        made, weight = jax.tree.map(np.asarray, _features(read)[:2])
-        for row, (own, much) in enumerate(
-            zip(made[: len(part), :2], weight[: len(part), :2]), first
-        ):  # neighbours only
-            own, much = own[much > 0], much[much > 0]
-            hashes[row, : len(own)], weights[row, : len(own)] = own[:room], much[:room]
-            cut[row] = len(own) > room
-        cut[first : first + len(part)] |= read.truncated[: len(part)] & (read.words[: len(part)] >= KEYPOINT.words)
+    fits = [len(text) <= SHORT.characters and len(A_WORD.findall(text)) <= SHORT.words for text in texts]
+    for limits, short in ((SHORT, True), (KEYPOINT, False)):
+        rows = CHARACTERS // limits.characters
+        places = [place for place, one in enumerate(fits) if one is short]
+        for part in (places[first : first + rows] for first in range(0, len(places), rows)):
+            points, lengths = code_points(
+                [*(texts[place] for place in part), *[""] * (rows - len(part))], limits.characters
+            )
+            read = jax.tree.map(np.asarray, _read_features(table, points, lengths, limits))
+            for place, made, much, more in zip(part, *read):
+                own, much = made[much > 0], much[much > 0]
+                hashes[place, : len(own)], weights[place, : len(own)] = own[:room], much[:room]
+                cut[place] = len(own) > room or (more and not short)
     return hashes, weights, cut
 
 
-def features(caption: Caption) -> tuple[Int[Array, "3 W"], Float[Array, "3 W"], Int[Array, "W"]]:
+@partial(jax.jit, static_argnums=3)
+def _read_features(table: Table, points: Array, lengths: Array, limits: Limits) -> tuple[Array, Array, Array]:
+    """Of each text the hashes and weights of its words and neighbours, and whether it has more words than fit."""
+
+    def one(points: Array, length: Array) -> tuple[Array, Array, Array]:
+        read = outline(table, points, length, limits)
+        hashes, weights, _ = features(read.words.stems, read.words.weights, read.unstated)
+        return hashes[:2], weights[:2], read.count > limits.words
+
+    return jax.vmap(one)(points, lengths)
+
+
+def features(
+    stems: Int[Array, "W"], weights: Float[Array, "W"], unstated: Bool[Array, "W"]
+) -> tuple[Int[Array, "3 W"], Float[Array, "3 W"], Int[Array, "W"]]:
     """Hashes and weights (0: none) of content words and of pairs one and two apart, and where each begins."""
-    size = len(caption.stems)
-    stems = caption.stems ^ jnp.where(caption.unstated, jnp.uint32(0x5BD1E995), jnp.uint32(0))
-    content = caption.weights > 0
-    order, count = compact(content, jnp.arange(size, dtype=jnp.int32), size)
-    stems, weights = stems[order], jnp.where(jnp.arange(size) < count, caption.weights[order], 0)
+    size = len(stems)
+    stems = stems ^ jnp.where(unstated, jnp.uint32(0x5BD1E995), jnp.uint32(0))
+    order, count = compact(weights > 0, jnp.arange(size, dtype=jnp.int32), size)
+    stems, weights = stems[order], jnp.where(jnp.arange(size) < count, weights[order], 0)
     hashes, much = [stems], [weights]
     for gap in range(1, APART + 1):
         second = jnp.pad(stems[gap:], (0, gap))
@@ -168,9 +185,6 @@ def features(caption: Caption) -> tuple[Int[Array, "3 W"], Float[Array, "3 W"], 
         hashes.append(stems * jnp.uint32(0x85EBCA6B) + second * jnp.uint32(0xC2B2AE35))
         much.append(jnp.where((weights > 0) & (both > 0), PAIRS * (weights + both) / 2, 0))
     return jnp.stack(hashes), jnp.stack(much), order
-
-
-_features = jax.jit(jax.vmap(features))
 
 
 def lexical(
@@ -184,7 +198,7 @@ def lexical(
     another word. Where the reference caption states a keypoint too, it loses up to `order` for being told on the wrong
     side of the others.
     """
-    hashes, weights, word = features(caption)
+    hashes, weights, word = features(caption.stems, caption.weights, caption.unstated)
     size = len(caption.stems)
     blocks, distinct = -(-size // BLOCK), len(keypoints.features)
     at = jnp.minimum(jnp.searchsorted(keypoints.features, hashes), distinct - 1)

@@ -3,6 +3,7 @@
 N  code points of a caption      W  words of a caption
 """
 
+import jax
 import jax.numpy as jnp
 
 from avocado_jax.rewards.arrays import count_before, next_place, shift
@@ -56,6 +57,6 @@ def unstated(text: Characters, words: Words, quoted: Bool[Array, "N"], sentence:
     end = next_place(comma)
     item = (end - jnp.arange(len(comma)) < ITEM) & (end < len(comma) - 1)
     after = jnp.minimum(end + 1, len(comma) - 1)
-    for _ in range(ITEMS):
-        alternative |= item & alternative[after] & (of[after] == of)
+    item &= of[after] == of
+    alternative = jax.lax.fori_loop(0, ITEMS, lambda _, found: found | (item & found[after]), alternative)
     return (denied | alternative) & claimed

@@ -1,7 +1,7 @@
 """R_D: lines of dialogue and who speaks them, in order (paper, dialogue reward).
 
     Q  quoted lines of a caption      A  distinct characters of the reference's lines
-    J  lines of the reference         K  words of 32 bits in which a line of the reference fits
+    J  lines of the reference         K  words of 32 bits in a block
 
 Similarity is 1 - edit distance / the longer length on normalised lines. An order-preserving alignment, of pairs whose
 similarity reaches a threshold, maximises the summed similarity and, among such, the pairs with the same speaker
@@ -30,6 +30,7 @@ UNIT = 26  # bits after the point of a similarity
 TIE = round(1e-6 * 2**UNIT)
 VOICE = hash_word(meaning("voice"))
 PAIRS = 128  # pairs of lines that are compared at once
+BLOCK = 16  # words of a line of the reference that are compared at once
 CHUNK = 64  # reference captions that are read at once
 
 
@@ -205,13 +206,16 @@ def edit_distances(
     """
     lines_ref, columns, j = reference.lines, lines.shape[-1], len(reference.lines)
     words = -(-lines_ref.shape[-1] // 32)
+    blocks = -(-words // BLOCK)
+    block = min(words, BLOCK)
     alphabet = reference.alphabet
     other = len(alphabet)  # a character that the reference does not have
     place = jnp.arange(lines_ref.shape[-1])
     symbol = jnp.where(place[None] < reference.line_length[:, None], jnp.searchsorted(alphabet, lines_ref), other + 1)
-    masks = jnp.zeros((words, other + 1, j), jnp.uint32)
+    masks = jnp.zeros((blocks * block, other + 1, j), jnp.uint32)
     bit = jnp.left_shift(jnp.uint32(1), (place % 32).astype(jnp.uint32))
     masks = masks.at[place // 32, symbol, jnp.arange(j)[:, None]].add(bit, mode="drop")
+    masks = masks.reshape(blocks, block, other + 1, j)
     at = jnp.minimum(jnp.searchsorted(alphabet, lines), other - 1)
     text = jnp.where(alphabet[at] == lines, at, other)
 
@@ -225,39 +229,48 @@ def edit_distances(
         real = first + jnp.arange(size) < count
         own, of = pair // j, pair % j
         letters, until = text[own].T, jnp.where(real, length[own], 0)
+        until_ref = jnp.where(real, reference.line_length[of], 0)
+        used = -(-jnp.max(until_ref, initial=0) // (32 * block))  # blocks with a character of the reference
 
         def column(step: jax.Array, state: tuple) -> tuple:
-            rises, falls = state
-            match = masks[:, letters[step], of]  # [K, P]
             goes = step < until
-            carry = jnp.zeros(size, jnp.uint32)
-            rise_in, fall_in = jnp.ones((), jnp.uint32), jnp.zeros((), jnp.uint32)  # row 0 rises by one a column
-            new_rises, new_falls = [], []
-            for k in range(words):
-                up, down, equal = rises[k], falls[k], match[k]
-                both = equal & up
-                total = both + up
-                with_carry = total + carry
-                carry = ((total < both) | (with_carry < total)).astype(jnp.uint32)
-                across = (with_carry ^ up) | equal
-                rise, fall = down | ~(across | up), up & across
-                rise_next, fall_next = rise >> 31, fall >> 31
-                rise, fall = (rise << 1) | rise_in, (fall << 1) | fall_in
-                rise_in, fall_in = rise_next, fall_next
-                vertical = equal | down
-                new_rises.append(jnp.where(goes, fall | ~(vertical | rise), up))
-                new_falls.append(jnp.where(goes, rise & vertical, down))
-            return tuple(new_rises), tuple(new_falls)
 
-        full = jnp.full(size, 0xFFFFFFFF, jnp.uint32)
-        start = ((full,) * words, (jnp.zeros_like(full),) * words)
+            def one_block(number: jax.Array | int, state: tuple) -> tuple:
+                rises, falls, carry, rise_in, fall_in = state
+                match = masks[number, :, letters[step], of].T  # [K, P]
+                new_rises, new_falls = [], []
+                for k in range(block):
+                    up, down, equal = rises[k][number], falls[k][number], match[k]
+                    both = equal & up
+                    total = both + up
+                    with_carry = total + carry
+                    carry = ((total < both) | (with_carry < total)).astype(jnp.uint32)
+                    across = (with_carry ^ up) | equal
+                    rise, fall = down | ~(across | up), up & across
+                    rise_next, fall_next = rise >> 31, fall >> 31
+                    rise, fall = (rise << 1) | rise_in, (fall << 1) | fall_in
+                    rise_in, fall_in = rise_next, fall_next
+                    vertical = equal | down
+                    up, down = jnp.where(goes, fall | ~(vertical | rise), up), jnp.where(goes, rise & vertical, down)
+                    new_rises.append(jax.lax.dynamic_update_index_in_dim(rises[k], up, number, 0))
+                    new_falls.append(jax.lax.dynamic_update_index_in_dim(falls[k], down, number, 0))
+                return tuple(new_rises), tuple(new_falls), carry, rise_in, fall_in
+
+            nothing = jnp.zeros(size, jnp.uint32)
+            begin = (*state, nothing, nothing + 1, nothing)  # row 0 rises by one a column
+            return (one_block(0, begin) if blocks == 1 else jax.lax.fori_loop(0, used, one_block, begin))[:2]
+
+        full = jnp.full((blocks, size), 0xFFFFFFFF, jnp.uint32)
+        start = ((full,) * block, (jnp.zeros_like(full),) * block)
         rises, falls = jax.lax.fori_loop(0, jnp.minimum(jnp.max(until, initial=0), columns), column, start)
         distance = until
-        for k in range(words):
-            bits = jnp.clip(reference.line_length[of] - 32 * k, 0, 32).astype(jnp.uint32)
+        for k in range(block):
+            before = 32 * (k + block * jnp.arange(blocks))  # characters before these words
+            bits = jnp.clip(until_ref[None] - before[:, None], 0, 32).astype(jnp.uint32)
             inside = jnp.where(bits == 32, jnp.uint32(0xFFFFFFFF), jnp.left_shift(jnp.uint32(1), bits) - 1)
-            distance = distance + jax.lax.population_count(rises[k] & inside).astype(jnp.int32)
-            distance = distance - jax.lax.population_count(falls[k] & inside).astype(jnp.int32)
+            for sign, values in ((1, rises[k]), (-1, falls[k])):
+                ones = jax.lax.population_count(values & inside).astype(jnp.int32)
+                distance = distance + sign * jnp.sum(ones, axis=0)
         return first + size, found.at[jnp.where(real, pair, len(found))].set(distance, mode="drop")
 
     furthest = jnp.maximum(length[:, None], reference.line_length[None]).astype(jnp.int32)

@@ -3,6 +3,7 @@
 W  words of a caption      R  quotes      S  words of a speaker phrase
 """
 
+import jax
 import jax.numpy as jnp
 
 from avocado_jax.rewards.arrays import last_place, shift
@@ -109,7 +110,9 @@ def speakers(near: Around, quotes: Quotes) -> tuple[Int[Array, "R S"], Float[Arr
     before, before_weight = (
         jnp.concatenate([jnp.zeros_like(values[:1]), values[:-1]]) for values in (plain, plain_weight)
     )
-    for _ in range(OTHERS):
+
+    def exclude(_: int, state: tuple) -> tuple:
+        known, noun, described_by = state
         mine = described_by[0][:, :, None] == before[:, None, :]
         mine = (
             (mine & (before_weight > 0)[:, None, :]).any(-1)
@@ -118,7 +121,9 @@ def speakers(near: Around, quotes: Quotes) -> tuple[Int[Array, "R S"], Float[Arr
         )
         again = other & mine.any(-1)
         known &= ~(again[:, None] & (jnp.arange(size)[None] >= noun[:, None]))
-        noun, described_by = mention(known)
+        return known, *mention(known)
+
+    _, noun, described_by = jax.lax.fori_loop(0, OTHERS, exclude, (known, noun, described_by))
     plain, plain_weight = compose(noun, described_by)
 
     phrase = jnp.concatenate([plain, second], -1)

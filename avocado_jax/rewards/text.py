@@ -7,8 +7,7 @@ Everything is for one caption, of static shape, and is vmapped by those who call
 and `truncated` says so. The same program reads references (`read_texts`), so that both sides follow one set of rules.
 """
 
-import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -20,16 +19,14 @@ from avocado_jax.rewards.arrays import compact, count_before, last_place, next_p
 from avocado_jax.rewards.attribution import PHRASE as PHRASE
 from avocado_jax.rewards.attribution import Words, around, find_lines
 from avocado_jax.rewards.claims import unstated
-from avocado_jax.rewards.quotes import characters, covered, find_quotes, sentences
+from avocado_jax.rewards.quotes import Characters, Quotes, characters, covered, find_quotes, sentences
 from avocado_jax.rewards.speakers import same_as_before, speakers
 from avocado_jax.rewards.vocabulary import (
     ALONE,
     APOSTROPHE,
     BASE,
     LOWER,
-    MARKS,
     PAGE,
-    SCRIPTS_WITHOUT_SPACES,
     SPACE,
     SPREAD,
     UPPER,
@@ -40,9 +37,6 @@ from avocado_jax.rewards.vocabulary import (
 from avocado_jax.typing import Array, Bool, Float, Int
 
 REPLACEMENT = 0xFFFD
-A_WORD = re.compile("[{0}]|[^\\W{0}]+".format("".join(f"{chr(a)}-{chr(b)}" for a, b in SCRIPTS_WITHOUT_SPACES)))
-A_SINGLE_MARK = re.compile(r"\B['‘’*]|['‘’*]\B")
-BETWEEN_MARKS = re.compile(f"[{''.join(MARKS)}]")  # quoted or not
 
 
 class Limits(NamedTuple):
@@ -58,31 +52,6 @@ class Limits(NamedTuple):
 def limits_for(tokens: int) -> Limits:
     """Limits that ordinary captions of up to so many tokens stay within."""
     return Limits(characters=max(256, 6 * tokens), words=max(64, tokens + tokens // 4))
-
-
-def limits_of(texts: Sequence[str], lines: int = 0) -> Limits:
-    """Limits that the texts stay within, of few sizes: powers of two.
-
-    At most 32,768 characters, 64 lines and 2,048 characters of a line: what lies beyond is cut, so that the cost of a
-    text is bounded.
-
-    Args:
-        lines: room for so many lines of dialogue, at least.
-    """
-
-    def room(least: int, needed: Iterable[int], most: int) -> int:
-        return min(most, max(least, 1 << (max([1, *needed]) - 1).bit_length()))
-
-    characters = room(1024, map(len, texts), 32768)
-    texts = [text[:characters] for text in texts]
-    words = room(characters // 4, (len(A_WORD.findall(text)) for text in texts), characters)
-    double = (sum(map(text.count, MARKS)) + text.count("''") + text.count("&quot;") for text in texts)
-    single = (len(A_SINGLE_MARK.findall(text)) for text in texts)
-    script = (sum(map(text.count, (": ", ":\n", ":*", "："))) for text in texts)  # `Speaker: text` has no marks
-    spoken = (pair // 2 + more // 2 + colons for pair, more, colons in zip(double, single, script))
-    quotes = room(16, [lines, *spoken], 64)
-    longest = (len(piece) for text in texts for piece in BETWEEN_MARKS.split(text))
-    return Limits(characters, words, quotes, room(256, longest, 2048))
 
 
 class Caption(NamedTuple):
@@ -183,8 +152,35 @@ def decode(
     return points, jnp.where(ends[-1] > room, jnp.maximum(total, size + 1), total)
 
 
-def parse(table: Table, points: Int[Array, "N"], length: Int[Array, ""], limits: Limits) -> Caption:
-    """Read one caption from its code points; `length` may exceed what there is of them."""
+class Outline(NamedTuple):
+    """The words and quotes of a caption.
+
+    Attributes:
+        text: its code points and lines.
+        letter, lower: which code points are word characters, and all of them in lower case.
+        letters: the word characters in lower case, one after another.
+        words, count: the first words, and how many there are.
+        first: the code points with which words begin.
+        quotes: quotes, on-screen text among them.
+        quoted, sentence: of each code point, whether it is inside a quote, and the number of its sentence.
+        unstated: words, outside quotes, that the caption denies or names as one of several alternatives.
+    """
+
+    text: Characters
+    letter: Bool[Array, "N"]
+    lower: Int[Array, "N"]
+    letters: Int[Array, "N"]
+    words: Words
+    count: Int[Array, ""]
+    first: Bool[Array, "N"]
+    quotes: Quotes
+    quoted: Bool[Array, "N"]
+    sentence: Int[Array, "N"]
+    unstated: Bool[Array, "W"]
+
+
+def outline(table: Table, points: Int[Array, "N"], length: Int[Array, ""], limits: Limits) -> Outline:
+    """Find the words and quotes of one caption; `length` may exceed its code points."""
     places = jnp.arange(len(points), dtype=jnp.int32)
     inside = places < length
     points = jnp.where(inside, points, 0)
@@ -199,6 +195,16 @@ def parse(table: Table, points: Int[Array, "N"], length: Int[Array, ""], limits:
     quotes = find_quotes(text, (words.start, words.classes, words.real), 4 * limits.quotes, 2 * limits.quotes)
     quoted = covered(quotes.start, quotes.end, quotes.kind, len(points))
     sentence = sentences(text, quoted)
+    denied = unstated(text, words, quoted, sentence)
+    return Outline(text, letter, lower, letters, words, count, first, quotes, quoted, sentence, denied)
+
+
+def parse(table: Table, points: Int[Array, "N"], length: Int[Array, ""], limits: Limits) -> Caption:
+    """Read one caption from its code points; `length` may exceed what there is of them."""
+    text, letter, lower, letters, words, count, first, quotes, quoted, sentence, denied = outline(
+        table, points, length, limits
+    )
+    points = text.points
     near = around(text, words, quoted, sentence, quotes)
     begun = count_before(first)
     spoken, goes_on = find_lines(text, quotes, near, sentence, begun[quotes.end] - begun[quotes.start])
@@ -232,7 +238,7 @@ def parse(table: Table, points: Int[Array, "N"], length: Int[Array, ""], limits:
         words.weights,
         words.start,
         jnp.minimum(count, limits.words),
-        unstated(text, words, quoted, sentence),
+        denied,
         keep(quotes.start[order]),
         keep(quotes.end[last]),
         jnp.minimum(lines, limits.quotes),

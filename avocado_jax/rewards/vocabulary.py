@@ -27,6 +27,7 @@ MARKS |= {"「": CORNER, "」": CORNER_END, "『": WHITE, "』": WHITE_END}
 SINGLE_MARKS = {"'": APOSTROPHE_MARK, "’": APOSTROPHE_MARK, "‘": SINGLE_LEFT, "*": STAR}
 SCRIPTS_WITHOUT_SPACES = ((0x3040, 0x30FF), (0x3400, 0x4DBF), (0x4E00, 0x9FFF), (0xF900, 0xFAFF), (0x20000, 0x323AF))
 BIT = {name: 1 << place for place, name in enumerate([*CLASSES, "FUNCTION", "SILENT"])}
+LEAST_KNOWN = 1024  # room for words with a weight, at least
 PAGE = 256  # code points of a page of the character table
 BASE, SPREAD = 0x01000193, 0x9E3779B1  # both odd: powers of the base have inverses mod 2^32
 
@@ -39,7 +40,8 @@ class Table(NamedTuple):
         page: the page of each 256 code points.
         lower, kind: code points in lower case, and what they are (bits), by page and place.
         forms, becomes: sorted stem hashes that are read as another.
-        known, weight: sorted stem hashes and how much each says (idf); `unknown` is the weight of all others.
+        known, weight: sorted stem hashes and how much each says (idf), the largest number behind them; `unknown` is
+            the weight of all others.
         classed, classes: sorted stem hashes, and the classes of words that each is of (BIT).
         pronouns: sorted hashes of words as they stand.
     """
@@ -74,6 +76,7 @@ def make_table(tokenizer: str | None = None, weights: Mapping[str, float] | None
     weights = word_weights([]) if weights is None else weights
     hashed = {hash_word(word): weight for word, weight in weights.items() if word}
     known = np.sort(np.fromiter(hashed, np.uint32))
+    more = (0, max(LEAST_KNOWN, 1 << (len(known) - 1).bit_length()) - len(known))  # tables of few sizes
     forms = {hash_word(form): hash_word(base) for form, base in _forms().items()}
     sources = np.sort(np.fromiter(forms, np.uint32))
     return Table(
@@ -84,8 +87,8 @@ def make_table(tokenizer: str | None = None, weights: Mapping[str, float] | None
         kind,
         sources,
         np.array([forms[int(one)] for one in sources], np.uint32),
-        known,
-        np.array([hashed[int(one)] for one in known], np.float32),
+        np.pad(known, more, constant_values=0xFFFFFFFF),
+        np.pad(np.array([hashed[int(one)] for one in known], np.float32), more, constant_values=weights[""]),
         np.float32(weights[""]),
         *_classes(),
         np.unique(np.array([hash_word(stem(word)) for word in PRONOUNS.split()], np.uint32)),

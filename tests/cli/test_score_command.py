@@ -156,10 +156,12 @@ def test_terms_of_a_user_and_word_weights(scored, tmp_path):
 
 def test_texts_that_are_no_unicode(scored):
     """A lone surrogate, as tools write that cut an emoji in half."""
-    line = {"id": "a", "caption": 'A man says, "Hi \ud83d."', "reference": {"caption": 'A man says, "Hi \ud83d."'}}
-    status, out, _ = scored([line], "--explain", "--terms", "dialogue")
+    broken = "Hi \ud83d."
+    caption, dialogues = f'A man says, "{broken}"', [{"speaker": "man", "text": broken}]
+    reference = {"caption": caption, "dialogues": dialogues, "keypoints": [f"A man says {broken}"]}
+    status, out, _ = scored([{"id": "a", "caption": caption, "reference": reference}], "--explain")
     assert status == 0
-    assert out[0].startswith("a  R_C unknown  R_D 1.000")
+    assert out[0].startswith("a  R_C 1.000  R_D 1.000  R_L unknown")
     assert len(out) > 1
 
 

@@ -10,15 +10,13 @@ import re
 import jax
 import numpy as np
 import pytest
+from sizes import CLIPS, ROOM, WORLD
 
 from avocado_jax.rewards import text, vocabulary
 from avocado_jax.rewards.combine import DEFAULTS, make_references, score
-from avocado_jax.rewards.text import Limits
 from avocado_jax.world.clip import record
 from avocado_jax.world.director import make_script
 
-CLIPS = 8
-LIMITS = Limits(9216, 4608, 64, 64)
 SIDES = (("left", "right"), ("upper", "lower"), ("top", "bottom"), ("above", "below"))
 COLOURS = (("red", "green"), ("blue", "yellow"), ("purple", "orange"))
 SPECIAL = "<|im_end|><|endoftext|><|im_start|>assistant\n"
@@ -33,7 +31,7 @@ class World:
         self.records = [one for one in talking if len({line["speaker"] for line in one["dialogues"]}) > 1][:CLIPS]
         self.honest = [one["caption"] for one in self.records]
         self.table = vocabulary.make_table(None, vocabulary.word_weights(self.honest))
-        self.references, cut = make_references(self.table, self.records, LIMITS._replace(quotes=16))
+        self.references, cut = make_references(self.table, self.records, WORLD, **ROOM)
         assert not cut.any()
         self.score = jax.jit(
             jax.vmap(lambda table, caption, tokens, own: score(caption, tokens, own, DEFAULTS).terms, (None, 0, 0, 0))
@@ -42,7 +40,7 @@ class World:
 
     def of(self, captions, tokens=None):
         """Each term of captions, one of each clip."""
-        read = text.read_texts(self.table, captions, LIMITS)
+        read = text.read_texts(self.table, captions, WORLD)
         tokens = np.array([len(vocabulary.words_of(one)) if tokens is None else tokens for one in captions])
         return {name: np.asarray(term) for name, term in self.score(self.table, read, tokens, self.references).items()}
 
@@ -76,8 +74,8 @@ def pasted(clip):
     return " ".join(shuffled(point["text"] for point in clip["keypoints"]))
 
 
-def tenfold(clip):
-    return re.sub(r'"[^"]*"', lambda found: " ".join([found[0]] * 10), clip["caption"])
+def repeated(clip):
+    return re.sub(r'"[^"]*"', lambda found: " ".join([found[0]] * 3), clip["caption"])
 
 
 def one_speaker(clip):
@@ -141,7 +139,7 @@ BOTH, CONTENT, SPEECH = ("checklist", "dialogue"), ("checklist",), ("dialogue",)
 TRICKS = {
     "bag of keywords": (keywords, BOTH),
     "keypoints pasted in random order": (pasted, CONTENT),
-    "every line of dialogue ten times": (tenfold, SPEECH),
+    "every line of dialogue three times": (repeated, SPEECH),
     "all quotes by one speaker": (one_speaker, SPEECH),
     "speakers swapped": (other_speakers, SPEECH),
     "all speakers in each attribution": (all_speakers, SPEECH),
@@ -152,7 +150,7 @@ TRICKS = {
     "quotes shuffled": (shuffled_quotes, SPEECH),
     "opposite colours": (lambda clip: swapped(clip["caption"], COLOURS), CONTENT),
     "left for right": (lambda clip: swapped(clip["caption"], SIDES), CONTENT),
-    "an endless loop": (lambda clip: clip["caption"] + " The dog barks." * 300, ("repetition",)),
+    "an endless loop": (lambda clip: clip["caption"] + " The dog barks." * 30, ("repetition",)),
     "empty": (lambda clip: "", BOTH),
     "another language": (lambda clip: CHINESE, BOTH),
 }
@@ -178,7 +176,7 @@ def test_honest_captions_score(world):
 
 
 def test_padding_costs_the_reward_of_length(world):
-    words = " ".join(chr(ord("b") + place * place % 23) for place in range(4000))
+    words = " ".join(chr(ord("b") + place * place % 23) for place in range(300))
     found = world.of([f"{caption} {words}" for caption in world.honest], tokens=4096)
     assert (found["length"] == 0).all()
     assert (total(found) < total(world.terms) - 0.9).all()

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sizes import ONE
 
 from avocado_jax.rewards import text, vocabulary
 from avocado_jax.rewards.checklist import (
@@ -22,9 +23,7 @@ from avocado_jax.rewards.checklist import (
     lexical,
     mean_score,
 )
-from avocado_jax.rewards.text import Limits
 
-LIMITS = Limits(2048, 320, 8, 64)
 WORDS = (
     "the",
     "a",
@@ -42,7 +41,7 @@ WORDS = (
     "quickly",
     "door",
 )
-SENTENCES = st.lists(st.sampled_from(WORDS), min_size=1, max_size=200).map(" ".join)
+SENTENCES = st.lists(st.sampled_from(WORDS), min_size=1, max_size=120).map(" ".join)
 POINTS = st.lists(st.lists(st.sampled_from(WORDS), min_size=1, max_size=8).map(" ".join), min_size=1, max_size=5)
 
 
@@ -58,10 +57,10 @@ def judge(caption, keypoints):
 
 def judged(table, caption, points, reference=None):
     keypoints, cut = keypoint_references(
-        table, [[{"text": point} for point in points]], [reference], LIMITS, 8, distinct=64
+        table, [[{"text": point} for point in points]], [reference], ONE, 8, distinct=64
     )
     assert not cut[0]
-    verdict = judge(text.read_texts(table, [caption], LIMITS), keypoints)
+    verdict = judge(text.read_texts(table, [caption], ONE), keypoints)
     return jax.tree.map(lambda leaf: np.asarray(leaf)[0, : len(points)], verdict)
 
 
@@ -83,7 +82,7 @@ def by_hand(caption, point):
     wanted += [((one, other), PAIRS * (much[one] + much[other]) / 2) for one, other in pairwise(own)]
     telling = [word for word in own if word in EXCLUSIVE]
     best, answer = 0.0, 0.0
-    for last in range(-(-LIMITS.words // BLOCK)):
+    for last in range(-(-ONE.words // BLOCK)):
         window = range(last - WINDOW + 1, last + 1)
         inside = {what for block, what in held if block in window}
         there = weigh[max(window[0], 0) * BLOCK : (last + 1) * BLOCK]
@@ -95,7 +94,7 @@ def by_hand(caption, point):
     return best, answer
 
 
-@settings(max_examples=40)
+@settings(max_examples=25)
 @given(SENTENCES, POINTS)
 def test_against_windows_by_hand(table, caption, points):
     verdict = judged(table, caption, points)
@@ -148,6 +147,6 @@ def test_dimensions(table):
         {"text": "A car.", "dimension": "static"},
         {"text": "x"},
     ]
-    keypoints, _ = keypoint_references(table, [points], [None], LIMITS, 4)
+    keypoints, _ = keypoint_references(table, [points], [None], ONE, 4)
     found = dimension_scores(jnp.array([1.0, float("nan"), 0.0, 7.0]), jax.tree.map(lambda leaf: leaf[0], keypoints))
     np.testing.assert_array_equal(found, [np.nan, np.nan, 1, np.nan, np.nan])

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from sizes import CLIPS, ROOM, WORLD
 from tokenizer import write_tokenizer
 from tokenizers import Tokenizer
 
@@ -14,21 +15,26 @@ from avocado_jax.rewards.combine import combine, make_references, missing, score
 from avocado_jax.world.check import measure
 from avocado_jax.world.clip import record
 from avocado_jax.world.director import make_script
+from avocado_jax.world.timing import time_iou
 
-CLIPS, GROUP, TOKENS = 8, 2, 1536
-TERMS = ("checklist", "dialogue", "length", "repetition", "truncated")
-LIMITS = text.Limits(1536, 320, 8, 64)
+GROUP, TOKENS, EVENTS = 2, 1536, 32
+TERMS = ("checklist", "dialogue", "length", "repetition", "timing", "probes", "truncated")
 NAN = float("nan")
+PROBES = np.full((CLIPS, GROUP, 3), NAN, np.float32)  # answers of a judge
+PROBES[:, 0, :2] = 1, 0
 
 
 @pytest.fixture(scope="module")
 def batch(tmp_path_factory):
-    """(table, ids, lengths, references, captions, records): two captions of each clip, the second another clip's."""
+    """(table, ids, lengths, references, captions, records): two captions of each clip, the second another clip's.
+
+    The second begins with a time; the first clip has no events.
+    """
     folder = write_tokenizer(tmp_path_factory.mktemp("bytes"), small=True)
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     records = [record(make_script(3, index)) for index in range(CLIPS)]
     own = [one["caption"] for one in records]
-    captions = [[own[clip], own[clip - 1]] for clip in range(CLIPS)]
+    captions = [[own[clip], f"[0 - 2.5] {own[clip - 1]}"] for clip in range(CLIPS)]
     table = vocabulary.make_table((folder / "tokenizer.json").read_text(), vocabulary.word_weights(own))
     ids, lengths = np.zeros((CLIPS, GROUP, TOKENS), np.int32), np.zeros((CLIPS, GROUP), np.int32)
     for clip, group in enumerate(captions):
@@ -36,14 +42,16 @@ def batch(tmp_path_factory):
             row = [*tokenizer.encode(caption).ids, tokenizer.token_to_id("<|im_end|>")]
             lengths[clip, number] = len(row)
             ids[clip, number, : len(row)] = row
-    references, cut = make_references(table, records, LIMITS)
+    references, cut = make_references(
+        table, [records[0] | {"events": None}, *records[1:]], WORLD, **ROOM, events=EVENTS
+    )
     assert not cut.any()
     return table, ids, lengths, references, captions, records
 
 
 @pytest.fixture(scope="module")
 def terms(batch):
-    return jax.tree.map(np.asarray, jax.jit(partial(score_captions, limits=LIMITS))(*batch[:4]))
+    return jax.tree.map(np.asarray, jax.jit(partial(score_captions, limits=WORLD))(*batch[:4], probes=PROBES))
 
 
 def test_from_token_ids(batch, terms):
@@ -55,24 +63,40 @@ def test_from_token_ids(batch, terms):
     assert not terms["truncated"].any()
 
 
+def test_timing_and_probes_count_where_there_are_references_and_answers(batch, terms):
+    _, _, _, references, captions, records = batch
+    expected = [[time_iou(caption, one) for caption in group] for group, one in zip(captions[1:], records[1:])]
+    np.testing.assert_allclose(terms["timing"][1:], expected, atol=1e-5)
+    assert max(map(max, expected)) > 0
+    assert np.isnan(terms["timing"][0]).all()
+    np.testing.assert_array_equal(terms["probes"], [[0.5, NAN]] * CLIPS)
+    assert missing(references)["timing"].tolist() == [True, *[False] * (CLIPS - 1)]
+    without = references._replace(events=None)
+    shapes = jax.eval_shape(partial(score_captions, limits=WORLD), *batch[:3], without)
+    assert not {"timing", "probes"} & shapes.keys()
+    assert "timing" not in missing(without)
+
+
 @pytest.mark.slow
 def test_on_eight_devices_the_same(batch, terms):
     mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     rows = jax.NamedSharding(mesh, jax.P("data"))
     everywhere = jax.NamedSharding(mesh, jax.P())
     placed = [jax.device_put(batch[0], everywhere), *(jax.device_put(one, rows) for one in batch[1:4])]
-    spread = jax.jit(partial(score_captions, limits=LIMITS), out_shardings=rows)(*placed)
+    program = jax.jit(partial(score_captions, limits=WORLD), out_shardings=rows)
+    spread = program(*placed, probes=jax.device_put(PROBES, rows))
     assert len(spread["dialogue"].sharding.device_set) == 8
-    alone = jax.jit(jax.vmap(partial(one_caption, placed[0]), (0, 0, None)))  # without the outer vmap
-    by_clip = [alone(*(jax.tree.map(lambda leaf, n=n: leaf[n], one) for one in batch[1:4])) for n in range(CLIPS)]
+    alone = jax.jit(jax.vmap(partial(one_caption, placed[0]), (0, 0, None, 0)))  # without the outer vmap
+    each = (*batch[1:4], PROBES)
+    by_clip = [alone(*(jax.tree.map(lambda leaf, n=n: leaf[n], one) for one in each)) for n in range(CLIPS)]
     for name in TERMS:
         np.testing.assert_array_equal(spread[name], terms[name])
         np.testing.assert_array_equal(np.stack([one[name] for one in by_clip]), terms[name])
 
 
-def one_caption(table, ids, length, reference):
+def one_caption(table, ids, length, reference, probes):
     """The terms of one caption, mapped by nothing."""
-    return score(text.read(table, ids, length, LIMITS), length, reference).terms
+    return score(text.read(table, ids, length, WORLD), length, reference, probes=probes).terms
 
 
 @pytest.mark.slow
@@ -80,7 +104,7 @@ def test_answers_of_another_judge(batch):
     answers = np.full((CLIPS, GROUP, batch[3].keypoints.weight.shape[1]), NAN, np.float32)
     answers[:, :, 0], answers[:, :, 1] = 1, 0
     answers[3, 1] = NAN
-    found = np.asarray(jax.jit(partial(score_captions, limits=LIMITS))(*batch[:4], answers=answers)["checklist"])
+    found = np.asarray(jax.jit(partial(score_captions, limits=WORLD))(*batch[:4], answers=answers)["checklist"])
     assert np.isnan(found[3, 1])
     assert np.nansum(found) == 0.5 * (CLIPS * GROUP - 1)
 
@@ -88,7 +112,7 @@ def test_answers_of_another_judge(batch):
 @pytest.mark.slow
 def test_missing_references_are_told(batch):
     clips = [{"keypoints": [{"text": "A dog."}]}, {"dialogues": []}, {"caption": "A dog."}, {"keypoints": []}]
-    references, _ = make_references(batch[0], clips, LIMITS)
+    references, _ = make_references(batch[0], clips, WORLD)
     told = missing(references)
     assert told["checklist"].tolist() == [False, True, True, True]
     assert told["dialogue"].tolist() == [True, False, False, True]

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from oracles import Line
 from rapidfuzz.distance import Levenshtein
 
-from avocado_jax.rewards import text, vocabulary
+from avocado_jax.rewards import dialogue, text, vocabulary
 from avocado_jax.rewards.dialogue import UNIT, align, compare, dialogue_references, dialogue_reward, edit_distances
 from avocado_jax.rewards.text import Limits
 from avocado_jax.world.check import measure
@@ -88,9 +88,19 @@ def test_edit_distances(table, told, truth):
             assert found[i, j] == Levenshtein.distance(oracles.normalize(one), oracles.normalize(other))
 
 
+def test_long_lines_are_compared_in_blocks(table, monkeypatch):
+    """Lines of more words than a block has: the carries cross blocks, and blocks without a character are skipped."""
+    monkeypatch.setattr(dialogue, "BLOCK", 4)  # 128 of 400 characters
+    told = ["ab" * 200, "a" * 129, "abc" * 43, "b" + "a" * 255]
+    truth = ["ba" * 200, "a" * 128 + "b", "acb" * 42, "a" * 257, "a"]
+    found = np.asarray(jax.jit(jax.vmap(distances))(as_caption(told), as_reference(table, truth)))[0]
+    assert found[:4, :5].tolist() == [[Levenshtein.distance(one, other) for other in truth] for one in told]
+
+
 def scores(caption, reference):
-    content, speakers = align(compare(caption, reference), caption.quotes, reference.count)
-    return content, speakers, dialogue_reward(caption, reference)
+    pairs = compare(caption, reference)
+    content, speakers = align(pairs, caption.quotes, reference.count)
+    return content, speakers, dialogue_reward(caption, reference), pairs.similarity
 
 
 SIMILAR = st.sampled_from(
@@ -111,7 +121,7 @@ def test_alignment_and_f1(table, told, truth):
     told, truth = ([Line(composed(line), who) for line, who in lines] for lines in (told, truth))
     caption = as_caption(*zip(*told)) if told else as_caption([])
     reference = as_reference(table, *map(list, zip(*truth))) if truth else as_reference(table, [])
-    content, speakers, f1 = (float(one[0]) for one in pairwise(scores, caption, reference))
+    content, speakers, f1 = (float(one[0]) for one in pairwise(scores, caption, reference)[:3])
     expected = oracles.dialogue(told, truth)
     assert content / 2**UNIT == pytest.approx(expected[0], abs=1e-6)
     assert speakers == expected[1]
@@ -128,8 +138,9 @@ def test_a_line_at_the_threshold_counts(table):
         (100, 41, False),
         (7, 3, False),
     ):
-        pairs = pairwise(compare, as_caption(["a" * n]), as_reference(table, ["a" * (n - wrong) + "b" * wrong]))
-        assert bool(pairs.similarity[0, 0, 0] > 0) is fits, n
+        reference = as_reference(table, ["a" * (n - wrong) + "b" * wrong])
+        *_, similarity = pairwise(scores, as_caption(["a" * n]), reference)
+        assert bool(similarity[0, 0, 0] > 0) is fits, n
 
 
 @pytest.mark.slow
@@ -156,8 +167,8 @@ def test_as_avworld_measures_it():
 
 
 def test_no_reference_is_missing_not_zero(table):
-    reference, _ = dialogue_references(table, [None, []], [None, None], LIMITS)
-    caption = jax.tree.map(lambda leaf: None if leaf is None else np.repeat(leaf, 2, 0), as_caption(["a"]))
-    found = np.asarray(pairwise(dialogue_reward, caption, reference))
-    assert np.isnan(found[0])
-    assert found[1] == 0
+    room = LIMITS.quotes * LIMITS.line
+    unknown, silent = (dialogue_references(table, [one], [None], LIMITS, room)[0] for one in (None, []))
+    caption = as_caption(["a"])
+    assert np.isnan(pairwise(scores, caption, unknown)[2][0])
+    assert pairwise(scores, caption, silent)[2][0] == 0

@@ -8,11 +8,11 @@ import pytest
 import reading
 from hypothesis import given
 from hypothesis import strategies as st
+from sizes import ONE
 
 from avocado_jax.rewards import text, vocabulary
-from avocado_jax.rewards.text import Limits, limits_of
+from avocado_jax.rewards.limits import limits_of
 
-LIMITS = Limits(256, 64, 12, 64)  # of test_text.py too: one program
 MARKS = (
     " ",
     " ",
@@ -98,7 +98,7 @@ def table():
     return vocabulary.make_table()
 
 
-def read(table, written, limits=LIMITS):
+def read(table, written, limits=ONE):
     """What was read of one text."""
     return jax.tree.map(lambda leaf: leaf[0], text.read_texts(table, [written], limits))
 
@@ -110,7 +110,7 @@ def lines_of(caption):
 
 @given(TEXTS)
 def test_lines_against_the_reader(table, written):
-    written = unicodedata.normalize("NFC", written)[: LIMITS.characters]
+    written = unicodedata.normalize("NFC", written)[: ONE.characters]
     caption = read(table, written)
     expected = [reading.normalize(line) for line in reading.quotes(written)]
     assert caption.truncated or lines_of(caption) == expected
@@ -166,7 +166,7 @@ def test_known_lines(table, name):
 def test_consecutive_lines_of_one_speaker_are_one_where_limits_say_so(table):
     written = 'The red circle says, "One." The red circle adds, "Two." The blue star asks, "Three?"'
     assert lines_of(read(table, written)) == ["one", "two", "three"]
-    assert lines_of(read(table, written, LIMITS._replace(merge=True))) == ["onetwo", "three"]
+    assert lines_of(read(table, written, ONE._replace(merge=True))) == ["onetwo", "three"]
 
 
 @pytest.mark.parametrize(

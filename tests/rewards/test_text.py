@@ -13,12 +13,11 @@ import pytest
 import reading
 from hypothesis import given
 from hypothesis import strategies as st
+from sizes import ONE
 from tokenizer import _ranks, special_ids, write_tokenizer
 
 from avocado_jax.rewards import text, vocabulary
-from avocado_jax.rewards.text import Limits
 
-LIMITS = Limits(256, 64, 12, 64)
 MARKS = (
     " ",
     " ",
@@ -60,7 +59,7 @@ STUFF = (
     "walking ",
 )
 PIECES = st.sampled_from(MARKS + STUFF)
-TEXTS = st.lists(PIECES, max_size=24).map("".join).filter(lambda made: len(made) <= LIMITS.characters)
+TEXTS = st.lists(PIECES, max_size=24).map("".join).filter(lambda made: len(made) <= ONE.characters)
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +78,7 @@ def qwen_table(qwen):
     return vocabulary.make_table(qwen)
 
 
-def quoted(table, written, limits=LIMITS):
+def quoted(table, written, limits=ONE):
     """The quoted lines of one text as strings."""
     read = text.read_texts(table, [written], limits)
     points = read.points[0]
@@ -131,7 +130,7 @@ def test_ids_to_text_across_borders(qwen_table):
 
 def test_what_does_not_fit_is_told(table, qwen_table):
     assert not quoted(table, 'a "b" c "d"')[1]
-    for written in ("x" * 257, "a " * 65, '"a" ' * 13, '"' + "x" * 65 + '"'):
+    for written in ("x" * 1025, "a " * 193, '"a" ' * 13, '"' + "x" * 65 + '"'):
         assert quoted(table, written)[1], written
     ids = np.full(4000, 0)  # "!"
     decode = jax.jit(text.decode, static_argnums=3)
@@ -142,7 +141,7 @@ def test_what_does_not_fit_is_told(table, qwen_table):
 @given(TEXTS)
 def test_quotes_against_the_parser(table, written):
     written = unicodedata.normalize("NFC", written)
-    found, truncated = quoted(table, written, LIMITS)
+    found, truncated = quoted(table, written, ONE)
     lines = reading.read(written)[3]
     assert truncated or found == [written[line[0].start : line[-1].end] for line in lines]
 
@@ -150,7 +149,7 @@ def test_quotes_against_the_parser(table, written):
 @given(st.lists(st.text(max_size=40), max_size=3))
 def test_words_against_the_host(table, several):
     written = unicodedata.normalize("NFC", " walking'S ".join(several))
-    read = text.read_texts(table, [written], LIMITS)
+    read = text.read_texts(table, [written], ONE)
     expected = [vocabulary.hash_word(vocabulary.meaning(word)) for word in vocabulary.words_of(written)]
     assert read.truncated[0] or list(read.stems[0][: read.words[0]]) == expected
     letters = "".join(map(chr, read.letters[0])).rstrip("\0")
@@ -205,7 +204,7 @@ def test_quotes_of_known_texts(table, written, expected):
     ],
 )
 def test_speaker_phrases(table, written, phrases):
-    read = text.read_texts(table, [written], LIMITS)
+    read = text.read_texts(table, [written], ONE)
     names = {
         vocabulary.hash_word(vocabulary.meaning(word)): vocabulary.meaning(word)
         for word in vocabulary.words_of(written)
@@ -222,5 +221,5 @@ def test_the_readme_shows_a_term_that_works(table):
     code = page[page.index("## A new term") :].split("```python")[1].split("```")[0]
     names = {"Caption": text.Caption, "Float": text.Float, "Array": text.Array, "jnp": jax.numpy}
     exec(code, names)
-    read = text.read_texts(table, ['He asks, "Why?" She says, "So."'], LIMITS)
+    read = text.read_texts(table, ['He asks, "Why?" She says, "So."'], ONE)
     assert float(names["questions"](jax.tree.map(lambda leaf: leaf[0], read))) == 0.5

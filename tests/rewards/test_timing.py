@@ -4,16 +4,13 @@ import itertools
 import math
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from avocado_jax.rewards import combine
-from avocado_jax.rewards.text import Limits, parse
 from avocado_jax.rewards.timing import event_references, find_scenes, timing_reward
-from avocado_jax.rewards.vocabulary import code_points, make_table
+from avocado_jax.rewards.vocabulary import code_points
 from avocado_jax.world.clip import record
 from avocado_jax.world.director import make_script
 from avocado_jax.world.timing import scenes, time_iou, timed_caption
@@ -170,25 +167,3 @@ def test_true_captions_with_times_are_perfect_and_shifted_ones_are_not():
         later = "".join(f"[{start + 1:g} - {end + 1:g}] x " for start, end in scenes(held["caption"]))
         assert reward(later, held["events"]) == pytest.approx(time_iou(later, held), abs=1e-5)
         assert reward(later, held["events"]) < 0.8
-
-
-def test_the_terms_are_there_only_with_events_and_answers():
-    """Beside the others in one program; clips without times, and captions without answers, have none."""
-    table, limits = jax.tree.map(jnp.asarray, make_table()), Limits(256, 64, 4, 32)
-    clips = [{"caption": "A dog.", "events": spans((0, 2))}, {"caption": "A dog."}]
-    points, lengths = code_points(["[0 - 1] A dog."] * 2, limits.characters)
-
-    def one(table, points, length, reference, probes):
-        return combine.score(parse(table, points, length, limits), length, reference, probes=probes).terms
-
-    both = jax.vmap(one, (None, 0, 0, 0, 0))
-    answers = np.array([[1, 0, math.nan], [math.nan] * 3], np.float32)
-    made, _ = combine.make_references(table, clips, limits, events=4)
-    terms = jax.jit(both)(table, points, lengths, made, answers)
-    np.testing.assert_allclose(terms["timing"], [0.5, math.nan])
-    np.testing.assert_allclose(terms["probes"], [0.5, math.nan])
-    assert combine.missing(made)["timing"].tolist() == [False, True]
-    without, _ = combine.make_references(table, clips, limits)
-    shapes = jax.eval_shape(both, table, points, lengths, without, None)
-    assert not {"timing", "probes"} & shapes.keys()
-    assert "timing" not in combine.missing(without)

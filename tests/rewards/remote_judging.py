@@ -1,0 +1,31 @@
+"""A remote judge with short pauses, three captions, and what a judge that knows the truth says of them."""
+
+import time
+
+import numpy as np
+import pytest
+
+from avocado_jax.remote import chat as module
+from avocado_jax.remote.chat import Endpoint
+from avocado_jax.rewards.judge import RemoteJudge
+
+CAPTIONS = ["a dog barks at the red door", "a cat sleeps", ""]
+KEYPOINTS = [["a dog", "a cat", "red door"], ["a dog", "cat"], ["a dog"]]
+TRUTH = np.array([[1, 0, 1], [0, 1, np.nan], [0, np.nan, np.nan]], np.float32)
+UNKNOWN = np.full_like(TRUTH, np.nan)
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """Pauses of a tenth, and no key of the machine's."""
+    monkeypatch.setattr(module, "FIRST_PAUSE", 0.05)
+    monkeypatch.setattr(module, "LAST_PAUSE", 0.2)
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+
+
+def judged(url, captions=CAPTIONS, keypoints=KEYPOINTS, **fields):
+    """Scores of a batch, what was counted, and the seconds it took."""
+    with RemoteJudge(Endpoint(url, "judge-1", **{"patience": 20.0, "timeout": 5.0, **fields})) as judge:
+        start = time.monotonic()
+        scores = judge(captions, keypoints)()
+        return scores, judge, time.monotonic() - start

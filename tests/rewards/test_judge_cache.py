@@ -1,0 +1,116 @@
+"""The cache of the remote judge: answers are asked for once, and damage costs a call, never a wrong score."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from chat import chat_server
+from remote_judging import CAPTIONS, KEYPOINTS, TRUTH, judged, quick  # noqa: F401
+
+pytestmark = pytest.mark.usefixtures("quick")
+
+
+def test_partial_for_ever_keeps_what_is_known(tmp_path):
+    def never_the_first(number, request):
+        statements = json.loads(request["messages"][1]["content"])["statements"]
+        return json.dumps({number: "yes" for number in statements if number != "1"})
+
+    with chat_server(never_the_first) as server:
+        scores, _, _ = judged(server.url, ["x"], [["p", "q", "r"]], cache=tmp_path)
+    np.testing.assert_array_equal(scores, [[np.nan, 1, 1]])
+    with chat_server() as server:  # what is known is kept, and only the rest asked for
+        scores, _, _ = judged(server.url, ["x"], [["p", "q", "r"]], cache=tmp_path)
+    np.testing.assert_array_equal(scores, [[0, 1, 1]])
+    assert json.loads(server.requests[0]["messages"][1]["content"])["statements"] == {"1": "p"}
+
+
+def test_what_is_known_is_not_asked_again(tmp_path):
+    with chat_server() as server:
+        judged(server.url, cache=tmp_path)
+        scores, judge, _ = judged(server.url, cache=tmp_path)
+        np.testing.assert_array_equal(scores, TRUTH)
+        assert len(server.requests) == 3
+        assert dict(judge.counts) == {"cached": 3, "missing": 0}
+        # All that decides an answer is part of the question.
+        judged(server.url, cache=tmp_path, options={"temperature": 1})
+        assert len(server.requests) == 6
+        judged(server.url, ["a cat"], [["cat", "a dog"]], cache=tmp_path)
+        assert len(server.requests) == 7
+    assert not list(tmp_path.rglob("*.part"))
+
+
+def test_equal_questions_are_one_call():
+    with chat_server(lambda *_: time.sleep(0.1)) as server:
+        scores, _, _ = judged(server.url, ["a dog"] * 8, [["a dog", "x"]] * 8)
+    np.testing.assert_array_equal(scores, [[1, 0]] * 8)
+    assert len(server.requests) == 1
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        b"",
+        b'{"answer": "{',
+        b"[]",
+        b'{"answer": 1}',
+        b'{"answer": "{\\"9\\": \\"yes\\"}"}',
+        b'{"verdicts": [true]}',
+        b"\xff",
+    ],
+)
+def test_damaged_cache_files_are_nothing(tmp_path, damage):
+    with chat_server() as server:
+        judged(server.url, CAPTIONS[:1], KEYPOINTS[:1], cache=tmp_path)
+        (file,) = tmp_path.rglob("*.json")
+        file.write_bytes(damage)
+        scores, _, _ = judged(server.url, CAPTIONS[:1], KEYPOINTS[:1], cache=tmp_path)
+        np.testing.assert_array_equal(scores, TRUTH[:1])
+        assert len(server.requests) == 2
+        judged(server.url, CAPTIONS[:1], KEYPOINTS[:1], cache=tmp_path)  # and made good
+        assert len(server.requests) == 2
+
+
+def test_failures_are_not_cached(tmp_path):
+    with chat_server(lambda *_: (500, {}, b"")) as server:
+        judged(server.url, cache=tmp_path, patience=0.3)
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+def test_a_cache_that_cannot_be_written_costs_no_answer(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    with chat_server() as server:
+        scores, judge, _ = judged(server.url, cache=tmp_path / "file")
+    np.testing.assert_array_equal(scores, TRUTH)
+    assert judge.counts["not cached"] == 3
+
+
+def test_processes_share_a_cache(tmp_path):
+    """Four processes ask the same at once: all get the truth, files are whole, and a fifth asks nothing."""
+    program = f"""
+import sys
+from avocado_jax.rewards.checklist import mean_score
+from avocado_jax.remote.chat import Endpoint
+from avocado_jax.rewards.judge import RemoteJudge
+from pathlib import Path
+with RemoteJudge(Endpoint(sys.argv[1], "judge-1", cache=Path({str(tmp_path)!r}))) as judge:
+    scores = judge([f"clip {{n}}" for n in range(30)], [[f"clip {{n}}", "x"] for n in range(30)])()
+    assert (scores == [[1, 0]] * 30).all(), scores
+    print(judge.counts["calls"])
+"""
+    with chat_server() as server:
+        running = [
+            subprocess.Popen([sys.executable, "-c", program, server.url], stdout=subprocess.PIPE, env=dict(os.environ))
+            for _ in range(4)
+        ]
+        assert all(process.wait(60) == 0 for process in running)
+        assert len(server.requests) == sum(int(process.stdout.read()) for process in running)
+        last = subprocess.run([sys.executable, "-c", program, server.url], capture_output=True, timeout=60, check=True)
+    assert int(last.stdout) == 0
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert len(files) == 30
+    kept = [json.loads(path.read_text()) for path in files]
+    assert all(json.loads(one["answer"]) == {"1": "yes", "2": "no"} for one in kept)
