@@ -18,6 +18,7 @@ from avocado_jax.rewards.checklist import (
     PAIRS,
     WINDOW,
     WRONG,
+    _read_keypoints,
     dimension_scores,
     keypoint_references,
     lexical,
@@ -131,6 +132,18 @@ def test_order_counts_where_the_reference_tells_it(table):
     assert judged(table, told, points, told).score.tolist() == [1, 1, 1, 1]
     assert judged(table, backwards, points).score.tolist() == [1, 1, 1, 1]  # no order is known
     assert judged(table, backwards, points, told).score.max() < 0.1
+
+
+def test_keypoints_of_any_length_are_read_in_their_places(table):
+    """Short ones and long ones are read by two programs; one of more words than fit is cut."""
+    words = [f"{one}{other}" for one in ("bam", "dor", "fil", "gan", "hop") for other in ("ta", "mo", "ru", "ki", "pe")]
+    texts = ["a dog barks", " ".join(words), "the red car", "go " * 97, " ".join("abcdefghijklmnopqrstuvwxyz") * 2]
+    hashes, weights, cut = _read_keypoints(table, texts, 64)
+    assert cut.tolist() == [False, False, False, True, False]
+    for text_, own, much in zip(texts[:3], hashes, weights):
+        content = {vocabulary.hash_word(vocabulary.meaning(word)) for word in text_.split() if word not in ("a", "the")}
+        assert content <= set(own[much > 0].tolist())
+        assert (much > 0).sum() == 2 * len(content) - 1  # words and neighbours
 
 
 def test_no_answer_is_missing_not_zero():

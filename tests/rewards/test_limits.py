@@ -1,0 +1,54 @@
+"""Limits that follow from texts: room for what may be speech, at the cost of the text."""
+
+import pytest
+
+from avocado_jax.eval.rewarded import BATCH, _rows
+from avocado_jax.rewards.limits import MOST, SIZES, limits_of
+from avocado_jax.rewards.text import Limits
+from avocado_jax.rewards.vocabulary import make_table, word_weights
+
+LONG = "so we go on " * 60  # 720 characters
+SMALL, LARGE = SIZES
+
+
+@pytest.mark.parametrize(
+    ("text", "lines"),
+    [
+        (f'A man waves. {LONG}, "Stop." {LONG} "Go," he says. {LONG}', SMALL),  # between quotes, not in them
+        (f'A man says, "{LONG}"', LARGE),
+        (f"A man says, “{LONG}” and goes.", LARGE),
+        (f"A man says, &quot;{LONG}&quot;", LARGE),
+        (f'A man says, "{LONG}\n\nA bell rings.', LARGE),  # never closed
+        (f"A man says, 'Oh, {LONG}'", LARGE),
+        (f"Man (off screen): {LONG}", LARGE),
+        (f"A man says: Stop. {LONG}", SMALL),  # one sentence is speech
+        (f"Setting: {LONG}", SMALL),  # no speaker
+        ('"a" ' * 33, LARGE),
+    ],
+)
+def test_lines_that_may_be_speech_have_room(text, lines):
+    found = limits_of([text])
+    assert (found.quotes, found.line) == lines
+
+
+def test_lines_of_the_reference_have_room():
+    assert limits_of(["x"], [["short"], ["a" * 513]])[2:4] == LARGE
+    assert limits_of(["x"], [["a"] * 33])[2:4] == LARGE
+    assert limits_of(["x"], [["a"] * 32])[2:4] == SMALL
+
+
+def test_a_text_of_any_size_is_bounded():
+    assert limits_of(["word " * 200_000]) == Limits(MOST, 8192, *SMALL)
+    assert limits_of(["a " * 200_000]).words == 16384
+
+
+def test_batches_of_long_captions_are_small():
+    assert _rows(Limits(1024)) == BATCH
+    assert [_rows(Limits(size)) for size in (4096, 8192, MOST)] == [16, 8, 2]
+
+
+def test_word_weights_of_any_texts_have_one_shape():
+    plain, rare = make_table(), make_table(None, word_weights(["a zebra runs", "a dog"]))
+    assert plain.known.shape == rare.known.shape == rare.weight.shape
+    assert (rare.known[1:] >= rare.known[:-1]).all()
+    assert rare.weight[-1] == rare.unknown != plain.unknown
