@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from avocado_jax.errors import InputError
-from avocado_jax.fields import OTHER_NAMES, check_field
+from avocado_jax.fields import OTHER_NAMES, check_field, same_path
 
 PACKAGE = Path(__file__).parent
 
@@ -384,19 +384,10 @@ def refuse_another(config: Any, stored: dict[str, Any], where: str) -> None:
         return tuple(value) if isinstance(value, list) else value
 
     fixed = ((name, at(name), value) for name, value, is_free in flat(config) if not is_free)
-    changed = {
-        name: (there, here) for name, there, here in fixed if there != here and not _same_path(name, there, here)
-    }
+    changed = {name: (there, here) for name, there, here in fixed if there != here and not same_path(name, there, here)}
     differ = [f"{name} ({there} there, {here} here)" for name, (there, here) in changed.items()]
     if stored.get("kind") != type(config).__name__:
         differ = [f"kind ({stored.get('kind')} there, {type(config).__name__} here)"]
     if differ:
         more = f"; to train longer, begin another run with --init {where}" if {"steps", "epochs"} & {*changed} else ""
         raise InputError(f"{where}: begun with another config: {', '.join(differ)}{more}")
-
-
-def _same_path(name: str, there: Any, here: Any) -> bool:
-    """Whether two values of a field name the same local path, one of them relative."""
-    if name not in ("init", "data.train", "data.heldout") or not there or not here or ":" in f"{there}{here}":
-        return False
-    return Path(there).resolve() == Path(here).resolve()

@@ -7,6 +7,7 @@ import shutil
 import textwrap
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
+from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
 from avocado_jax.errors import InputError
@@ -88,6 +89,13 @@ def check_field(name: str, value: Any) -> None:
     if not (low <= value <= high and math.isfinite(value)):
         domain = "a finite number" if low == -math.inf else f"a number from {low:g}"
         raise InputError(f"{name}: {value} is not {domain}" + (f" to {high:g}" if high < math.inf else ""))
+
+
+def same_path(name: str, there: Any, here: Any) -> bool:
+    """Whether two values of a field name the same local path, one of them relative."""
+    if name not in ("init", "data.train", "data.heldout") or not there or not here or ":" in f"{there}{here}":
+        return False
+    return Path(there).resolve() == Path(here).resolve()
 
 
 def describe(config: Any, prefix: str = "") -> Iterator[Description]:

@@ -40,8 +40,9 @@ from pathlib import Path
 from avocado_jax.checkpoint.load import named_checkpoint
 from avocado_jax.data.reader import READERS, ClipReader
 from avocado_jax.errors import InputError
-from avocado_jax.eval.captioner import computing_dtype, load_captioner, parse_mesh
+from avocado_jax.eval.captioner import computing_dtype, load_captioner
 from avocado_jax.parallel.backend import use_gpu_memory
+from avocado_jax.parallel.mesh import parse_mesh
 from avocado_jax.sampling.engine import free_cache_bytes
 from avocado_jax.sampling.logits import Sampling
 from avocado_jax.serving.app import Limits, Server
