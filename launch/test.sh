@@ -24,10 +24,13 @@ fi
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
 
+# Tests wait for sockets, timeouts and other processes a fifth of the time: one test process more than there are cores.
+processes=$(($(.venv/bin/python -c 'import os; print(os.cpu_count())') + 1))
+
 # SIGUSR1 makes every test process print its stacks (tests/conftest.py); half a minute later all of them are killed.
 status=0
 timeout --signal=USR1 --kill-after=30 "${TEST_MINUTES-$minutes}m" \
-  .venv/bin/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder --max-worker-restart=0 \
+  .venv/bin/python -m pytest --numprocesses "$processes" --dist loadfile --no-loadscope-reorder --max-worker-restart=0 \
   --durations=20 ${marks[@]+"${marks[@]}"} "$@" || status=$?
 if ((status == 124 || status == 137)); then
   echo "launch/test.sh: stopped after ${TEST_MINUTES-$minutes} minutes; the stacks of its processes are above" >&2
