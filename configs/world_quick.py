@@ -1,7 +1,7 @@
 """The shipped captioner on a world it has not seen: more colours, shapes, voices, words. launch/quickstart.sh runs it.
 
   avocado world runs/quickstart/train --clips 320 --seed 0 --level 1 --references 0
-  avocado prepare runs/quickstart/train/clips.jsonl runs/quickstart/shards --features --reading fewest_pixels=784
+  avocado prepare runs/quickstart/train/clips.jsonl runs/quickstart/shards --features --checkpoint avocado_jax/assets/captioner
   avocado sft configs/world_quick.py --workdir runs/quickstart/run
 
 Expected: see the README, "Two commands".

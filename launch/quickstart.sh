@@ -16,7 +16,7 @@ say "Clips whose truth is known, to learn from and to be tested on"
 .venv/bin/avocado world "$out/train" --clips 320 --seed 0 --level 1 --references 0
 .venv/bin/avocado world "$out/test" --clips 16 --seed 0 --level 1 --references 0 --split test
 if [[ ! -f $out/shards/manifest.json ]]; then
-  .venv/bin/avocado prepare "$out/train/clips.jsonl" "$out/shards" --features --reading fewest_pixels=784
+  .venv/bin/avocado prepare "$out/train/clips.jsonl" "$out/shards" --features --checkpoint avocado_jax/assets/captioner
 fi
 
 say "What the shipped captioner makes of them: it knows half of their colours, voices and words"
