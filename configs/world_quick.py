@@ -1,7 +1,8 @@
 """The shipped captioner on a world it has not seen: more colours, shapes, voices, words. launch/quickstart.sh runs it.
 
   avocado world runs/quickstart/train --clips 320 --seed 0 --level 1 --references 0
-  avocado prepare runs/quickstart/train/clips.jsonl runs/quickstart/shards --features --checkpoint avocado_jax/assets/captioner
+  avocado prepare runs/quickstart/train/clips.jsonl runs/quickstart/shards --features \
+    --checkpoint avocado_jax/assets/captioner
   avocado sft configs/world_quick.py --workdir runs/quickstart/run
 
 Expected: see the README, "Two commands".
