@@ -1,9 +1,10 @@
 """The shipped captioner on a world it has not seen: more colours, shapes, voices, words. launch/quickstart.sh runs it.
 
   avocado world runs/quickstart/train --clips 320 --seed 0 --level 1 --references 0
-  avocado prepare runs/quickstart/train/clips.jsonl runs/quickstart/shards --features \
-    --checkpoint avocado_jax/assets/captioner
+  avocado prepare runs/quickstart/train/clips.jsonl runs/quickstart/shards --features --checkpoint CAPTIONER
   avocado sft configs/world_quick.py --workdir runs/quickstart/run
+
+CAPTIONER is avocado_jax/assets/captioner, whose way of sampling clips the shards must have.
 
 Expected: see the README, "Two commands".
 """

@@ -18,6 +18,9 @@ dialogues are {"speaker", "text"}, keypoints {"text", "dimension"?}, events {"st
 A term without a reference, or that is not among --terms, is null. Word weights are those of training: all content words
 alike, or with --idf by how rare they are in the captions of a file. Text past 32,768 characters, 64 quotes or 2,048
 characters of a quote, and 512 scenes or events, is cut. avocado_jax/rewards/README.md describes what each term sees.
+
+Texts of one size share programs that take up to half a minute to compile. They are kept in ~/.cache/avocado/compiled, or
+in the folder that JAX_COMPILATION_CACHE_DIR names.
 """
 
 import argparse
@@ -37,6 +40,7 @@ from avocado_jax.eval.captioner import computing_dtype
 from avocado_jax.eval.marks import as_compared
 from avocado_jax.eval.rewarded import Entry, scores
 from avocado_jax.jsonl import NUMBER, read_captions
+from avocado_jax.parallel.compiled import use_user_cache
 from avocado_jax.remote.chat import Endpoint
 from avocado_jax.rewards.combine import ALWAYS, JUDGES, PROBE_JUDGES, TERMS
 from avocado_jax.rewards.explain import explain
@@ -95,6 +99,7 @@ def run(args: argparse.Namespace) -> int:
     extra = load_terms(args.extra, (*TERMS, *FIXED))
     captions, references = [line["caption"] for line in lines], [line["reference"] for line in lines]
     host = {term.name: term.values(captions, references) for term in extra if term.kind == "host"}
+    use_user_cache()  # a shape of texts takes seconds to compile
     answers = judge_scores(args, lines)
     warn_of_missing(lines, terms, tokenizer)
     table = make_table(None, word_weights(caption_texts(args.idf)) if args.idf else None)

@@ -66,7 +66,9 @@ def test_scores_in_order(tmp_path, scored):
     assert any("dialogue: no reference for 1 of 6" in line for line in err)
 
 
-def test_what_matched_is_told_in_words(scored):
+def test_what_matched_is_told_in_words(scored, monkeypatch):
+    cached = []
+    monkeypatch.setattr("avocado_jax.cli.score.use_user_cache", lambda: cached.append(True))
     caption = 'The red circle says, "Look at the moon." A bell rings softly.'
     dialogues = [{"speaker": "a red circle", "text": "Look at the moon!"}, {"speaker": "x", "text": "Good bye"}]
     reference = {"dialogues": dialogues, "keypoints": [{"text": "A bell rings softly.", "dimension": "auditory"}]}
@@ -82,6 +84,7 @@ def test_what_matched_is_told_in_words(scored):
     )
     assert 'Not said, line 2: "Good bye".' in told["explain"]
     assert any("A bell rings softly" in one and "1.00" in one for one in told["explain"])
+    assert cached
 
 
 @pytest.mark.slow
