@@ -19,8 +19,8 @@ A term without a reference, or that is not among --terms, is null. Word weights 
 alike, or with --idf by how rare they are in the captions of a file. Text past 32,768 characters, 64 quotes or 2,048
 characters of a quote, and 512 scenes or events, is cut. avocado_jax/rewards/README.md describes what each term sees.
 
-Texts of one size share programs that take up to half a minute to compile. They are kept in ~/.cache/avocado/compiled, or
-in the folder that JAX_COMPILATION_CACHE_DIR names.
+Texts of one size share programs, which take up to half a minute to compile. They are kept in ~/.cache/avocado/compiled
+or in the folder that JAX_COMPILATION_CACHE_DIR names.
 """
 
 import argparse
