@@ -302,7 +302,7 @@ def test_rollouts_are_those_of_seed_and_step():
 
 def test_batches_that_are_sampled_together_have_the_captions_of_separate_rollouts():
     """One program over the rows of both batches; each row's draws are those of its batch's step."""
-    run = Run(CONFIG, (4, 1, 2))
+    run = Run(replace(CONFIG, rollout_batches=2, objective=ObjectiveConfig(importance_cap=2.0)), (4, 1, 2))
     other = jax.tree.map(lambda leaf: leaf[::-1], run.clip)
     with jax.set_mesh(run.mesh):
         batches = run.clip, jax.device_put(other, rows_sharding(run.mesh))
