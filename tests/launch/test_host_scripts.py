@@ -65,7 +65,8 @@ def test_the_service_restarts_on_all_but_0_2_and_3_and_survives_a_reboot(host, t
 def test_setup_installs_the_extras_with_the_python_of_uv(host):
     venv, install = host("setup.sh", "tpu", "wandb")
     assert venv == "uv venv --quiet --allow-existing --python 3.11 .venv only-managed"
-    assert install == "uv pip install --quiet --python .venv/bin/python --editable .[tpu,wandb] only-managed"
+    command = "uv pip install --quiet --python .venv/bin/python --requirement requirements.txt"
+    assert install == f"{command} --editable .[tpu,wandb] only-managed"
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from avocado_jax.config import DataConfig
+from avocado_jax.data.index import byte_length
 from avocado_jax.errors import InputError
 from avocado_jax.train.inputs import open_source
 from avocado_jax.world.check import measure, parse
@@ -50,7 +51,7 @@ def test_sources_are_as_their_index_says(name):
         assert clip.frames.shape == (index.frames[number], index.height[number], index.width[number], 3)
         assert (0 if clip.samples is None else len(clip.samples) // 160) == index.mel[number]
         texts = [fields["caption"], *fields.get("references", [])]
-        assert max(len(text.encode()) for text in texts) == index.caption[number]
+        assert max(map(byte_length, texts)) == index.caption[number]
         np.testing.assert_array_equal(source[number].clip.frames, clip.frames)
 
 
