@@ -16,6 +16,7 @@ def start(program, *arguments, devices=8, optimization=1):
     """
     program = f"import sys\nsys.path[:0] = {[str(Path(__file__).parent)]!r}\n" + textwrap.dedent(program)
     flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level={optimization}"
+    flags += " --xla_cpu_use_fusion_emitters=false"  # as in conftest.py
     if optimization == 0:
         flags += " --xla_llvm_disable_expensive_passes=true"
     env = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}

@@ -90,6 +90,7 @@ class Runs:
         `last`: more fields, of the last process alone.
         """
         flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=1"
+        flags += " --xla_cpu_use_fusion_emitters=false"  # as in conftest.py
         env = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "JAX_LOG_COMPILES": "1"}
         if cached:
             env |= {"JAX_COMPILATION_CACHE_DIR": str(self.cache), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}

@@ -85,6 +85,7 @@ def test_the_estimate_of_a_collection(monkeypatch, batch, slots):
     assert estimate.estimate_clips(config, given[1:2], 1, 32, batch, None) is None
 
 
+@pytest.mark.slow
 def test_bench_over_a_mesh():
     """All replicas caption; the floor is that of a device with half of the weights."""
     one, four = (bench_caption("tiny", 2, 1024, 8, "float32", mesh) for mesh in ((1, 1), (2, 2)))

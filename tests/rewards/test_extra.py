@@ -98,6 +98,7 @@ def test_an_error_of_a_term_cannot_be_helped_by_a_restart(name, why):
     assert exit_status(error.value) == 3
 
 
+@pytest.mark.slow
 def test_a_term_of_the_devices_is_scored_with_the_others(tmp_path):
     table = make_table((write_tokenizer(tmp_path, small=True) / "tokenizer.json").read_text())
     (term,) = load_terms([f"jax:{HERE}:marks"], TERMS)
