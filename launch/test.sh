@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Lint, then the fast tests (16 minutes on two cores with an empty compile cache); with --slow the slow ones too (an hour).
+# Lint, then the fast tests (11 minutes on two cores with an empty compile cache); with --slow the slow ones too (an hour).
 # Tests marked soak run by hand: .venv/bin/python -m pytest -m soak
 # Other arguments go to pytest. A run past its time limit prints the stacks of its processes and fails.
 set -euo pipefail
