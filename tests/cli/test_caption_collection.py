@@ -332,6 +332,8 @@ def test_many_failures_in_a_row_stop_the_run(clips, tmp_path, stub, monkeypatch,
     assert "stopped: 3 of the last 4 clips failed, more than --max-failed 0.5; once" in error
     run(*given, "--max-failed", "1")
     assert len(lines(out)) == 10
+    run(*given[:-1], tmp_path / "all.jsonl", "--max-failed", "1")
+    assert len(lines(tmp_path / "all.jsonl")) == 10
     run(*missing, "--checkpoint", SHIPPED, status=2)  # to the terminal: all of them
     assert "stopped" not in capsys.readouterr().err
     run(*given, "--max-failed", "1.5", status=2)
