@@ -227,7 +227,7 @@ def test_another_kind_of_config_is_refused(grpo_runs, runs):
     log = runs.finish("undisturbed", "--group", "4", expect=2)
     assert "--group: no such field" in log
     log = grpo_runs.finish("wrong", "--objective.kl", "k9", expect=2)
-    assert "objective.kl: 'k9' is none of k1, k2, k3" in log
+    assert "objective.kl: 'k9' is not one of k1, k2, k3" in log
     log = grpo_runs.finish("undisturbed", "--objective.beta", "0.1", expect=2)
     assert "objective.beta (0.04 there, 0.1 here)" in log
 
