@@ -6,14 +6,15 @@
 
 The last command compares the time IoU of greedy captions of held-out clips, seed by seed, with the captioner before.
 
-Expected: not measured yet. The comparison shows whether time IoU rises by more than two standard errors.
+Expected: not measured. With 30 steps, lr 3e-4 and temperature 1, over 3 seeds, the reward of sampled captions rose from
+0.45 to 0.50, but the time IoU of greedy captions of held-out clips fell from 0.605 to 0.572 ± 0.004.
 """
 
 from avocado_jax.config import DataConfig, GrpoConfig, ObjectiveConfig, OptimConfig, RewardConfig, SamplingConfig
 
 config = GrpoConfig(
     init="runs/world_timestamps",
-    steps=30,
+    steps=40,
     batch=8,
     group=8,
     train="captioner",
@@ -27,7 +28,7 @@ config = GrpoConfig(
         caption_tokens=400,
         shapes=1,
     ),
-    sampling=SamplingConfig(tokens=400, temperature=1.0),
+    sampling=SamplingConfig(tokens=400, temperature=0.7),
     rewards=RewardConfig(
         checklist=0.0,
         dialogue=0.0,
@@ -40,8 +41,8 @@ config = GrpoConfig(
         scenes=24,
     ),
     objective=ObjectiveConfig(beta=0.04),
-    optim=OptimConfig(lr=3e-4, warmup=0.05, final=0.1),
-    checkpoint_every=15,
-    eval_every=15,
+    optim=OptimConfig(lr=1e-4, warmup=0.05, final=0.1),
+    checkpoint_every=20,
+    eval_every=20,
     eval_rows=16,
 )
