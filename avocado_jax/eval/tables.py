@@ -18,35 +18,35 @@ def result_table(result: Mapping[str, Any]) -> str:
     rows.append([f"**{_safe(result['model'])}**", *map(_number, metrics.values())])
     if spread := result.get("spread"):
         ends = [spread.get(name) for name in metrics]
-        told = [f"{_number(two[0])} to {_number(two[1])}" if two else "" for two in ends]
-        rows.append([f"over {len(result['rounds'])} rounds", *told])
+        ranges = [f"{_number(two[0])} to {_number(two[1])}" if two else "" for two in ends]
+        rows.append([f"over {len(result['rounds'])} rounds", *ranges])
     lines += _table(["", *metrics], rows)
     for kind, groups in result.get("by", {}).items():
         names = list(next(iter(groups.values())))
         rows = [[_safe(group), *(_number(of[name]) for name in names)] for group, of in groups.items()]
         lines += ["", *_table([f"by {kind}", *names], rows)]
-    lines += ["", *(f"- {_safe(told)}" for told in notes(result))]
+    lines += ["", *(f"- {_safe(note)}" for note in notes(result))]
     return "\n".join(lines) + "\n"
 
 
 def notes(result: Mapping[str, Any]) -> list[str]:
     """What figures do not say."""
-    judge, told = result["judge"], [f"{result['n']} clips"]
+    judge, lines = result["judge"], [f"{result['n']} clips"]
     if judge is None:
-        told.append("no judge was asked")
+        lines.append("no judge was asked")
     else:
-        told.append(f"judge {judge['model']}, {judge['prompts']} prompts, {len(result['rounds'])} rounds")
+        lines.append(f"judge {judge['model']}, {judge['prompts']} prompts, {len(result['rounds'])} rounds")
         named = [f"{name} ({count})" for name, count in judge.get("returned", {}).items() if name]
-        told += [f"models of the answers, as the endpoint named them: {', '.join(named)}"] * bool(named)
-        told += [f"as published: {note}" for note in judge.get("official", ())]
+        lines += [f"models of the answers, as the endpoint named them: {', '.join(named)}"] * bool(named)
+        lines += [f"as published: {note}" for note in judge.get("official", ())]
         left = "" if judge.get("official") else " and left out of the figures"
-        told.append(f"{result['missing']} of {result['asked']} answers are missing{left}")
-        told += [f"{count} times: {why}" for why, count in result["why"].items()]
+        lines.append(f"{result['missing']} of {result['asked']} answers are missing{left}")
+        lines += [f"{count} times: {why}" for why, count in result["why"].items()]
         if judge["prompts"] == "our own":
-            told.append("published figures were judged with other prompts; wording moves the numbers")
+            lines.append("published figures were judged with other prompts; wording moves the numbers")
     if result["failed"]:
-        told.append(f"{len(result['failed'])} clips have no caption and count as empty ones")
-    return told
+        lines.append(f"{len(result['failed'])} clips have no caption and count as empty ones")
+    return lines
 
 
 def ablation_table(results: Sequence[Mapping[str, Any]]) -> str:

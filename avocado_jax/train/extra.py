@@ -30,8 +30,8 @@ class Computed(NamedTuple):
 class HostTerm:
     """A term of kind "host" in a run.
 
-    The function runs in a thread of its own, one batch after another in the order of their rollouts, so that the
-    devices work meanwhile.
+    The function runs in a background thread, so that the devices work meanwhile. Batches are processed in the order of
+    their rollouts.
     """
 
     def __init__(self, term: Term, mesh: Mesh, text: Callable[[Sequence[int]], str]):

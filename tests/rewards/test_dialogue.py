@@ -91,10 +91,10 @@ def test_edit_distances(table, told, truth):
 def test_long_lines_are_compared_in_blocks(table, monkeypatch):
     """Lines of more words than a block has: the carries cross blocks, and blocks without a character are skipped."""
     monkeypatch.setattr(dialogue, "BLOCK", 4)  # 128 of 400 characters
-    told = ["ab" * 200, "a" * 129, "abc" * 43, "b" + "a" * 255]
+    lines = ["ab" * 200, "a" * 129, "abc" * 43, "b" + "a" * 255]
     truth = ["ba" * 200, "a" * 128 + "b", "acb" * 42, "a" * 257, "a"]
-    found = np.asarray(jax.jit(jax.vmap(distances))(as_caption(told), as_reference(table, truth)))[0]
-    assert found[:4, :5].tolist() == [[Levenshtein.distance(one, other) for other in truth] for one in told]
+    found = np.asarray(jax.jit(jax.vmap(distances))(as_caption(lines), as_reference(table, truth)))[0]
+    assert found[:4, :5].tolist() == [[Levenshtein.distance(one, other) for other in truth] for one in lines]
 
 
 def scores(caption, reference):

@@ -1,4 +1,4 @@
-"""The cache of the remote judge: answers are asked for once, and damage costs a call, never a wrong score."""
+"""The cache of the remote judge: each answer is requested once; a damaged file costs a call, not a wrong score."""
 
 import json
 import os
@@ -22,7 +22,7 @@ def test_partial_for_ever_keeps_what_is_known(tmp_path):
     with chat_server(never_the_first) as server:
         scores, _, _ = judged(server.url, ["x"], [["p", "q", "r"]], cache=tmp_path)
     np.testing.assert_array_equal(scores, [[np.nan, 1, 1]])
-    with chat_server() as server:  # what is known is kept, and only the rest asked for
+    with chat_server() as server:  # cached answers are kept, and only the others are requested
         scores, _, _ = judged(server.url, ["x"], [["p", "q", "r"]], cache=tmp_path)
     np.testing.assert_array_equal(scores, [[0, 1, 1]])
     assert json.loads(server.requests[0]["messages"][1]["content"])["statements"] == {"1": "p"}
