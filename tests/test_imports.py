@@ -15,7 +15,7 @@ ALLOWED = {
     "models": {"parallel"},
     "parallel": set(),
     "sampling": {"models", "data", "parallel"},
-    "checkpoint": {"models", "data.storage", "data.timeouts", "data.hub", "data.ordered"},
+    "checkpoint": {"models", "data.storage", "data.storage_errors", "data.timeouts", "data.hub", "data.ordered"},
     "remote": set(),
     "rewards": set(),
     "rewards/judge.py": {"remote"},  # the one reward that does I/O

@@ -23,6 +23,7 @@ from avocado_jax.checkpoint.safetensors import SHARD_BYTES, Spec, Tensor, read_h
 from avocado_jax.data import storage
 from avocado_jax.data.hub import Busy, hub_errors, quiet
 from avocado_jax.data.ordered import map_ordered
+from avocado_jax.data.storage_errors import library_errors
 from avocado_jax.data.timeouts import retried
 from avocado_jax.errors import InputError
 from avocado_jax.models.config import Lora
@@ -50,7 +51,7 @@ def from_hf(source: str | os.PathLike, target: str | os.PathLike, reading: Mappi
     done = progress(range(len(checkpoint.entries) + 1), "tensors", len(checkpoint.entries))
     stacks = _stacks(checkpoint, lambda: next(done))
     nbytes = sum(map(_nbytes, [*checkpoint.tensors.values(), *checkpoint.carried.values()]))
-    with _appearing(str(target), nbytes) as folder, storage.library_errors(str(target)):
+    with _appearing(str(target), nbytes) as folder, library_errors(str(target)):
         _write_beside(checkpoint, folder, reading)
         save_pieces(run_path(folder) / "checkpoints" / "0" / "params", stacks)
         storage.write(storage.join(folder, COMMITTED), b"")  # Orbax's mark of a finished step in a bucket
@@ -215,7 +216,7 @@ def _beside(checkpoint: Checkpoint) -> tuple[str, dict[str, Tensor]]:
     """The prefix of the modelled tensors' names in Hugging Face format, and the tensors that are not modelled."""
     if isinstance(checkpoint, HfCheckpoint):
         return checkpoint.prefix, checkpoint.carried
-    with storage.library_errors(str(checkpoint.folder)):
+    with library_errors(str(checkpoint.folder)):
         written = read_json(checkpoint.folder / "source.json")
     prefix = written.get("prefix") if isinstance(written, dict) else None
     if prefix not in ("", "thinker."):
@@ -236,7 +237,7 @@ def _appearing(target: str, nbytes: int) -> Iterator[str]:
     the checkpoint is recognised last.
     """
     if storage.is_remote(target):
-        with storage.library_errors(target):
+        with library_errors(target):
             path = run_path(target)
             if path.exists():
                 if not storage.exists(storage.join(target, MARK)):

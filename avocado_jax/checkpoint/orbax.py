@@ -30,6 +30,7 @@ from avocado_jax.checkpoint.hf_config import read_config
 from avocado_jax.checkpoint.references import fetched, is_remote, run_path
 from avocado_jax.data import storage
 from avocado_jax.data.ordered import map_ordered
+from avocado_jax.data.storage_errors import library_errors
 from avocado_jax.errors import InputError
 from avocado_jax.models.config import Lora, ThinkerConfig
 from avocado_jax.models.lora import update_of
@@ -136,7 +137,7 @@ class RunCheckpoint(NamedTuple):
             StorageError: storage failed, and a retry may work.
         """
         try:
-            with storage.library_errors(str(self.params)):
+            with library_errors(str(self.params)):
                 yield
         except ValueError as error:
             reason = " ".join(str(error).split())[:200]
@@ -233,7 +234,7 @@ def open_run(folder: str | os.PathLike, step: int | None = None, copies: bool = 
     if step not in steps:
         raise InputError(f"{folder}: no finished step {step}; there are {', '.join(map(str, steps))}")
     metadata = path / "checkpoints" / str(step) / "params" / "_METADATA"
-    with storage.library_errors(str(path)):
+    with library_errors(str(path)):
         tied = "('head',)" not in read_json(metadata).get("tree_metadata", {})
     side_files = fetched(path / "hf", copies=copies)
     config = read_config(read_json(side_files / "config.json"), tied)

@@ -26,6 +26,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
+from avocado_jax.data.memory_file import MemoryFile
 from avocado_jax.data.storage_errors import StorageError, failure, local_errors
 from avocado_jax.data.timeouts import retried, within
 from avocado_jax.errors import InputError, first_line
@@ -95,7 +96,7 @@ def read_into(path: str, first: int, buffer: memoryview) -> int:
             return file.readinto(buffer)
 
     def read_part(begin: int) -> int:
-        part = _Buffer(buffer[begin : begin + PART])
+        part = MemoryFile(buffer[begin : begin + PART])
         with _requests:
             _download(path, part, start=first + begin, end=first + min(begin + PART, len(buffer)) - 1)
         return part.tell()
@@ -108,28 +109,6 @@ def read_into(path: str, first: int, buffer: memoryview) -> int:
 
 
 _requests = threading.BoundedSemaphore(REQUESTS)
-
-
-class _Buffer(io.BufferedIOBase):
-    """A part of memory as the file that a download writes."""
-
-    def __init__(self, buffer: memoryview) -> None:
-        self._buffer, self._at = buffer, 0
-
-    def tell(self) -> int:
-        return self._at
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        self._at = offset
-        return offset
-
-    def truncate(self, size: int | None = None) -> int:
-        return self._at
-
-    def write(self, data: bytes) -> int:
-        self._buffer[self._at : self._at + len(data)] = data
-        self._at += len(data)
-        return len(data)
 
 
 def write(path: str, data: bytes) -> None:
@@ -417,14 +396,3 @@ def _upload(path: str, file: io.BufferedIOBase, count: int) -> None:
             raise _Restart(str(error)) from error
 
     _remote(path, call)
-
-
-@contextmanager
-def library_errors(path: str) -> Iterator[None]:
-    """Raise what `failure` makes of the errors of storage libraries about `path`; for local paths, do nothing."""
-    try:
-        yield
-    except Exception as error:
-        if not is_remote(path) or (failed := failure(path, error)) is None:
-            raise
-        raise failed from error

@@ -59,6 +59,17 @@ def failure(path: str, error: Exception) -> InputError | StorageError | None:
     return None
 
 
+@contextmanager
+def library_errors(path: str) -> Iterator[None]:
+    """Raise what `failure` makes of the errors of storage libraries about `path`; for local paths, do nothing."""
+    try:
+        yield
+    except Exception as error:
+        if not path.startswith("gs://") or (failed := failure(path, error)) is None:
+            raise
+        raise failed from error
+
+
 def _denied(path: str, text: str) -> str:
     """One line on a refused request: the permission that is missing, and a role that includes it."""
     if "Anonymous c" in text:  # of the server (caller), or of google-auth (credentials cannot be refreshed)
