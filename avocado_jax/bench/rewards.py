@@ -22,16 +22,17 @@ def bench_rewards(captions: int, group: int, caption_tokens: int) -> dict[str, A
     letters = np.array(list("abcdefghijklmnopqrstuvwxyz"))
     words = ["".join(random.choice(letters, random.integers(2, 10))) for _ in range(VOCABULARY)]
     vocab = {"Ġ" + word: number for number, word in enumerate(dict.fromkeys(["the", *words]))}
-    mark, stop = len(vocab), len(vocab) + 1
-    vocab |= {'"': mark, ".": stop}
+    said, opening, first, closing, stop = range(len(vocab), len(vocab) + 5)
+    vocab |= {"Ġsays": said, 'Ġ"': opening, "well": first, '"': closing, ".": stop}
     table = make_table(json.dumps({"model": {"type": "BPE", "vocab": vocab}, "decoder": {"type": "ByteLevel"}}))
     clips = max(1, captions // group)
-    ids = random.integers(0, mark, (clips, group, caption_tokens))
+    ids = random.integers(0, said, (clips, group, caption_tokens))
     ids[..., ::3] = 0  # as often as function words stand in sentences
     ids[..., 13::13] = stop
     quoted = caption_tokens // (2 * LINES)
-    places = np.arange(LINES) * 2 * quoted
-    ids[..., places] = ids[..., places + quoted - 1] = mark
+    places = 1 + np.arange(LINES) * 2 * quoted
+    ids[..., places - 1], ids[..., places], ids[..., places + 1] = said, opening, first
+    ids[..., places + quoted - 1] = closing
     names = [token.removeprefix("Ġ") for token in vocab]
 
     def say(tokens: np.ndarray) -> str:
