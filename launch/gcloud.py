@@ -141,7 +141,7 @@ def _find(args: argparse.Namespace) -> dict[str, Any] | None:
 def _check_same(found: dict[str, Any], args: argparse.Namespace, job: Job) -> None:
     (spec,) = found["tpu"]["nodeSpec"]
     count = int((spec.get("multisliceParams") or spec.get("multiNodeParams") or {}).get("nodeCount", 1))
-    there, wanted = (count, spec["node"]["acceleratorType"]), (job.slices, job.place.accelerator)
+    there, wanted = (count, spec["node"]["acceleratorType"]), (job.slices, job.tpu_slice.accelerator)
     if there != wanted:
         differ = "{} x {}, not {} x {}".format(*there, *wanted)
         raise InputError(f"{args.name} is {differ}: `delete` it first; the run resumes on the new slices")
@@ -151,7 +151,10 @@ def _create(args: argparse.Namespace, job: Job) -> list[str]:
     nodes = [f"--node-id={args.name}"]
     if job.slices > 1:
         nodes = [f"--node-count={job.slices}", f"--node-prefix={args.name}"]
-    nodes += [f"--accelerator-type={job.place.accelerator}", f"--runtime-version={SYSTEMS[job.place.generation]}"]
+    nodes += [
+        f"--accelerator-type={job.tpu_slice.accelerator}",
+        f"--runtime-version={SYSTEMS[job.tpu_slice.generation]}",
+    ]
     nodes += ["--spot"] if args.spot else []
     nodes += [f"--service-account={args.service_account}"] if args.service_account else []
     return [*QUEUED, "create", args.name, *_where(args), *nodes]

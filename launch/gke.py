@@ -77,8 +77,8 @@ def verbs(args: argparse.Namespace) -> None:
             run([*build, f"--build-arg=EXTRAS={extras}", "."], args.dry_run, cwd=folder / "tree")
         run(["docker", "push", args.image], args.dry_run)
     elif args.verb == "cluster":
-        place = slice_of(args.topology)
-        kind = [f"--tpu-type={place.accelerator}", f"--num-slices={args.slices}"]
+        tpu_slice = slice_of(args.topology)
+        kind = [f"--tpu-type={tpu_slice.accelerator}", f"--num-slices={args.slices}"]
         kind.append("--spot" if args.spot else "--on-demand")
         if args.service_account:
             kind.append(f"--custom-nodepool-arguments=--service-account={args.service_account}")
@@ -135,8 +135,8 @@ def differences(jobset: dict[str, Any], image: str, job: Job) -> str:
     selector, command = pod["nodeSelector"], container["command"][-1]
     same = {
         "number of slices": slices["replicas"] == job.slices,
-        "topology": selector["cloud.google.com/gke-tpu-topology"] == job.place.shape
-        and GENERATIONS[job.place.generation] in selector["cloud.google.com/gke-tpu-accelerator"],
+        "topology": selector["cloud.google.com/gke-tpu-topology"] == job.tpu_slice.shape
+        and GENERATIONS[job.tpu_slice.generation] in selector["cloud.google.com/gke-tpu-accelerator"],
         "image": container["image"] == image,
         "command": f"({_without_launch(f'exec {job.command}')})" in _without_launch(command),
     }
@@ -154,7 +154,7 @@ def manifest(args: argparse.Namespace, job: Job) -> str:
         InputError: xpk is not installed, or fails.
     """
     command = ["xpk", "workload", "create", f"--workload={args.name}", *_where(args)]
-    command += [f"--tpu-type={job.place.accelerator}", f"--num-slices={job.slices}", f"--docker-image={args.image}"]
+    command += [f"--tpu-type={job.tpu_slice.accelerator}", f"--num-slices={job.slices}", f"--docker-image={args.image}"]
     # xpk itself restarts on 42 and 127 to 255.
     command += [f"--max-restarts={job.restarts}", "--restart-on-exit-codes=1,4-126"]
     command += [f"--termination-grace-period-seconds={GRACE_SECONDS}"]
@@ -186,7 +186,7 @@ def kubectl(args: argparse.Namespace) -> list[str]:
     found = query(
         [*clusters, "list", project, f"--filter=name={args.cluster}", "--format=value(location)"], args.dry_run
     )
-    places = [region] if found is None else [place for place in found.split() if place in (region, args.zone)]
+    places = [region] if found is None else [location for location in found.split() if location in (region, args.zone)]
     if not places:
         raise InputError(f"--cluster {args.cluster}: there is none in {region}")
     run([*clusters, "get-credentials", args.cluster, f"--location={places[0]}", project], args.dry_run)

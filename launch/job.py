@@ -74,7 +74,7 @@ class Job:
     """
 
     name: str
-    place: Slice
+    tpu_slice: Slice
     slices: int
     words: tuple[str, ...]
     extras: tuple[str, ...]
@@ -129,8 +129,8 @@ def job_of(args: argparse.Namespace, project: str | None = None) -> Job:
     """
     if args.topology is None:
         raise InputError(f"--topology SLICE is required, before {args.stage}: what follows it are its own arguments")
-    place = slice_of(args.topology)
-    extras, words = _training(args, place) if args.stage in TRAINING else ([], _one_host(args))
+    tpu_slice = slice_of(args.topology)
+    extras, words = _training(args, tpu_slice) if args.stage in TRAINING else ([], _one_host(args))
     launch = os.environ.get("AVOCADO_LAUNCH") or time.strftime("%Y%m%d-%H%M%S", time.gmtime())
     variables = [f"AVOCADO_LAUNCH={launch}", *map(_variable, args.env)]
     for name in args.secret:
@@ -142,10 +142,10 @@ def job_of(args: argparse.Namespace, project: str | None = None) -> Job:
     if any("\n" in word for word in words):
         raise InputError("a line break in an argument or variable: manifests take one line")
     restarts = 1000 if args.stage in TRAINING else 50  # worker.sh bounds those of training by progress
-    return Job(args.name, place, args.slices, words, ("tpu", *extras), tuple(args.secret), restarts)
+    return Job(args.name, tpu_slice, args.slices, words, ("tpu", *extras), tuple(args.secret), restarts)
 
 
-def _training(args: argparse.Namespace, place: Slice) -> tuple[list[str], list[str]]:
+def _training(args: argparse.Namespace, tpu_slice: Slice) -> tuple[list[str], list[str]]:
     """Extras and arguments of sft and grpo: the config first, then --workdir and fields of the config."""
     target, *rest = args.words or [""]
     if not re.fullmatch(CONFIG, target):
@@ -174,7 +174,7 @@ def _training(args: argparse.Namespace, place: Slice) -> tuple[list[str], list[s
     _check_reachable("data.train", config.data.train)
     if config.data.heldout:
         _check_reachable("data.heldout", config.data.heldout)
-    chips = place.chips * args.slices
+    chips = tpu_slice.chips * args.slices
     _check_mesh(config, chips)
     if not args.unplanned:
         print(f"planned: {find_plan(target, args.topology, fields)}", file=sys.stderr)

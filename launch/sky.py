@@ -116,8 +116,8 @@ def task(job: Job, zone: str | None, spot: bool) -> str:
     return TASK.format(
         name=job.name,
         infra=json.dumps(f"gcp/{zone.rpartition('-')[0]}/{zone}" if zone else "gcp"),
-        accelerator=f"tpu-{job.place.accelerator}",
-        system=SYSTEMS[job.place.generation],
+        accelerator=f"tpu-{job.tpu_slice.accelerator}",
+        system=SYSTEMS[job.tpu_slice.generation],
         spot=json.dumps(spot),
         secrets=json.dumps(dict.fromkeys(job.secrets)),
         extras=" ".join(job.extras),

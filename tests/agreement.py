@@ -122,12 +122,12 @@ def _learned(lost, config, asked, plan, mesh, rows, shapes, step, start):
     state = start(jax.tree.map(lambda value, leaf: put(value, leaf.sharding), values, shapes.params))
     metrics, lines, contents = [], [], []
     for batch in agreed_batches(batches(source, plan, asked, 0, 2, rows), mesh, asked, config.batch):
-        contents.append(local_digest((batch.clip, batch.captions, batch.cut, batch.weight)))
+        contents.append(local_digest((batch.clip, batch.captions, batch.truncated, batch.weight)))
         lines += lost_records(batch, mesh)
         local = jax.tree.map(lambda leaf: np.asarray(leaf.addressable_shards[0].data), (batch.clip, batch.captions))
         for row in np.flatnonzero(np.asarray(batch.weight.addressable_shards[0].data) == 0):
             jax.tree.map(partial(_equal, row), local, empty_row(asked, batch.bucket))
-        state, told = step(state, batch.clip, batch.captions, batch.weight, batch.cut)
+        state, told = step(state, batch.clip, batch.captions, batch.weight, batch.truncated)
         metrics.append({name: float(value) for name, value in told.items()})
     return {"metrics": metrics, "params": digest(state.params), "lines": lines, "contents": contents}
 

@@ -91,6 +91,6 @@ def test_the_wheel_runs(built, tmp_path):
     program = """
 from avocado_jax.checkpoint.load import open_checkpoint, shipped_checkpoint
 from avocado_jax.config import load
-print(open_checkpoint(shipped_checkpoint()).side_files, open_checkpoint(load("world_quick").init).side_files)
+print(open_checkpoint(shipped_checkpoint()).config_folder, open_checkpoint(load("world_quick").init).config_folder)
 """
     assert run("-c", program).split() == [str(tmp_path / "site/avocado_jax/assets/captioner")] * 2

@@ -56,7 +56,7 @@ def bench_grpo(
     with jax.set_mesh(mesh):
         program = grpo_program(config, model, mesh, 1000, (0,))
         params = _random(program.state.params)
-        reference = _own(params, program.reference)
+        reference = _copy_unshared(params, program.reference)
         state, rows = program.begin(params), jax.device_put(repeated, rows_sharding(mesh))
         del params
 
@@ -93,14 +93,14 @@ def bench_grpo(
     mean = caption_tokens / 2
     nbytes = caption_tokens * decode_bytes(model, clips * clip_tokens, clips * group, mean, jnp.dtype(dtype).itemsize)
     tokens = config.batch * (clip_tokens + group * caption_tokens)
-    told = row("grpo", size, sum(seconds.values()), 1, tokens, clips * flops, nbytes, dtype)
+    figures = row("grpo", size, sum(seconds.values()), 1, tokens, clips * flops, nbytes, dtype)
     phases = {f"{phase}_ms": 1e3 * value for phase, value in seconds.items()}
     decoded = {
         "decode_step_ms": phases["decode_ms"] / max(1, caption_tokens - 1),
         "decode_tokens_per_second": config.batch * group * caption_tokens / max(seconds["decode"], 1e-9),
         "decode_bytes_per_second": nbytes / max(seconds["decode"], 1e-9),
     }
-    return {**told, "train": train, "clips": clips, **phases, **decoded, "sampler_gap": gap, "length": length}
+    return {**figures, "train": train, "clips": clips, **phases, **decoded, "sampler_gap": gap, "length": length}
 
 
 def _random(shapes: Any) -> Any:
@@ -115,7 +115,7 @@ def _random(shapes: Any) -> Any:
     return tree.unflatten(make(key, leaf) for key, leaf in zip(keys, leaves))
 
 
-def _own(params: Any, shapes: Any) -> Any:
+def _copy_unshared(params: Any, shapes: Any) -> Any:
     """The reference's own copy of what it does not share."""
     flat = flatten_dict(params)
     copy = {path: jnp.array(flat[path], leaf.dtype, copy=True) for path, leaf in flatten_dict(shapes).items()}

@@ -23,8 +23,8 @@ FRAME = (16, 30)  # 448x840 pixels: a 30 s clip of 720p under AVoCaDO's budget
 def random_clip(config: ThinkerConfig, tokens: int, cells: tuple[int, int]) -> Clip:
     """A clip of `tokens` tokens in the proportions of a real one: a frame pair and 25 tokens of sound a second."""
     vision, (rows, columns) = config.vision, cells
-    side = vision.window_cells
-    windows, slots = -(-rows // side) * -(-columns // side), (side * vision.merge) ** 2
+    window = vision.window_cells
+    windows, slots = -(-rows // window) * -(-columns // window), (window * vision.merge) ** 2
     seconds = max(1, (tokens - 64) // (rows * columns + 25))
     chunks = -(-seconds // 2)
     pictures = rows * columns * seconds
@@ -87,9 +87,9 @@ def bench_decode(size: str, group: int, clip_tokens: int, caption_tokens: int, d
     @jax.jit
     def decode(params: Any, cache: ClipCache) -> jax.Array:
         def step(number: jax.Array, state: tuple) -> tuple:
-            tokens, so_far = state
-            logits, so_far = apply({"params": params}, cache, so_far, number, tokens)
-            return jnp.argmax(logits, axis=-1).astype(jnp.int32), so_far
+            tokens, caption_kv = state
+            logits, caption_kv = apply({"params": params}, cache, caption_kv, number, tokens)
+            return jnp.argmax(logits, axis=-1).astype(jnp.int32), caption_kv
 
         start = (jnp.zeros((1, group), jnp.int32), caption_cache(config, 1, group, caption_tokens))
         return jax.lax.fori_loop(0, caption_tokens, step, start)[0]

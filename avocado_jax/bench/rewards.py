@@ -19,19 +19,19 @@ VOCABULARY = 4096
 def bench_rewards(captions: int, group: int, caption_tokens: int) -> dict[str, Any]:
     """R_D, R_L, RepCol and the lexical R_C of `captions` captions, `group` of each clip, that hold 12 lines each."""
     random = np.random.default_rng(0)
-    letters = np.array(list("abcdefghijklmnopqrstuvwxyz"))
-    words = ["".join(random.choice(letters, random.integers(2, 10))) for _ in range(VOCABULARY)]
+    alphabet = np.array(list("abcdefghijklmnopqrstuvwxyz"))
+    words = ["".join(random.choice(alphabet, random.integers(2, 10))) for _ in range(VOCABULARY)]
     vocab = {"Ġ" + word: number for number, word in enumerate(dict.fromkeys(["the", *words]))}
-    said, opening, first, closing, stop = range(len(vocab), len(vocab) + 5)
-    vocab |= {"Ġsays": said, 'Ġ"': opening, "well": first, '"': closing, ".": stop}
+    verb, opening, first, closing, stop = range(len(vocab), len(vocab) + 5)
+    vocab |= {"Ġsays": verb, 'Ġ"': opening, "well": first, '"': closing, ".": stop}
     table = make_table(json.dumps({"model": {"type": "BPE", "vocab": vocab}, "decoder": {"type": "ByteLevel"}}))
     clips = max(1, captions // group)
-    ids = random.integers(0, said, (clips, group, caption_tokens))
+    ids = random.integers(0, verb, (clips, group, caption_tokens))
     ids[..., ::3] = 0  # as often as function words stand in sentences
     ids[..., 13::13] = stop
     quoted = caption_tokens // (2 * LINES)
     places = 1 + np.arange(LINES) * 2 * quoted
-    ids[..., places - 1], ids[..., places], ids[..., places + 1] = said, opening, first
+    ids[..., places - 1], ids[..., places], ids[..., places + 1] = verb, opening, first
     ids[..., places + quoted - 1] = closing
     names = [token.removeprefix("Ġ") for token in vocab]
 
@@ -41,13 +41,14 @@ def bench_rewards(captions: int, group: int, caption_tokens: int) -> dict[str, A
     known = [  # lines and keypoints are parts of the first caption of each clip, so that there is much to align
         {
             "dialogues": [
-                {"speaker": say(own[max(at - 4, 0) : at]), "text": say(own[at + 1 : at + quoted - 1])} for at in places
+                {"speaker": say(caption[max(at - 4, 0) : at]), "text": say(caption[at + 1 : at + quoted - 1])}
+                for at in places
             ],
             "keypoints": [
-                {"text": say(own[at : at + 9])} for at in np.linspace(0, caption_tokens - 9, POINTS, dtype=int)
+                {"text": say(caption[at : at + 9])} for at in np.linspace(0, caption_tokens - 9, POINTS, dtype=int)
             ],
         }
-        for own in ids[:, 0]
+        for caption in ids[:, 0]
     ]
     limits = limits_for(caption_tokens)
     references, _ = make_references(table, known, limits._replace(quotes=LINES))

@@ -114,7 +114,7 @@ def to_hf(
             yield cast
         yield from _pieces_of(carried.values())
 
-    refuse_code(run.side_files)
+    refuse_code(run.config_folder)
     made = {"run": str(run.folder), "step": run.step, "dtype": dtype}
     if keep and Path(target, MADE).is_file() and read_json(Path(target, MADE)) == made:
         return Exported(run.step, None)
@@ -127,7 +127,7 @@ def to_hf(
 
             write_shards(Path(local), specs, values(), shard_bytes, upload if remote else lambda path: None)
         # config.json comes last: without it a folder in a bucket is no checkpoint.
-        for path in sorted(copied_files(run.side_files), key=lambda path: path.name == "config.json"):
+        for path in sorted(copied_files(run.config_folder), key=lambda path: path.name == "config.json"):
             data = path.read_bytes()
             if dtype and path.name == "config.json":
                 data = (json.dumps(declare_dtype(read_json(path), dtype), indent=2) + "\n").encode()
@@ -194,7 +194,7 @@ def _write_beside(checkpoint: Checkpoint, folder: str, reading: Mapping[str, Any
     source = {"prefix": prefix} | ({"hub": commit} if (commit := commit_of(checkpoint.folder)) else {})
     try:
         (scratch / "hf").mkdir()
-        for path in copied_files(checkpoint.side_files):
+        for path in copied_files(checkpoint.config_folder):
             shutil.copyfile(path, scratch / "hf" / path.name)
         stated = scratch / "hf" / "reading.json"
         stored = (read_json(stated) if stated.is_file() else {}) | dict(reading)

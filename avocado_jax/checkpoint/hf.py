@@ -141,7 +141,7 @@ class HfCheckpoint(NamedTuple):
     tensors: dict[str, Tensor]  # modelled, by entry name
     carried: dict[str, Tensor]  # everything else, by its full name in the file
     prefix: str  # "thinker." in a full checkpoint
-    side_files: Path  # the local folder of config.json, the tokenizer and generation settings
+    config_folder: Path  # the local folder of config.json, the tokenizer and generation settings
 
     def read(self, entry: Entry) -> np.ndarray:
         """One parameter, or one layer of a stacked one, in our layout."""
@@ -190,11 +190,11 @@ def open_hf(folder: str | os.PathLike, text_only: bool = False, copies: bool = F
     """
     folder = run_path(folder) if storage.is_remote(str(folder)) else Path(folder)
     refuse_names(folder)
-    side_files = fetched(folder, weights=False, copies=copies)
-    refuse_code(side_files)
+    config_folder = fetched(folder, weights=False, copies=copies)
+    refuse_code(config_folder)
     found = read_tensors(folder)
     prefix = "thinker." if any(name.startswith("thinker.") for name in found) else ""
-    fields = read_json(side_files / "config.json")
+    fields = read_json(config_folder / "config.json")
     tied = f"{prefix}lm_head.weight" not in found and says_tied(fields)
     config = (read_text_config if text_only else read_config)(fields, tied)
     entries = table(config)
@@ -219,7 +219,7 @@ def open_hf(folder: str | os.PathLike, text_only: bool = False, copies: bool = F
     for name in entries:
         if name not in tensors:
             raise InputError(f"{folder}: tensor '{prefix}{name}' is missing")
-    return HfCheckpoint(folder, config, entries, tensors, carried, prefix, side_files)
+    return HfCheckpoint(folder, config, entries, tensors, carried, prefix, config_folder)
 
 
 def refuse_names(folder: PurePath) -> None:
@@ -266,12 +266,12 @@ def read_tensors(folder: PurePath) -> dict[str, Tensor]:
             raise InputError(f"{folder / name}: missing, though the index names it")
     tensors: dict[str, Tensor] = {}
     for header, name in zip(map_ordered(lambda name: read_header(folder / name), files), files):
-        for tensor, place in header.items():
+        for tensor, entry in header.items():
             if tensor in tensors:
                 raise InputError(f"{folder / name}: tensor '{tensor}' is in {tensors[tensor].file.name} too")
             if where is not None and where.get(tensor) != name:
                 raise InputError(f"{folder / name}: tensor '{tensor}' is not placed here by the index")
-            tensors[tensor] = place
+            tensors[tensor] = entry
     for tensor in where or {}:
         if tensor not in tensors:
             raise InputError(f"{folder / where[tensor]}: tensor '{tensor}' of the index is missing")

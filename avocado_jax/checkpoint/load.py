@@ -92,7 +92,7 @@ def identity(checkpoint: Checkpoint) -> str:
     if isinstance(checkpoint, RunCheckpoint):  # Orbax names its files by random numbers: names tell the contents
         names = sorted(f"/{file.name}" for file in storage.listing(str(checkpoint.params)))
         digest.update("\n".join(names).encode())
-    whole = [path for path in checkpoint.side_files.iterdir() if path.suffix in (".json", ".safetensors")]
+    whole = [path for path in checkpoint.config_folder.iterdir() if path.suffix in (".json", ".safetensors")]
     for path in progress(sorted(whole), "reading the checkpoint's identity"):
         with path.open("rb") as file:
             digest.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
@@ -155,8 +155,8 @@ def load_sharded(checkpoint: Checkpoint, like: Mapping[str, Any], whole: bool = 
     leaves = {}
     for path, leaf in progress(list(layouts.items()), "loading parameters"):
         array = _assembled(leaf, boxes[path], stacks[path], values)
-        place = wanted[path].sharding
-        leaves[path] = array if leaf is wanted[path] else jax.jit(_identity, out_shardings=place)(array)
+        sharding = wanted[path].sharding
+        leaves[path] = array if leaf is wanted[path] else jax.jit(_identity, out_shardings=sharding)(array)
     return unflatten_dict(leaves)
 
 
@@ -234,7 +234,7 @@ def _assembled(
         value = next(values)
         for block, part in parts.items():
             if all(low <= begin and end <= high for (begin, end), (low, high) in zip(block, box)):
-                cut = tuple(slice(begin - low, end - low) for (begin, end), (low, _) in zip(block, box))
-                (part[entry.layer] if stacked else part)[...] = value[cut[stacked:]]
+                slices = tuple(slice(begin - low, end - low) for (begin, end), (low, _) in zip(block, box))
+                (part[entry.layer] if stacked else part)[...] = value[slices[stacked:]]
     arrays = [jax.device_put(parts[block], device) for device, block in blocks.items()]
     return jax.block_until_ready(jax.make_array_from_single_device_arrays(like.shape, like.sharding, arrays))

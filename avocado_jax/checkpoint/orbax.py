@@ -106,7 +106,7 @@ class RunCheckpoint(NamedTuple):
     step: int
     config: ThinkerConfig
     entries: dict[str, Entry]
-    side_files: Path  # the local folder of config.json, the tokenizer and generation settings
+    config_folder: Path  # the local folder of config.json, the tokenizer and generation settings
     lora: Lora | None  # adapters that lie beside the kernels of the language model
     arrays: "_Arrays"
 
@@ -236,8 +236,8 @@ def open_run(folder: str | os.PathLike, step: int | None = None, copies: bool = 
     metadata = path / "checkpoints" / str(step) / "params" / "_METADATA"
     with library_errors(str(path)):
         tied = "('head',)" not in read_json(metadata).get("tree_metadata", {})
-    side_files = fetched(path / "hf", copies=copies)
-    config = read_config(read_json(side_files / "config.json"), tied)
+    config_folder = fetched(path / "hf", copies=copies)
+    config = read_config(read_json(config_folder / "config.json"), tied)
     adapters = str(path / "lora.json")
     lora = Lora(**json.loads(storage.read(adapters))) if storage.exists(adapters) else None
-    return RunCheckpoint(path, step, config, table(config), side_files, lora, _Arrays(metadata.parent))
+    return RunCheckpoint(path, step, config, table(config), config_folder, lora, _Arrays(metadata.parent))

@@ -54,7 +54,7 @@ from avocado_jax.sampling.captioner import Captioner, words
 from avocado_jax.sampling.engine import Engine, free_cache_bytes
 from avocado_jax.sampling.logits import Sampling
 from avocado_jax.sampling.outputs import CaptionFiles
-from avocado_jax.sampling.segments import Segment, Segments, caption_fields, digest, joined, read_segments
+from avocado_jax.sampling.segments import Segment, Segments, caption_fields, digest, group_by_clip, read_segments
 
 LONGEST_CLIP = 100.0  # seconds: captions degrade for longer clips, which `--segments auto` cuts
 LONGEST_SEGMENT = 5 / 3  # of the target length
@@ -129,7 +129,7 @@ def run(args: argparse.Namespace) -> int:
     use_gpu_memory()
     prompts = read_prompts(args.prompt_file) if args.prompt_file else ()
     checkpoint, shard, dtype = named_checkpoint(args.checkpoint), parse_shard(args.shard), computing_dtype(args.dtype)
-    reading = load_reading(checkpoint.side_files)
+    reading = load_reading(checkpoint.config_folder)
     reading = replace(reading, align_sound=reading.align_sound or args.align_sound)
     # By name, so that a file that is added between two starts does not move the others to other shards.
     clips = [one for one in list_clips(args.inputs, args.manifest, reading) if digest(one.name) % shard[1] == shard[0]]
@@ -161,7 +161,7 @@ def run(args: argparse.Namespace) -> int:
         how = Segments(reading, reader, not args.no_audio, prompts, _segment_lengths(args.segments, reading), _warn)
         requests = read_segments(left, engine and engine.captioner, how)
         results = engine.run(requests) if engine else ((request, error) for request, error, _ in requests)
-        return _write(_in_order(joined(results), [number for number, _ in left]), engine, args, files, len(left))
+        return _write(_in_order(group_by_clip(results), [number for number, _ in left]), engine, args, files, len(left))
 
 
 def _check(args: argparse.Namespace) -> Sampling:

@@ -155,7 +155,7 @@ def check(args: argparse.Namespace) -> None:
 def reading_of(args: argparse.Namespace, checkpoint: Checkpoint | None) -> Reading:
     """How clips are sampled: a checkpoint's own way, or as the command says."""
     if checkpoint:
-        return replace(load_reading(checkpoint.side_files), align_sound=True)
+        return replace(load_reading(checkpoint.config_folder), align_sound=True)
     fewest = min(Reading.fewest_pixels, args.pixels)
     given = dict(fps=args.fps, most_frames=args.frames, asked_pixels=args.pixels, fewest_pixels=fewest)
     return Reading(**given, align_sound=True)

@@ -140,7 +140,7 @@ class Clock:
     def __init__(self, container: av.container.InputContainer) -> None:
         self._fixed = "mp4" in container.format.name
         self._forward = FORWARD if container.format.flags & av.format.Flags.ts_discont.value else float("inf")
-        self._shifts, self._place, self._last, self._end = [0.0], {}, {}, float("-inf")
+        self._shifts, self._shift_of, self._last, self._end = [0.0], {}, {}, float("-inf")
 
     @property
     def shifted(self) -> bool:
@@ -160,20 +160,20 @@ class Clock:
 
     def _shift(self, packet: av.Packet) -> None:
         stream, tick = packet.stream_index, float(packet.time_base)
-        place = self._place.setdefault(stream, len(self._shifts) - 1)
+        number = self._shift_of.setdefault(stream, len(self._shifts) - 1)
         if packet.dts is not None:
             time = packet.dts * tick
             last = self._last.get(stream)
-            if last is not None and not self._continues(last, time + self._shifts[place], packet):
+            if last is not None and not self._continues(last, time + self._shifts[number], packet):
                 shown = (packet.dts if packet.pts is None else packet.pts) * tick
-                later = range(place + 1, len(self._shifts))
-                place = next((n for n in later if self._continues(last, time + self._shifts[n], packet)), None)
-                if place is None:
+                later = range(number + 1, len(self._shifts))
+                number = next((n for n in later if self._continues(last, time + self._shifts[n], packet)), None)
+                if number is None:
                     self._shifts.append(self._end - shown)
-                    place = len(self._shifts) - 1
-                self._place[stream] = place
-            self._last[stream] = time + self._shifts[place]
-        if shift := round(self._shifts[place] / tick):
+                    number = len(self._shifts) - 1
+                self._shift_of[stream] = number
+            self._last[stream] = time + self._shifts[number]
+        if shift := round(self._shifts[number] / tick):
             if packet.dts is not None:
                 packet.dts += shift
             if packet.pts is not None:

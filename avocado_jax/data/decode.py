@@ -72,8 +72,8 @@ def read_media(
         frames, times, warnings = _picture(path, packets, reading)
         samples = None
         if sound:
-            samples, heard = read_sound(path, packets, 0.0 if part else times[0], reading)
-            warnings += heard
+            samples, sound_warnings = read_sound(path, packets, 0.0 if part else times[0], reading)
+            warnings += sound_warnings
         return Media(frames, samples, packets.seconds, np.array(times), tuple(warnings))
 
 
@@ -239,8 +239,8 @@ class FrameFit:
 def _upright(frame: av.VideoFrame) -> Shaped[Array, "rows columns 3"]:
     """A frame as it is to be shown: its display matrix rotates it, and may mirror it."""
     picture, turned = frame.to_ndarray(format="rgb24"), frame.rotation
-    if (side := frame.side_data.get("DISPLAYMATRIX")) is not None:
-        a, b, _, c, d, *_ = (int(part) for part in np.frombuffer(bytes(side), "<i4"))
+    if (matrix := frame.side_data.get("DISPLAYMATRIX")) is not None:
+        a, b, _, c, d, *_ = (int(part) for part in np.frombuffer(bytes(matrix), "<i4"))
         if a * d - b * c < 0:  # mirrored: the mirror image, rotated by what remains
             picture, turned = picture[:, ::-1], -np.degrees(np.arctan2(-b, -a))
     return np.rot90(picture, k=round(turned / 90))
@@ -315,9 +315,9 @@ def read_sound(
     warnings += _displaced(stretches, picture)
     parts = _resampled(stretches, reading)
     if reading.align_sound:
-        mono = np.zeros(max(0, *(place + len(part) for place, part in parts)), np.float32)
-        for place, part in parts:
-            mono[max(0, place) : max(0, place + len(part))] = part[max(0, -place) :]
+        mono = np.zeros(max(0, *(offset + len(part) for offset, part in parts)), np.float32)
+        for offset, part in parts:
+            mono[max(0, offset) : max(0, offset + len(part))] = part[max(0, -offset) :]
     else:
         mono = np.concatenate([part for _, part in parts])
     seconds = min(packets.seconds, reading.sound_seconds) if inside else reading.sound_seconds
@@ -340,8 +340,8 @@ def _displaced(stretches: list[_Stretch], picture: float) -> list[str]:
     """Warnings of sound that starts away from the picture, or has gaps."""
     warnings, offset = [], stretches[0].start - picture
     if abs(offset) > OFFSET:
-        side = "after" if offset > 0 else "before"
-        warnings.append(f"its sound starts {abs(offset):.2f} s {side} its picture")
+        direction = "after" if offset > 0 else "before"
+        warnings.append(f"its sound starts {abs(offset):.2f} s {direction} its picture")
     gaps = [(one.end, two.start - one.end) for one, two in pairwise(stretches)]
     gaps = [(time, gap) for time, gap in gaps if abs(gap) > OFFSET]
     if gaps:

@@ -38,15 +38,15 @@ def frame_pixels(
     least: int = 128 * 28 * 28,
     most: int = 768 * 28 * 28,
     clip: int = 20_070_400,
-    asked: int = 401_408,
+    cap: int = 401_408,
     multiple: int = 2,
 ) -> float:
     """The most pixels that each of `frames` frames may have: the clip's budget shared out, within bounds.
 
-    `clip` is the budget of all frames together and `asked` the request's own cap; the defaults are
+    `clip` is the budget of all frames together and `cap` the request's cap; the defaults are
     AVoCaDO's.
     """
-    return min(max(min(most, clip / frames * multiple), int(least * 1.05)), asked)
+    return min(max(min(most, clip / frames * multiple), int(least * 1.05)), cap)
 
 
 def frame_size(
@@ -59,13 +59,13 @@ def frame_size(
     """
     if max(height, width) / min(height, width) > steepest:
         raise InputError(f"a picture of {width}x{height} is narrower than 1:{steepest:g}")
-    rows, columns = (max(factor, round(side / factor) * factor) for side in (height, width))
+    rows, columns = (max(factor, round(size / factor) * factor) for size in (height, width))
     if rows * columns > most:
         shrink = math.sqrt(height * width / most)
-        rows, columns = (max(factor, math.floor(side / shrink / factor) * factor) for side in (height, width))
+        rows, columns = (max(factor, math.floor(size / shrink / factor) * factor) for size in (height, width))
     elif rows * columns < least:
         grow = math.sqrt(least / (height * width))
-        rows, columns = (math.ceil(side * grow / factor) * factor for side in (height, width))
+        rows, columns = (math.ceil(size * grow / factor) * factor for size in (height, width))
     return rows, columns
 
 
@@ -114,37 +114,37 @@ def windows(frames: Shaped[Array, "N h w 3"], vision: VisionConfig) -> Windows:
     A slot of a window is (cell row, cell column, row and column in the cell); a patch is flattened as
     (channel, frame, row, column). An odd last frame is repeated.
     """
-    patch, merge, side = vision.patch, vision.merge, vision.window_cells
+    patch, merge, window = vision.patch, vision.merge, vision.window_cells
     if len(frames) % vision.temporal_patch:
         frames = np.concatenate([frames, np.repeat(frames[-1:], -len(frames) % vision.temporal_patch, axis=0)])
     count, height, width, channels = frames.shape
     rows, columns = height // patch // merge, width // patch // merge  # of merged cells
-    high, wide = -(-rows // side), -(-columns // side)  # of windows
-    padded = np.zeros((count, high * side * merge * patch, wide * side * merge * patch, channels), np.uint8)
+    high, wide = -(-rows // window), -(-columns // window)  # of windows
+    padded = np.zeros((count, high * window * merge * patch, wide * window * merge * patch, channels), np.uint8)
     padded[:, :height, :width] = frames
-    cut = padded.reshape(
+    blocks = padded.reshape(
         count // vision.temporal_patch,
         vision.temporal_patch,
         high,
-        side,
+        window,
         merge,
         patch,
         wide,
-        side,
+        window,
         merge,
         patch,
         -1,
     )
-    #       0 T, 1 frame, 2 high, 3 side, 4 merge, 5 patch, 6 wide, 7 side, 8 merge, 9 patch, 10 channel
-    patches = cut.transpose(0, 2, 6, 3, 7, 4, 8, 10, 1, 5, 9).reshape(
-        cut.shape[0], high * wide, (side * merge) ** 2, vision.patch_size
+    #       0 T, 1 frame, 2 high, 3 row, 4 merge, 5 patch, 6 wide, 7 column, 8 merge, 9 patch, 10 channel
+    patches = blocks.transpose(0, 2, 6, 3, 7, 4, 8, 10, 1, 5, 9).reshape(
+        blocks.shape[0], high * wide, (window * merge) ** 2, vision.patch_size
     )
-    slots = np.stack(np.mgrid[: high * side * merge, : wide * side * merge], axis=-1)
-    grid = slots.reshape(high, side, merge, wide, side, merge, 2).transpose(0, 3, 1, 4, 2, 5, 6)
+    slots = np.stack(np.mgrid[: high * window * merge, : wide * window * merge], axis=-1)
+    grid = slots.reshape(high, window, merge, wide, window, merge, 2).transpose(0, 3, 1, 4, 2, 5, 6)
     grid = grid.reshape(high * wide, -1, 2)
     valid = (grid < (rows * merge, columns * merge)).all(axis=-1)
-    cells = np.arange(high * wide * side * side).reshape(high, wide, side, side).transpose(0, 2, 1, 3)
-    order = cells.reshape(high * side, wide * side)[:rows, :columns].reshape(-1)
+    cells = np.arange(high * wide * window * window).reshape(high, wide, window, window).transpose(0, 2, 1, 3)
+    order = cells.reshape(high * window, wide * window)[:rows, :columns].reshape(-1)
     return Windows(patches, grid.astype(np.int32), valid, order)
 
 

@@ -117,10 +117,10 @@ def open_generation(folder: Folder, source: Source, lines: Lines, base: Base, ke
     final = {(one.part if source.rows_inside else "", one.line) for one in base.rejects if not one.retry}
     parts = []
     if source.rows_inside:
-        place = np.array([shard["part"] for shard in base.doc["shards"]])
+        shard_parts = np.array([shard["part"] for shard in base.doc["shards"]])
         settled = list(final)
         if len(base.ids):
-            settled += zip(place[base.columns["shard"][kept]].tolist(), base.columns["line"][kept].tolist())
+            settled += zip(shard_parts[base.columns["shard"][kept]].tolist(), base.columns["line"][kept].tolist())
         again = {one.part for one in base.rejects if one.retry} | {
             base.doc["shards"][number]["part"] for number in lost
         }
@@ -143,7 +143,7 @@ def open_generation(folder: Folder, source: Source, lines: Lines, base: Base, ke
         "job": key,
         "generation": base.doc["generation"] + 1,
         "size": lines.size,
-        "md5": lines.sums[lines.size],
+        "md5": lines.prefix_md5[lines.size],
         "rows": rows,
         "parts": parts,
         "lost": [base.doc["shards"][number]["file"] for number in lost],

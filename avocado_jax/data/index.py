@@ -63,7 +63,7 @@ def measured(record: Record, media: Media, words: Words | None = None) -> dict[s
 
     frames, height, width = media.frames.shape[:3]
     texts = [record.fields["caption"], *record.fields.get("references", [])]
-    asked = [record.fields.get(name, "") for name in ("prompt", "system")]
+    prompts = [record.fields.get(name, "") for name in ("prompt", "system")]
     return {
         "id": record.fields["id"],
         "seconds": round(media.seconds, 3),
@@ -72,7 +72,7 @@ def measured(record: Record, media: Media, words: Words | None = None) -> dict[s
         "width": width,
         "mel": 0 if media.samples is None else -(-len(media.samples) // 160),
         "caption": max(map(length, texts)),
-        "prompt": sum(map(length, asked)),
+        "prompt": sum(map(length, prompts)),
     }
 
 
@@ -136,13 +136,13 @@ def sizes(index: Index, prompt: int, longest: int, config: ThinkerConfig) -> Siz
     """
     vision, audio = config.vision, config.audio
     patches = -(-index.frames // vision.temporal_patch)
-    rows, columns = (side // vision.patch // vision.merge for side in (index.height, index.width))
+    rows, columns = (size // vision.patch // vision.merge for size in (index.height, index.width))
     windows = -(-rows // vision.window_cells) * -(-columns // vision.window_cells)
     counts = np.arange(index.mel.max(initial=0) + 1)
-    heard = np.array([audio_tokens(int(count)) for count in counts])[index.mel]
-    chunks = np.where(heard > 0, -(-index.mel // (2 * audio.window)), 0)
+    sound = np.array([audio_tokens(int(count)) for count in counts])[index.mel]
+    chunks = np.where(sound > 0, -(-index.mel // (2 * audio.window)), 0)
     # A question of its own has at most one token a byte; what stands around it is in the run's own prompt.
-    asked = prompt + index.prompt
-    tokens = patches * rows * columns + heard + np.where(heard > 0, 4, 2) + asked - 1
+    question = prompt + index.prompt
+    tokens = patches * rows * columns + sound + np.where(sound > 0, 4, 2) + question - 1
     caption = index.caption if index.unit == "token" else -(-index.caption // BYTES_PER_TOKEN)
     return Sizes(Shape(tokens, patches, windows, chunks), np.minimum(caption + 1, longest))

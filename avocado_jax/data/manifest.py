@@ -51,7 +51,7 @@ class Lines(NamedTuple):
     video: Array  # uint64, hash of the key of its clip
     rejects: list[Reject]
     size: int  # bytes of the manifest, or the limit
-    sums: dict[int, str]  # MD5 sum of the first N bytes
+    prefix_md5: dict[int, str]  # MD5 of the first N bytes, by N
 
     def text(self, file: io.BufferedIOBase, row: int) -> bytes:
         """The line of an entry."""
@@ -66,13 +66,13 @@ def hash_name(text: str) -> int:
 
 def parse_line(line: bytes, number: int) -> Entry | Reject:
     """One line: `{"id", "video", "caption", ...}`, or ms-swift's `{"messages": [...], "videos": [path]}`."""
-    held: Any = None
+    record: Any = None
     try:
-        held = _loaded(line)
-        fields = _from_swift(held, number) if "messages" in held else dict(held)
+        record = _loaded(line)
+        fields = _from_swift(record, number) if "messages" in record else dict(record)
         return Entry(number, _checked(fields), fields)
     except Exception as error:  # nothing in one line may end the job
-        known = [_text(held.get(key)) if isinstance(held, dict) else None for key in ("id", "video")]
+        known = [_text(record.get(key)) if isinstance(record, dict) else None for key in ("id", "video")]
         reason = str(error) if isinstance(error, InputError) else f"{type(error).__name__}: {error}"
         return Reject(number, *known, " ".join(reason.split())[:REASON])
 
@@ -100,26 +100,26 @@ def parse_manifest(text: bytes) -> tuple[list[Entry], list[Reject]]:
 
 
 def scan_manifest(
-    file: io.BufferedIOBase, key: Callable[[str], str], limit: int | None = None, sums_at: Collection[int] = ()
+    file: io.BufferedIOBase, key: Callable[[str], str], limit: int | None = None, prefix_sizes: Collection[int] = ()
 ) -> Lines:
     """Check a manifest line by line. Memory: 36 bytes a line, and the rejects.
 
     Args:
         key: what identifies the clip in a line's video.
         limit: bytes to read; None: to the end.
-        sums_at: byte counts whose MD5 sums are wanted besides that of all.
+        prefix_sizes: byte counts of prefixes whose MD5 is returned in addition to that of the file.
     """
     numbers, starts, sizes, videos, ids = (array(kind) for kind in "iqiQQ")
     rejects: list[Reject] = []
-    sums: dict[int, str] = {}
+    prefix_md5: dict[int, str] = {}
     digest, at, number = hashlib.md5(usedforsecurity=False), 0, 0
-    cuts = sorted(cut for cut in sums_at if limit is None or cut < limit)
+    cuts = sorted(size for size in prefix_sizes if limit is None or size < limit)
     skipping = False  # the rest of a line that is too long
     while data := file.readline(LONGEST_LINE + 1 if limit is None else min(LONGEST_LINE + 1, limit - at)):
         first = 0
         while cuts and cuts[0] <= at + len(data):
             digest.update(data[first : cuts[0] - at])
-            first, sums[cuts[0]] = cuts[0] - at, digest.hexdigest()
+            first, prefix_md5[cuts[0]] = cuts[0] - at, digest.hexdigest()
             del cuts[0]
         digest.update(data[first:])
         short = data.endswith(b"\n") or len(data) <= LONGEST_LINE
@@ -136,7 +136,7 @@ def scan_manifest(
                 videos.append(hash_name(key(parsed.video)))
         skipping = not data.endswith(b"\n") and (skipping or not short)
         at += len(data)
-    sums[at] = digest.hexdigest()
+    prefix_md5[at] = digest.hexdigest()
     columns = [np.array(column, kind) for column, kind in zip((numbers, starts, sizes, videos), "iqiQ")]
     _, first, which = np.unique(np.array(ids, np.uint64), return_index=True, return_inverse=True)
     keep = first[which] == np.arange(len(which))
@@ -145,7 +145,7 @@ def scan_manifest(
         entry = parse_line(file.read(sizes[row]), numbers[row])
         rejects.append(_duplicate(entry, numbers[first[which[row]]]))
     rejects.sort(key=lambda reject: reject.line)
-    return Lines(*(column[keep] for column in columns), rejects, at, sums)
+    return Lines(*(column[keep] for column in columns), rejects, at, prefix_md5)
 
 
 def _duplicate(entry: Entry, line: int) -> Reject:
@@ -158,14 +158,14 @@ def _text(value: Any) -> str | None:
 
 def _loaded(line: bytes) -> dict[str, Any]:
     try:
-        held = json.loads(line.decode("utf-8-sig"))
+        record = json.loads(line.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         raise InputError(f"not UTF-8 ({error.reason} at byte {error.start})") from error
     except (ValueError, RecursionError) as error:  # a ValueError too: an integer of thousands of digits
         raise InputError(f"not JSON ({error})") from error
-    if not isinstance(held, dict):
+    if not isinstance(record, dict):
         raise InputError("not a JSON object")
-    return held
+    return record
 
 
 def _checked(fields: dict[str, Any]) -> str:
@@ -178,8 +178,8 @@ def _checked(fields: dict[str, Any]) -> str:
     prompt_fields(fields)
     for name in LISTS:
         kind = str if name == "references" else dict
-        held = fields.get(name, [])
-        if not isinstance(held, list) or not all(isinstance(item, kind) for item in held):
+        items = fields.get(name, [])
+        if not isinstance(items, list) or not all(isinstance(item, kind) for item in items):
             raise InputError(f"its '{name}' is not a list of {'texts' if kind is str else 'objects'}")
     for probe in fields.get("probes", ()):
         read_probe(probe)
@@ -208,28 +208,28 @@ def prompt_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
     return {name: fields[name] for name in kinds if name in fields}
 
 
-def _from_swift(held: dict[str, Any], number: int) -> dict[str, Any]:
+def _from_swift(record: dict[str, Any], number: int) -> dict[str, Any]:
     """The same clip, question and answer as a line of our own; the id is made of the video and the line's number."""
-    videos, messages = held.get("videos"), held["messages"]
+    videos, messages = record.get("videos"), record["messages"]
     if not isinstance(videos, list) or len(videos) != 1 or not isinstance(videos[0], str):
         raise InputError("'videos' is not a list of one path")
-    if held.get("audios") or held.get("images"):
+    if record.get("audios") or record.get("images"):
         raise InputError("separate sound or pictures beside the video are not supported")
     if not isinstance(messages, list) or not all(
         isinstance(part, dict) and isinstance(part.get("content"), str) for part in messages
     ):
         raise InputError("'messages' is not a list of {role, content} with texts")
     roles = [part.get("role") for part in messages]
-    said = dict(zip(roles, (part["content"] for part in messages)))
+    texts = dict(zip(roles, (part["content"] for part in messages)))
     if roles not in (["user", "assistant"], ["system", "user", "assistant"]):
         raise InputError(f"messages by {roles}: one question and one answer are supported")
     # The placeholders stand where the media go: before the question, or behind it.
-    before, *inner, after = MARK.split(said["user"]) if MARK.search(said["user"]) else ("", said["user"])
+    before, *inner, after = MARK.split(texts["user"]) if MARK.search(texts["user"]) else ("", texts["user"])
     if (before.strip() and after.strip()) or any(part.strip() for part in inner):
         raise InputError("the video stands in the middle of the question: before and behind it are supported")
-    fields = {"id": held.get("id", f"{videos[0]}#{number}"), "video": videos[0], "caption": said["assistant"]}
+    fields = {"id": record.get("id", f"{videos[0]}#{number}"), "video": videos[0], "caption": texts["assistant"]}
     if prompt := before.strip() or after.strip():
         fields["prompt"] = prompt
-    if "system" in said:  # empty: none
-        fields["system"] = said["system"]
+    if "system" in texts:  # empty: none
+        fields["system"] = texts["system"]
     return fields | ({"media_first": False} if before.strip() else {})

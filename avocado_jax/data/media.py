@@ -52,14 +52,14 @@ def load_reading(folder: Path) -> Reading:
     if not path.is_file():
         return Reading()
     try:
-        held = json.loads(path.read_text(encoding="utf-8"))
+        values = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise InputError(f"{path}: not JSON: {error}") from error
     kinds = {field.name: field.type for field in fields(Reading)}
-    if not isinstance(held, dict):
+    if not isinstance(values, dict):
         raise InputError(f"{path}: not an object")
-    held = {name: value for name, value in held.items() if name not in Habits._fields}
-    for name, value in held.items():
+    values = {name: value for name, value in values.items() if name not in Habits._fields}
+    for name, value in values.items():
         if name not in kinds:
             raise InputError(f"{path}: no property '{name}' of a reading")
         if name == "align_sound":
@@ -67,7 +67,7 @@ def load_reading(folder: Path) -> Reading:
                 raise InputError(f"{path}: align_sound is {value!r}, not true or false")
         elif type(value) not in (int, kinds[name]) or not value > 0:
             raise InputError(f"{path}: {name} is {value!r}, not a positive {kinds[name].__name__}")
-    return Reading(**held)
+    return Reading(**values)
 
 
 def parse_reading(given: Sequence[str], habits: bool = False) -> dict[str, Any]:

@@ -38,8 +38,8 @@ def read_parts(pictures: Sequence[str], sound: str | None, reading: Reading = Re
         with one_line(Path(path)):
             frames.append(fit(_decoded(Path(path).read_bytes())))
     if not frames:
-        side = reading.size_factor * max(1, round((reading.fewest_pixels**0.5) / reading.size_factor))
-        frames = [np.full((side, side, 3), GREY, np.uint8)]
+        size = reading.size_factor * max(1, round((reading.fewest_pixels**0.5) / reading.size_factor))
+        frames = [np.full((size, size, 3), GREY, np.uint8)]
     frames += frames[-1:] * (len(frames) % 2)  # two frames make one temporal patch
     seconds = max(len(frames) / reading.fps, 0.0 if samples is None else len(samples) / reading.sound_rate)
     return Media(np.stack(frames), samples, seconds, np.arange(len(frames)) / reading.fps, tuple(warnings))

@@ -60,7 +60,7 @@ class Batch(NamedTuple):
     clip: Clip
     captions: Captions | None  # None if the recipe's captions are sampled
     weight: Float[Array, "B"]  # 1, or 0 for a row that does not count: padding, or a lost record
-    cut: Int[Array, "B"]  # captions of each row that were longer than the bucket
+    truncated: Int[Array, "B"]  # captions of each row that were longer than the bucket
     padded: float  # share of the step's FLOPs, over all hosts, that is spent on padding
     lost: tuple[Lost, ...]  # records that this host could not read
     references: Any = None  # GRPO: what rewards compare with, as arrays of [B, ...]
@@ -91,7 +91,7 @@ class _Row(NamedTuple):
     clip: Clip
     captions: Captions | None
     weight: float
-    cut: int
+    truncated: int
     id: str
     record: dict[str, Any]
     reason: str
@@ -167,7 +167,7 @@ def batches(
             if len(lost) > recipe.max_lost_share * max(read, TRIAL):
                 some = "; ".join(f"{one.id}: {one.reason}" for one in lost[:5])
                 raise InputError(f"{len(lost)} of {read} records cannot be read: {some}" + "; ..." * (len(lost) > 5))
-            yield _batch([made[place] for place in places], plan, step, missing)
+            yield _batch([made[index] for index in places], plan, step, missing)
     finally:
         if workers:
             iterator.close()
@@ -181,10 +181,10 @@ def _batch(rows: list[_Row], plan: Plan, step: int, lost: list[Lost]) -> Batch:
         bucket=at.bucket,
         ids=tuple(row.id for row in rows),
         records=tuple(row.record for row in rows),
-        clip=_joined([row.clip for row in rows]),
-        captions=None if rows[0].captions is None else _joined([row.captions for row in rows]),
+        clip=_concatenated([row.clip for row in rows]),
+        captions=None if rows[0].captions is None else _concatenated([row.captions for row in rows]),
         weight=np.array([row.weight for row in rows], np.float32),
-        cut=np.array([row.cut for row in rows], np.int32),
+        truncated=np.array([row.truncated for row in rows], np.int32),
         padded=at.padded,
         lost=tuple(lost),
     )
@@ -194,7 +194,7 @@ def _block(row: _Row) -> Shaped[Array, "N"]:
     return np.frombuffer(pickle.dumps(row, pickle.HIGHEST_PROTOCOL), np.uint8)
 
 
-def _joined(parts: list[Any]) -> Any:
+def _concatenated(parts: list[Any]) -> Any:
     """NamedTuples of arrays, joined along their first axis."""
     return type(parts[0])(*(np.concatenate(leaves) for leaves in zip(*parts)))
 
@@ -228,8 +228,8 @@ def empty_row(recipe: Recipe, bucket: Bucket) -> tuple[Clip, Captions | None]:
 
     The picture keeps every intermediate value finite, so that a weight of 0 removes the row from all sums.
     """
-    side = recipe.config.vision.patch * recipe.config.vision.merge
-    media = Media(np.zeros((recipe.config.vision.temporal_patch, side, side, 3), np.uint8), None, 0.0)
+    size = recipe.config.vision.patch * recipe.config.vision.merge
+    media = Media(np.zeros((recipe.config.vision.temporal_patch, size, size, 3), np.uint8), None, 0.0)
     row = make_row(media, Prompt([0], [0]), recipe.config, recipe.reading)
     clip = stack([row.clip], bucket.shape)
     return clip, None if recipe.sampled else make_captions([], int(row.clip.first), bucket.caption, recipe.group)[0]
@@ -257,22 +257,22 @@ def record_row(record: Record, number: int, epoch: int, bucket: Bucket, recipe: 
     chosen = draw(known, recipe.group, seed, REFERENCES, epoch, number)
     stop = special_id(recipe.words, "<|im_end|>")
     ids = [[*recipe.words.encode(caption), stop] for caption in chosen]
-    captions, cut = make_captions(ids, int(clip.first), bucket.caption, recipe.group)
-    return _Row(stack([clip], bucket.shape), captions, 1.0, cut, fields["id"], fields, "")
+    captions, truncated = make_captions(ids, int(clip.first), bucket.caption, recipe.group)
+    return _Row(stack([clip], bucket.shape), captions, 1.0, truncated, fields["id"], fields, "")
 
 
 def draw(items: Sequence[str], count: int, seed: int, purpose: int, epoch: int, number: int) -> list[str]:
     """At most `count` of `items`, none twice, in an order that depends on the other arguments only."""
     order = np.random.default_rng([seed, purpose, epoch, number]).permutation(len(items))
-    return [items[place] for place in order[:count]]
+    return [items[index] for index in order[:count]]
 
 
 def make_captions(ids: list[list[int]], first: int, length: int, group: int) -> tuple[Captions, int]:
     """Captions as one row of `group` x `length`, and how many were cut (a caption that is cut has no stop)."""
     targets = np.zeros((1, group, length), np.int32)
     valid = np.zeros((1, group, length), bool)
-    for place, caption in enumerate(ids):
+    for index, caption in enumerate(ids):
         kept = caption[:length]
-        targets[0, place, : len(kept)], valid[0, place, : len(kept)] = kept, True
+        targets[0, index, : len(kept)], valid[0, index, : len(kept)] = kept, True
     inputs = np.concatenate([np.full((1, group, 1), first, np.int32), targets[..., :-1]], axis=-1)
     return Captions(inputs, targets, valid), sum(len(caption) > length for caption in ids)

@@ -104,8 +104,8 @@ def _merged(boxes: Array, members: Array, count: int, group: int, config: Thinke
 
     def losses(one: int, others: Array) -> Array:
         both = row_flops(np.maximum(boxes[one], boxes[others]), group, config)
-        own = members[one] * cost[one] + members[others] * cost[others]
-        return (members[one] + members[others]) * both - own
+        separate = members[one] * cost[one] + members[others] * cost[others]
+        return (members[one] + members[others]) * both - separate
 
     boxes, members, everyone = boxes.copy(), members.copy(), np.arange(len(boxes))
     loss = np.stack([losses(one, everyone) for one in range(len(boxes))])
@@ -220,17 +220,17 @@ def _epoch(plan: Plan, epoch: int) -> list[tuple[int, Int[Array, "B"]]]:
     learned = plan.batch * plan.together
     blocks, left, size = [], [], learned + plan.batch * plan.spares
     for bucket in range(len(plan.buckets)):
-        own = order[plan.assigned[order] == bucket]
-        full = len(own) // size * size
-        blocks += [(bucket, rows) for rows in own[:full].reshape(-1, size)]
-        left.append(own[full:].tolist())
+        chosen = order[plan.assigned[order] == bucket]
+        full = len(chosen) // size * size
+        blocks += [(bucket, rows) for rows in chosen[:full].reshape(-1, size)]
+        left.append(chosen[full:].tolist())
     boxes = [(*bucket.shape, bucket.caption) for bucket in plan.buckets]
     for bucket, box in enumerate(boxes):
         for smaller in range(bucket + 1, len(boxes)):
             if left[bucket] and all(part <= limit for part, limit in zip(boxes[smaller], box)):
-                room = size - len(left[bucket])
-                left[bucket] += left[smaller][:room]
-                left[smaller] = left[smaller][room:]
+                space = size - len(left[bucket])
+                left[bucket] += left[smaller][:space]
+                left[smaller] = left[smaller][space:]
         if left[bucket]:
             blocks.append((bucket, np.array(left[bucket] + [-1] * (size - len(left[bucket])))))
     shuffle = np.random.default_rng([plan.seed, STEPS, epoch]).permutation(len(blocks))

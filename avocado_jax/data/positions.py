@@ -43,14 +43,14 @@ def interleave(grid: tuple[int, int, int], sounds: int, seconds_per_patch: float
     times = np.trunc(np.arange(patches, dtype=np.float32) * np.float32(seconds_per_patch) * per_second).astype(int)
     at = np.indices(grid).reshape(3, -1).T
     at[:, 0] = np.repeat(times, rows * columns)
-    heard = np.repeat(np.arange(sounds)[:, None], 3, axis=1)
+    sound_at = np.repeat(np.arange(sounds)[:, None], 3, axis=1)
     if not sounds:
         return Interleaved(np.arange(len(at)), at, int(at.max()))
     length = int(per_second * config.seconds_per_chunk)
-    pictures, sound = chunks(at[:, 0], length), chunks(heard[:, 0], length)
+    pictures, sound = chunks(at[:, 0], length), chunks(sound_at[:, 0], length)
     source, positions = [], []
     for index in range(max(len(pictures), len(sound))):
-        for parts, offset, values in ((pictures, 0, at), (sound, len(at), heard)):
+        for parts, offset, values in ((pictures, 0, at), (sound, len(at), sound_at)):
             if index < len(parts):
                 first, last = parts[index]
                 source.append(np.arange(first, last) + offset)

@@ -100,9 +100,9 @@ def prepare(
         if not finish:
             machine, machines = shard or (0, 1)
             if source.parts:
-                place = Path(temporary, "clips")
-                place.mkdir()
-                tasks = part_tasks(folder, opened, source, lines, manifest, job, machine, machines, place)
+                clips = Path(temporary, "clips")
+                clips.mkdir()
+                tasks = part_tasks(folder, opened, source, lines, manifest, job, machine, machines, clips)
             else:
                 tasks = line_tasks(folder, opened, lines, manifest, job, machine, machines)
             for name in progress(run_tasks(job, source, tasks, workers), f"prepare {job.out}: shards"):
@@ -129,7 +129,7 @@ def _scan(job: Job, source: Source, manifest: Path | None, base: Base, opened: d
             f"line {first.line}: {first.reason}"
         )
     known = [(part["size"], part["md5"]) for part in (base.doc, opened) if part and "md5" in part]
-    if any(lines.sums.get(size) != md5 for size, md5 in known):
+    if any(lines.prefix_md5.get(size) != md5 for size, md5 in known):
         raise other_job(job.out)
     return lines
 
@@ -153,14 +153,14 @@ def _finish(
 
     # Records: those of the shards that are kept, then the new ones. Of equal lines or ids the first is indexed.
     kept = [number for number, one in enumerate(base.doc["shards"]) if one["file"] not in opened["lost"]]
-    place = np.full(len(base.doc["shards"]), -1, np.int64)
-    place[kept] = np.arange(len(kept))
+    new_number = np.full(len(base.doc["shards"]), -1, np.int64)
+    new_number[kept] = np.arange(len(kept))
     shards = [base.doc["shards"][number] for number in kept]
-    stays = np.flatnonzero(place[base.columns["shard"]] >= 0) if base.ids else np.zeros(0, np.int64)
+    stays = np.flatnonzero(new_number[base.columns["shard"]] >= 0) if base.ids else np.zeros(0, np.int64)
     ids = [base.ids[row] for row in stays.tolist()]
     columns = {name: [base.columns[name][stays]] for name in ("line", *MEASURED, "position") if base.ids}
     columns = columns or {name: [] for name in ("line", *MEASURED, "position")}
-    columns["shard"] = [place[base.columns["shard"][stays]]] if base.ids else []
+    columns["shard"] = [new_number[base.columns["shard"][stays]]] if base.ids else []
     taken = set(ids)
     unused = [one for one in base.unused if one["part"] not in {part for part, _ in opened["parts"]}]
     rejects, warnings = list(lines.rejects), []

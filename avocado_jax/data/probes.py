@@ -7,37 +7,37 @@ from typing import Any
 from avocado_jax.errors import InputError
 from avocado_jax.typing import Probe
 
-LETTERS = "ABCDEFGHIJ"  # of the choices; a probe has at most so many
+LABELS = "ABCDEFGHIJ"  # of the choices; a probe has at most this many
 
 
-def read_probe(held: Any) -> Probe:
+def read_probe(value: Any) -> Probe:
     """A probe from `{"question", "choices": [str], "answer", "category"?}`.
 
     `answer` is one of the choices, or the letter of one. Choices may begin with their letters ("A. red").
 
     Raises:
-        InputError: a field is missing or invalid; the message does not name the place.
+        InputError: a field is missing or invalid; the message does not name the line.
     """
-    if not isinstance(held, Mapping):
+    if not isinstance(value, Mapping):
         raise InputError("a probe is not an object")
-    question, choices, answer = (held.get(name) for name in ("question", "choices", "answer"))
+    question, choices, answer = (value.get(name) for name in ("question", "choices", "answer"))
     if not isinstance(question, str) or not question.strip():
         raise InputError("a probe's 'question' is not a text, or empty")
     if not isinstance(choices, list) or not all(isinstance(one, str) for one in choices):
         raise InputError("a probe's 'choices' is not a list of texts")
-    texts = [_without_letter(letter, one) for letter, one in zip(LETTERS, choices)]
+    texts = [_without_letter(letter, one) for letter, one in zip(LABELS, choices)]
     if len(texts) < len(choices) or len(texts) < 2 or len(set(texts)) < len(texts) or not all(texts):
-        raise InputError(f"a probe has from 2 to {len(LETTERS)} different choices, not {choices!r:.100}")
+        raise InputError(f"a probe has from 2 to {len(LABELS)} different choices, not {choices!r:.100}")
     if not isinstance(answer, str):
         raise InputError("a probe's 'answer' is not a text")
-    category = held.get("category", "")
+    category = value.get("category", "")
     if not isinstance(category, str):
         raise InputError("a probe's 'category' is not a text")
     given = answer.strip()
-    places = [place for place, both in enumerate(zip(choices, texts)) if given in (both[0].strip(), both[1])]
+    places = [index for index, both in enumerate(zip(choices, texts)) if given in (both[0].strip(), both[1])]
     if not places:
         letter = given.strip("().: ").upper()
-        places = [LETTERS.index(letter)] if len(letter) == 1 and letter in LETTERS[: len(texts)] else []
+        places = [LABELS.index(letter)] if len(letter) == 1 and letter in LABELS[: len(texts)] else []
     if not places:
         raise InputError(f"the answer {answer!r:.60} is neither one of the choices nor the letter of one")
     return Probe(question.strip(), tuple(texts), places[0], category)

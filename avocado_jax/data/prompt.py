@@ -127,8 +127,8 @@ def record_prompt(tokenizer: Any, fields: Mapping[str, Any], question: str, habi
 
 def chat_prompt(tokenizer: Any, text: str, system: str = SYSTEM, media_first: bool = True) -> Prompt:
     """One question about a clip: a system turn unless `system` is empty, and a user turn with media and question."""
-    asked = Turn("user", "", text) if media_first else Turn("user", text, "")
-    return conversation_prompt(tokenizer, [Turn("system", system), asked] if system else [asked])
+    user = Turn("user", "", text) if media_first else Turn("user", text, "")
+    return conversation_prompt(tokenizer, [Turn("system", system), user] if system else [user])
 
 
 def conversation_prompt(tokenizer: Any, turns: Sequence[Turn]) -> Prompt:

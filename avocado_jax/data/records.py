@@ -43,14 +43,14 @@ def unpack(data: bytes) -> Record:
         InputError: it is damaged, or of another version.
     """
     try:
-        held = msgpack.unpackb(data)
-        if held["version"] != VERSION:
-            raise InputError(f"a record of version {held['version']}; this code reads {VERSION}: run prepare again")
-        if "video" in held:
-            return Record(held["fields"], held["video"], held["name"])
-        frames = np.frombuffer(held["frames"], np.uint8).reshape(held["size"])
-        samples = None if held["samples"] is None else np.frombuffer(held["samples"], "<f4")
-        return Record(held["fields"], Media(frames, samples, held["seconds"]), held["name"])
+        entry = msgpack.unpackb(data)
+        if entry["version"] != VERSION:
+            raise InputError(f"a record of version {entry['version']}; this code reads {VERSION}: run prepare again")
+        if "video" in entry:
+            return Record(entry["fields"], entry["video"], entry["name"])
+        frames = np.frombuffer(entry["frames"], np.uint8).reshape(entry["size"])
+        samples = None if entry["samples"] is None else np.frombuffer(entry["samples"], "<f4")
+        return Record(entry["fields"], Media(frames, samples, entry["seconds"]), entry["name"])
     except (msgpack.UnpackException, ValueError, KeyError, TypeError) as error:
         raise InputError(f"a damaged record ({error})") from error
 

@@ -33,20 +33,20 @@ class Shape(NamedTuple):
 def make_row(media: Media, prompt: Prompt, config: ThinkerConfig, reading: Reading = Reading()) -> Row:
     """Features, prompt ids, the order of the media and TMRoPE ids of one clip."""
     vision, ids = config.vision, config.tokens
-    seen = windows(media.frames, vision)
-    mel, heard = _sound(media, config)
-    patches = len(seen.patches)
-    grid = (patches, *(side // vision.patch // vision.merge for side in media.frames.shape[1:3]))
-    order = interleave(grid, heard, vision.temporal_patch / reading.fps, config)
+    picture = windows(media.frames, vision)
+    mel, sound_tokens = _sound(media, config)
+    patches = len(picture.patches)
+    grid = (patches, *(size // vision.patch // vision.merge for size in media.frames.shape[1:3]))
+    order = interleave(grid, sound_tokens, vision.temporal_patch / reading.fps, config)
 
     # Visual tokens come in raster order; the tower gives them in slot order, sound after all its slots.
-    per_patch = seen.valid.size // vision.merge**2
-    slots = (np.arange(patches)[:, None] * per_patch + seen.order).reshape(-1)
-    slots = np.concatenate([slots, patches * per_patch + np.arange(heard)])
+    per_patch = picture.valid.size // vision.merge**2
+    slots = (np.arange(patches)[:, None] * per_patch + picture.order).reshape(-1)
+    slots = np.concatenate([slots, patches * per_patch + np.arange(sound_tokens)])
 
-    opening = [ids.vision_start] + [ids.audio_start] * bool(heard)
-    closing = [ids.audio_end] * bool(heard) + [ids.vision_end]
-    media_ids = np.where(order.source < len(slots) - heard, ids.video, ids.audio)
+    opening = [ids.vision_start] + [ids.audio_start] * bool(sound_tokens)
+    closing = [ids.audio_end] * bool(sound_tokens) + [ids.vision_end]
+    media_ids = np.where(order.source < len(slots) - sound_tokens, ids.video, ids.audio)
     tokens = np.concatenate([prompt.before, opening, media_ids, closing, prompt.after]).astype(np.int32)
 
     # The pair that opens the media shares one position, as does the pair that closes them.
@@ -72,9 +72,9 @@ def make_row(media: Media, prompt: Prompt, config: ThinkerConfig, reading: Readi
         media=where[:-1].astype(np.int32),
         first=tokens[-1],
         start=positions[-1, 0],
-        patches=seen.patches,
-        patch_grid=seen.grid,
-        patch_valid=seen.valid,
+        patches=picture.patches,
+        patch_grid=picture.grid,
+        patch_valid=picture.valid,
         mel=(chunked := mel_chunks(mel, 2 * config.audio.window))[0],
         mel_length=chunked[1],
     )
@@ -109,8 +109,8 @@ def _sound(media: Media, config: ThinkerConfig) -> tuple[Float[Array, "frames M"
     """The log-mel spectrogram and its number of tokens; sound too short for one token is none."""
     bins = config.audio.mel_bins
     mel = np.zeros((0, bins), np.float32) if media.samples is None else log_mel(media.samples, bins)
-    heard = audio_tokens(len(mel))
-    return mel[: len(mel) if heard else 0], heard
+    count = audio_tokens(len(mel))
+    return mel[: len(mel) if count else 0], count
 
 
 def shape_of(clip: Clip) -> Shape:
@@ -147,16 +147,16 @@ def stack(clips: list[Clip], shape: Shape) -> Clip:
 
 def _padded(clip: Clip, shape: Shape) -> Clip:
     have = shape_of(clip)
-    if any(size > room for size, room in zip(have, shape)):
+    if any(size > limit for size, limit in zip(have, shape)):
         raise InputError(f"a clip of {have} does not fit {shape}")
     cells = clip.patches.shape[2] // 4  # merged cells of a window
     slots = cells * have.windows  # visual tokens of a temporal patch, and with padding
-    room = cells * shape.windows
+    padded = cells * shape.windows
     sound = clip.media >= have.patches * slots
     media = np.where(
         sound,
-        clip.media - have.patches * slots + shape.patches * room,
-        clip.media // slots * room + clip.media % slots,
+        clip.media - have.patches * slots + shape.patches * padded,
+        clip.media // slots * padded + clip.media % slots,
     )
     media = np.where(clip.media < 0, -1, media)
 

@@ -15,7 +15,7 @@ from avocado_jax.data.decode import PacketDecoder
 from avocado_jax.typing import Array, Float
 
 RATE = 4.0  # thumbnails a second
-SIDE = 16  # pixels of a thumbnail
+THUMBNAIL = 16  # width and height of a thumbnail, in pixels
 CHANGE = 0.1  # difference of two thumbnails, of full scale, that may be a scene change
 RATIO = 4.0  # of it to those around it
 AROUND = 2.0  # seconds
@@ -42,9 +42,9 @@ def find_segments(path: str | Path, target: float, longest: float) -> list[Packe
         times = np.array([packets.time(one, packets.tick) for one in packets.times])
         first = np.searchsorted(times, np.arange(0.0, packets.seconds, 1 / RATE))
         chosen = np.unique(np.minimum(first, len(times) - 1))
-        seen, differences = _differences(path, [packets.times[number] for number in chosen])
+        decoded, differences = _differences(path, [packets.times[number] for number in chosen])
         borders = choose_borders(
-            np.array([packets.time(one, packets.tick) for one in seen]),
+            np.array([packets.time(one, packets.tick) for one in decoded]),
             scene_changes(differences),
             packets.seconds,
             target,
@@ -55,21 +55,21 @@ def find_segments(path: str | Path, target: float, longest: float) -> list[Packe
 
 def _differences(path: Path, chosen: list[int]) -> tuple[list[int], Float[Array, "N"]]:
     """The times of the chosen frames that can be decoded, and what each differs by from the one before it."""
-    wanted, seen, differences, last = set(chosen), [], [], None
+    wanted, decoded, differences, last = set(chosen), [], [], None
     with open_clip(path) as container:
         stream = video_stream(container)
         stream.thread_type = "SLICE"
         for frame in PacketDecoder(container, stream).frames(wanted):
             if frame.pts in wanted and not frame.is_corrupt:
                 thumbnail = _thumbnail(frame)
-                seen.append(frame.pts)
+                decoded.append(frame.pts)
                 differences.append(0.0 if last is None else float(np.abs(thumbnail - last).mean()))
                 last = thumbnail
-    return seen, np.array(differences)
+    return decoded, np.array(differences)
 
 
 def _thumbnail(frame: av.VideoFrame) -> Float[Array, "h w 3"]:
-    small = frame.reformat(SIDE, SIDE, "rgb24", interpolation="AREA")
+    small = frame.reformat(THUMBNAIL, THUMBNAIL, "rgb24", interpolation="AREA")
     return small.to_ndarray().astype(np.float32) / 255
 
 
@@ -98,17 +98,15 @@ def choose_borders(
     border = np.concatenate([[0.0], UNSURE * (1 - changes[inner]) + SPLIT * (changes[inner] < SURE), [0.0]])
     cost, before = np.full(len(places), np.inf), np.zeros(len(places), int)
     cost[0] = 0.0
-    for place in range(1, len(places)):
-        first = int(np.searchsorted(places, places[place] - longest))
-        first = min(first, place - 1)  # no thumbnail for so long
-        lengths = places[place] - places[first:place]
-        costs = (
-            cost[first:place] + ((lengths - target) / target) ** 2 + np.where(lengths < SHORTEST * target, 100.0, 0.0)
-        )
+    for end in range(1, len(places)):
+        first = int(np.searchsorted(places, places[end] - longest))
+        first = min(first, end - 1)  # no thumbnail for so long
+        lengths = places[end] - places[first:end]
+        costs = cost[first:end] + ((lengths - target) / target) ** 2 + np.where(lengths < SHORTEST * target, 100.0, 0.0)
         best = int(np.argmin(costs))
-        cost[place], before[place] = costs[best] + border[place], first + best
-    found, place = [], int(before[-1])
-    while place > 0:
-        found.append(float(places[place]))
-        place = int(before[place])
+        cost[end], before[end] = costs[best] + border[end], first + best
+    found, end = [], int(before[-1])
+    while end > 0:
+        found.append(float(places[end]))
+        end = int(before[end])
     return found[::-1]

@@ -41,8 +41,8 @@ def line_tasks(
     with manifest.open("rb") as file:
         for number, name in enumerate(line_shards(opened, len(chosen), job)):
             if number % machines == machine and folder.report_of(name) is None:
-                cut = chosen[number * job.shard_records : (number + 1) * job.shard_records].tolist()
-                yield Task(name, [Row(int(lines.number[row]), lines.text(file, row)) for row in cut])
+                rows = chosen[number * job.shard_records : (number + 1) * job.shard_records].tolist()
+                yield Task(name, [Row(int(lines.number[row]), lines.text(file, row)) for row in rows])
 
 
 def parts_read(folder: Folder) -> dict[str, tuple[str, int]]:

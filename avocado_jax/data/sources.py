@@ -78,9 +78,9 @@ class Shards:
             InputError: one is missing, or has another size than manifest.json says.
             StorageError: storage fails.
         """
-        held = storage.sizes(self._folder)
+        sizes = storage.sizes(self._folder)
         for shard in self._shards:
-            if (size := held.get(shard.file)) != shard.bytes:
+            if (size := sizes.get(shard.file)) != shard.bytes:
                 found = "is missing" if size is None else f"has {size} bytes, where manifest.json says {shard.bytes}"
                 raise InputError(f"{storage.join(self._folder, shard.file)}: {found}")
 
@@ -105,12 +105,12 @@ class Shards:
             if shard in self._readers:
                 self._readers.move_to_end(shard)
                 return self._readers[shard]
-        held, path = self._shards[shard], self._name(shard)
+        entry, path = self._shards[shard], self._name(shard)
         if self._cache and storage.is_remote(path):
-            path = str(cached(path, held, self._cache))
+            path = str(cached(path, entry, self._cache))
         reader = within(self._patience, lambda: ArrayRecordReader(path, "readahead_buffer_size:0"))
-        if (found := reader.num_records()) != held.records:
-            raise storage.StorageError(f"{found} records, where manifest.json says {held.records}")
+        if (found := reader.num_records()) != entry.records:
+            raise storage.StorageError(f"{found} records, where manifest.json says {entry.records}")
         with self._lock:
             self._readers[shard] = reader
             while len(self._readers) > OPEN_SHARDS:
@@ -159,8 +159,8 @@ def open_shards(
             f"{where}: version {version}; this code reads {FORMAT}: run prepare again into an empty folder"
         )
     if prepared != reading_fields(reading):
-        asked = reading_fields(reading)
-        raise InputError(f"{where}: prepared for {prepared}, the run asks for {asked}: run prepare again")
+        requested = reading_fields(reading)
+        raise InputError(f"{where}: prepared for {prepared}, the run asks for {requested}: run prepare again")
     data = storage.read(storage.join(folder, file))
     if hashlib.md5(data, usedforsecurity=False).hexdigest() != md5:
         raise InputError(f"{folder}: {file} is not the one of its manifest.json")

@@ -58,9 +58,9 @@ def train_tokenizer(folder: Path, texts: Iterable[str], entries: int) -> None:
 
     backend = Tokenizer(models.BPE())
     backend.normalizer = normalizers.NFC()
-    cut = pre_tokenizers.Split(Regex(PIECES), behavior="isolated")
+    splitter = pre_tokenizers.Split(Regex(PIECES), behavior="isolated")
     backend.pre_tokenizer = pre_tokenizers.Sequence(
-        [cut, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+        [splitter, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
     )
     backend.decoder = decoders.ByteLevel()
     ordinary = entries - len(SPECIAL)

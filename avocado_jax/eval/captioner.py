@@ -59,7 +59,7 @@ def open_captioner(checkpoint: Checkpoint, text: str | None, dtype: str) -> Capt
     Raises:
         InputError: it has no tokenizer, no stop ids, or a tokenizer of another vocabulary.
     """
-    folder = checkpoint.side_files
+    folder = checkpoint.config_folder
     tokenizer = load_words(folder)
     config = computed(checkpoint.config, dtype, scan=False)
     stops = stop_ids(folder, tokenizer, config.text.vocab)

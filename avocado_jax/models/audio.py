@@ -22,7 +22,7 @@ class AudioLayer(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "N U D"], own: None, valid: Bool[Array, "N U"]
+        self, x: Float[Array, "N U D"], _: None, valid: Bool[Array, "N U"]
     ) -> tuple[Float[Array, "N U D"], None]:
         x = layer_input(x)
         y = layer_norm(self, "attention_norm")(x)

@@ -57,8 +57,8 @@ class Encoder(nn.Module):
             self.param(name, nn.initializers.normal(0.02), (rows, config.width), jnp.dtype(config.param_dtype))
             for name, rows in (("words", config.vocab), ("places", config.positions), ("kinds", config.kinds))
         )
-        place = jnp.minimum(jnp.arange(tokens.shape[1]), config.positions - 1)  # only padding may lie beyond
-        x = (words[tokens] + places[place][None] + kinds[:1, None]).astype(config.dtype)
+        index = jnp.minimum(jnp.arange(tokens.shape[1]), config.positions - 1)  # only padding may lie beyond
+        x = (words[tokens] + places[index][None] + kinds[:1, None]).astype(config.dtype)
         x = layer_norm(config, "norm")(x)
         for layer in range(config.layers):
             x = EncoderLayer(config, name=f"layers_{layer}")(x, valid)

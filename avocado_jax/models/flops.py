@@ -42,8 +42,8 @@ def row_flops(config: ThinkerConfig, shape: Any, group: int, caption: Any) -> Ro
     cells, merged, pooled = pixels / vision.merge**2, vision.width * vision.merge**2, frames / 2
 
     full = len(vision.full_layers)
-    seen = full * windows * window + (vision.layers - full) * window  # keys of a patch, over all layers
-    tower_attention = 4 * vision.width * pixels * seen + 4 * audio.width * audio.window * frames * audio.layers
+    patch_keys = full * windows * window + (vision.layers - full) * window  # keys of a patch, over all layers
+    tower_attention = 4 * vision.width * pixels * patch_keys + 4 * audio.width * audio.window * frames * audio.layers
     towers = 2 * pixels * vision.layers * (4 * vision.width**2 + 3 * vision.width * vision.ffn)
     towers += 2 * frames * audio.layers * (4 * audio.width**2 + 2 * audio.width * audio.ffn)
     towers += 2 * 3 * audio.width**2 * frames  # the second convolution

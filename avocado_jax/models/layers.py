@@ -83,7 +83,7 @@ def stack_of(
 ) -> Callable:
     """`count` layers applied in turn: `run(x, per_layer, *shared) -> (x, outputs of each layer)`.
 
-    `layer(**sizes)` is called as `(x, own, *shared) -> (x, output)`.
+    `layer(**sizes)` is called as `(x, inputs, *shared) -> (x, output)`.
 
     With `config.scan` the parameters are stacked under `layers` and scanned; leaves of `per_layer` and of the outputs
     have a leading axis of `count`.
@@ -118,12 +118,12 @@ def stack_of(
 
     def selected(x: Array, per_layer: Any, *shared: Any) -> tuple[Array, tuple]:
         params = module.variables["params"]
-        branches = [lambda own=params[f"layers_{i}"]: own for i in range(count)]
+        branches = [lambda weights=params[f"layers_{i}"]: weights for i in range(count)]
 
         def body(x: Array, item: tuple[Array, Any]) -> tuple[Array, Any]:
-            number, own = item
+            number, inputs = item
             weights = jax.lax.switch(number, branches)
-            return layer(**sizes, parent=None).apply({"params": weights}, x, own, *shared)
+            return layer(**sizes, parent=None).apply({"params": weights}, x, inputs, *shared)
 
         x, outputs = jax.lax.scan(body, x, (jnp.arange(count), per_layer))
         return x, tuple(jax.tree.map(itemgetter(i), outputs) for i in range(count))

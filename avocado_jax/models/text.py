@@ -83,8 +83,8 @@ class TextLayer(nn.Module):
         if self.captions is None:
             return mixed, clip
         q, k, v = (part[:, end:].reshape(rows, group, length, *part.shape[2:]) for part in (q, k, v))
-        own = KV(*(part.swapaxes(2, 3) for part in (k, v)))
-        captions = kernel.attend_captions(q, own, clip, clip_valid)
+        caption_kv = KV(*(part.swapaxes(2, 3) for part in (k, v)))
+        captions = kernel.attend_captions(q, caption_kv, clip, clip_valid)
         return jnp.concatenate([mixed, captions.reshape(rows, group * length, *captions.shape[3:])], axis=1), None
 
 

@@ -17,8 +17,8 @@ from avocado_jax.typing import Array, Bool, Captions, Clip, Float, Int
 class Encoded(NamedTuple):
     """Encoder outputs before the adapters. Pass them to skip the encoders."""
 
-    seen: Float[Array, "B T S Y"]  # slots of each temporal patch
-    heard: Float[Array, "B A U Y"] | None  # None without sound
+    vision: Float[Array, "B T S Y"]  # slots of each temporal patch
+    audio: Float[Array, "B A U Y"] | None  # None without sound
 
 
 class Thinker(nn.Module):
@@ -49,10 +49,10 @@ class Thinker(nn.Module):
         rows, clip_tokens = clip.tokens.shape
         inputs = captions.inputs
         index = jnp.broadcast_to(jnp.arange(inputs.shape[2]), inputs.shape)
-        own = caption_positions(clip.start, index).reshape(rows, -1, 3)
+        positions = caption_positions(clip.start, index).reshape(rows, -1, 3)
         x, _ = self.text(
             self.embed(clip, encoded, inputs.reshape(rows, -1)),
-            jnp.concatenate([clip.positions, own], axis=1),
+            jnp.concatenate([clip.positions, positions], axis=1),
             _valid(clip),
             captions=inputs.shape[1:],
         )
@@ -65,12 +65,12 @@ class Thinker(nn.Module):
             jnp.repeat(part[:, None], patches, axis=1).reshape(rows * patches, *part.shape[1:])
             for part in (clip.patch_grid, clip.patch_valid)
         )
-        seen = self.vision.encode(clip.patches.reshape(rows * patches, *clip.patches.shape[2:]), *per_frame)
-        heard = None
+        vision = self.vision.encode(clip.patches.reshape(rows * patches, *clip.patches.shape[2:]), *per_frame)
+        audio = None
         if clip.mel.shape[1]:  # a batch without any sound has no chunk to encode
             chunks = clip.mel.reshape(-1, *clip.mel.shape[2:])
-            heard = self.audio.encode(chunks, clip.mel_length.reshape(-1))
-        return jax.tree.map(lambda part: part.reshape(rows, -1, *part.shape[1:]), Encoded(seen, heard))
+            audio = self.audio.encode(chunks, clip.mel_length.reshape(-1))
+        return jax.tree.map(lambda part: part.reshape(rows, -1, *part.shape[1:]), Encoded(vision, audio))
 
     def embed(
         self, clip: Clip, encoded: Encoded | None = None, inputs: Int[Array, "B Q"] | None = None
@@ -81,7 +81,7 @@ class Thinker(nn.Module):
         if not clip.patches.shape[1] and not clip.mel.shape[1]:
             return words
         encoded, rows = encoded or self.encode(clip), clip.tokens.shape[0]
-        towers = [(self.vision, encoded.seen)] + [(self.audio, encoded.heard)] * (encoded.heard is not None)
+        towers = [(self.vision, encoded.vision)] + [(self.audio, encoded.audio)] * (encoded.audio is not None)
         adapted = [tower.adapt(part.reshape(-1, *part.shape[2:])) for tower, part in towers]
         media = jnp.concatenate([part.reshape(rows, -1, part.shape[-1]) for part in adapted], axis=1)
         placed = jnp.take_along_axis(media, jnp.maximum(clip.media, 0)[..., None], axis=1)
@@ -94,16 +94,18 @@ class Thinker(nn.Module):
         return ClipCache(kv, _valid(clip), clip.start)
 
     def decode(
-        self, cache: ClipCache, so_far: Any, step: Int[Array, "B"] | Int[Array, ""], inputs: Int[Array, "B G"]
+        self, cache: ClipCache, caption_kv: Any, step: Int[Array, "B"] | Int[Array, ""], inputs: Int[Array, "B G"]
     ) -> tuple[Float[Array, "B G V"], Any]:
         """Logits (fp32) of the next token of every caption, and the caption cache with `inputs` written at `step`.
 
-        Captions are at one step; or each row at its own, if `so_far` are `Growing`, of which `new` is returned.
+        Captions are at one step; or each row at its own, if `caption_kv` are `Growing`, of which `new` is returned.
         """
         index = jnp.broadcast_to(step[..., None, None], (*inputs.shape, 1))
         positions = caption_positions(cache.start, index)[:, :, 0]
-        x, so_far = self.text(self._words(inputs), positions, cache.valid, caches=(cache.layers, so_far), step=step)
-        return self.logits(x), so_far
+        x, caption_kv = self.text(
+            self._words(inputs), positions, cache.valid, caches=(cache.layers, caption_kv), step=step
+        )
+        return self.logits(x), caption_kv
 
     def logits(self, hidden: Float[Array, "... D"], ids: Int[Array, "V"] | None = None) -> Float[Array, "... V"]:
         """Logits of the next token in fp32, for the whole vocabulary or for `ids` only."""

@@ -24,13 +24,13 @@ KEYS = "avocado/liveness/"
 
 
 class Beat(NamedTuple):
-    """What a process publishes: `count` grows with each heartbeat, `place` is where its main thread is."""
+    """What a process publishes: `count` grows with each heartbeat, `location` is where its main thread is."""
 
     count: int
     host: str
     step: int
     stage: int
-    place: str
+    location: str
 
 
 class Liveness:
@@ -87,7 +87,7 @@ class Liveness:
         pause = 0.0  # the first heartbeat at once: it has the name of this host
         while not self._closed.wait(pause):
             pause = min(self._heartbeat / 8, 5.0)
-            self._mine = self._mine._replace(count=self._mine.count + 1, place=_place())
+            self._mine = self._mine._replace(count=self._mine.count + 1, location=_location())
             try:
                 self._client.key_value_set(f"{KEYS}{self._process}", json.dumps(self._mine), allow_overwrite=True)
                 found = self._client.key_value_dir_get(KEYS)
@@ -139,12 +139,12 @@ class Liveness:
         late = missing or [number for number, value in reached.items() if value == least < most]
         if not late:
             stage = f"{STAGES[self._mine.stage]} of step {self._mine.step}"
-            return f"no host is behind the others, all are in {stage} (here: {_place()})"
+            return f"no host is behind the others, all are in {stage} (here: {_location()})"
         names = ", ".join(f"{self._name(number)} ({self._at(beats.get(number))})" for number in late)
-        return f"stuck: {names}; this host: {self._at(self._mine._replace(place=_place()))}"
+        return f"stuck: {names}; this host: {self._at(self._mine._replace(location=_location()))}"
 
     def _at(self, beat: Beat | None) -> str:
-        return f"{STAGES[beat.stage]} of step {beat.step}, {beat.place}" if beat else "never heard of"
+        return f"{STAGES[beat.stage]} of step {beat.step}, {beat.location}" if beat else "never heard of"
 
     def _last(self, number: int) -> float:
         return self._peers[number][1] if number in self._peers else self._begun
@@ -169,7 +169,7 @@ def progress(step: int, stage: str) -> None:
         _current.progress(step, stage)
 
 
-def _place() -> str:
+def _location() -> str:
     """The innermost frame of this package in the main thread."""
     frame = sys._current_frames().get(threading.main_thread().ident)
     while frame is not None and not frame.f_code.co_filename.startswith(PACKAGE):

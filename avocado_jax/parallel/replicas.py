@@ -38,7 +38,7 @@ def observe(
         [replicas, batch, ...]: entry [:, r] has the observations of row r, one for each device that holds the row. A
         reduction over the first axis gives a value that is the same on all processes.
     """
-    places = {row: place for place, row in enumerate(rows)}
+    places = {row: number for number, row in enumerate(rows)}
 
     def block(index: tuple[slice, ...]) -> np.ndarray:
         return values[[places[row] for row in range(*index[1].indices(batch))]][None]

@@ -103,7 +103,7 @@ def model_and_buckets(config: RunConfig) -> tuple[ThinkerConfig, list[Bucket]]:
     data = config.data
     if checkpoint and (":" in data.train or os.path.exists(data.train)):
         source, reading = open_source(data.train, data)
-        words, habits = load_words(checkpoint.side_files), load_habits(checkpoint.side_files)
+        words, habits = load_words(checkpoint.config_folder), load_habits(checkpoint.config_folder)
         recipe = make_recipe(config, model, words, reading, habits)
         return model, list(plan_batches(source.index, recipe, config.batch, data.shapes, config.seed).buckets)
     return model, [Bucket(Shape(*nominal.clip), data.caption_tokens)]

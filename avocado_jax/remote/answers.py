@@ -50,19 +50,19 @@ def objects(text: str, python: bool = False) -> list[dict[str, Any]]:
         python: read Python dictionaries too: single quotes, True, False, None and trailing commas.
     """
     decoder = json.JSONDecoder(object_pairs_hook=_fields)
-    found, place = [], 0
+    found, position = [], 0
     for _ in range(ATTEMPTS):
-        if (place := text.find("{", place)) < 0:
+        if (position := text.find("{", position)) < 0:
             break
         try:
-            value, place = decoder.raw_decode(text, place)
+            value, position = decoder.raw_decode(text, position)
             found.append(value)
         except (ValueError, RecursionError):
-            end = _closing(text, place) if python else 0
-            value = _literal(text[place:end]) if end else None
+            end = _closing(text, position) if python else 0
+            value = _literal(text[position:end]) if end else None
             if isinstance(value, dict):
                 found.append(value)
-            place = end if isinstance(value, dict) else place + 1
+            position = end if isinstance(value, dict) else position + 1
     return found
 
 
@@ -96,8 +96,8 @@ def _literal(text: str) -> Any:
 
 def last_words(text: str) -> list[str]:
     """What a model answered in plain text: all of it without its thoughts and fences, and its last line."""
-    said = text.rpartition("</think>")[2]
-    lines = [line.strip() for line in said.splitlines() if line.strip() and not line.strip().startswith("```")]
+    answer = text.rpartition("</think>")[2]
+    lines = [line.strip() for line in answer.splitlines() if line.strip() and not line.strip().startswith("```")]
     return list(dict.fromkeys(["\n".join(lines), *lines[-1:]]))
 
 

@@ -10,7 +10,7 @@ from urllib.request import getproxies, proxy_bypass
 import aiohttp
 
 ANSWER_BYTES = 2**20  # a longer answer is not read on
-CUT = ("length", "content_filter")  # why a server ended an answer that is not whole
+TRUNCATED = ("length", "content_filter")  # finish reasons of an incomplete answer
 
 
 class Malformed(ValueError):
@@ -71,8 +71,8 @@ async def call(session: aiohttp.ClientSession, url: str, body: dict[str, Any], t
         raise Passing(f"{type(error).__name__}: {error}") from None
     if response.status == 200:
         return bytes(raw)
-    said = " ".join(raw[:300].decode(errors="replace").split())
-    what = f"{url}: {response.status} {response.reason}: {said}"
+    detail = " ".join(raw[:300].decode(errors="replace").split())
+    what = f"{url}: {response.status} {response.reason}: {detail}"
     if response.status in (408, 409, 425, 429) or response.status >= 500:
         raise Passing(what, retry_after(response.headers.get("Retry-After", "")))
     raise Final(what, response.status)
@@ -91,8 +91,8 @@ def content(raw: bytes) -> str:
         raise Malformed(f"not an answer of the chat protocol: {raw[:200]!r}") from None
     if not isinstance(text, str):
         raise Malformed(f"the answer holds no text but {type(text).__name__}")
-    if ended in CUT:
-        raise Malformed(f"the answer was cut ({ended}) after {text[-80:]!r}", text)
+    if ended in TRUNCATED:
+        raise Malformed(f"the answer was truncated ({ended}) after {text[-80:]!r}", text)
     return text
 
 

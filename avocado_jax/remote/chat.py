@@ -175,7 +175,7 @@ class ChatClient:
 
     def count(self, kind: str, error: object) -> str:
         """Count an error, tell the first of its kind on stderr, and return its words: one line, without the key."""
-        self.trouble = self._told(f"{error}")
+        self.trouble = self._redacted(f"{error}")
         if not self.counts[kind]:
             print(f"{self.endpoint.name}: {kind}: {self.trouble}", file=sys.stderr)
         self.counts[kind] += 1
@@ -211,19 +211,19 @@ class ChatClient:
         try:
             async with asyncio.timeout_at(deadline):
                 while tries < self.endpoint.tries and blanks < (self.endpoint.blanks or 1):
-                    said = ""
+                    answer = ""
                     try:
-                        said, tokens, returned = await self._call(body)
-                        text, value = said, read(said)
+                        answer, tokens, returned = await self._call(body)
+                        text, value = answer, read(answer)
                         kept = {"model": self.endpoint.model, "answer": text, "tokens": tokens, "returned": returned}
                         self._keep(name, kept)
                         self.returned[returned] += 1
                         self._silent = 0
                         return Reply(value, text)
                     except Malformed as error:
-                        said = said or error.text
-                        why, text = self.count("malformed", error), said or text
-                        counted = bool(said) or self.endpoint.blanks is None
+                        answer = answer or error.text
+                        why, text = self.count("malformed", error), answer or text
+                        counted = bool(answer) or self.endpoint.blanks is None
                         tries, blanks = tries + counted, blanks + (not counted)
                     except Passing as error:
                         why = self.count("passing", error)
@@ -258,8 +258,8 @@ class ChatClient:
             spent = expected  # by a call that is cancelled or given up: the server had it
             try:
                 raw = await call(self._connected(), url, body, endpoint.timeout)
-                told = usage(raw)
-                spent = expected if told is None else told
+                reported = usage(raw)
+                spent = expected if reported is None else reported
             except Passing as error:
                 spent = expected if error.late else 0
                 raise
@@ -269,7 +269,7 @@ class ChatClient:
                     self._unformatted = True  # the answer is asked for in words too, and checked all the same
                     raise Passing(str(error)) from None
                 if error.status in (401, 403, 404) and not self._answered:
-                    raise InputError(self._told(str(error))) from None
+                    raise InputError(self._redacted(str(error))) from None
                 raise
             finally:
                 self._reserved -= expected
@@ -312,7 +312,7 @@ class ChatClient:
             self._session = aiohttp.ClientSession(connector=connector, headers=headers, proxy=self._proxy)
         return self._session
 
-    def _told(self, words: str) -> str:
+    def _redacted(self, words: str) -> str:
         """One line without the key, which servers like to repeat."""
         words = " ".join(words.split())
         return words.replace(self._key, "***") if self._key else words

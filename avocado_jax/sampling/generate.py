@@ -27,7 +27,7 @@ class _Loop(NamedTuple):
     last: Int[Array, "B G"]
     stopped: Bool[Array, "B G"]
     samples: Samples
-    so_far: Any
+    caption_kv: Any
 
 
 def caption_keys(key: jax.Array, clips: Int[Array, "B"], captions: int) -> jax.Array:
@@ -87,7 +87,7 @@ def generate(
     stop_ids = jnp.asarray(stops, jnp.int32)
 
     def step(loop: _Loop) -> _Loop:
-        logits, so_far = apply(cache, loop.so_far, loop.step, loop.last, method="decode")
+        logits, caption_kv = apply(cache, loop.caption_kv, loop.step, loop.last, method="decode")
         token, logprob = draw_tokens(logits, banned, keys, loop.step, sampling)
         token = jnp.where(loop.stopped, stops[0], token)
         logprob = jnp.where(loop.stopped, 0.0, logprob)
@@ -98,7 +98,7 @@ def generate(
             old.lengths + ~loop.stopped,
         )
         stopped = loop.stopped | jnp.any(token[..., None] == stop_ids[None, None], axis=-1)
-        return _Loop(loop.step + 1, token, stopped, samples, so_far)
+        return _Loop(loop.step + 1, token, stopped, samples, caption_kv)
 
     loop = _Loop(
         jnp.int32(0),

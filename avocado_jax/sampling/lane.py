@@ -134,9 +134,9 @@ class Lane(Generic[T]):
         index = np.full((self._shards, self._together), self._per_shard, np.int32)  # past the last slot
         numbers = np.zeros(index.size, np.int32)
         for row, request in enumerate(requests):
-            shard, place = divmod(row, self._together)
+            shard, position = divmod(row, self._together)
             if request is not None and free[shard]:
-                index[shard, place], numbers[row] = free[shard].pop(0), request.number
+                index[shard, position], numbers[row] = free[shard].pop(0), request.number
         rows = np.flatnonzero(index.reshape(-1) < self._per_shard).tolist()
         if len(rows) < sum(request is not None for request in requests) and not hurry:
             self._patience -= 1

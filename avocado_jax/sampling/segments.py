@@ -68,9 +68,9 @@ def read_segments(
         if how.prompts:
             fields = {"prompt": choose_prompt(how.prompts, clip.name), **fields}
         row = captioner.row(media, fields)
-        place = "from {:.0f} to {:.0f} s: ".format(*_times(segment.part)) if segment.part else ""
+        prefix = "from {:.0f} to {:.0f} s: ".format(*_times(segment.part)) if segment.part else ""
         for warning in clip_warnings(media, row, how.reading):
-            how.warn(clip, place + warning)
+            how.warn(clip, prefix + warning)
         return row, {"seconds": round(media.seconds, 3), "audio": bool(len(row.clip.mel))}
 
     for (segment, _, copy), made in read_ahead(_segments(clips, how), read, READERS, 2 * READERS):
@@ -111,7 +111,7 @@ def _segments(
             yield from ((segment, None, found[1]) for segment in found[0])
 
 
-def joined(
+def group_by_clip(
     results: Iterable[tuple[Segment, Int[Array, "N"] | Exception]],
 ) -> Iterator[tuple[list[Segment], list[Int[Array, "N"]] | Exception]]:
     """The segments of each clip with their captions, once all of them are there; or its first error."""

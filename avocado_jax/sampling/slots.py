@@ -23,7 +23,7 @@ class Slots(NamedTuple):
     """S slots. A slot that decodes nothing has `stopped` set."""
 
     cache: ClipCache
-    so_far: Any  # the captions' keys and values
+    caption_kv: Any  # the captions' keys and values
     keys: Array  # data of a random key for each slot, [S 1 ...]
     step: Int[Array, "S"]  # tokens of the caption
     last: Int[Array, "S 1"]  # the newest token
@@ -51,7 +51,7 @@ def slot_shardings(slots: Slots, mesh: Mesh) -> Slots:
 
     return Slots(
         ClipCache(jax.tree.map(partial(heads, axis=1), slots.cache.layers), by(rows), by(rows)),
-        jax.tree.map(partial(heads, axis=2), slots.so_far),
+        jax.tree.map(partial(heads, axis=2), slots.caption_kv),
         *(by() for _ in slots[2:]),
     )
 
@@ -132,7 +132,7 @@ def admit(
         put = jax.vmap(one)
         inserted = jax.tree.map(lambda old, new: put(old, new[:, row], index[:, row]), inserted, divided)  # noqa: B023
     inserted = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), inserted)
-    return _sharded(Slots(inserted[0], slots.so_far, *inserted[1:], slots.tokens), mesh)
+    return _sharded(Slots(inserted[0], slots.caption_kv, *inserted[1:], slots.tokens), mesh)
 
 
 def window_of(length: int, step: int) -> int:
@@ -161,17 +161,20 @@ def advance(
     """
     decode = partial(Thinker(config).apply, {"params": params}, method="decode")
     rows, length = jnp.arange(len(slots.step)), slots.tokens.shape[1]
-    keys, read = jax.random.wrap_key_data(slots.keys), jax.tree.map(lambda leaf: leaf[..., :window, :], slots.so_far)
+    keys, read = (
+        jax.random.wrap_key_data(slots.keys),
+        jax.tree.map(lambda leaf: leaf[..., :window, :], slots.caption_kv),
+    )
 
     def step(state: tuple[Array, Slots]) -> tuple[Array, Slots]:
         count, now = state
-        caches = tuple(Growing(old, new, slots.step, count) for old, new in zip(read, now.so_far))
-        logits, so_far = decode(now.cache, caches, now.step, now.last)
+        caches = tuple(Growing(old, new, slots.step, count) for old, new in zip(read, now.caption_kv))
+        logits, caption_kv = decode(now.cache, caches, now.step, now.last)
         token, _ = draw_tokens(logits, banned, keys, now.step, sampling)
         at = jnp.where(now.stopped, length, now.step)  # past the end: dropped
         ended = jnp.isin(token[:, 0], jnp.asarray(stops, jnp.int32)) | (now.step + 1 >= length)
         return count + 1, now._replace(
-            so_far=so_far,
+            caption_kv=caption_kv,
             step=now.step + ~now.stopped,
             last=token,
             stopped=now.stopped | ended,
@@ -182,8 +185,8 @@ def advance(
         return (state[0] < STEPS) & ~jnp.all(state[1].stopped)
 
     new = caption_cache(config, len(rows), 1, STEPS)
-    begin = _sharded(slots._replace(so_far=new), mesh)
+    begin = _sharded(slots._replace(caption_kv=new), mesh)
     _, after = jax.lax.while_loop(unfinished, step, (jnp.int32(0), begin))
     write = jax.vmap(partial(jax.lax.dynamic_update_slice_in_dim, axis=-2))
-    kept = jax.tree.map(lambda old, new: write(old, new, slots.step), slots.so_far, after.so_far)
-    return _sharded(after._replace(so_far=kept), mesh)
+    kept = jax.tree.map(lambda old, new: write(old, new, slots.step), slots.caption_kv, after.caption_kv)
+    return _sharded(after._replace(caption_kv=kept), mesh)

@@ -140,17 +140,17 @@ class EngineBackend:
         top_k = default.top_k if request.top_k is None else request.top_k
         top_p = default.top_p if request.top_p is None else request.top_p
         try:  # with temperature 0 the others change nothing
-            asked = Sampling(temperature, top_k, top_p) if temperature else Sampling(0.0)
+            requested = Sampling(temperature, top_k, top_p) if temperature else Sampling(0.0)
         except ValueError as error:
             raise ApiError(400, str(error), param="temperature") from None
-        if asked not in self._samplings and len(self._samplings) == SAMPLINGS:
+        if requested not in self._samplings and len(self._samplings) == SAMPLINGS:
             raise ApiError(
                 400,
                 f"this server has compiled {SAMPLINGS} combinations of temperature, top_p and top_k, its limit",
                 param="temperature",
             )
-        self._samplings.add(asked)
-        return asked
+        self._samplings.add(requested)
+        return requested
 
     def _row(self, chat: Chat, media: Media | None) -> Row:
         captioner, most = self._captioner, self._prompt_tokens

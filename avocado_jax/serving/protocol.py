@@ -173,8 +173,8 @@ def parse_chat(body: bytes, question: str, system: str, media_first: bool = True
     except ValidationError as error:
         found = error.errors(include_input=False, include_url=False)
         first = max(found, key=lambda one: len(one["loc"]))  # of the alternatives of a field, that which fits best
-        place = ".".join(str(one) for one in first["loc"] if "[" not in str(one))  # without names of types
-        raise ApiError(400, f"{place}: {first['msg']}" if place else first["msg"], param=place or None) from None
+        field = ".".join(str(one) for one in first["loc"] if "[" not in str(one))  # without names of types
+        raise ApiError(400, f"{field}: {first['msg']}" if field else first["msg"], param=field or None) from None
     for name, values in NEUTRAL.items():
         if getattr(request, name) not in values:
             raise ApiError(400, f"{name} is not supported", "unsupported_parameter", name)
@@ -203,13 +203,13 @@ def _turns(request: ChatRequest, question: str, system: str, media_first: bool) 
     for number, message in enumerate(request.messages):
         parts = message.parts()
         texts: list[list[str]] = [[], []]
-        first = next((place for place, part in enumerate(parts) if not isinstance(part, TextPart)), None)
+        first = next((index for index, part in enumerate(parts) if not isinstance(part, TextPart)), None)
         if first is not None and (message.role != "user" or placed):
-            place = f"messages.{number}"
-            raise ApiError(400, f"{place}: media must be in one user message", param=place)
-        for place, part in enumerate(parts):
+            field = f"messages.{number}"
+            raise ApiError(400, f"{field}: media must be in one user message", param=field)
+        for index, part in enumerate(parts):
             if isinstance(part, TextPart):
-                texts[first is not None and place > first].append(part.text)
+                texts[first is not None and index > first].append(part.text)
         before, after = ("\n".join(one) for one in texts)
         if first is None:
             yield Turn("system" if message.role in SYSTEM_ROLES else message.role, before)

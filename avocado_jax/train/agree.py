@@ -68,7 +68,7 @@ def agreed_batches(
                 yield batch._replace(weight=observe(mesh, local, rows, batch.weight))
 
     def agreed(batch: Batch) -> Batch:
-        contents = _Contents(batch.clip, batch.captions, batch.cut, batch.references)
+        contents = _Contents(batch.clip, batch.captions, batch.truncated, batch.references)
         contents, weight = agree(contents, batch.weight, empty(batch.bucket))
         return batch._replace(**contents._asdict(), weight=weight)
 

@@ -127,7 +127,7 @@ class LmJudge:
 
     def __init__(self, folder: str | Path, dtype: str):
         checkpoint = open_language_model(folder)
-        self._tokenizer = load_words(checkpoint.side_files)
+        self._tokenizer = load_words(checkpoint.config_folder)
         config = computed(checkpoint.config, dtype, scan=True)
         yes, no = ({self._tokenizer.encode(text)[0] for text in texts} for texts in (YES, NO))
         letters = [self._tokenizer.encode(letter)[0] for letter in LETTERS]

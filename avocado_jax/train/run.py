@@ -97,11 +97,11 @@ def set_up(config: RunConfig, split: int = 1, folder: str = "") -> Setup:
     if not config.init:
         raise InputError("init: no checkpoint to begin with")
     checkpoint = open_checkpoint(pinned(config.init, folder) if folder else config.init)
-    model, words = model_of(config, checkpoint.config), load_words(checkpoint.side_files)
+    model, words = model_of(config, checkpoint.config), load_words(checkpoint.config_folder)
     source, reading = open_source(config.data.train, config.data)
     if jax.process_index() == 0 and not config.data.train.startswith("world:"):
-        warn_of_reading(config, reading, load_reading(checkpoint.side_files))
-    recipe = make_recipe(config, model, words, reading, load_habits(checkpoint.side_files))
+        warn_of_reading(config, reading, load_reading(checkpoint.config_folder))
+    recipe = make_recipe(config, model, words, reading, load_habits(checkpoint.config_folder))
     grpo = isinstance(config, GrpoConfig)
     together, spares = (config.rollout_batches, config.oversample // config.batch) if grpo else (1, 0)
     plan = plan_batches(source.index, recipe, config.batch, config.data.shapes, config.seed, together, spares)
@@ -170,7 +170,7 @@ def sft(config: SftConfig, folder: str) -> int:
     mesh, model = setup.mesh, setup.model
     open_folder(config, model, folder, setup.recipe.reading)
     checkpoints = Checkpoints(folder, config.keep)
-    stops = stop_ids(setup.checkpoint.side_files, setup.words, model.text.vocab)
+    stops = stop_ids(setup.checkpoint.config_folder, setup.words, model.text.vocab)
     with jax.set_mesh(mesh):
         shapes, step, start = sft_program(config, model, mesh, setup.steps)
         state = restored(config, setup, folder, checkpoints, shapes, start)
@@ -189,7 +189,7 @@ def sft(config: SftConfig, folder: str) -> int:
             state,
             programs,
             evaluator,
-            step=lambda state, batch: (*step(state, batch.clip, batch.captions, batch.weight, batch.cut), dict),
+            step=lambda state, batch: (*step(state, batch.clip, batch.captions, batch.weight, batch.truncated), dict),
             flops=lambda batch, _: config.batch * _row_flops(config, model, batch),
         )
 

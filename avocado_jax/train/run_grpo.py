@@ -71,7 +71,7 @@ def grpo(config: GrpoConfig, folder: str) -> int:
 
     setup = ready(config, folder, opened)
     mesh, model = setup.mesh, setup.model
-    stops = stop_ids(setup.checkpoint.side_files, setup.words, model.text.vocab)
+    stops = stop_ids(setup.checkpoint.config_folder, setup.words, model.text.vocab)
     with jax.set_mesh(mesh), open_rewards(config, setup, stops) as rewards:
         program = grpo_program(config, model, mesh, setup.steps, stops)
         open_folder(config, model, folder, setup.recipe.reading)

@@ -81,7 +81,7 @@ def test_published_form_from_the_hub_and_back(published, tmp_path, monkeypatch):
         commit = hub.repos["models", NAME].refs["main"]
         checkpoint = open_checkpoint(f"{NAME}@{commit}")
         assert not checkpoint.config.text.tied
-        assert stop_ids(checkpoint.side_files, load_words(checkpoint.side_files), 512) == (258, 256)
+        assert stop_ids(checkpoint.config_folder, load_words(checkpoint.config_folder), 512) == (258, 256)
         arguments = ["--reading", "fps=1.0", "--reading", "system=", "--reading", "media_first=false"]
         assert main(["convert", "from-hf", NAME, str(tmp_path / "run"), *arguments]) == 0
         assert not {"README.md", ".gitattributes"} & {*hub.fetched()}

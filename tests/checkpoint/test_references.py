@@ -298,7 +298,7 @@ def test_buckets(hub, published, tmp_path, monkeypatch):
         with pytest.raises(InputError, match="already exists"):
             from_hf(NAME, "gs://bucket/run")
         run = open_run("gs://bucket/run")
-        assert json.loads((run.side_files / "reading.json").read_text()) == {"fps": 1.0}
+        assert json.loads((run.config_folder / "reading.json").read_text()) == {"fps": 1.0}
         to_hf("gs://bucket/run", "gs://bucket/hf", shard_bytes=200_000)
         assert not storage.exists("gs://bucket/hf/.being-converted")
         proxy.requests.clear()

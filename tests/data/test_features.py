@@ -73,9 +73,9 @@ def test_too_few_frames_are_repeated():
 @pytest.mark.parametrize("frames", [2, 4, 10, 60, 66, 120, 240, 380, 382, 768])
 @pytest.mark.parametrize("budget", [(20_070_400, 401_408), (90_316_800, 10**9), (3_000_000, 150_000)])
 def test_pixels_of_a_frame(frames: int, budget: tuple[int, int]):
-    clip, asked = budget
-    theirs = min(max(min(MOST, clip / frames * 2), int(LEAST * 1.05)), asked)  # fetch_video
-    assert frame_pixels(frames, clip=clip, asked=asked) == theirs
+    clip, cap = budget
+    theirs = min(max(min(MOST, clip / frames * 2), int(LEAST * 1.05)), cap)  # fetch_video
+    assert frame_pixels(frames, clip=clip, cap=cap) == theirs
 
 
 @pytest.mark.parametrize(("frames", "size"), [(60, (448, 840)), (120, (420, 756)), (240, (280, 532))])

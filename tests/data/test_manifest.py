@@ -126,6 +126,6 @@ def test_a_scan_finds_what_parsing_finds(monkeypatch):
     assert [(one.line, one.reason.partition(" (")[0]) for one in found.rejects] == [
         (3, "not JSON"), (5, "its id is that of line 1"), (6, "is too long for a line")
     ]  # fmt: skip
-    assert found.sums == {cut: hashlib.md5(text[:cut]).hexdigest() for cut in cuts}
+    assert found.prefix_md5 == {cut: hashlib.md5(text[:cut]).hexdigest() for cut in cuts}
     part = scan_manifest(io.BytesIO(text), str, 60, [10])
-    assert (part.size, part.sums[60], part.number.tolist()) == (60, found.sums[60], [1])
+    assert (part.size, part.prefix_md5[60], part.number.tolist()) == (60, found.prefix_md5[60], [1])

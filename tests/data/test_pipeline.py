@@ -48,7 +48,7 @@ def stream(source, plan, asked, first, stop, rows=range(BATCH), **how):
 
 
 def arrays(batch):
-    return [*batch.clip, *batch.captions, batch.weight, batch.cut]
+    return [*batch.clip, *batch.captions, batch.weight, batch.truncated]
 
 
 def assert_rows(whole, part, rows):
@@ -152,7 +152,7 @@ def test_captions_end_with_the_stop_and_are_cut_where_they_must(source):
                 elif kept:
                     cut += 1
                     assert any(text.startswith(letters.decode(kept)) for text in known)
-            assert cut == batch.cut[row]
+            assert cut == batch.truncated[row]
             assert len(texts) + cut == len(known)  # two captions for three places: one has no targets
             assert set(texts) <= set(known)
             assert batch.weight[row] == bool(record)

@@ -20,7 +20,7 @@ from avocado_jax.data.rows import Row
 from avocado_jax.data.segments import choose_borders, find_segments, scene_changes
 from avocado_jax.errors import InputError
 from avocado_jax.sampling.captioner import Captioner, clip_warnings
-from avocado_jax.sampling.segments import Segment, joined
+from avocado_jax.sampling.segments import Segment, group_by_clip
 
 RATE = 10
 READING = Reading(fps=2.0, fewest_pixels=784, asked_pixels=6000, sound_seconds=9)
@@ -196,7 +196,9 @@ def test_json_of_a_segmented_clip():
             made.append((Segment(number, ClipSource(f"c{number}"), part, index, count, ids, record), ids))
     made[4] = made[4][0], ValueError("no memory")
     order = [1, 2, 4, 0, 3]
-    found = {segments[0].number: (segments, tokens) for segments, tokens in joined(made[place] for place in order)}
+    found = {
+        segments[0].number: (segments, tokens) for segments, tokens in group_by_clip(made[place] for place in order)
+    }
     assert isinstance(found[2][1], ValueError)
     tokenizer = SimpleNamespace(decode=lambda ids: "".join(f"<{one}>" for one in ids))
     captioner = Captioner(*[None] * len(Captioner._fields))._replace(stops=(1,), tokenizer=tokenizer)

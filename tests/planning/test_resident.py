@@ -94,7 +94,7 @@ def test_a_step_holds_what_its_plan_says(steps, spares, tmp_path, capsys):
     *batches, waiting = (made(batch) for batch in alive["inputs"])
     empty = Batch(**dict.fromkeys(Batch._fields))._replace(records=(), following=(), spares=())
     named = [
-        empty._replace(step=step, **dict(zip(("clip", "captions", "weight", "cut"), one)))
+        empty._replace(step=step, **dict(zip(("clip", "captions", "weight", "truncated"), one)))
         for step, one in enumerate(batches)
     ]
     del batches

@@ -147,7 +147,7 @@ def started(kind, values, folder, patch):
     for name, value in values.items():
         texts += [f"--{name}", ",".join(map(str, value)) if isinstance(value, tuple) else str(value)]
     calls.config = config = load(str(folder / "config.py"), texts)
-    checkpoint = SimpleNamespace(config=ONE_LAYER, side_files=write_tokenizer(folder / "tokenizer", small=True))
+    checkpoint = SimpleNamespace(config=ONE_LAYER, config_folder=write_tokenizer(folder / "tokenizer", small=True))
     mesh = make_mesh(1, 1, 1, devices=jax.devices()[:1])
 
     # --- what a run reads and writes

@@ -351,7 +351,7 @@ def test_an_update_that_is_not_finite_changes_nothing():
     encoded, rollout = run.rollout()
     scored = run.score(encoded, rollout)
     before = jax.device_get(run.state)
-    poison = Encoded(encoded.seen, encoded.heard * jnp.nan)
+    poison = Encoded(encoded.vision, encoded.audio * jnp.nan)
     told = run.update(poison, rollout, scored, np.random.default_rng(0).random((B, G)).astype(np.float32))
     assert (told["skipped"], told["skipped_in_row"]) == (1, 1)
     for one, other in zip(*map(jax.tree.leaves, ((run.state.params, run.state.optimizer), before[1:3])), strict=True):

@@ -5,7 +5,7 @@ from collections import Counter
 import pytest
 from probe_judge import answer, claims_of
 
-from avocado_jax.data.probes import LETTERS, read_probe
+from avocado_jax.data.probes import LABELS, read_probe
 from avocado_jax.world.check import parse_sentence
 from avocado_jax.world.clip import record
 from avocado_jax.world.director import make_script
@@ -23,12 +23,12 @@ def test_captions_answer_them_and_nothing_else_does(level):
         assert 4 <= len(probes) <= MOST
         assert len({(one.question, one.choices) for one in probes}) == len(probes)
         for probe in probes:
-            choices = dict(zip(LETTERS, probe.choices))
+            choices = dict(zip(LABELS, probe.choices))
             assert len(choices) == 4 or probe.question == FIRST
             for caption in made["references"]:
-                assert answer(caption, probe.question, choices) == LETTERS[probe.right]
+                assert answer(caption, probe.question, choices) == LABELS[probe.right]
             assert answer("", probe.question, choices) == "N/A"
-            other.append(answer(stranger["caption"], probe.question, choices) == LETTERS[probe.right])
+            other.append(answer(stranger["caption"], probe.question, choices) == LABELS[probe.right])
             places[probe.right] += 1
             categories[probe.category] += 1
     assert set(categories) == {"static", "dynamic", "auditory", "spatiotemporal", "crossmodal"}

@@ -11,7 +11,7 @@ import jax
 
 from avocado_jax.models.config import Kernel
 
-WORTH = 512  # slots from which a block of a tower is worth a kernel
+MIN_KERNEL_BLOCK = 512  # slots; shorter blocks of a tower use plain attention
 
 
 FUNCTIONS = ("attend_clip", "attend_captions", "attend_block")
@@ -30,7 +30,7 @@ def backend(kernel: Kernel, dtype: str, block: int | None = None) -> ModuleType 
     if attention == "auto":
         half = dtype in ("bfloat16", "float16")
         attention = {"tpu": "splash", "gpu": "cudnn" if half else "plain"}.get(jax.default_backend(), "plain")
-    if block is not None and block < WORTH:
+    if block is not None and block < MIN_KERNEL_BLOCK:
         attention = "plain"
     # Imported on demand: other platforms need not load a kernel's dependencies.
     module = importlib.import_module(f"avocado_jax.models.attention.{attention}")

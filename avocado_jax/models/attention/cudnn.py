@@ -1,6 +1,6 @@
 """Fused attention of NVIDIA GPUs, in half precision.
 
-A caption is a row of its own over [clip; own], with the clip's keys broadcast over the group inside the layer and a
+A caption is a row of its own over [clip; caption], with the clip's keys broadcast over the group inside the layer and a
 mask: 3.7 times faster than a row of the model per caption. The kernel's log-sum-exp cannot be differentiated, so this
 is one call, not two that are merged.
 """
@@ -12,33 +12,35 @@ from avocado_jax.models.cache import KV
 from avocado_jax.typing import Array, Bool, Float
 
 
-def attend_clip(q: Float[Array, "B P H E"], own: KV, implementation: str = "cudnn") -> Float[Array, "B P H E"]:
+def attend_clip(q: Float[Array, "B P H E"], kv: KV, implementation: str = "cudnn") -> Float[Array, "B P H E"]:
     """As `splash.attend_clip`. `implementation` "xla" computes the same on any platform, for tests."""
-    k, v = (part.swapaxes(1, 2) for part in own)
+    k, v = (part.swapaxes(1, 2) for part in kv)
     return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation=implementation)
 
 
 def attend_captions(
     q: Float[Array, "B G C H E"],
-    own: KV,
+    captions: KV,
     clip: KV,
     clip_valid: Bool[Array, "B P"],
     implementation: str = "cudnn",
 ) -> Float[Array, "B G C H E"]:
-    """As `splash.attend_captions`: a row a caption, keys [clip; own], and a mask that the captions of a row share."""
+    """As `splash.attend_captions`: a row per caption, keys [clip; caption], and one mask for the captions of a row."""
     rows, group, length, *heads = q.shape
     pad = -(clip_valid.shape[1] + length) % 2  # a mask of odd length has no backward pass
 
-    def keys(clip: Array, own: Array) -> Array:
+    def keys(clip: Array, caption: Array) -> Array:
         shared = jnp.broadcast_to(clip[:, None], (rows, group, *clip.shape[1:]))
-        both = jnp.concatenate([jnp.pad(shared, ((0, 0),) * 3 + ((pad, 0), (0, 0))), own], axis=3)
+        both = jnp.concatenate([jnp.pad(shared, ((0, 0),) * 3 + ((pad, 0), (0, 0))), caption], axis=3)
         return both.reshape(rows * group, *both.shape[2:]).swapaxes(1, 2)
 
     causal = jnp.tril(jnp.ones((length, length), bool))
-    seen = jnp.broadcast_to(jnp.pad(clip_valid, ((0, 0), (pad, 0)))[:, None], (rows, length, clip_valid.shape[1] + pad))
-    mask = jnp.concatenate([seen, jnp.broadcast_to(causal, (rows, length, length))], axis=2)
+    clip_mask = jnp.broadcast_to(
+        jnp.pad(clip_valid, ((0, 0), (pad, 0)))[:, None], (rows, length, clip_valid.shape[1] + pad)
+    )
+    mask = jnp.concatenate([clip_mask, jnp.broadcast_to(causal, (rows, length, length))], axis=2)
     mask = jnp.repeat(mask, group, axis=0)[:, None]
-    out = _masked(q.reshape(rows * group, length, *heads), *map(keys, clip, own), mask, implementation)
+    out = _masked(q.reshape(rows * group, length, *heads), *map(keys, clip, captions), mask, implementation)
     return out.reshape(q.shape)
 
 

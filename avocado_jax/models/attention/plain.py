@@ -45,8 +45,8 @@ def attend(
         if valid is not None:
             scores = jnp.where(valid[:, None, None, None], scores, MASKED)
         if causal:
-            seen = jnp.arange(keys)[None] <= (first + jnp.arange(q.shape[1]))[:, None]
-            scores = jnp.where(seen[:, None, None], scores, MASKED)
+            visible = jnp.arange(keys)[None] <= (first + jnp.arange(q.shape[1]))[:, None]
+            scores = jnp.where(visible[:, None, None], scores, MASKED)
         lse = jax.nn.logsumexp(scores, axis=-1)
         weights = jnp.exp(scores - lse[..., None]).astype(v.dtype)
         return jnp.einsum("BQKRS,BKSE->BQKRE", weights, v), lse
@@ -67,20 +67,20 @@ def attend(
     return out.reshape(batch, queries, heads, width), lse.reshape(batch, queries, heads)
 
 
-def attend_clip(q: Float[Array, "B P H E"], own: KV) -> Float[Array, "B P H E"]:
-    """A clip's tokens see themselves and what came before; its padding is at the end. `own` is [B K P E]."""
-    return attend(q, *own, causal=True)[0]
+def attend_clip(q: Float[Array, "B P H E"], kv: KV) -> Float[Array, "B P H E"]:
+    """Causal attention of a clip's tokens; its padding is at the end. `kv` is [B K P E]."""
+    return attend(q, *kv, causal=True)[0]
 
 
 def attend_captions(
     q: Float[Array, "B G Q H E"],
-    own: KV,
+    captions: KV,
     clip: KV,
     clip_valid: Bool[Array, "B P"],
 ) -> Float[Array, "B G Q H E"]:
-    """Captions in parallel: each sees its clip's valid tokens, [B K P E], and its own causally, [B G K S E]."""
+    """Captions attend to their clip's valid tokens, [B K P E], and causally to `captions`, [B G K S E]."""
     rows, group, queries = q.shape[:3]
-    itself, itself_lse = attend(*(part.reshape(rows * group, *part.shape[2:]) for part in (q, *own)), causal=True)
+    itself, itself_lse = attend(*(part.reshape(rows * group, *part.shape[2:]) for part in (q, *captions)), causal=True)
     # The captions of a row are one long list of queries: its clip's keys are read once for all.
     listed, lse = attend(q.reshape(rows, group * queries, *q.shape[3:]), *clip, clip_valid)
     parts = [(itself, itself_lse), (listed, lse)]

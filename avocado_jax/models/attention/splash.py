@@ -32,33 +32,33 @@ from avocado_jax.parallel.mesh import ROWS, parts_of
 from avocado_jax.typing import Array, Bool, Float
 
 LANES = 128  # of the vector unit: blocks are multiples
-SEEN, HIDDEN = 0, 1  # segments: a query of one sees keys of the same
+VISIBLE, HIDDEN = 0, 1  # segment ids: queries attend to keys of the same id
 
 
 DEFAULT = SplashBlocks()
 
 
 def attend_clip(
-    q: Float[Array, "B P H E"], own: KV, interpret: bool = False, blocks: SplashBlocks = DEFAULT
+    q: Float[Array, "B P H E"], kv: KV, interpret: bool = False, blocks: SplashBlocks = DEFAULT
 ) -> Float[Array, "B P H E"]:
-    """Every token of the clip sees itself and what came before; `own` is [B K P E].
+    """Causal attention of a clip's tokens; `kv` is [B K P E].
 
     Padding at the end is seen by padding only, so it needs no mask.
     """
-    return _splash("causal", q, own, None, interpret, blocks)
+    return _splash("causal", q, kv, None, interpret, blocks)
 
 
 def attend_captions(
     q: Float[Array, "B G C H E"],
-    own: KV,
+    captions: KV,
     clip: KV,
     clip_valid: Bool[Array, "B P"],
     interpret: bool = False,
     blocks: SplashBlocks = DEFAULT,
 ) -> Float[Array, "B G C H E"]:
-    """A caption's tokens see the clip's valid ones and, causally, the caption's own, [B G K C E]."""
+    """Captions attend to the clip's valid tokens and, causally, to `captions`, [B G K C E]."""
     rows, group, length, *heads = q.shape
-    listed = (part.swapaxes(1, 2).reshape(rows, -1, group * length, heads[1]) for part in own)
+    listed = (part.swapaxes(1, 2).reshape(rows, -1, group * length, heads[1]) for part in captions)
     keys = KV(*(jnp.concatenate(both, axis=2) for both in zip(listed, clip)))
     valid = jnp.pad(clip_valid, ((0, 0), (group * length, 0)), constant_values=True)
     flat = q.reshape(rows, -1, *heads)
@@ -88,15 +88,17 @@ def _splash(kind: str, q: Array, kv: KV, valid: Array | None, interpret: bool, b
         kv = KV(*(jnp.repeat(part, tensor // kv_heads, axis=1) for part in kv))
 
     q = jnp.einsum("BQHE->BHQE", q) * jnp.asarray(1 / math.sqrt(width), q.dtype)
-    side, room = _block(queries, blocks.q), _block(keys, blocks.kv)
-    q = _padded(q, 2, side)
-    kv = KV(*(_padded(part, 2, room) for part in kv))
+    block_q, block_kv = _block(queries, blocks.q), _block(keys, blocks.kv)
+    q = _padded(q, 2, block_q)
+    kv = KV(*(_padded(part, 2, block_kv) for part in kv))
     segments = None
     if valid is not None:
-        hidden = jnp.where(_padded(valid, 1, room), SEEN, HIDDEN).astype(jnp.int32)
-        segments = splash.SegmentIds(jnp.full((rows, q.shape[2]), SEEN, jnp.int32), hidden)
+        hidden = jnp.where(_padded(valid, 1, block_kv), VISIBLE, HIDDEN).astype(jnp.int32)
+        segments = splash.SegmentIds(jnp.full((rows, q.shape[2]), VISIBLE, jnp.int32), hidden)
     backward = _divisor(q.shape[2], blocks.q_backward), _divisor(kv.k.shape[2], blocks.kv_backward)
-    kernel = _kernel(kind, q.shape[2], kv.k.shape[2], SplashBlocks(side, room, *backward), heads // tensor, interpret)
+    kernel = _kernel(
+        kind, q.shape[2], kv.k.shape[2], SplashBlocks(block_q, block_kv, *backward), heads // tensor, interpret
+    )
 
     def run(q: Array, k: Array, v: Array, segments: Any) -> Array:
         return jax.vmap(kernel)(q, k, v, segments)
@@ -169,7 +171,7 @@ def _kernel(kind: str, queries: int, keys: int, blocks: SplashBlocks, heads: int
     )
     heads_mask = masks.MultiHeadMask([mask] * heads)
     make = partial(splash.make_splash_mha, block_sizes=sizes, head_shards=1, q_seq_shards=1, interpret=interpret)
-    # It computes with jax at once: in a thread of its own neither a trace nor a mesh is in use.
-    with ThreadPoolExecutor(1) as apart:
-        kernel = apart.submit(make, heads_mask).result()
+    # It computes with jax at once: in a separate thread neither a trace nor a mesh is in use.
+    with ThreadPoolExecutor(1) as executor:
+        kernel = executor.submit(make, heads_mask).result()
     return jax.tree.map(np.asarray, kernel)  # constants of whatever program they are used in
