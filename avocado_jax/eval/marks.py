@@ -14,7 +14,7 @@ from avocado_jax.rewards.dialogue import UNIT
 from avocado_jax.rewards.explain import alignment
 from avocado_jax.rewards.limits import limits_of
 from avocado_jax.rewards.text import Caption, Limits, parse, read_texts
-from avocado_jax.rewards.vocabulary import Table, code_points, letters_of, make_table
+from avocado_jax.rewards.vocabulary import Table, code_points, make_table, word_characters
 
 T = TypeVar("T")
 ASKED = ("caption", "dialogues", "keypoints")
@@ -34,7 +34,9 @@ def as_compared(table: Table, references: Sequence[Mapping[str, Any]], limits: L
             texts = ["".join(map(chr, own.points[first:last])) for first, last in spans]
             one["dialogues"] = [{"speaker": "", "text": text} for text in texts]
     for one in made:
-        one["dialogues"] = one["dialogues"] and [line for line in one["dialogues"] if len(letters_of(line["text"]))]
+        one["dialogues"] = one["dialogues"] and [
+            line for line in one["dialogues"] if len(word_characters(line["text"]))
+        ]
     return made
 
 
@@ -124,7 +126,7 @@ def _point(caption: Caption, reference: References, scored: Scored, words: tuple
         return told
     wanted = reference.keypoints.features[reference.keypoints.index[number][reference.keypoints.weight[number] > 0]]
     block = order // BLOCK
-    window = (block <= verdict.place[number]) & (block > verdict.place[number] - WINDOW)
+    window = (block <= verdict.block[number]) & (block > verdict.block[number] - WINDOW)
     for word in order[(weights > 0) & window & np.isin(hashes, wanted)]:
         told += _word(caption, int(word))
     return told

@@ -147,7 +147,7 @@ def _padded(made: References) -> References:
     points = points._replace(
         features=grown(points.features, 1, FEATURES, 0xFFFFFFFF),
         **{name: grown(getattr(points, name), 1, POINTS, 0) for name in ("index", "weight", "telling")},
-        **{name: grown(getattr(points, name), 1, POINTS, -1) for name in ("dimension", "place")},
+        **{name: grown(getattr(points, name), 1, POINTS, -1) for name in ("dimension", "block")},
     )
     letters = grown(made.dialogue.alphabet, 1, LETTERS, np.iinfo(np.int32).max)
     return made._replace(keypoints=points, dialogue=made.dialogue._replace(alphabet=letters))

@@ -14,21 +14,21 @@ def compact(mask: Bool[Array, "n"], values: Array, size: int) -> tuple[Array, In
 
 
 def shift(values: Array, by: int, fill: int) -> Array:
-    """The value `by` places before each place (after it if negative); `fill` beyond the ends."""
+    """Shift values by `by` positions (towards the start if negative); `fill` beyond the ends."""
     edge = jnp.full(abs(by), fill, values.dtype)
     return jnp.concatenate([edge, values[:-by]]) if by > 0 else jnp.concatenate([values[-by:], edge])
 
 
-def last_place(mask: Bool[Array, "n"]) -> Int[Array, "n"]:
-    """The last place up to each place at which the mask holds; -1 where there is none."""
+def last_index(mask: Bool[Array, "n"]) -> Int[Array, "n"]:
+    """The last index up to each index at which the mask is true; -1 where there is none."""
     return jax.lax.cummax(jnp.where(mask, jnp.arange(len(mask), dtype=jnp.int32), -1))
 
 
-def next_place(mask: Bool[Array, "n"]) -> Int[Array, "n"]:
-    """The next place from each place on at which the mask holds; n where there is none."""
+def next_index(mask: Bool[Array, "n"]) -> Int[Array, "n"]:
+    """The next index from each index on at which the mask is true; n where there is none."""
     return jax.lax.cummin(jnp.where(mask, jnp.arange(len(mask), dtype=jnp.int32), len(mask)), reverse=True)
 
 
 def count_before(mask: Bool[Array, "n"]) -> Int[Array, "m"]:
-    """How many of the places before each place are under the mask: n + 1 counts, the last of all places."""
+    """Count the true values before each index: n + 1 counts, the last of all values."""
     return jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.cumsum(mask, dtype=jnp.int32)])

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from avocado_jax.rewards.arrays import compact, count_before, last_place, next_place
+from avocado_jax.rewards.arrays import compact, count_before, last_index, next_index
 from avocado_jax.rewards.quotes import DOUBLE, SCRIPT, SINGLE, STOPS, Characters, Quotes
 from avocado_jax.rewards.vocabulary import ALONE, BIT, END, LEAD, LOWER, MARK, NEWLINE, SPACE, WORD
 from avocado_jax.typing import Array, Bool, Float, Int
@@ -42,7 +42,7 @@ class Around(NamedTuple):
     """The words around each quote: numbers among the words outside of quotes, nearest first, and whether they count.
 
     Attributes:
-        outside: the words outside of quotes; `place` where each begins, N past the last; `sentence` of each.
+        outside: the words outside of quotes; `start` is where each begins, N past the last; `sentence` of each.
         count: words outside of quotes before each quote.
         front, in_front: before a quote, in its sentence, back to the quote before.
         behind, is_behind: after a quote, unless another quote follows in the sentence.
@@ -77,18 +77,18 @@ def around(
     opened = jnp.searchsorted(starts, words.start)  # how many quotes begin before each word
     count = jnp.searchsorted(words.start, starts)
     number = jnp.arange(most)
-    own = sentence[jnp.clip(starts - 1, 0, n - 1)]
-    then = sentence[jnp.clip(quotes.end, 0, n - 1)]
+    sentence_before = sentence[jnp.clip(starts - 1, 0, n - 1)]
+    sentence_after = sentence[jnp.clip(quotes.end, 0, n - 1)]
     following = jnp.append(starts, n)[1:]
-    owned = (following < n) & (sentence[jnp.clip(following - 1, 0, n - 1)] == then)
+    next_quote_follows = (following < n) & (sentence[jnp.clip(following - 1, 0, n - 1)] == sentence_after)
 
     front = count[:, None] - 1 - jnp.arange(BEFORE)[None]
     at = jnp.clip(front, 0, size - 1)
-    in_front = (front >= 0) & (of_word[at] == own[:, None]) & (opened[at] == number[:, None])
+    in_front = (front >= 0) & (of_word[at] == sentence_before[:, None]) & (opened[at] == number[:, None])
     behind = count[:, None] + jnp.arange(AFTER)[None]
     at = jnp.clip(behind, 0, size - 1)
-    is_behind = (behind < outside) & (of_word[at] == then[:, None]) & (opened[at] == number[:, None] + 1)
-    is_behind &= ~owned[:, None]
+    is_behind = (behind < outside) & (of_word[at] == sentence_after[:, None]) & (opened[at] == number[:, None] + 1)
+    is_behind &= ~next_quote_follows[:, None]
     return Around(
         words,
         of_word,
@@ -122,27 +122,27 @@ def find_lines(
     def nearest(mask: Array) -> Array:
         return jnp.where(mask.any(-1), jnp.argmax(mask, -1), BEFORE)
 
-    def at(values: Array, place: Array) -> Array:
-        picked = jnp.take_along_axis(values, jnp.clip(place, 0, values.shape[1] - 1)[:, None], 1)[:, 0]
-        return jnp.where(place < values.shape[1], picked, 0)
+    def at(values: Array, index: Array) -> Array:
+        picked = jnp.take_along_axis(values, jnp.clip(index, 0, values.shape[1] - 1)[:, None], 1)[:, 0]
+        return jnp.where(index < values.shape[1], picked, 0)
 
     # the characters around: in front of the mark, behind it, and the last one inside
-    thing = last_place((kind & (WORD | SPACE | LEAD | STOPS)) > 0)
-    solid = last_place(((kind & SPACE) == 0) | ((kind & NEWLINE) > 0))
-    place = thing[jnp.maximum(quotes.start - 1, 0)]
-    place = jnp.where(place >= 0, solid[jnp.maximum(place, 0)], -1)
-    ahead = jnp.where(place >= 0, kind[jnp.maximum(place, 0)], NEWLINE)
+    thing = last_index((kind & (WORD | SPACE | LEAD | STOPS)) > 0)
+    solid = last_index(((kind & SPACE) == 0) | ((kind & NEWLINE) > 0))
+    preceding = thing[jnp.maximum(quotes.start - 1, 0)]
+    preceding = jnp.where(preceding >= 0, solid[jnp.maximum(preceding, 0)], -1)
+    ahead = jnp.where(preceding >= 0, kind[jnp.maximum(preceding, 0)], NEWLINE)
     glued = ((ahead & WORD) > 0) & ((ahead & ALONE) == 0)
     points = text.points
     plain = (points == ord(" ")) | (points == ord("`")) | (points == ord("*"))
-    last = last_place(~plain)[jnp.maximum(quotes.end - 1, 0)]
+    last = last_index(~plain)[jnp.maximum(quotes.end - 1, 0)]
     last_kind = jnp.where(last >= quotes.start, kind[jnp.maximum(last, 0)], 0)
     ended, few = (last_kind & END) > 0, inside_words <= FEW
     closing = (points == ord("`")) | (points == ord("*")) | (points == ord("'")) | (points == ord("’"))
     closing |= ((kind >> MARK) >= 1) & ((kind >> MARK) <= 3)
     blank = ((kind & SPACE) > 0) & ((kind & NEWLINE) == 0)
-    after = next_place(~closing)[jnp.minimum(quotes.end, n - 1)]
-    after = jnp.where(after < n, next_place(~blank)[jnp.minimum(after, n - 1)], n)
+    after = next_index(~closing)[jnp.minimum(quotes.end, n - 1)]
+    after = jnp.where(after < n, next_index(~blank)[jnp.minimum(after, n - 1)], n)
     small = (after < n) & ((kind[jnp.minimum(after, n - 1)] & LOWER) > 0) & (quotes.end < n)
 
     # the words in front: the smaller the number, the nearer
@@ -157,7 +157,7 @@ def find_lines(
     subtitle = nearest(has(front, "SUBTITLE"))
     written = jnp.where((speaks == BEFORE) & (subtitle < written), subtitle, written)
     between = (rank > speaks[:, None]) & (rank < written[:, None])
-    apart = (has(front, "PERSON", "SOURCE", "CONJUNCTION") & between).any(-1)  # who speaks is not the text
+    speaker_between = (has(front, "PERSON", "SOURCE", "CONJUNCTION") & between).any(-1)  # who speaks is not the text
     content = nearest(near.in_front & ~has(front, "FUNCTION"))
     adjacent = glued & (at(front, content) & BIT["SPOKEN"] > 0)
     says = glued & (at(front, content) & BIT["SAYS"] > 0)
@@ -167,12 +167,14 @@ def find_lines(
     by_text, by_speech = written < BEFORE, speaks < BEFORE
     known = aloud | naming | by_text | by_speech
     verdict = jnp.select(
-        [aloud, naming, by_text], [True, False, (speaks < written) & apart], adjacent | ~glued | (ended & ~few)
+        [aloud, naming, by_text],
+        [True, False, (speaks < written) & speaker_between],
+        adjacent | ~glued | (ended & ~few),
     )
     strong = known & verdict
-    told = has(behind, "SPOKEN", "WRITTEN")
-    first_behind = jnp.take_along_axis(behind, jnp.argmax(told, -1)[:, None], 1)[:, 0]
-    otherwise = jnp.where(told.any(-1) & ~glued, has(first_behind, "SPOKEN"), ~(glued | (small & ~ended)))
+    attributing = has(behind, "SPOKEN", "WRITTEN")
+    first_behind = jnp.take_along_axis(behind, jnp.argmax(attributing, -1)[:, None], 1)[:, 0]
+    otherwise = jnp.where(attributing.any(-1) & ~glued, has(first_behind, "SPOKEN"), ~(glued | (small & ~ended)))
     verdict = jnp.where(known, verdict, otherwise)
     attributed = (says & (ended | (points[jnp.minimum(quotes.end, n - 1)] == ord("*")))) | (
         (ahead & (LEAD | STOPS | NEWLINE)) > 0
@@ -183,10 +185,10 @@ def find_lines(
     verdict = loose & (~single | strong | full)
 
     # brackets without a word of speech in them hold a translation
-    opened, closed = last_place(points == ord("(")), last_place(points == ord(")"))
-    front_place = jnp.maximum(quotes.start - 1, 0)
-    bracket = opened[front_place]
-    in_brackets = (bracket > closed[front_place]) & (bracket > last_place((kind & NEWLINE) > 0)[front_place])
+    opened, closed = last_index(points == ord("(")), last_index(points == ord(")"))
+    front_index = jnp.maximum(quotes.start - 1, 0)
+    bracket = opened[front_index]
+    in_brackets = (bracket > closed[front_index]) & (bracket > last_index((kind & NEWLINE) > 0)[front_index])
     sounds = count_before(has(near.outside.classes, "SPOKEN"))
     since = jnp.searchsorted(near.outside.start, bracket)
     in_brackets &= sounds[near.count] == sounds[since]
@@ -197,7 +199,7 @@ def find_lines(
     )
     content_words = count_before(near.outside.start < n) - count_before(plain_word & (near.outside.start < n))
     since = jnp.searchsorted(near.outside.start, previous)
-    same_sentence = sentence[jnp.clip(previous, 0, n - 1)] == sentence[front_place]
+    same_sentence = sentence[jnp.clip(previous, 0, n - 1)] == sentence[front_index]
     inherits = (
         (jnp.arange(len(previous)) > 0)
         & same_sentence
@@ -212,9 +214,9 @@ def find_lines(
     may = (quotes.kind == before) | (quotes.kind == DOUBLE)
 
     def carry(earlier: Array, one: tuple) -> tuple:
-        own, takes, fits = one
-        own = jnp.where(takes, earlier & fits, own)
-        return own, own
+        current, takes, fits = one
+        current = jnp.where(takes, earlier & fits, current)
+        return current, current
 
     _, spoken = jax.lax.scan(carry, jnp.array(False), (verdict, inherits, may))
     exists = quotes.kind > 0
@@ -223,7 +225,7 @@ def find_lines(
 
     # "Open it," she says, "before they come back."
     comma = last_kind_is_comma(text, last, quotes)
-    first = next_place(~plain)[jnp.minimum(quotes.start, n - 1)]
+    first = next_index(~plain)[jnp.minimum(quotes.start, n - 1)]
     begins_small = (first < quotes.end) & ((kind[jnp.minimum(first, n - 1)] & LOWER) > 0)
     counts = [
         count_before(mask & (near.outside.start < n))
@@ -233,11 +235,11 @@ def find_lines(
             has(near.outside.classes, "CONJUNCTION"),
         )
     ]
-    words_between, spoken_between, joined = (count[near.count] - count[since] for count in counts)
+    words_between, spoken_between, conjunctions_between = (count[near.count] - count[since] for count in counts)
     double = quotes.kind == DOUBLE
     earlier = [jnp.concatenate([jnp.zeros(1, value.dtype), value[:-1]]) for value in (spoken, double, comma)]
     goes_on = spoken & earlier[0] & double & earlier[1] & earlier[2] & begins_small & same_sentence
-    goes_on &= (words_between > 0) & (words_between <= BETWEEN) & (spoken_between > 0) & (joined == 0)
+    goes_on &= (words_between > 0) & (words_between <= BETWEEN) & (spoken_between > 0) & (conjunctions_between == 0)
     return spoken, goes_on
 
 

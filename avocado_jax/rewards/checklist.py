@@ -26,7 +26,7 @@ from avocado_jax.typing import Array, Bool, Float, Int
 DIMENSIONS = ("static", "dynamic", "auditory", "spatiotemporal", "crossmodal")  # paper, checklist reward
 BLOCK, WINDOW = 10, 6  # words of a block, blocks of a window
 PAIRS = 0.6  # weight of a pair, of the mean of its words'
-APART = 2  # content words of a caption this far apart are a pair still
+MAX_PAIR_GAP = 2  # content words of a caption at most this far from each other form a pair
 LOW, HIGH = 0.35, 0.65  # covered share of a keypoint's weight at which it counts for nothing, and in full
 WRONG = 0.75  # what a keypoint loses none of whose colours, sides, numbers and the like are in the window
 PROSE = 0.1  # share of function words that a window of sentences has at least
@@ -44,7 +44,7 @@ class Keypoints(NamedTuple):
         index, weight: of each keypoint, its features' places in `features` and shares of its whole weight.
         telling: of each keypoint, shares of its colours, sides, numbers and the like (EXCLUSIVE), none for the rest.
         dimension: number in DIMENSIONS, -1 where it is not known.
-        place: block of the reference caption at which it has been stated; -1 where there is none.
+        block: block of the reference caption that states it; -1 where there is none.
         count: how many keypoints there are; -1 where that is not known.
     """
 
@@ -53,7 +53,7 @@ class Keypoints(NamedTuple):
     weight: Float[Array, "K F"]
     telling: Float[Array, "K F"]
     dimension: Int[Array, "K"]
-    place: Int[Array, "K"]
+    block: Int[Array, "K"]
     count: Int[Array, ""]
 
 
@@ -63,13 +63,13 @@ class Verdict(NamedTuple):
     Attributes:
         score: how surely each keypoint is stated.
         coverage: the share of its weight that a window holds at most.
-        place: the block at which the window ends where it is told best.
-        ordered: of the other stated keypoints, the share that is told on the same side of it as in the reference.
+        block: last block of the window that states it best.
+        ordered: share of the other stated keypoints that come before or after it as in the reference.
     """
 
     score: Float[Array, "K"]
     coverage: Float[Array, "K"]
-    place: Int[Array, "K"]
+    block: Int[Array, "K"]
     ordered: Float[Array, "K"]
 
 
@@ -82,55 +82,55 @@ def keypoint_references(
     features: int = 64,
     distinct: int = 0,
 ) -> tuple[Keypoints, np.ndarray]:
-    """References of clips, stacked, and which of them were cut to fit.
+    """Stack the references of clips and return which of them were truncated.
 
     Args:
         keypoints: of each clip, {"text", "dimension"?}; None where there is no checklist.
-        captions: reference captions, which tell the order of the keypoints; None leaves it open.
+        captions: reference captions, which give the order of the keypoints; None: no order.
         limits: of the captions.
-        size: room for so many keypoints a clip.
-        features: room for so many features a keypoint.
-        distinct: room for so many distinct features a clip; 0 takes what these need.
+        size: most keypoints a clip.
+        features: most features a keypoint.
+        distinct: most distinct features a clip; 0: as many as these clips have.
     """
     n = len(keypoints)
-    flat = [point["text"] for own in keypoints for point in (own or ())[:size]]
-    hashes, weights, cut_points = _read_keypoints(table, flat, features)
-    cut = np.array([own is not None and len(own) > size for own in keypoints])
+    flat = [point["text"] for points in keypoints for point in (points or ())[:size]]
+    hashes, weights, truncated_keypoints = _read_keypoints(table, flat, features)
+    truncated = np.array([points is not None and len(points) > size for points in keypoints])
     index = np.zeros((n, size, features), np.int32)
     weight = np.zeros((n, size, features), np.float32)
     dimension = np.full((n, size), -1, np.int32)
-    counts = np.array([-1 if own is None else min(len(own), size) for own in keypoints], np.int32)
+    counts = np.array([-1 if points is None else min(len(points), size) for points in keypoints], np.int32)
     telling = np.zeros_like(weight)
     exclusive = np.isin(hashes, [hash_word(meaning(word)) for word in EXCLUSIVE.split()]) & (weights > 0)
     several, first = [], 0
     for clip, count in enumerate(np.maximum(counts, 0)):
-        own = slice(first, first + count)
+        rows = slice(first, first + count)
         first += count
-        several.append(np.unique(hashes[own][weights[own] > 0]))
-        cut[clip] |= cut_points[own].any()
-        index[clip, :count] = np.searchsorted(several[-1], hashes[own])
-        weight[clip, :count] = weights[own] / np.maximum(weights[own].sum(-1, keepdims=True), 1e-9)
-        telling[clip, :count] = exclusive[own] / np.maximum(exclusive[own].sum(-1, keepdims=True), 1)
+        several.append(np.unique(hashes[rows][weights[rows] > 0]))
+        truncated[clip] |= truncated_keypoints[rows].any()
+        index[clip, :count] = np.searchsorted(several[-1], hashes[rows])
+        weight[clip, :count] = weights[rows] / np.maximum(weights[rows].sum(-1, keepdims=True), 1e-9)
+        telling[clip, :count] = exclusive[rows] / np.maximum(exclusive[rows].sum(-1, keepdims=True), 1)
         dimension[clip, :count] = [_dimension(point) for point in (keypoints[clip] or ())[:count]]
     distinct = distinct or max(map(len, several), default=0)
-    room = np.full((n, max(1, distinct)), 0xFFFFFFFF, np.uint32)
-    for row, one, clip in zip(room, several, range(n)):
+    distinct_features = np.full((n, max(1, distinct)), 0xFFFFFFFF, np.uint32)
+    for row, one, clip in zip(distinct_features, several, range(n)):
         row[: len(one)] = one[:distinct]
-        cut[clip] |= len(one) > distinct
-    weight[index >= room.shape[1]] = telling[index >= room.shape[1]] = 0
-    index = np.minimum(index, room.shape[1] - 1)
-    made = Keypoints(room, index, weight, telling, dimension, np.full((n, size), -1, np.int32), counts)
+        truncated[clip] |= len(one) > distinct
+    weight[index >= distinct_features.shape[1]] = telling[index >= distinct_features.shape[1]] = 0
+    index = np.minimum(index, distinct_features.shape[1] - 1)
+    made = Keypoints(distinct_features, index, weight, telling, dimension, np.full((n, size), -1, np.int32), counts)
     known = [clip for clip in range(n) if captions[clip] and counts[clip] > 0]
     for start in range(0, len(known), 64):
         clips = known[start : start + 64]
         full = [*clips, *clips[-1:] * ((1 << (len(clips) - 1).bit_length()) - len(clips))]  # few shapes
-        own = jax.tree.map(lambda leaf, full=full: leaf[full], made)
+        selected = jax.tree.map(lambda leaf, full=full: leaf[full], made)
         verdict = jax.tree.map(
             lambda leaf, clips=clips: np.asarray(leaf)[: len(clips)],
-            _judge(read_texts(table, [captions[clip] for clip in full], limits), own),
+            _judge(read_texts(table, [captions[clip] for clip in full], limits), selected),
         )
-        made.place[clips] = np.where(verdict.score >= 0.5, verdict.place, -1)
-    return made, cut
+        made.block[clips] = np.where(verdict.score >= 0.5, verdict.block, -1)
+    return made, truncated
 
 
 def _dimension(point: Mapping[str, str]) -> int:
@@ -138,24 +138,24 @@ def _dimension(point: Mapping[str, str]) -> int:
     return DIMENSIONS.index(named) if named in DIMENSIONS else -1
 
 
-def _read_keypoints(table: Table, texts: Sequence[str], room: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Of each text its features' hashes and weights, 0 behind them, and whether it was cut."""
-    hashes, weights = np.zeros((len(texts), room), np.uint32), np.zeros((len(texts), room), np.float32)
-    cut = np.zeros(len(texts), bool)
+def _read_keypoints(table: Table, texts: Sequence[str], limit: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Features' hashes and weights of each text, padded with 0, and whether it was truncated."""
+    hashes, weights = np.zeros((len(texts), limit), np.uint32), np.zeros((len(texts), limit), np.float32)
+    truncated = np.zeros(len(texts), bool)
     fits = [len(text) <= SHORT.characters and len(A_WORD.findall(text)) <= SHORT.words for text in texts]
     for limits, short in ((SHORT, True), (KEYPOINT, False)):
         rows = CHARACTERS // limits.characters
-        places = [place for place, one in enumerate(fits) if one is short]
+        places = [index for index, one in enumerate(fits) if one is short]
         for part in (places[first : first + rows] for first in range(0, len(places), rows)):
             points, lengths = code_points(
-                [*(texts[place] for place in part), *[""] * (rows - len(part))], limits.characters
+                [*(texts[index] for index in part), *[""] * (rows - len(part))], limits.characters
             )
             read = jax.tree.map(np.asarray, _read_features(table, points, lengths, limits))
-            for place, made, much, more in zip(part, *read):
-                own, much = made[much > 0], much[much > 0]
-                hashes[place, : len(own)], weights[place, : len(own)] = own[:room], much[:room]
-                cut[place] = len(own) > room or (more and not short)
-    return hashes, weights, cut
+            for index, made, much, more in zip(part, *read):
+                kept, much = made[much > 0], much[much > 0]
+                hashes[index, : len(kept)], weights[index, : len(kept)] = kept[:limit], much[:limit]
+                truncated[index] = len(kept) > limit or (more and not short)
+    return hashes, weights, truncated
 
 
 @partial(jax.jit, static_argnums=3)
@@ -179,7 +179,7 @@ def features(
     order, count = compact(weights > 0, jnp.arange(size, dtype=jnp.int32), size)
     stems, weights = stems[order], jnp.where(jnp.arange(size) < count, weights[order], 0)
     hashes, much = [stems], [weights]
-    for gap in range(1, APART + 1):
+    for gap in range(1, MAX_PAIR_GAP + 1):
         second = jnp.pad(stems[gap:], (0, gap))
         both = jnp.pad(weights[gap:], (0, gap))
         hashes.append(stems * jnp.uint32(0x85EBCA6B) + second * jnp.uint32(0xC2B2AE35))
@@ -204,25 +204,29 @@ def lexical(
     at = jnp.minimum(jnp.searchsorted(keypoints.features, hashes), distinct - 1)
     known = (keypoints.features[at] == hashes) & (weights > 0)
     flat = jnp.where(known, (word // BLOCK * distinct)[None] + at, blocks * distinct)
-    held = jnp.zeros(blocks * distinct + 1, bool).at[flat].set(True)[:-1].reshape(blocks, distinct)
+    present = jnp.zeros(blocks * distinct + 1, bool).at[flat].set(True)[:-1].reshape(blocks, distinct)
     real = jnp.arange(size) < caption.words
     function = _by_block(real & (caption.weights <= 0), blocks)
     all_words = _by_block(real, blocks)
-    held, function, all_words = _window(jnp.logical_or, held), _window(jnp.add, function), _window(jnp.add, all_words)
+    present, function, all_words = (
+        _window(jnp.logical_or, present),
+        _window(jnp.add, function),
+        _window(jnp.add, all_words),
+    )
     prose = jnp.clip(function / jnp.maximum(PROSE * all_words, 1e-9), 0, 1)
     each = jnp.arange(len(keypoints.index))[:, None]
     shares = jnp.zeros((2, distinct, len(keypoints.index)), jnp.float32)
     shares = (
         shares.at[0, keypoints.index, each].add(keypoints.weight).at[1, keypoints.index, each].add(keypoints.telling)
     )
-    covered, telling = jnp.matmul(held.astype(jnp.float32), shares, precision="highest")
+    covered, telling = jnp.matmul(present.astype(jnp.float32), shares, precision="highest")
     wrong = jnp.sum(keypoints.telling, axis=-1)[None] - telling
     answers = jnp.clip((covered * prose[:, None] - low) / (high - low), 0, 1) * (1 - WRONG * wrong)
     score = jnp.max(answers, axis=0)
-    place = jnp.argmax(answers + covered > jnp.max(answers + covered, axis=0, keepdims=True) - 1e-6, axis=0)
+    block = jnp.argmax(answers + covered > jnp.max(answers + covered, axis=0, keepdims=True) - 1e-6, axis=0)
     coverage = jnp.max(covered * prose[:, None], axis=0)
-    ordered = _in_order(place, score, keypoints.place)
-    return Verdict(score * (1 - order * (1 - ordered)), coverage, place, ordered)
+    ordered = _in_order(block, score, keypoints.block)
+    return Verdict(score * (1 - order * (1 - ordered)), coverage, block, ordered)
 
 
 _judge = jax.jit(jax.vmap(lexical))
@@ -241,12 +245,12 @@ def _window(join, values: Array) -> Array:
     return made
 
 
-def _in_order(place: Int[Array, "K"], score: Float[Array, "K"], truth: Int[Array, "K"]) -> Float[Array, "K"]:
-    """Of the keypoints that both captions state and the reference clearly before or after this one, those told so."""
+def _in_order(block: Int[Array, "K"], score: Float[Array, "K"], truth: Int[Array, "K"]) -> Float[Array, "K"]:
+    """The share of the other keypoints in both captions that are before or after this one as in the reference."""
     stated = (score >= 0.5) & (truth >= 0)
-    side = truth[:, None] - truth[None]
-    counts = stated[:, None] & stated[None] & (jnp.abs(side) > 1)
-    right = counts & (jnp.sign(place[:, None] - place[None]) * jnp.sign(side) >= 0)
+    difference = truth[:, None] - truth[None]
+    counts = stated[:, None] & stated[None] & (jnp.abs(difference) > 1)
+    right = counts & (jnp.sign(block[:, None] - block[None]) * jnp.sign(difference) >= 0)
     pairs = jnp.sum(counts, axis=-1)
     return jnp.where(pairs > 0, jnp.sum(right, axis=-1) / jnp.maximum(pairs, 1), 1.0)
 

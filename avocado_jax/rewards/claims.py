@@ -6,7 +6,7 @@ N  code points of a caption      W  words of a caption
 import jax
 import jax.numpy as jnp
 
-from avocado_jax.rewards.arrays import count_before, next_place, shift
+from avocado_jax.rewards.arrays import count_before, next_index, shift
 from avocado_jax.rewards.attribution import Words, has
 from avocado_jax.rewards.quotes import Characters
 from avocado_jax.typing import Array, Bool, Int
@@ -37,7 +37,7 @@ def unstated(text: Characters, words: Words, quoted: Bool[Array, "N"], sentence:
     false = (has(classes, "DENIAL") | untrue) & (that | over)
     order = jnp.where(words.real, sentence[words.start], jnp.iinfo(jnp.int32).max)
     count = count_before(false)
-    first, last = (jnp.searchsorted(order, order, side=side) for side in ("left", "right"))
+    first, last = (jnp.searchsorted(order, order, side=edge) for edge in ("left", "right"))
     denied |= count[last] > count[first]
 
     joins = has(classes, "ALTERNATIVE")
@@ -54,7 +54,7 @@ def unstated(text: Characters, words: Words, quoted: Bool[Array, "N"], sentence:
         )
         near &= shift(open_, -k, False)
     # red, blue, green or yellow
-    end = next_place(comma)
+    end = next_index(comma)
     item = (end - jnp.arange(len(comma)) < ITEM) & (end < len(comma) - 1)
     after = jnp.minimum(end + 1, len(comma) - 1)
     item &= of[after] == of

@@ -78,25 +78,27 @@ def make_references(
     alphabet: int = 0,
     events: int = 0,
 ) -> tuple[References, np.ndarray]:
-    """References of clips as arrays, and bool [B], which of them were cut to fit.
+    """References of clips as arrays, and bool [B], which of them were truncated.
 
     Args:
         clips: of each, "caption", "dialogues", "keypoints" and "events", each of which may be absent or None. Dialogues
             that are not there are read from the caption.
         limits: `quotes` and `line` hold for dialogues too.
-        keypoints: room for so many keypoints a clip; `distinct`: for so many distinct features of them; `alphabet`:
-            for so many distinct characters of its lines. 0 takes what these clips need.
-        events: room for so many events a clip; 0: no term `timing`.
+        keypoints: most keypoints a clip; `distinct`: most distinct features of them; `alphabet`: most distinct
+            characters of its lines. 0: as many as these clips have.
+        events: most events a clip; 0: no term `timing`.
     """
     captions = [clip.get("caption") for clip in clips]
     lists = [clip.get("keypoints") for clip in clips]
-    size = keypoints or max(1, 1, *(len(own or ()) for own in lists))
-    lines, cut_lines = dialogue_references(table, [clip.get("dialogues") for clip in clips], captions, limits, alphabet)
-    points, cut_points = keypoint_references(table, lists, captions, limits, size, distinct=distinct)
+    size = keypoints or max(1, 1, *(len(one or ()) for one in lists))
+    lines, truncated_lines = dialogue_references(
+        table, [clip.get("dialogues") for clip in clips], captions, limits, alphabet
+    )
+    points, truncated_keypoints = keypoint_references(table, lists, captions, limits, size, distinct=distinct)
     if not events:
-        return References(lines, points), cut_lines | cut_points
-    timed, cut_events = event_references([clip.get("events") for clip in clips], events)
-    return References(lines, points, timed), cut_lines | cut_points | cut_events
+        return References(lines, points), truncated_lines | truncated_keypoints
+    timed, truncated_events = event_references([clip.get("events") for clip in clips], events)
+    return References(lines, points, timed), truncated_lines | truncated_keypoints | truncated_events
 
 
 def missing(references: References) -> dict[str, np.ndarray]:
@@ -137,7 +139,7 @@ def score(
     if reference.events is not None:
         scenes = find_scenes(caption.points, caption.length, reference.events.start.shape[-1])
         terms["timing"] = timing_reward(scenes, reference.events)
-        terms["truncated"] = (caption.truncated | scenes.cut).astype(jnp.float32)
+        terms["truncated"] = (caption.truncated | scenes.truncated).astype(jnp.float32)
     if probes is not None:
         terms["probes"] = mean_score(probes, jnp.int32(len(probes)))
     terms |= {term.name: term.value(caption, reference) for term in extra}
@@ -206,11 +208,11 @@ def combine(
             value = jnp.where(terms["repetition"] < 0, jnp.where(known, 0.0, value), value)
         present = jnp.maximum(jnp.sum(known, axis=-1, keepdims=True), 1)
         mean = jnp.sum(jnp.where(known, value, 0), axis=-1, keepdims=True) / present
-        apart = jnp.where(known, value - mean, 0.0)
-        deviation = jnp.sqrt(jnp.sum(apart**2, axis=-1, keepdims=True) / present)
+        centered = jnp.where(known, value - mean, 0.0)
+        deviation = jnp.sqrt(jnp.sum(centered**2, axis=-1, keepdims=True) / present)
         # Values that are the same differ from their mean by rounding alone.
         flat = jnp.ptp(jnp.where(known, value, mean), axis=-1, keepdims=True) < 1e-6
-        part = jnp.where(flat, 0.0, apart / jnp.where(flat, 1.0, deviation)) if normalize else mean + apart
+        part = jnp.where(flat, 0.0, centered / jnp.where(flat, 1.0, deviation)) if normalize else mean + centered
         total = total + weight * part
         groups = known.any(-1)
         metrics |= {

@@ -20,7 +20,7 @@ import numpy as np
 
 from avocado_jax.rewards.arrays import compact
 from avocado_jax.rewards.text import PHRASE, Caption, Limits, read_texts
-from avocado_jax.rewards.vocabulary import BIT, Table, hash_word, letters_of, meaning, stems_of, words_of
+from avocado_jax.rewards.vocabulary import BIT, Table, hash_word, meaning, stems_of, word_characters, words_of
 from avocado_jax.typing import Array, Bool, Float, Int
 
 SIMILAR = 0.6  # least similarity of two lines that may be one (paper)
@@ -55,7 +55,7 @@ class Dialogue(NamedTuple):
 
 
 class _Line(NamedTuple):
-    letters: np.ndarray
+    characters: np.ndarray
     stems: np.ndarray
     weights: np.ndarray
 
@@ -67,30 +67,32 @@ def dialogue_references(
     limits: Limits,
     alphabet: int = 0,
 ) -> tuple[Dialogue, np.ndarray]:
-    """References of clips, stacked, and which of them were cut to fit the limits.
+    """Stack the references of clips and return which of them were truncated to the limits.
 
     Args:
         dialogues: of each clip, {"speaker", "text"} in order; None where they are to be read from its caption.
         captions: reference captions; a clip with neither has no reference.
         limits: `quotes` and `line` bound the lines of a clip and the characters of a line.
-        alphabet: room for so many distinct characters in a clip's lines; 0 takes what these need.
+        alphabet: most distinct characters in a clip's lines; 0: as many as these have.
     """
     known: list[list[_Line] | None] = [
-        None if own is None else _given(table, _merged(own) if limits.merge else own) for own in dialogues
+        None if lines is None else _given(table, _merged(lines) if limits.merge else lines) for lines in dialogues
     ]
-    cut = np.zeros(len(known), bool)
-    unread = [clip for clip, own in enumerate(known) if own is None and captions[clip] is not None]
+    truncated = np.zeros(len(known), bool)
+    unread = [clip for clip, lines in enumerate(known) if lines is None and captions[clip] is not None]
     for first in range(0, len(unread), CHUNK):
         clips = unread[first : first + CHUNK]
         read = read_texts(table, [captions[clip] or "" for clip in clips], limits)
-        for place, clip in enumerate(clips):
-            known[clip] = _read(jax.tree.map(lambda leaf, place=place: leaf[place], read))
-            cut[clip] = read.truncated[place]
-    cut |= [own is not None and len(own) > limits.quotes for own in known]
-    cut |= [any(len(line.letters) > limits.line or len(line.stems) > PHRASE for line in own or ()) for own in known]
-    fitting = [[line.letters[: limits.line] for line in (own or ())[: limits.quotes]] for own in known]
-    letters = [np.unique(np.concatenate([*own, np.zeros(0, np.int32)])) for own in fitting]
-    alphabet = alphabet or max(map(len, letters), default=0)
+        for row, clip in enumerate(clips):
+            known[clip] = _read(jax.tree.map(lambda leaf, row=row: leaf[row], read))
+            truncated[clip] = read.truncated[row]
+    truncated |= [lines is not None and len(lines) > limits.quotes for lines in known]
+    truncated |= [
+        any(len(line.characters) > limits.line or len(line.stems) > PHRASE for line in lines or ()) for lines in known
+    ]
+    kept_lines = [[line.characters[: limits.line] for line in (lines or ())[: limits.quotes]] for lines in known]
+    alphabets = [np.unique(np.concatenate([*lines, np.zeros(0, np.int32)])) for lines in kept_lines]
+    alphabet = alphabet or max(map(len, alphabets), default=0)
     n, shape = len(known), (len(known), limits.quotes)
     made = Dialogue(
         np.zeros((*shape, limits.line), np.int32),
@@ -98,18 +100,18 @@ def dialogue_references(
         np.full((n, max(1, alphabet)), np.iinfo(np.int32).max, np.int32),
         np.zeros((*shape, PHRASE), np.uint32),
         np.zeros((*shape, PHRASE), np.float32),
-        np.array([own is None for own in dialogues], bool),
-        np.array([-1 if own is None else min(len(own), limits.quotes) for own in known], np.int32),
+        np.array([lines is None for lines in dialogues], bool),
+        np.array([-1 if lines is None else min(len(lines), limits.quotes) for lines in known], np.int32),
     )
-    for clip, own in enumerate(known):
-        cut[clip] |= len(letters[clip]) > alphabet
-        made.alphabet[clip, : len(letters[clip])] = letters[clip][:alphabet]
-        for number, line in enumerate((own or ())[: limits.quotes]):
-            made.line_length[clip, number] = len(fitting[clip][number])
-            made.lines[clip, number, : len(fitting[clip][number])] = fitting[clip][number]
+    for clip, lines in enumerate(known):
+        truncated[clip] |= len(alphabets[clip]) > alphabet
+        made.alphabet[clip, : len(alphabets[clip])] = alphabets[clip][:alphabet]
+        for number, line in enumerate((lines or ())[: limits.quotes]):
+            made.line_length[clip, number] = len(kept_lines[clip][number])
+            made.lines[clip, number, : len(kept_lines[clip][number])] = kept_lines[clip][number]
             made.speakers[clip, number, : len(line.stems)] = line.stems[:PHRASE]
             made.speaker_weights[clip, number, : len(line.stems)] = line.weights[:PHRASE]
-    return made, cut
+    return made, truncated
 
 
 def _merged(lines: Sequence[Mapping[str, str]]) -> list[Mapping[str, str]]:
@@ -128,8 +130,8 @@ def _given(table: Table, lines: Sequence[Mapping[str, str]]) -> list[_Line]:
     for line in lines:
         stems, weights, classes = stems_of(table, " ".join(dict.fromkeys(words_of(line["speaker"]))))
         weights = np.where(classes & BIT["SILENT"], 0, weights)
-        made.append(_Line(letters_of(line["text"]), stems, _without_voice(stems, weights)))
-    return [line for line in made if len(line.letters)]
+        made.append(_Line(word_characters(line["text"]), stems, _without_voice(stems, weights)))
+    return [line for line in made if len(line.characters)]
 
 
 def _without_voice(stems: np.ndarray, weights: np.ndarray) -> np.ndarray:
@@ -210,25 +212,27 @@ def edit_distances(
     block = min(words, BLOCK)
     alphabet = reference.alphabet
     other = len(alphabet)  # a character that the reference does not have
-    place = jnp.arange(lines_ref.shape[-1])
-    symbol = jnp.where(place[None] < reference.line_length[:, None], jnp.searchsorted(alphabet, lines_ref), other + 1)
+    position = jnp.arange(lines_ref.shape[-1])
+    symbol = jnp.where(
+        position[None] < reference.line_length[:, None], jnp.searchsorted(alphabet, lines_ref), other + 1
+    )
     masks = jnp.zeros((blocks * block, other + 1, j), jnp.uint32)
-    bit = jnp.left_shift(jnp.uint32(1), (place % 32).astype(jnp.uint32))
-    masks = masks.at[place // 32, symbol, jnp.arange(j)[:, None]].add(bit, mode="drop")
+    bit = jnp.left_shift(jnp.uint32(1), (position % 32).astype(jnp.uint32))
+    masks = masks.at[position // 32, symbol, jnp.arange(j)[:, None]].add(bit, mode="drop")
     masks = masks.reshape(blocks, block, other + 1, j)
     at = jnp.minimum(jnp.searchsorted(alphabet, lines), other - 1)
     text = jnp.where(alphabet[at] == lines, at, other)
 
     size = min(PAIRS, len(lines) * j)
-    room = -(-len(lines) * j // size) * size
-    order, count = compact(needed.reshape(-1), jnp.arange(len(lines) * j, dtype=jnp.int32), room)
+    capacity = -(-len(lines) * j // size) * size
+    order, count = compact(needed.reshape(-1), jnp.arange(len(lines) * j, dtype=jnp.int32), capacity)
 
     def some(state: tuple) -> tuple:
         first, found = state
         pair = jax.lax.dynamic_slice_in_dim(order, first, size)
         real = first + jnp.arange(size) < count
-        own, of = pair // j, pair % j
-        letters, until = text[own].T, jnp.where(real, length[own], 0)
+        quote, of = pair // j, pair % j
+        symbols, until = text[quote].T, jnp.where(real, length[quote], 0)
         until_ref = jnp.where(real, reference.line_length[of], 0)
         used = -(-jnp.max(until_ref, initial=0) // (32 * block))  # blocks with a character of the reference
 
@@ -237,7 +241,7 @@ def edit_distances(
 
             def one_block(number: jax.Array | int, state: tuple) -> tuple:
                 rises, falls, carry, rise_in, fall_in = state
-                match = masks[number, :, letters[step], of].T  # [K, P]
+                match = masks[number, :, symbols[step], of].T  # [K, P]
                 new_rises, new_falls = [], []
                 for k in range(block):
                     up, down, equal = rises[k][number], falls[k][number], match[k]
@@ -288,8 +292,8 @@ def same_speaker(caption: Caption, reference: Dialogue, least: float = SPEAKER) 
     """
     overlap = _overlap(caption.speakers, caption.speaker_weights, reference)
     whole = jnp.sum(reference.speaker_weights, axis=-1)
-    told = jnp.sum(caption.speaker_weights, axis=-1)[:, None]
-    against = jnp.where(reference.derived, jnp.minimum(whole[None], told), whole[None])
+    caption_weight = jnp.sum(caption.speaker_weights, axis=-1)[:, None]
+    against = jnp.where(reference.derived, jnp.minimum(whole[None], caption_weight), whole[None])
     share = jnp.where(against > 0, overlap / jnp.maximum(against, 1e-9), 0.0)
     best = share >= jnp.max(share, axis=-1, keepdims=True, initial=0.0) - 1e-6
     chosen = jnp.argmax(

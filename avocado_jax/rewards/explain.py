@@ -28,25 +28,27 @@ def explain(
         dialogues: {"speaker", "text"} of its lines as they were compared; the speaker may be empty.
     """
     terms = {name: float(value) for name, value in scored.terms.items()}
-    said = [f"R_C {_number(terms['checklist'])}, R_D {_number(terms['dialogue'])}, R_L {_number(terms['length'])}."]
-    said += [f"{title} {_number(terms[name])}." for name, title in EXTRA.items() if name in terms]
-    said += ["The caption falls into repetition."] * (terms["repetition"] < 0)
-    said += ["Something did not fit the limits and was left out."] * (terms["truncated"] > 0)
-    said += _dialogue(caption, reference, scored, dialogues)
+    sentences = [
+        f"R_C {_number(terms['checklist'])}, R_D {_number(terms['dialogue'])}, R_L {_number(terms['length'])}."
+    ]
+    sentences += [f"{title} {_number(terms[name])}." for name, title in EXTRA.items() if name in terms]
+    sentences += ["The caption falls into repetition."] * (terms["repetition"] < 0)
+    sentences += ["Something did not fit the limits and was left out."] * (terms["truncated"] > 0)
+    sentences += _dialogue(caption, reference, scored, dialogues)
     by_dimension = zip(DIMENSIONS, np.asarray(dimension_scores(scored.keypoints, reference.keypoints)))
-    said += [f"Keypoints, {name}: {value:.2f}." for name, value in by_dimension if not np.isnan(value)]
+    sentences += [f"Keypoints, {name}: {value:.2f}." for name, value in by_dimension if not np.isnan(value)]
     for number, point in enumerate(keypoints[: int(reference.keypoints.count)]):
-        answer, place = float(scored.keypoints[number]), int(scored.verdict.place[number])
-        told = f'Keypoint {number + 1}, "{_short(point["text"])}": {_number(answer)}'
+        answer, block = float(scored.keypoints[number]), int(scored.verdict.block[number])
+        sentence = f'Keypoint {number + 1}, "{_short(point["text"])}": {_number(answer)}'
         if answer > 0:
-            first, last = max(place - WINDOW + 1, 0) * BLOCK, (place + 1) * BLOCK
+            first, last = max(block - WINDOW + 1, 0) * BLOCK, (block + 1) * BLOCK
             end = caption.word_start[last] if last < caption.words else caption.length
             found = _short(_text(caption, caption.word_start[first], end))
-            told += f', {float(scored.verdict.coverage[number]):.2f} of it in "{found}"'
+            sentence += f', {float(scored.verdict.coverage[number]):.2f} of it in "{found}"'
             if scored.verdict.ordered[number] < 1:
-                told += f", {float(scored.verdict.ordered[number]):.2f} of the others on its right side"
-        said.append(told + ".")
-    return said
+                sentence += f", {float(scored.verdict.ordered[number]):.2f} of the others on its right side"
+        sentences.append(sentence + ".")
+    return sentences
 
 
 def _dialogue(
@@ -57,20 +59,22 @@ def _dialogue(
         return ["There is no dialogue to compare with."]
     spoken = [_text(caption, *span) for span in zip(caption.quote_start[:quotes], caption.quote_end[:quotes])]
     matched = alignment(scored.pairs.similarity[:quotes, :lines], scored.pairs.same[:quotes, :lines])
-    letters = ["".join(map(chr, row[:n])) for row, n in zip(reference.dialogue.lines, reference.dialogue.line_length)]
-    known = dialogues if len(dialogues) >= lines else [{"speaker": "", "text": text} for text in letters]
-    said = [f"Dialogue: {quotes} quoted, {lines} in the reference, {len(matched)} aligned."]
+    texts = ["".join(map(chr, row[:n])) for row, n in zip(reference.dialogue.lines, reference.dialogue.line_length)]
+    known = dialogues if len(dialogues) >= lines else [{"speaker": "", "text": text} for text in texts]
+    sentences = [f"Dialogue: {quotes} quoted, {lines} in the reference, {len(matched)} aligned."]
     for quote, line in matched:
         alike = float(scored.pairs.similarity[quote, line]) / 2**UNIT
         who = "the same speaker" if scored.pairs.same[quote, line] else "another speaker"
         name = f' for "{_short(known[line]["speaker"])}"' if known[line]["speaker"] else ""
-        said.append(
+        sentences.append(
             f'Line {line + 1} as "{_short(spoken[quote])}": similarity {alike:.2f}, {who}: '
             f'"{_phrase(caption, quote)}"{name}.'
         )
-    said += [f'Not in the reference: "{_short(one)}".' for q, one in enumerate(spoken) if q not in dict(matched)]
+    sentences += [f'Not in the reference: "{_short(one)}".' for q, one in enumerate(spoken) if q not in dict(matched)]
     unsaid = sorted(set(range(lines)) - {line for _, line in matched})
-    return said + [f'Not said, line {line + 1}: "{_short(" ".join(known[line]["text"].split()))}".' for line in unsaid]
+    return sentences + [
+        f'Not said, line {line + 1}: "{_short(" ".join(known[line]["text"].split()))}".' for line in unsaid
+    ]
 
 
 def _phrase(caption: Caption, quote: int) -> str:

@@ -127,17 +127,17 @@ class RemoteJudge:
             return [False] * len(items)
         verdicts: Verdicts = [None] * len(items)
         for _ in range(self.client.endpoint.tries):
-            missing = [place for place, verdict in enumerate(verdicts) if verdict is None]
+            missing = [index for index, verdict in enumerate(verdicts) if verdict is None]
             if not missing:
                 break
-            asked = [items[place] for place in missing]
+            unanswered = [items[index] for index in missing]
             reply = await self.client.ask(
-                task.messages(caption, asked), partial(_some, task=task, items=asked), deadline=deadline
+                task.messages(caption, unanswered), partial(_some, task=task, items=unanswered), deadline=deadline
             )
             if reply.value is None:
                 break
-            for place, verdict in zip(missing, reply.value):
-                verdicts[place] = verdict
+            for index, verdict in zip(missing, reply.value):
+                verdicts[index] = verdict
             if None in reply.value:
                 left = reply.value.count(None)
                 self.client.count("malformed", f"{left} of {len(missing)} {task.noun} were left out")
@@ -183,7 +183,7 @@ def read_answer(text: str, items: Sequence[Any], task: Task = KEYPOINTS) -> Verd
     text = text.rsplit("</think>", 1)[-1]
     decoder = json.JSONDecoder(object_pairs_hook=tuple)
     found = []
-    starts = [place for place, letter in enumerate(text) if letter == "{"]
+    starts = [index for index, letter in enumerate(text) if letter == "{"]
     for start in starts[-64:]:
         try:
             pairs, _ = decoder.raw_decode(text, start)

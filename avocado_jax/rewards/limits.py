@@ -33,9 +33,9 @@ def limits_of(texts: Sequence[str], dialogues: Iterable[Sequence[str]] = ()) -> 
         texts: captions.
         dialogues: lines of dialogue, of each clip.
     """
-    characters = _room(1024, map(len, texts), MOST)
+    characters = _power_of_two(1024, map(len, texts), MOST)
     texts = [text[:characters].replace("''", '"').replace("&quot;", '"') for text in texts]
-    words = _room(characters // 4, (len(A_WORD.findall(text)) for text in texts), characters)
+    words = _power_of_two(characters // 4, (len(A_WORD.findall(text)) for text in texts), characters)
     double = (sum(map(text.count, MARKS)) for text in texts)
     single = (len(A_SINGLE_MARK.findall(text)) for text in texts)
     script = (sum(map(text.count, (": ", ":\n", ":*", "："))) for text in texts)  # `Speaker: text` has no marks
@@ -47,7 +47,7 @@ def limits_of(texts: Sequence[str], dialogues: Iterable[Sequence[str]] = ()) -> 
     return Limits(characters, words, quotes, line)
 
 
-def _room(least: int, needed: Iterable[int], most: int) -> int:
+def _power_of_two(least: int, needed: Iterable[int], most: int) -> int:
     return min(most, max(least, 1 << (max([1, *needed]) - 1).bit_length()))
 
 

@@ -74,20 +74,20 @@ def lm_choices(
     question_lengths: Int[Array, "B K"],
     choices: Int[Array, "B K"],
     right: Int[Array, "B K"],
-    letters: Int[Array, "L"],
+    label_ids: Int[Array, "L"],
 ) -> Float[Array, "B K"]:
     """Whether the likeliest letter after each multiple-choice question is the right one (`next_token_scores`).
 
     Args:
         choices: number of choices of each question.
         right: index of the right choice.
-        letters: the first token of each letter.
+        label_ids: the first token of each letter.
 
     Returns:
         fp32, 1 or 0; NaN where there is no question.
     """
-    scores = next_token_scores(apply, params, captions, lengths, questions, question_lengths, letters)
-    possible = jnp.arange(len(letters))[None, None] < choices[..., None]
+    scores = next_token_scores(apply, params, captions, lengths, questions, question_lengths, label_ids)
+    possible = jnp.arange(len(label_ids))[None, None] < choices[..., None]
     answer = jnp.argmax(jnp.where(possible, scores, -jnp.inf), axis=-1)
     return jnp.where(question_lengths > 0, (answer == right).astype(jnp.float32), jnp.nan)
 

@@ -9,14 +9,14 @@ from collections.abc import Mapping
 
 from avocado_jax.typing import Probe
 
-LETTERS = "ABCDEFGHIJ"
+CHOICE_LABELS = "ABCDEFGHIJ"
 UNKNOWN = "N/A"  # the caption does not say: an answer, and a wrong one
 PREFIX = re.compile(r"(?:the\s+)?(?:(?:correct|final|best)\s+)?(?:answer|choice|option)\b\s*(?:is\b)?\s*:?\s*", re.I)
 
 
 def lettered(probe: Probe) -> dict[str, str]:
     """The choices by their letters."""
-    return dict(zip(LETTERS, probe.choices))
+    return dict(zip(CHOICE_LABELS, probe.choices))
 
 
 def as_text(probe: Probe) -> str:
@@ -32,8 +32,8 @@ def letter_of(answer: str, choices: Mapping[str, str]) -> str | None:
     Args:
         choices: by their letters.
     """
-    said = _bare(answer)
-    for text in dict.fromkeys((said, _bare(PREFIX.sub("", said, count=1)))):
+    text_only = _bare(answer)
+    for text in dict.fromkeys((text_only, _bare(PREFIX.sub("", text_only, count=1)))):
         if text.upper() in (UNKNOWN, "NA"):
             return UNKNOWN
         if (found := re.fullmatch(r"\(?([A-Za-z])[).:]*", text)) and found[1].upper() in choices:
@@ -53,4 +53,4 @@ def _bare(text: str) -> str:
 def is_right(answer: str, probe: Probe) -> bool | None:
     """Whether an answer selects the right choice; None if it selects nothing."""
     letter = letter_of(answer, lettered(probe))
-    return None if letter is None else letter == LETTERS[probe.right]
+    return None if letter is None else letter == CHOICE_LABELS[probe.right]

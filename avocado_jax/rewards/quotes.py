@@ -13,7 +13,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from avocado_jax.rewards.arrays import compact, count_before, last_place, next_place, shift
+from avocado_jax.rewards.arrays import compact, count_before, last_index, next_index, shift
 from avocado_jax.rewards.vocabulary import (
     APOSTROPHE_MARK,
     BIT,
@@ -70,13 +70,13 @@ class Quotes(NamedTuple):
     """Quotes in order, at most R: start and end without marks, kind (0: none).
 
     Attributes:
-        cut: there were more marks or quotes than fit.
+        truncated: there were more marks or quotes than the limits.
     """
 
     start: Int[Array, "R"]
     end: Int[Array, "R"]
     kind: Int[Array, "R"]
-    cut: Bool[Array, ""]
+    truncated: Bool[Array, ""]
 
 
 def characters(points: Int[Array, "N"], kind: Int[Array, "N"], length: Int[Array, ""]) -> Characters:
@@ -86,7 +86,7 @@ def characters(points: Int[Array, "N"], kind: Int[Array, "N"], length: Int[Array
     line = jnp.cumsum(newline, dtype=jnp.int32)
     paragraph = jnp.cumsum(newline & ((shift(kind, 1, 0) & NEWLINE) > 0) & ~crlf, dtype=jnp.int32)
     stop = jnp.minimum(length, len(points)).astype(jnp.int32)
-    line_end = jnp.minimum(shift(next_place(newline), -1, len(points)), stop)
+    line_end = jnp.minimum(shift(next_index(newline), -1, len(points)), stop)
     return Characters(points, kind, line, paragraph, line_end)
 
 
@@ -99,19 +99,21 @@ def find_quotes(text: Characters, words: tuple, most_marks: int, most: int) -> Q
     """
     code, width, fenced = _marks(text)
     marked = _pair(text, code, width, most_marks)
-    letters = count_before((text.kind & WORD) > 0)
+    word_character_count = count_before((text.kind & WORD) > 0)
     start, end, kind = marked[:3]
-    kind = jnp.where(letters[end] > letters[start], kind, 0)  # without a word it is none
+    kind = jnp.where(word_character_count[end] > word_character_count[start], kind, 0)  # without a word it is none
     double = (code > 0) & (code != SINGLE_OPENS) & (code != SINGLE_CLOSES)
     double &= (code != CLOSES_CORNER) & (code != CLOSES_WHITE)
-    scripts, more = _scripts(text, words, covered(start, end, kind, len(code)), fenced, double, letters, most)
+    scripts, more = _scripts(
+        text, words, covered(start, end, kind, len(code)), fenced, double, word_character_count, most
+    )
     start, end, kind = (jnp.concatenate(pair) for pair in zip((start, end, kind), scripts))
     order = jnp.argsort(jnp.where(kind > 0, start, len(code)))[:most]
     found = jnp.sum(kind > 0)
     start, end, kind = start[order], end[order], kind[order]
     real = kind > 0
-    cut = (jnp.sum(code > 0) > most_marks) | (found > most) | more
-    return Quotes(jnp.where(real, start, 0), jnp.where(real, end, 0), kind, cut)
+    truncated = (jnp.sum(code > 0) > most_marks) | (found > most) | more
+    return Quotes(jnp.where(real, start, 0), jnp.where(real, end, 0), kind, truncated)
 
 
 def covered(start: Array, end: Array, kind: Array, size: int) -> Bool[Array, "N"]:
@@ -186,14 +188,14 @@ def _pair(text: Characters, code: Array, width: Array, most: int) -> tuple[Array
     line, paragraph = jnp.where(here, text.line[at], -2), jnp.where(here, text.paragraph[at], -2)
     strong = (before[at] & END) > 0  # a single mark behind a full stop or comma is no apostrophe
     space_before, digit_before = (before[at] & SPACE) > 0, (before[at] & DIGIT) > 0
-    solid = last_place((kind & SPACE) == 0)[jnp.maximum(at - 1, 0)]
+    solid = last_index((kind & SPACE) == 0)[jnp.maximum(at - 1, 0)]
     over = space_before & (solid >= 0) & ((kind[jnp.maximum(solid, 0)] & STOPS) > 0)  # a sentence is over
 
     def look(later: tuple, one: tuple) -> tuple:
-        own_line, own_paragraph, first, second, closes = later
+        later_line, later_paragraph, first, second, closes = later
         number, of_line, of_paragraph, is_strong = one
-        first, second = (jnp.where(own_paragraph == of_paragraph, value, 0) for value in (first, second))
-        closes &= own_line == of_line
+        first, second = (jnp.where(later_paragraph == of_paragraph, value, 0) for value in (first, second))
+        closes &= later_line == of_line
         answer = (first, second, closes)
         double = (number >= OPENS) & (number <= EITHER)
         closes = jnp.where((number == SINGLE_OPENS) | (number == OPENS), False, closes)
@@ -209,9 +211,9 @@ def _pair(text: Characters, code: Array, width: Array, most: int) -> tuple[Array
 
     def step(state: tuple, one: tuple) -> tuple:
         opener, start, first, first_line, first_paragraph, nested, inner, marked = state
-        place, size, number, own_line, own_paragraph, ahead, ahead2, later, flags = one
+        index, size, number, mark_line, mark_paragraph, ahead, ahead2, later, flags = one
         is_strong, spaced, digit, ended = flags
-        left = (own_paragraph != first_paragraph) | ((opener != DOUBLE) & (own_line != first_line))
+        left = (mark_paragraph != first_paragraph) | ((opener != DOUBLE) & (mark_line != first_line))
         left &= opener > 0
         line_over = (
             start,
@@ -242,20 +244,20 @@ def _pair(text: Characters, code: Array, width: Array, most: int) -> tuple[Array
             0,
         )
         # A quote that was not closed: -1 where it ends with its line, -2 where a sentence's end or this mark ends it.
-        unclosed = jnp.where(marked >= 0, marked, jnp.where(own_line == first_line, -2, -1))
-        found = (start, jnp.where(broken, unclosed, place), jnp.where(closes | broken, opener, 0))
+        unclosed = jnp.where(marked >= 0, marked, jnp.where(mark_line == first_line, -2, -1))
+        found = (start, jnp.where(broken, unclosed, index), jnp.where(closes | broken, opener, 0))
         found = jax.tree.map(lambda a, b: jnp.where(left, a, b), line_over, found)
         nested = (nested | enters) & ~(double & shuts)
         unmatched = double & (number == SINGLE_CLOSES) & ~inner & is_strong & (marked < 0)
-        marked = jnp.where(unmatched, place, marked)
+        marked = jnp.where(unmatched, index, marked)
         inner = double & ((number == SINGLE_OPENS) | inner & (number != SINGLE_CLOSES))
         fresh = begins > 0
         state = (
             jnp.where(fresh, begins, jnp.where(closes, 0, opener)),
-            jnp.where(fresh, place + size, start),
-            jnp.where(fresh, place, first),
-            jnp.where(fresh, own_line, first_line),
-            jnp.where(fresh, own_paragraph, first_paragraph),
+            jnp.where(fresh, index + size, start),
+            jnp.where(fresh, index, first),
+            jnp.where(fresh, mark_line, first_line),
+            jnp.where(fresh, mark_paragraph, first_paragraph),
             nested & ~fresh,
             inner & ~fresh,
             jnp.where(fresh, -1, marked),
@@ -267,7 +269,7 @@ def _pair(text: Characters, code: Array, width: Array, most: int) -> tuple[Array
     flags = (strong, space_before, digit_before, over)
     inputs = (at, width[at], code, line, paragraph, next_one, next_two, closed_later, flags)
     _, (start, end, kind_of, first) = jax.lax.scan(step, state, inputs)
-    sentence_end = next_place(((before & STOPS) > 0) & ((kind & SPACE) > 0))
+    sentence_end = next_index(((before & STOPS) > 0) & ((kind & SPACE) > 0))
     stop = jnp.minimum(sentence_end[jnp.clip(start + 1, 0, n - 1)], at)
     end = jnp.where(end == -1, text.line_end[first], jnp.where(end == -2, stop, end))
     real = (kind_of > 0) & (end > start)
@@ -276,7 +278,7 @@ def _pair(text: Characters, code: Array, width: Array, most: int) -> tuple[Array
 
 
 def _scripts(
-    text: Characters, words: tuple, quoted: Array, fenced: Array, marks: Array, letters: Array, most: int
+    text: Characters, words: tuple, quoted: Array, fenced: Array, marks: Array, word_character_count: Array, most: int
 ) -> tuple[tuple, Array]:
     """Direct speech without marks: (start, end, kind) of at most `most`, and whether there was more to look at.
 
@@ -296,26 +298,26 @@ def _scripts(
     exists = jnp.arange(most) < colons
 
     opened = (points == ord("(")) | (points == ord("["))
-    bracket = last_place(opened | (points == ord(")")) | (points == ord("]")))
-    begin = last_place(newline)  # the line begins behind it
+    bracket = last_index(opened | (points == ord(")")) | (points == ord("]")))
+    begin = last_index(newline)  # the line begins behind it
     bracketed = opened[jnp.maximum(bracket, 0)] & (bracket > begin)
     counts = real & ~bracketed[word_start] & ((kind[word_start] & DIGIT) == 0)
-    so_far, last = count_before(counts), last_place(counts)
+    cumulative, last = count_before(counts), last_index(counts)
     until = jnp.searchsorted(jnp.where(real, word_start, n), at)
     since = jnp.searchsorted(jnp.where(real, word_start, n), begin[at] + 1)
-    names = so_far[until] - so_far[since]
+    names = cumulative[until] - cumulative[since]
     of_last = jnp.where(names > 0, classes[jnp.maximum(last[jnp.maximum(until - 1, 0)], 0)], 0)
     line = ((of_last & BIT["PERSON"]) > 0) & (names <= HEAD)
     says = ((of_last & BIT["SAYS"]) > 0) & ~line
 
-    solid = next_place(((kind & SPACE) == 0) & (points != ord("*")))
+    solid = next_index(((kind & SPACE) == 0) & (points != ord("*")))
     line_end = text.line_end[at]
     start = jnp.minimum(solid[jnp.minimum(at + 1, n - 1)], line_end)
-    sentence_end = next_place(((shift(kind, 1, SPACE) & STOPS) > 0) & ((kind & SPACE) > 0))
+    sentence_end = next_index(((shift(kind, 1, SPACE) & STOPS) > 0) & ((kind & SPACE) > 0))
     end = jnp.where(says, jnp.minimum(sentence_end[jnp.minimum(start + 1, n - 1)], line_end), line_end)
     marks, quoted = count_before(marks), count_before(quoted)
     fits = exists & (line | says) & (start < end) & (marks[end] == marks[jnp.minimum(at + 1, n)])
-    fits &= (quoted[end] == quoted[start]) & (letters[end] > letters[start])
+    fits &= (quoted[end] == quoted[start]) & (word_character_count[end] > word_character_count[start])
     return (jnp.where(fits, start, 0), jnp.where(fits, end, 0), jnp.where(fits, SCRIPT, 0)), colons > most
 
 

@@ -6,7 +6,7 @@ W  words of a caption      R  quotes      S  words of a speaker phrase
 import jax
 import jax.numpy as jnp
 
-from avocado_jax.rewards.arrays import last_place, shift
+from avocado_jax.rewards.arrays import last_index, shift
 from avocado_jax.rewards.attribution import BEFORE, Around, has
 from avocado_jax.rewards.quotes import Quotes
 from avocado_jax.rewards.vocabulary import BIT
@@ -44,9 +44,9 @@ def speakers(near: Around, quotes: Quotes) -> tuple[Int[Array, "R S"], Float[Arr
     second, second_weight, second_class = pick(near.behind, near.is_behind)
 
     # the sentence before
-    own = jnp.sum(near.in_front, axis=1)
+    front_count = jnp.sum(near.in_front, axis=1)
     bare = (jnp.sum(first_weight, -1) + jnp.sum(second_weight, -1) <= 0)[:, None]
-    last = near.count - 1 - own
+    last = near.count - 1 - front_count
     far = last[:, None] - jnp.arange(BEFORE)[None]
     there = near.sentence[jnp.clip(last, 0, size - 1)][:, None]
     at = jnp.clip(far, 0, size - 1)
@@ -94,10 +94,10 @@ def speakers(near: Around, quotes: Quotes) -> tuple[Int[Array, "R S"], Float[Arr
         return noun, (stems, weights)
 
     def compose(found: Array, described_by: tuple[Array, Array]) -> tuple[Array, Array]:
-        room = BEFORE - len(span) - 1
+        padding = BEFORE - len(span) - 1
         stems, weights = (
-            jnp.concatenate([values, own[:, None], jnp.zeros((len(head), room), values.dtype)], 1)
-            for values, own in zip(described_by, (head, jnp.max(weights_of_head, 1)))
+            jnp.concatenate([values, head_values[:, None], jnp.zeros((len(head), padding), values.dtype)], 1)
+            for values, head_values in zip(described_by, (head, jnp.max(weights_of_head, 1)))
         )
         use = (vague & (found >= 0))[:, None] & ~bare
         return jnp.where(use, stems, one), jnp.where(use, weights, one_weight)
@@ -136,7 +136,7 @@ def same_as_before(
     spoken: Bool[Array, "R"], phrases: Int[Array, "R S"], weights: Float[Array, "R S"]
 ) -> Bool[Array, "R"]:
     """Whether each spoken quote has the speaker of the spoken quote before it: one phrase is within the other."""
-    before = shift(last_place(spoken), 1, -1)
+    before = shift(last_index(spoken), 1, -1)
     at = jnp.maximum(before, 0)
     found = (phrases[:, :, None] == phrases[at][:, None, :]) & (weights[at] > 0)[:, None, :]
     common = jnp.sum(jnp.where(found.any(-1), weights, 0), -1)

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from avocado_jax.rewards.arrays import compact, count_before, last_place, next_place, shift
+from avocado_jax.rewards.arrays import compact, count_before, last_index, next_index, shift
 from avocado_jax.rewards.attribution import PHRASE as PHRASE
 from avocado_jax.rewards.attribution import Words, around, find_lines
 from avocado_jax.rewards.claims import unstated
@@ -59,7 +59,7 @@ class Caption(NamedTuple):
 
     Attributes:
         points: its code points, 0 past the end; `length` of them.
-        letters: the word characters in lower case, one after another.
+        word_characters: the word characters in lower case, in order.
         stems, weights: of each word: its hash (0 past the end) and how much it says.
         word_start: where each word begins in `points`.
         unstated: words, outside quotes, that the caption denies or names as one of several alternatives.
@@ -71,7 +71,7 @@ class Caption(NamedTuple):
 
     points: Int[Array, "N"]
     length: Int[Array, ""]
-    letters: Int[Array, "N"]
+    word_characters: Int[Array, "N"]
     stems: Int[Array, "W"]
     weights: Float[Array, "W"]
     word_start: Int[Array, "W"]
@@ -112,17 +112,19 @@ def decode(
 
     Bytes that are not UTF-8 become U+FFFD as Python's `errors="replace"` has it.
     """
-    room = 4 * size if size < 2048 else 2 * size + 4096  # bytes: text that is not Latin takes up to three each
+    capacity = 4 * size if size < 2048 else 2 * size + 4096  # bytes: text that is not Latin takes up to three each
     valid = (jnp.arange(len(ids)) < length) & (ids >= 0) & (ids < len(table.starts) - 1)
     known = jnp.where(valid, ids, 0)
     begin = table.starts[known]
     count = jnp.where(valid, table.starts[known + 1] - begin, 0)
     ends = jnp.cumsum(count)
-    place = jnp.arange(room)
-    token = jnp.zeros(room + 1, jnp.int32).at[jnp.minimum(ends, room)].add(1)
-    token = jnp.minimum(jnp.cumsum(token[:room]), len(ids) - 1)
-    byte = table.data[jnp.clip(begin[token] + place - (ends - count)[token], 0, len(table.data) - 1)].astype(jnp.int32)
-    inside = place < ends[-1]
+    position = jnp.arange(capacity)
+    token = jnp.zeros(capacity + 1, jnp.int32).at[jnp.minimum(ends, capacity)].add(1)
+    token = jnp.minimum(jnp.cumsum(token[:capacity]), len(ids) - 1)
+    byte = table.data[jnp.clip(begin[token] + position - (ends - count)[token], 0, len(table.data) - 1)].astype(
+        jnp.int32
+    )
+    inside = position < ends[-1]
     byte = jnp.where(inside, byte, 0)
     one, two, three = (jnp.concatenate([byte[k:], jnp.zeros(k, jnp.int32)]) for k in (1, 2, 3))
     need = (byte >= 0xC2).astype(jnp.int32) + (byte >= 0xE0) + (byte >= 0xF0)
@@ -133,7 +135,7 @@ def decode(
     follow = jnp.zeros_like(byte)  # bytes after this one that belong to its character
     for k, fits in enumerate(right):
         follow = jnp.where((follow == k) & (need > k) & fits, k + 1, follow)
-    taken = jnp.zeros(room, bool)
+    taken = jnp.zeros(capacity, bool)
     for k in (1, 2, 3):
         taken |= jnp.concatenate([jnp.zeros(k, bool), follow[:-k] >= k])
     tail = [byte & 0x1F, byte & 0x0F, byte & 0x07]
@@ -149,7 +151,7 @@ def decode(
     point = jnp.where((follow < need) | ((need == 0) & (byte >= 0x80)), REPLACEMENT, point)
     points, total = compact(inside & ~taken, point, size)
     # What lies beyond the bytes that are looked at is not counted but known to be there.
-    return points, jnp.where(ends[-1] > room, jnp.maximum(total, size + 1), total)
+    return points, jnp.where(ends[-1] > capacity, jnp.maximum(total, size + 1), total)
 
 
 class Outline(NamedTuple):
@@ -158,7 +160,7 @@ class Outline(NamedTuple):
     Attributes:
         text: its code points and lines.
         letter, lower: which code points are word characters, and all of them in lower case.
-        letters: the word characters in lower case, one after another.
+        word_characters: the word characters in lower case, in order.
         words, count: the first words, and how many there are.
         first: the code points with which words begin.
         quotes: quotes, on-screen text among them.
@@ -169,7 +171,7 @@ class Outline(NamedTuple):
     text: Characters
     letter: Bool[Array, "N"]
     lower: Int[Array, "N"]
-    letters: Int[Array, "N"]
+    word_characters: Int[Array, "N"]
     words: Words
     count: Int[Array, ""]
     first: Bool[Array, "N"]
@@ -184,24 +186,24 @@ def outline(table: Table, points: Int[Array, "N"], length: Int[Array, ""], limit
     places = jnp.arange(len(points), dtype=jnp.int32)
     inside = places < length
     points = jnp.where(inside, points, 0)
-    page, place = table.page[points >> 8], points & (PAGE - 1)
-    kind = jnp.where(inside, table.kind[page, place], SPACE)
-    lower = points + table.lower[page, place]
+    page, offset = table.page[points >> 8], points & (PAGE - 1)
+    kind = jnp.where(inside, table.kind[page, offset], SPACE)
+    lower = points + table.lower[page, offset]
     letter = (kind & WORD) > 0
-    letters, _ = compact(letter, lower, len(points))
-    words, count, first = _words(table, kind, letters, limits.words)
+    word_characters, _ = compact(letter, lower, len(points))
+    words, count, first = _words(table, kind, word_characters, limits.words)
 
     text = characters(points, kind, length)
     quotes = find_quotes(text, (words.start, words.classes, words.real), 4 * limits.quotes, 2 * limits.quotes)
     quoted = covered(quotes.start, quotes.end, quotes.kind, len(points))
     sentence = sentences(text, quoted)
     denied = unstated(text, words, quoted, sentence)
-    return Outline(text, letter, lower, letters, words, count, first, quotes, quoted, sentence, denied)
+    return Outline(text, letter, lower, word_characters, words, count, first, quotes, quoted, sentence, denied)
 
 
 def parse(table: Table, points: Int[Array, "N"], length: Int[Array, ""], limits: Limits) -> Caption:
     """Read one caption from its code points; `length` may exceed what there is of them."""
-    text, letter, lower, letters, words, count, first, quotes, quoted, sentence, denied = outline(
+    text, letter, lower, word_characters, words, count, first, quotes, quoted, sentence, denied = outline(
         table, points, length, limits
     )
     points = text.points
@@ -216,8 +218,8 @@ def parse(table: Table, points: Int[Array, "N"], length: Int[Array, ""], limits:
         begins &= ~same_as_before(spoken, phrases, phrase_weights)
     number = jnp.arange(len(spoken), dtype=jnp.int32)
     order, lines = compact(begins, number, limits.quotes)
-    until = shift(next_place(begins), -1, len(spoken))[order]  # where the next line begins
-    last = last_place(spoken)[until - 1]
+    until = shift(next_index(begins), -1, len(spoken))[order]  # where the next line begins
+    last = last_index(spoken)[until - 1]
     real = jnp.arange(limits.quotes) < lines
     said = letter & covered(quotes.start, quotes.end, jnp.where(spoken, quotes.kind, 0), len(points))
     speech, _ = compact(said, lower, len(points))
@@ -233,7 +235,7 @@ def parse(table: Table, points: Int[Array, "N"], length: Int[Array, ""], limits:
     return Caption(
         points,
         jnp.minimum(length, len(points)).astype(jnp.int32),
-        letters,
+        word_characters,
         words.stems,
         words.weights,
         words.start,
@@ -248,27 +250,27 @@ def parse(table: Table, points: Int[Array, "N"], length: Int[Array, ""], limits:
         keep(phrase_weights[order]),
         (length > len(points))
         | (count > limits.words)
-        | quotes.cut
+        | quotes.truncated
         | (lines > limits.quotes)
         | jnp.any(line_length > limits.line),
     )
 
 
-def _words(table: Table, kind: Array, letters: Array, most: int) -> tuple[Words, Array, Array]:
+def _words(table: Table, kind: Array, word_characters: Array, most: int) -> tuple[Words, Array, Array]:
     """The first `most` words, how many there are, and where they begin."""
     letter = (kind & WORD) > 0
     before, before2 = shift(kind, 1, SPACE), shift(kind, 2, SPACE)
     bridged = ((before & APOSTROPHE) > 0) & ((before2 & WORD) > 0)
     bridged &= ~(((before2 & LOWER) > 0) & ((kind & UPPER) > 0))  # says'No
     last = jnp.where(bridged, before2, before)
-    joined = ((last & WORD) > 0) & ((last & ALONE) == 0) & ((kind & ALONE) == 0)
-    first = letter & ~joined
+    continues = ((last & WORD) > 0) & ((last & ALONE) == 0) & ((kind & ALONE) == 0)
+    first = letter & ~continues
     start, count = compact(first, jnp.arange(len(kind), dtype=jnp.int32), most)
-    so_far = count_before(letter)
-    begin, _ = compact(first, so_far[:-1], most + 1)
-    begin = jnp.where(jnp.arange(most + 1) < count, begin, so_far[-1])
+    cumulative = count_before(letter)
+    begin, _ = compact(first, cumulative[:-1], most + 1)
+    begin = jnp.where(jnp.arange(most + 1) < count, begin, cumulative[-1])
     real = jnp.arange(most) < count
-    stems, pronoun = _meaning(table, letters, begin[:-1], begin[1:])
+    stems, pronoun = _meaning(table, word_characters, begin[:-1], begin[1:])
     stems = jnp.where(real, stems, 0)
     at = jnp.minimum(jnp.searchsorted(table.classed, stems), len(table.classed) - 1)
     classes = jnp.where(table.classed[at] == stems, table.classes[at], 0)
@@ -287,25 +289,25 @@ def weight_of(table: Table, stems: Array) -> Array:
     return jnp.where(table.known[at] == stems, table.weight[at], table.unknown)
 
 
-def _meaning(table: Table, letters: Array, begin: Array, end: Array) -> tuple[Array, Array]:
+def _meaning(table: Table, word_characters: Array, begin: Array, end: Array) -> tuple[Array, Array]:
     """As `meaning`, of the words at letters[begin:end], and whether they are pronouns."""
-    n = len(letters)
+    n = len(word_characters)
     powers = np.cumprod(np.r_[1, np.full(n - 1, BASE)].astype(np.uint32), dtype=np.uint32)
     inverse = np.cumprod(np.r_[1, np.full(n - 1, pow(BASE, -1, 1 << 32))].astype(np.uint32), dtype=np.uint32)
-    mixed = (letters.astype(jnp.uint32) + 1) * np.uint32(SPREAD)
-    sums = jnp.cumsum((mixed ^ (mixed >> 15)) * powers, dtype=jnp.uint32)
-    sums = jnp.concatenate([jnp.zeros(1, jnp.uint32), sums])
+    mixed = (word_characters.astype(jnp.uint32) + 1) * np.uint32(SPREAD)
+    prefix_hashes = jnp.cumsum((mixed ^ (mixed >> 15)) * powers, dtype=jnp.uint32)
+    prefix_hashes = jnp.concatenate([jnp.zeros(1, jnp.uint32), prefix_hashes])
 
     length = end - begin
 
     def ends_with(ending: str, least: int) -> Array:
         fits = length >= least
         for k, letter in enumerate(reversed(ending), start=1):
-            fits &= letters[jnp.clip(begin + length - k, 0, n - 1)] == ord(letter)
+            fits &= word_characters[jnp.clip(begin + length - k, 0, n - 1)] == ord(letter)
         return fits
 
     def last(k: int) -> Array:
-        return letters[jnp.clip(begin + length - k, 0, n - 1)]
+        return word_characters[jnp.clip(begin + length - k, 0, n - 1)]
 
     def one_of(value: Array, several: str) -> Array:
         return (value[..., None] == np.array([[ord(one) for one in several]])).any(-1)
@@ -319,7 +321,7 @@ def _meaning(table: Table, letters: Array, begin: Array, end: Array) -> tuple[Ar
     length = length - ends_with("e", 4)
     length = length - (ends_with("y", 4) | ends_with("i", 4))
     begin = jnp.clip(begin, 0, n - 1)
-    hashed = (sums[jnp.clip(begin + length, 0, n)] - sums[begin]) * jnp.asarray(inverse)[begin]
+    hashed = (prefix_hashes[jnp.clip(begin + length, 0, n)] - prefix_hashes[begin]) * jnp.asarray(inverse)[begin]
     hashed = jnp.where(hashed == 0, 1, hashed)
     at = jnp.minimum(jnp.searchsorted(table.forms, hashed), len(table.forms) - 1)
     return jnp.where(table.forms[at] == hashed, table.becomes[at], hashed), contains(table.pronouns, hashed)

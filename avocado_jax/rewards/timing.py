@@ -41,39 +41,39 @@ class Scenes(NamedTuple):
 
     Attributes:
         start, end: seconds.
-        valid: which places hold an interval.
-        cut: the caption has more candidates than there is room for.
+        valid: which entries are intervals.
+        truncated: the caption has more candidates than the limit.
     """
 
     start: Float[Array, "S"]
     end: Float[Array, "S"]
     valid: Bool[Array, "S"]
-    cut: Bool[Array, ""]
+    truncated: Bool[Array, ""]
 
 
 def event_references(
-    events: Sequence[Sequence[Mapping[str, Any]] | None], room: int
+    events: Sequence[Sequence[Mapping[str, Any]] | None], limit: int
 ) -> tuple[Events, Bool[np.ndarray, "B"]]:
-    """References of clips, stacked, and which of them have more than `room` events.
+    """Stack the references of clips and return which of them have more than `limit` events.
 
     Args:
         events: of each clip, {"start", "end"} in seconds; entries without both are ignored.
     """
-    made = Events(np.zeros((len(events), room), np.float32), np.zeros((len(events), room), np.float32), None)
+    made = Events(np.zeros((len(events), limit), np.float32), np.zeros((len(events), limit), np.float32), None)
     counts = np.zeros(len(events), np.int32)
     for clip, each in enumerate(events):
         times = sorted((one["start"], one["end"]) for one in each or () if _is_timed(one))
         counts[clip] = len(times)
-        for place, (start, end) in enumerate(times[:room]):
-            made.start[clip, place], made.end[clip, place] = start, end
-    return made._replace(count=np.minimum(counts, room)), counts > room
+        for index, (start, end) in enumerate(times[:limit]):
+            made.start[clip, index], made.end[clip, index] = start, end
+    return made._replace(count=np.minimum(counts, limit)), counts > limit
 
 
 def _is_timed(event: Mapping[str, Any]) -> bool:
     return all(isinstance(event.get(name), int | float) for name in ("start", "end"))
 
 
-def find_scenes(points: Int[Array, "N"], length: Int[Array, ""], room: int) -> Scenes:
+def find_scenes(points: Int[Array, "N"], length: Int[Array, ""], limit: int) -> Scenes:
     """The intervals of a caption, given as code points.
 
     An interval is "[" TIME "-" TIME "]". TIME is seconds, mm:ss or hh:mm:ss, with or without a fraction, and may end
@@ -81,7 +81,7 @@ def find_scenes(points: Int[Array, "N"], length: Int[Array, ""], room: int) -> S
     scene that overlaps nothing.
 
     Args:
-        room: S, the number of candidates that are read: brackets before a digit.
+        limit: S, the number of candidates that are read: brackets before a digit.
     """
     places = jnp.arange(len(points), dtype=jnp.int32)
     kind = _kinds(points)
@@ -89,12 +89,12 @@ def find_scenes(points: Int[Array, "N"], length: Int[Array, ""], room: int) -> S
     after = jnp.concatenate([kind[2:], jnp.full(2, OTHER)])
     opens = (points == ord("[")) & (places < length)
     opens &= (ahead == DIGIT) | ((ahead == SPACE) & (after == DIGIT))
-    at, count = compact(opens, places, room)
+    at, count = compact(opens, places, limit)
     window = at[:, None] + 1 + jnp.arange(WINDOW)[None]
     read = jnp.where(window < length, window, len(points))
-    letters = jnp.concatenate([points, jnp.zeros(1, points.dtype)])[jnp.minimum(read, len(points))]
-    start, end, accepted = _read_intervals(letters.T)
-    return Scenes(start, end, accepted & (jnp.arange(room) < count), count > room)
+    characters = jnp.concatenate([points, jnp.zeros(1, points.dtype)])[jnp.minimum(read, len(points))]
+    start, end, accepted = _read_intervals(characters.T)
+    return Scenes(start, end, accepted & (jnp.arange(limit) < count), count > limit)
 
 
 def _kinds(points: Array) -> Array:
@@ -120,7 +120,7 @@ class _State(NamedTuple):
     failed: Bool[Array, "S"]
 
 
-def _read_intervals(letters: Int[Array, "L S"]) -> tuple[Float[Array, "S"], Float[Array, "S"], Bool[Array, "S"]]:
+def _read_intervals(characters: Int[Array, "L S"]) -> tuple[Float[Array, "S"], Float[Array, "S"], Bool[Array, "S"]]:
     """(start, end, whether it is an interval) of texts that begin after an opening bracket."""
 
     def step(state: _State, points: Int[Array, "S"]) -> tuple[_State, None]:
@@ -148,8 +148,8 @@ def _read_intervals(letters: Int[Array, "L S"]) -> tuple[Float[Array, "S"], Floa
         digit, colon, point = (goes & is_[number] for number in (DIGIT, COLON, POINT))
         dash, close = goes & is_[DASH], goes & is_[CLOSE]
         ends = goes & state.digits & (is_[SPACE] | is_[SECONDS])
-        worth = (points - ord("0")).astype(jnp.float32)
-        grown = jnp.where(fraction, state.number + worth * state.scale, state.number * 10 + worth)
+        digit_value = (points - ord("0")).astype(jnp.float32)
+        grown = jnp.where(fraction, state.number + digit_value * state.scale, state.number * 10 + digit_value)
         reset = colon | dash
         return _State(
             whole=jnp.where(dash, 0.0, jnp.where(colon, value * 60, state.whole)),
@@ -167,10 +167,10 @@ def _read_intervals(letters: Int[Array, "L S"]) -> tuple[Float[Array, "S"], Floa
             failed=state.failed | (running & ~allowed),
         ), None
 
-    size = letters.shape[1]
+    size = characters.shape[1]
     zero, no = jnp.zeros(size), jnp.zeros(size, bool)
     begin = _State(zero, zero, zero, no, jnp.zeros(size, jnp.int32), no, zero, zero, no, no, no)
-    state, _ = jax.lax.scan(step, begin, letters)
+    state, _ = jax.lax.scan(step, begin, characters)
     return state.start, state.end, state.accepted
 
 

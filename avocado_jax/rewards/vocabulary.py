@@ -26,7 +26,7 @@ MARKS = {'"': STRAIGHT, "＂": STRAIGHT, "“": LEFT, "„": LEFT, "‟": LEFT, 
 MARKS |= {"「": CORNER, "」": CORNER_END, "『": WHITE, "』": WHITE_END}
 SINGLE_MARKS = {"'": APOSTROPHE_MARK, "’": APOSTROPHE_MARK, "‘": SINGLE_LEFT, "*": STAR}
 SCRIPTS_WITHOUT_SPACES = ((0x3040, 0x30FF), (0x3400, 0x4DBF), (0x4E00, 0x9FFF), (0xF900, 0xFAFF), (0x20000, 0x323AF))
-BIT = {name: 1 << place for place, name in enumerate([*CLASSES, "FUNCTION", "SILENT"])}
+BIT = {name: 1 << bit for bit, name in enumerate([*CLASSES, "FUNCTION", "SILENT"])}
 LEAST_KNOWN = 1024  # room for words with a weight, at least
 PAGE = 256  # code points of a page of the character table
 BASE, SPREAD = 0x01000193, 0x9E3779B1  # both odd: powers of the base have inverses mod 2^32
@@ -38,7 +38,7 @@ class Table(NamedTuple):
     Attributes:
         starts: where each id's bytes begin in `data`; special ids and ids that stand for nothing have none.
         page: the page of each 256 code points.
-        lower, kind: code points in lower case, and what they are (bits), by page and place.
+        lower, kind: code points in lower case, and what they are (bits), by page and offset.
         forms, becomes: sorted stem hashes that are read as another.
         known, weight: sorted stem hashes and how much each says (idf), the largest number behind them; `unknown` is
             the weight of all others.
@@ -106,7 +106,7 @@ def token_bytes(tokenizer: str) -> tuple[np.ndarray, np.ndarray]:
     decoder = json.dumps(content.get("decoder") or {})
     if model.get("type", "BPE") != "BPE" or not ("ByteLevel" in decoder or "ByteFallback" in decoder):
         raise ValueError("a byte-level or byte-fallback BPE tokenizer is asked for")
-    spelled = _byte_letters() if "ByteLevel" in decoder else None
+    spelled = _byte_characters() if "ByteLevel" in decoder else None
     pieces: dict[int, bytes] = {}
     for token, number in model["vocab"].items():
         if spelled is None:
@@ -123,11 +123,11 @@ def token_bytes(tokenizer: str) -> tuple[np.ndarray, np.ndarray]:
     return starts, np.frombuffer(b"".join(every) or b"\0", np.uint8)
 
 
-def _byte_letters() -> dict[str, int]:
-    """GPT-2's letters for bytes: printable Latin-1 stands for itself, the rest for U+0100 onwards."""
+def _byte_characters() -> dict[str, int]:
+    """GPT-2's characters for bytes: printable Latin-1 stands for itself, the rest for U+0100 onwards."""
     plain = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     rest = [byte for byte in range(256) if byte not in plain]
-    return {chr(byte): byte for byte in plain} | {chr(256 + place): byte for place, byte in enumerate(rest)}
+    return {chr(byte): byte for byte in plain} | {chr(256 + index): byte for index, byte in enumerate(rest)}
 
 
 @lru_cache(maxsize=1)
@@ -147,7 +147,7 @@ def characters() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     kind |= DIGIT * np.fromiter(map(str.isdecimal, every), np.int32)
     for first, last in SCRIPTS_WITHOUT_SPACES:
         kind[first : last + 1] |= ALONE * (kind[first : last + 1] & WORD)
-    for letters, bit in (
+    for group, bit in (
         (".!?…", STOP),
         ("。！？", STOP_CJK),
         (")]}'’*`", CLOSER),
@@ -157,7 +157,7 @@ def characters() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         ("'’`", APOSTROPHE),
         ("\n\r\u2028\u2029", NEWLINE),
     ):
-        kind[[ord(one) for one in letters]] |= bit
+        kind[[ord(one) for one in group]] |= bit
     for mark, number in MARKS.items():
         kind[ord(mark)] |= number << MARK
         kind[ord(mark)] |= CLOSER
@@ -172,8 +172,8 @@ def characters() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 def hash_word(word: str) -> int:
     """The hash of a word as it stands, 32 bits."""
     total = 0
-    for place, letter in enumerate(word):
-        total += _spread(ord(letter)) * pow(BASE, place, 1 << 32)
+    for exponent, letter in enumerate(word):
+        total += _spread(ord(letter)) * pow(BASE, exponent, 1 << 32)
     return (total & 0xFFFFFFFF) or 1
 
 
@@ -227,7 +227,7 @@ def _classes() -> tuple[np.ndarray, np.ndarray]:
     return hashes, np.array([found[int(one)] for one in hashes], np.int32)
 
 
-def letters_of(text: str) -> np.ndarray:
+def word_characters(text: str) -> np.ndarray:
     """The word characters of a text in lower case, as code points: how R_D compares lines."""
     page, lower, kind = characters()
     points = code_points([text])[0][0]
@@ -250,13 +250,18 @@ def words_of(text: str) -> list[str]:
     words, before = [], 0
     points = [ord(one) for one in text]
     kinds = [int(kind[page[point >> 8], point & 255]) for point in points]
-    for place, (point, here) in enumerate(zip(points, kinds)):
+    for index, (point, here) in enumerate(zip(points, kinds)):
         if here & WORD:
             letter = chr(point + int(lower[page[point >> 8], point & 255]))
-            bridged = place > 1 and before & APOSTROPHE and kinds[place - 2] & WORD
-            bridged = bridged and not (kinds[place - 2] & LOWER and here & UPPER)  # says'No
-            joined = before & WORD or bridged
-            if words and joined and not here & ALONE and not kinds[place - 1 if before & WORD else place - 2] & ALONE:
+            bridged = index > 1 and before & APOSTROPHE and kinds[index - 2] & WORD
+            bridged = bridged and not (kinds[index - 2] & LOWER and here & UPPER)  # says'No
+            continues = before & WORD or bridged
+            if (
+                words
+                and continues
+                and not here & ALONE
+                and not kinds[index - 1 if before & WORD else index - 2] & ALONE
+            ):
                 words[-1] += letter
             else:
                 words.append(letter)

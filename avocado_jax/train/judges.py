@@ -35,7 +35,7 @@ from avocado_jax.remote.chat import Endpoint
 from avocado_jax.rewards.embedding import embedding_scores
 from avocado_jax.rewards.judge import RemoteJudge
 from avocado_jax.rewards.lm import lm_choices, lm_scores
-from avocado_jax.rewards.probes import LETTERS, as_text
+from avocado_jax.rewards.probes import CHOICE_LABELS, as_text
 from avocado_jax.typing import Array, Float, Int, Probe
 
 Judge = Callable[[Sequence[str], Sequence[Sequence[str]]], Callable[[], Float[np.ndarray, "N K"]]]
@@ -130,10 +130,10 @@ class LmJudge:
         self._tokenizer = load_words(checkpoint.config_folder)
         config = computed(checkpoint.config, dtype, scan=True)
         yes, no = ({self._tokenizer.encode(text)[0] for text in texts} for texts in (YES, NO))
-        letters = [self._tokenizer.encode(letter)[0] for letter in LETTERS]
+        label_ids = [self._tokenizer.encode(letter)[0] for letter in CHOICE_LABELS]
         if (largest := max(self._tokenizer.known_ids())) >= config.text.vocab:
             raise InputError(f"{folder}: the tokenizer makes id {largest}, the vocabulary ends at {config.text.vocab}")
-        if yes & no or len(set(letters)) < len(letters):
+        if yes & no or len(set(label_ids)) < len(label_ids):
             raise InputError(f"{folder}: two of yes, no and the letters of choices begin with the same token")
         self._mesh = _local_mesh()
         with jax.set_mesh(self._mesh):
@@ -141,7 +141,7 @@ class LmJudge:
         apply = Thinker(config).apply
         answers = [np.array(sorted(ids)) for ids in (yes, no)]
         self._yes_no = jax.jit(lambda params, *inputs: lm_scores(apply, params, *inputs, *answers))
-        self._choices = jax.jit(lambda params, *inputs: lm_choices(apply, params, *inputs, np.array(letters)))
+        self._choices = jax.jit(lambda params, *inputs: lm_choices(apply, params, *inputs, np.array(label_ids)))
 
     def __call__(
         self, captions: Sequence[str], keypoints: Sequence[Sequence[str]]

@@ -23,14 +23,14 @@ def similarity(a: str, b: str) -> float:
     return 1 - Levenshtein.distance(a, b) / max(len(a), len(b))
 
 
-def dialogue(told: list[Line], truth: list[Line], threshold: float = 0.6) -> tuple[float, int, float]:
+def dialogue(stated: list[Line], truth: list[Line], threshold: float = 0.6) -> tuple[float, int, float]:
     """Summed similarity and agreeing speakers of the best alignment, and R_D: the equations, cell by cell."""
-    told = [line for line in (Line(normalize(text), who) for text, who in told) if line.text]
+    stated = [line for line in (Line(normalize(text), who) for text, who in stated) if line.text]
     truth = [line for line in (Line(normalize(text), who) for text, who in truth) if line.text]
-    if not told or not truth:
-        return 0.0, 0, float(not told and not truth)
-    best = [[(0.0, 0)] * (len(truth) + 1) for _ in range(len(told) + 1)]
-    for i, line in enumerate(told, 1):
+    if not stated or not truth:
+        return 0.0, 0, float(not stated and not truth)
+    best = [[(0.0, 0)] * (len(truth) + 1) for _ in range(len(stated) + 1)]
+    for i, line in enumerate(stated, 1):
         for j, other in enumerate(truth, 1):
             options = [best[i - 1][j], best[i][j - 1]]
             alike = similarity(line.text, other.text)
@@ -41,7 +41,7 @@ def dialogue(told: list[Line], truth: list[Line], threshold: float = 0.6) -> tup
             best[i][j] = max((one for one in options if one[0] >= most - 1e-6), key=lambda one: (one[1], one[0]))
     content, speakers = best[-1][-1]
     score = (content + speakers) / 2
-    recall, precision = score / len(truth), score / len(told)
+    recall, precision = score / len(truth), score / len(stated)
     return content, speakers, 2 * recall * precision / (recall + precision) if score else 0.0
 
 

@@ -30,7 +30,7 @@ FUNCTION = {meaning(word) for word in FUNCTION_WORDS.split()}
 
 
 class Mark(NamedTuple):
-    place: int
+    index: int
     width: int
     kind: str  # opens, closes, either (double marks); single opens, single closes; a corner bracket
 
@@ -54,15 +54,15 @@ def words_at(text):
     """(place, meaning) of each word; an apostrophe does not join a small letter and a capital."""
     found = []
     for token in re.finditer(r"\w+(?:['’`]\w+)*", text):
-        for place in range(*token.span()):
-            letter, before = text[place], text[place - 1] if place > token.start() else ""
+        for index in range(*token.span()):
+            letter, before = text[index], text[index - 1] if index > token.start() else ""
             if not is_word(letter):
                 continue
-            apart = not before or is_alone(letter) or is_alone(text[place - 1 if is_word(before) else place - 2])
-            if apart or (not is_word(before) and text[place - 2].islower() and letter.isupper()):
-                found.append([place, ""])
+            separate = not before or is_alone(letter) or is_alone(text[index - 1 if is_word(before) else index - 2])
+            if separate or (not is_word(before) and text[index - 2].islower() and letter.isupper()):
+                found.append([index, ""])
             found[-1][1] += normalize(letter)
-    return [(place, meaning(word)) for place, word in found]
+    return [(index, meaning(word)) for index, word in found]
 
 
 def is_word(letter):
@@ -74,61 +74,61 @@ class Text:
         self.text, self.words = text, words_at(text)
         self.line, self.paragraph, self.fenced = [], [], []
         line = paragraph = fences = 0
-        for place, letter in enumerate(text):
-            if text[place - 3 : place] == "```" and text[place - 4 : place - 3] != "`":
+        for index, letter in enumerate(text):
+            if text[index - 3 : index] == "```" and text[index - 4 : index - 3] != "`":
                 fences += 1
             if letter in LINE_BREAKS:
                 line += 1
-                paragraph += place > 0 and text[place - 1] in LINE_BREAKS and text[place - 1 : place + 1] != "\r\n"
+                paragraph += index > 0 and text[index - 1] in LINE_BREAKS and text[index - 1 : index + 1] != "\r\n"
             self.line.append(line)
             self.paragraph.append(paragraph)
             self.fenced.append(fences % 2 == 1)
 
-    def at(self, place):
-        return self.text[place] if 0 <= place < len(self.text) else " "
+    def at(self, index):
+        return self.text[index] if 0 <= index < len(self.text) else " "
 
-    def line_end(self, place):
-        return next((p for p in range(place, len(self.text)) if self.line[p] != self.line[place]), len(self.text))
+    def line_end(self, index):
+        return next((p for p in range(index, len(self.text)) if self.line[p] != self.line[index]), len(self.text))
 
 
 def marks(t):
     found = []
     text = t.text
-    for place, letter in enumerate(text):
-        if t.fenced[place]:
+    for index, letter in enumerate(text):
+        if t.fenced[index]:
             continue
-        before = t.at(place - 1)
+        before = t.at(index - 1)
         if letter == "'" and (before == "'"):
             continue
         width = 1
-        if letter == "&" and text[place : place + 6] == "&quot;":
+        if letter == "&" and text[index : index + 6] == "&quot;":
             width = 6
-        elif letter == "'" and t.at(place + 1) == "'":
+        elif letter == "'" and t.at(index + 1) == "'":
             width = 2
-        after = t.at(place + width)
+        after = t.at(index + width)
         space_before, space_after = before.isspace(), after.isspace()
         led = space_before or before in LEAD
         tailed = space_after or after in TAIL or after in DOUBLE or after in CORNERS.values()
         if letter in "「」『』":
-            found.append(Mark(place, 1, letter))
+            found.append(Mark(index, 1, letter))
         elif letter in DOUBLE or width > 1:
             opens = led and not tailed
             closes = not space_before and tailed
-            side = DOUBLE.get(letter, "straight")
-            if side == "left":
+            direction = DOUBLE.get(letter, "straight")
+            if direction == "left":
                 kind = "closes" if closes and not led else "opens"
-            elif side == "right":
+            elif direction == "right":
                 kind = "opens" if opens else "closes"
             else:
                 kind = "opens" if opens else "closes" if closes and not (led and space_after) else "either"
-            found.append(Mark(place, width, kind))
+            found.append(Mark(index, width, kind))
         elif letter in SINGLE:
             if letter == "*" and "*" in (before, after):
                 continue
             if letter == "‘" or (led and not tailed) or (before.islower() and after.isupper()):
-                found.append(Mark(place, 1, "single opens"))
+                found.append(Mark(index, 1, "single opens"))
             elif not space_before and (tailed or (before in STOPS and after.isupper())):
-                found.append(Mark(place, 1, "single closes"))
+                found.append(Mark(index, 1, "single closes"))
     return found
 
 
@@ -141,17 +141,17 @@ def spans(t):
     text = t.text
 
     def next_doubles(number):
-        here = t.paragraph[found[number].place]
-        later = [m.kind for m in found[number + 1 :] if m.kind in DOUBLES and t.paragraph[m.place] == here]
+        here = t.paragraph[found[number].index]
+        later = [m.kind for m in found[number + 1 :] if m.kind in DOUBLES and t.paragraph[m.index] == here]
         return [*later, "", ""][:2]
 
     def strong(mark):
-        return t.at(mark.place - 1) in ENDS
+        return t.at(mark.index - 1) in ENDS
 
     def strong_later(number):
-        here = t.line[found[number].place]
+        here = t.line[found[number].index]
         for m in found[number + 1 :]:
-            if t.line[m.place] != here or m.kind in ("single opens", "opens"):
+            if t.line[m.index] != here or m.kind in ("single opens", "opens"):
                 return False
             if m.kind == "single closes" and strong(m):
                 return True
@@ -165,22 +165,22 @@ def spans(t):
         if marked is not None:
             return marked
         if limit is not None and t.line[limit] == t.line[first]:
-            for place in range(start + 1, limit + 1):
-                if text[place - 1] in STOPS and t.at(place).isspace():
-                    return place
+            for index in range(start + 1, limit + 1):
+                if text[index - 1] in STOPS and t.at(index).isspace():
+                    return index
             return limit
         return t.line_end(first)
 
     def begin(what, mark):
         nonlocal opener, start, first, nested, inner, marked
-        opener, start, first, nested, inner, marked = what, mark.place + mark.width, mark.place, False, False, None
+        opener, start, first, nested, inner, marked = what, mark.index + mark.width, mark.index, False, False, None
 
     for number, mark in enumerate([*found, None]):
-        place = mark.place if mark else None
+        index = mark.index if mark else None
         if opener and (
             mark is None
-            or t.paragraph[place] != t.paragraph[first]
-            or (opener in ("single", "「", "『") and t.line[place] != t.line[first])
+            or t.paragraph[index] != t.paragraph[first]
+            or (opener in ("single", "「", "『") and t.line[index] != t.line[first])
         ):
             if opener == "double":
                 out.append(Span(start, unclosed(None), "double"))
@@ -194,21 +194,21 @@ def spans(t):
         if not opener:
             if kind in CORNERS:
                 begin(kind, mark)
-            elif kind == "opens" or (kind == "either" and not t.at(place - 1).isdecimal()):
+            elif kind == "opens" or (kind == "either" and not t.at(index - 1).isdecimal()):
                 begin("double", mark)
             elif kind == "single opens":
                 begin("single", mark)
         elif opener in CORNERS:
             if kind == CORNERS[opener]:
-                out.append(Span(start, place, "corner"))
+                out.append(Span(start, index, "corner"))
                 opener = ""
         elif opener == "single":
             if (
                 kind == "closes"
-                or (kind == "either" and not t.at(place - 1).isspace())
+                or (kind == "either" and not t.at(index - 1).isspace())
                 or (kind == "single closes" and (strong(mark) or not strong_later(number)))
             ):
-                out.append(Span(start, place, "single"))
+                out.append(Span(start, index, "single"))
                 opener = ""
             elif kind in ("opens", "either"):
                 begin("double", mark)
@@ -219,7 +219,7 @@ def spans(t):
                 if nested:
                     nested = False
                 else:
-                    out.append(Span(start, place, "double"))
+                    out.append(Span(start, index, "double"))
                     opener = ""
             elif kind == "opens":
                 one, two = next_doubles(number)
@@ -227,11 +227,11 @@ def spans(t):
                     pass
                 elif one in ("closes", "either") and two in ("closes", "either"):
                     nested = True
-                elif one in ("opens", "") and t.at(place - 1).isspace() and text[:place].rstrip()[-1:] in tuple(STOPS):
-                    out.append(Span(start, place, "double"))
+                elif one in ("opens", "") and t.at(index - 1).isspace() and text[:index].rstrip()[-1:] in tuple(STOPS):
+                    out.append(Span(start, index, "double"))
                     opener = ""
                 else:
-                    out.append(Span(start, unclosed(place), "double"))
+                    out.append(Span(start, unclosed(index), "double"))
                     begin("double", mark)
             elif kind == "single opens":
                 inner = True
@@ -239,7 +239,7 @@ def spans(t):
                 if inner:
                     inner = False
                 elif strong(mark) and marked is None:
-                    marked = place
+                    marked = index
     out = [s for s in out if any(map(is_word, text[s.start : s.end]))]
     return sorted(out + scripts(t, out, found))
 
@@ -249,31 +249,31 @@ def scripts(t, quoted, found):
     out = []
     text = t.text
     done = set()
-    for place, letter in enumerate(text):
-        if letter not in ":：" or not (letter == "：" or t.at(place + 1).isspace() or t.at(place + 1) == "*"):
+    for index, letter in enumerate(text):
+        if letter not in ":：" or not (letter == "：" or t.at(index + 1).isspace() or t.at(index + 1) == "*"):
             continue
-        if t.fenced[place] or any(s.start <= place < s.end for s in quoted):
+        if t.fenced[index] or any(s.start <= index < s.end for s in quoted):
             continue
-        line = t.line[place]
+        line = t.line[index]
         if line in done:
             continue
         done.add(line)  # the first colon of a line
-        begin = next((p + 1 for p in range(place - 1, -1, -1) if text[p] in LINE_BREAKS), 0)
-        end = t.line_end(place) if place + 1 < len(text) else len(text)
-        start = place + 1
+        begin = next((p + 1 for p in range(index - 1, -1, -1) if text[p] in LINE_BREAKS), 0)
+        end = t.line_end(index) if index + 1 < len(text) else len(text)
+        start = index + 1
         while start < end and (text[start].isspace() or text[start] == "*"):
             start += 1
         words = [
             word
             for p, word in t.words
-            if begin <= p < place and not text[p].isdecimal() and not in_bracket(text[begin:p])
+            if begin <= p < index and not text[p].isdecimal() and not in_bracket(text[begin:p])
         ]
         speaks = words and words[-1] in CLASSES["PERSON"] and len(words) <= 4
         if not speaks:
             if not (words and words[-1] in CLASSES["SAYS"]):
                 continue
             end = next((p for p in range(start + 1, end) if text[p - 1] in STOPS and text[p].isspace()), end)
-        if any(m.kind in DOUBLES or m.kind in "「『" for m in found if place < m.place < end) or start >= end:
+        if any(m.kind in DOUBLES or m.kind in "「『" for m in found if index < m.index < end) or start >= end:
             continue
         if any(s.start < end and start < s.end for s in quoted):
             continue
@@ -289,14 +289,14 @@ def sentences(t, every):
     for s in every:
         for p in range(s.start, s.end):
             inside[p] = True
-    for place, letter in enumerate(text):
-        if letter in LINE_BREAKS and not inside[place]:
+    for index, letter in enumerate(text):
+        if letter in LINE_BREAKS and not inside[index]:
             number += 1
-        elif not inside[place]:
-            back = text[max(place - 3, 0) : place]
+        elif not inside[index]:
+            back = text[max(index - 3, 0) : index]
             back = back.rstrip(CLOSERS) if back[-1:] in CLOSERS else back
-            follows = text[place + 1 : place + 2] or " "
-            follows = (text[place + 2 : place + 3] or " ") if follows.isspace() else follows
+            follows = text[index + 1 : index + 2] or " "
+            follows = (text[index + 2 : index + 3] or " ") if follows.isspace() else follows
             latin = letter.isspace() and back[-1:] in set(".!?…") and not follows.islower()
             number += latin or (letter not in CLOSERS and back[-1:] in set("。！？") and back != "")
         numbers.append(number)

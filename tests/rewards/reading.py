@@ -79,12 +79,12 @@ def is_spoken(t, every, sent, words, number, earlier):
     if number + 1 == len(every) or sent[following - 1] != then:
         behind = [w for p, w in words if s.start < p < following and sent[p] == then][:AFTER]
     # the character before the opening mark
-    place = s.start - 1
-    while place >= 0 and not (is_word(text[place]) or text[place].isspace() or text[place] in LEAD + STOPS):
-        place -= 1
-    while place >= 0 and text[place].isspace() and text[place] not in LINE_BREAKS:
-        place -= 1
-    before = text[place] if place >= 0 else "\n"
+    index = s.start - 1
+    while index >= 0 and not (is_word(text[index]) or text[index].isspace() or text[index] in LEAD + STOPS):
+        index -= 1
+    while index >= 0 and text[index].isspace() and text[index] not in LINE_BREAKS:
+        index -= 1
+    before = text[index] if index >= 0 else "\n"
     glued = is_word(before) and not is_alone(before)
     inside = text[s.start : s.end].strip(" `*")
     ended = inside[-1:] in tuple(ENDS)
@@ -137,12 +137,12 @@ def is_spoken(t, every, sent, words, number, earlier):
                 verdict = w in CLASSES["SPOKEN"]
                 break
     if verdict is None:
-        place = s.end
-        while place < len(text) and (text[place] in "`*'’" or text[place] in DOUBLE):
-            place += 1
-        while place < len(text) and text[place].isspace() and text[place] not in LINE_BREAKS:
-            place += 1
-        after = t.at(place)
+        index = s.end
+        while index < len(text) and (text[index] in "`*'’" or text[index] in DOUBLE):
+            index += 1
+        while index < len(text) and text[index].isspace() and text[index] not in LINE_BREAKS:
+            index += 1
+        after = t.at(index)
         verdict = not (glued or (after.islower() and not ended))
     if s.kind == "single":
         attributed = (

@@ -5,4 +5,4 @@ from avocado_jax.rewards.text import Limits
 ONE = Limits(1024, 192, 12, 64)  # single captions
 CLIPS = 8
 WORLD = Limits(2048, 512, 32, 64)  # captions of CLIPS clips of AVWorld
-ROOM = {"keypoints": 32, "distinct": 256, "alphabet": 64}  # of their references
+CAPACITY = {"keypoints": 32, "distinct": 256, "alphabet": 64}  # of their references

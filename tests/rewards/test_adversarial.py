@@ -10,7 +10,7 @@ import re
 import jax
 import numpy as np
 import pytest
-from sizes import CLIPS, ROOM, WORLD
+from sizes import CAPACITY, CLIPS, WORLD
 
 from avocado_jax.rewards import text, vocabulary
 from avocado_jax.rewards.combine import DEFAULTS, make_references, score
@@ -31,10 +31,13 @@ class World:
         self.records = [one for one in talking if len({line["speaker"] for line in one["dialogues"]}) > 1][:CLIPS]
         self.honest = [one["caption"] for one in self.records]
         self.table = vocabulary.make_table(None, vocabulary.word_weights(self.honest))
-        self.references, cut = make_references(self.table, self.records, WORLD, **ROOM)
-        assert not cut.any()
+        self.references, truncated = make_references(self.table, self.records, WORLD, **CAPACITY)
+        assert not truncated.any()
         self.score = jax.jit(
-            jax.vmap(lambda table, caption, tokens, own: score(caption, tokens, own, DEFAULTS).terms, (None, 0, 0, 0))
+            jax.vmap(
+                lambda table, caption, tokens, reference: score(caption, tokens, reference, DEFAULTS).terms,
+                (None, 0, 0, 0),
+            )
         )
         self.terms = self.of(self.honest)
 
@@ -176,7 +179,7 @@ def test_honest_captions_score(world):
 
 
 def test_padding_costs_the_reward_of_length(world):
-    words = " ".join(chr(ord("b") + place * place % 23) for place in range(300))
+    words = " ".join(chr(ord("b") + index * index % 23) for index in range(300))
     found = world.of([f"{caption} {words}" for caption in world.honest], tokens=4096)
     assert (found["length"] == 0).all()
     assert (total(found) < total(world.terms) - 0.9).all()

@@ -57,10 +57,10 @@ def judge(caption, keypoints):
 
 
 def judged(table, caption, points, reference=None):
-    keypoints, cut = keypoint_references(
+    keypoints, truncated = keypoint_references(
         table, [[{"text": point} for point in points]], [reference], ONE, 8, distinct=64
     )
-    assert not cut[0]
+    assert not truncated[0]
     verdict = judge(text.read_texts(table, [caption], ONE), keypoints)
     return jax.tree.map(lambda leaf: np.asarray(leaf)[0, : len(points)], verdict)
 
@@ -73,19 +73,21 @@ def by_hand(caption, point):
     """Coverage and score of a keypoint, window by window."""
     words = [vocabulary.meaning(word) for word in vocabulary.words_of(caption)]
     weigh = [WEIGHTS.get(word, WEIGHTS[""]) for word in words]
-    content = [(place, word) for place, (word, weight) in enumerate(zip(words, weigh)) if weight > 0]
-    held = [(place // BLOCK, word) for place, word in content]
-    for apart in (1, 2):
-        held += [(one[0] // BLOCK, (one[1], other[1])) for one, other in zip(content, content[apart:])]
-    own = [word for word in map(vocabulary.meaning, vocabulary.words_of(point)) if WEIGHTS.get(word, WEIGHTS[""]) > 0]
-    much = {word: WEIGHTS.get(word, WEIGHTS[""]) for word in own}
-    wanted = [(word, much[word]) for word in own]
-    wanted += [((one, other), PAIRS * (much[one] + much[other]) / 2) for one, other in pairwise(own)]
-    telling = [word for word in own if word in EXCLUSIVE]
+    content = [(index, word) for index, (word, weight) in enumerate(zip(words, weigh)) if weight > 0]
+    present = [(index // BLOCK, word) for index, word in content]
+    for gap in (1, 2):
+        present += [(one[0] // BLOCK, (one[1], other[1])) for one, other in zip(content, content[gap:])]
+    keypoint_words = [
+        word for word in map(vocabulary.meaning, vocabulary.words_of(point)) if WEIGHTS.get(word, WEIGHTS[""]) > 0
+    ]
+    much = {word: WEIGHTS.get(word, WEIGHTS[""]) for word in keypoint_words}
+    wanted = [(word, much[word]) for word in keypoint_words]
+    wanted += [((one, other), PAIRS * (much[one] + much[other]) / 2) for one, other in pairwise(keypoint_words)]
+    telling = [word for word in keypoint_words if word in EXCLUSIVE]
     best, answer = 0.0, 0.0
     for last in range(-(-ONE.words // BLOCK)):
         window = range(last - WINDOW + 1, last + 1)
-        inside = {what for block, what in held if block in window}
+        inside = {what for block, what in present if block in window}
         there = weigh[max(window[0], 0) * BLOCK : (last + 1) * BLOCK]
         prose = min(1.0, sum(weight <= 0 for weight in there) / max(0.1 * len(there), 1e-9))
         covered = prose * sum(w for what, w in wanted if what in inside) / max(sum(w for _, w in wanted), 1e-9)
@@ -104,7 +106,7 @@ def test_against_windows_by_hand(table, caption, points):
     np.testing.assert_allclose(verdict.score, [one for _, one in expected], atol=1e-4)
 
 
-SAID = "The red car moves to the left. A girl sings behind the door. The dog barks at a tree."
+STATEMENTS = "The red car moves to the left. A girl sings behind the door. The dog barks at a tree."
 
 
 @pytest.mark.parametrize(
@@ -118,31 +120,31 @@ SAID = "The red car moves to the left. A girl sings behind the door. The dog bar
     ],
 )
 def test_the_contrary_is_worth_less(table, point, contrary):
-    true, untrue = judged(table, SAID, [point, contrary]).score
+    true, untrue = judged(table, STATEMENTS, [point, contrary]).score
     assert true == 1
     assert untrue < 0.7
 
 
 def test_order_counts_where_the_reference_tells_it(table):
     pairs = {"stone": "desk", "lamp": "bed", "chair": "roof", "book": "sea"}
-    points = [f"A {thing} falls on the {place}." for thing, place in pairs.items()]
+    points = [f"A {thing} falls on the {location}." for thing, location in pairs.items()]
     between = " It is what it is and so it was, and it will be what it was, as it is here and there."
-    told = "".join(point + between for point in points)
+    ordered = "".join(point + between for point in points)
     backwards = "".join(point + between for point in reversed(points))
-    assert judged(table, told, points, told).score.tolist() == [1, 1, 1, 1]
+    assert judged(table, ordered, points, ordered).score.tolist() == [1, 1, 1, 1]
     assert judged(table, backwards, points).score.tolist() == [1, 1, 1, 1]  # no order is known
-    assert judged(table, backwards, points, told).score.max() < 0.1
+    assert judged(table, backwards, points, ordered).score.max() < 0.1
 
 
 def test_keypoints_of_any_length_are_read_in_their_places(table):
     """Short ones and long ones are read by two programs; one of more words than fit is cut."""
     words = [f"{one}{other}" for one in ("bam", "dor", "fil", "gan", "hop") for other in ("ta", "mo", "ru", "ki", "pe")]
     texts = ["a dog barks", " ".join(words), "the red car", "go " * 97, "to " * 40]
-    hashes, weights, cut = _read_keypoints(table, texts, 64)
-    assert cut.tolist() == [False, False, False, True, False]
-    for text_, own, much in zip(texts[:3], hashes, weights):
+    hashes, weights, truncated = _read_keypoints(table, texts, 64)
+    assert truncated.tolist() == [False, False, False, True, False]
+    for text_, hashed, much in zip(texts[:3], hashes, weights):
         content = {vocabulary.hash_word(vocabulary.meaning(word)) for word in text_.split() if word not in ("a", "the")}
-        assert content <= set(own[much > 0].tolist())
+        assert content <= set(hashed[much > 0].tolist())
         assert (much > 0).sum() == 2 * len(content) - 1  # words and neighbours
 
 

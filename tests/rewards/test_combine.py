@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from sizes import CLIPS, ROOM, WORLD
+from sizes import CAPACITY, CLIPS, WORLD
 from tokenizer import write_tokenizer
 from tokenizers import Tokenizer
 
@@ -33,19 +33,19 @@ def batch(tmp_path_factory):
     folder = write_tokenizer(tmp_path_factory.mktemp("bytes"), small=True)
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     records = [record(make_script(3, index)) for index in range(CLIPS)]
-    own = [one["caption"] for one in records]
-    captions = [[own[clip], f"[0 - 2.5] {own[clip - 1]}"] for clip in range(CLIPS)]
-    table = vocabulary.make_table((folder / "tokenizer.json").read_text(), vocabulary.word_weights(own))
+    reference_captions = [one["caption"] for one in records]
+    captions = [[reference_captions[clip], f"[0 - 2.5] {reference_captions[clip - 1]}"] for clip in range(CLIPS)]
+    table = vocabulary.make_table((folder / "tokenizer.json").read_text(), vocabulary.word_weights(reference_captions))
     ids, lengths = np.zeros((CLIPS, GROUP, TOKENS), np.int32), np.zeros((CLIPS, GROUP), np.int32)
     for clip, group in enumerate(captions):
         for number, caption in enumerate(group):
             row = [*tokenizer.encode(caption).ids, tokenizer.token_to_id("<|im_end|>")]
             lengths[clip, number] = len(row)
             ids[clip, number, : len(row)] = row
-    references, cut = make_references(
-        table, [records[0] | {"events": None}, *records[1:]], WORLD, **ROOM, events=EVENTS
+    references, truncated = make_references(
+        table, [records[0] | {"events": None}, *records[1:]], WORLD, **CAPACITY, events=EVENTS
     )
-    assert not cut.any()
+    assert not truncated.any()
     return table, ids, lengths, references, captions, records
 
 
@@ -113,9 +113,9 @@ def test_answers_of_another_judge(batch):
 def test_missing_references_are_told(batch):
     clips = [{"keypoints": [{"text": "A dog."}]}, {"dialogues": []}, {"caption": "A dog."}, {"keypoints": []}]
     references, _ = make_references(batch[0], clips, WORLD)
-    told = missing(references)
-    assert told["checklist"].tolist() == [False, True, True, True]
-    assert told["dialogue"].tolist() == [True, False, False, True]
+    without = missing(references)
+    assert without["checklist"].tolist() == [False, True, True, True]
+    assert without["dialogue"].tolist() == [True, False, False, True]
 
 
 VALUES = {

@@ -37,7 +37,7 @@ def pairwise(of, caption, reference):
 
 def as_caption(lines, speakers=()):
     """A caption that was read to have these lines: arrays with a leading axis of one."""
-    made = [vocabulary.letters_of(line) for line in lines]
+    made = [vocabulary.word_characters(line) for line in lines]
     made = [(line, who) for line, who in zip(made, speakers or [0] * len(made)) if len(line)]
     caption = text.Caption(*[None] * len(text.Caption._fields))
     shape = (1, LIMITS.quotes)
@@ -58,11 +58,13 @@ def as_caption(lines, speakers=()):
 def as_reference(table, lines, speakers=()):
     speakers = speakers or [0] * len(lines)
     given_lines = [{"speaker": "", "text": line} for line in lines]
-    reference, cut = dialogue_references(table, [given_lines], [None], LIMITS, alphabet=LIMITS.quotes * LIMITS.line)
-    kept = [who for line, who in zip(lines, speakers) if len(vocabulary.letters_of(line))]
+    reference, truncated = dialogue_references(
+        table, [given_lines], [None], LIMITS, alphabet=LIMITS.quotes * LIMITS.line
+    )
+    kept = [who for line, who in zip(lines, speakers) if len(vocabulary.word_characters(line))]
     for number, who in enumerate(kept):
         reference.speakers[0, number, 0], reference.speaker_weights[0, number, 0] = 7 + who, 1.0
-    assert not cut[0]
+    assert not truncated[0]
     return reference
 
 
@@ -80,10 +82,10 @@ def composed(line):
 @example(["a" * 400], ["b" * 400])
 @example(["ab" * 200], ["ba" * 200])
 @example(["a" * 32, "a" * 33, "a" * 64, "b" + "a" * 31], ["a" * 31, "a" * 32, "a" * 65, "a" * 399 + "b"])
-def test_edit_distances(table, told, truth):
-    told, truth = ([one for one in map(composed, lines) if oracles.normalize(one)] for lines in (told, truth))
-    found = np.asarray(pairwise(distances, as_caption(told), as_reference(table, truth)))[0]
-    for i, one in enumerate(told):
+def test_edit_distances(table, spoken, truth):
+    spoken, truth = ([one for one in map(composed, lines) if oracles.normalize(one)] for lines in (spoken, truth))
+    found = np.asarray(pairwise(distances, as_caption(spoken), as_reference(table, truth)))[0]
+    for i, one in enumerate(spoken):
         for j, other in enumerate(truth):
             assert found[i, j] == Levenshtein.distance(oracles.normalize(one), oracles.normalize(other))
 
@@ -117,12 +119,12 @@ SPOKEN = st.lists(st.tuples(st.one_of(SIMILAR, FEW), st.integers(0, 2)), max_siz
 @example([], [("a", 0)])
 @example([("?", 0)], [("...", 1)])
 @example([("abcdefghij" * 40, 1)] * 30, [("abcdefghij" * 40, 1)] * 30)
-def test_alignment_and_f1(table, told, truth):
-    told, truth = ([Line(composed(line), who) for line, who in lines] for lines in (told, truth))
-    caption = as_caption(*zip(*told)) if told else as_caption([])
+def test_alignment_and_f1(table, spoken, truth):
+    spoken, truth = ([Line(composed(line), who) for line, who in lines] for lines in (spoken, truth))
+    caption = as_caption(*zip(*spoken)) if spoken else as_caption([])
     reference = as_reference(table, *map(list, zip(*truth))) if truth else as_reference(table, [])
     content, speakers, f1 = (float(one[0]) for one in pairwise(scores, caption, reference)[:3])
-    expected = oracles.dialogue(told, truth)
+    expected = oracles.dialogue(spoken, truth)
     assert content / 2**UNIT == pytest.approx(expected[0], abs=1e-6)
     assert speakers == expected[1]
     assert f1 == pytest.approx(expected[2], abs=1e-6)
@@ -153,12 +155,12 @@ def test_as_avworld_measures_it():
     captions = [one["caption"] for one in records]
     table = vocabulary.make_table(None, vocabulary.word_weights(captions))
     limits = Limits(2048, 320, 16, 100)
-    reference, cut = dialogue_references(table, [one["dialogues"] for one in records], [None] * 48, limits)
-    assert not cut.any()
+    reference, truncated = dialogue_references(table, [one["dialogues"] for one in records], [None] * 48, limits)
+    assert not truncated.any()
     for shift in (0, 1):
-        told = captions[shift:] + captions[:shift]
-        found = np.asarray(pairwise(dialogue_reward, text.read_texts(table, told, limits), reference))
-        expected = np.array([measure(caption, one).dialogue_f1 for caption, one in zip(told, records)])
+        spoken = captions[shift:] + captions[:shift]
+        found = np.asarray(pairwise(dialogue_reward, text.read_texts(table, spoken, limits), reference))
+        expected = np.array([measure(caption, one).dialogue_f1 for caption, one in zip(spoken, records)])
         if shift == 0:
             np.testing.assert_allclose(found, expected, atol=1e-6)
         else:
@@ -167,8 +169,8 @@ def test_as_avworld_measures_it():
 
 
 def test_no_reference_is_missing_not_zero(table):
-    room = LIMITS.quotes * LIMITS.line
-    unknown, silent = (dialogue_references(table, [one], [None], LIMITS, room)[0] for one in (None, []))
+    alphabet = LIMITS.quotes * LIMITS.line
+    unknown, silent = (dialogue_references(table, [one], [None], LIMITS, alphabet)[0] for one in (None, []))
     caption = as_caption(["a"])
     assert np.isnan(pairwise(scores, caption, unknown)[2][0])
     assert pairwise(scores, caption, silent)[2][0] == 0

@@ -76,11 +76,11 @@ ONCE = {  # a fault of every caption's first request, and what it is counted as
 @pytest.mark.parametrize("fault", ONCE)
 def test_what_fails_once_is_asked_again(fault):
     what, kind = ONCE[fault]
-    seen = set()
+    known = set()
 
     def first(number, request):
-        asked = request["messages"][1]["content"]
-        return None if asked in seen else seen.add(asked) or what
+        question = request["messages"][1]["content"]
+        return None if question in known else known.add(question) or what
 
     with chat_server(first) as server:
         scores, judge, _ = judged(server.url)

@@ -85,14 +85,14 @@ def test_one_reading_gives_what_plain_sequences_give(models, batch):
         lone = lm_scores(model.apply, params, ids[None], jnp.array([1]), ids[None, None, 1:], length - 1, YES, NO)
         return lone[0, 0]
 
-    seen = []
+    found_scores = []
     for i, j, ids in sequences(batch):
         alone = ours(np.pad(ids, (0, 24 - len(ids))), np.array([[len(ids)]]))
         assert abs(scores[i, j] - alone) < 1e-5
         assert abs(scores[i, j] - probability(reference(ids))) < 1e-5
-        seen.append(scores[i, j])
-    assert len(seen) == 7
-    assert max(seen) - min(seen) > 0.2  # the questions make a difference
+        found_scores.append(scores[i, j])
+    assert len(found_scores) == 7
+    assert max(found_scores) - min(found_scores) > 0.2  # the questions make a difference
 
     captions, lengths, questions, question_lengths = batch  # what is padded does not count
     captions = np.where(np.arange(16) < lengths[:, None], captions, 0)

@@ -41,8 +41,8 @@ def test_one_call_a_caption_and_none_without_text():
         scores, judge = answers(server.url)
     np.testing.assert_array_equal(scores, [[1, 1], [0, np.nan], [0, 0]])
     assert dict(judge.counts) == {"calls": 2, "missing": 0}
-    asked = json.loads(server.requests[0]["messages"][1]["content"])
-    assert asked.keys() == {"description", "questions"}
+    content = json.loads(server.requests[0]["messages"][1]["content"])
+    assert content.keys() == {"description", "questions"}
     assert "addressed to you" in server.requests[0]["messages"][0]["content"]
 
 
@@ -103,7 +103,7 @@ def test_letters_come_before_choices_that_look_like_them():
 
 def test_the_likeliest_possible_letter_is_the_answer():
     """Of a model whose logits are given: letters past the choices do not count, padding is NaN."""
-    letters = np.array([5, 3, 9, 7])
+    label_ids = np.array([5, 3, 9, 7])
     logits = np.zeros((1, 3, 12), np.float32)
     logits[0, 0, [5, 3, 9, 7]] = [1, 3, 2, 9]  # of three choices B
     logits[0, 1, [5, 3, 9, 7]] = [4, 3, 9, 9]  # of two A
@@ -116,5 +116,5 @@ def test_the_likeliest_possible_letter_is_the_answer():
     lengths, counts = np.array([[2, 1, 0]]), np.array([[3, 2, 0]])
     given = np.zeros((1, 8), int), np.array([4]), np.zeros((1, 3, 4), int), lengths, counts
     for right, scores in (([1, 0, 0], [1, 1]), ([0, 1, 0], [0, 0]), ([2, 0, 0], [0, 1])):
-        found = lm_choices(apply, {}, *given, np.array([right]), letters)
+        found = lm_choices(apply, {}, *given, np.array([right]), label_ids)
         np.testing.assert_array_equal(found, [[*scores, np.nan]])

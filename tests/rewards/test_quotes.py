@@ -215,7 +215,7 @@ def test_what_a_caption_does_not_claim(table, written, claimed):
     }
     kept = {
         names[int(one)]
-        for one, weight, out, place in zip(caption.stems, caption.weights, caption.unstated, caption.word_start)
+        for one, weight, out, start in zip(caption.stems, caption.weights, caption.unstated, caption.word_start)
         if weight > 0 and not out
     }
     for word in map(vocabulary.meaning, claimed.split()):

@@ -152,8 +152,8 @@ def test_words_against_the_host(table, several):
     read = text.read_texts(table, [written], ONE)
     expected = [vocabulary.hash_word(vocabulary.meaning(word)) for word in vocabulary.words_of(written)]
     assert read.truncated[0] or list(read.stems[0][: read.words[0]]) == expected
-    letters = "".join(map(chr, read.letters[0])).rstrip("\0")
-    assert read.truncated[0] or letters == oracles.normalize(written)
+    word_characters = "".join(map(chr, read.word_characters[0])).rstrip("\0")
+    assert read.truncated[0] or word_characters == oracles.normalize(written)
 
 
 FORMS = (

@@ -15,29 +15,29 @@ from avocado_jax.world.clip import record
 from avocado_jax.world.director import make_script
 from avocado_jax.world.timing import scenes, time_iou, timed_caption
 
-ROOM, SIZE = 12, 1024
+LIMIT, SIZE = 12, 1024
 
 
 @jax.jit
 def read(points, length):
-    return find_scenes(points, length, ROOM)
+    return find_scenes(points, length, LIMIT)
 
 
 @jax.jit
 def score(points, length, events):
-    return timing_reward(find_scenes(points, length, ROOM), events)
+    return timing_reward(find_scenes(points, length, LIMIT), events)
 
 
 def on_device(caption):
     points, lengths = code_points([caption], SIZE)
     found = jax.tree.map(np.asarray, read(points[0], lengths[0]))
-    return [(float(a), float(b)) for a, b, ok in zip(*found[:3]) if ok], bool(found.cut)
+    return [(float(a), float(b)) for a, b, ok in zip(*found[:3]) if ok], bool(found.truncated)
 
 
 def reward(caption, events):
     points, lengths = code_points([caption], SIZE)
-    made, cut = event_references([events], ROOM)
-    assert not cut.any()
+    made, truncated = event_references([events], LIMIT)
+    assert not truncated.any()
     return float(score(points[0], lengths[0], jax.tree.map(lambda leaf: leaf[0], made)))
 
 
@@ -91,16 +91,16 @@ PIECES = [
 @settings(max_examples=150, deadline=None)
 @given(st.lists(st.sampled_from(PIECES), max_size=40).map("".join))
 def test_the_device_reads_what_the_host_reads(caption):
-    found, cut = on_device(caption)
-    if not cut:
+    found, truncated = on_device(caption)
+    if not truncated:
         np.testing.assert_allclose(np.reshape(found, (-1, 2)), np.reshape(scenes(caption), (-1, 2)), rtol=1e-5)
 
 
 def test_more_scenes_than_there_is_room_for_are_told():
-    found, cut = on_device("[1 - 2] " * (ROOM + 1))
-    assert (len(found), cut) == (ROOM, True)
-    made, cut = event_references([spans(*[(0, 1)] * 13), spans((0, 1))], 12)
-    assert cut.tolist() == [True, False]
+    found, truncated = on_device("[1 - 2] " * (LIMIT + 1))
+    assert (len(found), truncated) == (LIMIT, True)
+    made, truncated = event_references([spans(*[(0, 1)] * 13), spans((0, 1))], 12)
+    assert truncated.tolist() == [True, False]
     assert made.count.tolist() == [12, 1]
 
 
@@ -131,7 +131,7 @@ def test_time_iou_by_hand(caption, events, f1):
     assert (math.nan if host is None else host) == pytest.approx(f1, abs=1e-6, nan_ok=True)
 
 
-def best_by_search(told, truth):
+def best_by_search(stated, truth):
     """The highest summed IoU of any alignment in order."""
 
     def iou(a, b):
@@ -139,8 +139,8 @@ def best_by_search(told, truth):
         return overlap / ((a[1] - a[0]) + (b[1] - b[0]) - overlap)
 
     best = 0
-    for count in range(min(len(told), len(truth)) + 1):
-        for rows in itertools.combinations(told, count):
+    for count in range(min(len(stated), len(truth)) + 1):
+        for rows in itertools.combinations(stated, count):
             for columns in itertools.combinations(truth, count):
                 best = max(best, sum(map(iou, rows, columns)))
     return best
@@ -151,9 +151,9 @@ SPAN = st.tuples(st.integers(0, 8), st.integers(1, 5)).map(lambda pair: (pair[0]
 
 @settings(max_examples=60, deadline=None)
 @given(st.lists(SPAN, max_size=4), st.lists(SPAN, min_size=1, max_size=4))
-def test_the_alignment_is_the_best_in_order(told, truth):
-    caption = " ".join(f"[{start} - {end}]" for start, end in told)
-    expected = 2 * best_by_search(told, sorted(truth)) / (len(told) + len(truth))
+def test_the_alignment_is_the_best_in_order(stated, truth):
+    caption = " ".join(f"[{start} - {end}]" for start, end in stated)
+    expected = 2 * best_by_search(stated, sorted(truth)) / (len(stated) + len(truth))
     assert reward(caption, spans(*truth)) == pytest.approx(expected, abs=1e-5)
     assert time_iou(caption, {"events": spans(*truth)}) == pytest.approx(expected, abs=1e-9)
 
@@ -161,9 +161,9 @@ def test_the_alignment_is_the_best_in_order(told, truth):
 def test_true_captions_with_times_are_perfect_and_shifted_ones_are_not():
     for index in range(8):
         script = make_script(5, index, "train", 0)
-        held = record(script, timestamps=True)
-        assert held["caption"] == timed_caption(script.events)
-        assert reward(held["caption"], held["events"]) == pytest.approx(1, abs=1e-5)
-        later = "".join(f"[{start + 1:g} - {end + 1:g}] x " for start, end in scenes(held["caption"]))
-        assert reward(later, held["events"]) == pytest.approx(time_iou(later, held), abs=1e-5)
-        assert reward(later, held["events"]) < 0.8
+        fields = record(script, timestamps=True)
+        assert fields["caption"] == timed_caption(script.events)
+        assert reward(fields["caption"], fields["events"]) == pytest.approx(1, abs=1e-5)
+        later = "".join(f"[{start + 1:g} - {end + 1:g}] x " for start, end in scenes(fields["caption"]))
+        assert reward(later, fields["events"]) == pytest.approx(time_iou(later, fields), abs=1e-5)
+        assert reward(later, fields["events"]) < 0.8

@@ -9,7 +9,7 @@ from avocado_jax.errors import InputError
 from avocado_jax.eval.benchmarks.benchmark import Answer, Ask, Judged, Official, Record, Unit, answered, percent, valid
 from avocado_jax.remote.answers import last_words, read_object
 from avocado_jax.remote.call import Malformed
-from avocado_jax.rewards.probes import LETTERS, UNKNOWN, letter_of
+from avocado_jax.rewards.probes import CHOICE_LABELS, UNKNOWN, letter_of
 
 
 class Choice(Answer):
@@ -34,7 +34,7 @@ def question(where: str, text: str, choices: Sequence[str], answer: str, kind: s
         InputError: the right answer is none of them.
     """
     lettered = {}
-    for letter, choice in zip(LETTERS, choices):
+    for letter, choice in zip(CHOICE_LABELS, choices):
         lettered[letter] = re.sub(rf"^\s*\(?{letter}[.):]\s*", "", choice).strip()
     right = answer.strip().rstrip(".").upper()
     if len(lettered) < len(choices) or right not in lettered:

@@ -11,7 +11,7 @@ from avocado_jax.eval.benchmarks.choices import OFFICIAL, measure
 from avocado_jax.jsonl import read_lines
 from avocado_jax.remote.answers import objects, read_object
 from avocado_jax.remote.call import Malformed
-from avocado_jax.rewards.probes import LETTERS, UNKNOWN, letter_of, lettered
+from avocado_jax.rewards.probes import CHOICE_LABELS, UNKNOWN, letter_of, lettered
 from avocado_jax.typing import Probe
 
 
@@ -55,7 +55,7 @@ async def judge(record: Record, caption: str, ask: Ask) -> list[Unit]:
         {
             "question": probe.question,
             "choices": lettered(probe),
-            "truth": LETTERS[probe.right],
+            "truth": CHOICE_LABELS[probe.right],
             "type": probe.category or "none",
         }
         for probe in probes
