@@ -33,7 +33,7 @@ class _Contents(NamedTuple):
 
     clip: Clip
     captions: Captions | None
-    cut: Int[Array, "B"]
+    truncated: Int[Array, "B"]
     references: Any
 
 

@@ -76,7 +76,7 @@ def train(job: Job, state: State, mesh: Mesh, checkpoints: Checkpoints, log: Log
         FloatingPointError: `max_skipped` steps in a row had no finite gradient.
         OSError: a checkpoint cannot be saved; those before it are complete.
     """
-    meter, progress_log, flags = Meter(), ProgressLog(job.steps), StepFlags(mesh)
+    meter, progress_log, flags = Meter(), ProgressLog(job.steps, job.eval_every), StepFlags(mesh)
     profile = Profile(job.profile, profile_to)
     pending: _Pending | None = None
     monitor, first, saved_at = InputMonitor(), int(state.step), time.monotonic()

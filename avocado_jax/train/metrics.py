@@ -12,6 +12,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections import deque
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from avocado_jax.parallel.compiled import counts
 
 UPLOAD_SECONDS = 30.0  # between uploads of changed files to a bucket
 BOARD_SECONDS = 10  # between writes of TensorBoard's files
+RECENT_STEPS = 20  # that the remaining time is estimated from
 
 
 class Meter:
@@ -196,23 +198,25 @@ def _complete_lines(path: Path, step: int) -> list[str]:
 
 
 class ProgressLog:
-    """Progress on stderr of process 0: every step while steps are slow, otherwise a line every ten seconds."""
+    """Progress on stderr of process 0: every step while steps are slow, otherwise a line every ten seconds.
 
-    def __init__(self, total: int) -> None:
-        self._total, self._printed, self._first = total, 0.0, None
+    The remaining time is estimated from the mean of recent steps without a compilation, and the newest evaluation.
+    """
+
+    def __init__(self, total: int, eval_every: int) -> None:
+        self._total, self._eval_every, self._printed = total, eval_every, 0.0
+        self._recent: deque[float] = deque(maxlen=RECENT_STEPS)  # seconds
+        self._evaluation, self._compilations = 0.0, -1
 
     def write(self, line: dict[str, Any]) -> None:
         """Print a step's metrics if ten seconds have passed, or it is the last one or has held-out metrics."""
         now = time.monotonic()
-        self._first = self._first or (line["step"], now)
-        last = line["step"] == self._total
-        if jax.process_index() or (
-            now - self._printed < 10 and not last and not any("heldout" in name for name in line)
-        ):
+        last, evaluated = line["step"] == self._total, any("heldout" in name for name in line)
+        self._measure(line["perf"], evaluated)
+        if jax.process_index() or (now - self._printed < 10 and not last and not evaluated):
             return
         self._printed = now
-        steps, spent = line["step"] - self._first[0], now - self._first[1]
-        left = f", {(self._total - line['step']) * spent / steps / 60:.0f} min left" if steps and not last else ""
+        left = f", {_duration(self._seconds_left(line['step']))} left" if self._recent and not last else ""
         shown = {"reward": "reward", "heldout_loss": "held-out loss", "heldout_reward": "held-out reward"}
         more = "".join(f", {word} {line[name]:.4f}" for name, word in shown.items() if line.get(name) is not None)
         loss = "not finite" if line["loss"] is None else f"{line['loss']:.4f}"
@@ -222,3 +226,25 @@ class ProgressLog:
             file=sys.stderr,
             flush=True,
         )
+
+    def _measure(self, perf: dict[str, Any], evaluated: bool) -> None:
+        """Keep the seconds of a step. Those of the first step, and of steps with a compilation, are not typical."""
+        typical = self._compilations == perf["compilations"]
+        self._compilations = perf["compilations"]
+        if evaluated:
+            step = sum(self._recent) / len(self._recent) if self._recent else 0.0
+            self._evaluation = max(0.0, perf["seconds"] - step)
+        elif typical:
+            self._recent.append(perf["seconds"])
+
+    def _seconds_left(self, step: int) -> float:
+        """The estimate after `step` of the steps and evaluations that remain."""
+        evaluations = 0
+        if self._evaluation:  # they follow every `eval_every` steps, and the last step
+            every = self._eval_every or self._total
+            evaluations = -(-self._total // every) - step // every
+        return (self._total - step) * sum(self._recent) / len(self._recent) + evaluations * self._evaluation
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min"

@@ -10,7 +10,7 @@ import pytest
 
 from avocado_jax.data import storage
 from avocado_jax.train import metrics
-from avocado_jax.train.metrics import Log, wandb_id
+from avocado_jax.train.metrics import Log, ProgressLog, wandb_id
 from avocado_jax.train.profile import Profile
 
 RUN = "gs://bucket/run"
@@ -181,3 +181,37 @@ def test_a_stopped_run_keeps_its_trace_in_the_bucket(traces, proxy, capsys, monk
     proxy.denied = {"storage.objects.create"}
     assert traced(profile, 5, 5) == [5]
     assert "the profile stays in" in capsys.readouterr().err
+
+
+def test_remaining_time_counts_recent_steps_and_evaluations_but_no_compilation(capsys):
+    """The loop calls `write` after each step; here a step takes longer from step 20 on."""
+    log = ProgressLog(100, 25)
+
+    def minutes(step, seconds, compilations=3, **more):
+        perf = {"seconds": seconds, "tokens_per_second": 1.0, "compilations": compilations}
+        log._printed = float("-inf")
+        log.write({"step": step, "loss": 1.0, "lr": 1e-3, "perf": perf} | more)
+        return capsys.readouterr().err.rpartition(", ")[2].removesuffix(" left\n")
+
+    assert minutes(1, 600.0) == "1 tokens/s\n"  # the first step tells nothing
+    assert minutes(2, 60.0) == "98 min"
+    assert minutes(3, 900.0, compilations=4) == "97 min"
+    for step in range(4, 20):
+        assert minutes(step, 60.0, 4) == f"{100 - step} min"
+    for step in range(20, 25):
+        minutes(step, 120.0, 4)
+    assert minutes(25, 720.0, 4, heldout_loss=1.0) == f"{75 * 75 / 60 + 3 * (720 - 75) / 60:.0f} min"
+    for step in range(26, 50):
+        minutes(step, 120.0, 4)
+    assert minutes(50, 720.0, 4, heldout_loss=1.0) == f"{50 * 2 + 2 * 10} min"
+    assert minutes(99, 1.0, 4) == f"{(19 * 120 + 1) / 20 / 60 + 10:.0f} min"
+    assert minutes(100, 1.0, 4) == "1 tokens/s\n"
+
+
+def test_a_short_remaining_time_is_in_seconds(capsys):
+    log = ProgressLog(5, 0)
+    for step in (1, 2):
+        perf = {"seconds": 3.0, "tokens_per_second": 1.0, "compilations": 0}
+        log._printed = float("-inf")
+        log.write({"step": step, "loss": 1.0, "lr": 1e-3, "perf": perf})
+    assert capsys.readouterr().err.endswith(", 9 s left\n")

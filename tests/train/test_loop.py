@@ -1,6 +1,7 @@
 """The training loop over a step that computes nothing: when it saves, traces and closes."""
 
 import json
+import re
 from types import SimpleNamespace
 
 import jax
@@ -15,7 +16,7 @@ from avocado_jax.config import SftConfig
 from avocado_jax.data.pipeline import Batch, Lost
 from avocado_jax.parallel.batches import rows_sharding
 from avocado_jax.parallel.mesh import make_mesh
-from avocado_jax.train import loop
+from avocado_jax.train import loop, metrics
 from avocado_jax.train.metrics import Log
 from avocado_jax.train.reward_evaluation import rank_by_reward
 from avocado_jax.train.run import Evaluator, rank_by_loss, run
@@ -92,6 +93,19 @@ def test_minutes_between_checkpoints(tmp_path, clock):
     assert finish(tmp_path, clock, checkpoint_minutes=20) == [4, 8, 12]
     assert finish(tmp_path, clock, checkpoint_minutes=20, checkpoint_every=5) == [4, 5, 9, 10, 12]
     assert finish(tmp_path, clock, checkpoint_minutes=60 * 24) == [12]
+
+
+def test_remaining_time_includes_the_evaluations(tmp_path, clock, capsys, monkeypatch):
+    """8 steps of 7 minutes and 2 evaluations of an hour remain after the first evaluation."""
+    monkeypatch.setattr(metrics, "time", clock)
+
+    def evaluate(state, step):
+        clock.now += 3600
+        return {"heldout_loss": 1.0}
+
+    finish(tmp_path, clock, 12, evaluator=Evaluator(evaluate, rank_by_loss), eval_every=4)
+    (left,) = re.findall(r"step 4 of 12: .*, (\d+) min left", capsys.readouterr().err)
+    assert 150 < int(left) < 190
 
 
 def test_metrics_of_a_step_are_flushed_before_its_checkpoint(tmp_path, clock, monkeypatch):
