@@ -105,30 +105,30 @@ def learn(*losses):
         batch=2, dtype="float32", frozen_dtype="float32", remat="none", optim=OptimConfig(lr=1e-2, warmup=0.0)
     )
     model = model_of(config, replace(TINY, vision=vision, text=replace(TINY.text, layers=1)))
-    asked = recipe(caption_tokens=24, max_lost_share=1.0, config=model)
-    plan = plan_batches(Clips().index, asked, config.batch, 1, 0)
+    row_recipe = recipe(caption_tokens=24, max_lost_share=1.0, config=model)
+    plan = plan_batches(Clips().index, row_recipe, config.batch, 1, 0)
     mesh = make_mesh(1, 1, -1)
     rows = process_rows(mesh, config.batch, jax.process_index())
     with jax.set_mesh(mesh):
         shapes, step, start = sft_program(config, model, mesh, 10)
-        return [_learned(lost, config, asked, plan, mesh, rows, shapes, step, start) for lost in losses]
+        return [_learned(lost, config, row_recipe, plan, mesh, rows, shapes, step, start) for lost in losses]
 
 
-def _learned(lost, config, asked, plan, mesh, rows, shapes, step, start):
+def _learned(lost, config, row_recipe, plan, mesh, rows, shapes, step, start):
     source = Clips([int(plan.step(0).records[row]) for row in lost.get(jax.process_index(), [])])
     random = np.random.default_rng(0)
     values = [random.normal(0, 0.1, leaf.shape).astype(leaf.dtype) for leaf in jax.tree.leaves(shapes.params)]
     values = jax.tree.unflatten(jax.tree.structure(shapes.params), values)
     state = start(jax.tree.map(lambda value, leaf: put(value, leaf.sharding), values, shapes.params))
     metrics, lines, contents = [], [], []
-    for batch in agreed_batches(batches(source, plan, asked, 0, 2, rows), mesh, asked, config.batch):
+    for batch in agreed_batches(batches(source, plan, row_recipe, 0, 2, rows), mesh, row_recipe, config.batch):
         contents.append(local_digest((batch.clip, batch.captions, batch.truncated, batch.weight)))
         lines += lost_records(batch, mesh)
         local = jax.tree.map(lambda leaf: np.asarray(leaf.addressable_shards[0].data), (batch.clip, batch.captions))
         for row in np.flatnonzero(np.asarray(batch.weight.addressable_shards[0].data) == 0):
-            jax.tree.map(partial(_equal, row), local, empty_row(asked, batch.bucket))
-        state, told = step(state, batch.clip, batch.captions, batch.weight, batch.truncated)
-        metrics.append({name: float(value) for name, value in told.items()})
+            jax.tree.map(partial(_equal, row), local, empty_row(row_recipe, batch.bucket))
+        state, reported = step(state, batch.clip, batch.captions, batch.weight, batch.truncated)
+        metrics.append({name: float(value) for name, value in reported.items()})
     return {"metrics": metrics, "params": digest(state.params), "lines": lines, "contents": contents}
 
 
@@ -167,17 +167,17 @@ def score_simply(table, tokens, lengths, references, thresholds=None, answers=No
     return terms
 
 
-def letters(captions, references):
+def caption_length(captions, references):
     """A user's term, which differs between processes: no verdict on odd lengths, else length and process."""
     assert all(len(reference["keypoints"]) > 1 for reference in references)
     return [None if len(text) % 2 else len(text) + 100.0 * jax.process_index() for text in captions]
 
 
-def letters_or_failure(captions, references):
+def caption_length_or_failure(captions, references):
     """Raises on the last process what would elsewhere be bad input."""
     if jax.process_index() == jax.process_count() - 1:
         raise InputError("no letters")
-    return letters(captions, references)
+    return caption_length(captions, references)
 
 
 def rewarded(folder, judges=None, sizes=(2, 1, -1), order=None, split=1, lost=None, **settings):
@@ -198,12 +198,12 @@ def rewarded(folder, judges=None, sizes=(2, 1, -1), order=None, split=1, lost=No
         sampling=SamplingConfig(tokens=12),
         rewards=RewardConfig(low=4, high=12, keypoints=6, lines=2, **settings),
     )
-    asked = recipe(group=4, caption_tokens=12, sampled=True, max_lost_share=1.0)
-    plan = plan_batches(Clips().index, asked, config.batch, 1, 0)
+    row_recipe = recipe(group=4, caption_tokens=12, sampled=True, max_lost_share=1.0)
+    plan = plan_batches(Clips().index, row_recipe, config.batch, 1, 0)
     source = Clips([int(plan.step(0).records[row // split]) for row in (lost or {}).get(jax.process_index(), [])])
     devices = jax.devices()
-    mesh = make_mesh(*sizes, devices=[devices[place] for place in order] if order else devices)
-    setup = Setup(mesh, None, TINY, asked.words, source, asked, plan, 1, split)
+    mesh = make_mesh(*sizes, devices=[devices[index] for index in order] if order else devices)
+    setup = Setup(mesh, None, TINY, row_recipe.words, source, row_recipe, plan, 1, split)
     random, received = np.random.default_rng(0), []
     tokens = random.integers(65, 91, (config.batch * split, 4 // split, 12)).astype(np.int32)
     lengths = random.integers(4, 13, tokens.shape[:2]).astype(np.int32)

@@ -14,13 +14,15 @@ HOST = "127.0.0.1"
 
 def verdicts(request: dict[str, Any]) -> dict[str, str]:
     """An honest judge of little wit: a statement, or a choice, is true if its words stand in the description."""
-    asked = json.loads(request["messages"][1]["content"])
-    if "questions" in asked:
+    question = json.loads(request["messages"][1]["content"])
+    if "questions" in question:
         return {
-            number: next((letter for letter, text in one["choices"].items() if text in asked["description"]), "N/A")
-            for number, one in asked["questions"].items()
+            number: next((letter for letter, text in one["choices"].items() if text in question["description"]), "N/A")
+            for number, one in question["questions"].items()
         }
-    return {number: "yes" if text in asked["description"] else "no" for number, text in asked["statements"].items()}
+    return {
+        number: "yes" if text in question["description"] else "no" for number, text in question["statements"].items()
+    }
 
 
 def chat(text: Any) -> bytes:
@@ -85,8 +87,8 @@ class ChatServer:
                 elif isinstance(fault, tuple):
                     self.answer(*fault)
                 else:
-                    said = json.dumps(verdicts(request)) if fault is None else fault
-                    self.answer(200, {}, said if isinstance(said, bytes) else chat(said))
+                    reply = json.dumps(verdicts(request)) if fault is None else fault
+                    self.answer(200, {}, reply if isinstance(reply, bytes) else chat(reply))
 
             def answer(self, status: int, headers: dict[str, str], body: bytes) -> None:
                 self.send_response(status)

@@ -40,18 +40,18 @@ class Page:
         self._in.write(json.dumps(message).encode() + b"\0")
         self._in.flush()
         while True:
-            told = self._next()
-            if told.get("id") == number:
-                assert "error" not in told, f"{method}: {told['error']}"
-                return told["result"]
+            answer = self._next()
+            if answer.get("id") == number:
+                assert "error" not in answer, f"{method}: {answer['error']}"
+                return answer["result"]
 
     def _next(self):
         text = bytearray()
         while (byte := self._out.read(1)) != b"\0":
             assert byte, "the browser has ended"
             text += byte
-        told = json.loads(text)
-        method, params = told.get("method"), told.get("params", {})
+        message = json.loads(text)
+        method, params = message.get("method"), message.get("params", {})
         if method == "Runtime.exceptionThrown":
             self.errors.append(params["exceptionDetails"].get("exception", {}).get("description", "exception"))
         elif method == "Log.entryAdded" and params["entry"]["level"] == "error":
@@ -60,7 +60,7 @@ class Page:
             self.requests.append(params["request"]["url"])
         elif method == "Page.javascriptDialogOpening":
             self.dialogs.append(params["message"])
-        return told
+        return message
 
     def open(self, url, width=1366, height=860, dark=False):
         """Load an address in a window of this size."""
@@ -76,9 +76,9 @@ class Page:
     def evaluate(self, expression):
         """The value of a JavaScript expression."""
         how = {"returnByValue": True, "awaitPromise": True, "userGesture": True}
-        told = self.call("Runtime.evaluate", expression=expression, **how)
-        assert "exceptionDetails" not in told, told["exceptionDetails"]
-        return told["result"].get("value")
+        result = self.call("Runtime.evaluate", expression=expression, **how)
+        assert "exceptionDetails" not in result, result["exceptionDetails"]
+        return result["result"].get("value")
 
     def until(self, expression):
         """Wait until an expression holds."""
@@ -88,21 +88,21 @@ class Page:
             time.sleep(0.02)
 
     def point(self, selector):
-        """Move the pointer onto the middle of what a selector finds, and give the place."""
+        """Move the pointer to the center of the element. Returns the coordinates."""
         found = f"document.querySelector({json.dumps(selector)})"
         box = self.evaluate(
             f"{found}.scrollIntoView({{block: 'center'}}), (b => [b.x + b.width / 2, b.y + b.height / 2])"
             f"({found}.getBoundingClientRect())"
         )
-        place = {"x": box[0], "y": box[1]}
-        self.call("Input.dispatchMouseEvent", type="mouseMoved", **place)
-        return place
+        center = {"x": box[0], "y": box[1]}
+        self.call("Input.dispatchMouseEvent", type="mouseMoved", **center)
+        return center
 
     def click(self, selector):
         """Click as a hand does."""
-        place = self.point(selector)
+        center = self.point(selector)
         for kind in ("mousePressed", "mouseReleased"):
-            self.call("Input.dispatchMouseEvent", type=kind, button="left", clickCount=1, **place)
+            self.call("Input.dispatchMouseEvent", type=kind, button="left", clickCount=1, **center)
 
     def write(self, selector, text):
         """Click into a field and type over what it holds."""

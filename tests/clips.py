@@ -21,9 +21,9 @@ def picture(index: int, width: int = 96, height: int = 64) -> np.ndarray:
     for colour, (rows, columns) in zip(QUARTERS, ((0, 0), (0, 1), (1, 0), (1, 1))):
         half, wide = height // 2, width // 2
         image[rows * half : (rows + 1) * half + 1, columns * wide : (columns + 1) * wide + 1] = colour
-    side = max(4, height // 8)
-    left, top = index * 5 % (width - side), index * 3 % (height - side)
-    image[top : top + side, left : left + side] = 255
+    size = max(4, height // 8)
+    left, top = index * 5 % (width - size), index * 3 % (height - size)
+    image[top : top + size, left : left + size] = 255
     return image
 
 
@@ -121,7 +121,7 @@ def covered(path: Path) -> Path:
     return path
 
 
-HELD = (0, 10, 15, 50, 52, 54, 80, 100, 180, 190, 200, 201, 203, 260, 270, 280, 281, 290, 295, 300)
+FRAME_TIMES = (0, 10, 15, 50, 52, 54, 80, 100, 180, 190, 200, 201, 203, 260, 270, 280, 281, 290, 295, 300)
 
 # Name to what writes it.
 GOOD: dict[str, Callable[[Path], Path]] = {
@@ -136,7 +136,7 @@ GOOD: dict[str, Callable[[Path], Path]] = {
     "turned_90.mp4": lambda path: write(path, turned=90, sound=tone(2)),
     "turned_180.mp4": lambda path: write(path, turned=180),
     "turned_270.mp4": lambda path: write(path, turned=270),
-    "variable_rate.mp4": lambda path: write(path, times=HELD),
+    "variable_rate.mp4": lambda path: write(path, times=FRAME_TIMES),
     "8_khz.mp4": lambda path: write(path, sound=tone(2, 8000), sound_rate=8000),
     "five_one.mp4": lambda path: write(path, sound=tone(2, 48000, 6), sound_rate=48000, layout="5.1"),
     "five_one.mkv": lambda path: write(

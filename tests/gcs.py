@@ -80,7 +80,7 @@ class Proxy:
         self.requests: list[tuple[str, str]] = []
         self.ranges, self.peak, self.connections, self._in_flight = [0, 0], 0, 0, 0
         self.rounds: Rounds | None = None
-        self._lock, self._seen, self._next = threading.Lock(), itertools.count(), itertools.count()
+        self._lock, self._arrived, self._next = threading.Lock(), itertools.count(), itertools.count()
         proxy = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -123,7 +123,7 @@ class Proxy:
 
     def _fault(self, method: str, path: str) -> str | int | None:
         with self._lock:
-            if not self.faulty(method, path) or next(self._seen) % self.every:
+            if not self.faulty(method, path) or next(self._arrived) % self.every:
                 return None
             fault = self.faults[next(self._next) % len(self.faults)]
             self.hits[fault] = self.hits.get(fault, 0) + 1
@@ -278,6 +278,6 @@ def permission_for(method: str, path: str) -> str:
 
 
 def _free_port(host: str) -> int:
-    with socket.socket() as held:
-        held.bind((host, 0))
-        return held.getsockname()[1]
+    with socket.socket() as reserved:
+        reserved.bind((host, 0))
+        return reserved.getsockname()[1]

@@ -23,14 +23,14 @@ class Hosts:
     Attributes:
         names: host names, resolvable on every host.
         outside: the address of this machine as the hosts reach it.
-        apart: whether each host has its own network namespace.
+        isolated: whether each host has its own network namespace.
     """
 
-    def __init__(self, count, folder, apart):
-        self.apart, self._running = apart, {}
+    def __init__(self, count, folder, isolated):
+        self.isolated, self._running = isolated, {}
         self._net, self._folder = f"av{os.getpid() % 100000}", folder
-        self.names = [f"{self._net}-host-{number}" for number in range(count)] if apart else ["localhost"] * count
-        self.outside = f"10.213.{os.getpid() % 250}.254" if apart else "127.0.0.1"
+        self.names = [f"{self._net}-host-{number}" for number in range(count)] if isolated else ["localhost"] * count
+        self.outside = f"10.213.{os.getpid() % 250}.254" if isolated else "127.0.0.1"
 
     def _build(self):
         net, subnet = self._net, self.outside.rpartition(".")[0]
@@ -54,13 +54,13 @@ class Hosts:
         """Kill running processes and remove namespaces and links."""
         for number in list(self._running):
             self._kill(number)
-        for name in self.names if self.apart else ():
+        for name in self.names if self.isolated else ():
             subprocess.run(["ip", "netns", "del", name], capture_output=True, check=False)
         subprocess.run(["ip", "link", "del", f"{self._net}b"], capture_output=True, check=False)
 
     def start(self, number, command, env, log):
         """Start a command on a host in a new process group. Returns the process."""
-        if self.apart:
+        if self.isolated:
             inside = ["unshare", "--uts", "--mount", "sh", "-c", ENTER, "sh"]
             inside += [self.names[number], str(Path(self._folder, "hosts")), *command]
             command = ["ip", "netns", "exec", self.names[number], *inside]
@@ -71,7 +71,7 @@ class Hosts:
 
     def lose(self, number):
         """Lose a host without warning to the others."""
-        if self.apart:
+        if self.isolated:
             ip("link", "set", f"{self._net}h{number}", "down")
         self._kill(number)
 
@@ -85,10 +85,10 @@ class Hosts:
 @contextmanager
 def hosts(count, folder):
     """Create hosts for the duration of the block."""
-    apart = os.geteuid() == 0
-    made = Hosts(count, folder, apart)
+    isolated = os.geteuid() == 0
+    made = Hosts(count, folder, isolated)
     try:
-        if apart:
+        if isolated:
             try:
                 made._build()
             except (OSError, subprocess.CalledProcessError):  # no right to create namespaces

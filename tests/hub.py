@@ -227,11 +227,11 @@ class Hub:
             return self._commit(repo, name, body)
         return _error(404, "", f"no action {action}")
 
-    def _create(self, request: Request, asked: dict) -> tuple[int, dict, bytes]:
+    def _create(self, request: Request, payload: dict) -> tuple[int, dict, bytes]:
         if request.token != TOKEN:
             return _error(401, "", "Invalid username or password.")
-        name = f"{asked['organization']}/{asked['name']}"
-        kind = f"{asked.get('type') or 'model'}s"
+        name = f"{payload['organization']}/{payload['name']}"
+        kind = f"{payload.get('type') or 'model'}s"
         if (kind, name) in self.repos:
             answer = {"error": "You already created this model repo", "url": f"{self.url}/{name}"}
             return 409, {"Content-Type": "application/json"}, json.dumps(answer).encode()
@@ -264,14 +264,14 @@ class Hub:
             return 302, headers | linked | {"Location": f"{self.cdn}/blobs/{sha256}/{path}?Signature=x"}, b""
         if direct:
             return 200, headers | {"ETag": f'"{oid}"'}, data
-        place = f"/api/resolve-cache/{kind}/{name}/{sha}/{path}"
+        location = f"/api/resolve-cache/{kind}/{name}/{sha}/{path}"
         linked = {"X-Linked-Etag": f'"{oid}"', "X-Linked-Size": size}
-        return 307, headers | linked | {"Location": place}, b""
+        return 307, headers | linked | {"Location": location}, b""
 
-    def _batch(self, files: dict[str, bytes], name: str, asked: dict) -> tuple[int, dict, bytes]:
+    def _batch(self, files: dict[str, bytes], name: str, payload: dict) -> tuple[int, dict, bytes]:
         stored = set(self.blobs) | {hashlib.sha256(data).hexdigest() for data in files.values()}
         objects = []
-        for one in asked["objects"]:
+        for one in payload["objects"]:
             actions = {
                 "upload": {"href": f"{self.cdn}/blobs/{one['oid']}?Signature=x"},
                 "verify": {"href": f"{self.url}/{name}.git/info/lfs/objects/verify"},
@@ -281,14 +281,14 @@ class Hub:
 
     def _commit(self, repo: Repo, name: str, body: bytes) -> tuple[int, dict, bytes]:
         files = dict(repo.commits[repo.refs["main"]])
-        sums = {hashlib.sha256(data).hexdigest(): data for data in files.values()} | self.blobs
+        by_digest = {hashlib.sha256(data).hexdigest(): data for data in files.values()} | self.blobs
         for line in body.splitlines():
             item = json.loads(line)
             value = item["value"]
             if item["key"] == "file":
                 files[value["path"]] = base64.b64decode(value["content"])
             elif item["key"] == "lfsFile":
-                files[value["path"]] = sums[value["oid"]]
+                files[value["path"]] = by_digest[value["oid"]]
             elif item["key"] == "deletedFile":
                 files.pop(value["path"])
         sha = repo.commit(files)

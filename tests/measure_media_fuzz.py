@@ -33,8 +33,8 @@ def main(count: int) -> None:
             if number % 4 == 0:
                 data = data[: random.integers(1, len(data))]
             span = min(len(data), 4096) if number % 4 == 1 else len(data)
-            for place in random.integers(span, size=random.integers(1, 40)):
-                data[place] = random.integers(256)
+            for position in random.integers(span, size=random.integers(1, 40)):
+                data[position] = random.integers(256)
             path = source.with_stem("mutated")
             path.write_bytes(data)
             begun = time.monotonic()

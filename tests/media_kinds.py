@@ -141,7 +141,7 @@ def _base(path: Path, **options) -> Path:
     return write(path.with_name(name), **options)
 
 
-def cut_copy(path: Path, at: float = 1.3) -> Path:
+def trimmed_copy(path: Path, at: float = 1.3) -> Path:
     """Cut without encoding: packets from the keyframe before `at`, hidden by an edit list."""
 
     def change(number: int, packet: av.Packet) -> av.Packet | None:
@@ -173,7 +173,7 @@ def trim_end(path: Path, seconds: float) -> Path:
     return path
 
 
-def joined(path: Path, **options) -> Path:
+def concatenated(path: Path, **options) -> Path:
     """Two recordings of 2 s, one file behind the other; the second starts its clock again."""
     parts = [_base(path.with_stem(f"{path.stem}{part}"), seconds=2.0, bframes=part * 2, **options) for part in (0, 1)]
     path.write_bytes(b"".join(part.read_bytes() for part in parts))
@@ -284,7 +284,7 @@ NOT = "not a video"
 PS = {"codec": "mpeg2video", "format": "vob"}
 
 FAST = {
-    "cut_copy.mp4": Kind(cut_copy, seconds=2.7, begins=1.3),
+    "cut_copy.mp4": Kind(trimmed_copy, seconds=2.7, begins=1.3),
     "trim_end.mp4": Kind(lambda p: trim_end(p, 2.0), seconds=2.0),
     "no_decoder.mov": Kind(lambda p: replaced(p, b"avc1", b"brvn"), "format that cannot be decoded"),
     "logo.svg": Kind(text('<svg xmlns="http://www.w3.org/2000/svg" width="9" height="9"/>'), NOT),
@@ -302,7 +302,7 @@ FAST = {
     ),
     "gap.mkv": Kind(lambda p: write(p, sound=SECONDS, gap=(0.5, 1.5)), burst=1.0, aligned=2.0, warning=r"1 gap\(s\)"),
     "variable_rate.mp4": Kind(lambda p: write(p, times=VFR)),
-    "joined.ts": Kind(joined, falls=True),
+    "joined.ts": Kind(concatenated, falls=True),
     "dropped.avi": Kind(lambda p: write(p, codec="mpeg4", times=VFR)),
     "live.m3u8": Kind(text("#EXTM3U\n#EXT-X-TARGETDURATION:3\n#EXTINF:3.0,\njoined.ts\n"), NOT),
     "one_sound_packet.mkv": Kind(
@@ -314,7 +314,7 @@ FAST = {
     "mirrored.mp4": Kind(mirrored, seconds=0.8),
 }
 SLOW = {
-    "cut_copy.mov": Kind(cut_copy, seconds=2.7, begins=1.3),
+    "cut_copy.mov": Kind(trimmed_copy, seconds=2.7, begins=1.3),
     "trim_end.mov": Kind(lambda p: trim_end(p, 3.0), seconds=3.0),
     "no_decoder.mkv": Kind(
         lambda p: replaced(p, b"V_MPEG4/ISO/AVC", b"V_XYZW4/ISO/AVC"), "format that cannot be decoded"
@@ -354,8 +354,8 @@ SLOW = {
     "gap.ts": Kind(lambda p: write(p, sound=SECONDS, gap=(0.5, 1.5)), burst=1.0, aligned=2.0, warning=r"1 gap\(s\)"),
     "variable_rate.mkv": Kind(lambda p: write(p, times=VFR)),
     "subtitled.mkv": Kind(subtitled),
-    "joined.mpg": Kind(lambda p: joined(p, **PS), falls=True),
-    "joined_with_sound.ts": Kind(lambda p: joined(p, sound=2.0), falls=True),
+    "joined.mpg": Kind(lambda p: concatenated(p, **PS), falls=True),
+    "joined_with_sound.ts": Kind(lambda p: concatenated(p, sound=2.0), falls=True),
     "rate_changes.ts": Kind(rate_changes, falls=True),
     "tenth_lost.mkv": Kind(lambda p: damaged(p, "video", lambda n: n % 10 == 9, group=5), warning="10 of 100"),
     "most_lost.mkv": Kind(lambda p: damaged(p, "video", lambda n: n % 2 == 1, group=5), "damaged"),

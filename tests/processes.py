@@ -26,9 +26,9 @@ def start(program, *arguments, devices=8, optimization=1):
 
 def several(program, count, devices, *arguments, timeout=120, **options):
     """Run a program in `count` connected processes of `devices` devices each. Returns their outputs."""
-    with socket.socket() as held:
-        held.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{held.getsockname()[1]}"
+    with socket.socket() as reserved:
+        reserved.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{reserved.getsockname()[1]}"
     connect = f"""
     import sys, jax
     if {count} > 1:
@@ -39,7 +39,7 @@ def several(program, count, devices, *arguments, timeout=120, **options):
     processes = [start(program, *arguments, number, devices=devices, **options) for number in range(count)]
     outputs = []
     for process in processes:
-        said, complained = process.communicate(timeout=timeout)
+        output, complained = process.communicate(timeout=timeout)
         assert process.returncode == 0, complained
-        outputs.append(said)
+        outputs.append(output)
     return outputs

@@ -41,15 +41,15 @@ CHAT = (
 
 def special_ids(small: bool = False) -> dict[str, int]:
     """Ids of the control tokens by name."""
-    return {token: (256 if small else 151_643) + place for place, token in enumerate(CONTROL)}
+    return {token: (256 if small else 151_643) + index for index, token in enumerate(CONTROL)}
 
 
 def write_tokenizer(folder: Path, small: bool = False) -> Path:
     """Write tokenizer.json, vocab.json, merges.txt and tokenizer_config.json, as a checkpoint carries them."""
     folder.mkdir(parents=True, exist_ok=True)
     ranks = {bytes([byte]): byte for byte in range(256)} if small else _ranks()
-    letters = bytes_to_unicode()
-    spelled = {token: "".join(letters[byte] for byte in token) for token in ranks}
+    characters = bytes_to_unicode()
+    spelled = {token: "".join(characters[byte] for byte in token) for token in ranks}
     vocab = {spelled[token]: rank for token, rank in ranks.items()}
     merges = [tuple(spelled[part] for part in _parts(token, ranks)) for token in ranks if len(token) > 1]
     made = Tokenizer(models.BPE(vocab=vocab, merges=merges))
@@ -112,10 +112,10 @@ def _ranks() -> dict[bytes, int]:
 
 def _parts(token: bytes, ranks: dict[bytes, int]) -> tuple[bytes, bytes]:
     """The two tokens that are merged last into `token`: what BPE makes of it with the ranks before its own."""
-    parts = [token[place : place + 1] for place in range(len(token))]
+    parts = [token[index : index + 1] for index in range(len(token))]
     most = ranks[token]
     while len(parts) > 2:
         pairs = [ranks.get(left + right, most) for left, right in pairwise(parts)]
-        place = pairs.index(min(pairs))
-        parts[place : place + 2] = [parts[place] + parts[place + 1]]
+        index = pairs.index(min(pairs))
+        parts[index : index + 2] = [parts[index] + parts[index + 1]]
     return parts[0], parts[1]

@@ -114,7 +114,7 @@ BROKEN = {
 @pytest.mark.parametrize("how", BROKEN)
 def test_what_is_not_one_is_refused(tmp_path, how):
     write_bert(tmp_path, MEAN)
-    breaking, said = BROKEN[how]
+    breaking, message = BROKEN[how]
     breaking(tmp_path)
-    with pytest.raises(InputError, match=said):
+    with pytest.raises(InputError, match=message):
         read_encoder(tmp_path)

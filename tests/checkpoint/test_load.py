@@ -60,12 +60,12 @@ def like(mesh, config=TINY, dtype="float32"):
 
 def stacked(checkpoint):
     """The parameters as `load_params` reads them, stacked."""
-    apart = load_params(checkpoint, "float32")
+    unrolled = load_params(checkpoint, "float32")
     for tower in ("audio", "vision", "text"):
-        count = len([name for name in apart[tower] if name.startswith("layers_")])
-        layers = [apart[tower].pop(f"layers_{i}") for i in range(count)]
-        apart[tower]["layers"] = jax.tree.map(lambda *leaves: np.stack(leaves), *layers)
-    return apart
+        count = len([name for name in unrolled[tower] if name.startswith("layers_")])
+        layers = [unrolled[tower].pop(f"layers_{i}") for i in range(count)]
+        unrolled[tower]["layers"] = jax.tree.map(lambda *leaves: np.stack(leaves), *layers)
+    return unrolled
 
 
 def same(ours, theirs):

@@ -141,12 +141,12 @@ def test_interrupted_download_resumes(hub, published, tmp_path, monkeypatch):
     from huggingface_hub import constants
 
     shard = f"model-00001-of-0000{SHARDS}.safetensors"
-    cut = []
+    interrupted = []
     monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 1000)  # a chunk that does not arrive in full is dropped
 
     def fault(request):
-        if request.origin == "cdn" and shard in request.path and not cut:
-            cut.append(request)
+        if request.origin == "cdn" and shard in request.path and not interrupted:
+            interrupted.append(request)
             return "cut"
         return ""
 

@@ -113,14 +113,14 @@ def test_cut_short(tmp_path, content):
 @settings(
     max_examples=300, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
-@given(cut=st.integers(0, 400), flips=st.lists(st.tuples(st.integers(0, 399), st.integers(0, 255)), max_size=6))
-def test_damaged_files_are_refused_or_read(tmp_path, cut, flips):
+@given(removed=st.integers(0, 400), flips=st.lists(st.tuples(st.integers(0, 399), st.integers(0, 255)), max_size=6))
+def test_damaged_files_are_refused_or_read(tmp_path, removed, flips):
     path = tmp_path / "x.safetensors"
     save_file({"a": np.arange(6, dtype=np.float32).reshape(2, 3), "b": np.zeros(5, np.int8)}, path)
     content = bytearray(path.read_bytes())
-    for place, value in flips:
-        content[place % len(content)] = value
-    path.write_bytes(content[: len(content) - cut % len(content)] if cut > 200 else content)
+    for position, value in flips:
+        content[position % len(content)] = value
+    path.write_bytes(content[: len(content) - removed % len(content)] if removed > 200 else content)
     try:
         found = read_header(path)
     except InputError:

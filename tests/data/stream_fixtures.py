@@ -22,8 +22,8 @@ READING = Reading(fewest_pixels=28 * 28, most_pixels=4 * 28 * 28, clip_pixels=40
 
 def byte_tokenizer() -> Tokenizer:
     """A token a byte, and Qwen's special tokens behind them."""
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE({letter: number for number, letter in enumerate(letters)}, []))
+    characters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({letter: number for number, letter in enumerate(characters)}, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([AddedToken(token, special=True) for token in SPECIAL])
@@ -103,7 +103,7 @@ class Spy:
             raise InputError(self.bad[number])
         record = self.source[number]
         bridge = sys.modules.get("jax._src.xla_bridge")
-        told = {"process": os.getpid(), "blas": os.environ.get("OPENBLAS_NUM_THREADS")}
+        observed = {"process": os.getpid(), "blas": os.environ.get("OPENBLAS_NUM_THREADS")}
         return record._replace(
-            fields=record.fields | told | {"device": bool(bridge and bridge.backends_are_initialized())}
+            fields=record.fields | observed | {"device": bool(bridge and bridge.backends_are_initialized())}
         )

@@ -146,9 +146,9 @@ def test_windows_hold_the_patches_of_the_reference(frames: int, height: int, wid
 
 
 def test_windows_of_another_side():
-    seen = windows(noise(2, 84, 56, 3), replace(VISION, window=56))
-    assert seen.valid.shape == (2, 16)
-    assert seen.valid.sum(axis=1).tolist() == [16, 8]
+    windowed = windows(noise(2, 84, 56, 3), replace(VISION, window=56))
+    assert windowed.valid.shape == (2, 16)
+    assert windowed.valid.sum(axis=1).tolist() == [16, 8]
 
 
 # Sound
@@ -211,8 +211,8 @@ def test_tokens_of_sound():
 @pytest.mark.parametrize("frames", [0, 1, 199, 200, 201, 501])
 def test_chunks_of_sound(frames: int):
     mel = np.random.default_rng(0).random((frames, 128), np.float32)
-    cut, lengths = mel_chunks(mel, 200)
-    assert cut.shape == (-(-frames // 200), 200, 128)
+    chunks, lengths = mel_chunks(mel, 200)
+    assert chunks.shape == (-(-frames // 200), 200, 128)
     assert lengths.dtype == np.int32
-    np.testing.assert_array_equal(np.concatenate([mel[:0], *(c[:n] for c, n in zip(cut, lengths))]), mel)
-    assert not any(c[n:].any() for c, n in zip(cut, lengths))
+    np.testing.assert_array_equal(np.concatenate([mel[:0], *(c[:n] for c, n in zip(chunks, lengths))]), mel)
+    assert not any(c[n:].any() for c, n in zip(chunks, lengths))

@@ -62,13 +62,15 @@ def test_of_equal_ids_the_first_stays():
 
 
 def test_swift_lines_beside_our_own():
-    said = [
+    messages = [
         {"role": "system", "content": "Be brief."},
         {"role": "user", "content": "<video>What is it?"},
         {"role": "assistant", "content": "A cat."},
     ]
     entries, rejects = parsed(
-        GOOD, {"messages": said, "videos": ["b.mp4"]}, {"messages": said[1:], "videos": ["b.mp4"], "id": "named"}
+        GOOD,
+        {"messages": messages, "videos": ["b.mp4"]},
+        {"messages": messages[1:], "videos": ["b.mp4"], "id": "named"},
     )
     assert not rejects
     assert entries[1].fields == {"id": "b.mp4#2", "caption": "A cat.", "prompt": "What is it?", "system": "Be brief."}
@@ -126,6 +128,6 @@ def test_a_scan_finds_what_parsing_finds(monkeypatch):
     assert [(one.line, one.reason.partition(" (")[0]) for one in found.rejects] == [
         (3, "not JSON"), (5, "its id is that of line 1"), (6, "is too long for a line")
     ]  # fmt: skip
-    assert found.prefix_md5 == {cut: hashlib.md5(text[:cut]).hexdigest() for cut in cuts}
+    assert found.prefix_md5 == {size: hashlib.md5(text[:size]).hexdigest() for size in cuts}
     part = scan_manifest(io.BytesIO(text), str, 60, [10])
     assert (part.size, part.prefix_md5[60], part.number.tolist()) == (60, found.prefix_md5[60], [1])

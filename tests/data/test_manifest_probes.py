@@ -28,12 +28,12 @@ def test_an_answer_is_a_choice_or_its_letter(changes):
 
 
 def test_a_choice_that_looks_like_a_letter_is_that_choice():
-    held = {"question": "Which letter is shown?", "choices": ["B", "A"], "answer": "A", "category": "text"}
-    assert read_probe(held) == Probe("Which letter is shown?", ("B", "A"), 1, "text")
+    probe = {"question": "Which letter is shown?", "choices": ["B", "A"], "answer": "A", "category": "text"}
+    assert read_probe(probe) == Probe("Which letter is shown?", ("B", "A"), 1, "text")
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"),
+    ("changes", "message"),
     [
         ({"question": ""}, "'question'"),
         ({"question": 3}, "'question'"),
@@ -48,10 +48,10 @@ def test_a_choice_that_looks_like_a_letter_is_that_choice():
         ({"category": 1}, "'category'"),
     ],
 )
-def test_what_is_wrong_is_said_and_the_line_is_rejected(changes, told):
-    with pytest.raises(InputError, match=told):
+def test_what_is_wrong_is_said_and_the_line_is_rejected(changes, message):
+    with pytest.raises(InputError, match=message):
         read_probe(GOOD | changes)
     line = {"id": "a", "video": "v", "caption": "c", "probes": [GOOD, GOOD | changes]}
     entries, (reject,) = parse_manifest(json.dumps(line).encode())
     assert not entries
-    assert told in reject.reason
+    assert message in reject.reason

@@ -62,12 +62,12 @@ def test_every_good_clip_is_read_here():
 
 @pytest.mark.parametrize("name", READ)
 def test_clip_is_read_as_it_is(clip: Clip, name: str):
-    frames, size, seconds, heard = READ[name]
+    frames, size, seconds, sound_seconds = READ[name]
     media = read_media(clip(name))
     assert media.frames.shape == (frames, *size, 3)
     assert media.frames.dtype == np.uint8
     assert media.seconds == pytest.approx(seconds, abs=0.03)
-    if heard is None:
+    if sound_seconds is None:
         assert media.samples is None
         return
     assert media.samples.dtype == np.float32
@@ -75,7 +75,7 @@ def test_clip_is_read_as_it_is(clip: Clip, name: str):
     with av.open(f"file:{clip(name)}") as container:
         stream = container.streams.audio[0]
         filled = 2 * PACKET / stream.rate if stream.codec.name == "aac" else 0.005
-    assert -0.005 <= len(media.samples) / 16_000 - heard <= filled
+    assert -0.005 <= len(media.samples) / 16_000 - sound_seconds <= filled
     assert np.abs(media.samples).max() == (0 if name == "silent.mp4" else pytest.approx(0.4, abs=0.15))
 
 
@@ -270,8 +270,8 @@ def test_bytes_changed_at_random_give_a_clip_or_one_line(tmp_path: Path, clip: C
             changed = changed[: random.integers(len(data))]
         else:
             first, length = (0, len(data)) if trial % 3 == 1 else (header, min(2000, len(data) - header))
-            for place in first + random.integers(length, size=random.integers(1, 20)):
-                changed[place] = random.integers(256)
+            for position in first + random.integers(length, size=random.integers(1, 20)):
+                changed[position] = random.integers(256)
         path.write_bytes(changed)
         try:
             assert isinstance(read_media(path, small), Media)

@@ -50,9 +50,9 @@ def test_kind_of_clip(tmp_path: Path, name: str, kind: media_kinds.Kind):
     else:
         shown = media.times - kind.first + kind.begins
         expected = media_kinds.brightness(np.where(shown >= 2.0, shown - 2.0, shown) if kind.falls else shown)
-        seen = media.frames.mean(axis=(1, 2, 3))
+        brightness = media.frames.mean(axis=(1, 2, 3))
         near_joint = np.abs(shown - 2.0) < 0.06 if kind.falls else np.zeros(len(shown), bool)
-        assert (np.abs(seen - expected) < 8)[~near_joint].all(), (seen, expected)
+        assert (np.abs(brightness - expected) < 8)[~near_joint].all(), (brightness, expected)
     warnings = "; ".join(media.warnings)
     assert re.search(kind.warning, warnings) if kind.warning else not warnings
     for align, burst in ((False, kind.burst), (True, kind.aligned)):

@@ -39,12 +39,12 @@ def source(tmp_path_factory):
     return shards(tmp_path_factory.mktemp("stream"), CLIPS)
 
 
-def planned(source, asked, shapes=3, batch=BATCH):
-    return plan_batches(source.index, asked, batch, shapes, seed=3)
+def planned(source, settings, shapes=3, batch=BATCH):
+    return plan_batches(source.index, settings, batch, shapes, seed=3)
 
 
-def stream(source, plan, asked, first, stop, rows=range(BATCH), **how):
-    return list(batches(source, plan, asked, first, stop, rows, **how))
+def stream(source, plan, settings, first, stop, rows=range(BATCH), **how):
+    return list(batches(source, plan, settings, first, stop, rows, **how))
 
 
 def arrays(batch):
@@ -65,22 +65,22 @@ def assert_rows(whole, part, rows):
 def test_prompt_of_a_row():
     """`prompt`, `system` and `media_first` of a record, else the recipe's prompts and habits."""
     clip = Media(np.zeros((2, 56, 56, 3), np.uint8), None, 1.0)
-    asked = replace(recipe(), prompts=("Why?",), habits=Habits(system="H", media_first=False))
+    settings = replace(recipe(), prompts=("Why?",), habits=Habits(system="H", media_first=False))
     for fields, expected in (
         ({}, ("Why?", "H", False)),
         ({"prompt": "Who?", "system": "", "media_first": True}, ("Who?", "", True)),
     ):
-        row = make_row(clip, chat_prompt(asked.words, *expected), asked.config).clip
+        row = make_row(clip, chat_prompt(settings.words, *expected), settings.config).clip
         record = Record({"id": "a", "caption": "A cat.", **fields}, clip, "a")
-        made = record_row(record, 0, 0, Bucket(shape_of(row), 16), asked, 0).clip
+        made = record_row(record, 0, 0, Bucket(shape_of(row), 16), settings, 0).clip
         np.testing.assert_array_equal(made.tokens[0], row.tokens)
 
 
 def test_any_hosts_workers_and_stops_give_the_same_rows(source):
-    asked = recipe(group=2)
-    plan = planned(source, asked)
+    settings = recipe(group=2)
+    plan = planned(source, settings)
     last = 2 * plan.epoch_steps
-    whole = stream(source, plan, asked, 0, last)
+    whole = stream(source, plan, settings, 0, last)
     for epoch in (0, 1):
         names = [name for batch in whole if batch.epoch == epoch for name in batch.ids if name]
         assert sorted(names) == sorted(source.index.ids)
@@ -88,32 +88,32 @@ def test_any_hosts_workers_and_stops_give_the_same_rows(source):
     for hosts, workers, first, stop in ((1, 2, 1, last), (2, 0, 3, 9), (4, 0, 5, 8)):
         for host in range(hosts):
             rows = contiguous_rows(host, hosts, BATCH)
-            for batch in stream(source, plan, asked, first, stop, rows, workers=workers):
+            for batch in stream(source, plan, settings, first, stop, rows, workers=workers):
                 assert_rows(whole[batch.step], batch, rows)
 
 
 def test_a_row_that_occurs_twice_is_read_once(source):
-    asked, numbers = recipe(), []
+    settings, numbers = recipe(), []
 
     class Counted(Spy):
         def __getitem__(self, number):
             numbers.append(number)
             return super().__getitem__(number)
 
-    plan = planned(source, asked)
-    (batch,) = batches(Counted(source), plan, asked, 0, 1, [1, 0, 1, 0])
+    plan = planned(source, settings)
+    (batch,) = batches(Counted(source), plan, settings, 0, 1, [1, 0, 1, 0])
     assert sorted(numbers) == sorted(plan.step(0).records[:2])
     assert batch.ids == tuple(source.index.ids[number] for number in plan.step(0).records[[1, 0, 1, 0]])
     np.testing.assert_array_equal(batch.clip.tokens[:2], batch.clip.tokens[2:])
 
 
 def test_workers_keep_off_the_device_and_to_one_core(source):
-    asked = recipe()
-    spied = stream(Spy(source), planned(source, asked), asked, 0, 3, workers=1)
-    told = [record for batch in spied for record in batch.records if record]
-    assert {record["device"] for record in told} == {False}
-    assert {record["blas"] for record in told} == {"1"}
-    assert len({record["process"] for record in told}) == 1
+    settings = recipe()
+    spied = stream(Spy(source), planned(source, settings), settings, 0, 3, workers=1)
+    records = [record for batch in spied for record in batch.records if record]
+    assert {record["device"] for record in records} == {False}
+    assert {record["blas"] for record in records} == {"1"}
+    assert len({record["process"] for record in records}) == 1
 
 
 def test_the_input_side_needs_no_jax(source):
@@ -126,43 +126,43 @@ sys.path[:0] = {[str(Path(__file__).parents[up]) for up in (0, 1)]!r}
 import avocado_jax.cli.prepare
 from test_pipeline import *
 source = open_shards({str(folder)!r}, READING)
-asked = recipe()
-print(len(stream(source, planned(source, asked), asked, 0, 2)))
+settings = recipe()
+print(len(stream(source, planned(source, settings), settings, 0, 2)))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.stdout == "2\n", done.stderr
 
 
 def test_captions_end_with_the_stop_and_are_cut_where_they_must(source):
-    asked = recipe(group=3, caption_tokens=30)
-    stop = special_id(asked.words, "<|im_end|>")
-    letters = byte_tokenizer()
-    for batch in stream(source, planned(source, asked), asked, 0, 4):
+    settings = recipe(group=3, caption_tokens=30)
+    stop = special_id(settings.words, "<|im_end|>")
+    tokenizer = byte_tokenizer()
+    for batch in stream(source, planned(source, settings), settings, 0, 4):
         captions = batch.captions
         np.testing.assert_array_equal(captions.inputs[:, :, 0], np.repeat(batch.clip.first[:, None], 3, axis=1))
         np.testing.assert_array_equal(captions.inputs[:, :, 1:], captions.targets[:, :, :-1])
         for row, record in enumerate(batch.records):
-            known, cut = [record["caption"], *record["references"]] if record else [], 0
+            known, truncated = [record["caption"], *record["references"]] if record else [], 0
             texts = []
             for targets, valid in zip(captions.targets[row], captions.valid[row]):
                 kept = targets[valid].tolist()
                 if kept and kept[-1] == stop:
-                    texts.append(letters.decode(kept[:-1]))
+                    texts.append(tokenizer.decode(kept[:-1]))
                     assert stop not in kept[:-1]
                 elif kept:
-                    cut += 1
-                    assert any(text.startswith(letters.decode(kept)) for text in known)
-            assert cut == batch.truncated[row]
-            assert len(texts) + cut == len(known)  # two captions for three places: one has no targets
+                    truncated += 1
+                    assert any(text.startswith(tokenizer.decode(kept)) for text in known)
+            assert truncated == batch.truncated[row]
+            assert len(texts) + truncated == len(known)  # two captions for three places: one has no targets
             assert set(texts) <= set(known)
             assert batch.weight[row] == bool(record)
 
 
 def test_drawn_captions_and_prompts_change_with_the_epoch(source):
-    asked = recipe()
-    plan = planned(source, asked)
+    settings = recipe()
+    plan = planned(source, settings)
     rows = {0: {}, 1: {}}
-    for batch in stream(source, plan, asked, 0, 2 * plan.epoch_steps):
+    for batch in stream(source, plan, settings, 0, 2 * plan.epoch_steps):
         for row, name in enumerate(batch.ids):
             rows[batch.epoch][name] = (batch.captions.targets[row].tobytes(), batch.clip.length[row])
     assert any(rows[0][name][0] != rows[1][name][0] for name in source.index.ids)
@@ -170,24 +170,24 @@ def test_drawn_captions_and_prompts_change_with_the_epoch(source):
 
 
 def test_special_tokens_spelled_in_a_caption_are_text():
-    asked = recipe()
-    special = set(asked.words.get_added_vocab().values())
-    ids = asked.words.encode("<|im_end|> and <|VIDEO|>")
-    captions, cut = make_captions([ids], 7, 100, 1)
+    settings = recipe()
+    special = set(settings.words.get_added_vocab().values())
+    ids = settings.words.encode("<|im_end|> and <|VIDEO|>")
+    captions, truncated = make_captions([ids], 7, 100, 1)
     assert not set(captions.targets[captions.valid].tolist()) & special
-    assert cut == 0
+    assert truncated == 0
 
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_lost_record_is_a_row_of_no_weight_in_its_place(source, workers):
-    asked = recipe(max_lost_share=0.5, record_seconds=3.0)
-    plan = planned(source, asked)
-    whole = stream(source, plan, asked, 0, plan.epoch_steps)
+    settings = recipe(max_lost_share=0.5, record_seconds=3.0)
+    plan = planned(source, settings)
+    whole = stream(source, plan, settings, 0, plan.epoch_steps)
     hurt = Spy(source, bad={3: "damaged"}, slow={5: 30})
-    seen = stream(hurt, plan, asked, 0, plan.epoch_steps, workers=workers)
-    lost = {one.id: one.reason for batch in seen for one in batch.lost}
+    found = stream(hurt, plan, settings, 0, plan.epoch_steps, workers=workers)
+    lost = {one.id: one.reason for batch in found for one in batch.lost}
     assert lost == {source.index.ids[3]: "damaged", source.index.ids[5]: "took longer than 3 s"}
-    for one, two in zip(whole, seen):
+    for one, two in zip(whole, found):
         assert [part.shape for part in arrays(one)] == [part.shape for part in arrays(two)]
         assert one.ids == two.ids
         for row, name in enumerate(one.ids):
@@ -202,17 +202,17 @@ def test_a_lost_record_is_a_row_of_no_weight_in_its_place(source, workers):
 
 
 def test_too_many_lost_records_stop_the_run_with_the_list(source):
-    asked = recipe(max_lost_share=0.01)
+    settings = recipe(max_lost_share=0.01)
     bad = Spy(source, bad=dict.fromkeys(range(0, CLIPS, 2), "gone"))
     given = []
     with pytest.raises(InputError, match=r"3 of \d+ records cannot be read: clip-\d+: gone; clip-\d+: gone; "):
-        given.extend(batches(bad, planned(source, asked), asked, 0, 6, range(BATCH)))
+        given.extend(batches(bad, planned(source, settings), settings, 0, 6, range(BATCH)))
     assert given
 
 
 def test_leaving_early_ends_the_workers(source):
-    asked = recipe()
-    stream = batches(Spy(source), planned(source, asked), asked, 0, 1000, range(BATCH), workers=1)
+    settings = recipe()
+    stream = batches(Spy(source), planned(source, settings), settings, 0, 1000, range(BATCH), workers=1)
     worker = next(stream).records[0]["process"]
     stream.close()
     assert not Path(f"/proc/{worker}").exists()
@@ -230,12 +230,12 @@ def test_each_clip_is_read_once_whatever_the_hosts(tmp_path, monkeypatch):
         storage._client.cache_clear()
         assert prepare(Job(str(manifest), "gs://clips-bucket/out", features=True, reading=READING), workers=2).complete
         source = open_shards("gs://clips-bucket/out", READING)
-        asked = recipe()
-        plan = planned(source, asked, 6, 16)
+        settings = recipe()
+        plan = planned(source, settings, 6, 16)
         rng = np.random.default_rng(0)
-        calm = _epoch_in_pieces(source, plan, asked, [(1, 0), (2, 1), (4, 0)], rng)
+        calm = _epoch_in_pieces(source, plan, settings, [(1, 0), (2, 1), (4, 0)], rng)
         proxy.faulty, proxy.every = lambda method, path: "shard-" in path, 20
-        assert calm == _epoch_in_pieces(source, plan, asked, [(4, 1), (1, 2), (2, 0)], rng)
+        assert calm == _epoch_in_pieces(source, plan, settings, [(4, 1), (1, 2), (2, 0)], rng)
         assert all(proxy.hits.values())
         proxy.close()
     storage._client.cache_clear()
@@ -248,21 +248,21 @@ def test_each_clip_is_read_once_whatever_the_hosts(tmp_path, monkeypatch):
         assert [name for name, _ in rows] == [source.index.ids[row] if row >= 0 else "" for row in at.records]
 
 
-def _epoch_in_pieces(source, plan, asked, pieces, rng):
+def _epoch_in_pieces(source, plan, settings, pieces, rng):
     """{step: (bucket, [(id, sum of its bytes)])} of an epoch that stops and goes on with other (hosts, workers)."""
     stops = [0, *sorted(rng.choice(np.arange(1, plan.epoch_steps), 2, replace=False).tolist()), plan.epoch_steps]
     steps = {}
     for (hosts, workers), first, stop in zip(pieces, stops, stops[1:]):
         for host in range(hosts):
             for batch in stream(
-                source, plan, asked, first, stop, contiguous_rows(host, hosts, plan.batch), workers=workers
+                source, plan, settings, first, stop, contiguous_rows(host, hosts, plan.batch), workers=workers
             ):
                 assert not batch.lost
                 bucket, rows = steps.setdefault(batch.step, (batch.bucket, []))
                 assert bucket == batch.bucket
                 for row, name in enumerate(batch.ids):
-                    held = b"".join(np.ascontiguousarray(part[row]).tobytes() for part in arrays(batch))
-                    rows.append((name, hashlib.md5(held).hexdigest()))
+                    content = b"".join(np.ascontiguousarray(part[row]).tobytes() for part in arrays(batch))
+                    rows.append((name, hashlib.md5(content).hexdigest()))
     return dict(sorted(steps.items()))
 
 

@@ -37,34 +37,34 @@ def random_sizes(clips: int, seed: int) -> Sizes:
 
 
 def planned(clips: int, buckets: int, batch: int, seed: int) -> tuple[Sizes, Plan]:
-    asked = random_sizes(clips, seed)
-    return asked, make_plan(asked, choose_buckets(asked, buckets, 1, TINY), batch, seed, 1, TINY)
+    needed = random_sizes(clips, seed)
+    return needed, make_plan(needed, choose_buckets(needed, buckets, 1, TINY), batch, seed, 1, TINY)
 
 
 @settings(max_examples=30, deadline=None)
 @given(st.integers(1, 150), st.integers(1, 6), st.integers(1, 16), st.integers(0, 5))
 def test_every_record_once_an_epoch_and_within_its_bucket(clips, buckets, batch, seed):
-    asked, plan = planned(clips, buckets, batch, seed)
-    table = np.column_stack([*asked.shape, asked.caption])
+    needed, plan = planned(clips, buckets, batch, seed)
+    table = np.column_stack([*needed.shape, needed.caption])
     assert len(plan.buckets) <= buckets
     for epoch in (0, 3):
-        seen = []
+        planned_records = []
         for step in range(epoch * plan.epoch_steps, (epoch + 1) * plan.epoch_steps):
             at = plan.step(step)
             assert (at.step, at.epoch, len(at.records)) == (step, epoch, batch)
             real = at.records[at.records >= 0]
             assert len(real)
             assert (table[real] <= (*at.bucket.shape, at.bucket.caption)).all()
-            seen += real.tolist()
-        assert sorted(seen) == list(range(clips))
+            planned_records += real.tolist()
+        assert sorted(planned_records) == list(range(clips))
 
 
 @pytest.mark.parametrize(("clips", "together", "spares"), [(150, 3, 2), (13, 1, 1)])
 def test_spare_batches_follow_those_of_their_block(clips, together, spares):
     """An epoch has every record once; rows without a record are in spare batches first."""
-    asked = random_sizes(clips, 2)
+    needed = random_sizes(clips, 2)
     plan, without = (
-        make_plan(asked, choose_buckets(asked, 3, 1, TINY), 4, 1, 1, TINY, together, n) for n in (spares, 0)
+        make_plan(needed, choose_buckets(needed, 3, 1, TINY), 4, 1, 1, TINY, together, n) for n in (spares, 0)
     )
     size = together + spares
     assert plan.epoch_steps % size == 0
@@ -76,7 +76,9 @@ def test_spare_batches_follow_those_of_their_block(clips, together, spares):
     for first in range(0, plan.epoch_steps, size):
         block = batches[first : first + size]
         assert len({one.bucket for one in block}) == 1
-        assert [place for place in range(first, first + size) if place in learned] == [*range(first, first + together)]
+        assert [number for number in range(first, first + size) if number in learned] == [
+            *range(first, first + together)
+        ]
         assert list(plan.spare_positions(first // size * together)) == [*range(first + together, first + size)]
         if (np.concatenate([one.records for one in block[:together]]) < 0).any():
             assert (np.concatenate([one.records for one in block[together:]]) < 0).all()
@@ -113,11 +115,11 @@ def test_leftovers_fill_up_what_larger_buckets_lack():
 
 
 def test_seed_and_epoch_change_the_order_and_nothing_else_does():
-    asked, plan = planned(60, 3, 4, 1)
+    needed, plan = planned(60, 3, 4, 1)
     again = planned(60, 3, 4, 1)[1]
     one, two = ([at.step(number).records.tolist() for number in range(plan.epoch_steps)] for at in (plan, again))
     assert one == two
-    other = make_plan(asked, list(plan.buckets), 4, 2, 1, TINY)
+    other = make_plan(needed, list(plan.buckets), 4, 2, 1, TINY)
     assert plan.digest == again.digest != other.digest
     assert one != [other.step(number).records.tolist() for number in range(plan.epoch_steps)]
     assert one != [plan.step(plan.epoch_steps + number).records.tolist() for number in range(plan.epoch_steps)]
@@ -133,10 +135,10 @@ def test_a_step_needs_no_other_step():
 
 def test_padded_share_with_sixteen_shapes():
     """The bar is a quarter; it is the share of FLOPs of whole epochs, empty rows of tails included."""
-    asked = sizes(realistic(1500), 150, 1024, SEVEN_B)
+    needed = sizes(realistic(1500), 150, 1024, SEVEN_B)
     shares = {}
     for group, count in ((1, 4), (1, 16), (1, 32), (8, 16)):
-        plan = make_plan(asked, choose_buckets(asked, count, group, SEVEN_B), 8, 0, group, SEVEN_B)
+        plan = make_plan(needed, choose_buckets(needed, count, group, SEVEN_B), 8, 0, group, SEVEN_B)
         assert len(plan.buckets) <= count
         shares[group, count] = plan.padded_share()
     assert shares[1, 16] < 0.20
@@ -145,8 +147,8 @@ def test_padded_share_with_sixteen_shapes():
 
 
 def test_buckets_are_aligned_and_sorted():
-    asked = sizes(realistic(200), 150, 1024, SEVEN_B)
-    buckets = choose_buckets(asked, 8, 1, SEVEN_B)
+    needed = sizes(realistic(200), 150, 1024, SEVEN_B)
+    buckets = choose_buckets(needed, 8, 1, SEVEN_B)
     assert all(bucket.shape.tokens % 128 == 0 and bucket.caption % 64 == 0 for bucket in buckets)
     costs = row_flops(np.array([(*bucket.shape, bucket.caption) for bucket in buckets]), 1, SEVEN_B)
     assert (np.diff(costs) <= 0).all()
@@ -161,8 +163,8 @@ def test_rows_are_counted_together_as_one_by_one(config):
 
 
 def test_records_that_no_bucket_holds():
-    asked = random_sizes(3, 0)
+    needed = random_sizes(3, 0)
     with pytest.raises(InputError, match="fits none of the buckets"):
-        make_plan(asked, [Bucket(Shape(1, 1, 1, 1), 1)], 2, 0, 1, TINY)
+        make_plan(needed, [Bucket(Shape(1, 1, 1, 1), 1)], 2, 0, 1, TINY)
     with pytest.raises(InputError, match="no records"):
         make_plan(random_sizes(0, 0), [Bucket(Shape(1, 1, 1, 1), 1)], 2, 0, 1, TINY)

@@ -62,13 +62,13 @@ def reference(grid: tuple[int, int, int], mel: int, seconds: float, before: int,
     if audio_tokens(mel):
         sounds = {"num_audio_tokens": [audio_tokens(mel)]}
         pictures = {"video_grid_thw": np.array([grid]), "video_second_per_grid": [seconds]}
-        letters = Processor().replace_video_with_audio_token(
+        placeholders = Processor().replace_video_with_audio_token(
             pictures, 0, sounds, 0, position_id_per_seconds=25, seconds_per_chunk=2.0
         )
     else:
-        letters = "V" * (grid[0] * grid[1] * grid[2] // 4)
+        placeholders = "V" * (grid[0] * grid[1] * grid[2] // 4)
     names = {"<": IDS.audio_start, ">": IDS.audio_end, "A": IDS.audio, "V": IDS.video}
-    media = [IDS.vision_start, *(names[letter] for letter in letters), IDS.vision_end]
+    media = [IDS.vision_start, *(names[letter] for letter in placeholders), IDS.vision_end]
     ids = [*range(1, before + 1), *media, *range(100, 100 + after)]
     positions, _ = Model().get_rope_index(
         torch.tensor([ids]),

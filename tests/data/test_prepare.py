@@ -62,9 +62,11 @@ def test_records_come_back_as_they_were(clips):
 
 
 def test_the_index_knows_the_shape_of_every_row(clips):
-    asked, source = recipe(), open_shards(str(clips / "whole"), READING)
-    known = row_sizes(source.index, asked)
-    longest = max((chat_prompt(asked.words, text) for text in asked.prompts), key=lambda prompt: len(prompt.after))
+    settings, source = recipe(), open_shards(str(clips / "whole"), READING)
+    known = row_sizes(source.index, settings)
+    longest = max(
+        (chat_prompt(settings.words, text) for text in settings.prompts), key=lambda prompt: len(prompt.after)
+    )
     for number in range(len(source)):
         row = make_row(decoded(source[number], READING), longest, TINY, READING)
         assert shape_of(row.clip) == tuple(column[number] for column in known.shape)
@@ -175,9 +177,9 @@ def test_tour_of_bad_and_odd_clips(tmp_path):
 
     done = prepare(job(tmp_path), workers=1, max_reject_share=0.6)
     assert done.complete
-    held = [json.loads(line) for line in (tmp_path / "out" / "rejects.jsonl").read_text().splitlines()]
-    assert [(one["line"], one["id"]) for one in held] == [*enumerate(bad, start=1), (13, "good.mp4"), (14, None)]
-    for one, reason in zip(held, bad.values()):
+    rejects = [json.loads(line) for line in (tmp_path / "out" / "rejects.jsonl").read_text().splitlines()]
+    assert [(one["line"], one["id"]) for one in rejects] == [*enumerate(bad, start=1), (13, "good.mp4"), (14, None)]
+    for one, reason in zip(rejects, bad.values()):
         assert reason in one["reason"]
         assert str(tmp_path) not in one["reason"]
         assert one["video"] == one["id"]
@@ -242,8 +244,8 @@ def test_command(tmp_path, capsys):
     write_manifest(tmp_path, 2)
     arguments = ["prepare", str(tmp_path / "clips.jsonl"), str(tmp_path / "out"), "--workers", "1"]
     assert main([*arguments, "--json"]) == 0
-    said = json.loads(capsys.readouterr().out)
-    assert (said["records"], said["rejected"], said["complete"]) == (2, 0, True)
+    summary = json.loads(capsys.readouterr().out)
+    assert (summary["records"], summary["rejected"], summary["complete"]) == (2, 0, True)
     before = contents(tmp_path / "out")
     assert main(arguments) == 0  # a second time there is nothing to do
     assert contents(tmp_path / "out") == before
@@ -273,14 +275,14 @@ def test_rows_without_a_prompt_get_one_of_the_file(tmp_path):
     """By their id; a row's own prompt stays."""
     write_manifest(tmp_path, 4)
     lines = [json.loads(line) for line in (tmp_path / "clips.jsonl").read_text().splitlines()]
-    own = {lines[0]["id"]: "What?"}
+    given = {lines[0]["id"]: "What?"}
     lines[0]["prompt"] = "What?"
     (tmp_path / "clips.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     prompts = tuple(f"Prompt {number}?" for number in range(9))
     assert prepare(job(tmp_path, prompts=prompts), workers=1).complete
     shards = open_shards(str(tmp_path / "out"), READING)
     found = {shards[number].fields["id"]: shards[number].fields["prompt"] for number in range(4)}
-    assert found == {line["id"]: own.get(line["id"], choose_prompt(prompts, line["id"])) for line in lines}
+    assert found == {line["id"]: given.get(line["id"], choose_prompt(prompts, line["id"])) for line in lines}
     assert len({*found.values()}) > 2
 
 

@@ -149,8 +149,8 @@ def test_media_of_many_lengths(tokenizer: Any, processor: Any, frames: int, samp
     mel = np.concatenate([chunk[:length] for chunk, length in zip(row.clip.mel, row.clip.mel_length)])
     assert np.abs(theirs["input_features"][0, :, : len(mel)].numpy().T - mel).max() < 1e-4
     # The processor's pixels, in the order in which its merger's output is put back
-    seen = windows(clip.frames, SEVEN_B.vision)
-    raster = seen.patches.reshape(len(seen.patches), -1, 4, 3, 392)[:, seen.order].reshape(-1, 3, 392)
+    windowed = windows(clip.frames, SEVEN_B.vision)
+    raster = windowed.patches.reshape(len(windowed.patches), -1, 4, 3, 392)[:, windowed.order].reshape(-1, 3, 392)
     mean, std = (np.array(values)[:, None] for values in (SEVEN_B.vision.pixel_mean, SEVEN_B.vision.pixel_std))
     ours = ((raster / 255 - mean) / std).reshape(-1, 1176)
     assert np.abs(theirs["pixel_values_videos"].numpy() - ours).max() < 1e-5
@@ -202,8 +202,8 @@ def test_rebuilt_vocabulary_is_qwen_s(tokenizer: Any):
         ours = tokenizer.encode(text, add_special_tokens=False)
         assert ours == list(theirs.encode(text))
         assert tokenizer.decode(ours) == tokenizer.backend_tokenizer.normalizer.normalize_str(text)
-    for token, place in special_ids().items():
-        assert tokenizer.encode(token) == [place]
+    for token, number in special_ids().items():
+        assert tokenizer.encode(token) == [number]
     assert len(tokenizer) == 151_665
     assert tokenizer.eos_token_id == 151_645
 

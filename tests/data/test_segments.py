@@ -93,9 +93,9 @@ def test_motion_and_noise_are_no_scene_changes():
     burst = np.zeros(200)
     burst[80:84] = 0.05, 0.07, 0.083, 0.06  # a shape that rushes by
     assert scene_changes(burst).max() < 0.5
-    cut = np.where(np.arange(200) == 77, 0.3, 0.01)
-    assert scene_changes(cut)[77] == 1
-    assert scene_changes(cut)[[76, 78]].max() < 0.1
+    differences = np.where(np.arange(200) == 77, 0.3, 0.01)
+    assert scene_changes(differences)[77] == 1
+    assert scene_changes(differences)[[76, 78]].max() < 0.1
 
 
 def test_borders_by_cost():
@@ -197,7 +197,7 @@ def test_json_of_a_segmented_clip():
     made[4] = made[4][0], ValueError("no memory")
     order = [1, 2, 4, 0, 3]
     found = {
-        segments[0].number: (segments, tokens) for segments, tokens in group_by_clip(made[place] for place in order)
+        segments[0].number: (segments, tokens) for segments, tokens in group_by_clip(made[number] for number in order)
     }
     assert isinstance(found[2][1], ValueError)
     tokenizer = SimpleNamespace(decode=lambda ids: "".join(f"<{one}>" for one in ids))

@@ -57,9 +57,9 @@ def faulty(bucket):
 
 def stream(folder, steps=4, workers=0, cache_dir=None):
     source = open_shards(str(folder), READING, cache_dir)
-    asked = recipe(group=2)
-    plan = plan_batches(source.index, asked, 4, 2, seed=0)
-    return list(batches(source, plan, asked, 0, steps, range(4), workers))
+    settings = recipe(group=2)
+    plan = plan_batches(source.index, settings, 4, 2, seed=0)
+    return list(batches(source, plan, settings, 0, steps, range(4), workers))
 
 
 def assert_same(one, two):
@@ -72,8 +72,8 @@ def assert_same(one, two):
 
 
 def test_a_bucket_holds_the_same_bytes_as_a_folder(bucket):
-    held = {path.name: path.read_bytes() for path in (bucket.local / "out").iterdir()}
-    assert {name: storage.read(f"gs://clips-bucket/out/{name}") for name in held} == held
+    files = {path.name: path.read_bytes() for path in (bucket.local / "out").iterdir()}
+    assert {name: storage.read(f"gs://clips-bucket/out/{name}") for name in files} == files
     assert not storage.exists("gs://clips-bucket/out/parts/job.json")
     assert storage.fingerprint("gs://clips-bucket/out/index-00000.npz") == storage.fingerprint(
         str(bucket.local / "out" / "index-00000.npz")
@@ -131,8 +131,8 @@ def test_folders_that_cannot_be_used(bucket, tmp_path):
     with pytest.raises(InputError, match="run prepare again"):
         open_shards(str(bucket.local / "out"), Reading())
     for name, change in (("version", 1), ("shards", 3), ("index_md5", "")):
-        held = json.loads((bucket.local / "out" / "manifest.json").read_text()) | {name: change}
-        (tmp_path / "manifest.json").write_text(json.dumps(held))
+        manifest = json.loads((bucket.local / "out" / "manifest.json").read_text()) | {name: change}
+        (tmp_path / "manifest.json").write_text(json.dumps(manifest))
         (tmp_path / "index-00000.npz").write_bytes((bucket.local / "out" / "index-00000.npz").read_bytes())
         with pytest.raises(InputError):
             open_shards(str(tmp_path), READING)
@@ -165,9 +165,9 @@ def test_a_tfds_data_set_local_and_in_a_bucket(bucket, tmp_path):
             assert record.clip == same.clip
             assert record.fields == same.fields | {"seconds": 1.0}
             assert source.index.mel[number] == prepared.index.mel[known[name]]
-        asked = recipe()
-        plan = plan_batches(source.index, asked, 4, 2, seed=0)
-        rows = list(batches(source, plan, asked, 0, plan.epoch_steps, range(4)))
+        settings = recipe()
+        plan = plan_batches(source.index, settings, 4, 2, seed=0)
+        rows = list(batches(source, plan, settings, 0, plan.epoch_steps, range(4)))
         assert sorted(name for batch in rows for name in batch.ids if name) == sorted(known)
         assert not any(batch.lost for batch in rows)
     with pytest.raises(InputError, match="not a tfds data set"):

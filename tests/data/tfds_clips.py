@@ -27,7 +27,7 @@ class TinyClips(tfds.core.GeneratorBasedBuilder):
 
     def _generate_examples(self):
         for line in self.manifest.read_text().splitlines():
-            held = json.loads(line)
-            video = (self.manifest.parent / held["video"]).read_bytes()
-            texts = {"id": held["id"], "caption": held["caption"], "references": json.dumps(held["references"])}
-            yield held["id"], texts | {"video": video, "seconds": 1.0}
+            record = json.loads(line)
+            video = (self.manifest.parent / record["video"]).read_bytes()
+            texts = {"id": record["id"], "caption": record["caption"], "references": json.dumps(record["references"])}
+            yield record["id"], texts | {"video": video, "seconds": 1.0}

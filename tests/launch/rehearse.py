@@ -168,7 +168,7 @@ def rehearse(stage, folder):
         restarted = time.monotonic() - second
         pod.finish("second", processes)
 
-        found = {"stage": stage, "namespaces": made.apart, "orders": pod.orders, "statuses": statuses}
+        found = {"stage": stage, "namespaces": made.isolated, "orders": pod.orders, "statuses": statuses}
         found |= {"log": pod.log("broken").read_text(), "broken": pod.lines("broken")}
         found |= {"seconds_to_detect": round(detected, 1), "seconds_to_recover": round(recovered, 1)}
         found |= {"seconds_to_restart": round(restarted, 1)}

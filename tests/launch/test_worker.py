@@ -117,9 +117,9 @@ except Exception as error:
 @pytest.mark.parametrize("failing", [0, 1])
 def test_an_internal_error_of_one_host_ends_the_job_with_3(worker, tmp_path, failing):
     """The other host is aborted by jax, and must not ask for a restart."""
-    with socket.socket() as held:
-        held.bind(("127.0.0.1", 0))
-        program = PEERS.replace("PORT", str(held.getsockname()[1])).replace("FAILING", str(failing))
+    with socket.socket() as reserved:
+        reserved.bind(("127.0.0.1", 0))
+        program = PEERS.replace("PORT", str(reserved.getsockname()[1])).replace("FAILING", str(failing))
     (tmp_path / "peers.py").write_text(program)
     script = f'ulimit -c 0; exec {sys.executable} {tmp_path}/peers.py "${{@: -1}}"'
     peers = [worker(script, host=str(host), PYTHONPATH=str(ROOT)) for host in range(2)]

@@ -35,12 +35,12 @@ def plain(q, k, v, valid=None, causal=False):
     """The formula, head by head."""
     k, v = (jnp.repeat(part, HEADS // KV_HEADS, axis=1) for part in (k, v))
     scores = jnp.einsum("bqhe,bhse->bqhs", q, k) / WIDTH**0.5
-    seen = jnp.ones((ROWS, q.shape[1], 1, k.shape[2]), bool)
+    visible = jnp.ones((ROWS, q.shape[1], 1, k.shape[2]), bool)
     if valid is not None:
-        seen &= valid[:, None, None]
+        visible &= valid[:, None, None]
     if causal:
-        seen &= (jnp.arange(k.shape[2])[None] <= jnp.arange(q.shape[1])[:, None])[None, :, None]
-    scores = jnp.where(seen, scores, -jnp.inf)
+        visible &= (jnp.arange(k.shape[2])[None] <= jnp.arange(q.shape[1])[:, None])[None, :, None]
+    scores = jnp.where(visible, scores, -jnp.inf)
     return jnp.einsum("bqhs,bhse->bqhe", jax.nn.softmax(scores), v), jax.nn.logsumexp(scores, axis=-1)
 
 
@@ -84,21 +84,27 @@ def sequences(rows=ROWS, clip=KEYS, heads=HEADS, kv_heads=KV_HEADS, width=WIDTH)
     keys = jax.random.split(jax.random.key(1), 6)
     q = jax.random.normal(keys[0], (rows, clip, heads, width))
     kv = KV(*(jax.random.normal(key, (rows, kv_heads, clip, width)) for key in keys[1:3]))
-    said = jax.random.normal(keys[3], (rows, GROUP, CAPTION, heads, width))
-    own = KV(*(jax.random.normal(key, (rows, GROUP, kv_heads, CAPTION, width)) for key in keys[4:]))
-    return q, kv, said, own, jnp.arange(clip)[None] < jnp.linspace(clip, clip // 2, rows).astype(int)[:, None]
+    caption_q = jax.random.normal(keys[3], (rows, GROUP, CAPTION, heads, width))
+    caption_kv = KV(*(jax.random.normal(key, (rows, GROUP, kv_heads, CAPTION, width)) for key in keys[4:]))
+    return (
+        q,
+        kv,
+        caption_q,
+        caption_kv,
+        jnp.arange(clip)[None] < jnp.linspace(clip, clip // 2, rows).astype(int)[:, None],
+    )
 
 
 def outputs(module, **options):
     """All three forms of a module as one function; what padding makes is left out."""
 
-    def run(q, kv, said, own, valid):
-        seen = valid[..., None, None]
+    def run(q, kv, caption_q, caption_kv, valid):
+        visible = valid[..., None, None]
         k, v = (jnp.repeat(part, q.shape[2] // part.shape[1], axis=1).swapaxes(1, 2) for part in kv)
         return (
-            jnp.where(seen, module.attend_clip(q, kv, **options), 0),
-            module.attend_captions(said, own, kv, valid, **options),
-            jnp.where(seen, module.attend_block(q, k, v, valid, **options), 0),
+            jnp.where(visible, module.attend_clip(q, kv, **options), 0),
+            module.attend_captions(caption_q, caption_kv, kv, valid, **options),
+            jnp.where(visible, module.attend_block(q, k, v, valid, **options), 0),
         )
 
     return run

@@ -96,13 +96,15 @@ def test_vision_tower_and_layers(reference):
     for number, record in enumerate(records):
         x = np.zeros((*shape, CONFIG.vision.width), np.float32)
         x[valid] = record["input"]
-        own = number in CONFIG.vision.full_layers
+        full = number in CONFIG.vision.full_layers
         layer = {"params": params["vision"][f"layers_{number}"]}
-        ours, _ = VisionLayer(**sizes(CONFIG.vision)).apply(layer, jnp.asarray(x), own, rope, jnp.asarray(valid))
+        ours, _ = VisionLayer(**sizes(CONFIG.vision)).apply(layer, jnp.asarray(x), full, rope, jnp.asarray(valid))
         close(np.asarray(ours)[valid], record["output"], 1e-5)
     ours = VisionTower(CONFIG).apply({"params": params["vision"]}, clip.patches[0], grid, jnp.asarray(valid))
-    ours, place = np.asarray(ours).reshape(-1, CONFIG.text.width), np.asarray(clip.media[0])
-    close(ours[place[(place >= 0) & (place < len(ours))]], out, 1e-5)  # raster order, as in the prompt
+    ours, media_index = np.asarray(ours).reshape(-1, CONFIG.text.width), np.asarray(clip.media[0])
+    close(
+        ours[media_index[(media_index >= 0) & (media_index < len(ours))]], out, 1e-5
+    )  # raster order, as in the prompt
 
 
 @pytest.mark.parametrize("samples", [16000 * 3 + 37, 16000 * 5 + 170, 8000, 700])

@@ -50,18 +50,20 @@ clip_zeros = zeros
 def test_reductions_are_fp32_and_products_bf16(scan):
     """Under bfloat16: norms, softmaxes and angles in fp32; products of weights in bfloat16."""
     jaxpr = traced(computed(TINY, "bfloat16", scan))
-    seen = {}
+    by_primitive = {}
     for equation in equations(jaxpr.jaxpr):
         name = equation.primitive.name
         dtypes = {str(value.aval.dtype) for value in equation.invars if hasattr(value.aval, "dtype")}
-        seen.setdefault(name, []).append((dtypes, str(equation.outvars[0].aval.dtype) if equation.outvars else ""))
+        by_primitive.setdefault(name, []).append(
+            (dtypes, str(equation.outvars[0].aval.dtype) if equation.outvars else "")
+        )
     for name in ("rsqrt", "exp", "log", "cos", "sin", "reduce_max"):
-        assert seen[name], name
-        assert all(dtypes == {"float32"} for dtypes, _ in seen[name]), name
-    products = seen["dot_general"]
+        assert by_primitive[name], name
+        assert all(dtypes == {"float32"} for dtypes, _ in by_primitive[name]), name
+    products = by_primitive["dot_general"]
     assert all(dtypes == {"bfloat16"} for dtypes, _ in products)
     assert {out for _, out in products} == {"bfloat16", "float32"}  # scores are fp32
-    assert all(dtypes == {"bfloat16"} for dtypes, _ in seen["conv_general_dilated"])
+    assert all(dtypes == {"bfloat16"} for dtypes, _ in by_primitive["conv_general_dilated"])
 
 
 @pytest.mark.slow

@@ -134,9 +134,9 @@ print("good", flush=True)
 
 
 def test_two_processes_load_their_rows():
-    with socket.socket() as held_port:
-        held_port.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{held_port.getsockname()[1]}"
+    with socket.socket() as reserved:
+        reserved.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{reserved.getsockname()[1]}"
     environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2", "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, "-c", PROCESS, address]
     processes = [

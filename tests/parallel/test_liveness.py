@@ -17,15 +17,15 @@ class Store:
     """The key-value store of jax.distributed, which can be taken away."""
 
     def __init__(self):
-        self.held, self.gone = {}, False
+        self.values, self.gone = {}, False
 
     def key_value_set(self, key, value, allow_overwrite):
         if self.gone:
             raise Runtime("UNAVAILABLE: no coordinator")
-        self.held[key] = value
+        self.values[key] = value
 
     def key_value_dir_get(self, folder):
-        return [(key, value) for key, value in self.held.items() if key.startswith(folder)]
+        return [(key, value) for key, value in self.values.items() if key.startswith(folder)]
 
 
 @pytest.fixture
@@ -61,12 +61,12 @@ def test_the_host_that_is_behind_is_named_and_all_end_with_75(hosts, capfd):
     made[1].progress(7, "input")
     until(lambda: len(hosts.ended) >= 3)
     assert set(hosts.ended) == {75}
-    said = capfd.readouterr().err
-    warnings = [line for line in said.splitlines() if "(timeouts.step 3): stuck: host 1 (" in line]
+    output = capfd.readouterr().err
+    warnings = [line for line in output.splitlines() if "(timeouts.step 3): stuck: host 1 (" in line]
     assert len(warnings) == 3  # each host names it once, long before it ends
     assert all("input of step 7, outside the package" in line for line in warnings)
-    assert "Current thread" in said  # stacks
-    assert "host 2" not in said
+    assert "Current thread" in output  # stacks
+    assert "host 2" not in output
 
 
 def test_no_host_is_named_where_none_is_behind(hosts, capfd):
@@ -83,12 +83,12 @@ def test_a_host_without_heartbeats_is_named(hosts, capfd):
     time.sleep(1.6)
     hosts.store.gone = True  # then process 0 cannot be reached
     time.sleep(1.6)
-    said = capfd.readouterr().err.splitlines()
-    silent = [line.partition(":")[0].split(" (")[0] for line in said]
+    output = capfd.readouterr().err.splitlines()
+    silent = [line.partition(":")[0].split(" (")[0] for line in output]
     assert silent.count("host 1") == 2  # host 0 and host 2 name it
     assert silent.count("host 0") == 1  # host 2
     assert "host 2" not in silent
-    assert all("no heartbeat for" in line for line in said)
+    assert all("no heartbeat for" in line for line in output)
     assert not hosts.ended  # this is left to jax
 
 
@@ -120,8 +120,8 @@ def test_a_host_that_was_stopped_does_not_trust_its_last_answer(hosts):
     """What it reads first may have been sent before the others ended."""
     made = hosts(0.4, 0)
     until(lambda: made[0]._peers.keys() == {0, 1, 2})
-    held = hosts.store.held
-    hosts.store.held = {key: value.replace("[", "[1", 1) for key, value in held.items()}  # new counts, once
+    values = hosts.store.values
+    hosts.store.values = {key: value.replace("[", "[1", 1) for key, value in values.items()}  # new counts, once
     hosts.store.key_value_set = lambda *_, **__: None
     assert len(made[0].lost_peers(1)) == 2
 

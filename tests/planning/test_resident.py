@@ -66,11 +66,11 @@ def test_a_step_holds_what_its_plan_says(steps, spares, tmp_path, capsys):
     assert batches_of(plan, phases["rollout"]) == together  # spare ones too
     alive = phases["rollout"].alive | phases["update"].alive
     rollout, scored = alive["captions"][1][0], phases["update"].args[1].scored
-    before, held = bytes_per_device(jax.live_arrays()), {}
+    before, measured = bytes_per_device(jax.live_arrays()), {}
 
     def phase(name, returned):
         def run(*args):
-            held[name] = bytes_per_device(jax.live_arrays()) - before
+            measured[name] = bytes_per_device(jax.live_arrays()) - before
             return returned(*args)
 
         return run
@@ -116,8 +116,8 @@ def test_a_step_holds_what_its_plan_says(steps, spares, tmp_path, capsys):
     warned = "step 1: warning: sampler_gap 0.300" in capsys.readouterr().err
     assert warned == (spares == 0)  # all captions have the same reward, so nothing is learned from
     del waiting
-    assert list(held) == [name for name in phases if name != "spares"]  # made by the step itself
-    for name, bytes_held in held.items():
-        assert abs(bytes_held - bytes_per_device(phases[name].alive)) < SMALL * together, name
+    assert list(measured) == [name for name in phases if name != "spares"]  # made by the step itself
+    for name, measured_bytes in measured.items():
+        assert abs(measured_bytes - bytes_per_device(phases[name].alive)) < SMALL * together, name
     # what comes and goes is larger than what is overlooked
     assert min(bytes_per_device(alive[part]) for part in ("encoded", "view", "reference")) > 2 * SMALL * together

@@ -90,15 +90,18 @@ def test_what_no_reader_takes_is_told_with_its_text_and_not_kept(tmp_path):
 
 @pytest.mark.parametrize("ended", ["length", "content_filter"])
 def test_an_answer_that_the_server_cut_is_none(ended):
-    cut = {"choices": [{"message": {"content": '{"dogs": 1}'}, "finish_reason": ended}]}
-    with server_saying(json.dumps(cut).encode(), '{"dogs": 2}') as server, ChatClient(Endpoint(server.url, "m")) as one:
+    truncated = {"choices": [{"message": {"content": '{"dogs": 1}'}, "finish_reason": ended}]}
+    with (
+        server_saying(json.dumps(truncated).encode(), '{"dogs": 2}') as server,
+        ChatClient(Endpoint(server.url, "m")) as one,
+    ):
         assert ask(one).value == 2
 
 
 def test_tokens_are_counted_and_their_budget_is_never_exceeded():
-    said = json.loads(chat('{"dogs": 1}')) | {"usage": {"total_tokens": 300}}
+    answer = json.loads(chat('{"dogs": 1}')) | {"usage": {"total_tokens": 300}}
     with (
-        server_saying(json.dumps(said).encode()) as server,
+        server_saying(json.dumps(answer).encode()) as server,
         ChatClient(Endpoint(server.url, "m", max_tokens=1000, options={"max_tokens": 290})) as client,
     ):
         replies = dict(client.each(client.ask(DOG, count, sample=number) for number in range(20)))
@@ -110,8 +113,8 @@ def test_tokens_are_counted_and_their_budget_is_never_exceeded():
 
 @pytest.mark.parametrize("usage", [None, {}, {"total_tokens": "9"}, {"total_tokens": -5}, {"total_tokens": True}])
 def test_without_usage_tokens_are_estimated(usage):
-    said = json.loads(chat('{"dogs": 1}')) | {"usage": usage}
-    with server_saying(json.dumps(said).encode()) as server, ChatClient(Endpoint(server.url, "m")) as client:
+    answer = json.loads(chat('{"dogs": 1}')) | {"usage": usage}
+    with server_saying(json.dumps(answer).encode()) as server, ChatClient(Endpoint(server.url, "m")) as client:
         ask(client)
         assert client.tokens == estimate(server.requests[0])
 

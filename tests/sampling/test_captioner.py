@@ -71,9 +71,9 @@ def test_prompt_of_a_row(tokenizer):
 
 
 def test_unstacked_layers_are_the_stack_s(params):
-    apart = jax.jit(unstacked)(params)
-    assert set(apart["text"]) == {"norm", "layers_0", "layers_1"}
-    for path, leaf in jax.tree_util.tree_leaves_with_path(apart):
+    per_layer = jax.jit(unstacked)(params)
+    assert set(per_layer["text"]) == {"norm", "layers_0", "layers_1"}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(per_layer):
         node, layer = params, None
         for key in path:
             if key.key.startswith("layers_"):
@@ -81,7 +81,7 @@ def test_unstacked_layers_are_the_stack_s(params):
             node = node["layers" if key.key.startswith("layers_") else key.key]
         np.testing.assert_array_equal(leaf, node if layer is None else node[layer])
     born = jax.eval_shape(partial(init, computed(CONFIG, "float32", scan=False)), jax.random.key(0))
-    assert jax.tree.map(np.shape, apart) == jax.tree.map(lambda leaf: leaf.shape, born)
+    assert jax.tree.map(np.shape, per_layer) == jax.tree.map(lambda leaf: leaf.shape, born)
 
 
 def test_captions_in_training_are_the_same_over_a_mesh(params, tokenizer, monkeypatch):

@@ -85,12 +85,12 @@ def test_captions_stop(params, rows):
     assert lengths.min() == 1  # at the first token too
     assert lengths.max() > 2
     logprobs = np.asarray(drawn.logprobs)
-    for place in np.ndindex(lengths.shape):
-        caption, length = tokens[place], lengths[place]
+    for index in np.ndindex(lengths.shape):
+        caption, length = tokens[index], lengths[index]
         assert not np.isin(caption[: length - 1], stops).any()
         assert caption[length - 1] in stops or length == LENGTH
         assert (caption[length:] == stops[0]).all()
-        assert (logprobs[place][length:] == 0).all()
+        assert (logprobs[index][length:] == 0).all()
 
 
 def test_a_caption_does_not_depend_on_its_group(params, rows):

@@ -472,8 +472,8 @@ def test_more_requests_than_the_queue_takes(server):
     async def ask() -> list:
         async with openai.AsyncOpenAI(**server.options) as client:
             messages = [{"role": "user", "content": "slow"}]
-            asked = (client.chat.completions.create(model="stub", messages=messages) for _ in range(200))
-            return await asyncio.gather(*asked, return_exceptions=True)
+            requests = (client.chat.completions.create(model="stub", messages=messages) for _ in range(200))
+            return await asyncio.gather(*requests, return_exceptions=True)
 
     answers = asyncio.run(ask())
     refused = [one for one in answers if isinstance(one, openai.RateLimitError)]

@@ -37,7 +37,7 @@ for name in wanted:
     elif name.startswith("split"):
         lost = {"split none": {}, "split one": {1: [3]}, "split all": {0: [2], 1: [3]}}[name]
         found[name] = agreement.rewarded(where, **apart, lost=lost)
-    elif name.startswith("letters"):
+    elif name.startswith("caption_length"):
         found[name] = agreement.rewarded(where, **both, extra=(f"host:agreement:{name}=0.5",))
     elif name.startswith("silent"):
         allowed = 0.3 if name == "silent" else 0.7
@@ -58,7 +58,7 @@ print(json.dumps(found))
 """
 JUDGED = ("remote", "embedding", "lm")
 PROBES = ("remote probes", "lm probes")
-LETTERS = ("letters", "letters_or_failure")
+HOST_TERMS = ("caption_length", "caption_length_or_failure")
 SPLIT = ("split none", "split one", "split all")
 
 
@@ -92,7 +92,7 @@ def run(judges, folder, count, devices, *scenarios):
 
 @pytest.fixture(scope="module")
 def two(judges, tmp_path_factory):
-    scenarios = ("learn", *SPLIT, *JUDGED, "remote lost", *PROBES, "silent", "silent allowed", *LETTERS)
+    scenarios = ("learn", *SPLIT, *JUDGED, "remote lost", *PROBES, "silent", "silent allowed", *HOST_TERMS)
     return run(judges, tmp_path_factory.mktemp("two"), 2, 2, *scenarios)
 
 
@@ -199,9 +199,9 @@ def test_missing_answers_end_all_processes(two):
 
 def test_one_process_computes_each_value_of_a_users_term(two):
     (first, second), _, folder = two
-    assert first["letters"] == second["letters"]  # the digest of the local replicas too
-    lines = rollouts(folder, "letters")
-    values = [line["rewards"]["letters"] for line in lines]
+    assert first["caption_length"] == second["caption_length"]  # the digest of the local replicas too
+    lines = rollouts(folder, "caption_length")
+    values = [line["rewards"]["caption_length"] for line in lines]
     assert {value is None for value in values} == {True, False}
     process = {line["id"]: set() for line in lines}
     for line, value in zip(lines, values):
@@ -212,23 +212,28 @@ def test_one_process_computes_each_value_of_a_users_term(two):
             process[line["id"]].add(number)
     assert sorted(map(len, process.values())) == [1, 1]
     known = [value for value in values if value is not None]
-    assert first["letters"]["metrics"]["reward_letters"] == pytest.approx(np.mean(known), rel=1e-5)
-    assert first["letters"]["metrics"]["reward_letters_missing"] == values.count(None) / len(values)
+    assert first["caption_length"]["metrics"]["reward_caption_length"] == pytest.approx(np.mean(known), rel=1e-5)
+    assert first["caption_length"]["metrics"]["reward_caption_length_missing"] == values.count(None) / len(values)
     for clip in process:
         own = [line for line in lines if line["id"] == clip]
-        mean = np.mean([line["rewards"]["letters"] for line in own if line["rewards"]["letters"] is not None])
+        mean = np.mean(
+            [line["rewards"]["caption_length"] for line in own if line["rewards"]["caption_length"] is not None]
+        )
         for line in own:  # without a verdict a caption has the mean of its group
-            value = mean if line["rewards"]["letters"] is None else line["rewards"]["letters"]
+            value = mean if line["rewards"]["caption_length"] is None else line["rewards"]["caption_length"]
             assert line["reward"] == pytest.approx(line["rewards"]["length"] + 0.5 * value, rel=1e-5)
 
 
 def test_an_exception_in_a_users_term_ends_all_processes(two):
-    first, second = (found["letters_or_failure"] for found in two[0])
+    first, second = (found["caption_length_or_failure"] for found in two[0])
     assert first == {
-        "failed": "the term letters_or_failure failed on another process: see its output",
+        "failed": "the term caption_length_or_failure failed on another process: see its output",
         "cause": "NoneType",
     }
-    assert second == {"failed": "the term host:agreement:letters_or_failure failed: no letters", "cause": "InputError"}
+    assert second == {
+        "failed": "the term host:agreement:caption_length_or_failure failed: no letters",
+        "cause": "InputError",
+    }
 
 
 @pytest.mark.slow
