@@ -17,9 +17,9 @@ def progress(items: Iterable[T], what: str, total: int | None = None, every: flo
     if sys.stderr.isatty():
         yield from tqdm(items, desc=what, total=total)
         return
-    said = time.monotonic()
+    reported = time.monotonic()
     for done, item in enumerate(items, start=1):
         yield item
-        if time.monotonic() - said >= every:
-            said = time.monotonic()
+        if time.monotonic() - reported >= every:
+            reported = time.monotonic()
             print(f"{what}: {done}" + (f" of {total}" if total else ""), file=sys.stderr, flush=True)

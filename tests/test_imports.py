@@ -76,10 +76,10 @@ def test_imports_point_one_way():
             first = inner.split(".")[0]
             if first in LEAVES or first == folder:
                 continue
-            own = path.relative_to(PACKAGE).as_posix()
+            name = path.relative_to(PACKAGE).as_posix()
             # Files of the package itself, its leaves, import leaves only.
-            allowed = ALLOWED.get(folder, set()) | ALLOWED.get(own, set())
-            assert first in allowed or inner in allowed, f"{own} imports {inner}"
+            allowed = ALLOWED.get(folder, set()) | ALLOWED.get(name, set())
+            assert first in allowed or inner in allowed, f"{name} imports {inner}"
 
 
 def test_input_side_has_no_device_code():

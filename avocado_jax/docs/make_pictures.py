@@ -51,7 +51,7 @@ def ablation_plot() -> bytes:
     """Means and standard deviations of the first table of eval/README.md behind "Measured"."""
     text = (HERE.parent / "eval" / "README.md").read_text().split("## Measured")[1]
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in re.findall(r"^\|.*\|$", text, re.M)]
-    arms = rows[2 : next(place for place, row in enumerate(rows[1:], 1) if row[0] == "" and place > 2)]
+    arms = rows[2 : next(index for index, row in enumerate(rows[1:], 1) if row[0] == "" and index > 2)]
     figure = Figure(figsize=(10, 2.4), layout="constrained")
     for axes, (title, column) in zip(figure.subplots(1, len(PANELS), sharey=True), PANELS.items()):
         cells = [[float(part) for part in arm[column].split("±")] for arm in arms]

@@ -77,7 +77,7 @@ class TruthfulBackend:
     def __init__(self, path: Path) -> None:
         from teller import Teller
 
-        self.failed, self.teller = asyncio.Event(), Teller(json.loads(path.read_text()))
+        self.failed, self.simulator = asyncio.Event(), Teller(json.loads(path.read_text()))
 
     async def prepare(self, chat, media):
         from teller import stage_of
@@ -85,12 +85,12 @@ class TruthfulBackend:
         stage = stage_of({"messages": [{"content": chat.turns[0].text}]})
         if media is None:
             messages = [{"content": turn.text} for turn in chat.turns]
-            truth = self.teller.truth_of({"messages": messages})
+            truth = self.simulator.truth_of({"messages": messages})
         else:
-            distances = [self.distance(one, media, stage) for one in self.teller.media]
+            distances = [self.distance(one, media, stage) for one in self.simulator.media]
             assert min(distances) < (6 if stage == "visual" else 1e-3), distances
-            truth = self.teller.truths[int(np.argmin(distances))]
-        return json.dumps(self.teller.answer(stage, truth)), []
+            truth = self.simulator.truths[int(np.argmin(distances))]
+        return json.dumps(self.simulator.answer(stage, truth)), []
 
     def distance(self, known, media, stage) -> float:
         if stage == "audio":

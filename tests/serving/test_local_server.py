@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from test_server import running
+from running_server import running
 
 from avocado_jax.data.media import Media
 from avocado_jax.data.prompt import Habits

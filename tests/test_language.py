@@ -1,0 +1,78 @@
+"""Identifiers use the field's terms: what this code names has none of the vague components listed here."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+VAGUE = (
+    "told|tell|teller|asked|held|own|so_far|seen|heard|said|apart|fitting|cut|worth|side|room|looked_at|letters|joined|"
+    "place|local_rows|sums"
+)
+ALLOWED = {
+    "asked_pixels": "a field of reading.json and of the manifest of prepared data",
+    "tell": "a method of Python's files",
+}
+OTHERS = ("rewards/", "eval/", "train/", "world/", "curation/", "cli/")
+PENDING = (
+    *(f"{folder}/{name}" for folder in ("avocado_jax", "tests") for name in OTHERS),
+    *("tests/benchmark_judge", "tests/fake_run", "tests/make_trl_losses", "tests/measure_", "tests/probe_judge"),
+    *("tests/test_config", "tests/train_runs"),
+)
+COMPONENT = re.compile(f"_({VAGUE})_")
+
+
+def is_vague(name: str) -> bool:
+    """Whether a component of a name, in snake_case or CamelCase, is on the list. `held_out` is a standard term."""
+    words = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name).lower().replace("held_out", "")
+    return bool(COMPONENT.search(f"_{words}_".replace("__", "_")))
+
+
+def defined_names(tree: ast.Module) -> set[str]:
+    """Functions, classes, parameters, variables, attributes and import aliases. Names of tests are sentences."""
+    names = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            names.add("" if node.name.startswith("test_") else node.name)
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            names.add(node.id)
+        elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
+            names.add(node.attr)
+        elif isinstance(node, ast.arg):
+            names.add(node.arg)
+        elif isinstance(node, ast.alias):
+            names.add(node.asname or "")
+        elif isinstance(node, ast.ExceptHandler | ast.MatchAs | ast.MatchStar):
+            names.add(node.name or "")
+    return names
+
+
+@pytest.mark.parametrize("folder", ["avocado_jax", "configs", "launch", "tests"])
+def test_no_name_is_vague(folder):
+    found = []
+    for path in sorted((ROOT / folder).rglob("*.py")):
+        name = str(path.relative_to(ROOT))
+        if not name.startswith(PENDING):
+            vague = filter(is_vague, defined_names(ast.parse(path.read_bytes())) - ALLOWED.keys())
+            found += [f"{name}: {one}" for one in sorted(vague)]
+    assert not found, "\n".join(found)
+
+
+@pytest.mark.parametrize(
+    ("name", "vague"),
+    [
+        *[
+            (name, True)
+            for name in ("told", "_told", "front_place", "CutLines", "SIDE", "so_far", "own_prompts", "a_sums")
+        ],
+        *[
+            (name, False)
+            for name in ("held_out", "heldout", "heldout_rows", "places", "owner", "outside", "far", "total")
+        ],
+    ],
+)
+def test_components_are_compared(name, vague):
+    assert is_vague(name) == vague
+    assert {name} <= defined_names(ast.parse(f"def f(x, *, {name}=1): pass"))
