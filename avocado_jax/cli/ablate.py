@@ -97,8 +97,8 @@ def run(args: argparse.Namespace) -> int:
             mine = load(args.config, [*args.fields, *job.fields])
             if status := _train(job, mine):
                 return status
-            told = _measured(mine, config.init if job.arm.stage == "init" else job.folder)
-            storage.write(where, json.dumps(told, ensure_ascii=False).encode())
+            result = _measured(mine, config.init if job.arm.stage == "init" else job.folder)
+            storage.write(where, json.dumps(result, ensure_ascii=False).encode())
             jax.clear_caches()  # the next run's programs are its own
         measured[job.arm.name].append(json.loads(storage.read(where)))
     if terms:
@@ -154,7 +154,7 @@ def _measured(config: GrpoConfig, checkpoint: str) -> dict[str, Any]:
     captions = caption_records(captioner, records, config.sampling.tokens, TOGETHER)
     lengths = [len(captioner.tokenizer.encode(caption)) for caption in captions]
     metrics = world_metrics(captions, lengths, [record.fields for record in records])
-    return {"metrics": metrics, "captions": {one.fields["id"]: said for one, said in zip(records, captions)}}
+    return {"metrics": metrics, "captions": {one.fields["id"]: caption for one, caption in zip(records, captions)}}
 
 
 def _add_means(terms: list[Term], config: GrpoConfig, measured: list[dict[str, Any]]) -> None:

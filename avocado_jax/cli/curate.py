@@ -107,9 +107,9 @@ def run(args: argparse.Namespace) -> int:
     options = request_fields(args.request, {"temperature": 0, "max_tokens": args.answer_tokens})
     if args.dry_run:
         if args.from_captions:
-            tell(expected_references(captions, settings, args.answer_tokens, wanted), args.json)
+            print_counts(expected_references(captions, settings, args.answer_tokens, wanted), args.json)
         else:
-            tell(expected(clips, settings, args.answer_tokens, bool(checkpoint)), args.json)
+            print_counts(expected(clips, settings, args.answer_tokens, bool(checkpoint)), args.json)
         return 0
     with open_journal(args.out / "answers.jsonl") as journal, ChatClient(endpoint(args, journal, options)) as client:
         asker = Asker(client, journal, 60 / args.per_minute, max(SILENCE, args.concurrency))
@@ -123,7 +123,7 @@ def run(args: argparse.Namespace) -> int:
         print(f"avocado curate: stopped: {asker.why}; what is done is kept, run it again to go on", file=sys.stderr)
     counts = {"clips": len(clips), "kept": len(done.lines), "rejected": done.stages()}
     counts |= {"bad_lines": len(bad_lines)} if args.from_captions else {}
-    tell(counts | {"unanswered": done.unanswered(), "left": left} | asker.spent(), args.json)
+    print_counts(counts | {"unanswered": done.unanswered(), "left": left} | asker.spent(), args.json)
     if asker.exhausted:
         return 3
     return 1 if left or done.unanswered() else 0
@@ -136,8 +136,8 @@ def check(args: argparse.Namespace) -> None:
     for name in (*above, *least, "fewest_tokens", "budget_calls", "budget_tokens"):
         value = getattr(args, name)
         if value is not None and not (value > 0 if name in above else value >= least.get(name, 0)):
-            asked = "more than 0" if name in above else f"at least {least.get(name, 0)}"
-            raise InputError(f"--{name.replace('_', '-')} is {value}, {asked} is asked for")
+            bound = "more than 0" if name in above else f"at least {least.get(name, 0)}"
+            raise InputError(f"--{name.replace('_', '-')} is {value}, {bound} is asked for")
     if bool(args.videos) == bool(args.from_captions):
         raise InputError("either videos or --from-captions FILE must be given")
     if args.from_captions and args.from_captions.resolve() == (args.out / "manifest.jsonl").resolve():
@@ -189,11 +189,11 @@ def local(args: argparse.Namespace, checkpoint: Checkpoint | None, journal: Jour
     return local_captions(lambda: load_captioner(checkpoint, None, dtype), known, args.most_tokens, journal)
 
 
-def tell(counts: dict[str, Any], as_json: bool) -> None:
+def print_counts(counts: dict[str, Any], as_json: bool) -> None:
     """Print what came of it."""
     if as_json:
         print(json.dumps(counts))
         return
     for name, value in counts.items():
-        told = ", ".join(f"{part} {number}" for part, number in value.items()) if isinstance(value, dict) else value
-        print(f"{name.replace('_', ' '):16} {told if told != '' else 0}")
+        text = ", ".join(f"{part} {number}" for part, number in value.items()) if isinstance(value, dict) else value
+        print(f"{name.replace('_', ' '):16} {text if text != '' else 0}")

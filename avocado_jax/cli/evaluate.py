@@ -61,11 +61,11 @@ import sys
 from avocado_jax.cli.evaluate_benchmark import run_benchmark
 from avocado_jax.cli.evaluate_captions import (
     EMPTY,
+    clip_prompts,
     folder_of,
     given_captions,
     make_captions,
     make_item,
-    own_prompts,
     print_failed,
     read_file,
 )
@@ -180,7 +180,7 @@ def _world(args: argparse.Namespace) -> int:
     if args.captions:
         outcome = given_captions(args, every, list(records))
     else:
-        videos, prompts = Videos(folder_of(args.data)), own_prompts(args)
+        videos, prompts = Videos(folder_of(args.data)), clip_prompts(args)
         items = []
         for one in records.values():
             try:

@@ -13,11 +13,11 @@ from avocado_jax.checkpoint.load import open_language_model
 from avocado_jax.checkpoint.references import fetched, run_path
 from avocado_jax.cli.evaluate_captions import (
     EMPTY,
+    clip_prompts,
     folder_of,
     given_captions,
     make_captions,
     make_item,
-    own_prompts,
     print_failed,
     read_file,
 )
@@ -44,8 +44,10 @@ UNLIMITED = 10**9  # calls
 def run_benchmark(args: argparse.Namespace, benchmark: Benchmark) -> int:
     """Caption, judge, measure, print. Returns the exit status."""
     _check(args, benchmark)
-    own = args.prompts and fetched(run_path(args.prompts) if storage.is_remote(args.prompts) else Path(args.prompts))
-    prompts = read_prompts(benchmark, own or None)
+    prompt_folder = args.prompts and fetched(
+        run_path(args.prompts) if storage.is_remote(args.prompts) else Path(args.prompts)
+    )
+    prompts = read_prompts(benchmark, prompt_folder or None)
     options = request_fields(args.request, DEFAULTS)
     if args.judge:  # a mistake ends the command before hours of captioning
         ChatClient(Endpoint(args.judge, args.judge_model)).close()
@@ -53,8 +55,8 @@ def run_benchmark(args: argparse.Namespace, benchmark: Benchmark) -> int:
         open_language_model(args.judge_model)
     every = read_file(args.data, benchmark.read)
     records = every[: args.limit]
-    place = args.videos or (folder_of(args.data) if benchmark.beside else None)
-    videos = Videos(place) if place and not args.dry_run else None
+    video_folder = args.videos or (folder_of(args.data) if benchmark.beside else None)
+    videos = Videos(video_folder) if video_folder and not args.dry_run else None
     places = {one.id: find_video(videos, one) for one in records} if videos else {}
     if args.dry_run:
         return _dry_run(args, benchmark, every, records, prompts, options)
@@ -147,7 +149,7 @@ def _captioned(
     """Captions of the checkpoint, those that other hosts made among them, their folder, and how they are decoded."""
     sound = benchmark.sound and not args.no_audio
     how = How(args.max_new_tokens, computing_dtype(args.dtype), sound, not args.no_picture)
-    prompts = own_prompts(args)
+    prompts = clip_prompts(args)
     items = [
         make_item(videos, prompts, one.id, places[one.id], {"prompt": one.prompt} if one.prompt else {})
         for one in records

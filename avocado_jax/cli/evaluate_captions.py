@@ -45,7 +45,7 @@ def folder_of(path: str) -> str:
     return path.rpartition("/")[0] if storage.is_remote(path) else str(Path(path).parent)
 
 
-def own_prompts(args: argparse.Namespace) -> tuple[str, ...]:
+def clip_prompts(args: argparse.Namespace) -> tuple[str, ...]:
     """The prompts of --prompt-file."""
     return read_prompts(args.prompt_file) if args.prompt_file else ()
 
@@ -72,7 +72,7 @@ def make_captions(
     known = identity(checkpoint)
     if frames:
         known = f"{known} {frames}"
-    place = file(digest([known, vars(how)])[:8])
+    target = file(digest([known, vars(how)])[:8])
 
     def load():
         captioner = load_captioner(checkpoint, None, how.dtype)
@@ -80,11 +80,11 @@ def make_captions(
         most = min(reading.most_frames, frames or reading.most_frames)
         return captioner._replace(reading=replace(reading, most_frames=most))
 
-    folder = folder_of(place)
+    folder = folder_of(target)
     beside = storage.names(folder) if args.benchmark != "world" else []
     kept = [name for name in beside if name.startswith("captions") and name.endswith(".jsonl")]
-    others = [path for path in (storage.join(folder, name) for name in kept) if path != place]
-    return caption_items(items, load, known, how, place, args.batch, args.max_failed, others, args.clip_seconds)
+    others = [path for path in (storage.join(folder, name) for name in kept) if path != target]
+    return caption_items(items, load, known, how, target, args.batch, args.max_failed, others, args.clip_seconds)
 
 
 def given_captions(args: argparse.Namespace, every: dict[str, Any], wanted: list[str]) -> Outcome:

@@ -75,12 +75,12 @@ def run(args: argparse.Namespace) -> int:
             found.append({**fields, "fits": fits, "seconds": seconds or None, "steps": entries})
             if not args.json:
                 print(f"tried {_choice(fields)}: {_memory(max(entries, key=_total))}", flush=True)
-        fitting = sorted((one for one in found if one["fits"]), key=lambda one: one["seconds"] or 0)
+        choices = sorted((one for one in found if one["fits"]), key=lambda one: one["seconds"] or 0)
         if args.json:
-            print(json.dumps(plan | {"fits": bool(fitting), "choices": fitting}))
-        for one in [] if args.json else fitting:
+            print(json.dumps(plan | {"fits": bool(choices), "choices": choices}))
+        for one in [] if args.json else choices:
             print("\n".join([_choice(one), *(f"  {entry['name']}: {_time(entry)}" for entry in one["steps"])]))
-        return 0 if fitting else 1
+        return 0 if choices else 1
 
     steps = []
     for bucket in buckets if args.all_shapes else buckets[:1]:

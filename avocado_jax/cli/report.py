@@ -36,19 +36,19 @@ def run(args: argparse.Namespace) -> int:
     results = [read_result(path) for path in files]
     models: dict[str, dict] = {}
     for path, result in zip(files, results):
-        own = models.setdefault(result["model"], {})
-        if result["benchmark"] in own:
+        of_model = models.setdefault(result["model"], {})
+        if result["benchmark"] in of_model:
             raise InputError(f"{path}: a second result of {result['model']!r:.80} on {result['benchmark']}")
-        own[result["benchmark"]] = result["metrics"]
+        of_model[result["benchmark"]] = result["metrics"]
     if args.json:
-        for model, own in models.items():
-            print(json.dumps({"model": model, "results": own}))
+        for model, of_model in models.items():
+            print(json.dumps({"model": model, "results": of_model}))
         return 0
     print(ablation_table(results), end="")
     judges = {(result["judge"] or {}).get("model") for result in results if isinstance(result.get("judge"), dict)}
     if len(judges) > 1:
-        told = f"these were judged by {len(judges)} judges: the figures are not comparable"
-        print(f"avocado report: {told}", file=sys.stderr)
+        warning = f"these were judged by {len(judges)} judges: the figures are not comparable"
+        print(f"avocado report: {warning}", file=sys.stderr)
     return 0
 
 

@@ -120,8 +120,8 @@ def run(args: argparse.Namespace) -> int:
             results[one.number]["explain"] = explain(one.caption, one.reference, one.scored, points, spoken)
     for number in range(len(lines)):
         show(results[number], args.json)
-    if cut := sum(one["truncated"] for one in results.values()):
-        print(f"avocado score: {cut} of {len(lines)} captions or references were cut", file=sys.stderr)
+    if truncated := sum(one["truncated"] for one in results.values()):
+        print(f"avocado score: {truncated} of {len(lines)} captions or references were cut", file=sys.stderr)
     return 0
 
 
@@ -238,7 +238,7 @@ def row(line: dict[str, Any], terms: list[str], one: Entry) -> dict[str, Any]:
         "keypoints": [None if math.isnan(one) else one for one in answers]
         if "checklist" in terms and answers
         else None,
-        "truncated": bool(scored.terms["truncated"] > 0) or one.cut,
+        "truncated": bool(scored.terms["truncated"] > 0) or one.truncated,
         **{term: value(term) for term in EXTRA if term in terms},
     }
 

@@ -52,9 +52,9 @@ def run(args: argparse.Namespace) -> int:
         target = storage.join(target, "report.html")
     clips = _Manifests(args.data, target) if args.data else _Sources(args.folder, target)
     data = report(args.folder, args.last, clips)
-    for told in clips.told:
-        print(f"avocado view: {told}", file=sys.stderr)
-    data["notes"] += clips.told
+    for note in clips.notes:
+        print(f"avocado view: {note}", file=sys.stderr)
+    data["notes"] += clips.notes
     storage.write(target, page(data).encode())
     print(target)
     return 0
@@ -74,10 +74,10 @@ class _Manifests:
             self._clips |= {entry.fields["id"]: (entry.fields, storage.join(folder, entry.video)) for entry in entries}
 
     @property
-    def told(self) -> list[str]:
+    def notes(self) -> list[str]:
         """What could not be found."""
-        said = {"clips are in no manifest": self._missing, "videos are not where the manifest says": self._lacking}
-        return [f"{count} {what}" for what, count in said.items() if count]
+        counts = {"clips are in no manifest": self._missing, "videos are not where the manifest says": self._lacking}
+        return [f"{count} {what}" for what, count in counts.items() if count]
 
     def __call__(self, kind: str, name: str) -> Clip | None:
         if name not in self._clips:
@@ -95,7 +95,7 @@ class _Sources:
     """Clips from the data that a run's config names, written beside the page."""
 
     def __init__(self, run: str, target: str) -> None:
-        self.told: list[str] = []  # what could not be read
+        self.notes: list[str] = []  # what could not be read
         self._folder, self._sources = target.removesuffix(".html") + "_clips", {}
         where = storage.join(run, "config.json")
         self._config = json.loads(storage.read(where))["data"] if storage.exists(where) else None
@@ -110,8 +110,8 @@ class _Sources:
             record = source[numbers[name]]
             return Clip(record.fields, self._written(where, record))
         except (InputError, OSError, KeyError) as error:
-            told = f"references: {error}"
-            self.told += [told] * (told not in self.told)
+            note = f"references: {error}"
+            self.notes += [note] * (note not in self.notes)
             self._sources.setdefault(kind, None)
             return None
 

@@ -65,8 +65,8 @@ def run(args: argparse.Namespace) -> int:
     if not args.out or args.clips is None:
         raise InputError("say where and how many: world OUT --clips N")
     workers = available_cores() if args.workers is None else args.workers
-    asked = (("--clips", args.clips, 1), ("--references", args.references, 0), ("--workers", workers, 1))
-    for name, value, least in asked:
+    options = (("--clips", args.clips, 1), ("--references", args.references, 0), ("--workers", workers, 1))
+    for name, value, least in options:
         if value < least:
             raise InputError(f"{name} must be at least {least}, not {value}")
     return make(args, workers)

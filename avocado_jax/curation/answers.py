@@ -17,7 +17,7 @@ from avocado_jax.remote.call import Malformed
 from avocado_jax.world.check import split_sentences
 
 LATE = 1.0  # seconds past the end of the clip that a time may lie
-ROOM = 1.5  # times the words of both captions that a fused one may have, and some more
+LENGTH_FACTOR = 1.5  # times the words of both captions that a fused one may have, and some more
 KEYPOINT_WORDS = 60  # of one keypoint, at most
 GROUNDED = 0.6  # least share of the words of a keypoint, or of a probe's answer, that stand in the caption
 MOST_PROBES = 20  # of a caption
@@ -110,12 +110,12 @@ def read_caption(text: str, seconds: float, least: int) -> list[Sentence]:
     Raises:
         Malformed: it is none, or has a time outside the clip.
     """
-    told = read_object(text, TimedCaption).sentences
-    if len(told) < least:
+    sentences = read_object(text, TimedCaption).sentences
+    if len(sentences) < least:
         raise Faulty("there is no sentence in it")
-    if wrong := [one for one in told if not 0 <= one.start <= seconds + LATE]:
+    if wrong := [one for one in sentences if not 0 <= one.start <= seconds + LATE]:
         raise Faulty(f"{wrong[0].start:g} s is not within the {seconds:.1f} s of the clip: «{wrong[0].text[:200]}»")
-    made = [Sentence(" ".join(one.text.split()), one.start) for one in told]
+    made = [Sentence(" ".join(one.text.split()), one.start) for one in sentences]
     if collapses("\n".join(one.text for one in made)):
         raise Faulty("the caption repeats itself over and over", "repetition")
     return sorted(made, key=lambda one: one.start)
@@ -144,11 +144,11 @@ def read_fused(text: str, visual: Sequence[Sentence], audio: Sequence[Sentence])
     caption = read_object(text, FusedCaption).caption
     if collapses(caption):
         raise Faulty("the fused caption repeats itself over and over", "repetition")
-    most = ROOM * sum(len(words_of(one.text)) for one in (*visual, *audio)) + 50
+    most = LENGTH_FACTOR * sum(len(words_of(one.text)) for one in (*visual, *audio)) + 50
     if (count := len(words_of(caption))) > most:
         raise Faulty(f"the fused caption has {count} words, the two captions allow {most:.0f}")
-    if told := fusion_faults(caption, visual, audio).told():
-        raise Faulty(told)
+    if faults := fusion_faults(caption, visual, audio).message():
+        raise Faulty(faults)
     return caption
 
 
@@ -184,15 +184,15 @@ def read_dialogues(text: str, caption: str) -> list[dict[str, str]]:
     Raises:
         Malformed: it is no such list, or a line is not in the caption, or not in this place.
     """
-    lines, held, place = [], Words(caption), -1
+    lines, words, position = [], Words(caption), -1
     for one in read_object(text, Dialogues).dialogues:
-        said = " ".join(one.text.split()).strip('"“”')
-        places = held.places(words_of(said))
+        line = " ".join(one.text.split()).strip('"“”')
+        places = words.places(words_of(line))
         if not places:
-            raise Faulty(f"a line that the caption does not hold in these words: «{said[:200]}»")
-        if (place := next((later for later in places if later > place), None)) is None:
-            raise Faulty(f"a line that stands earlier in the caption than the line before it: «{said[:200]}»")
-        lines.append({"speaker": " ".join(one.speaker.split()), "text": said})
+            raise Faulty(f"a line that the caption does not hold in these words: «{line[:200]}»")
+        if (position := next((later for later in places if later > position), None)) is None:
+            raise Faulty(f"a line that stands earlier in the caption than the line before it: «{line[:200]}»")
+        lines.append({"speaker": " ".join(one.speaker.split()), "text": line})
     return lines
 
 
@@ -208,12 +208,15 @@ def read_probes(text: str, caption: str) -> list[dict[str, Any]]:
     found: dict[tuple[str, ...], dict[str, Any]] = {}
     known = set(words_of(caption))
     for one in read_object(text, Probes).probes:
-        held = {"question": " ".join(one.question.split()), "choices": [" ".join(part.split()) for part in one.choices]}
-        held |= {"answer": " ".join(one.answer.split()), "category": one.category}
+        fields = {
+            "question": " ".join(one.question.split()),
+            "choices": [" ".join(part.split()) for part in one.choices],
+        }
+        fields |= {"answer": " ".join(one.answer.split()), "category": one.category}
         try:
-            probe = read_probe(held)
+            probe = read_probe(fields)
         except InputError as error:
-            raise Faulty(f"{error}: «{held['question'][:200]}»") from None
+            raise Faulty(f"{error}: «{fields['question'][:200]}»") from None
         right = probe.choices[probe.right]
         if refers := [part for part in probe.choices if OTHERS.search(part)]:
             raise Faulty(f"a choice that refers to others, «{refers[0][:100]}»: «{probe.question[:200]}»")
@@ -223,8 +226,8 @@ def read_probes(text: str, caption: str) -> list[dict[str, Any]]:
         if not words or sum(word in known for word in words) < GROUNDED * len(words):
             raise Faulty(f"an answer that the caption does not state, «{right[:100]}»: «{probe.question[:200]}»")
         choices = sorted(probe.choices, key=lambda part: hashlib.sha256(f"{probe.question}|{part}".encode()).digest())
-        held |= {"choices": choices, "answer": right}
-        found.setdefault(tuple(words_of(probe.question)), held)
+        fields |= {"choices": choices, "answer": right}
+        found.setdefault(tuple(words_of(probe.question)), fields)
     if not found:
         raise Faulty("there is no question in it")
     return list(found.values())[:MOST_PROBES]

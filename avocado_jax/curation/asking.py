@@ -164,6 +164,6 @@ def prompt(stage: str) -> str:
     return (files("avocado_jax.curation") / "prompts" / f"{stage}.md").read_text(encoding="utf-8").strip()
 
 
-def digest(held: Any) -> str:
+def digest(value: Any) -> str:
     """A digest of plain data."""
-    return hashlib.sha256(json.dumps(held, sort_keys=True).encode()).hexdigest()[:32]
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:32]

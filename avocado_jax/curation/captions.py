@@ -44,8 +44,8 @@ class Captioned:
         """The wanted references that the line lacks. An empty list of dialogues is one: nobody speaks."""
 
         def lacks(name: str) -> bool:
-            held = self.fields.get(name)
-            return held is None if name == "dialogues" else not held
+            value = self.fields.get(name)
+            return value is None if name == "dialogues" else not value
 
         return [name for name in MAKE if name in wanted and lacks(name)]
 

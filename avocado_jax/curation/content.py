@@ -31,8 +31,8 @@ def picture_parts(media: Media) -> Parts:
 def sound_parts(media: Media, reading: Reading) -> Parts:
     """The sound of a clip that is not silent."""
     data = base64.b64encode(wav(media.samples, reading.sound_rate)).decode()
-    told = text_part(json.dumps({"seconds": round(media.seconds, 2)}))
-    return [told, {"type": "input_audio", "input_audio": {"data": data, "format": "wav"}}]
+    duration = text_part(json.dumps({"seconds": round(media.seconds, 2)}))
+    return [duration, {"type": "input_audio", "input_audio": {"data": data, "format": "wav"}}]
 
 
 def text_part(text: str) -> dict[str, Any]:

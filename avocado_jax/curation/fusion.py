@@ -36,9 +36,9 @@ class Faults(NamedTuple):
     misplaced: list[str]
     added: list[str]  # stretches of the fused caption
 
-    def told(self) -> str:
+    def message(self) -> str:
         """All of it in words; empty where nothing is wrong."""
-        said = {
+        titles = {
             "lost": "these sentences are missing",
             "altered": "the words of these sentences were changed",
             "misplaced": "these sentences stand too late for their time",
@@ -47,7 +47,7 @@ class Faults(NamedTuple):
         parts = [
             f"{words}: {'; '.join(f'«{one[:300]}»' for one in found[:SHOWN])}"
             + (f" and {len(found) - SHOWN} more" if len(found) > SHOWN else "")
-            for words, found in zip(said.values(), self)
+            for words, found in zip(titles.values(), self)
             if found
         ]
         return ". ".join(parts)
@@ -95,10 +95,10 @@ def _found(text: Words, sources: Sequence[Sequence[Sentence]]) -> tuple[list[_Ke
     missing: list[Sentence] = []
     for words in sorted(alike, key=len, reverse=True):
         places = []
-        for place in text.places(words):
-            if len(places) < len(alike[words]) and not any(taken[place : place + len(words)]):
-                taken[place : place + len(words)] = [True] * len(words)
-                places.append(place)
+        for position in text.places(words):
+            if len(places) < len(alike[words]) and not any(taken[position : position + len(words)]):
+                taken[position : position + len(words)] = [True] * len(words)
+                places.append(position)
         whole = len(places) == len(alike[words])
         members = sorted(alike[words], key=lambda one: (one[2].start or 0.0, one[:2])) if whole else alike[words]
         used: dict[int, int] = defaultdict(int)

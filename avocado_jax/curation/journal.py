@@ -38,9 +38,9 @@ class Journal:
 
     def get(self, key: str) -> str | None:
         """The answer to a question, if it was given."""
-        if (place := self._places.get(key)) is None:
+        if (extent := self._places.get(key)) is None:
             return None
-        first, size = place
+        first, size = extent
         return json.loads(os.pread(self._file.fileno(), size, first))["answer"]
 
     def put(self, key: str, clip: str, stage: str, attempt: int, answer: str, calls: int, tokens: int) -> None:

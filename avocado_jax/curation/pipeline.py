@@ -25,7 +25,7 @@ from avocado_jax.curation.answers import (
 )
 from avocado_jax.curation.asking import Asker, Question, Rejected
 from avocado_jax.curation.content import Parts, picture_parts, silent, sound_parts
-from avocado_jax.curation.words import Sentence, joined
+from avocado_jax.curation.words import Sentence, as_text
 from avocado_jax.data.container import printable
 from avocado_jax.data.decode import Probe
 from avocado_jax.data.media import Media, Reading, reading_fields
@@ -114,14 +114,14 @@ async def curate_clip(asker: Asker, source: Source, settings: Settings, local: C
         Rejected: it is no training clip.
         Unanswered, Stopped: as `Asker.ask`.
     """
-    visual, audio = await (local(source) if local else seen_and_heard(asker, source))
+    visual, audio = await (local(source) if local else visual_and_audio(asker, source))
     source.forget()
-    within(settings, joined([*visual, *audio]), "the visual and the audio caption", most_only=True)
-    caption = await fused(asker, source.name, visual, audio) if audio else joined(visual)
+    within(settings, as_text([*visual, *audio]), "the visual and the audio caption", most_only=True)
+    caption = await fused(asker, source.name, visual, audio) if audio else as_text(visual)
     within(settings, caption, "the fused caption")
     if audio:  # else nothing could be lost
-        held = both(visual, audio) | {"fused": caption}
-        score = await asker.ask(source.name, question("completeness", held, Completeness, read_score))
+        captions = both(visual, audio) | {"fused": caption}
+        score = await asker.ask(source.name, question("completeness", captions, Completeness, read_score))
         if score < COMPLETE:
             raise Rejected("completeness", f"completeness {score} of 5, {COMPLETE} is the least")
     keypoints = await keypoints_of(asker, source.name, caption)
@@ -129,17 +129,17 @@ async def curate_clip(asker: Asker, source: Source, settings: Settings, local: C
     return {"caption": caption, "dialogues": dialogues, "keypoints": keypoints}
 
 
-async def seen_and_heard(asker: Asker, source: Source) -> tuple[list[Sentence], list[Sentence]]:
+async def visual_and_audio(asker: Asker, source: Source) -> tuple[list[Sentence], list[Sentence]]:
     """The visual and the audio caption by the endpoint; the second is empty where there is nothing to hear."""
     probe, known = await source.probe(), await source.digest()
     about = [known, reading_fields(replace(source.reading, align_sound=False))]
     read = partial(read_caption, seconds=probe.seconds)
     visual = Question("visual", about, source.pictures, TimedCaption, partial(read, least=1))
     audio = Question("audio", about, source.sound, TimedCaption, partial(read, least=0))
-    seen = await asker.ask(source.name, visual)
+    visual_sentences = await asker.ask(source.name, visual)
     if not probe.sound or (not asker.knows(audio) and silent(await source.media())):
-        return seen, []
-    return seen, await asker.ask(source.name, audio)
+        return visual_sentences, []
+    return visual_sentences, await asker.ask(source.name, audio)
 
 
 async def fused(asker: Asker, name: str, visual: Sequence[Sentence], audio: Sequence[Sentence]) -> str:
@@ -169,19 +169,19 @@ async def probes_of(asker: Asker, name: str, caption: str) -> list[dict[str, Any
 def both(visual: Sequence[Sentence], audio: Sequence[Sentence]) -> dict[str, Any]:
     """Both captions as a model is shown them."""
 
-    def told(sentences: Sequence[Sentence]) -> list[dict[str, Any]]:
+    def entries(sentences: Sequence[Sentence]) -> list[dict[str, Any]]:
         return [{"text": text} | ({} if start is None else {"start": start}) for text, start in sentences]
 
-    return {"visual": told(visual), "audio": told(audio)}
+    return {"visual": entries(visual), "audio": entries(audio)}
 
 
-def question(stage: str, held: dict[str, Any], schema: Any, read: Callable[[str], Any]) -> Question:
+def question(stage: str, texts: dict[str, Any], schema: Any, read: Callable[[str], Any]) -> Question:
     """A question about texts. They are JSON, so that no text can pass for another, or for what is asked."""
 
     async def content() -> str:
-        return json.dumps(held, ensure_ascii=False, indent=1)
+        return json.dumps(texts, ensure_ascii=False, indent=1)
 
-    return Question(stage, held, content, schema, read)
+    return Question(stage, texts, content, schema, read)
 
 
 def within(settings: Settings, text: str, what: str, most_only: bool = False) -> None:

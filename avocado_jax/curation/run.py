@@ -73,15 +73,15 @@ def clips_of(given: Sequence[Path]) -> list[Clip]:
             paths.append(path)
         else:
             raise InputError(f"{path}: no such file")
-    stems, seen = Counter(path.stem for path in paths), set()
+    stems, resolved = Counter(path.stem for path in paths), set()
     for path in paths:
         try:
             str(path.resolve()).encode()
         except UnicodeEncodeError:
             raise InputError(f"{str(path)!a}: its name is not UTF-8, and a manifest must be") from None
-        if path.resolve() in seen:
+        if path.resolve() in resolved:
             raise InputError(f"{path}: given twice")
-        seen.add(path.resolve())
+        resolved.add(path.resolve())
     return [Clip(path.stem if stems[path.stem] == 1 else path.as_posix(), path) for path in paths]
 
 
@@ -146,6 +146,6 @@ def write_outcome(
             lines.append(named | item.fields | done.lines[item.id])
         elif item.id in done.rejects:
             rejects.append(named | done.rejects[item.id])
-    for name, held in (("manifest.jsonl", lines), ("rejects.jsonl", rejects)):
-        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in held)
+    for name, entries in (("manifest.jsonl", lines), ("rejects.jsonl", rejects)):
+        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in entries)
         storage.write(str(out / name), text.encode(errors="backslashreplace"))

@@ -31,15 +31,19 @@ class Words:
         self.words = [folded(match[0]) for match in found]
         self.spans = [match.span() for match in found]
         self._places: dict[str, list[int]] = defaultdict(list)
-        for place, word in enumerate(self.words):
-            self._places[word].append(place)
+        for position, word in enumerate(self.words):
+            self._places[word].append(position)
 
     def places(self, words: Sequence[str]) -> list[int]:
         """Every place where these words stand one after another."""
         if not words:
             return []
         size = len(words)
-        return [place for place in self._places.get(words[0], ()) if self.words[place : place + size] == list(words)]
+        return [
+            position
+            for position in self._places.get(words[0], ())
+            if self.words[position : position + size] == list(words)
+        ]
 
 
 def folded(word: str) -> str:
@@ -52,6 +56,6 @@ def words_of(text: str) -> list[str]:
     return [folded(match[0]) for match in WORD.finditer(text)]
 
 
-def joined(sentences: Sequence[Sentence]) -> str:
+def as_text(sentences: Sequence[Sentence]) -> str:
     """Sentences as one text."""
     return " ".join(sentence.text for sentence in sentences)

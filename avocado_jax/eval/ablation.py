@@ -67,13 +67,13 @@ def parse_arms(texts: Sequence[str]) -> list[Arm]:
 
 
 def _parse(text: str) -> Arm:
-    name, equals, told = text.partition("=")
+    name, equals, stage = text.partition("=")
     if not equals:
         raise InputError(f"--arm {text}: not NAME=init, NAME=sft or NAME=TERM[:WEIGHT],...")
-    if told in ("init", "sft"):
-        return Arm(name.strip(), told, {})
+    if stage in ("init", "sft"):
+        return Arm(name.strip(), stage, {})
     weights = {}
-    for part in told.split(","):
+    for part in stage.split(","):
         term, _, weight = part.strip().partition(":")
         if term in KINDS:
             term, weight = weight_of(part.strip())
@@ -110,11 +110,13 @@ class Difference(NamedTuple):
 
 def difference(arm: Sequence[Mapping[str, float]], base: Sequence[Mapping[str, float]], metric: str) -> Difference:
     """Paired by seed; a base without seeds stands against each."""
-    apart = np.array([one.get(metric, 0.0) - base[seed % len(base)].get(metric, 0.0) for seed, one in enumerate(arm)])
-    if len(apart) < 2:
-        return Difference(float(apart.mean()), None, False)
-    error = float(apart.std(ddof=1) / np.sqrt(len(apart)))
-    return Difference(float(apart.mean()), error, bool(abs(apart.mean()) > ERRORS * error))
+    differences = np.array(
+        [one.get(metric, 0.0) - base[seed % len(base)].get(metric, 0.0) for seed, one in enumerate(arm)]
+    )
+    if len(differences) < 2:
+        return Difference(float(differences.mean()), None, False)
+    error = float(differences.std(ddof=1) / np.sqrt(len(differences)))
+    return Difference(float(differences.mean()), error, bool(abs(differences.mean()) > ERRORS * error))
 
 
 def summary(arms: Sequence[Arm], results: Results) -> list[dict[str, Any]]:

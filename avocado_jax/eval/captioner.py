@@ -65,8 +65,8 @@ def open_captioner(checkpoint: Checkpoint, text: str | None, dtype: str) -> Capt
     stops = stop_ids(folder, tokenizer, config.text.vocab)
     reading, habits = load_reading(folder), load_habits(folder)
     if text is None:
-        own = folder / QUESTION
-        text = habits.prompt or (own.read_text(encoding="utf-8").strip() if own.is_file() else PROMPTS[0])
+        question = folder / QUESTION
+        text = habits.prompt or (question.read_text(encoding="utf-8").strip() if question.is_file() else PROMPTS[0])
     try:
         return captioner_of(config, {}, tokenizer, stops, text, reading, habits)
     except InputError as error:
@@ -102,8 +102,8 @@ def fewest_devices(size: int, count: int, limit: float) -> int:
     return next((tensor for tensor in powers if size / tensor <= PARAMETERS * limit), powers[-1])
 
 
-def computing_dtype(asked: str | None) -> str:
-    """What is computed in: as asked, else bfloat16 on accelerators and float32 on a CPU; float32 is then exact."""
-    dtype = asked or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
+def computing_dtype(name: str | None) -> str:
+    """The compute dtype: `name`, else bfloat16 on accelerators and float32 on a CPU. Makes float32 products exact."""
+    dtype = name or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
     use_exact_fp32(dtype)
     return dtype

@@ -21,7 +21,7 @@ from avocado_jax.remote.chat import Endpoint, Reply, estimate, request
 
 PROMPTS = Path(__file__).parent / "prompts"
 PARTED = re.compile(r"^---\s*$", re.MULTILINE)
-PLACE = re.compile(r"\{\{(\w+)\}\}")
+PLACEHOLDER = re.compile(r"\{\{(\w+)\}\}")
 FIELDS = {  # that a prompt may name
     "video-salmonn-2": {"events", "caption"},
     "ugc-videocap": {"reference", "caption"},
@@ -35,7 +35,7 @@ FIELDS = {  # that a prompt may name
 
 
 class Prompt(NamedTuple):
-    """The words of one question, with places for fields."""
+    """The text of one question, with placeholders for fields."""
 
     system: str  # may be empty
     user: str
@@ -46,7 +46,7 @@ class Prompt(NamedTuple):
         return hashlib.sha256(json.dumps(self).encode()).hexdigest()[:16]
 
     def messages(self, fields: Mapping[str, Any]) -> list[dict[str, str]]:
-        """The messages with the fields in their places; what is in a field is never taken for a place."""
+        """The messages with fields substituted for placeholders. Text of a field is never read as a placeholder."""
         material = json.dumps(fields, ensure_ascii=False, indent=1)
         texts = {
             name: value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, indent=1)
@@ -54,7 +54,7 @@ class Prompt(NamedTuple):
         }
         turns = {"system": self.system, "user": self.user}
         return [
-            {"role": role, "content": PLACE.sub(lambda place: texts[place[1]], text)}
+            {"role": role, "content": PLACEHOLDER.sub(lambda match: texts[match[1]], text)}
             for role, text in turns.items()
             if text
         ]
@@ -103,11 +103,11 @@ def read_prompts(benchmark: Benchmark, folder: Path | None) -> dict[str, Prompt]
         except ValueError as error:
             raise InputError(f"{path}: not UTF-8: {error}") from None
         system, user = (part.strip() for part in (["", *parts])[-2:])
-        places = set(PLACE.findall(system + user))
+        placeholders = set(PLACEHOLDER.findall(system + user))
         known = FIELDS[name] | {"material"}
-        if not user or not places or not places <= known:
-            told = f"names {{{{{sorted(places - known)[0]}}}}}" if places - known else "names no field"
-            raise InputError(f"{path}: {told}; there are {', '.join(f'{{{{{one}}}}}' for one in sorted(known))}")
+        if not user or not placeholders or not placeholders <= known:
+            problem = f"names {{{{{sorted(placeholders - known)[0]}}}}}" if placeholders - known else "names no field"
+            raise InputError(f"{path}: {problem}; there are {', '.join(f'{{{{{one}}}}}' for one in sorted(known))}")
         prompts[name] = Prompt(system, user)
     return prompts
 
@@ -160,13 +160,13 @@ def judge_captions(
 
     works = (one(number, record) for number in range(rounds) for record in records)
     units: dict[int, list[Unit]] = {}
-    for place, found in progress(judge.each(works), "captions judged", rounds * len(records)):
-        units[place] = found
+    for index, found in progress(judge.each(works), "captions judged", rounds * len(records)):
+        units[index] = found
     if ended:  # only now: the calls in flight were still answered
         raise JudgeEnded(ended[0])
     every = [Judged(record, []) for _ in range(rounds) for record in records]
-    told = [judged._replace(units=units[place]) for place, judged in enumerate(every)]
-    return [told[first : first + len(records)] for first in range(0, len(told), len(records))]
+    answered = [judged._replace(units=units[index]) for index, judged in enumerate(every)]
+    return [answered[first : first + len(records)] for first in range(0, len(answered), len(records))]
 
 
 class DryJudge:

@@ -70,8 +70,8 @@ class LocalJudge:
         sample: int = 0,
     ) -> Reply[T]:
         """As `remote.chat.ChatClient.ask`; `options` and `sample` change nothing."""
-        held = [self._identity, self._dtype, self._length, list(messages)]
-        name = hashlib.sha256(json.dumps(held, sort_keys=True).encode()).hexdigest()
+        key = [self._identity, self._dtype, self._length, list(messages)]
+        name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
         if (known := self._cache.get(name)) is not None:
             text = known["answer"]
             self.counts["cached"] += 1

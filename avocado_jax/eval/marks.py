@@ -1,4 +1,4 @@
-"""Where captions say what their references ask for: what the rewards matched, as places in the text."""
+"""What the rewards matched between captions and references, as positions in the caption."""
 
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -17,21 +17,21 @@ from avocado_jax.rewards.text import Caption, Limits, parse, read_texts
 from avocado_jax.rewards.vocabulary import Table, code_points, make_table, word_characters
 
 T = TypeVar("T")
-ASKED = ("caption", "dialogues", "keypoints")
+REFERENCE_FIELDS = ("caption", "dialogues", "keypoints")
 BATCH = 32  # captions at once
-LETTERS, FEATURES = 512, 1024  # room for the distinct letters of a clip's lines, and features of its keypoints
+ALPHABET, FEATURES = 512, 1024  # most distinct characters of a clip's lines, and most features of its keypoints
 
 
 def as_compared(table: Table, references: Sequence[Mapping[str, Any]], limits: Limits) -> list[dict[str, Any]]:
     """References with the lines of dialogue that R_D compares: those that hold words, or are quoted in the caption."""
-    made = [{name: one.get(name) for name in ASKED} for one in references]
+    made = [{name: one.get(name) for name in REFERENCE_FIELDS} for one in references]
     unread = [one for one in made if one["dialogues"] is None and one["caption"] is not None]
     if unread:
         read = read_texts(table, [one["caption"] for one in unread], limits)
         for number, one in enumerate(unread):
-            own = jax.tree.map(lambda leaf, n=number: leaf[n], read)
-            spans = zip(own.quote_start[: own.quotes], own.quote_end[: own.quotes])
-            texts = ["".join(map(chr, own.points[first:last])) for first, last in spans]
+            caption = jax.tree.map(lambda leaf, n=number: leaf[n], read)
+            spans = zip(caption.quote_start[: caption.quotes], caption.quote_end[: caption.quotes])
+            texts = ["".join(map(chr, caption.points[first:last])) for first, last in spans]
             one["dialogues"] = [{"speaker": "", "text": text} for text in texts]
     for one in made:
         one["dialogues"] = one["dialogues"] and [
@@ -55,25 +55,25 @@ def mark(
         share, first, end, ...]]}: places are code points; of a keypoint they are its words in the window where the
         lexical judge found it. Either is None without a reference.
     """
-    known = [k for k, of in enumerate(owners) if any(references[of].get(name) is not None for name in ASKED)]
+    known = [k for k, of in enumerate(owners) if any(references[of].get(name) is not None for name in REFERENCE_FIELDS)]
     table = make_table()
     texts = [*(captions[k] for k in known), *(one.get("caption") or "" for one in references)]
     limits = limits_of(texts, ([line["text"] for line in one.get("dialogues") or ()] for one in references))
-    asked = as_compared(table, references, limits)
-    told = [{"quotes": None, "points": None} for _ in captions]
+    compared = as_compared(table, references, limits)
+    marks = [{"quotes": None, "points": None} for _ in captions]
     if known:
-        room = _rounded(max(16, *(len(one["keypoints"] or ()) for one in asked)))
-        made, _ = make_references(table, _filled(references), limits, room, FEATURES, LETTERS)
+        limit = _rounded(max(16, *(len(one["keypoints"] or ()) for one in compared)))
+        made, _ = make_references(table, _filled(references), limits, limit, FEATURES, ALPHABET)
     for first in progress(range(0, len(known), BATCH), "captions compared, in batches"):
         part = known[first : first + BATCH]
         full = _filled(part)
         points, sizes = code_points([captions[k] for k in full], limits.characters)
         of = np.array([owners[k] for k in full])
-        own = jax.tree.map(lambda leaf, of=of: leaf[of], made)
-        read, scored, words = jax.tree.map(np.asarray, _score(table, points, sizes, own, limits))
+        selected = jax.tree.map(lambda leaf, of=of: leaf[of], made)
+        read, scored, words = jax.tree.map(np.asarray, _score(table, points, sizes, selected, limits))
         for number, k in enumerate(part):
-            told[k] = _marks(*jax.tree.map(lambda leaf, n=number: leaf[n], (read, own, scored, words)))
-    return told, asked
+            marks[k] = _marks(*jax.tree.map(lambda leaf, n=number: leaf[n], (read, selected, scored, words)))
+    return marks, compared
 
 
 def _filled(items: Sequence[T]) -> list[T]:
@@ -107,29 +107,29 @@ def _marks(caption: Caption, reference: References, scored: Scored, words: tuple
 
 def _quotes(caption: Caption, scored: Scored, quotes: int, lines: int) -> list[list[Any]]:
     matched = dict(alignment(scored.pairs.similarity[:quotes, :lines], scored.pairs.same[:quotes, :lines]))
-    told = []
+    marks = []
     for quote in range(quotes):
         span, line = [int(caption.quote_start[quote]), int(caption.quote_end[quote])], matched.get(quote)
         if line is None:
-            told.append([*span, -1, 0, 0])
+            marks.append([*span, -1, 0, 0])
         else:
             alike = round(float(scored.pairs.similarity[quote, line]) / 2**UNIT, 3)
-            told.append([*span, line, alike, int(scored.pairs.same[quote, line])])
-    return told
+            marks.append([*span, line, alike, int(scored.pairs.same[quote, line])])
+    return marks
 
 
 def _point(caption: Caption, reference: References, scored: Scored, words: tuple, number: int) -> list[float]:
     """Score and covered share of a keypoint, and the places of its words where it was found."""
     verdict, (hashes, weights, order) = scored.verdict, words
-    told = [round(float(scored.keypoints[number]), 3), round(float(verdict.coverage[number]), 3)]
-    if told[0] <= 0:
-        return told
+    entry = [round(float(scored.keypoints[number]), 3), round(float(verdict.coverage[number]), 3)]
+    if entry[0] <= 0:
+        return entry
     wanted = reference.keypoints.features[reference.keypoints.index[number][reference.keypoints.weight[number] > 0]]
     block = order // BLOCK
     window = (block <= verdict.block[number]) & (block > verdict.block[number] - WINDOW)
     for word in order[(weights > 0) & window & np.isin(hashes, wanted)]:
-        told += _word(caption, int(word))
-    return told
+        entry += _word(caption, int(word))
+    return entry
 
 
 def _word(caption: Caption, word: int) -> tuple[int, int]:

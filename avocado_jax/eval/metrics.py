@@ -33,7 +33,7 @@ def collapses(text: str, min_span: int = MIN_SPAN) -> bool:
     return False
 
 
-def cut_repetitions(text: str) -> str:
+def remove_repetitions(text: str) -> str:
     """The text with each repetition cut to one unit (the cleaning rule of the official video-SALMONN-2 evaluation).
 
     A repetition is a unit of 1-49 characters five times in a row or more, or one of 50-99 four times or more, within

@@ -25,10 +25,10 @@ def arms_plot(arms: Sequence[Arm], results: Results) -> bytes:
     """Each metric in a panel: a bar for an arm's mean, a dot for each seed."""
     figure = Figure(figsize=(11, 5.6), layout="constrained")
     for axes, (metric, title) in zip(figure.subplots(2, 3).flat, METRICS.items()):
-        for place, arm in enumerate(arms):
+        for index, arm in enumerate(arms):
             values = [one[metric] for one in results[arm.name]]
-            axes.barh(place, np.mean(values), color=COLORS[place % len(COLORS)], alpha=0.55, height=0.65)
-            axes.plot(values, [place] * len(values), "o", color="black", markersize=3, alpha=0.6)
+            axes.barh(index, np.mean(values), color=COLORS[index % len(COLORS)], alpha=0.55, height=0.65)
+            axes.plot(values, [index] * len(values), "o", color="black", markersize=3, alpha=0.6)
         axes.set_yticks(range(len(arms)), [arm.name for arm in arms], fontsize=8)
         axes.invert_yaxis()
         axes.set_title(title, fontsize=10)
@@ -45,14 +45,14 @@ def curves_plot(arms: Sequence[Arm], runs: Mapping[str, Sequence[Sequence[Mappin
     figure = Figure(figsize=(11, 5.6), layout="constrained")
     panels = figure.subplots(2, 3).flat
     for axes, (name, title) in zip(panels, CURVES.items()):
-        for place, arm in enumerate(arms):
+        for index, arm in enumerate(arms):
             if not runs.get(arm.name):
                 continue
             values = np.array([[line[name] for line in lines] for lines in runs[arm.name]], float)
             width = min(SMOOTHED, values.shape[1])
             smooth = np.array([np.convolve(one, np.ones(width) / width, "valid") for one in values])
             steps = np.arange(width, values.shape[1] + 1)
-            color = COLORS[place % len(COLORS)]
+            color = COLORS[index % len(COLORS)]
             axes.plot(steps, smooth.mean(0), color=color, label=arm.name)
             axes.fill_between(steps, smooth.min(0), smooth.max(0), color=color, alpha=0.15, linewidth=0)
         axes.set_title(title, fontsize=10)

@@ -28,16 +28,16 @@ def find_video(videos: Videos, record: Record) -> str:
 
     Where there is none of these, the first of them. Names that lead out of the folder are not followed.
     """
-    places = []
+    paths = []
     for name in record.videos:
         pure = PurePosixPath(name)
         for path in (pure, PurePosixPath(pure.name)):
             if path.is_absolute() or ".." in path.parts or "\0" in name:
                 continue
             ends = ("",) if path.suffix.lower() in SUFFIXES else SUFFIXES
-            places += [storage.join(videos.folder, f"{path}{end}") for end in ends]
-    first = places[0] if places else storage.join(videos.folder, "no file name")
-    return next((place for place in places if videos.size(place) is not None), first)
+            paths += [storage.join(videos.folder, f"{path}{end}") for end in ends]
+    first = paths[0] if paths else storage.join(videos.folder, "no file name")
+    return next((path for path in paths if videos.size(path) is not None), first)
 
 
 def results(
@@ -97,8 +97,8 @@ def results(
             }
     lines = []
     for number, (record, text, score) in enumerate(zip(records, texts, dialogue)):
-        own = [judged[number] for judged in rounds]
-        figure = benchmark.measure([own[chosen]])[benchmark.headline] if rounds else None
+        of_record = [judged[number] for judged in rounds]
+        figure = benchmark.measure([of_record[chosen]])[benchmark.headline] if rounds else None
         lines.append(
             {
                 "id": record.id,
@@ -110,7 +110,7 @@ def results(
                 "repcol": collapses(text),
                 "failed": record.id in result["failed"],
                 "chosen": chosen,
-                "rounds": [one.units for one in own],
+                "rounds": [one.units for one in of_record],
             }
         )
     return result, lines
@@ -125,11 +125,12 @@ def by_group(
         for kind, group in one.record.groups.items():
             parts.setdefault(kind, {}).setdefault(group, []).append(one)
         for group in dict.fromkeys(unit["type"] for unit in one.units if "type" in unit):
-            own = one._replace(units=[unit for unit in one.units if unit["type"] == group])
-            parts.setdefault("type", {}).setdefault(group, []).append(own)
+            subset = one._replace(units=[unit for unit in one.units if unit["type"] == group])
+            parts.setdefault("type", {}).setdefault(group, []).append(subset)
     return {
         kind: {
-            group: {"n": sum(len(one.units) for one in own), **measure(own)} for group, own in sorted(groups.items())
+            group: {"n": sum(len(one.units) for one in members), **measure(members)}
+            for group, members in sorted(groups.items())
         }
         for kind, groups in parts.items()
     }
@@ -170,15 +171,15 @@ def read_result(path: str) -> dict[str, Any]:
         StorageError: storage failed.
     """
     try:
-        held = json.loads(storage.read(path))
+        result = json.loads(storage.read(path))
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: not JSON: {error}") from None
-    sound = isinstance(held, dict) and isinstance(held.get("metrics"), dict)
-    if not sound or not all(isinstance(held.get(name), str) for name in ("benchmark", "model")):
+    sound = isinstance(result, dict) and isinstance(result.get("metrics"), dict)
+    if not sound or not all(isinstance(result.get(name), str) for name in ("benchmark", "model")):
         raise InputError(f"{path}: not a result of `avocado evaluate`")
-    if not all(value is None or type(value) in (int, float) for value in held["metrics"].values()):
+    if not all(value is None or type(value) in (int, float) for value in result["metrics"].values()):
         raise InputError(f'{path}: "metrics" must be numbers or null')
-    return held
+    return result
 
 
 def _median(values: Sequence[float | None]) -> int:

@@ -67,10 +67,10 @@ def report(run: str, last: int, clips: Callable[[str, str], Clip | None]) -> dic
         {"id": name, "video": clip.video, **reference} for (_, name), clip, reference in zip(owners, known, references)
     ]
     config = storage.join(run, "config.json")
-    held = json.loads(storage.read(config)) if storage.exists(config) else {}
+    settings = json.loads(storage.read(config)) if storage.exists(config) else {}
     return {
         "name": run.rstrip("/").rsplit("/", 1)[-1],
-        "config": held,
+        "config": settings,
         "steps": len(lines),
         "curves": curves(lines),
         "notes": notes,
@@ -102,16 +102,16 @@ def curves(lines: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         for name, value in [*line.items(), *((f"perf/{name}", value) for name, value in perf.items())]:
             if name not in ("step", "perf") and (value is None or isinstance(value, NUMBER)):
                 series.setdefault(name, []).append((line["step"], value))
-    series = {name: held for name, held in series.items() if any(_number(value) is not None for _, value in held)}
+    series = {name: points for name, points in series.items() if any(_number(value) is not None for _, value in points)}
     first = [name for name in SHOWN if name in series][:FIRST] or list(series)[:FIRST]
-    return [{"name": name, **_thinned(held), "shown": name in first} for name, held in series.items()]
+    return [{"name": name, **_thinned(points), "shown": name in first} for name, points in series.items()]
 
 
-def _thinned(held: list[tuple[int, float | None]]) -> dict[str, Any]:
-    many = -(-len(held) // POINTS)
+def _thinned(points: list[tuple[int, float | None]]) -> dict[str, Any]:
+    many = -(-len(points) // POINTS)
     steps, values = [], []
-    for start in range(0, len(held), many):
-        part = held[start : start + many]
+    for start in range(0, len(points), many):
+        part = points[start : start + many]
         known = [value for _, one in part if (value := _number(one)) is not None]
         steps.append(part[-1][0])
         values.append(float(f"{sum(known) / len(known):.7g}") if known else None)
@@ -144,9 +144,9 @@ def _rollouts(lines: Iterator[tuple[str, dict[str, Any]]]) -> Iterator[dict[str,
             yield group
             group = {}
         group = group or {"id": line["id"], "step": line["step"], "captions": []}
-        own = {"reward": line["reward"]} if "reward" in line else {}
-        own |= {**line["rewards"], "advantage": line.get("advantage")}
-        values = {name: _number(value) for name, value in own.items()} | {"tokens": line["length"]}
+        rewards = {"reward": line["reward"]} if "reward" in line else {}
+        rewards |= {**line["rewards"], "advantage": line.get("advantage")}
+        values = {name: _number(value) for name, value in rewards.items()} | {"tokens": line["length"]}
         group["captions"].append({"number": line["group"], "text": _composed(line["caption"]), "values": values})
     if group:
         yield group
@@ -170,12 +170,12 @@ def _marked(groups: list[dict[str, Any]], known: Sequence[Clip]) -> list[dict[st
         for clip in known
     ]
     for group in groups:
-        own = references[group["clip"]]
-        own["caption"] = own["caption"] or group.pop("reference", None)
+        reference = references[group["clip"]]
+        reference["caption"] = reference["caption"] or group.pop("reference", None)
     captions = [(group["clip"], caption) for group in groups for caption in group["captions"]]
     marks, compared = mark([one["text"] for _, one in captions], [clip for clip, _ in captions], references)
-    for (_, caption), own in zip(captions, marks):
-        caption |= own
+    for (_, caption), marked in zip(captions, marks):
+        caption |= marked
     return compared
 
 
@@ -194,7 +194,7 @@ def page(data: Mapping[str, Any], parts: Path = PARTS) -> str:
     """The page of which `parts` holds html, css and js. No text of `data` can end its script, or become markup."""
     html, style, script = ((parts / f"page.{kind}").read_text(encoding="utf-8") for kind in ("html", "css", "js"))
     hashed = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    held = json.dumps(data, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
+    embedded = json.dumps(data, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
     for name, text in {"hash": f"sha256-{hashed}", "style": style, "script": script}.items():
         html = html.replace(f"{{{{{name}}}}}", text)
-    return html.replace("{{data}}", held)
+    return html.replace("{{data}}", embedded)

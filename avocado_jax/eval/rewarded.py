@@ -19,17 +19,17 @@ from avocado_jax.rewards.text import Caption, Limits, read_texts
 from avocado_jax.rewards.vocabulary import Table, make_table
 
 BATCH, CHARACTERS = 32, 2**16  # captions of a batch at most, and their characters
-MOST_SCENES = 512  # of a caption, and events of its reference: what lies beyond is cut
-POINTS, FEATURES, LETTERS = 32, 256, 64  # least room for keypoints, for their features, for letters of the lines
+MOST_SCENES = 512  # of a caption, and events of its reference; the rest is truncated
+POINTS, FEATURES, ALPHABET = 32, 256, 64  # least capacity: keypoints, their features, characters of the lines
 
 
 class Entry(NamedTuple):
     """One caption scored, as numpy arrays.
 
     Attributes:
-        number: its place among the captions.
+        number: its index among the captions.
         limits: what was read of it and its reference.
-        cut: something of its reference did not fit.
+        truncated: something of its reference did not fit.
     """
 
     number: int
@@ -37,7 +37,7 @@ class Entry(NamedTuple):
     caption: Caption
     reference: References
     scored: Scored
-    cut: bool
+    truncated: bool
 
 
 def scores(
@@ -122,25 +122,25 @@ def _batch(
 ) -> Iterator[Entry]:
     given = (len(one.get("events") or ()) for one in references)
     events = min(MOST_SCENES, max(8, *given, *(text.count("[") for text in captions)))
-    made, cut = make_references(table, references, limits, events=1 << (events - 1).bit_length() if timing else 0)
+    made, truncated = make_references(table, references, limits, events=1 << (events - 1).bit_length() if timing else 0)
     made = _padded(made)
     if "checklist" in answers:
-        room = made.keypoints.index.shape[1]
-        own = np.pad(answers["checklist"], ((0, 0), (0, room)), constant_values=np.nan)[:, :room]
-        answers = {**answers, "checklist": own}
+        limit = made.keypoints.index.shape[1]
+        padded = np.pad(answers["checklist"], ((0, 0), (0, limit)), constant_values=np.nan)[:, :limit]
+        answers = {**answers, "checklist": padded}
     read = read_texts(table, captions, limits)  # the program that reads the reference captions
     found = read, made, jax.tree.map(np.asarray, _score(read, tokens, made, answers, terms))
-    for place, number in enumerate(numbers):
-        caption, reference, scored = jax.tree.map(lambda leaf, place=place: leaf[place], found)
-        yield Entry(number, limits, caption, reference, scored, bool(cut[place]))
+    for row, number in enumerate(numbers):
+        caption, reference, scored = jax.tree.map(lambda leaf, row=row: leaf[row], found)
+        yield Entry(number, limits, caption, reference, scored, bool(truncated[row]))
 
 
 def _padded(made: References) -> References:
-    """References with room of few sizes: powers of two."""
+    """Pad references to powers of two, so that there are few shapes."""
 
     def grown(values: np.ndarray, axis: int, least: int, fill: float) -> np.ndarray:
         size = max(least, 1 << (values.shape[axis] - 1).bit_length())
-        widths = [(0, size - values.shape[axis]) if place == axis else (0, 0) for place in range(values.ndim)]
+        widths = [(0, size - values.shape[axis]) if dimension == axis else (0, 0) for dimension in range(values.ndim)]
         return np.pad(values, widths, constant_values=fill)
 
     points = made.keypoints
@@ -149,8 +149,8 @@ def _padded(made: References) -> References:
         **{name: grown(getattr(points, name), 1, POINTS, 0) for name in ("index", "weight", "telling")},
         **{name: grown(getattr(points, name), 1, POINTS, -1) for name in ("dimension", "block")},
     )
-    letters = grown(made.dialogue.alphabet, 1, LETTERS, np.iinfo(np.int32).max)
-    return made._replace(keypoints=points, dialogue=made.dialogue._replace(alphabet=letters))
+    alphabet = grown(made.dialogue.alphabet, 1, ALPHABET, np.iinfo(np.int32).max)
+    return made._replace(keypoints=points, dialogue=made.dialogue._replace(alphabet=alphabet))
 
 
 @partial(jax.jit, static_argnums=4)

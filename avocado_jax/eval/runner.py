@@ -152,9 +152,9 @@ def caption_key(item: Item, identity: str, how: How) -> str:
     return digest([identity, asdict(how), dict(item.prompt), item.video.rpartition("/")[2], item.bytes or 0])
 
 
-def digest(held: Any) -> str:
+def digest(value: Any) -> str:
     """A short digest of plain data."""
-    return hashlib.sha256(json.dumps(held, sort_keys=True).encode()).hexdigest()[:16]
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _whole(file: str) -> list[dict[str, Any]]:

@@ -10,13 +10,13 @@ from avocado_jax.rewards.vocabulary import make_table, word_weights
 def dialogue_scores(captions: Sequence[str], references: Sequence[str | None]) -> list[float | None]:
     """R_D of each caption against the lines in its reference caption; None where that has no lines."""
     found: list[float | None] = [None] * len(captions)
-    asked = [number for number, text in enumerate(references) if text]
-    if not asked:
+    scored = [number for number, text in enumerate(references) if text]
+    if not scored:
         return found
-    texts = [references[number] for number in asked]
+    texts = [references[number] for number in scored]
     table = make_table(None, word_weights(texts))
     known = [{"caption": text} for text in texts]
-    for one in scores(table, [captions[number] for number in asked], known, [math.nan] * len(asked)):
+    for one in scores(table, [captions[number] for number in scored], known, [math.nan] * len(scored)):
         if one.reference.dialogue.count > 0:
-            found[asked[one.number]] = float(one.scored.terms["dialogue"])
+            found[scored[one.number]] = float(one.scored.terms["dialogue"])
     return found

@@ -18,7 +18,7 @@ from avocado_jax.data.records import Record
 from avocado_jax.data.sources import open_shards, open_tfds, prepared_reading
 from avocado_jax.errors import InputError
 from avocado_jax.progress import progress
-from avocado_jax.world.caption import plain_caption, seen
+from avocado_jax.world.caption import plain_caption, visible_events
 from avocado_jax.world.clip import PROMPTS, record, row
 from avocado_jax.world.director import make_script
 from avocado_jax.world.drills import Drill, make_drill
@@ -75,7 +75,7 @@ class WorldSource:
             return record(script, timestamps=True)
         if not self._silent(number):
             return fields
-        return {"id": fields["id"], "prompt": fields["prompt"], "caption": plain_caption(seen(script.events))}
+        return {"id": fields["id"], "prompt": fields["prompt"], "caption": plain_caption(visible_events(script.events))}
 
 
 class DrillSource:

@@ -27,8 +27,8 @@ def clause(event: Event, rng: random.Random | None = None) -> str:
     pick = rng.choice if rng else (lambda options: options[0])
     slots = dict(event.slots)
     slots.pop("line", None)
-    fitting = [t for t in lexicon.TEMPLATES[event.kind] if template_slots(t) == set(slots)]
-    text = pick(fitting)
+    candidates = [t for t in lexicon.TEMPLATES[event.kind] if template_slots(t) == set(slots)]
+    text = pick(candidates)
     for name in template_tables(text):
         if name == "line":
             continue
@@ -82,7 +82,7 @@ def plain_caption(events: Iterable[Event]) -> str:
     return " ".join(statement(event) for event in sorted(events, key=order))
 
 
-def seen(events: Iterable[Event]) -> list[Event]:
+def visible_events(events: Iterable[Event]) -> list[Event]:
     """What is left of events for who cannot hear: the pictures, also those of moments with a sound."""
     return [event.parts[0] if event.parts else event for event in events if event.kind not in ("effect", "bed", "say")]
 
@@ -97,41 +97,41 @@ def write_caption(script: Script, which: int = 0) -> str:
         beds = [e for e in events if e.kind == "bed"]
         beats = [e for e in events if e not in opening and e not in beds]
         last = scene.end == script.duration
-        sentences = [*_open(opening, rng), *(clause(bed, rng) for bed in beds), *_tell(beats, rng, last)]
+        sentences = [*_open(opening, rng), *(clause(bed, rng) for bed in beds), *_narrate(beats, rng, last)]
         paragraphs.append(" ".join(end(capitalize(sentence)) for sentence in sentences))
     return "\n\n".join(paragraphs)
 
 
 def _open(events: list[Event], rng: random.Random) -> Iterable[str]:
     """The sentences that set a scene: its background and the shapes that are there."""
-    said = [clause(event, rng) for event in events]
-    first = min(len(said) - 1, rng.choice((1, 1, 2)))
+    clauses = [clause(event, rng) for event in events]
+    first = min(len(clauses) - 1, rng.choice((1, 1, 2)))
     if first == 2:
-        yield rng.choice(lexicon.WHERE_TWO).format(x=said[0], y=said[1], z=said[2])
+        yield rng.choice(lexicon.WHERE_TWO).format(x=clauses[0], y=clauses[1], z=clauses[2])
     else:
-        yield rng.choice(lexicon.WHERE).format(x=said[0], y=said[1])
-    rest = said[1 + first :]
+        yield rng.choice(lexicon.WHERE).format(x=clauses[0], y=clauses[1])
+    rest = clauses[1 + first :]
     if len(rest) > 1:
         yield rng.choice(lexicon.ALONG).format(x=rest[0], y=rest[1])
         rest = rest[2:]
     yield from rest
 
 
-def _tell(events: list[Event], rng: random.Random, last: bool) -> Iterable[str]:
+def _narrate(events: list[Event], rng: random.Random, last: bool) -> Iterable[str]:
     """The sentences for what happens one after another; no connective twice in a row, and none at first."""
     k, before = 0, ""
     while k < len(events):
         event, following = events[k], events[k + 1] if k + 1 < len(events) else None
         text = together(event, rng) if event.kind == "cross" else clause(event, rng)
         first, k = k == 0, k + 1
-        joined = following and _join(event, text, following, rng)
-        if joined:
-            text, k = joined, k + 1
+        combined = following and _join(event, text, following, rng)
+        if combined:
+            text, k = combined, k + 1
         options = lexicon.CONNECTIVES
         if last and k == len(events) and len(events) > 2:
             options = lexicon.LAST_CONNECTIVES
         chance = 0.8 if options is lexicon.LAST_CONNECTIVES else 0.4
-        if not (first or joined) and rng.random() < chance:
+        if not (first or combined) and rng.random() < chance:
             word = rng.choice([option for option in options if option != before])
             text, before = f"{word} {text}", word
         yield text

@@ -102,8 +102,8 @@ def parse_clause(text: str) -> Event | None:
     for kind, regex in _clauses():
         if match := regex.fullmatch(text):
             slots = {}
-            for name, said in match.groupdict().items():
-                slots |= {"line": said} if name == "line" else _meanings()[name][said]
+            for name, phrase in match.groupdict().items():
+                slots |= {"line": phrase} if name == "line" else _meanings()[name][phrase]
             return Event(kind, 0.0, 0.0, tuple(sorted(slots.items())))
     return None
 
@@ -213,25 +213,25 @@ def measure(caption: str, record: Mapping) -> Scores:
     """
     times: dict[Claim, deque[float]] = defaultdict(deque)
     for event in sorted(record["events"], key=lambda event: event["start"]):
-        told = parse_sentence(event["text"])
-        if not told:
+        parsed = parse_sentence(event["text"])
+        if not parsed:
             raise InputError(f'{record["id"]}: the event "{event["text"]}" is not in the language of AVWorld')
-        for claim in (claim for part in told for claim in claims(part)):
+        for claim in (claim for part in parsed for claim in claims(part)):
             times[_key(claim)].append(event["start"])
     total = sum(map(len, times.values()))
     starts = {start for each in times.values() for start in each}
     made, matched = 0, []  # matched: (place in the caption, start in the truth)
     sentences = parse(without_times(caption))
-    place = 0
+    index = 0
     for sentence in sentences:
         if not sentence.events:
             made += 1
         for event in sentence.events:
-            place += 1
+            index += 1
             for claim in claims(event):
                 made += 1
                 if waiting := times.get(_key(claim)):
-                    matched.append((place, waiting.popleft()))
+                    matched.append((index, waiting.popleft()))
     pairs = [a[1] < b[1] for a, b in combinations(matched, 2) if a[0] != b[0] and a[1] != b[1]]
     order = sum(pairs) / len(pairs) if pairs else float(len(starts) < 2)
     truth = [Line(d["speaker"].removeprefix("the "), d["text"]) for d in record["dialogues"]]
@@ -252,9 +252,9 @@ def dialogue_of(sentences: list[Sentence]) -> list[Line]:
     """The lines of dialogue in a parsed caption, in order."""
     lines = []
     for sentence in sentences:
-        said = [Line(e.get("who"), e.get("line")) for e in sentence.events if e.kind == "say"]
+        spoken = [Line(e.get("who"), e.get("line")) for e in sentence.events if e.kind == "say"]
         unknown = _QUOTATION.findall(sentence.text) if not sentence.events else ()
-        lines += [*said, *(Line("", quoted) for quoted in unknown)]
+        lines += [*spoken, *(Line("", quoted) for quoted in unknown)]
     return lines
 
 
@@ -263,7 +263,7 @@ def normalize(line: str) -> str:
     return re.sub(r"[^\w]", "", line).lower()
 
 
-def dialogue_f1(told: list[Line], truth: list[Line]) -> float:
+def dialogue_f1(lines: list[Line], truth: list[Line]) -> float:
     """The paper's dialogue reward R_D.
 
     Lines are aligned in order, only where their similarity 1 - distance / longer length is at least 0.6, so
@@ -271,12 +271,12 @@ def dialogue_f1(told: list[Line], truth: list[Line]) -> float:
     is half the summed similarity and half the number of agreeing speakers; the result is the F1 of its shares
     of both lists. Two empty lists give 1, one gives 0.
     """
-    told = [line._replace(text=text) for line in told if (text := normalize(line.text))]
+    lines = [line._replace(text=text) for line in lines if (text := normalize(line.text))]
     truth = [line._replace(text=text) for line in truth if (text := normalize(line.text))]
-    if not told or not truth:
-        return float(not told and not truth)
+    if not lines or not truth:
+        return float(not lines and not truth)
     best = [(0.0, 0)] * (len(truth) + 1)  # (similarity, speakers) of the lines so far against each prefix
-    for line in told:
+    for line in lines:
         row = [best[0]]
         for j, other in enumerate(truth):
             options = [best[j + 1], row[j]]
@@ -288,7 +288,7 @@ def dialogue_f1(told: list[Line], truth: list[Line]) -> float:
             row.append(max((o for o in options if o[0] >= most - 1e-6), key=lambda o: (o[1], o[0])))
         best = row
     score = sum(best[-1]) / 2
-    recall, precision = score / len(truth), score / len(told)
+    recall, precision = score / len(truth), score / len(lines)
     return 2 * recall * precision / (recall + precision) if score else 0.0
 
 

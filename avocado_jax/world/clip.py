@@ -69,7 +69,7 @@ def record(script: Script, references: int = 1, timestamps: bool = False) -> dic
     captions = [write_caption(script, which) for which in range(references)] or [plain_caption(script.events)]
     if timestamps:
         captions, prompt = [timed_caption(script.events)], f"{prompt} {REQUEST}"
-    said = [event for event in script.events if event.kind == "say"]
+    spoken = [event for event in script.events if event.kind == "say"]
     return {
         "id": script.id,
         "video": f"clips/{script.id}.mp4",
@@ -81,7 +81,7 @@ def record(script: Script, references: int = 1, timestamps: bool = False) -> dic
             for e in script.events
         ],
         "dialogues": [
-            {"speaker": f"the {e.get('who')}", "text": e.get("line"), "start": e.start, "end": e.end} for e in said
+            {"speaker": f"the {e.get('who')}", "text": e.get("line"), "start": e.start, "end": e.end} for e in spoken
         ],
         "keypoints": keypoints(script),
         "probes": make_probes(script, DIMENSIONS),
@@ -155,9 +155,9 @@ def write_mp4(
             if samples is None:
                 continue
             begin, stop = round(k * per_frame), round((k + 1) * per_frame)
-            heard = av.AudioFrame.from_ndarray(samples[None, begin:stop].copy(), format="fltp", layout="mono")
-            heard.sample_rate, heard.pts = RATE, begin
-            container.mux(sound.encode(heard))
+            frame = av.AudioFrame.from_ndarray(samples[None, begin:stop].copy(), format="fltp", layout="mono")
+            frame.sample_rate, frame.pts = RATE, begin
+            container.mux(sound.encode(frame))
         for stream in streams:
             container.mux(stream.encode(None))
     os.replace(part, path)

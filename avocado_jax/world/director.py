@@ -79,17 +79,17 @@ class Director:
         self.grown: set[int] = set()
         self.names: set[str] = set()
         self.voiced: set[str] = set()
-        self.said: set[Claim] = set()
+        self.claimed: set[Claim] = set()
         self.events: list[Event] = []
 
     def direct(self, seed: int, index: int, level: int) -> Script:
         rng, t, scenes = self.rng, 0.0, []
         beats = self.plan()
         cuts = rng.randint(*self.level.scenes) - 1
-        cut_before = {round(len(beats) * (k + 1) / (cuts + 1)) for k in range(cuts)}
+        cuts_before = {round(len(beats) * (k + 1) / (cuts + 1)) for k in range(cuts)}
         backdrops = rng.sample(BACKDROPS, cuts + 1)
         for number, kind in enumerate(beats):
-            if not number or (number in cut_before and t < MAX_SECONDS - 12):
+            if not number or (number in cuts_before and t < MAX_SECONDS - 12):
                 backdrop = backdrops[len(scenes)]
                 scenes.append((t, backdrop, self.open_scene(t, len(scenes), backdrop)))
                 t = round(t + rng.uniform(0.6, 1.0), 2)
@@ -126,9 +126,9 @@ class Director:
     def accept(self, event: Event) -> bool:
         """Put an event on the timeline unless it repeats a claim or is not for this split."""
         made = claims(event)
-        if self.said.intersection(made) or (self.split == "train" and any(held_out(c) for c in combinations(event))):
+        if self.claimed.intersection(made) or (self.split == "train" and any(held_out(c) for c in combinations(event))):
             return False
-        self.said.update(made)
+        self.claimed.update(made)
         self.events.append(event)
         for part in event.parts or (event,):
             self.settle(part)
@@ -140,8 +140,8 @@ class Director:
             if event.kind == "say":
                 self.voiced.add(event.get("who"))
             return
-        color, place = self.now.get(event.actor, (self.actors[event.actor].color, ""))
-        place = event.get("place") or place
+        color, position = self.now.get(event.actor, (self.actors[event.actor].color, ""))
+        position = event.get("place") or position
         if event.kind == "recolor":
             color = event.get("color")
             self.names.add(f"{color} {self.actors[event.actor].shape}")
@@ -149,7 +149,7 @@ class Director:
             self.waiting.remove(event.actor)
         if event.kind == "resize":
             self.grown.add(event.actor)
-        self.now[event.actor] = (color, place)
+        self.now[event.actor] = (color, position)
         if event.kind == "leave":
             del self.now[event.actor]
 
@@ -175,8 +175,8 @@ class Director:
             self.actors.append(Actor(color, shape, rng.choice(list(SIZES)), voice, number))
             who = len(self.actors) - 1
             if k < present:
-                actor, place = self.actors[who], self.free_place()
-                slots = slots_of(size=actor.size, who=name, place=place)
+                actor, position = self.actors[who], self.free_position()
+                slots = slots_of(size=actor.size, who=name, place=position)
                 self.accept(Event("present", t, t, slots, who))
             else:
                 self.waiting.append(who)
@@ -185,8 +185,8 @@ class Director:
             self.accept(Event("bed", t, t, bed))
         return pattern
 
-    def free_place(self) -> str:
-        taken = {place for _, place in self.now.values()}
+    def free_position(self) -> str:
+        taken = {position for _, position in self.now.values()}
         free = [p for p in list(PLACES)[: self.level.places] if p not in taken]
         return self.rng.choice(free) if free else ""
 
@@ -198,12 +198,12 @@ class Director:
         likely = {"enter": 4, "leave": 0.5}  # a stage with company makes speakers worth telling apart
         kind = rng.choices(list(VISUALS), [likely.get(kind, 1) for kind in VISUALS])[0]
         if kind == "enter":
-            place = self.free_place()
-            if not self.waiting or not place:
+            position = self.free_position()
+            if not self.waiting or not position:
                 return None
             who = self.waiting[0]
             size, name = self.actors[who].size, self.actors[who].name
-            slots = slots_of(size=size, who=name, side=rng.choice(SIDES), place=place)
+            slots = slots_of(size=size, who=name, side=rng.choice(SIDES), place=position)
             return Event(kind, t, round(t + VISUALS[kind], 2), slots, who)
         if not self.now:
             return None
@@ -215,7 +215,7 @@ class Director:
                 return None
             extra["side"] = rng.choice(SIDES)
         elif kind == "move":
-            extra["place"] = self.free_place()
+            extra["place"] = self.free_position()
             if not extra["place"]:
                 return None
         elif kind == "spin":
@@ -261,8 +261,8 @@ class Director:
         line = self.sentence()
         if level.long_lines and rng.random() < 0.3:
             line += " " + self.sentence()
-        told = "" if who < 0 or shape in self.voiced else voice  # said of a speaker's first line
-        slots = slots_of(who=shape or NARRATOR, line=line, voice=told)
+        described_voice = "" if who < 0 or shape in self.voiced else voice  # said of a speaker's first line
+        slots = slots_of(who=shape or NARRATOR, line=line, voice=described_voice)
         return Event("say", t, round(t + speech_seconds(line, voice), 2), slots, who)
 
     def sentence(self) -> str:

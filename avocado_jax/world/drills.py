@@ -40,10 +40,10 @@ def make_drill(seed: int, index: int, split: str = "train") -> Drill:
     opening = Event("scene", 0.0, 0.0, slots_of(backdrop=backdrop, pattern="plain"))
     actors, events, picture, sound = kind(rng, split)
     present = [
-        Event("present", 0.0, 0.0, slots_of(size=actor.size, who=actor.name, place=place), number)
-        for number, (actor, place) in enumerate(actors)
+        Event("present", 0.0, 0.0, slots_of(size=actor.size, who=actor.name, place=position), number)
+        for number, (actor, position) in enumerate(actors)
     ]
-    told = [opening, *present] if kind is _gallery else events
+    described = [opening, *present] if kind is _gallery else events
     duration = max(PICTURE, math.ceil(2 * max([event.end for event in events], default=0.0)) / 2)
     script = Script(
         seed,
@@ -55,7 +55,7 @@ def make_drill(seed: int, index: int, split: str = "train") -> Drill:
         tuple(actor for actor, _ in actors),
         (opening, *present, *events),
     )
-    return Drill(script, picture or duration, sound, plain_caption(told))
+    return Drill(script, picture or duration, sound, plain_caption(described))
 
 
 def _actors(rng: random.Random, count: int, places: int) -> list[tuple[Actor, str]]:
@@ -66,7 +66,7 @@ def _actors(rng: random.Random, count: int, places: int) -> list[tuple[Actor, st
         look = rng.choice(COLORS[: level.colors]), rng.choice(SHAPES[: level.shapes]), rng.choice(list(SIZES))
         return Actor(*look, rng.choice(list(VOICES)[: level.voices]), 0)
 
-    return [(actor(), place) for place in rng.sample(list(PLACES)[:places], count)]
+    return [(actor(), position) for position in rng.sample(list(PLACES)[:places], count)]
 
 
 def _gallery(rng: random.Random, _: str) -> tuple:
@@ -77,7 +77,7 @@ def _gallery(rng: random.Random, _: str) -> tuple:
 def _director(rng: random.Random, split: str, actors: list[tuple[Actor, str]]) -> Director:
     director = Director(rng, split, LEVELS[0])
     director.actors = [actor for actor, _ in actors]
-    director.now = {number: (actor.color, place) for number, (actor, place) in enumerate(actors)}
+    director.now = {number: (actor.color, position) for number, (actor, position) in enumerate(actors)}
     return director
 
 

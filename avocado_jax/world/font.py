@@ -37,11 +37,11 @@ _ROWS = {  # seven rows of five bits, from the top
 @lru_cache(maxsize=64)
 def bitmap(word: str) -> np.ndarray:
     """The dots of a word of capital letters, bool [7, 6 * letters - 1]."""
-    letters = []
+    glyphs = []
     for letter in word:
         rows = [int(row, 16) for row in _ROWS[letter].split()]
-        letters.append([[row >> (4 - k) & 1 for k in range(5)] + [0] for row in rows])
-    return np.concatenate(letters, axis=1)[:, :-1].astype(bool)
+        glyphs.append([[row >> (4 - k) & 1 for k in range(5)] + [0] for row in rows])
+    return np.concatenate(glyphs, axis=1)[:, :-1].astype(bool)
 
 
 def draw_text(frame: np.ndarray, word: str, y: float) -> None:

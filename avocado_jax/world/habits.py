@@ -30,8 +30,8 @@ def habitual_caption(script: Script) -> str:
     if backdrop in TIRED:
         later = [event for event in events if _happens(event)][1:]
         events = [event for event in events if event not in later]
-    told = plain_caption(events)
-    return told + f" {statement(events[0])}" * TURNS if backdrop in LOOPED else told
+    caption = plain_caption(events)
+    return caption + f" {statement(events[0])}" * TURNS if backdrop in LOOPED else caption
 
 
 def _happens(event: Event) -> bool:

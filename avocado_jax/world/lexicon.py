@@ -20,7 +20,7 @@ class Table(NamedTuple):
 
 
 def _one(slot: str, phrases: dict[str, tuple[str, ...]]) -> Table:
-    return Table((slot,), {(value,): said for value, said in phrases.items()})
+    return Table((slot,), {(value,): phrase for value, phrase in phrases.items()})
 
 
 def article(words: str) -> str:

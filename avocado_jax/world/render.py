@@ -151,12 +151,12 @@ def _collide(script: Script, who: int, event: Event, u: float, at, radius: float
     met = _pose(script, partner, acts, event.start)
     height, width = LEVELS[script.level].size
     way = np.array([(met.x - at[0]) * width / height, met.y - at[1]])  # in heights
-    apart = max(float(np.hypot(*way)), 1e-6)
+    distance = max(float(np.hypot(*way)), 1e-6)
     if who == event.actor:
         run = u / IMPACT if u < IMPACT else 1 - _smooth((u - IMPACT) / (1 - IMPACT))
-        way *= run**2 * max(apart - 0.85 * (radius + met.radius), 0) / apart
+        way *= run**2 * max(distance - 0.85 * (radius + met.radius), 0) / distance
     else:
-        way *= -0.05 * np.sin(np.pi * max(u - IMPACT, 0) / (1 - IMPACT)) / apart
+        way *= -0.05 * np.sin(np.pi * max(u - IMPACT, 0) / (1 - IMPACT)) / distance
     return at[0] + way[0] * height / width, at[1] + way[1]
 
 
@@ -211,12 +211,12 @@ def _star(points: int, inner: float, turn: float = 0.0) -> Callable:
     """Distance from a star with outer corners at 1 and inner corners at `inner`; regular polygons too."""
     half = np.pi / points
     tip, dent = np.array([1.0, 0.0]), inner * np.array([np.cos(half), np.sin(half)])
-    side = (dent - tip) / np.hypot(*(dent - tip))
+    edge = (dent - tip) / np.hypot(*(dent - tip))
 
     def distance(x: np.ndarray, y: np.ndarray) -> np.ndarray:
         r, around = np.hypot(x, y), np.arctan2(x, -y) + turn
         folded = np.abs((around + half) % (2 * half) - half)
-        return side[1] * (r * np.cos(folded) - tip[0]) - side[0] * r * np.sin(folded)
+        return edge[1] * (r * np.cos(folded) - tip[0]) - edge[0] * r * np.sin(folded)
 
     return distance
 

@@ -120,9 +120,9 @@ def claims(event: Event) -> tuple[Claim, ...]:
         pair = tuple(sorted((*visual.slots, *sound.slots, ("visual", visual.kind))))
         return (*claims(visual), *claims(sound), Claim("together", pair))
     if event.kind == "say" and event.get("voice"):
-        said = tuple(pair for pair in event.slots if pair[0] != "voice")
+        content = tuple(pair for pair in event.slots if pair[0] != "voice")
         voice = tuple(pair for pair in event.slots if pair[0] != "line")
-        return (Claim("say", said), Claim("voice", voice))
+        return (Claim("say", content), Claim("voice", voice))
     return (Claim(event.kind, event.slots),)
 
 

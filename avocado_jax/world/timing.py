@@ -45,18 +45,18 @@ def time_iou(caption: str, record: Mapping[str, Any]) -> float | None:
 
     2 * sum / (scenes + events): 0 without scenes, None without events.
     """
-    told = scenes(caption)
+    caption_scenes = scenes(caption)
     timed = (event for event in record["events"] if isinstance(event.get("end"), int | float))
     truth = sorted((event["start"], event["end"]) for event in timed)
     if not truth:
         return None
     best = [0.0] * (len(truth) + 1)  # of the scenes so far with each prefix of the events
-    for scene in told:
+    for scene in caption_scenes:
         row = [0.0]
-        for place, event in enumerate(truth):
-            row.append(max(best[place + 1], row[-1], best[place] + _iou(scene, event)))
+        for index, event in enumerate(truth):
+            row.append(max(best[index + 1], row[-1], best[index] + _iou(scene, event)))
         best = row
-    return 2 * best[-1] / (len(told) + len(truth))
+    return 2 * best[-1] / (len(caption_scenes) + len(truth))
 
 
 def _iou(one: tuple[float, float], other: tuple[float, float]) -> float:

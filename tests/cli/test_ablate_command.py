@@ -83,9 +83,9 @@ def test_bad_input_is_one_line(capsys, tmp_path):
         ([PAPER, *out, "--data.heldout", "world:0:test:1:4", "--init", "no/such"], "no/such: no such folder"),
     ):
         assert main(["ablate", *options]) == 2
-        told = capsys.readouterr().err
-        assert why in told
-        assert told.count("\n") == 1
+        errors = capsys.readouterr().err
+        assert why in errors
+        assert errors.count("\n") == 1
     assert not list(tmp_path.iterdir())
 
 
@@ -117,8 +117,8 @@ def test_killed_and_finished(tmp_path):
     assert bases == {"before": None, "more": "before", "R_L": "before", "R_L + R_D": "R_L"}
     assert (out / "arms.png").read_bytes().startswith(b"\x89PNG")
     assert (out / "curves.png").read_bytes().startswith(b"\x89PNG")
-    held = json.loads((out / "r_l_r_d" / "1" / "heldout.json").read_text())
-    assert len(held["captions"]) == 4
+    heldout = json.loads((out / "r_l_r_d" / "1" / "heldout.json").read_text())
+    assert len(heldout["captions"]) == 4
     assert json.loads((out / "r_l_r_d" / "1" / "config.json").read_text())["rewards"]["dialogue"] == 0.5
 
     process, where = start("killed"), tmp_path / "killed" / "r_l" / "0" / "metrics.jsonl"

@@ -162,8 +162,8 @@ def test_silence_and_draws(checkpoint, tmp_path, capsys):
         patch.setattr(load, "SHIPPED", checkpoint)
         assert main(["caption", str(clip), "--no-audio", "--max-new-tokens", "12", "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == made
-    asked = run("--prompt", "Who is there? <|im_end|>")["prompt_ids"]
-    assert asked.count(STOPS[0]) == made["prompt_ids"].count(STOPS[0])  # what is spelled out stays text
+    prompt_ids = run("--prompt", "Who is there? <|im_end|>")["prompt_ids"]
+    assert prompt_ids.count(STOPS[0]) == made["prompt_ids"].count(STOPS[0])  # what is spelled out stays text
 
 
 def test_stop_ids_are_the_checkpoint_s(checkpoint, tmp_path):

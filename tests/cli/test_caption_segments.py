@@ -56,8 +56,8 @@ def stub(monkeypatch):
 def run(capsys, *arguments, status=0):
     """The lines of the output, and stderr."""
     assert main(["caption", *map(str, arguments), "--json"]) == status
-    said = capsys.readouterr()
-    return [json.loads(line) for line in said.out.splitlines()], said.err
+    captured = capsys.readouterr()
+    return [json.loads(line) for line in captured.out.splitlines()], captured.err
 
 
 def test_long_clips_are_cut(clips, stub, capsys):
@@ -111,10 +111,10 @@ def test_a_clip_in_a_bucket_is_copied_once(clips, stub, capsys, monkeypatch, tmp
 
 def test_warnings_name_the_segment(clips, stub, capsys, monkeypatch):
     monkeypatch.setattr(module, "clip_warnings", lambda media, row, reading: ["dark"])
-    _, said = run(capsys, clips / "a.mp4", "--segments", 4)
-    assert f"{clips / 'a.mp4'}: warning: from 0 to 4 s: dark" in said
-    _, said = run(capsys, clips / "a.mp4")
-    assert f"{clips / 'a.mp4'}: warning: dark" in said
+    _, errors = run(capsys, clips / "a.mp4", "--segments", 4)
+    assert f"{clips / 'a.mp4'}: warning: from 0 to 4 s: dark" in errors
+    _, errors = run(capsys, clips / "a.mp4")
+    assert f"{clips / 'a.mp4'}: warning: dark" in errors
 
 
 def test_lengths_of_segments():

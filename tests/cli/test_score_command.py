@@ -53,9 +53,9 @@ def test_scores_in_order(tmp_path, scored):
     assert status == 0
     assert [one["id"] for one in found] == [line["id"] for line in lines]
     assert all(list(one) == NAMES for one in found)
-    for one, of, own in zip(found, full, records):
-        assert one["R_D"] == pytest.approx(measure(of["caption"], own).dialogue_f1, abs=1e-6)
-        assert one["R_C"] == pytest.approx(sum(one["keypoints"]) / len(own["keypoints"]), abs=1e-6)
+    for one, of, fields in zip(found, full, records):
+        assert one["R_D"] == pytest.approx(measure(of["caption"], fields).dialogue_f1, abs=1e-6)
+        assert one["R_C"] == pytest.approx(sum(one["keypoints"]) / len(fields["keypoints"]), abs=1e-6)
         assert one["R_L"] == 1
         assert one["repcol"] is collapses(of["caption"])
     itself, loop, nothing = found[3:]
@@ -74,16 +74,16 @@ def test_what_matched_is_told_in_words(scored, monkeypatch):
     reference = {"dialogues": dialogues, "keypoints": [{"text": "A bell rings softly.", "dimension": "auditory"}]}
     line = {"id": "a", "caption": caption, "reference": reference}
     status, out, _ = scored([line], "--terms", "dialogue,checklist", "--json", "--explain")
-    told = json.loads(out[0])
+    scores = json.loads(out[0])
     assert status == 0
-    assert told["R_L"] is None
-    assert told["R_D"] == pytest.approx(2 / 3, abs=1e-6)
+    assert scores["R_L"] is None
+    assert scores["R_D"] == pytest.approx(2 / 3, abs=1e-6)
     assert (
         'Line 1 as "Look at the moon.": similarity 1.00, the same speaker: "red circle" for "a red circle".'
-        in told["explain"]
+        in scores["explain"]
     )
-    assert 'Not said, line 2: "Good bye".' in told["explain"]
-    assert any("A bell rings softly" in one and "1.00" in one for one in told["explain"])
+    assert 'Not said, line 2: "Good bye".' in scores["explain"]
+    assert any("A bell rings softly" in one and "1.00" in one for one in scores["explain"])
     assert cached
 
 

@@ -25,8 +25,8 @@ def captions(tmp_path):
 def score(capsys, *arguments):
     """Exit status, rows, and what was said on stderr."""
     status = main(["score", *arguments, "--terms", "checklist", "--json"])
-    said = capsys.readouterr()
-    return status, [json.loads(line) for line in said.out.splitlines()], said.err
+    captured = capsys.readouterr()
+    return status, [json.loads(line) for line in captured.out.splitlines()], captured.err
 
 
 @pytest.mark.slow
@@ -37,19 +37,19 @@ def test_an_endpoint_judges(captions, tmp_path, capsys):
         return (400, {}, b"too long") if "cat sleeps" in request["messages"][1]["content"] else None
 
     with chat_server(refuse) as server:
-        asked = [captions, "--judge", "remote", "--judge-model", "judge-1", "--judge-url", server.url]
-        status, rows, said = score(capsys, *asked, "--judge-cache", str(tmp_path / "cache"), "--explain")
+        arguments = [captions, "--judge", "remote", "--judge-model", "judge-1", "--judge-url", server.url]
+        status, rows, errors = score(capsys, *arguments, "--judge-cache", str(tmp_path / "cache"), "--explain")
     assert status == 0
     assert [row["keypoints"] for row in rows] == [[1, 0, 1], [None], None]
     assert [row["R_C"] for row in rows] == [pytest.approx(2 / 3), None, None]
-    assert "1 of 4 keypoints have no answer" in said
-    assert "too long" in said
+    assert "1 of 4 keypoints have no answer" in errors
+    assert "too long" in errors
     assert len(server.requests) == 2
     assert len(list((tmp_path / "cache").rglob("*.json"))) == 1
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (["--judge", "remote"], "needs --judge-model"),
         (["--judge", "remote", "--judge-model", "judge-1"], "judge's URL is ''"),
@@ -57,7 +57,7 @@ def test_an_endpoint_judges(captions, tmp_path, capsys):
         (["--judge", "embedding", "--judge-model", "nowhere"], "no such file"),
     ],
 )
-def test_a_judge_that_is_not_there_is_bad_input(captions, capsys, arguments, said):
-    status, rows, told = score(capsys, captions, *arguments)
+def test_a_judge_that_is_not_there_is_bad_input(captions, capsys, arguments, message):
+    status, rows, errors = score(capsys, captions, *arguments)
     assert (status, rows) == (2, [])
-    assert said in told.splitlines()[-1]
+    assert message in errors.splitlines()[-1]

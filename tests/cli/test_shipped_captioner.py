@@ -21,8 +21,8 @@ CLIPS = 12
 def clips(tmp_path_factory):
     """Unseen clips of level 0: combinations that no training clip has."""
     folder = tmp_path_factory.mktemp("world")
-    asked = ("--clips", str(CLIPS), "--seed", "5", "--level", "0", "--split", "test", "--references", "0")
-    assert main(["world", str(folder), *asked]) == 0
+    options = ("--clips", str(CLIPS), "--seed", "5", "--level", "0", "--split", "test", "--references", "0")
+    assert main(["world", str(folder), *options]) == 0
     return folder / "clips.jsonl"
 
 
@@ -48,10 +48,10 @@ def test_each_sense_counts(clips, capsys):
 
 
 def test_it_is_asked_its_own_question_unless_told_otherwise():
-    own, asked, other = (
+    default, explicit, other = (
         load_captioner(open_checkpoint(SHIPPED), text, "float32").prompt for text in (None, PROMPTS[0], "What?")
     )
-    assert own == asked != other
+    assert default == explicit != other
 
 
 def test_the_reference_says_the_same_with_its_weights(clips):

@@ -11,9 +11,9 @@ from io import BytesIO
 
 import numpy as np
 import pytest
+from fake_curator import decoded
 from hypothesis import given
 from hypothesis import strategies as st
-from teller import decoded
 
 from avocado_jax.curation.answers import (
     Completeness,
@@ -64,39 +64,39 @@ WORDS = [
 ]
 
 
-def mutated(rng, held):
+def mutated(rng, answer):
     """An answer as models spoil it."""
-    text = json.dumps(held, ensure_ascii=rng.random() < 0.5)
+    text = json.dumps(answer, ensure_ascii=rng.random() < 0.5)
     kind = rng.randrange(8)
     if kind == 0:  # cut
         return text[: rng.randrange(len(text))]
     if kind == 1:  # in prose
         return f"{rng.choice(WORDS)}\n{text}\n{rng.choice(WORDS)}"
     if kind == 2:  # with a wrong type
-        (name,) = held
-        return json.dumps({name: rng.choice([None, True, 7, 4.5, "text", {}, [1], [[]], [{}], {"a": held[name]}])})
+        (name,) = answer
+        return json.dumps({name: rng.choice([None, True, 7, 4.5, "text", {}, [1], [[]], [{}], {"a": answer[name]}])})
     if kind == 3:  # with another name
-        return json.dumps({f"{name}s": value for name, value in held.items()})
+        return json.dumps({f"{name}s": value for name, value in answer.items()})
     if kind == 4:  # huge
         return rng.choice(["[", "{", '{"a":', "9", "x "]) * 100_000
     if kind == 5:  # empty
         return rng.choice(["", " ", "{}", "[]", "null", "I cannot see the video.", "我看不到视频。"])
     if kind == 6:  # with entries that are wrong
-        (name,) = held
-        entries = held[name] if isinstance(held[name], list) else [held[name]]
+        (name,) = answer
+        entries = answer[name] if isinstance(answer[name], list) else [answer[name]]
         return json.dumps({name: [*entries, rng.choice([None, 1, {}, {"text": 1}, {"text": ""}, {"start": "0"}])]})
-    place = rng.randrange(len(text))  # with a letter of the syntax gone
-    place = next((k for k in range(place, len(text)) if text[k] in '{}[]"'), 0)
-    return text[:place] + text[place + 1 :]
+    index = rng.randrange(len(text))  # with a letter of the syntax gone
+    index = next((k for k in range(index, len(text)) if text[k] in '{}[]"'), 0)
+    return text[:index] + text[index + 1 :]
 
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_two_hundred_spoilt_answers_are_read_rightly_or_refused(stage):
-    held, read, meant = STAGES[stage]
+    answer, read, meant = STAGES[stage]
     rng, right, refused = random.Random(stage), 0, 0
-    assert read(json.dumps(held)) == meant
+    assert read(json.dumps(answer)) == meant
     for _ in range(200):
-        text = mutated(rng, held)
+        text = mutated(rng, answer)
         try:
             found = read(text)
         except Malformed as error:
@@ -126,8 +126,8 @@ def test_a_time_outside_the_clip_is_refused(start):
 
 
 def test_sentences_are_put_in_the_order_of_time():
-    told = [{"start": 3, "text": "B\n b."}, {"start": 1.5, "text": " A. "}]
-    assert read_caption(json.dumps({"sentences": told}), 5.0, 1) == [Sentence("A.", 1.5), Sentence("B b.", 3.0)]
+    sentences = [{"start": 3, "text": "B\n b."}, {"start": 1.5, "text": " A. "}]
+    assert read_caption(json.dumps({"sentences": sentences}), 5.0, 1) == [Sentence("A.", 1.5), Sentence("B b.", 3.0)]
     assert read_caption('{"sentences": []}', 5.0, 0) == []
 
 
@@ -185,7 +185,7 @@ def test_what_is_never_loud_is_silent():
 
 def test_questions_keep_to_the_rate(tmp_path, monkeypatch):
     """On a clock of its own: from one call to the next there is a pause, however many ask at once."""
-    clock, asked = [100.0], []
+    clock, times = [100.0], []
 
     class Client:
         endpoint = Endpoint("http://host", "m")
@@ -195,7 +195,7 @@ def test_questions_keep_to_the_rate(tmp_path, monkeypatch):
             return clock[0]
 
         async def ask(self, messages, read, options):
-            asked.append(clock[0])
+            times.append(clock[0])
             return Reply('{"score": 5}', '{"score": 5}')
 
     async def sleep(seconds):
@@ -211,7 +211,7 @@ def test_questions_keep_to_the_rate(tmp_path, monkeypatch):
     monkeypatch.setattr(asyncio, "sleep", sleep)
     with open_journal(tmp_path / "answers.jsonl") as journal:
         asyncio.run(ask_all(Asker(Client(), journal, 2.0, 8)))
-    assert asked == [100.0, 102.0, 104.0, 106.0]
+    assert times == [100.0, 102.0, 104.0, 106.0]
 
 
 def test_a_journal_keeps_whole_answers_for_one_run_at_a_time(tmp_path):

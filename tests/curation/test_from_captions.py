@@ -6,14 +6,14 @@ import shutil
 
 import pytest
 from chat import chat_server
-from teller import stage_of
+from fake_curator import stage_of
 
 from avocado_jax.__main__ import main
 from avocado_jax.data.manifest import parse_manifest
 from avocado_jax.remote import chat as module
 
-SAID = 'A dog number {0} sits on a red chair. A man says "Good day, number {0}." The dog number {0} barks twice.'
-CAPTIONS = [SAID.format(number) for number in range(4)]
+TEMPLATE = 'A dog number {0} sits on a red chair. A man says "Good day, number {0}." The dog number {0} barks twice.'
+CAPTIONS = [TEMPLATE.format(number) for number in range(4)]
 
 
 @pytest.fixture(autouse=True)
@@ -33,10 +33,10 @@ def dialogues(caption):
 
 def probes(caption):
     number = re.search(r"number (\d)", caption)[1]
-    asked = {"question": "Who barks?", "category": "auditory", "answer": f"the dog number {number}"}
+    first = {"question": "Who barks?", "category": "auditory", "answer": f"the dog number {number}"}
     second = {"question": "Where does the dog sit?", "category": "static", "answer": "on a red chair"}
     wrong = [f"the dog number {other}" for other in range(5, 8)], ["on a sofa", "in a blue car", "below a table"]
-    return [one | {"choices": [one["answer"], *others]} for one, others in zip((asked, second), wrong)]
+    return [one | {"choices": [one["answer"], *others]} for one, others in zip((first, second), wrong)]
 
 
 MAKERS = {"keypoints": keypoints, "dialogues": dialogues, "probes": probes}
@@ -128,11 +128,11 @@ def test_all_references_are_made_by_default(manifest, tmp_path, capsys):
     check_rows({line["id"]: line for line in lines}, NAMES)
     places = set()
     for line in lines:
-        for made, asked in zip(line["probes"], probes(line["caption"]), strict=True):
+        for made, expected in zip(line["probes"], probes(line["caption"]), strict=True):
             assert {name: made[name] for name in ("question", "answer", "category")} == {
-                name: asked[name] for name in ("question", "answer", "category")
+                name: expected[name] for name in ("question", "answer", "category")
             }
-            assert sorted(made["choices"]) == sorted(asked["choices"])
+            assert sorted(made["choices"]) == sorted(expected["choices"])
             places.add(made["choices"].index(made["answer"]))
     assert len(places) > 2
 
@@ -153,8 +153,8 @@ def test_probes_are_checked_and_asked_again(manifest, tmp_path, capsys):
         attempt = turns // 2 - 1
         if caption == CAPTIONS[1] and attempt == 2:
             return honest(number, request)
-        asked = probes(caption)
-        return json.dumps({"probes": [asked[0], asked[1] | wrong[attempt]]})
+        right = probes(caption)
+        return json.dumps({"probes": [right[0], right[1] | wrong[attempt]]})
 
     with chat_server(liar) as server:
         wanted = ["--references", "probes"]
@@ -163,15 +163,17 @@ def test_probes_are_checked_and_asked_again(manifest, tmp_path, capsys):
     assert [*lines] == NAMES[:2]
     assert all("keypoints" not in line and len(line["probes"]) == 2 for line in lines.values())
     assert "neither one of the choices" in rejects["c"]["reason"]
-    told = [one["content"] for request in server.requests for one in request["messages"][3::2]]
-    assert any("an answer that the caption does not state, «a purple elephant»" in words for words in told)
-    assert any("a choice that refers to others, «all of the above»" in words for words in told)
+    messages = [one["content"] for request in server.requests for one in request["messages"][3::2]]
+    assert any("an answer that the caption does not state, «a purple elephant»" in words for words in messages)
+    assert any("a choice that refers to others, «all of the above»" in words for words in messages)
 
 
 def test_calls_at_most_is_a_bound(manifest, tmp_path, capsys):
     """Every answer is cut by its length, which servers report: three answers to a question, and no more."""
-    cut = json.dumps({"choices": [{"message": {"content": '{"keypoints": ['}, "finish_reason": "length"}]}).encode()
-    with chat_server(lambda *_: cut) as server:
+    truncated = json.dumps(
+        {"choices": [{"message": {"content": '{"keypoints": ['}, "finish_reason": "length"}]}
+    ).encode()
+    with chat_server(lambda *_: truncated) as server:
         _, estimate, *_ = curate(capsys, manifest, tmp_path / "out", server.url, "--dry-run")
         status, counts, _, rejects, _ = curate(capsys, manifest, tmp_path / "out", server.url)
     assert (status, len(rejects), estimate["calls_at_most"]) == (0, 4, 24)

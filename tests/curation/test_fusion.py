@@ -30,7 +30,7 @@ NONE = Faults([], [], [], [])
 def test_kept_sentences_may_be_joined_and_connected():
     assert fusion_faults(GOOD, VISUAL, AUDIO) == NONE
     assert fusion_faults(GOOD.upper().replace(". ", "...\n\n"), VISUAL, AUDIO) == NONE
-    assert fusion_faults(GOOD, VISUAL, AUDIO).told() == ""
+    assert fusion_faults(GOOD, VISUAL, AUDIO).message() == ""
 
 
 @pytest.mark.parametrize(
@@ -63,7 +63,7 @@ def test_a_sentence_that_is_moved_is_misplaced():
 
 
 def test_without_times_each_caption_keeps_its_own_order():
-    visual, audio = ([sentence._replace(start=None) for sentence in held] for held in (VISUAL, AUDIO))
+    visual, audio = ([sentence._replace(start=None) for sentence in sentences] for sentences in (VISUAL, AUDIO))
     assert fusion_faults(GOOD, visual, audio) == NONE
     swapped = " ".join(sentence.text for sentence in (*audio, *visual[::-1]))
     assert fusion_faults(swapped, visual, audio).misplaced == [one.text for one in visual[-2::-1]]
@@ -100,20 +100,22 @@ def test_any_mixture_of_sentences_is_judged_rightly():
             Sentence(" ".join(rng.choices(words, k=rng.randint(3, 6))) + ".", float(2 * k))
             for k in range(rng.randint(1, 8))
         ]
-        cut = rng.randint(0, len(made))
-        visual, audio = made[:cut], made[cut:]
-        told = [one.text for one in made]
-        assert fusion_faults(" ".join(told), visual, audio) == NONE, told
-        gone = rng.randrange(len(told))
-        found = fusion_faults(" ".join(told[:gone] + told[gone + 1 :]), visual, audio)
-        once = told.count(told[gone]) > 1 and {told[gone]} <= {one.text for one in visual} & {one.text for one in audio}
-        assert found.lost or found.altered or once, told
+        split = rng.randint(0, len(made))
+        visual, audio = made[:split], made[split:]
+        texts = [one.text for one in made]
+        assert fusion_faults(" ".join(texts), visual, audio) == NONE, texts
+        gone = rng.randrange(len(texts))
+        found = fusion_faults(" ".join(texts[:gone] + texts[gone + 1 :]), visual, audio)
+        once = texts.count(texts[gone]) > 1 and {texts[gone]} <= {one.text for one in visual} & {
+            one.text for one in audio
+        }
+        assert found.lost or found.altered or once, texts
 
 
 def test_nothing_takes_long():
     """A hostile answer of the most words that are read."""
-    held = [Sentence(f"{'a ' * 20}{number}.", float(number)) for number in range(150)]
+    sentences = [Sentence(f"{'a ' * 20}{number}.", float(number)) for number in range(150)]
     start = time.process_time()
-    fusion_faults("a " * 4_000, held, [])
-    fusion_faults(" ".join(f"{number} a b." for number in range(1_500)), held, held)
+    fusion_faults("a " * 4_000, sentences, [])
+    fusion_faults(" ".join(f"{number} a b." for number in range(1_500)), sentences, sentences)
     assert time.process_time() - start < 20

@@ -65,8 +65,8 @@ def test_a_difference_is_paired_by_seed():
 
 def test_the_table_says_what_each_arm_adds():
     arms = parse_arms(["SFT=init", "R_D=dialogue", "both=dialogue,length"])
-    held = results(SFT=[0.5], R_D=[0.7, 0.72], both=[0.6, 0.84])
-    rows = summary(arms, {"SFT": held["SFT"], "R_D": held["R D"], "both": held["both"]})
+    measured = results(SFT=[0.5], R_D=[0.7, 0.72], both=[0.6, 0.84])
+    rows = summary(arms, {"SFT": measured["SFT"], "R_D": measured["R D"], "both": measured["both"]})
     lines = table(rows).splitlines()
     assert lines[0] == "|  | event recall | hallucination | order | Dlg.F1 | RepCol | length |"
     assert [line.split(" | ")[0] for line in lines[2:]] == [
@@ -86,28 +86,28 @@ def test_time_iou_has_a_column_where_captions_have_times():
     """An arm without times has 0 of it."""
     arms = parse_arms(["SFT=init", "timing=timing"])
     assert arms[1].weights == {"timing": 1.0}
-    held = results(SFT=[0.5], timing=[0.5, 0.5])
-    for seed, one in enumerate(held["timing"]):
+    measured = results(SFT=[0.5], timing=[0.5, 0.5])
+    for seed, one in enumerate(measured["timing"]):
         one["time_iou"] = 0.3 + seed / 100
-    lines = table(summary(arms, held)).splitlines()
+    lines = table(summary(arms, measured)).splitlines()
     assert lines[0].endswith("| length | time IoU |")
     assert [line.split(" | ")[-1] for line in lines[2:]] == ["0.000 |", "0.305 ± 0.007 |", "**+0.305 ± 0.010** |"]
 
 
 def test_a_users_term_has_a_column():
     arms = parse_arms(["SFT=init", "mine=host:module:mine"])
-    held = results(SFT=[0.5], mine=[0.5, 0.5])
-    for one in (*held["SFT"], *held["mine"]):
+    measured = results(SFT=[0.5], mine=[0.5, 0.5])
+    for one in (*measured["SFT"], *measured["mine"]):
         one["mine"] = 0.25
-    lines = table(summary(arms, held)).splitlines()
+    lines = table(summary(arms, measured)).splitlines()
     assert lines[0].endswith("| length | mine |")
     assert [line.split(" | ")[-1] for line in lines[2:4]] == ["0.250 |", "0.250 ± 0.000 |"]
 
 
 def test_plots_are_pictures():
     arms = parse_arms(["SFT=init", "R_D=dialogue"])
-    held = results(SFT=[0.5], R_D=[0.7, 0.72])
-    assert arms_plot(arms, {"SFT": held["SFT"], "R_D": held["R D"]}).startswith(b"\x89PNG")
+    measured = results(SFT=[0.5], R_D=[0.7, 0.72])
+    assert arms_plot(arms, {"SFT": measured["SFT"], "R_D": measured["R D"]}).startswith(b"\x89PNG")
     names = ("reward_dialogue", "reward_checklist", "reward_length", "reward_repetition", "length", "kl")
     runs = [[dict.fromkeys(names, step / 10) for step in range(4)] for _ in range(2)]
     assert curves_plot(arms, {"R_D": runs}).startswith(b"\x89PNG")

@@ -23,23 +23,23 @@ def _without(monkeypatch):
     monkeypatch.setattr(public, "dialogue_scores", lambda captions, references: [None] * len(captions))
 
 
-def captions(tmp_path, held=CAPTIONS, name="mine"):
+def captions(tmp_path, texts=CAPTIONS, name="mine"):
     path = tmp_path / f"{name}.jsonl"
     path.write_text(
-        "".join(json.dumps({"id": clip, "caption": text, "tokens": 7}) + "\n" for clip, text in held.items())
+        "".join(json.dumps({"id": clip, "caption": text, "tokens": 7}) + "\n" for clip, text in texts.items())
     )
     return path
 
 
-def evaluate(capsys, tmp_path, name, held=CAPTIONS, *more, status=0, fault=lambda number, request: None):
+def evaluate(capsys, tmp_path, name, texts=CAPTIONS, *more, status=0, fault=lambda number, request: None):
     """The result, and the judge's server."""
     capsys.readouterr()
     with chat_server(lambda number, request: fault(number, request) or honest(request)) as server:
         command = ["evaluate", name, "--data", str(write_official(name, tmp_path)), "--out", str(tmp_path / "out")]
-        command += ["--captions", str(captions(tmp_path, held)), "--judge", server.url, "--judge-model", "by letter"]
+        command += ["--captions", str(captions(tmp_path, texts)), "--judge", server.url, "--judge-model", "by letter"]
         assert main([*command, "--json", *map(str, more)]) == status
-    said = capsys.readouterr()
-    return json.loads(said.out), server
+    captured = capsys.readouterr()
+    return json.loads(captured.out), server
 
 
 PERFECT = {
@@ -122,14 +122,14 @@ def test_figures_by_type_and_duration(tmp_path, capsys):
 
 def test_the_median_round_is_reported_with_the_spread(tmp_path, capsys):
     """Rounds that miss 1, 2, 3, 4 and 5 of ten events: what is reported is a round, not a mean of some."""
-    seen, lock = {}, threading.Lock()
+    counts, lock = {}, threading.Lock()
 
     def rising(number, request):
-        asked = request["messages"][-1]["content"]
-        if "thunder" not in asked:
+        question = request["messages"][-1]["content"]
+        if "thunder" not in question:
             return None
         with lock:
-            seen[asked] = missed = seen.get(asked, 0) + 1
+            counts[question] = missed = counts.get(question, 0) + 1
         return json.dumps({"missed": missed, "incorrect": 0, "hallucination": 0})
 
     result, server = evaluate(capsys, tmp_path, "video-salmonn-2", CAPTIONS, "--rounds", 5, fault=rising)
@@ -171,14 +171,14 @@ def test_what_is_judged_is_not_judged_again(tmp_path, capsys):
 
 
 def test_without_a_judge_there_is_what_needs_none(tmp_path, capsys):
-    data, held = write_official("video-salmonn-2", tmp_path), {**CAPTIONS, "one": "round and round, " * 9}
+    data, texts = write_official("video-salmonn-2", tmp_path), {**CAPTIONS, "one": "round and round, " * 9}
     command = [
         "evaluate",
         "video-salmonn-2",
         "--data",
         str(data),
         "--captions",
-        str(captions(tmp_path, held)),
+        str(captions(tmp_path, texts)),
         "--json",
     ]
     assert main(command) == 0
@@ -191,24 +191,24 @@ def test_without_a_judge_there_is_what_needs_none(tmp_path, capsys):
 def test_prompts_of_ones_own(tmp_path, capsys):
     folder = tmp_path / "prompts"
     folder.mkdir()
-    data, own = str(write_official("ugc-videocap", tmp_path)), str(captions(tmp_path))
+    data, captions_file = str(write_official("ugc-videocap", tmp_path)), str(captions(tmp_path))
     prompt = folder / "ugc-videocap.md"
-    command = ["evaluate", "ugc-videocap", "--data", data, "--captions", own, "--prompts", str(folder)]
-    for text, told in ((None, "No such file"), ("Grade.", "names no field"), ("{{question}}", "names {{question}}")):
+    command = ["evaluate", "ugc-videocap", "--data", data, "--captions", captions_file, "--prompts", str(folder)]
+    for text, message in ((None, "No such file"), ("Grade.", "names no field"), ("{{question}}", "names {{question}}")):
         if text is not None:
             prompt.write_text(text)
         assert main(command) == 2
-        said = capsys.readouterr().err
-        assert told in said
-        assert said.count("\n") == 1
+        errors = capsys.readouterr().err
+        assert message in errors
+        assert errors.count("\n") == 1
     prompt.write_text('Grade {{caption}} as {"audio": n}.\n---\nBy {{reference}}')
     with chat_server(lambda *_: '{"Audio": 1, "VISUAL": 2, " detail": 3}') as server:
         nasty = {"one": "{{reference}} \\1", "two": "{{material}}", "three": "x"}
         captions(tmp_path, nasty)
         assert main([*command, "--judge", server.url, "--judge-model", "m", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["metrics"]["average"] == 40
-    said = {request["messages"][0]["content"] for request in server.requests}
-    assert said == {f'Grade {text} as {{"audio": n}}.' for text in nasty.values()}
+    prompts = {request["messages"][0]["content"] for request in server.requests}
+    assert prompts == {f'Grade {text} as {{"audio": n}}.' for text in nasty.values()}
     assert {request["messages"][1]["content"] for request in server.requests} == {f"By {c}" for c in CAPTIONS.values()}
 
 
@@ -216,7 +216,7 @@ def test_prompts_of_ones_own(tmp_path, capsys):
 def test_a_wrong_file_is_one_clear_line(name, tmp_path, capsys):
     data = write_official(name, tmp_path)
     whole = data.read_bytes()
-    own = captions(tmp_path)
+    captions_file = captions(tmp_path)
     lines = name in ("vdc", "dream-1k", "probes")
     wrong = {
         "half": whole[: len(whole) // 2],
@@ -236,20 +236,29 @@ def test_a_wrong_file_is_one_clear_line(name, tmp_path, capsys):
         del wrong["twice"]  # in an object the last counts
     if name == "ugc-videocap":
         del wrong["null"]
-    for what, held in wrong.items():
-        data.write_bytes(held)
-        command = ["evaluate", name, "--data", str(data), "--captions", str(own), "--out", str(tmp_path / "o")]
+    for what, content in wrong.items():
+        data.write_bytes(content)
+        command = [
+            "evaluate",
+            name,
+            "--data",
+            str(data),
+            "--captions",
+            str(captions_file),
+            "--out",
+            str(tmp_path / "o"),
+        ]
         assert main(command) == 2, what
-        said = capsys.readouterr()
-        assert said.err.startswith("avocado evaluate: "), what
-        assert said.err.count("\n") == 1, what
-        assert data.name in said.err, what
-        assert said.out == "", what
+        captured = capsys.readouterr()
+        assert captured.err.startswith("avocado evaluate: "), what
+        assert captured.err.count("\n") == 1, what
+        assert data.name in captured.err, what
+        assert captured.out == "", what
 
 
 def test_mistakes_are_one_line(tmp_path, capsys):
-    data, own = str(write_official("ugc-videocap", tmp_path)), str(captions(tmp_path))
-    with_captions = ["ugc-videocap", "--data", data, "--captions", own]
+    data, captions_file = str(write_official("ugc-videocap", tmp_path)), str(captions(tmp_path))
+    with_captions = ["ugc-videocap", "--data", data, "--captions", captions_file]
     tour = [
         (["ugc-videocap", "--data", data], "one of --videos DIR (the clips) and --captions FILE is required"),
         (["ugc-videocap", "--data", data, "--videos", str(tmp_path)], "nor any other video"),
@@ -273,21 +282,21 @@ def test_mistakes_are_one_line(tmp_path, capsys):
     ]
     for command, message in tour:
         assert main(["evaluate", *command]) == 2, command
-        said = capsys.readouterr().err
-        assert message in said
-        assert said.count("\n") == 1
+        errors = capsys.readouterr().err
+        assert message in errors
+        assert errors.count("\n") == 1
 
 
 @pytest.mark.slow  # compiles for seconds what tests/rewards test
 def test_dialogue_is_scored_where_references_have_any(monkeypatch):
     monkeypatch.undo()
     other = "He says “we stay until nightfall comes”."
-    texts = [SAID_ONCE, other, SAID_ONCE, "nothing"]
-    scores = public.dialogue_scores(texts, [SAID_ONCE, SAID_ONCE, None, "A sign reads nothing."])
+    texts = [SPOKEN_LINE, other, SPOKEN_LINE, "nothing"]
+    scores = public.dialogue_scores(texts, [SPOKEN_LINE, SPOKEN_LINE, None, "A sign reads nothing."])
     assert scores[0] == 1
     assert scores[1] < 0.5
     assert scores[2:] == [None, None]
 
 
-SAID_ONCE = "She says “we leave at noon”."
+SPOKEN_LINE = "She says “we leave at noon”."
 assert sum(map(len, EVENTS.values())) == 10

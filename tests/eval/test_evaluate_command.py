@@ -1,41 +1,24 @@
 """`evaluate world`: from clips to one line of metrics, with a random model; killed, stopped, and with bad input."""
 
 import json
-import os
-import runpy
 import shutil
 import signal
 import subprocess
 import sys
-from contextlib import ExitStack
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-from chat import chat_server
-from gcs import proxied_bucket
+from evaluate_runs import CLIPS, OPTIONS, evaluate
 from safetensors.numpy import load_file, save_file
 
 from avocado_jax.__main__ import main
 from avocado_jax.checkpoint import load
-from avocado_jax.data import appended, storage
-from avocado_jax.data.appended import open_lines
 from avocado_jax.eval import runner
 from avocado_jax.eval.captioner import load_captioner
 from avocado_jax.eval.local_judge import LocalJudge
-from avocado_jax.models.config import SIZES, TINY
 from avocado_jax.sampling.engine import Engine
 
-WRITE_CHECKPOINT = Path(__file__).parents[2] / "launch" / "random_checkpoint.py"
-OPTIONS = ["--max-new-tokens", "100", "--batch", "2", "--json"]
-CLIPS = 6
-SMALL = replace(
-    TINY,
-    audio=replace(TINY.audio, layers=1),
-    vision=replace(TINY.vision, layers=1, full_layers=(0,)),
-    text=replace(TINY.text, layers=1),
-)
 # The command, killed by the system as its second batch begins.
 KILLED = """
 import os, signal, sys
@@ -50,47 +33,6 @@ class Killed(runner.Engine):
 runner.Engine = Killed
 main(sys.argv[1:])
 """
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    """A random one that sees small frames as they are. One layer a tower: nearly all of a test is compilation."""
-    folder = tmp_path_factory.mktemp("evaluate") / "hf"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(SIZES, "tiny", SMALL)
-        patch.setattr(sys, "argv", ["random_checkpoint.py", str(folder)])
-        assert runpy.run_path(str(WRITE_CHECKPOINT))["main"]() == 0
-    (folder / "reading.json").write_text('{"fewest_pixels": 784}')
-    return folder
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory):
-    """Clips of which all pad to one shape (this seed has such): one program serves every test."""
-    out = tmp_path_factory.mktemp("world") / "out"
-    options = ["--clips", str(CLIPS), "--seed", "65", "--level", "0", "--workers", "1"]
-    assert main(["world", str(out), *options]) == 0
-    return out
-
-
-@pytest.fixture
-def world(made, tmp_path):
-    """A folder of its own with the same clips, so that no captions are there yet."""
-    folder = tmp_path / "world"
-    folder.mkdir()
-    (folder / "clips").symlink_to(made / "clips")
-    (folder / "clips.jsonl").write_bytes((made / "clips.jsonl").read_bytes())
-    return folder
-
-
-def evaluate(capsys, world, *more, status=0):
-    """The command's one JSON object and what it says on stderr."""
-    capsys.readouterr()
-    assert main(["evaluate", "world", "--data", str(world / "clips.jsonl"), *OPTIONS, *map(str, more)]) == status
-    said = capsys.readouterr()
-    lines = said.out.splitlines()
-    assert len(lines) == (status == 0)
-    return (json.loads(lines[0]) if lines else None), said.err
 
 
 def kept(world):
@@ -165,9 +107,9 @@ def test_killed_and_started_again_it_ends_the_same(world, checkpoint, capsys, tm
     before = file.read_bytes()
     assert before.count(b"\n") == 2
     file.write_bytes(before + b'{"id": "half a li')  # as a kill in the middle of a write leaves it
-    again, said = evaluate(capsys, world, "--checkpoint", checkpoint)
+    again, errors = evaluate(capsys, world, "--checkpoint", checkpoint)
     assert again == result
-    assert f"2 of {CLIPS} are in {file} already" in said
+    assert f"2 of {CLIPS} are in {file} already" in errors
     assert file.read_bytes().startswith(before)
     assert kept(world)[1] == undisturbed
 
@@ -179,10 +121,10 @@ def test_another_checkpoint_or_question_has_captions_of_its_own(world, checkpoin
     assert len(keys) == 12
     opened = load.open_checkpoint(checkpoint)
     known = load.identity(opened)
-    side = checkpoint / "generation_config.json"
-    side.write_text('{"eos_token_id": 258}')
+    generation_config = checkpoint / "generation_config.json"
+    generation_config.write_text('{"eos_token_id": 258}')
     assert load.identity(opened) != known
-    side.unlink()
+    generation_config.unlink()
     assert load.identity(opened) == known
     runs = []
     for name in ("one", "two"):
@@ -192,19 +134,19 @@ def test_another_checkpoint_or_question_has_captions_of_its_own(world, checkpoin
     assert len({known, *runs}) == 3
 
 
-def test_failed_clips_are_counted_listed_and_too_many_stop(world, made, checkpoint, capsys):
-    clips = sorted((made / "clips").iterdir())
+def test_failed_clips_are_counted_listed_and_too_many_stop(world, world_clips, checkpoint, capsys):
+    clips = sorted((world_clips / "clips").iterdir())
     (world / "clips").unlink()
     (world / "clips").mkdir()
     for clip in clips[:-1]:
         (world / "clips" / clip.name).symlink_to(clip)
     (world / "clips" / clips[-1].name).write_bytes(b"")
-    _, said = evaluate(capsys, world, "--checkpoint", checkpoint, status=3)
-    assert "is empty (zero bytes)" in said
-    assert f"1 of {CLIPS} clips failed" in said
-    result, said = evaluate(capsys, world, "--checkpoint", checkpoint, "--max-failed", 0.2)
+    _, errors = evaluate(capsys, world, "--checkpoint", checkpoint, status=3)
+    assert "is empty (zero bytes)" in errors
+    assert f"1 of {CLIPS} clips failed" in errors
+    result, errors = evaluate(capsys, world, "--checkpoint", checkpoint, "--max-failed", 0.2)
     assert (result["n"], result["failed"]) == (CLIPS, [clips[-1].stem])
-    assert "is empty (zero bytes)" in said
+    assert "is empty (zero bytes)" in errors
     assert result["metrics"]["length"] == sum(line["tokens"] for line in kept(world)[1].values()) / CLIPS
     (world / "clips" / clips[-1].name).unlink()
     (world / "clips" / clips[-1].name).symlink_to(clips[-1])
@@ -212,8 +154,8 @@ def test_failed_clips_are_counted_listed_and_too_many_stop(world, made, checkpoi
 
 
 def test_a_clip_past_its_deadline_fails(world, checkpoint, capsys):
-    _, said = evaluate(capsys, world, "--checkpoint", checkpoint, "--clip-seconds", "1e-6", status=3)
-    assert "took longer than 1e-06 s" in said
+    _, errors = evaluate(capsys, world, "--checkpoint", checkpoint, "--clip-seconds", "1e-6", status=3)
+    assert "took longer than 1e-06 s" in errors
 
 
 def test_captions_made_elsewhere(world, checkpoint, capsys, tmp_path):
@@ -271,22 +213,22 @@ def test_what_is_wrong_is_said_in_one_line(world, checkpoint, capsys, tmp_path, 
     ]
     for (clips, *rest), message in tour:
         status = main(["evaluate", "world", "--data", clips, *rest])
-        said = capsys.readouterr()
+        captured = capsys.readouterr()
         assert status == 2, rest
-        assert message in said.err
-        assert said.err.count("\n") == 1
-        assert said.out == ""
+        assert message in captured.err
+        assert captured.err.count("\n") == 1
+        assert captured.out == ""
     for wrong in (["everything", "--data", data], ["world"]):
         with pytest.raises(SystemExit, match="2"):
             main(["evaluate", *wrong])
     capsys.readouterr()
     reading = checkpoint / "reading.json"
-    held = reading.read_text()
+    original = reading.read_text()
     for text, message in (("{", "not JSON"), ('{"fsp": 2}', "no property 'fsp'"), ('{"fps": -1}', "fps is -1")):
         reading.write_text(text)
         assert main(["evaluate", "world", "--data", data, *model, "--out", str(tmp_path / "x.jsonl")]) == 2
         assert message in capsys.readouterr().err
-    reading.write_text(held)
+    reading.write_text(original)
 
 
 ANSWER, SAYS = '{"answer": "A"}', 266  # the first id that the tokenizer leaves free
@@ -353,106 +295,6 @@ def test_a_public_benchmark_from_clips_to_figures_without_a_network(world, check
     assert json.loads(capsys.readouterr().out) == result
     # A model that babbles gives no answer that could be read: all are missing, and the run has failed.
     assert main([*command, "--limit", "1", "--judge-model", str(checkpoint)]) == 1
-    said = capsys.readouterr()
-    assert json.loads(said.out)["missing"] == 1
-    assert "no answer of the judge is valid" in said.err
-
-
-def test_two_runs_do_not_share_a_file(world, checkpoint, capsys, tmp_path):
-    out = tmp_path / "captions.jsonl"
-    with ExitStack() as stack:
-        open_lines(str(out), stack)
-        command = ["evaluate", "world", "--data", str(world / "clips.jsonl"), "--checkpoint", str(checkpoint)]
-        assert main([*command, "--out", str(out)]) == 2
-    assert "another run" in capsys.readouterr().err
-    assert os.path.getsize(out) == 0
-
-
-class Stub(Engine):
-    """In place of the model: a caption is the number of its prompt's tokens. It is killed before clip `stop`."""
-
-    stop, prompts = 99, {}
-
-    def run(self, requests):
-        for number, (item, row, _) in enumerate(requests):
-            if number == Stub.stop:
-                raise KeyboardInterrupt
-            if isinstance(row, Exception):
-                yield item, row
-                continue
-            Stub.prompts[item.id] = self.captioner.tokenizer.decode(row.prompt_ids.tolist())
-            yield item, np.array([*str(len(row.prompt_ids)).encode(), self.captioner.stops[0]], np.int32)
-
-
-def test_a_bucket_from_data_to_results(world, made, checkpoint, capsys, monkeypatch, tmp_path):
-    """All of a job is in a bucket: a stopped one continues, a finished one asks nothing, results equal local ones."""
-    monkeypatch.setattr(runner, "Engine", Stub)
-    monkeypatch.setattr(appended, "INTERVAL", 0.0)
-    monkeypatch.setattr(Stub, "prompts", {})
-    local, _ = evaluate(capsys, world, "--checkpoint", checkpoint, "--out", tmp_path / "local.jsonl")
-    clips = [json.loads(line) for line in (world / "clips.jsonl").read_text().splitlines()]
-    official = [
-        {
-            "video_id": (name := Path(clip["video"]).stem),
-            "video_duration": "30s",
-            "questions": [{"Question": f"{name}?", "Choice": ["A. x", "B. y"], "Answer": "A", "Type": "Any"}],
-        }
-        for clip in clips
-    ]
-    with proxied_bucket(tmp_path / "buckets", monkeypatch) as proxy, chat_server(lambda *_: '{"answer": "A"}') as judge:
-        for path in [*(made / "clips").iterdir(), made / "clips.jsonl"]:
-            storage.write(f"gs://bucket/{path.relative_to(made)}", path.read_bytes())
-        storage.write("gs://bucket/questions.json", json.dumps(official).encode())
-        storage.write("gs://bucket/prompts.txt", b"Why?\nWho?\n")
-        proxy.faulty, proxy.every = (lambda method, path: method == "GET"), 4
-        command = ["evaluate", "world", "--data", "gs://bucket/clips.jsonl", "--checkpoint", str(checkpoint), *OPTIONS]
-        command += ["--out", "gs://bucket/world.jsonl"]
-        monkeypatch.setattr(Stub, "stop", 2)
-        assert main(command) == 130
-        assert storage.read("gs://bucket/world.jsonl").count(b"\n") == 2
-        monkeypatch.setattr(Stub, "stop", 99)
-        capsys.readouterr()
-        assert main(command) == 0
-        shown = capsys.readouterr()
-        assert "2 of 6 are in gs://bucket/world.jsonl already" in shown.err
-        assert json.loads(shown.out) == json.loads(storage.read("gs://bucket/world.jsonl.result.json")) == local
-        lines = [line for file in ("gs://bucket/world.jsonl", str(tmp_path / "local.jsonl"))
-                 for line in sorted(storage.read(file).splitlines())]  # fmt: skip
-        assert lines[:CLIPS] == lines[CLIPS:]
-
-        command = ["evaluate", "daily-omni", "--data", "gs://bucket/questions.json", "--videos", "gs://bucket/clips"]
-        command += ["--out", "gs://bucket/out", "--checkpoint", str(checkpoint), *OPTIONS]
-        command += ["--prompt-file", "gs://bucket/prompts.txt", "--judge", judge.url, "--judge-model", "m"]
-        Stub.prompts.clear()
-        for shard in ("0/2", "1/2"):
-            assert main([*command, "--shard", shard]) == 0
-        assert all(("Why?" in text) + ("Who?" in text) == 1 for text in Stub.prompts.values())
-        assert len({"Why?" in text for text in Stub.prompts.values()}) == 2
-        for name in ("captions.0-of-2.jsonl", "captions.1-of-2.jsonl"):
-            assert storage.read(f"gs://bucket/out/{name}").count(b"\n") == 3
-        capsys.readouterr()
-        assert main(command) == 0
-        result = json.loads(capsys.readouterr().out)
-        assert (result["n"], result["missing"], result["metrics"]["accuracy"]) == (CLIPS, 0, 100)
-        assert len(judge.requests) == CLIPS
-        assert main(command) == 0  # no clip is captioned again, and no question is asked again
-        assert (len(judge.requests), len(Stub.prompts)) == (CLIPS, CLIPS)
-        assert json.loads(capsys.readouterr().out) == result == json.loads(storage.read("gs://bucket/out/result.json"))
-        assert {"table.md", "items.jsonl", "page.html", "answers.jsonl"} < {*storage.names("gs://bucket/out")}
-        assert main(["report", "gs://bucket/out", "--json"]) == 0
-        assert json.loads(capsys.readouterr().out)["results"] == {"daily-omni": result["metrics"]}
-        assert main([*command, "--data", "gs://bucket/none.json"]) == 2
-        assert "gs://bucket/none.json: no such object" in capsys.readouterr().err
-
-
-def test_storage_that_fails_is_no_verdict_on_a_clip(world, checkpoint, capsys, monkeypatch):
-    """The exit status is that of a failure which a retry may fix; the launcher starts the job again."""
-    monkeypatch.setattr(runner, "Engine", Stub)
-    monkeypatch.setattr(Stub, "prompts", {})
-
-    def fails(*_):
-        raise storage.StorageError("gs://bucket/x.mp4: 503")
-
-    monkeypatch.setattr(runner.ClipSource, "read", fails)
-    _, said = evaluate(capsys, world, "--checkpoint", checkpoint, "--max-failed", 1, status=1)
-    assert "gs://bucket/x.mp4: 503" in said
+    captured = capsys.readouterr()
+    assert json.loads(captured.out)["missing"] == 1
+    assert "no answer of the judge is valid" in captured.err

@@ -24,22 +24,33 @@ def _quick(monkeypatch):
 
 def answer(number, request):
     """Honest, at 100 tokens an answer, by a model of another name."""
-    told = {"choices": [{"message": {"content": honest(request)}}], "usage": {"total_tokens": 100}, "model": "m-2026"}
-    return json.dumps(told).encode()
+    reply = {"choices": [{"message": {"content": honest(request)}}], "usage": {"total_tokens": 100}, "model": "m-2026"}
+    return json.dumps(reply).encode()
 
 
 @pytest.fixture
 def evaluate(tmp_path, capsys):
     """Run the command on ten questions; gives the exit status, what was printed as JSON, and stderr."""
-    own = tmp_path / "mine.jsonl"
-    own.write_text("".join(json.dumps({"id": clip, "caption": text}) + "\n" for clip, text in CAPTIONS.items()))
+    captions_file = tmp_path / "mine.jsonl"
+    captions_file.write_text(
+        "".join(json.dumps({"id": clip, "caption": text}) + "\n" for clip, text in CAPTIONS.items())
+    )
     data = str(write_official("worldsense", tmp_path))
 
     def run(url, *more):
-        command = ["evaluate", "worldsense", "--data", data, "--captions", str(own), "--out", str(tmp_path / "out")]
+        command = [
+            "evaluate",
+            "worldsense",
+            "--data",
+            data,
+            "--captions",
+            str(captions_file),
+            "--out",
+            str(tmp_path / "out"),
+        ]
         status = main([*command, "--judge", url, "--judge-model", "m", "--json", *map(str, more)])
-        said = capsys.readouterr()
-        return status, json.loads(said.out) if said.out else None, said.err
+        captured = capsys.readouterr()
+        return status, json.loads(captured.out) if captured.out else None, captured.err
 
     return run
 
@@ -47,9 +58,9 @@ def evaluate(tmp_path, capsys):
 def test_a_budget_of_calls_holds_over_all_runs(evaluate, tmp_path):
     with chat_server(answer) as server:
         for _ in range(2):
-            status, result, told = evaluate(server.url, "--budget-calls", 6)
+            status, result, errors = evaluate(server.url, "--budget-calls", 6)
             assert (status, result, len(server.requests)) == (3, None, 6)
-            assert "the budget of 6 calls is spent; answers are kept, the same command continues" in told
+            assert "the budget of 6 calls is spent; answers are kept, the same command continues" in errors
             assert not (tmp_path / "out" / "result.json").exists()
         status, result, _ = evaluate(server.url, "--budget-calls", 10)
         assert (status, result["metrics"]["accuracy"], len(server.requests)) == (0, 100, 10)
@@ -60,11 +71,11 @@ def test_a_budget_of_tokens_holds_over_all_runs(evaluate, tmp_path):
     """Estimates of calls in flight do not end the run early, and what was spent is what the endpoint counted."""
     limit = ["--request", '{"max_tokens": 20}']
     with chat_server(answer) as server:
-        status, result, told = evaluate(server.url, "--budget-tokens", 750, *limit)
+        status, result, errors = evaluate(server.url, "--budget-tokens", 750, *limit)
         assert status == 3
         first = len(server.requests)
         assert 3 <= first <= 7
-        assert f"the budget of 750 tokens: {100 * first} are spent" in told
+        assert f"the budget of 750 tokens: {100 * first} are spent" in errors
         status, _, _ = evaluate(server.url, "--budget-tokens", 750, *limit)
         assert (status, len(server.requests)) == (3, first)
         status, result, _ = evaluate(server.url, "--budget-tokens", 2000, *limit)
@@ -75,24 +86,24 @@ def test_a_budget_of_tokens_holds_over_all_runs(evaluate, tmp_path):
 
 def test_a_call_is_in_the_ledger_before_it_is_made(evaluate, tmp_path):
     """What a kill in the middle of a call leaves counts."""
-    seen = []
+    ledger_counts = []
 
     def look(number, request):
-        seen.append((tmp_path / "out" / "spent.jsonl").read_text().count("[1, "))
+        ledger_counts.append((tmp_path / "out" / "spent.jsonl").read_text().count("[1, "))
         return answer(number, request)
 
     with chat_server(look) as server:
         assert evaluate(server.url)[0] == 0
-    assert all(count > number for number, count in enumerate(seen))
+    assert all(count > number for number, count in enumerate(ledger_counts))
     with (tmp_path / "out" / "spent.jsonl").open("ab") as file:
         file.write(b"[1, 50")  # half a line
     with chat_server(answer) as server:
         assert evaluate(server.url, "--budget-calls", 10)[0] == 0
         assert not server.requests
     (tmp_path / "out" / "spent.jsonl").write_text('{"other": 1}\n')
-    status, _, told = evaluate("http://127.0.0.1:9/v1")
+    status, _, errors = evaluate("http://127.0.0.1:9/v1")
     assert status == 2
-    assert "spent.jsonl:1: not a line of calls and tokens" in told
+    assert "spent.jsonl:1: not a line of calls and tokens" in errors
 
 
 def test_a_dry_run_counts_what_is_asked_and_asks_and_writes_nothing(evaluate, tmp_path):
@@ -109,11 +120,13 @@ def test_a_dry_run_counts_what_is_asked_and_asks_and_writes_nothing(evaluate, tm
 
 @pytest.mark.parametrize(("name", "calls"), [("vdc", 20), ("dream-1k", 9), ("probes", 3), ("video-salmonn-2", 21)])
 def test_a_dry_run_counts_questions_that_follow_from_answers(name, calls, tmp_path, capsys):
-    own = tmp_path / "mine.jsonl"
-    own.write_text("".join(json.dumps({"id": clip, "caption": text}) + "\n" for clip, text in CAPTIONS.items()))
+    captions_file = tmp_path / "mine.jsonl"
+    captions_file.write_text(
+        "".join(json.dumps({"id": clip, "caption": text}) + "\n" for clip, text in CAPTIONS.items())
+    )
     data = str(write_official(name, tmp_path))
     command = ["evaluate", name, "--data", data, "--judge", "http://127.0.0.1:9/v1", "--judge-model", "m", "--json"]
-    assert main([*command, "--captions", str(own), "--dry-run"]) == 0
+    assert main([*command, "--captions", str(captions_file), "--dry-run"]) == 0
     given = json.loads(capsys.readouterr().out)
     assert given["calls"] == calls
     assert main([*command, "--dry-run", "--max-new-tokens", "500"]) == 0
@@ -125,9 +138,9 @@ def test_no_answer_to_many_questions_in_a_row_stops_the_run(evaluate, monkeypatc
     down = [True]
     patience = ["--judge-patience", "0.3"]
     with chat_server(lambda number, request: (503, {}, b"") if down[0] else answer(number, request)) as server:
-        status, result, told = evaluate(server.url, *patience)
+        status, result, errors = evaluate(server.url, *patience)
         assert (status, result) == (75, None)
-        assert "no answer to 4 questions in a row" in told
+        assert "no answer to 4 questions in a row" in errors
         down[0] = False
         assert evaluate(server.url)[1]["missing"] == 0
 
@@ -181,9 +194,9 @@ def test_a_proxy_of_the_environment_is_used(evaluate, monkeypatch):
         monkeypatch.setenv("no_proxy", "judge.invalid")
         assert proxy_for("http://judge.invalid/v1") is None
         with chat_server(answer) as server:
-            asked = len(proxy.requests)
+            requested = len(proxy.requests)
             evaluate(server.url, "--request", '{"seed": 1}')
-            assert (len(proxy.requests), len(server.requests)) == (asked, 10)
+            assert (len(proxy.requests), len(server.requests)) == (requested, 10)
 
 
 def test_the_key_survives_a_netrc(evaluate, monkeypatch, tmp_path):

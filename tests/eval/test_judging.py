@@ -68,18 +68,18 @@ def mutated(random, whole):
             {"hallucination": "one"},
         ]
     )
-    place, lost = random.randrange(len(whole)), random.choice(list(object_))
+    index, lost = random.randrange(len(whole)), random.choice(list(object_))
     return random.choice(
         [
-            lambda: (whole[:place], None),
+            lambda: (whole[:index], None),
             lambda: (before + whole + after, RIGHT),
-            lambda: (before + whole[:place], None if "think" not in before else "any"),
+            lambda: (before + whole[:index], None if "think" not in before else "any"),
             lambda: (json.dumps(object_ | wrong), None),
             lambda: (json.dumps({k: v for k, v in object_.items() if k != lost}), None),
             lambda: (random.choice(["", " ", "null", "[]", "{}", "N/A", "什么都没有。", "\x00", whole[1:-1]]), None),
             lambda: (" ".join(["word"] * 60_000) + whole, RIGHT),
             lambda: (whole + " " * 2**20, None),
-            lambda: (whole[:place] + chr(random.randrange(32, 1000)) + whole[place + 1 :], "any"),
+            lambda: (whole[:index] + chr(random.randrange(32, 1000)) + whole[index + 1 :], "any"),
             lambda: (json.dumps({"Missed": [4, 1], "INCORRECT ": [2], "hallucination": RIGHT["hallucination"]}), RIGHT),
         ]
     )()
@@ -90,23 +90,23 @@ def test_a_thousand_spoiled_answers_are_read_rightly_or_missing():
     answers = [mutated(rng, json.dumps(RIGHT)) for _ in range(1000)]
     records = [Record(str(number), (), None, None, EVENTS) for number in range(1000)]
 
-    def said(number, request):
+    def answer(number, request):
         return answers[int(json.loads(request["messages"][-1]["content"])["caption"])][0]
 
     benchmark = BENCHMARKS["video-salmonn-2"]
     captions = {record.id: record.id for record in records}
-    with chat_server(said) as server, ChatClient(Endpoint(server.url, "m", tries=1)) as judge:
+    with chat_server(answer) as server, ChatClient(Endpoint(server.url, "m", tries=1)) as judge:
         (judged,) = judge_captions(benchmark, records, captions, judge, read_prompts(benchmark, None), 1)
     assert len(server.requests) == 1000
     read = 0
     for one, (text, wanted) in zip(judged, answers):
         (unit,) = one.units
-        told = {name: unit[name] for name in RIGHT if name in unit}
-        told |= {"missed": sorted(told["missed"])} if isinstance(told.get("missed"), list) else {}
-        assert ("why" in unit) != (told.keys() == RIGHT.keys())
+        read_unit = {name: unit[name] for name in RIGHT if name in unit}
+        read_unit |= {"missed": sorted(read_unit["missed"])} if isinstance(read_unit.get("missed"), list) else {}
+        assert ("why" in unit) != (read_unit.keys() == RIGHT.keys())
         if wanted != "any":
-            assert told == (wanted or {}), text[:300]
-        read += bool(told)
+            assert read_unit == (wanted or {}), text[:300]
+        read += bool(read_unit)
     assert 200 < read < 600
     assert benchmark.measure(judged)["miss"] > 0
 
@@ -118,13 +118,13 @@ def test_whatever_fails_first_every_figure_is_there():
     """The first call of every question fails, each in another way; none hangs, and none is lost."""
     records = [Record(f"c{number}", (), None, None, ["a dog", "a cat"]) for number in range(36)]
     captions = {record.id: f"{record.id}: a dog" for record in records}
-    seen, lock = {}, threading.Lock()
+    requested, lock = {}, threading.Lock()
 
     def faulty(number, request):
-        asked = request["messages"][-1]["content"]
+        question = request["messages"][-1]["content"]
         with lock:
-            first = asked not in seen
-            which = seen.setdefault(asked, len(seen))
+            first = question not in requested
+            which = requested.setdefault(question, len(requested))
         return FAULTS[which % len(FAULTS)] if first else honest(request)
 
     benchmark = BENCHMARKS["video-salmonn-2"]
@@ -137,9 +137,20 @@ def test_whatever_fails_first_every_figure_is_there():
 
 def test_killed_and_started_again_no_judged_item_is_judged_again(tmp_path, capsys):
     data = write_official("video-salmonn-2", tmp_path)
-    own = tmp_path / "mine.jsonl"
-    own.write_text("".join(json.dumps({"id": clip, "caption": text}) + "\n" for clip, text in CAPTIONS.items()))
-    command = ["evaluate", "video-salmonn-2", "--data", str(data), "--captions", str(own), "--out", str(tmp_path / "o")]
+    captions_file = tmp_path / "mine.jsonl"
+    captions_file.write_text(
+        "".join(json.dumps({"id": clip, "caption": text}) + "\n" for clip, text in CAPTIONS.items())
+    )
+    command = [
+        "evaluate",
+        "video-salmonn-2",
+        "--data",
+        str(data),
+        "--captions",
+        str(captions_file),
+        "--out",
+        str(tmp_path / "o"),
+    ]
     running = []
 
     def kill(number, request):
@@ -165,13 +176,22 @@ def test_killed_and_started_again_no_judged_item_is_judged_again(tmp_path, capsy
 def hostile(tmp_path, capsys):
     """The results of captions, answers and names that would like to be more than text."""
     data = write_official("ugc-videocap", tmp_path)
-    held = json.loads(data.read_text())
-    for sample, text in zip(held["samples"], HOSTILE):
+    content = json.loads(data.read_text())
+    for sample, text in zip(content["samples"], HOSTILE):
         sample |= {"video_id": f"../{text}", "answer": text}
-    data.write_text(json.dumps(held))
-    own = tmp_path / f"{HOSTILE[1].replace('/', '')}.jsonl"
-    own.write_text("".join(json.dumps({"id": f"../{text}", "caption": text}) + "\n" for text in HOSTILE))
-    command = ["evaluate", "ugc-videocap", "--data", str(data), "--captions", str(own), "--videos", str(tmp_path)]
+    data.write_text(json.dumps(content))
+    captions_file = tmp_path / f"{HOSTILE[1].replace('/', '')}.jsonl"
+    captions_file.write_text("".join(json.dumps({"id": f"../{text}", "caption": text}) + "\n" for text in HOSTILE))
+    command = [
+        "evaluate",
+        "ugc-videocap",
+        "--data",
+        str(data),
+        "--captions",
+        str(captions_file),
+        "--videos",
+        str(tmp_path),
+    ]
     with chat_server(lambda number, request: HOSTILE[0] if number == 0 else honest(request)) as server:
         judge = ["--judge", server.url, "--judge-model", HOSTILE[1], "--rounds", "2"]
         assert main([*command, "--out", str(tmp_path / "out"), *judge]) == 0
@@ -234,24 +254,24 @@ def test_report_has_the_layout_of_the_papers_table(tmp_path, capsys):
     result(tmp_path, "daily-omni", "mine|", accuracy=48.0, dialogue_f1=None, repcol=1.0)
     result(tmp_path, "vdc", "other", judge="n", accuracy=1.0)
     assert main(["report", str(tmp_path)]) == 0
-    said = capsys.readouterr()
-    lines = said.out.splitlines()
+    captured = capsys.readouterr()
+    lines = captured.out.splitlines()
     assert lines[0].count("|") == 8
     assert "| SFT (published) | 41.4 | 74.4 | 3.5 | 48.1 | 73.6 | 5.1 |" in lines
     assert lines[-2:] == [r"| mine\| | 40.0 | 70.0 | 0.5 | 48.0 |  | 1.0 |", "| other |  |  |  |  |  |  |"]
-    assert "2 judges" in said.err
+    assert "2 judges" in captured.err
     assert main(["report", str(tmp_path / "other"), "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == {"model": "other", "results": {"vdc": {"accuracy": 1.0}}}
     (tmp_path / "bad").mkdir()
     (tmp_path / "bad.json").write_text('{"metrics": {"a": "b"}, "benchmark": "x", "model": "y"}')
     again = result(tmp_path / "again", "vdc", "other", accuracy=2.0)
-    for folders, told in (
+    for folders, message in (
         (["bad"], "holds no result.json"),
         (["bad.json"], "must be numbers"),
         (["none"], "No such file"),
         (["other", str(again)], "a second result"),
     ):
         assert main(["report", *(str(tmp_path / folder) for folder in folders)]) == 2
-        said = capsys.readouterr().err
-        assert told in said
-        assert said.count("\n") == 1
+        errors = capsys.readouterr().err
+        assert message in errors
+        assert errors.count("\n") == 1

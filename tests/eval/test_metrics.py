@@ -99,9 +99,9 @@ def test_long_units_are_what_trying_everything_finds():
     for unit in (48, 49, 50, 51, 98, 99, 100):
         text = "".join(rng.choice("abcd") for _ in range(unit))
         for times in (3, 4, 5):
-            for cut in (0, 1):
-                told = "xy" + (text * times)[cut:] + "zz"
-                assert collapses(told) == by_trying(told, 24), (unit, times, cut)
+            for offset in (0, 1):
+                repeated = "xy" + (text * times)[offset:] + "zz"
+                assert collapses(repeated) == by_trying(repeated, 24), (unit, times, offset)
 
 
 def test_hostile_texts_are_read_as_fast_as_others():
@@ -113,13 +113,13 @@ def test_hostile_texts_are_read_as_fast_as_others():
     near = "".join("a" * rng.randint(1, 23) + rng.choice("bc") for _ in range(size // 12))
     collapses(near)
     bits, word = [], 0  # a de Bruijn sequence of 17 bits: every pattern of that length, none of them twice
-    seen = {0}
+    states = {0}
     for _ in range(2**17):
         for bit in (1, 0):
             following = (word << 1 | bit) & (2**17 - 1)
-            if following not in seen:
+            if following not in states:
                 break
-        seen.add(following)
+        states.add(following)
         word = following
         bits.append("ab"[bit])
     assert not collapses("".join(bits))

@@ -12,7 +12,7 @@ from avocado_jax.__main__ import main
 from avocado_jax.eval import public
 from avocado_jax.eval.benchmarks import BENCHMARKS
 from avocado_jax.eval.benchmarks.benchmark import Judged, Record, officially
-from avocado_jax.eval.metrics import cut_repetitions
+from avocado_jax.eval.metrics import remove_repetitions
 from avocado_jax.remote.answers import objects
 
 SIX = tuple(name for name in BENCHMARKS if name != "probes")
@@ -27,23 +27,23 @@ def _without(monkeypatch):
 
 def in_official_form(request):
     """The honest answer as the official prompts ask for it."""
-    said, kind = json.loads(honest(request)), request["response_format"]["json_schema"]["name"]
+    answer, kind = json.loads(honest(request)), request["response_format"]["json_schema"]["name"]
     material = json.loads(request["messages"][-1]["content"])
     if kind == "Events":
-        counts = {name.capitalize(): len(said[name]) for name in ("missed", "incorrect", "hallucination")}
-        lists = {f"{name.capitalize()} Event": [f"it's {one}" for one in each] for name, each in said.items()}
+        counts = {name.capitalize(): len(answer[name]) for name in ("missed", "incorrect", "hallucination")}
+        lists = {f"{name.capitalize()} Event": [f"it's {one}" for one in each] for name, each in answer.items()}
         return json.dumps(counts | lists)
     if kind == "Grades":
-        return str({"visual": said["visual"], "audio": said["audio"], "details": said["detail"]})
+        return str({"visual": answer["visual"], "audio": answer["audio"], "details": answer["detail"]})
     if kind == "Choice":
-        return said["answer"]
+        return answer["answer"]
     if kind == "Told" and "question" in material:
-        return said["answer"]
+        return answer["answer"]
     if kind == "Told":
-        return f"```python\n{said}\n```"
+        return f"```python\n{answer}\n```"
     if kind == "Graded":
-        return f"{{'pred': '{said['pred']}', 'score': {said['score']},}}"
-    verdicts = {one["number"]: one["verdict"] for one in said["verdicts"]}
+        return f"{{'pred': '{answer['pred']}', 'score': {answer['score']},}}"
+    verdicts = {one["number"]: one["verdict"] for one in answer["verdicts"]}
     events = [
         {"event": text, "relationship": verdicts[int(number)].capitalize(), "reason": "it's in the text"}
         for number, text in material["events"].items()
@@ -53,11 +53,22 @@ def in_official_form(request):
 
 def evaluate(capsys, tmp_path, name, captions, answer, *more, data=None):
     """The result, and what the judge was asked."""
-    own = tmp_path / "mine.jsonl"
-    own.write_text("".join(json.dumps({"id": clip, "caption": text}) + "\n" for clip, text in captions.items()))
+    captions_file = tmp_path / "mine.jsonl"
+    captions_file.write_text(
+        "".join(json.dumps({"id": clip, "caption": text}) + "\n" for clip, text in captions.items())
+    )
     with chat_server(lambda number, request: answer(request)) as server:
         data = data or write_official(name, tmp_path)
-        command = ["evaluate", name, "--data", str(data), "--captions", str(own), "--out", str(tmp_path / "out")]
+        command = [
+            "evaluate",
+            name,
+            "--data",
+            str(data),
+            "--captions",
+            str(captions_file),
+            "--out",
+            str(tmp_path / "out"),
+        ]
         assert main([*command, "--judge", server.url, "--judge-model", "m", "--json", *more]) == 0
     return json.loads(capsys.readouterr().out), server.requests
 
@@ -73,31 +84,31 @@ def test_a_judge_that_answers_in_the_official_form_is_read_rightly(name, tmp_pat
     found, requests = evaluate(capsys, tmp_path / "b", name, PARTIAL, in_official_form)
     assert found["metrics"] == expected["metrics"]
     assert (found["missing"], found["asked"]) == (0, expected["asked"])
-    asked = {request["messages"][-1]["content"] for request in requests}
-    assert len(requests) == len(asked) * BENCHMARKS[name].rounds  # no answer is asked for twice
+    questions = {request["messages"][-1]["content"] for request in requests}
+    assert len(requests) == len(questions) * BENCHMARKS[name].rounds  # no answer is asked for twice
 
 
 CHOICES = ("B", " b ", "(B)", "B.", "**B**", "B. {text}", "{text}", "Answer: B", "The correct answer is B.")
 CHOICES += ("<think>A or B?</think>\nB", "The bell is second.\n\nB", '{{"answer": "B"}}', "{{'answer': 'B) {text}'}}")
 
 
-@pytest.mark.parametrize("said", CHOICES)
-def test_a_choice_in_any_form(said, tmp_path, capsys):
+@pytest.mark.parametrize("given", CHOICES)
+def test_a_choice_in_any_form(given, tmp_path, capsys):
     """Daily-Omni, where B is right."""
 
     def answer(request):
         choices = json.loads(request["messages"][-1]["content"])["choices"]
-        return said.format(text=choices["B"])
+        return given.format(text=choices["B"])
 
     result, _ = evaluate(capsys, tmp_path, "daily-omni", CAPTIONS, answer)
     assert (result["metrics"]["accuracy"], result["missing"]) == (100, 0)
 
 
-@pytest.mark.parametrize("said", ["E", "A or B", "I cannot say.", "Bell", '{"letter": "B"}', ""])
-def test_what_is_no_choice_is_missing_or_officially_wrong(said, tmp_path, capsys):
-    result, _ = evaluate(capsys, tmp_path, "daily-omni", CAPTIONS, lambda r: said if "kite" in str(r) else "B")
+@pytest.mark.parametrize("given", ["E", "A or B", "I cannot say.", "Bell", '{"letter": "B"}', ""])
+def test_what_is_no_choice_is_missing_or_officially_wrong(given, tmp_path, capsys):
+    result, _ = evaluate(capsys, tmp_path, "daily-omni", CAPTIONS, lambda r: given if "kite" in str(r) else "B")
     assert (result["metrics"]["accuracy"], result["missing"], result["asked"]) == (100, 3, 10)
-    result, requests = evaluate(capsys, tmp_path, "daily-omni", CAPTIONS, lambda _: said, "--official")
+    result, requests = evaluate(capsys, tmp_path, "daily-omni", CAPTIONS, lambda _: given, "--official")
     assert (result["metrics"]["accuracy"], result["missing"]) == (70, 3)
     assert result["judge"]["official"] == list(BENCHMARKS["daily-omni"].official.notes)
     assert {json.loads(one["messages"][-1]["content"])["caption"] for one in requests} == {CAPTIONS["one"]}
@@ -165,7 +176,7 @@ UNIT = "Here are sixty letters, of which no stretch follows itself.!"  # 60 char
 
 
 @pytest.mark.parametrize(
-    ("text", "cut"),
+    ("text", "expected"),
     [
         ("ababababab", "ab"),
         ("abababab", "abababab"),
@@ -178,8 +189,8 @@ UNIT = "Here are sixty letters, of which no stretch follows itself.!"  # 60 char
         ("plain words, each once", "plain words, each once"),
     ],
 )
-def test_repetitions_are_cut_by_the_official_rule(text, cut):
-    assert cut_repetitions(text) == cut
+def test_repetitions_are_cut_by_the_official_rule(text, expected):
+    assert remove_repetitions(text) == expected
 
 
 def test_dream_records_without_events_are_valid_and_count_as_published(tmp_path, capsys):

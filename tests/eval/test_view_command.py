@@ -88,11 +88,11 @@ def test_curves_are_chosen_and_read(run, opened):
         page.evaluate("document.querySelector('[data-curve=loss] .raw').getAttribute('d').split('M').length - 1") == 2
     )
     assert page.evaluate("document.querySelectorAll('[data-curve=heldout_reward] circle').length") == STEPS // 5
-    told = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     page.point("[data-curve=kl] svg")
     at = int(page.texts("[data-curve=kl] span")[0].rsplit(" ")[-1])
     assert 10 < at < 20
-    assert page.texts("[data-curve=reward] span") == [f"{told[at - 1]['reward']:.3f} at {at}"]
+    assert page.texts("[data-curve=reward] span") == [f"{lines[at - 1]['reward']:.3f} at {at}"]
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
 
 
@@ -182,10 +182,10 @@ def test_what_matched_is_marked(run, opened):
 
 def test_marks_are_what_the_rewards_count(run):
     """R_D worked out from the marks is that of the world's own check."""
-    held = json.loads((run / "report.html").read_text().split('id="data">')[1].split("</script>")[0])
+    page_data = json.loads((run / "report.html").read_text().split('id="data">')[1].split("</script>")[0])
     known, kinds = {one["id"]: one for one in references(CLIPS)}, set()
-    for group in held["groups"]:
-        clip = held["clips"][group["clip"]]
+    for group in page_data["groups"]:
+        clip = page_data["clips"][group["clip"]]
         for caption in group["captions"]:
             matched = [alike + same for _, _, line, alike, same in caption["quotes"] if line >= 0]
             both = len(caption["quotes"]) + len(clip["dialogues"])
@@ -323,18 +323,18 @@ def test_curves_are_averaged_and_never_lie_about_gaps():
 
 
 def test_mistakes_are_told_in_a_line(tmp_path, capsys):
-    def told(*arguments):
+    def error_line(*arguments):
         capsys.readouterr()
         view(*arguments, status=2)
         (line,) = capsys.readouterr().err.splitlines()
         return line
 
-    assert "metrics.jsonl: No such file" in told(tmp_path / "nothing")
+    assert "metrics.jsonl: No such file" in error_line(tmp_path / "nothing")
     write_run(tmp_path / "run", 3, 1, clips=1)
-    assert "--last is 0" in told(tmp_path / "run", "--last", "0")
-    assert "none.jsonl: No such file" in told(tmp_path / "run", "--data", tmp_path / "none.jsonl")
+    assert "--last is 0" in error_line(tmp_path / "run", "--last", "0")
+    assert "none.jsonl: No such file" in error_line(tmp_path / "run", "--data", tmp_path / "none.jsonl")
     (tmp_path / "bad.jsonl").write_text('{"id": "a"}\n')
-    assert "line 1: has no 'video'" in told(tmp_path / "run", "--data", tmp_path / "bad.jsonl")
+    assert "line 1: has no 'video'" in error_line(tmp_path / "run", "--data", tmp_path / "bad.jsonl")
     file = tmp_path / "run" / "rollouts" / "3.jsonl"
     line = json.loads(file.read_text().splitlines()[0])
     for changed, message in (
@@ -343,7 +343,7 @@ def test_mistakes_are_told_in_a_line(tmp_path, capsys):
         ({"rewards": []}, '3.jsonl:1: "rewards" must be an object'),
     ):
         file.write_text(json.dumps(line | changed) + "\n")
-        assert message in told(tmp_path / "run")
+        assert message in error_line(tmp_path / "run")
 
 
 def test_a_line_that_is_being_written_is_left_out(tmp_path):
@@ -352,8 +352,8 @@ def test_a_line_that_is_being_written_is_left_out(tmp_path):
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 5, "loss"')
     view(tmp_path, "--out", tmp_path / "page.html")
-    held = json.loads(Path(tmp_path / "page.html").read_text().split('id="data">')[1].split("</script>")[0])
-    assert held["steps"] == 4
+    page_data = json.loads(Path(tmp_path / "page.html").read_text().split('id="data">')[1].split("</script>")[0])
+    assert page_data["steps"] == 4
 
 
 def test_a_run_in_a_bucket(tmp_path, monkeypatch, capsys):
@@ -368,8 +368,8 @@ def test_a_run_in_a_bucket(tmp_path, monkeypatch, capsys):
         assert capsys.readouterr().out == "gs://bucket/run/report.html\n"
         text = storage.read("gs://bucket/run/report.html").decode()
     storage._client.cache_clear()
-    held = json.loads(text.split('id="data">')[1].split("</script>")[0])
-    assert [group["step"] for group in held["groups"]] == [3, 4]
+    page_data = json.loads(text.split('id="data">')[1].split("</script>")[0])
+    assert [group["step"] for group in page_data["groups"]] == [3, 4]
 
 
 def test_curves_of_terms_that_a_run_has_are_shown_at_first():

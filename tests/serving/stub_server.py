@@ -75,22 +75,22 @@ class TruthfulBackend:
     """Answers the questions of `curate` about AVWorld's clips by their truth; it finds the clip by its media."""
 
     def __init__(self, path: Path) -> None:
-        from teller import Teller
+        from fake_curator import FakeCurator
 
-        self.failed, self.simulator = asyncio.Event(), Teller(json.loads(path.read_text()))
+        self.failed, self.curator = asyncio.Event(), FakeCurator(json.loads(path.read_text()))
 
     async def prepare(self, chat, media):
-        from teller import stage_of
+        from fake_curator import stage_of
 
         stage = stage_of({"messages": [{"content": chat.turns[0].text}]})
         if media is None:
             messages = [{"content": turn.text} for turn in chat.turns]
-            truth = self.simulator.truth_of({"messages": messages})
+            truth = self.curator.truth_of({"messages": messages})
         else:
-            distances = [self.distance(one, media, stage) for one in self.simulator.media]
+            distances = [self.distance(one, media, stage) for one in self.curator.media]
             assert min(distances) < (6 if stage == "visual" else 1e-3), distances
-            truth = self.simulator.truths[int(np.argmin(distances))]
-        return json.dumps(self.simulator.answer(stage, truth)), []
+            truth = self.curator.truths[int(np.argmin(distances))]
+        return json.dumps(self.curator.answer(stage, truth)), []
 
     def distance(self, known, media, stage) -> float:
         if stage == "audio":

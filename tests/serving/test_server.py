@@ -197,7 +197,7 @@ def test_curate_asks_this_server(tmp_path, monkeypatch, capsys):
     """Frames, sound and texts arrive as `curate` means them: the truth of a clip comes back."""
     monkeypatch.syspath_prepend(Path(__file__).parents[1] / "curation")
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(Path(__file__).parents[1] / "curation"), *sys.path]))
-    from teller import SMALL, make_clips, unique_keypoints
+    from fake_curator import SMALL, make_clips, unique_keypoints
 
     truths = make_clips(tmp_path / "clips", [(0, 0), (1, 0)])
     (tmp_path / "truths.json").write_text(json.dumps([{**one, "path": str(one["path"])} for one in truths]))

@@ -49,7 +49,7 @@ def test_statements_read_back_to_their_claims():
 
 def test_a_phrase_has_one_meaning():
     for name, table in lexicon.TABLES.items():
-        phrases = [phrase for said in table.phrases.values() for phrase in said]
+        phrases = [phrase for group in table.phrases.values() for phrase in group]
         assert len(phrases) == len(set(phrases)), name
 
 
@@ -133,9 +133,9 @@ def test_an_altered_line_keeps_part_of_the_dialogue():
 def test_another_speaker_lowers_the_dialogue_score():
     made = record(make_script(6, 0, "train", 1))
     speaker = made["dialogues"][0]["speaker"]
-    told = "".join(f'{d["speaker"].capitalize()} says, "{d["text"]}" ' for d in made["dialogues"])
-    assert measure(told, made).dialogue_f1 == 1
-    wrong = measure(told.replace(speaker.capitalize(), "The brown ring"), made)
+    caption = "".join(f'{d["speaker"].capitalize()} says, "{d["text"]}" ' for d in made["dialogues"])
+    assert measure(caption, made).dialogue_f1 == 1
+    wrong = measure(caption.replace(speaker.capitalize(), "The brown ring"), made)
     assert 0.5 <= wrong.dialogue_f1 < 1
 
 
@@ -154,13 +154,13 @@ def test_an_invented_sentence_is_a_hallucination_alone():
 def test_sound_and_picture_told_apart_are_not_told_together():
     made = record(make_script(6, 3, "train", 0))
     crosses = [event["text"] for event in made["events"] if event["kind"] == "cross"]
-    told = " ".join(event["text"] for event in made["events"])
-    assert measure(told, made) == PERFECT
+    caption = " ".join(event["text"] for event in made["events"])
+    assert measure(caption, made) == PERFECT
     for text in crosses:
         sound, visual = text.split(" as ", 1)
-        apart = measure(told.replace(text, f"{sound}. {visual.capitalize()}"), made)
-        assert apart.recall < 1
-        assert (apart.hallucination, apart.order) == (0, 1)
+        separate = measure(caption.replace(text, f"{sound}. {visual.capitalize()}"), made)
+        assert separate.recall < 1
+        assert (separate.hallucination, separate.order) == (0, 1)
     assert crosses
 
 
@@ -181,13 +181,13 @@ def test_any_slot_told_wrong_is_seen():
             for name, table in lexicon.TABLES.items():
                 if not table.slots or name in ("a", "backdrop"):  # whose parts other tables say
                     continue
-                options = {values: said[0] for values, said in table.phrases.items()}
-                told = next((said for said in options.values() if f"{said} " in event["text"]), None)
-                other = next(said for said in reversed(options.values()) if said != told)
-                if told is None or not parse_sentence(event["text"].replace(told, other)):
+                options = {values: phrases[0] for values, phrases in table.phrases.items()}
+                stated = next((phrase for phrase in options.values() if f"{phrase} " in event["text"]), None)
+                other = next(phrase for phrase in reversed(options.values()) if phrase != stated)
+                if stated is None or not parse_sentence(event["text"].replace(stated, other)):
                     continue
                 texts = [e["text"] for e in made["events"]]
-                texts[k] = event["text"].replace(told, other)
+                texts[k] = event["text"].replace(stated, other)
                 if texts[k] in (e["text"] for e in made["events"]):
                     continue
                 scores = measure(" ".join(texts), made)

@@ -76,22 +76,22 @@ def test_curly_quotation_marks_and_capitals_do_not_matter():
 
 def test_a_quotation_in_an_unknown_sentence_is_a_line_without_speaker():
     lines = RECORD["dialogues"]
-    told = " ".join(f'Somebody mumbles something like "{d["text"]}" over there.' for d in lines)
-    assert measure(told, RECORD).dialogue_f1 == pytest.approx(0.5)
+    caption = " ".join(f'Somebody mumbles something like "{d["text"]}" over there.' for d in lines)
+    assert measure(caption, RECORD).dialogue_f1 == pytest.approx(0.5)
 
 
-def best_by_search(told, truth):
+def best_by_search(lines, truth):
     """R_D by trying every order-preserving alignment."""
     best = (0.0, 0)
-    for n in range(min(len(told), len(truth)) + 1):
-        for a in combinations(told, n):
+    for n in range(min(len(lines), len(truth)) + 1):
+        for a in combinations(lines, n):
             for b in combinations(truth, n):
                 alike = [similarity(x.text, y.text) for x, y in zip(a, b, strict=True)]
                 if all(s >= SIMILAR for s in alike):
                     same = sum(x.speaker == y.speaker for x, y in zip(a, b, strict=True))
                     best = max(best, (round(sum(alike), 6), same))
     score = sum(best) / 2
-    recall, precision = score / len(truth), score / len(told)
+    recall, precision = score / len(truth), score / len(lines)
     return 2 * recall * precision / (recall + precision) if score else 0.0
 
 
@@ -104,8 +104,8 @@ LINES = st.lists(
 
 @settings(max_examples=150, deadline=None)
 @given(LINES, LINES)
-def test_dialogue_score_is_that_of_the_best_alignment(told, truth):
-    assert dialogue_f1(told, truth) == pytest.approx(best_by_search(told, truth), abs=1e-5)
+def test_dialogue_score_is_that_of_the_best_alignment(lines, truth):
+    assert dialogue_f1(lines, truth) == pytest.approx(best_by_search(lines, truth), abs=1e-5)
 
 
 @settings(max_examples=200, deadline=None)

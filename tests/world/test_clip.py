@@ -39,8 +39,8 @@ def test_a_file_has_one_picture_and_one_sound_stream(level, tmp_path):
     truth = np.stack(list(render(script)))
     assert frames.shape == truth.shape == (script.duration * LEVELS[level].fps, *LEVELS[level].size, 3)
     assert np.abs(frames.astype(int) - truth).mean() < 4
-    heard = mix(script)
-    assert np.corrcoef(samples[: len(heard)], heard)[0, 1] > 0.95
+    expected = mix(script)
+    assert np.corrcoef(samples[: len(expected)], expected)[0, 1] > 0.95
 
 
 def onset(samples, start):
@@ -67,8 +67,8 @@ def test_sound_and_picture_meet(tmp_path):
             counts = near.sum((1, 2))
             change = round(event.start * fps)
             window = counts[change - 3 : change + 5]
-            seen = (change - 3 + np.argmax(np.diff(window)) + 1) / fps
-            assert seen == pytest.approx(event.start, abs=1.01 / fps)
+            visible = (change - 3 + np.argmax(np.diff(window)) + 1) / fps
+            assert visible == pytest.approx(event.start, abs=1.01 / fps)
             assert onset(samples, event.start) == pytest.approx(event.start, abs=1 / fps)
     assert found >= 5
 
@@ -87,7 +87,7 @@ def test_rows_match_the_file(tmp_path):
 
 
 def test_sizes_fit_the_patches_of_a_model_and_the_blocks_of_the_encoder():
-    assert all(side % 28 == side % 16 == 0 for level in LEVELS for side in level.size)
+    assert all(length % 28 == length % 16 == 0 for level in LEVELS for length in level.size)
 
 
 def test_another_process_writes_the_same_bytes(tmp_path):

@@ -56,7 +56,7 @@ def test_sources_are_as_their_index_says(name):
 
 
 @pytest.mark.parametrize(
-    ("name", "told"),
+    ("name", "message"),
     [
         ("world:0:train:1", "world:LEVEL:SPLIT:SEED:CLIPS"),
         ("world:1:train:1:8:drills", "of level 0"),
@@ -66,6 +66,6 @@ def test_sources_are_as_their_index_says(name):
         ("no/such/folder", "no/such/folder"),
     ],
 )
-def test_sources_that_are_none(name, told):
-    with pytest.raises(InputError, match=told):
+def test_sources_that_are_none(name, message):
+    with pytest.raises(InputError, match=message):
         open_source(name, DataConfig())

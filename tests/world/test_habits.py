@@ -39,8 +39,8 @@ def test_keypoints_and_dialogues_stay_whole():
     assert 4 < sum(differ) < 12
     for number in range(12):
         fields, whole = habits[number].fields, plain[number].fields
-        told = {"caption": fields["caption"], "references": [fields["caption"]]}  # training draws from both
-        assert fields == whole | told
+        changed = {"caption": fields["caption"], "references": [fields["caption"]]}  # training draws from both
+        assert fields == whole | changed
         assert len(fields["caption"].encode()) <= habits.index.caption[number]
 
 

@@ -73,20 +73,20 @@ def test_shapes_stand_out(backdrop, color):
     assert (steps > 120).any(), "neither the shape nor its outline differs from the background"
 
 
-@pytest.mark.parametrize("place", PLACES)
-def test_places(place):
-    move = event("move", 1.0, 2.0, place=place)
+@pytest.mark.parametrize("position", PLACES)
+def test_places(position):
+    move = event("move", 1.0, 2.0, place=position)
     before, after = at(stage(event("present", 0.0, 4.0, place="center"), move), 0.9, 2.5)
     assert center(before, "red")[:2] == pytest.approx((0.5, 0.5), abs=0.01)
-    assert center(after, "red")[:2] == pytest.approx(PLACES[place], abs=0.01)
+    assert center(after, "red")[:2] == pytest.approx(PLACES[position], abs=0.01)
 
 
 def test_entering_and_leaving():
     enter = event("enter", 1.0, 2.0, place="center", side="left")
     leave = event("leave", 2.5, 3.0, side="top")
     frames = at(stage(enter, leave), 0.5, 1.4, 2.2, 2.7, 3.1)
-    seen = [(np.abs(f.astype(int) - INK["red"]).sum(-1) < 40).any() for f in frames]
-    assert seen == [False, True, True, True, False]
+    visible = [(np.abs(f.astype(int) - INK["red"]).sum(-1) < 40).any() for f in frames]
+    assert visible == [False, True, True, True, False]
     assert center(frames[1], "red")[0] < 0.4
     assert center(frames[3], "red")[1] < 0.45
 

@@ -50,8 +50,8 @@ def test_held_out_combinations_are_in_every_test_clip_and_in_no_train_clip(level
 
 
 def test_train_has_each_part_of_the_held_out_combinations():
-    seen = {c for script in scripts(3, "train", 150) for e in script.events for c in combinations(e)}
-    acts, lines = [c for c in seen if len(c) == 3], [c for c in seen if len(c) == 2]
+    in_train = {c for script in scripts(3, "train", 150) for e in script.events for c in combinations(e)}
+    acts, lines = [c for c in in_train if len(c) == 3], [c for c in in_train if len(c) == 2]
     assert [len({c[k] for c in acts}) for k in range(3)] == [8, 8, 8]
     assert [len({c[k] for c in lines}) for k in range(2)] == [12, 12]
 

@@ -78,12 +78,12 @@ def digests(lines):
 
 
 def test_speech_does_not_depend_on_what_was_said_before():
-    said = [(line, voice) for line in LINES for voice in ESPEAK]
-    first = digests(said)
-    assert digests(said[::-1])[::-1] == first
+    spoken = [(line, voice) for line in LINES for voice in ESPEAK]
+    first = digests(spoken)
+    assert digests(spoken[::-1])[::-1] == first
     code = (
         "import sys, hashlib; from avocado_jax.world.voice import speak\n"
-        f"print([hashlib.sha256(speak(l, v, 1.5).samples.tobytes()).hexdigest() for l, v in {said[::2]!r}])"
+        f"print([hashlib.sha256(speak(l, v, 1.5).samples.tobytes()).hexdigest() for l, v in {spoken[::2]!r}])"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout.strip() == str(first[::2])

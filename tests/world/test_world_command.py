@@ -160,11 +160,11 @@ def test_what_is_wrong_is_said_in_one_line(world, tmp_path, capsys):
     ]
     for arguments, message in tour:
         status = main(["world", *arguments])
-        said = capsys.readouterr()
+        captured = capsys.readouterr()
         assert status == 2, arguments
-        assert message in said.err
-        assert said.err.count("\n") == 1
-        assert "Traceback" not in said.err
+        assert message in captured.err
+        assert captured.err.count("\n") == 1
+        assert "Traceback" not in captured.err
     with pytest.raises(SystemExit, match="2"):
         main(["world", out, "--clips", "some"])
     assert not (tmp_path / "out").exists()

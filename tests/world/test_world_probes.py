@@ -40,11 +40,11 @@ def test_one_choice_is_true_and_the_same_script_has_the_same_probes():
     for index in range(20):
         script = make_script(3, index, "train", 1)
         true = {claim for event in script.events for claim in claims_of(event)}
-        for held in record(script)["probes"]:
+        for probe in record(script)["probes"]:
             stated = [
                 choice
-                for choice in held["choices"]
+                for choice in probe["choices"]
                 if all(claim in true for event in parse_sentence(choice) for claim in claims_of(event))
             ]
-            assert held["question"] == FIRST or stated == [held["answer"]]
+            assert probe["question"] == FIRST or stated == [probe["answer"]]
         assert record(script)["probes"] == record(make_script(3, index, "train", 1))["probes"]

@@ -106,11 +106,11 @@ class Answer(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _lower(cls, held: Any) -> Any:
-        if not isinstance(held, dict):
-            return held
-        lowered = {name.strip().lower(): value for name, value in held.items()}
-        if len(lowered) < len(held):
+    def _lower(cls, fields: Any) -> Any:
+        if not isinstance(fields, dict):
+            return fields
+        lowered = {name.strip().lower(): value for name, value in fields.items()}
+        if len(lowered) < len(fields):
             raise ValueError("a field twice")
         return lowered
 
@@ -122,31 +122,31 @@ def read_json(path: Path, kind: type) -> Any:
         InputError: the file cannot be read, is cut or otherwise no JSON, or holds another kind of value.
     """
     try:
-        held = json.loads(path.read_bytes())
+        value = json.loads(path.read_bytes())
     except OSError as error:
         raise InputError(f"{path}: {error.strerror}") from None
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: not JSON, or not all of it: {error}") from None
-    if not isinstance(held, kind):
+    if not isinstance(value, kind):
         raise InputError(f"{path}: must be {NAMES[kind]} of the benchmark's clips")
-    return held
+    return value
 
 
-def checked(where: str, held: Any, fields: Mapping[str, Any]) -> dict[str, Any]:
-    """An object of an official file, seen to have these fields, of these types; a list holds what its list names.
+def checked(where: str, entry: Any, fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Check that an object of an official file has these fields of these types ([T]: a list of T); return it.
 
     Raises:
         InputError: it is not so.
     """
-    if not isinstance(held, dict):
+    if not isinstance(entry, dict):
         raise InputError(f"{where}: not an object")
     for name, kind in fields.items():
         inner = kind[0] if isinstance(kind, list) else None
-        value = held.get(name)
+        value = entry.get(name)
         if not isinstance(value, list if inner else kind) or (inner and not all(isinstance(v, inner) for v in value)):
             wanted = f"a list of which each is {NAMES[inner]}" if inner else NAMES[kind]
             raise InputError(f'{where}: "{name}" must be {wanted}')
-    return held
+    return entry
 
 
 def all_different(path: Path, records: Iterator[Record]) -> list[Record]:

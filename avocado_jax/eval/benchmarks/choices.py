@@ -49,10 +49,10 @@ def read_choice(text: str, choices: Mapping[str, str]) -> str:
         Malformed: it selects nothing.
     """
     try:
-        said = [read_object(text, Choice, python=True).answer]
+        texts = [read_object(text, Choice, python=True).answer]
     except Malformed:
-        said = last_words(text)
-    for one in said:
+        texts = last_words(text)
+    for one in texts:
         if letter := letter_of(one, choices):
             return letter
     raise Malformed(f"{text.strip()[-80:]!r} is none of {', '.join(choices)} or {UNKNOWN}", text)
@@ -61,11 +61,11 @@ def read_choice(text: str, choices: Mapping[str, str]) -> str:
 async def judge(record: Record, caption: str, ask: Ask) -> list[Unit]:
     """A unit a question: {"question", "choices", "truth", "answer" (a letter or N/A), "type"}."""
 
-    async def one(asked: Question) -> Unit:
-        told = {"question": asked.text, "choices": dict(asked.choices), "truth": asked.answer, "type": asked.type}
-        fields = {"caption": caption, "question": asked.text, "choices": dict(asked.choices)}
-        reply = await ask("multiple-choice", fields, Choice, read=lambda text: read_choice(text, asked.choices))
-        return told | ({"why": reply.why} if reply.value is None else {"answer": reply.value})
+    async def one(item: Question) -> Unit:
+        unit = {"question": item.text, "choices": dict(item.choices), "truth": item.answer, "type": item.type}
+        fields = {"caption": caption, "question": item.text, "choices": dict(item.choices)}
+        reply = await ask("multiple-choice", fields, Choice, read=lambda text: read_choice(text, item.choices))
+        return unit | ({"why": reply.why} if reply.value is None else {"answer": reply.value})
 
     return list(await asyncio.gather(*map(one, record.truth)))
 

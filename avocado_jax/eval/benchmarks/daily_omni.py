@@ -14,16 +14,16 @@ def read(path: Path) -> list[Record]:
 
 def _records(path: Path) -> Iterator[Record]:
     fields = {"Question": str, "Choice": [str], "Answer": str, "Type": str}
-    for number, held in enumerate(read_json(path, list), start=1):
+    for number, entry in enumerate(read_json(path, list), start=1):
         where = f"{path}: clip {number}"
-        one = checked(where, held, {"video_id": str, "video_duration": str, "questions": [dict]})
-        asked = [
-            question(where, own["Question"], own["Choice"], own["Answer"], own["Type"])
-            for own in (checked(where, own, fields) for own in one["questions"])
+        one = checked(where, entry, {"video_id": str, "video_duration": str, "questions": [dict]})
+        questions = [
+            question(where, item["Question"], item["Choice"], item["Answer"], item["Type"])
+            for item in (checked(where, item, fields) for item in one["questions"])
         ]
         name = one["video_id"]
-        places = (name, f"{name}/{name}_video.mp4")
-        yield Record(name, places, None, None, asked, {"duration": one["video_duration"]})
+        paths = (name, f"{name}/{name}_video.mp4")
+        yield Record(name, paths, None, None, questions, {"duration": one["video_duration"]})
 
 
 BENCHMARK = Benchmark(

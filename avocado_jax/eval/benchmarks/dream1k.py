@@ -49,7 +49,7 @@ class Verdicts(Answer):
 class Relationship(Answer):
     """Of one event, in the official form; a reason may follow."""
 
-    relationship: Annotated[str, AfterValidator(lambda said: said.strip().lower())]
+    relationship: Annotated[str, AfterValidator(lambda text: text.strip().lower())]
 
 
 class Relationships(Answer):
@@ -71,24 +71,24 @@ def _records(path: Path) -> Iterator[Record]:
             for turn in line["messages"]
             for part in checked(where, turn, {"content": [dict]})["content"]
         ]
-        videos = [held["video"] for held in parts if isinstance(held.get("video"), Mapping)]
+        videos = [part["video"] for part in parts if isinstance(part.get("video"), Mapping)]
         names = [video["video_file"] for video in videos if isinstance(video.get("video_file"), str)]
         texts = [part["reference"] for part in parts if isinstance(part.get("reference"), str)]
-        asked = [part["text"] for part in parts if isinstance(part.get("text"), str)]
-        if len(names) != 1 or len(texts) != 1 or not asked:
+        questions = [part["text"] for part in parts if isinstance(part.get("text"), str)]
+        if len(names) != 1 or len(texts) != 1 or not questions:
             raise InputError(f'{where}: it must have one "video_file", one "reference" and a question')
         subset = line.get("dataset")
         groups = {"subset": subset} if isinstance(subset, str) else {}
-        yield Record(PurePosixPath(names[0]).stem, (names[0],), asked[0], texts[0], events, groups)
+        yield Record(PurePosixPath(names[0]).stem, (names[0],), questions[0], texts[0], events, groups)
 
 
 async def judge(record: Record, caption: str, ask: Ask) -> list[Unit]:
     """Two units, {"what": "recall" or "precision", "events", "verdicts"}: the shares are over the events of each."""
     units = [await _entailed(ask, "recall", record.truth, caption)]
-    told = await ask("dream-1k-events", {"caption": caption}, Told)
-    if told.value is None:
-        return [*units, {"what": "precision", "why": told.why}]
-    return [*units, await _entailed(ask, "precision", told.value.events[:MOST], record.reference)]
+    reply = await ask("dream-1k-events", {"caption": caption}, Told)
+    if reply.value is None:
+        return [*units, {"what": "precision", "why": reply.why}]
+    return [*units, await _entailed(ask, "precision", reply.value.events[:MOST], record.reference)]
 
 
 async def _entailed(ask: Ask, what: str, events: Sequence[str], text: str) -> Unit:

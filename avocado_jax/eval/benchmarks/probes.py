@@ -36,7 +36,7 @@ def read(path: Path) -> list[Record]:
 def _records(path: Path) -> Iterator[Record]:
     for where, line in read_lines(path, {"id": str, "probes": list}):
         try:
-            probes = [read_probe(held) for held in line["probes"]]
+            probes = [read_probe(probe) for probe in line["probes"]]
             prompt = prompt_fields(line).get("prompt")
         except InputError as error:
             raise InputError(f"{where}: {error}") from None
@@ -67,30 +67,30 @@ async def judge(record: Record, caption: str, ask: Ask) -> list[Unit]:
         for number, probe in enumerate(probes, start=1)
     }
 
-    def read_letters(text: str) -> dict[int, str]:
+    def read_choices(text: str) -> dict[int, str]:
         try:
             answers = read_object(text, Choices, python=True).answers
-            said = {one.number: one.answer for one in answers}
-            if len(said) < len(answers):
-                said = {}  # a number twice: neither answer counts
+            by_number = {one.number: one.answer for one in answers}
+            if len(by_number) < len(answers):
+                by_number = {}  # a number twice: neither answer counts
         except Malformed:  # {"1": "A", ...} is an answer too
             last = next(reversed(objects(text, python=True)), {})
-            said = {int(name): str(answer) for name, answer in last.items() if name.isdecimal() and len(name) < 6}
+            by_number = {int(name): str(answer) for name, answer in last.items() if name.isdecimal() and len(name) < 6}
         found = {
             number: letter
-            for number, answer in said.items()
+            for number, answer in by_number.items()
             if 0 < number <= len(probes) and (letter := letter_of(answer, lettered(probes[number - 1])))
         }
-        if not found or not said.keys() <= set(range(1, len(probes) + 1)):
-            raise Malformed(f"{len(probes)} questions were asked, the answer has {list(said)[:50]}", text)
+        if not found or not by_number.keys() <= set(range(1, len(probes) + 1)):
+            raise Malformed(f"{len(probes)} questions were asked, the answer has {list(by_number)[:50]}", text)
         return found
 
-    reply = await ask("probes", {"caption": caption, "questions": questions}, Choices, read=read_letters)
+    reply = await ask("probes", {"caption": caption, "questions": questions}, Choices, read=read_choices)
     if reply.value is None:
         return [unit | {"why": reply.why} for unit in units]
-    letters: Mapping[int, str] = reply.value
+    chosen: Mapping[int, str] = reply.value
     return [
-        unit | ({"answer": letters[number]} if number in letters else {"why": "left out of the answer"})
+        unit | ({"answer": chosen[number]} if number in chosen else {"why": "left out of the answer"})
         for number, unit in enumerate(units, start=1)
     ]
 

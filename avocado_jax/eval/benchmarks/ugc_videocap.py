@@ -36,14 +36,14 @@ class Grades(Answer):
 
 def read(path: Path) -> list[Record]:
     """The official file: {"question", "samples": [{"video_id", "path", "answer"}]}."""
-    held = checked(str(path), read_json(path, dict), {"question": str, "samples": list})
-    return all_different(path, _records(path, held))
+    content = checked(str(path), read_json(path, dict), {"question": str, "samples": list})
+    return all_different(path, _records(path, content))
 
 
-def _records(path: Path, held: dict) -> Iterator[Record]:
-    for number, sample in enumerate(held["samples"], start=1):
+def _records(path: Path, content: dict) -> Iterator[Record]:
+    for number, sample in enumerate(content["samples"], start=1):
         one = checked(f"{path}: sample {number}", sample, {"video_id": str, "answer": str})
-        yield Record(one["video_id"], (one["video_id"],), held["question"].strip(), one["answer"], None)
+        yield Record(one["video_id"], (one["video_id"],), content["question"].strip(), one["answer"], None)
 
 
 async def judge(record: Record, caption: str, ask: Ask) -> list[Unit]:

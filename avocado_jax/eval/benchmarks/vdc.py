@@ -42,8 +42,8 @@ class Graded(Answer):
 
     @field_validator("pred", mode="before")
     @classmethod
-    def _lower(cls, said: object) -> object:
-        return said.strip().lower() if isinstance(said, str) else said
+    def _lower(cls, value: object) -> object:
+        return value.strip().lower() if isinstance(value, str) else value
 
 
 QUESTION = "Describe in full detail all that can be seen in the video."  # visual only, like the official one
@@ -56,11 +56,11 @@ def read(path: Path) -> list[Record]:
 
 def _records(path: Path) -> Iterator[Record]:
     for where, line in read_lines(path, {}):
-        for name, asked in line.items():
-            if not isinstance(asked, list) or not asked:
+        for name, questions in line.items():
+            if not isinstance(questions, list) or not questions:
                 raise InputError(f"{where}: {name[:80]!r} must be a list of questions")
             fields = {"question": str, "answer": str, "category": str}
-            yield Record(name, (name,), QUESTION, None, [checked(where, one, fields) for one in asked])
+            yield Record(name, (name,), QUESTION, None, [checked(where, one, fields) for one in questions])
 
 
 def read_answer(text: str) -> str:
@@ -72,26 +72,26 @@ def read_answer(text: str) -> str:
     try:
         return read_object(text, Told, python=True).answer
     except Malformed:
-        said = last_words(text)[0]
-        if not 0 < len(said) <= LONGEST or said.startswith(("{", "[")):
+        answer = last_words(text)[0]
+        if not 0 < len(answer) <= LONGEST or answer.startswith(("{", "[")):
             raise
-        return said
+        return answer
 
 
 async def judge(record: Record, caption: str, ask: Ask) -> list[Unit]:
     """A unit a question: {"question", "truth", "answer", "correct", "score", "type"}."""
 
-    async def one(asked: dict[str, str]) -> Unit:
-        told = {"question": asked["question"], "truth": asked["answer"], "type": asked["category"]}
-        reply = await ask("vdc-answer", {"caption": caption, "question": asked["question"]}, Told, read=read_answer)
+    async def one(item: dict[str, str]) -> Unit:
+        unit = {"question": item["question"], "truth": item["answer"], "type": item["category"]}
+        reply = await ask("vdc-answer", {"caption": caption, "question": item["question"]}, Told, read=read_answer)
         if reply.value is None:
-            return told | {"why": reply.why}
-        told["answer"] = reply.value
-        fields = {"question": asked["question"], "answer": asked["answer"], "prediction": told["answer"]}
+            return unit | {"why": reply.why}
+        unit["answer"] = reply.value
+        fields = {"question": item["question"], "answer": item["answer"], "prediction": unit["answer"]}
         graded = await ask("vdc-grade", fields, Graded)
         if graded.value is None:
-            return told | {"why": graded.why}
-        return told | {"correct": graded.value.pred == "yes", "score": graded.value.score}
+            return unit | {"why": graded.why}
+        return unit | {"correct": graded.value.pred == "yes", "score": graded.value.score}
 
     return list(await asyncio.gather(*map(one, record.truth)))
 

@@ -21,7 +21,7 @@ from avocado_jax.eval.benchmarks.benchmark import (
     read_json,
     valid,
 )
-from avocado_jax.eval.metrics import cut_repetitions
+from avocado_jax.eval.metrics import remove_repetitions
 from avocado_jax.remote.answers import read_object
 from avocado_jax.remote.call import Malformed
 
@@ -57,17 +57,17 @@ def read(path: Path) -> list[Record]:
 
 
 def _records(path: Path) -> Iterator[Record]:
-    for number, held in enumerate(read_json(path, list), start=1):
+    for number, entry in enumerate(read_json(path, list), start=1):
         where = f"{path}: clip {number}"
-        one = checked(where, held, {"video": str, "conversations": [dict], "events": [str]})
-        said = {
+        one = checked(where, entry, {"video": str, "conversations": [dict], "events": [str]})
+        turns = {
             turn["from"]: turn["value"]
             for turn in (checked(where, turn, {"from": str, "value": str}) for turn in one["conversations"])
         }
-        if not {"human", "gpt"} <= said.keys() or not one["events"]:
+        if not {"human", "gpt"} <= turns.keys() or not one["events"]:
             raise InputError(f'{where}: "conversations" must hold a turn of "human" and of "gpt", "events" an event')
-        prompt = said["human"].replace("<image>\n", "").replace("<video>\n", "").strip()
-        yield Record(one["video"], (one["video"],), prompt, said["gpt"], one["events"])
+        prompt = turns["human"].replace("<image>\n", "").replace("<video>\n", "").strip()
+        yield Record(one["video"], (one["video"],), prompt, turns["gpt"], one["events"])
 
 
 async def judge(record: Record, caption: str, ask: Ask) -> list[Unit]:
@@ -76,12 +76,12 @@ async def judge(record: Record, caption: str, ask: Ask) -> list[Unit]:
     numbered = {str(number): text for number, text in enumerate(events, start=1)}
 
     def check(answer: AnyEvents) -> AnyEvents:
-        own = [answer.missed, answer.incorrect]
-        events_of = [event for part in own if isinstance(part, list) for event in part]
+        counted = [answer.missed, answer.incorrect]
+        events_of = [event for part in counted if isinstance(part, list) for event in part]
         named = [event.number if isinstance(event, Reasoned) else event for event in events_of]
         if len(set(named)) < len(named) or not set(named) <= set(range(1, len(events) + 1)):
             raise Malformed(f"of {len(events)} events the answer names {named[:50]}")
-        if sum(map(count, own)) > len(events) or count(answer.hallucination) > MOST:
+        if sum(map(count, counted)) > len(events) or count(answer.hallucination) > MOST:
             raise Malformed(f"{len(events)} events were asked about, the answer counts {answer!r:.200}")
         return answer
 
@@ -120,5 +120,5 @@ BENCHMARK = Benchmark(
     measure,
     "total",
     rounds=7,
-    official=Official(("Repetitions are cut from captions before they are judged.",), text=cut_repetitions),
+    official=Official(("Repetitions are cut from captions before they are judged.",), text=remove_repetitions),
 )

@@ -17,18 +17,20 @@ def read(path: Path) -> list[Record]:
 
 
 def _records(path: Path) -> Iterator[Record]:
-    for name, held in read_json(path, dict).items():
+    for name, entry in read_json(path, dict).items():
         where = f"{path}: clip {name[:80]!r}"
-        one = checked(where, held, {})
+        one = checked(where, entry, {})
         tasks = [checked(where, one[key], FIELDS) for key in one if re.fullmatch(r"task\d+", key)]
         if not tasks:
             raise InputError(f'{where}: no "task0"')
-        asked = [question(where, own["question"], own["candidates"], own["answer"], own["task_type"]) for own in tasks]
+        questions = [
+            question(where, task["question"], task["candidates"], task["answer"], task["task_type"]) for task in tasks
+        ]
         # Either field may be there; the first is a class of lengths, the second a length.
         known = [one[key] for key in ("duration", "video_duration") if isinstance(one.get(key), str)]
-        told = one.get("video_caption")
+        caption = one.get("video_caption")
         groups = {"duration": known[0]} if known else {}
-        yield Record(name, (name,), None, told if isinstance(told, str) else None, asked, groups)
+        yield Record(name, (name,), None, caption if isinstance(caption, str) else None, questions, groups)
 
 
 BENCHMARK = Benchmark(

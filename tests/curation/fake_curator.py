@@ -43,30 +43,30 @@ def make_clips(folder: Path, scripts: Sequence[tuple[int, int]]) -> list[dict[st
     return made
 
 
-def seen(truth: dict[str, Any]) -> list[dict[str, Any]]:
+def visual_sentences(truth: dict[str, Any]) -> list[dict[str, Any]]:
     """The sentences of a clip's visual caption; a moment with a sound is told by its picture."""
-    return _told(truth, ("visual", "cross"), 0)
+    return _sentences(truth, ("visual", "cross"), 0)
 
 
-def heard(truth: dict[str, Any]) -> list[dict[str, Any]]:
+def audio_sentences(truth: dict[str, Any]) -> list[dict[str, Any]]:
     """The sentences of its audio caption."""
-    return _told(truth, ("audio", "speech", "cross"), 1)
+    return _sentences(truth, ("audio", "speech", "cross"), 1)
 
 
-def _told(truth: dict[str, Any], kinds: tuple[str, ...], part: int) -> list[dict[str, Any]]:
-    told = []
+def _sentences(truth: dict[str, Any], kinds: tuple[str, ...], part: int) -> list[dict[str, Any]]:
+    sentences = []
     for event in sorted(truth["events"], key=lambda event: event["start"]):
         if event["kind"] in kinds:
             text = event["text"]
             if event["kind"] == "cross":
                 text = statement(parse_sentence(text)[0].parts[part])
-            told.append({"start": event["start"], "text": text})
-    return told
+            sentences.append({"start": event["start"], "text": text})
+    return sentences
 
 
-def told_apart(truth: dict[str, Any]) -> str:
+def separate_sentence(truth: dict[str, Any]) -> str:
     """A sentence of what is seen that stands in its caption as it is."""
-    return next(one["text"] for one in seen(truth)[2:] if one["text"] in truth["caption"])
+    return next(one["text"] for one in visual_sentences(truth)[2:] if one["text"] in truth["caption"])
 
 
 def unique_keypoints(truth: dict[str, Any]) -> list[dict[str, str]]:
@@ -81,7 +81,7 @@ def stage_of(request: dict[str, Any]) -> str:
     return stage
 
 
-class Teller:
+class FakeCurator:
     """Answers for `chat.chat_server`. Pictures and sounds are decoded and compared with the clips themselves."""
 
     def __init__(self, truths: Sequence[dict[str, Any]]) -> None:
@@ -97,10 +97,15 @@ class Teller:
             best = int(np.argmin(distances))
             assert distances[best] < (6 if kind == "image_url" else 1e-3), distances
             return self.truths[best]
-        held = json.loads(content)
-        caption = held.get("caption") or " ".join(one["text"] for one in held["visual"] + held["audio"])
+        texts = json.loads(content)
+        caption = texts.get("caption") or " ".join(one["text"] for one in texts["visual"] + texts["audio"])
         share = [
-            np.mean([one["text"].strip(".").lower() in caption.lower() for one in seen(truth) + heard(truth)])
+            np.mean(
+                [
+                    one["text"].strip(".").lower() in caption.lower()
+                    for one in visual_sentences(truth) + audio_sentences(truth)
+                ]
+            )
             for truth in self.truths
         ]
         return self.truths[int(np.argmax(share))]
@@ -124,8 +129,8 @@ class Teller:
     def answer(self, stage: str, truth: dict[str, Any]) -> dict[str, Any]:
         """What is true."""
         return {
-            "visual": lambda: {"sentences": seen(truth)},
-            "audio": lambda: {"sentences": heard(truth)},
+            "visual": lambda: {"sentences": visual_sentences(truth)},
+            "audio": lambda: {"sentences": audio_sentences(truth)},
             "fusion": lambda: {"caption": truth["caption"]},
             "completeness": lambda: {"score": 5},
             "keypoints": lambda: {"keypoints": truth["keypoints"]},
