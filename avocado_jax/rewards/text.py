@@ -221,15 +221,15 @@ def parse(table: Table, points: Int[Array, "N"], length: Int[Array, ""], limits:
     until = shift(next_index(begins), -1, len(spoken))[order]  # where the next line begins
     last = last_index(spoken)[until - 1]
     real = jnp.arange(limits.quotes) < lines
-    said = letter & covered(quotes.start, quotes.end, jnp.where(spoken, quotes.kind, 0), len(points))
-    speech, _ = compact(said, lower, len(points))
-    said = count_before(said)
+    in_speech = letter & covered(quotes.start, quotes.end, jnp.where(spoken, quotes.kind, 0), len(points))
+    speech, _ = compact(in_speech, lower, len(points))
+    speech_count = count_before(in_speech)
 
     def keep(values: Array) -> Array:
         return jnp.where(real.reshape(-1, *[1] * (values.ndim - 1)), values, 0)
 
-    begin = said[quotes.start[order]]
-    line_length = keep(said[quotes.end[last]] - begin)
+    begin = speech_count[quotes.start[order]]
+    line_length = keep(speech_count[quotes.end[last]] - begin)
     columns = jnp.arange(limits.line)[None]
     characters_of = speech[jnp.minimum(begin[:, None] + columns, len(points) - 1)]
     return Caption(
