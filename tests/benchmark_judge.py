@@ -4,13 +4,13 @@ import json
 from pathlib import Path
 
 CLIPS = ("one", "two", "three")
-SAID = "She says “we leave at noon”."
+SPOKEN_LINE = "She says “we leave at noon”."
 EVENTS = {
     "one": ["a red kite rises", "a dog barks twice", "the wind howls"],
     "two": ["a man pours tea", "a bell rings"],
     "three": ["rain falls", "a car passes", "a child laughs", "thunder rolls", "a door slams"],
 }
-CAPTIONS = {name: f"{'. '.join(events)}. {SAID}" for name, events in EVENTS.items()}
+CAPTIONS = {name: f"{'. '.join(events)}. {SPOKEN_LINE}" for name, events in EVENTS.items()}
 
 
 def honest(request: dict) -> str:
@@ -27,26 +27,26 @@ def honest(request: dict) -> str:
         same = caption == material["reference"]
         return json.dumps({"audio": 5 if same else 1, "visual": 5 if same else 2, "detail": 5 if same else 4})
     if kind == "Choice":
-        told = [letter for letter, text in material["choices"].items() if text in caption]
-        return json.dumps({"answer": told[0] if told else "N/A"})
+        matching = [letter for letter, text in material["choices"].items() if text in caption]
+        return json.dumps({"answer": matching[0] if matching else "N/A"})
     if kind == "Choices":
-        told = {
+        matching = {
             number: [letter for letter, text in one["choices"].items() if text in caption]
             for number, one in material["questions"].items()
         }
-        answers = [{"number": int(number), "answer": (*letters, "N/A")[0]} for number, letters in told.items()]
+        answers = [{"number": int(number), "answer": (*labels, "N/A")[0]} for number, labels in matching.items()]
         return json.dumps({"answers": answers})
     if kind == "Told" and "question" in material:
-        asked = material["question"].removeprefix("Is it said that ").rstrip("?")
-        return json.dumps({"answer": asked if asked in caption else "it is not told"})
+        statement = material["question"].removeprefix("Is it said that ").rstrip("?")
+        return json.dumps({"answer": statement if statement in caption else "it is not told"})
     if kind == "Told":
         return json.dumps({"events": [part for part in caption.split(". ") if part and "says" not in part]})
     if kind == "Graded":
         same = material["prediction"] == material["answer"]
         return json.dumps({"pred": "yes" if same else "no", "score": 5 if same else 1})
     verdicts = [(int(number), text in caption) for number, text in material["events"].items()]
-    told = [{"number": number, "verdict": "entailment" if so else "neutral"} for number, so in verdicts]
-    return json.dumps({"verdicts": told})
+    entailed = [{"number": number, "verdict": "entailment" if so else "neutral"} for number, so in verdicts]
+    return json.dumps({"verdicts": entailed})
 
 
 def official(name: str):
@@ -152,11 +152,11 @@ def official(name: str):
 
 def write_official(name: str, folder: Path) -> Path:
     """The official file of a benchmark, in a folder."""
-    held = official(name)
+    content = official(name)
     if name in ("vdc", "dream-1k", "probes"):
         path = folder / f"{name}.jsonl"
-        path.write_text("".join(json.dumps(line) + "\n" for line in held))
+        path.write_text("".join(json.dumps(line) + "\n" for line in content))
     else:
         path = folder / f"{name}.json"
-        path.write_text(json.dumps(held))
+        path.write_text(json.dumps(content))
     return path

@@ -60,7 +60,7 @@ def some_sentences(text, draw, step):
 def _group(draw, clip, step, group, caption):
     rewards = [[round(draw.random(), 3) for _ in TERMS[:3]] for _ in range(group)]
     totals = np.array(rewards).sum(axis=1)
-    for number, (own, total) in enumerate(zip(rewards, totals)):
+    for number, (values, total) in enumerate(zip(rewards, totals)):
         text = caption(clip["caption"], draw, step)
         yield {
             "step": step,
@@ -69,7 +69,7 @@ def _group(draw, clip, step, group, caption):
             "caption": text,
             "token_ids": [1, 2, 3],
             "length": len(text.split()),
-            "rewards": dict(zip(TERMS, [*own, 0.0, 0.0])),
+            "rewards": dict(zip(TERMS, [*values, 0.0, 0.0])),
             "reward": float(total),
             "advantage": float((total - totals.mean()) / max(totals.std(), 1e-3)),
         }

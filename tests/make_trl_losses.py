@@ -85,8 +85,8 @@ def main() -> None:
         value.backward()
         arrays[f"loss_{number}"] = value.detach().numpy()
         arrays[f"gradient_{number}"] = logps.grad.reshape(B, G, C).numpy()
-        told = trainer._metrics["eval"]
-        arrays[f"clipped_{number}"] = np.float32([told[f"clip_ratio/{side}_mean"][0] for side in ("low", "high")])
+        logged = trainer._metrics["eval"]
+        arrays[f"clipped_{number}"] = np.float32([logged[f"clip_ratio/{bound}_mean"][0] for bound in ("low", "high")])
     cases = np.array([" ".join(map(str, case)) for case in CASES])
     np.savez_compressed(Path(__file__).parent / "train" / "trl_losses.npz", cases=cases, **arrays)
 

@@ -21,11 +21,13 @@ def main():
         print(f"{name}: {len(records)} clips, {truths} events or questions, {sum(map(bool, references))} references")
         if not all(references):
             continue
-        own = [score for score in dialogue_scores(references, references) if score is not None]
+        itself = [score for score in dialogue_scores(references, references) if score is not None]
         other = [score for score in dialogue_scores(references[1:] + references[:1], references) if score is not None]
         repcol = text_metrics(references, [None] * len(references))["repcol"]
-        print(f"  {len(own)} with dialogue; R_D of itself {sum(own) / max(1, len(own)):.4f}, of the next clip's "
-              f"caption {sum(other) / max(1, len(other)):.4f}; RepCol {repcol:.4f}")  # fmt: skip
+        print(
+            f"  {len(itself)} with dialogue; R_D of itself {sum(itself) / max(1, len(itself)):.4f}, "
+            f"of the next clip's caption {sum(other) / max(1, len(other)):.4f}; RepCol {repcol:.4f}"
+        )
 
 
 if __name__ == "__main__":

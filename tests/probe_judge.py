@@ -18,9 +18,9 @@ def claims_of(event):
 def answer(caption, question, choices):
     """The letter of the choice that the caption supports, else N/A. `choices` are by their letters."""
     places = {}  # claim -> where it is first made
-    for place, event in enumerate(event for sentence in parse(caption) for event in sentence.events):
+    for index, event in enumerate(event for sentence in parse(caption) for event in sentence.events):
         for claim in claims_of(event):
-            places.setdefault(claim, place)
+            places.setdefault(claim, index)
     stated = {}
     for letter, choice in choices.items():
         made = [claim for event in parse_sentence(choice) for claim in claims_of(event)]
@@ -33,9 +33,9 @@ def answer(caption, question, choices):
 
 def exact(number, request):
     """The judge behind a `chat_server`: one answer to each of the questions of a caption."""
-    asked = json.loads(request["messages"][-1]["content"])
-    caption = asked.get("description", asked.get("caption"))
-    answers = {key: answer(caption, one["question"], one["choices"]) for key, one in asked["questions"].items()}
-    if "description" in asked:
+    content = json.loads(request["messages"][-1]["content"])
+    caption = content.get("description", content.get("caption"))
+    answers = {key: answer(caption, one["question"], one["choices"]) for key, one in content["questions"].items()}
+    if "description" in content:
         return json.dumps(answers)
     return json.dumps({"answers": [{"number": int(key), "answer": letter} for key, letter in answers.items()]})

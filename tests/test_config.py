@@ -29,7 +29,7 @@ def test_overrides_take_the_type_of_their_field(path):
 
 
 @pytest.mark.parametrize(
-    ("given", "told"),
+    ("given", "message"),
     [
         (["--optim.lrr", "1"], "did you mean optim.lr?"),
         (["--lr", "1"], "did you mean optim.lr?"),
@@ -52,8 +52,8 @@ def test_overrides_take_the_type_of_their_field(path):
         (["--data.cache_dir", "gs://bucket/cache"], "data.cache_dir: gs://bucket/cache must be a local folder"),
     ],
 )
-def test_mistakes_are_told_in_a_line(path, given, told):
-    with pytest.raises(InputError, match=told) as error:
+def test_mistakes_are_told_in_a_line(path, given, message):
+    with pytest.raises(InputError, match=message) as error:
         load(path, given)
     assert "\n" not in str(error.value)
 
@@ -68,9 +68,9 @@ def test_a_rollout_has_a_batch():
 
 
 def test_files_that_are_no_config(tmp_path):
-    for text, told in (("config = 3", "defines no"), ("1 / 0", "ZeroDivisionError"), ("def", "SyntaxError")):
+    for text, message in (("config = 3", "defines no"), ("1 / 0", "ZeroDivisionError"), ("def", "SyntaxError")):
         (tmp_path / "bad.py").write_text(text)
-        with pytest.raises(InputError, match=told):
+        with pytest.raises(InputError, match=message):
             load(str(tmp_path / "bad.py"))
     with pytest.raises(InputError, match="no such config"):
         load(str(tmp_path / "absent.py"))
@@ -97,22 +97,22 @@ def test_configs_of_the_package_have_names(tmp_path, monkeypatch):
 
 
 def test_a_run_is_refused_under_another_config():
-    held = json.loads(json.dumps(as_json(SftConfig())))
-    refuse_another(SftConfig(), held, "run")
-    refuse_another(load_with(profile=(1, 2), accumulate=4, keep=9), held, "run")
-    del held["max_skipped"], held["optim"]["final"]  # fields that are newer than the folder
-    refuse_another(SftConfig(), held, "run")
+    stored = json.loads(json.dumps(as_json(SftConfig())))
+    refuse_another(SftConfig(), stored, "run")
+    refuse_another(load_with(profile=(1, 2), accumulate=4, keep=9), stored, "run")
+    del stored["max_skipped"], stored["optim"]["final"]  # fields that are newer than the folder
+    refuse_another(SftConfig(), stored, "run")
     with pytest.raises(InputError, match=r"max_skipped \(20 there, 3 here\)"):
-        refuse_another(load_with(max_skipped=3), held, "run")
+        refuse_another(load_with(max_skipped=3), stored, "run")
     other = load_with(batch=64, optim=replace(SftConfig().optim, lr=1.0))
     with pytest.raises(InputError, match=r"batch \(128 there, 64 here\), optim.lr"):
-        refuse_another(other, held, "run")
+        refuse_another(other, stored, "run")
     with pytest.raises(InputError, match="kind"):
-        refuse_another(SftConfig(), held | {"kind": "GrpoConfig"}, "run")
+        refuse_another(SftConfig(), stored | {"kind": "GrpoConfig"}, "run")
     with pytest.raises(
         InputError, match=r"steps \(0 there, 9 here\); to train longer, begin another run with --init run"
     ):
-        refuse_another(load_with(steps=9), held, "run")
+        refuse_another(load_with(steps=9), stored, "run")
 
 
 def test_a_run_is_the_same_with_absolute_and_relative_paths(tmp_path, monkeypatch):
@@ -121,12 +121,12 @@ def test_a_run_is_the_same_with_absolute_and_relative_paths(tmp_path, monkeypatc
     def of(**data):
         return load_with(init="base", data=DataConfig(**data))
 
-    held = json.loads(json.dumps(as_json(of(train="shards", heldout="gs://b/x"))))
-    refuse_another(of(train=f"{tmp_path}/shards", heldout="gs://b/x"), held, "run")
-    refuse_another(of(train="./shards/", heldout="gs://b/x"), held, "run")
+    stored = json.loads(json.dumps(as_json(of(train="shards", heldout="gs://b/x"))))
+    refuse_another(of(train=f"{tmp_path}/shards", heldout="gs://b/x"), stored, "run")
+    refuse_another(of(train="./shards/", heldout="gs://b/x"), stored, "run")
     for train, heldout in (("shards2", "gs://b/x"), ("shards", "gs://b/y"), ("shards", "b/x"), ("", "gs://b/x")):
         with pytest.raises(InputError, match="data"):
-            refuse_another(of(train=train, heldout=heldout), held, "run")
+            refuse_another(of(train=train, heldout=heldout), stored, "run")
 
 
 def load_with(**fields):

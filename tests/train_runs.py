@@ -104,9 +104,9 @@ class Runs:
             f"{self.folder}/{name}",
         ]
         if processes > 1:
-            with socket.socket() as held:
-                held.bind(("127.0.0.1", 0))
-                command += ["--coordinator", f"127.0.0.1:{held.getsockname()[1]}", "--processes", str(processes)]
+            with socket.socket() as reserved:
+                reserved.bind(("127.0.0.1", 0))
+                command += ["--coordinator", f"127.0.0.1:{reserved.getsockname()[1]}", "--processes", str(processes)]
         started = []
         for number in range(processes):
             which = ["--process", str(number)] if processes > 1 else []

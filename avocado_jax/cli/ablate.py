@@ -87,7 +87,7 @@ def run(args: argparse.Namespace) -> int:
         )
     if not config.init:
         raise InputError("init: no checkpoint to begin with")
-    open_checkpoint(config.init)  # a mistake is told before the folder is this config's
+    open_checkpoint(config.init)  # report a mistake before the config is written to the folder
     _begun(config, args.out)
     measured: dict[str, list[dict[str, Any]]] = {arm.name: [] for arm in arms}
     for number, job in enumerate(jobs, start=1):
@@ -99,7 +99,7 @@ def run(args: argparse.Namespace) -> int:
                 return status
             result = _measured(mine, config.init if job.arm.stage == "init" else job.folder)
             storage.write(where, json.dumps(result, ensure_ascii=False).encode())
-            jax.clear_caches()  # the next run's programs are its own
+            jax.clear_caches()  # the next run has other programs
         measured[job.arm.name].append(json.loads(storage.read(where)))
     if terms:
         _add_means(terms, config, [one for each in measured.values() for one in each])

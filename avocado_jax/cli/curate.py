@@ -190,7 +190,7 @@ def local(args: argparse.Namespace, checkpoint: Checkpoint | None, journal: Jour
 
 
 def print_counts(counts: dict[str, Any], as_json: bool) -> None:
-    """Print what came of it."""
+    """Print the counts."""
     if as_json:
         print(json.dumps(counts))
         return

@@ -146,7 +146,7 @@ class Asker:
         await asyncio.sleep(self._next - self._pause - now)
         reply = await self.client.ask(messages, lambda text: text, options=options)
         text = reply.text.replace(self._key, "***") if self._key else reply.text
-        if text or reply.value is not None:  # also one that was cut: it is kept, and cannot be read
+        if text or reply.value is not None:  # also a truncated one: it is kept, and cannot be read
             self._silent = 0
             return text
         if reply.why.startswith(SPENT):

@@ -25,7 +25,7 @@ LINKS = frozenset(
         "throughout time together until when where while which with"
     )
 )
-SHOWN = 5  # faults of a kind that are told
+SHOWN = 5  # most faults of a kind in a message
 
 
 class Faults(NamedTuple):
@@ -37,7 +37,7 @@ class Faults(NamedTuple):
     added: list[str]  # stretches of the fused caption
 
     def message(self) -> str:
-        """All of it in words; empty where nothing is wrong."""
+        """The faults as one message; empty if there are none."""
         titles = {
             "lost": "these sentences are missing",
             "altered": "the words of these sentences were changed",

@@ -167,7 +167,7 @@ async def probes_of(asker: Asker, name: str, caption: str) -> list[dict[str, Any
 
 
 def both(visual: Sequence[Sentence], audio: Sequence[Sentence]) -> dict[str, Any]:
-    """Both captions as a model is shown them."""
+    """Both captions as fields of a question."""
 
     def entries(sentences: Sequence[Sentence]) -> list[dict[str, Any]]:
         return [{"text": text} | ({} if start is None else {"start": start}) for text, start in sentences]
@@ -176,7 +176,7 @@ def both(visual: Sequence[Sentence], audio: Sequence[Sentence]) -> dict[str, Any
 
 
 def question(stage: str, texts: dict[str, Any], schema: Any, read: Callable[[str], Any]) -> Question:
-    """A question about texts. They are JSON, so that no text can pass for another, or for what is asked."""
+    """A question about texts, which are sent as JSON so that no text can pass for another or for the question."""
 
     async def content() -> str:
         return json.dumps(texts, ensure_ascii=False, indent=1)

@@ -22,7 +22,7 @@ from avocado_jax.parallel.rules import shardings
 from avocado_jax.sampling.captioner import Captioner, captioner_of
 
 PARAMETERS = 0.5  # of a device's memory, at most; the rest is for caches and prefill
-QUESTION = "question.txt"  # in a checkpoint's folder: what a model knows to be asked that knows one question only
+QUESTION = "question.txt"  # in a checkpoint's folder: the only question that the model was trained on
 
 
 def load_captioner(

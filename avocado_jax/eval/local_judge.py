@@ -149,7 +149,7 @@ class LocalJudge:
             loop.call_soon(self._settle, len(self._waiting), 0)
         try:
             texts = self._answers([one.row for one in part], shape)
-        except Exception as error:  # of whatever kind: who waits is told, or would wait for ever
+        except Exception as error:  # of any kind: the waiting caller receives it, or would wait for ever
             for one in part:
                 one.answer.set_exception(error)
             return

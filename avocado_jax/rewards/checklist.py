@@ -30,7 +30,7 @@ MAX_PAIR_GAP = 2  # content words of a caption at most this far from each other 
 LOW, HIGH = 0.35, 0.65  # covered share of a keypoint's weight at which it counts for nothing, and in full
 WRONG = 0.75  # what a keypoint loses none of whose colours, sides, numbers and the like are in the window
 PROSE = 0.1  # share of function words that a window of sentences has at least
-ORDER = 1.0  # what a keypoint loses that is told on the wrong side of all others
+ORDER = 1.0  # penalty of a keypoint that is in the wrong order with all others
 KEYPOINT = Limits(characters=512, words=96, quotes=4, line=8)
 SHORT = Limits(characters=128, words=32, quotes=4, line=8)  # of most keypoints
 CHARACTERS = 2**13  # of the keypoints that are read at once

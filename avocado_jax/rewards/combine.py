@@ -30,7 +30,7 @@ class Thresholds(NamedTuple):
     """What the terms leave open. Static."""
 
     similar: float = SIMILAR  # R_D: least similarity of two lines that may be one
-    speaker: float = SPEAKER  # R_D: least share of what is said of a speaker
+    speaker: float = SPEAKER  # R_D: least share of a speaker's description
     low: float = LOW  # R_C, lexical: covered share of a keypoint that counts for nothing
     high: float = HIGH  # R_C, lexical: and in full
     order: float = ORDER  # R_C, lexical: what telling in the wrong order costs

@@ -24,7 +24,7 @@ from avocado_jax.rewards.vocabulary import BIT, Table, hash_word, meaning, stems
 from avocado_jax.typing import Array, Bool, Float, Int
 
 SIMILAR = 0.6  # least similarity of two lines that may be one (paper)
-SPEAKER = 0.55  # least share of what is said of a speaker that the words around the caption's quote must say too
+SPEAKER = 0.55  # least share of a speaker's description that the words around the caption's quote must contain
 WITHIN = 0.8  # least share of a phrase within another of the same reference that makes them one speaker
 UNIT = 26  # bits after the point of a similarity
 TIE = round(1e-6 * 2**UNIT)

@@ -27,7 +27,7 @@ MARKS |= {"「": CORNER, "」": CORNER_END, "『": WHITE, "』": WHITE_END}
 SINGLE_MARKS = {"'": APOSTROPHE_MARK, "’": APOSTROPHE_MARK, "‘": SINGLE_LEFT, "*": STAR}
 SCRIPTS_WITHOUT_SPACES = ((0x3040, 0x30FF), (0x3400, 0x4DBF), (0x4E00, 0x9FFF), (0xF900, 0xFAFF), (0x20000, 0x323AF))
 BIT = {name: 1 << bit for bit, name in enumerate([*CLASSES, "FUNCTION", "SILENT"])}
-LEAST_KNOWN = 1024  # room for words with a weight, at least
+LEAST_KNOWN = 1024  # least capacity for words with a weight
 PAGE = 256  # code points of a page of the character table
 BASE, SPREAD = 0x01000193, 0x9E3779B1  # both odd: powers of the base have inverses mod 2^32
 

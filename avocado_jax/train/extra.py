@@ -55,13 +55,13 @@ class HostTerm:
         tokens, lengths, weight = jax.device_get(self._gather(rows))
         process, (size, group) = jax.process_index(), lengths.shape
         local, owners = process_rows(self._mesh, size, process), row_owners(self._mesh, size)
-        places = [place for place, row in enumerate(local) if weight[row] and owners[row] == process]
+        places = [index for index, row in enumerate(local) if weight[row] and owners[row] == process]
         captions = [
             self._text(ids[:length].tolist())
-            for row in (local[place] for place in places)
+            for row in (local[index] for index in places)
             for ids, length in zip(tokens[row], lengths[row])
         ]
-        references = [batch.records[place] for place in places for _ in range(group)]
+        references = [batch.records[index] for index in places for _ in range(group)]
         running = self._thread.submit(self._term.values, captions, references) if captions else None
 
         def collect() -> Computed:

@@ -24,7 +24,7 @@ from avocado_jax.parallel.batches import rows_sharding
 from avocado_jax.parallel.parts import by_parts, in_parts
 from avocado_jax.sampling.weights import decoding_weights
 from avocado_jax.train.losses import Scores, caption_scores
-from avocado_jax.train.objective import SHARES, Sums, check_objective, objective, without_overlong
+from avocado_jax.train.objective import SHARES, ObjectiveTotals, check_objective, objective, without_overlong
 from avocado_jax.train.optim import gradient, optimizer, schedule
 from avocado_jax.train.rollout import VIEW_AXES, Rollout, roll_out
 from avocado_jax.train.state import State, apply_gradient, initial_state, join, split, state_shapes
@@ -51,10 +51,10 @@ class Experience(NamedTuple):
     weight: Float[Array, "B"]  # 0 masks a row
 
 
-class _Sums(NamedTuple):
+class _UpdateTotals(NamedTuple):
     """Sums over the valid tokens."""
 
-    objective: Sums
+    objective: ObjectiveTotals
     entropy: Float[Array, ""]
     gap: Float[Array, ""]  # |log p_trainer - log p_sampler| of the sampling policy
 
@@ -107,7 +107,7 @@ def score(
 
 def batch_gradient(
     params: Any, experience: Experience, *, model: ThinkerConfig, config: GrpoConfig
-) -> tuple[Any, Array, _Sums]:
+) -> tuple[Any, Array, _UpdateTotals]:
     """The gradient with respect to the trained parameters, the loss, and its components."""
     trained, frozen = split(params, config.train)
     _, _, rollout, _, _, weight = experience
@@ -117,19 +117,19 @@ def batch_gradient(
         valid = without_overlong(valid, rollout.truncated)
     shares = SHARES[config.objective.aggregate](valid, counted, config.sampling.tokens)
 
-    def loss(trained: Any, rows: Experience, valid: Array, shares: Array) -> tuple[Array, tuple[Array, _Sums]]:
+    def loss(trained: Any, rows: Experience, valid: Array, shares: Array) -> tuple[Array, tuple[Array, _UpdateTotals]]:
         captions, sampled = rows.rollout.captions, rows.rollout.sampled
         temperature = config.sampling.temperature
         new = caption_logprobs(model, join(trained, frozen), rows.clip, rows.encoded, captions, temperature)
         here = jax.lax.stop_gradient(new.logprob)
         old, reference = (here if one is None else one for one in rows.scored)
-        total, sums = objective(new.logprob, old, sampled, reference, rows.advantage, valid, shares, config.objective)
+        total, totals = objective(new.logprob, old, sampled, reference, rows.advantage, valid, shares, config.objective)
         entropy = jnp.sum(new.entropy, where=valid)
         gap = jnp.sum(jnp.abs(old - sampled), where=valid)
-        return total, (jax.lax.stop_gradient(total), _Sums(sums, entropy, gap))
+        return total, (jax.lax.stop_gradient(total), _UpdateTotals(totals, entropy, gap))
 
-    grads, (total, sums) = gradient(loss, trained, (experience, valid, shares), config.accumulate)
-    return grads, total, sums
+    grads, (total, totals) = gradient(loss, trained, (experience, valid, shares), config.accumulate)
+    return grads, total, totals
 
 
 def grpo_update(
@@ -153,11 +153,11 @@ def grpo_update(
     """
 
     def once(state: State, part: Experience) -> tuple[State, tuple]:
-        grads, loss, sums = batch_gradient(state.params, part, model=model, config=config)
+        grads, loss, totals = batch_gradient(state.params, part, model=model, config=config)
         norm = optax.tree.norm(grads)
         finite, counts = jnp.isfinite(norm) & jnp.isfinite(loss), jnp.any(part.weight > 0)
         state, moved = apply_gradient(state, grads, finite, adamw, config.train, counts)
-        return state, (loss, norm, moved, sums)
+        return state, (loss, norm, moved, totals)
 
     if (updates := config.passes * config.minibatches) == 1:
         after, results = once(state, experience)
@@ -166,19 +166,19 @@ def grpo_update(
         after, results = jax.lax.scan(
             lambda state, _: jax.lax.scan(once, state, minibatches), state, length=config.passes
         )
-    loss, norm, moved, (sums, entropy, gap) = jax.tree.map(lambda leaf: jnp.sum(leaf) / updates, results)
-    tokens = jnp.maximum(sums.tokens, 1e-9)
+    loss, norm, moved, (totals, entropy, gap) = jax.tree.map(lambda leaf: jnp.sum(leaf) / updates, results)
+    tokens = jnp.maximum(totals.tokens, 1e-9)
     rollout, weight = experience.rollout, experience.weight
     captions = jnp.maximum(jnp.sum(weight) * rollout.lengths.shape[1], 1)
     metrics = {
         "loss": loss,
-        "policy_loss": sums.policy,
-        "kl": sums.kl / tokens,
-        "moved": sums.moved / tokens,
+        "policy_loss": totals.policy,
+        "kl": totals.kl / tokens,
+        "moved": totals.moved / tokens,
         "entropy": entropy / tokens,
-        "ratio": sums.ratio / tokens,
-        "clipped_low": sums.clipped_low / tokens,
-        "clipped_high": sums.clipped_high / tokens,
+        "ratio": totals.ratio / tokens,
+        "clipped_low": totals.clipped_low / tokens,
+        "clipped_high": totals.clipped_high / tokens,
         "sampler_gap": gap / tokens,
         "length": jnp.sum(rollout.lengths * weight[:, None]) / captions,
         "truncated": jnp.sum(rollout.truncated * weight[:, None]) / captions,

@@ -129,19 +129,19 @@ def _index(
     )
 
 
-def input_workers(asked: int) -> int:
+def input_workers(count: int) -> int:
     """The number of input processes of this host for `data.workers`.
 
     -1 means half of the host's cores, at most MOST_WORKERS, where an accelerator computes the steps. On CPU it means
     none, since the step needs the cores.
 
     Raises:
-        InputError: `asked` is less than -1.
+        InputError: `count` is less than -1.
     """
-    if asked < -1:
-        raise InputError(f"data.workers: {asked} is neither a number of processes nor -1")
-    if asked >= 0:
-        return asked
+    if count < -1:
+        raise InputError(f"data.workers: {count} is neither a number of processes nor -1")
+    if count >= 0:
+        return count
     cores = available_cores()
     return 0 if jax.default_backend() == "cpu" else max(1, min(MOST_WORKERS, cores // 2))
 

@@ -123,7 +123,7 @@ def train(job: Job, state: State, mesh: Mesh, checkpoints: Checkpoints, log: Log
             bare = _without_arrays(batch)._replace(spares=tuple(map(_without_arrays, batch.spares or ())))
             pending = _Pending(number, bare, metrics, finish_step, flags.dispatch(save=late()), waited)
 
-            # --- fetch its own metrics too where an evaluation or a checkpoint follows
+            # --- fetch this step's metrics too where an evaluation or a checkpoint follows
             profile.after_step(number, metrics)
             evaluated, saved = due(number, job.eval_every), save or due(number, job.checkpoint_every)
             if evaluated or saved or stop:

@@ -30,7 +30,7 @@ class Scores(NamedTuple):
     likeliest: Bool[Array, "B G C"]  # no other token is more probable
 
 
-class Sums(NamedTuple):
+class LossTotals(NamedTuple):
     """Sums over the counted caption tokens."""
 
     loss: Float[Array, ""]  # cross-entropy, nats
@@ -43,15 +43,15 @@ def counted(captions: Captions, weight: Float[Array, "B"]) -> Float[Array, "B G 
     return captions.valid * weight[:, None, None]
 
 
-def caption_sums(
+def loss_totals(
     hidden: Float[Array, "B G C D"],
     head: Float[Array, "V D"],
     captions: Captions,
     weight: Float[Array, "B"],
-) -> Sums:
+) -> LossTotals:
     """Next-token cross-entropy, summed; see `caption_scores`."""
     scores, counts = caption_scores(hidden, head, captions.targets), counted(captions, weight)
-    return Sums(
+    return LossTotals(
         -jnp.sum(scores.logprob * counts), jnp.sum(scores.likeliest * counts), jnp.sum(counts, dtype=jnp.float32)
     )
 
@@ -131,8 +131,8 @@ def _forward(hidden: Array, targets: Array, head: Array, temperature: float) -> 
             top = jax.lax.pmax(jnp.max(scores, axis=-1), axes.vocabulary)
             weights = jnp.exp(scores - top[:, None])
             # A sum, not a gather: the target may be in another device's part of the vocabulary.
-            sums = (jnp.sum(part, axis=-1) for part in (weights, weights * scores, jnp.where(hit, scores, 0)))
-            total, weighted, chosen = jax.lax.psum(tuple(sums), axes.vocabulary)
+            partials = (jnp.sum(part, axis=-1) for part in (weights, weights * scores, jnp.where(hit, scores, 0)))
+            total, weighted, chosen = jax.lax.psum(tuple(partials), axes.vocabulary)
             lse = jnp.log(total) + top
             return Scores(chosen - lse, lse - weighted / total, chosen >= top), lse
 
@@ -152,7 +152,7 @@ def _backward(temperature: float, kept: tuple, gradient: Scores) -> tuple[Array,
     def run(hidden: Array, targets: Array, lse: Array, gradient: Array, matrix: Array) -> tuple[Array, Array]:
         fp32 = dict(preferred_element_type=jnp.float32)
         pieces = matrix.reshape(math.gcd(len(matrix), PIECES), -1, matrix.shape[1])
-        parts, joined = _chunks((hidden, targets, lse, gradient), pieces[0])
+        parts, merged = _chunks((hidden, targets, lse, gradient), pieces[0])
 
         def piece(to_hidden: Array, numbered: tuple) -> tuple[Array, Array]:
             number, matrix = numbered
@@ -171,7 +171,7 @@ def _backward(temperature: float, kept: tuple, gradient: Scores) -> tuple[Array,
         start = jnp.zeros(parts[0].shape, jnp.float32)
         to_hidden, to_head = jax.lax.scan(piece, start, (jnp.arange(len(pieces)), pieces))
         to_hidden = jax.lax.psum(to_hidden, axes.vocabulary).astype(hidden.dtype)
-        return joined(to_hidden), to_head.reshape(len(matrix), -1)
+        return merged(to_hidden), to_head.reshape(len(matrix), -1)
 
     by_rows = axes.by_rows
     run = _sharded(run, axes, (by_rows, by_rows, by_rows, by_rows, axes.gathered), (by_rows, axes.stored))
@@ -213,17 +213,17 @@ def _chunks(tokens: tuple, matrix: Array) -> tuple[tuple, Callable]:
     size = min(count, max(1, LOGITS_BYTES // (4 * len(matrix))))
     pad = -count % size
 
-    def cut(part: Array) -> Array:
+    def chunked(part: Array) -> Array:
         flat = part.reshape(count, *part.shape[3:])
         return jnp.pad(flat, ((0, pad), *((0, 0),) * (flat.ndim - 1))).reshape(-1, size, *flat.shape[1:])
 
-    def joined(part: Array) -> Array:
+    def merged(part: Array) -> Array:
         return part.reshape(count + pad, *part.shape[2:])[:count].reshape(*shape, *part.shape[2:])
 
-    return tuple(map(cut, tokens)), joined
+    return tuple(map(chunked, tokens)), merged
 
 
 def _in_chunks(run: Callable, tokens: tuple, matrix: Array) -> Any:
     """`run` over tokens in chunks, as arrays [B G C ...]."""
-    parts, joined = _chunks(tokens, matrix)
-    return jax.tree.map(joined, jax.lax.map(lambda part: run(*part), parts))
+    parts, merged = _chunks(tokens, matrix)
+    return jax.tree.map(merged, jax.lax.map(lambda part: run(*part), parts))

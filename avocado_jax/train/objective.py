@@ -145,7 +145,7 @@ def advantages(rewards: Float[Array, "B G"], config: ObjectiveConfig) -> Float[A
     return mean_advantage(rewards) if config.advantage == "mean" else std_advantage(rewards, config.std_floor)
 
 
-class Sums(NamedTuple):
+class ObjectiveTotals(NamedTuple):
     """Sums over the valid tokens, so that parts of a batch can be added."""
 
     policy: Float[Array, ""]  # the clipped surrogate loss, weighted by shares
@@ -166,7 +166,7 @@ def objective(
     valid: Bool[Array, "B G C"],
     shares: Float[Array, "B G C"],
     config: ObjectiveConfig,
-) -> tuple[Float[Array, ""], Sums]:
+) -> tuple[Float[Array, ""], ObjectiveTotals]:
     """The loss and its components.
 
     Args:
@@ -186,7 +186,7 @@ def objective(
     kl_loss = jnp.sum(KLS[config.kl](d) * shares)
     clipped_low = (ratio < 1 - config.clip_low) & (advantage < 0)
     clipped_high = (ratio > 1 + config.clip_high) & (advantage > 0)
-    sums = Sums(
+    totals = ObjectiveTotals(
         policy=policy,
         kl=jnp.sum(k3(d)),
         ratio=jnp.sum(ratio, where=valid),
@@ -195,4 +195,4 @@ def objective(
         moved=jnp.sum(k3(jnp.where(valid, old - new, 0))),
         tokens=jnp.sum(valid, dtype=jnp.float32),
     )
-    return policy + config.beta * kl_loss, jax.lax.stop_gradient(sums)
+    return policy + config.beta * kl_loss, jax.lax.stop_gradient(totals)

@@ -37,10 +37,10 @@ def optimizer(config: OptimConfig, steps: int) -> optax.GradientTransformation:
 
 
 def gradient(loss: Callable[..., tuple[Array, Any]], trained: Any, batch: tuple, accumulate: int) -> tuple[Any, Any]:
-    """The gradient of `loss(trained, *batch) -> (loss, sums)` with respect to `trained`, and the sums.
+    """The gradient of `loss(trained, *batch) -> (loss, totals)` with respect to `trained`, and the totals.
 
     Args:
-        accumulate: number of microbatches. Their gradients and sums are added, so the result does not depend on it if
+        accumulate: number of microbatches. Their gradients and totals are added, so the result does not depend on it if
             `loss` is a sum over rows.
     """
     of_microbatch = jax.grad(loss, has_aux=True)
@@ -51,6 +51,6 @@ def gradient(loss: Callable[..., tuple[Array, Any]], trained: Any, batch: tuple,
     def add(total: Any, part: tuple) -> tuple[Any, None]:
         return jax.tree.map(jnp.add, total, of_microbatch(trained, *part)), None
 
-    _, sums = jax.eval_shape(loss, trained, *jax.tree.map(lambda leaf: leaf[0], parts))
-    zero = jax.tree.map(jnp.zeros_like, trained), jax.tree.map(lambda one: jnp.zeros(one.shape, one.dtype), sums)
+    _, totals = jax.eval_shape(loss, trained, *jax.tree.map(lambda leaf: leaf[0], parts))
+    zero = jax.tree.map(jnp.zeros_like, trained), jax.tree.map(lambda one: jnp.zeros(one.shape, one.dtype), totals)
     return jax.lax.scan(add, zero, parts)[0]

@@ -18,9 +18,9 @@ from avocado_jax.parallel.batches import rows_sharding
 from avocado_jax.parallel.compiled import Program
 from avocado_jax.parallel.rules import shardings
 from avocado_jax.train.grpo import Experience, GrpoProgram, Scored
-from avocado_jax.train.rollout import VIEW_AXES, Rollout, cut
+from avocado_jax.train.rollout import VIEW_AXES, Rollout, crop
 
-EVAL_CLIPS = 64  # held-out clips that are captioned together, if there are so many
+EVAL_CLIPS = 64  # held-out clips that are captioned together, at most
 
 
 class StepShapes(NamedTuple):
@@ -83,7 +83,7 @@ def learning_programs(
 ) -> dict[str, Program]:
     """`score` and `update`, for captions cut to `width` tokens."""
     clip, _, weight, _ = shapes.batch
-    rollout = by_rows(jax.eval_shape(partial(cut, width=width), shapes.rollout), mesh)
+    rollout = by_rows(jax.eval_shape(partial(crop, width=width), shapes.rollout), mesh)
     reference = program.reference if config.objective.beta else {}
     scoring = program.state.params, reference, clip, shapes.encoded, rollout.captions
     scored: Scored = by_rows(jax.eval_shape(program.score, *scoring), mesh)

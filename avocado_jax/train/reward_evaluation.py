@@ -38,7 +38,7 @@ def reward_evaluator(
         length=min(config.eval_tokens, config.sampling.tokens),
         parts=rows // (config.batch * config.split),  # as many rows are prefilled together as in a training step
     )
-    sums = jax.jit(partial(heldout_sums, rewards))
+    totals = jax.jit(partial(heldout_totals, rewards))
 
     @partial(jax.jit, out_shardings=rows_sharding(mesh))
     def held_out_rollout(tokens: Array, lengths: Array, clip: Clip) -> Rollout:
@@ -57,7 +57,7 @@ def reward_evaluator(
             judged = rewards.judge(rollout, batch)()
             with jax.debug_nans(False):  # a term without a reference is NaN
                 terms = rewards.terms(rollout, batch.references, judged)
-            part = sums(terms, rollout.lengths, batch.weight)
+            part = totals(terms, rollout.lengths, batch.weight)
             rewards.check(judged)
             return part
 
@@ -81,7 +81,7 @@ def reward_evaluator(
         found.append(Program("held-out captions", held_out_rollout, (tokens, lengths, clip)))
     scoring = rewards.program(rollout)
     terms = by_rows(jax.eval_shape(scoring.run, *scoring.args), mesh)
-    found += [scoring, Program("held-out sums", sums, (terms, rollout.lengths, weight))]
+    found += [scoring, Program("held-out sums", totals, (terms, rollout.lengths, weight))]
     return Evaluator(evaluate, rank_by_reward, found)
 
 
@@ -90,7 +90,7 @@ def rank_by_reward(entries: dict[str, Any]) -> float | None:
     return -entries["heldout_reward"] if "heldout_reward" in entries else None
 
 
-def heldout_sums(rewards: Rewards, terms: dict[str, Array], lengths: Array, weight: Array) -> Measured:
+def heldout_totals(rewards: Rewards, terms: dict[str, Array], lengths: Array, weight: Array) -> Measured:
     """Sums of the reward, its terms and the lengths over the captions that count, and their numbers.
 
     The reward is the weighted sum of the terms, never normalised: a caption has no group to compare it with.

@@ -47,14 +47,14 @@ from avocado_jax.typing import Array, Float, Int, Probe
 
 MAX_CHARACTERS, MAX_FEATURES = 512, 1024  # distinct characters of a clip's dialogue, distinct features of its keypoints
 SAMPLE_RECORDS = 4  # records that are checked for missing references at start-up
-NOT_ASKED, UNANSWERED = -2.0, -1.0  # in place of a score, while the processes share what they know
+NOT_REQUESTED, UNANSWERED = -2.0, -1.0  # in place of a score, while the processes share what they know
 
 
 class Judged(NamedTuple):
     """The answers of a judge to a batch, the same on all processes. Items are keypoints, or probes."""
 
     answers: Float[Array, "B G K"]  # NaN without an item, or without an answer
-    asked: Int[Array, ""]  # items
+    requested: Int[Array, ""]  # items that the judge received
     missing: Int[Array, ""]  # items without an answer
 
 
@@ -172,7 +172,7 @@ def make_rewards(config: GrpoConfig, setup: Setup, stops: Sequence[int], judges:
     on_device = [term for term in extra if term.kind == "jax"]
     on_hosts = {term.name: term for term in extra if term.kind == "host"}
     weights |= {term.name: term.weight for term in extra}
-    room = {"checklist": settings.keypoints, "probes": settings.questions}
+    most_items = {"checklist": settings.keypoints, "probes": settings.questions}
     events = settings.scenes if settings.timing else 0
 
     @partial(jax.jit, out_shardings=rows_sharding(setup.mesh))
@@ -199,7 +199,7 @@ def make_rewards(config: GrpoConfig, setup: Setup, stops: Sequence[int], judges:
         rows, group, _ = rollout.captions.targets.shape
         one = references([{}])
         shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((rows, *leaf.shape[1:]), leaf.dtype), one)
-        answers = {term: jax.ShapeDtypeStruct((rows, group, room[term]), jnp.float32) for term in judges}
+        answers = {term: jax.ShapeDtypeStruct((rows, group, most_items[term]), jnp.float32) for term in judges}
         answers |= {name: jax.ShapeDtypeStruct((rows, group), jnp.float32) for name in on_hosts}
         inputs = by_rows((shapes, answers), setup.mesh)
         return Program("rewards", score_terms, (table, rollout.captions.targets, rollout.lengths, *inputs))
@@ -219,16 +219,17 @@ def make_rewards(config: GrpoConfig, setup: Setup, stops: Sequence[int], judges:
             if term in hosts:
                 hosts[term].check(one)
                 continue
-            asked, missing = jax.device_get((one.asked, one.missing))
-            if missing > settings.max_unjudged * asked:
+            requested, missing = jax.device_get((one.requested, one.missing))
+            if missing > settings.max_unjudged * requested:
                 raise Unjudged(
-                    f"the judge left {missing} of {asked} {ITEMS[term]} of a step without an answer; nothing is lost"
+                    f"the judge left {missing} of {requested} {ITEMS[term]} of a step without an answer; "
+                    "nothing is lost"
                 )
 
     if jax.process_index() == 0:
         _warn_of_missing(setup.source, references, [name for name, weight in weights.items() if weight])
     text = partial(caption_text, setup, stops)
-    started = {term: _shared(one, setup.mesh, room[term], text, items_of(term)) for term, one in judges.items()}
+    started = {term: _shared(one, setup.mesh, most_items[term], text, items_of(term)) for term, one in judges.items()}
     hosts = {name: HostTerm(term, setup.mesh, text) for name, term in on_hosts.items()}
     started |= {name: term.start for name, term in hosts.items()}
     return Rewards(references, judge, terms, reward, program, check)
@@ -242,9 +243,9 @@ def items_of(term: str) -> Callable[[Mapping[str, Any]], list[Any]]:
 
     def probes(fields: Mapping[str, Any]) -> list[Probe]:
         found = []
-        for held in fields.get("probes") or ():
+        for probe in fields.get("probes") or ():
             with suppress(InputError):  # `prepare` refuses a line with an invalid probe
-                found.append(read_probe(held))
+                found.append(read_probe(probe))
         return found
 
     return {"checklist": keypoints, "probes": probes}[term]
@@ -284,28 +285,28 @@ def _shared(
 
     @partial(jax.jit, out_shardings=Judged(rows, replicated, replicated))
     def share(observed: Float[Array, "R B G K"]) -> Judged:
-        scores = jnp.max(observed, axis=0)  # of the owner: all others have NOT_ASKED
+        scores = jnp.max(observed, axis=0)  # of the owner: all others have NOT_REQUESTED
         answers = jnp.where(scores >= 0, scores, jnp.nan)
-        return Judged(answers, jnp.sum(scores > NOT_ASKED), jnp.sum(scores == UNANSWERED))
+        return Judged(answers, jnp.sum(scores > NOT_REQUESTED), jnp.sum(scores == UNANSWERED))
 
     def start(rollout: Rollout, batch: Batch) -> Callable[[], Judged]:
         tokens, lengths, weight = jax.device_get(gather((rollout.captions.targets, rollout.lengths, batch.weight)))
         size, group = lengths.shape
         local, owners = process_rows(mesh, size, jax.process_index()), row_owners(mesh, size)
-        places, captions, asked = [], [], []
-        for place, (row, record) in enumerate(zip(local, batch.records, strict=True)):
-            own = items(record)[:limit]
-            if own and weight[row] and owners[row] == jax.process_index():
-                places += [(place, caption) for caption in range(group)]
+        places, captions, requested = [], [], []
+        for index, (row, record) in enumerate(zip(local, batch.records, strict=True)):
+            wanted = items(record)[:limit]
+            if wanted and weight[row] and owners[row] == jax.process_index():
+                places += [(index, caption) for caption in range(group)]
                 captions += [text(ids[:length].tolist()) for ids, length in zip(tokens[row], lengths[row])]
-                asked += [own] * group
-        wait = judge(captions, asked)
+                requested += [wanted] * group
+        wait = judge(captions, requested)
 
         def collect() -> Judged:
-            observed = np.full((len(local), group, limit), NOT_ASKED, np.float32)
-            for place, own, scores in zip(places, asked, wait(), strict=True):
-                known = scores[: len(own)]
-                observed[place][: len(own)] = np.where(np.isfinite(known), known, UNANSWERED)
+            observed = np.full((len(local), group, limit), NOT_REQUESTED, np.float32)
+            for index, wanted, scores in zip(places, requested, wait(), strict=True):
+                known = scores[: len(wanted)]
+                observed[index][: len(wanted)] = np.where(np.isfinite(known), known, UNANSWERED)
             with jax.debug_nans(False):  # an item without an answer is NaN
                 return share(observe(mesh, local, size, observed))
 

@@ -13,7 +13,7 @@ from avocado_jax.sampling.logits import Sampling
 from avocado_jax.typing import Array, Bool, Captions, Clip, Float, Int
 
 ROLLOUT, SPARE = 5, 6  # purposes of random numbers
-WIDTHS = 2  # that captions are cut to, in equal parts of the limit; `score` and `update` are compiled for each
+WIDTHS = 2  # to which captions are cropped, equal parts of the limit; `score` and `update` are compiled for each
 VIEW_AXES = ("tensor",)  # the mesh axes that shard the sampler's weights: each decoding step reads all of them
 
 
@@ -96,17 +96,17 @@ def as_rollout(samples: Samples, clip: Clip, stops: tuple[int, ...]) -> Rollout:
 
 
 def widths(limit: int) -> tuple[int, ...]:
-    """The widths that captions of at most `limit` tokens are cut to, ascending."""
+    """The widths to which captions of at most `limit` tokens are cropped, ascending."""
     part = -(-limit // WIDTHS)
     return tuple(dict.fromkeys(min(limit, number * part) for number in range(1, WIDTHS + 1)))
 
 
-def fitting(longest: int, limit: int) -> int:
+def smallest_width(longest: int, limit: int) -> int:
     """The smallest of `widths(limit)` that fits captions of up to `longest` tokens."""
     return next(width for width in widths(limit) if width >= longest)
 
 
-def cut(rollout: Rollout, width: int) -> Rollout:
+def crop(rollout: Rollout, width: int) -> Rollout:
     """Remove the columns from `width` on, which no caption reaches: the cost of scores and gradients is per column."""
     captions = Captions(*(part[..., :width] for part in rollout.captions))
     return rollout._replace(captions=captions, sampled=rollout.sampled[..., :width])

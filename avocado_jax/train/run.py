@@ -43,7 +43,7 @@ from avocado_jax.train.inputs import input_workers, open_source
 from avocado_jax.train.loop import Job, train
 from avocado_jax.train.metrics import Log
 from avocado_jax.train.programs import batch_shapes, heldout_rows
-from avocado_jax.train.sft import batch_sums, model_of, sft_program
+from avocado_jax.train.sft import batch_totals, model_of, sft_program
 from avocado_jax.train.startup import ready
 from avocado_jax.train.state import State, rest_of
 from avocado_jax.typing import Array
@@ -314,13 +314,13 @@ def _evaluator(config: SftConfig, setup: Setup, shapes: State, stops: tuple[int,
     if not config.data.heldout:
         return Evaluator()
     recipe, evaluated = setup.recipe, heldout(config, setup)
-    sums = jax.jit(partial(batch_sums, recipe.config), out_shardings=NamedSharding(setup.mesh, PartitionSpec()))
+    totals = jax.jit(partial(batch_totals, recipe.config), out_shardings=NamedSharding(setup.mesh, PartitionSpec()))
     source = evaluated.source
     samples = [source[number] for number in range(min(config.samples, len(source.index.ids)))]
 
     def evaluate(state: State, step: int) -> dict[str, Any]:
         def measure(batch: Batch) -> Measured:
-            part = sums(state.params, batch.clip, batch.captions, batch.weight)
+            part = totals(state.params, batch.clip, batch.captions, batch.weight)
             return {"loss": (part.loss, part.count), "accuracy": (part.correct, part.count)}
 
         if samples:
@@ -332,7 +332,7 @@ def _evaluator(config: SftConfig, setup: Setup, shapes: State, stops: tuple[int,
 
     buckets = evaluated.plan.buckets
     batches = [batch_shapes(config, recipe.config, bucket, setup.mesh, config.batch) for bucket in buckets]
-    programs = [Program("evaluation", sums, (shapes.params, *batch[:3])) for batch in batches]
+    programs = [Program("evaluation", totals, (shapes.params, *batch[:3])) for batch in batches]
     return Evaluator(evaluate, rank_by_loss, agreement_programs(evaluated, buckets) + programs)
 
 

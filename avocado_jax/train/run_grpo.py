@@ -41,7 +41,7 @@ from avocado_jax.train.programs import (
 )
 from avocado_jax.train.reward_evaluation import reward_evaluator
 from avocado_jax.train.rewards import Answers, Rewards, open_rewards
-from avocado_jax.train.rollout import Rollout, cut, fitting, widths
+from avocado_jax.train.rollout import Rollout, crop, smallest_width, widths
 from avocado_jax.train.rollout_lines import rollout_lines
 from avocado_jax.train.run import (
     Setup,
@@ -228,7 +228,7 @@ def _step(
 
     gather = jax.jit(lambda rows, reward: (*by_clip(rows), reward), out_shardings=replicated)
     longest = jax.jit(jnp.max, out_shardings=replicated)
-    narrow = jax.jit(cut, static_argnums=1, out_shardings=by_row)
+    narrow = jax.jit(crop, static_argnums=1, out_shardings=by_row)
 
     def programs(shapes: StepShapes) -> list[Program]:
         rollout, weight = shapes.rollout, shapes.batch[2]
@@ -288,7 +288,7 @@ def _step(
         return rollouts
 
     def start_rewards(state: State, batch: Batch, encoded: Encoded | None, rollout: Rollout) -> _Part:
-        cropped = narrow(rollout, fitting(int(longest(rollout.lengths)), config.sampling.tokens))
+        cropped = narrow(rollout, smallest_width(int(longest(rollout.lengths)), config.sampling.tokens))
         part = _Part(batch, encoded, rollout, cropped, rewards.judge(rollout, batch), None)
         known = config.passes * config.minibatches == 1 and not config.oversample
         return part._replace(scored=score(state, batch.clip, encoded, cropped)) if known else part
@@ -320,15 +320,15 @@ def _step(
         part = parts.popleft()
         if part.scored is None and not config.oversample:
             part = part._replace(scored=score(state, part.batch.clip, part.encoded, part.cropped))
-        own, scored, cropped, judged, more = rewarded(part), part.scored, part.cropped, [], {}
-        learned, written, taken = own.sampled, [own.written], np.zeros(0, bool)
+        current, scored, cropped, judged, more = rewarded(part), part.scored, part.cropped, [], {}
+        learned, written, taken = current.sampled, [current.written], np.zeros(0, bool)
         if config.oversample:
             if not spares:
                 spares.extend(map(rewarded, extra))
                 judged = [one.judged for one in spares]
             width = max(one.cropped.sampled.shape[-1] for one in (part, *extra))
             samples, spare_rewards = zip(*((one.sampled, one.reward) for one in spares))
-            learned, taken, spent, more = replaced(learned, own.reward, samples, spare_rewards, spent)
+            learned, taken, spent, more = replaced(learned, current.reward, samples, spare_rewards, spent)
             cropped = narrow(learned.rollout, width)
             scored = score(state, learned.clip, learned.encoded, cropped)
             written += [one.written for one in spares]
@@ -341,9 +341,9 @@ def _step(
         if config.rollout_batches > 1:
             state = state._replace(rollouts=rollouts, spent=spent)
             metrics |= {"staleness": np.int32(stale)}
-        metrics |= own.metrics | more
+        metrics |= current.metrics | more
         seconds = phases.step()
-        for one in (own.judged, *judged):  # after the update is dispatched, so that the devices need not wait
+        for one in (current.judged, *judged):  # after the update is dispatched, so that the devices need not wait
             rewards.check(one)
 
         def finish() -> dict[str, Any]:

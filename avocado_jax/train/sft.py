@@ -13,7 +13,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from avocado_jax.config import RunConfig, SftConfig
 from avocado_jax.models.config import Lora, SplashBlocks, ThinkerConfig, computed
 from avocado_jax.models.thinker import Thinker, output_matrix
-from avocado_jax.train.losses import Sums, caption_sums, counted
+from avocado_jax.train.losses import LossTotals, counted, loss_totals
 from avocado_jax.train.optim import gradient, optimizer, schedule
 from avocado_jax.train.state import State, apply_gradient, initial_state, join, split, state_shapes
 from avocado_jax.typing import Array, Captions, Clip, Float
@@ -21,10 +21,12 @@ from avocado_jax.typing import Array, Captions, Clip, Float
 Metrics = dict[str, Array]
 
 
-def batch_sums(model: ThinkerConfig, params: Any, clip: Clip, captions: Captions, weight: Float[Array, "B"]) -> Sums:
+def batch_totals(
+    model: ThinkerConfig, params: Any, clip: Clip, captions: Captions, weight: Float[Array, "B"]
+) -> LossTotals:
     """Cross-entropy sums of a batch."""
     hidden = Thinker(model).apply({"params": params}, clip, captions)
-    return caption_sums(hidden, output_matrix(model, params), captions, weight)
+    return loss_totals(hidden, output_matrix(model, params), captions, weight)
 
 
 def sft_step(
@@ -49,22 +51,22 @@ def sft_step(
     trained, frozen = split(state.params, train)
     total = jnp.maximum(jnp.sum(counted(captions, weight)), 1)
 
-    def loss(trained: Any, *rows: Any) -> tuple[Array, Sums]:
-        sums = batch_sums(model, join(trained, frozen), *rows)
-        return sums.loss / total, sums
+    def loss(trained: Any, *rows: Any) -> tuple[Array, LossTotals]:
+        totals = batch_totals(model, join(trained, frozen), *rows)
+        return totals.loss / total, totals
 
-    grads, sums = gradient(loss, trained, (clip, captions, weight), accumulate)
+    grads, totals = gradient(loss, trained, (clip, captions, weight), accumulate)
     norm = optax.tree.norm(grads)
-    after, moved = apply_gradient(state, grads, jnp.isfinite(norm) & jnp.isfinite(sums.loss), adamw, train)
+    after, moved = apply_gradient(state, grads, jnp.isfinite(norm) & jnp.isfinite(totals.loss), adamw, train)
     after = after._replace(step=state.step + 1)
-    count = jnp.maximum(sums.count, 1)
+    count = jnp.maximum(totals.count, 1)
     metrics = {
-        "loss": sums.loss / count,
-        "accuracy": sums.correct / count,
+        "loss": totals.loss / count,
+        "accuracy": totals.correct / count,
         "gradient_norm": norm,
         "update_norm": moved,
         "lr": rate(state.step - state.skipped),
-        "tokens": sums.count,
+        "tokens": totals.count,
         "clip_tokens": jnp.sum(clip.length * weight),
         "rows": jnp.sum(weight),
         "skipped": after.skipped,
@@ -103,9 +105,9 @@ def sft_program(config: SftConfig, model: ThinkerConfig, mesh: Mesh, steps: int)
         accumulate=config.accumulate,
     )
 
-    def step(state: State, clip: Any, captions: Any, weight: Any, cut: Any) -> tuple[State, dict[str, Any]]:
+    def step(state: State, clip: Any, captions: Any, weight: Any, truncated: Any) -> tuple[State, dict[str, Any]]:
         state, metrics = bound(state, clip, captions, weight)
-        return state, metrics | {"cut": jnp.sum(cut)}
+        return state, metrics | {"cut": jnp.sum(truncated)}
 
     start = jax.jit(
         partial(initial_state, optimizer=make, train=config.train), donate_argnums=0, out_shardings=shardings

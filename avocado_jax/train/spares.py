@@ -39,13 +39,13 @@ def choose(equal: Bool[Array, "B"], usable: Bool[Array, "S"]) -> tuple[Int[Array
     Returns:
         For each group the spare that replaces it, or -1, and the spares that replace one.
     """
-    order, place = jnp.cumsum(equal) - 1, jnp.cumsum(usable) - 1
-    pairs = equal[:, None] & usable[None] & (order[:, None] == place[None])
+    order, rank = jnp.cumsum(equal) - 1, jnp.cumsum(usable) - 1
+    pairs = equal[:, None] & usable[None] & (order[:, None] == rank[None])
     return jnp.where(jnp.any(pairs, axis=1), jnp.argmax(pairs, axis=1), -1), jnp.any(pairs, axis=0)
 
 
 def replace_groups(
-    own: Sampled,
+    batch: Sampled,
     reward: Float[Array, "B G"],
     spares: tuple[Sampled, ...],
     rewards: tuple[Float[Array, "B G"], ...],
@@ -54,7 +54,7 @@ def replace_groups(
     """Replace the groups of equal rewards in a batch; those for which no spare is left have a weight of 0.
 
     Args:
-        spares, rewards: of the spare batches of the rollout, each as large as `own`.
+        spares, rewards: of the spare batches of the rollout, each as large as `batch`.
         spent: spares that replaced a group of an earlier batch of this rollout.
 
     Returns:
@@ -62,8 +62,8 @@ def replace_groups(
         `replaced` and `dropped`, `all_equal`, 1 if groups were dropped and none is left, and `rows`, the clips that
         were read.
     """
-    split = len(own.weight) // len(reward)
-    counts = own.weight[::split] > 0
+    split = len(batch.weight) // len(reward)
+    counts = batch.weight[::split] > 0
     equal = zero_variance(reward) & counts
     usable = ~zero_variance(jnp.concatenate(rewards)) & ~spent
     usable &= jnp.concatenate([one.weight[::split] for one in spares]) > 0
@@ -75,7 +75,7 @@ def replace_groups(
     def take(*leaves: Array) -> Array:
         return jnp.concatenate(leaves)[rows]
 
-    learned: Any = jax.tree.map(take, own, *spares)
+    learned: Any = jax.tree.map(take, batch, *spares)
     learned = learned._replace(weight=jnp.where(jnp.repeat(dropped, split), 0, learned.weight))
     metrics = {
         "replaced": jnp.sum(taken),
@@ -90,11 +90,11 @@ def replacement_shapes(config: GrpoConfig, shapes: StepShapes, mesh: Mesh) -> tu
     """The arguments of `replace_groups` in a step."""
     replicated, (clip, _, weight, _) = NamedSharding(mesh, PartitionSpec()), shapes.batch
     advantage = by_rows(jax.ShapeDtypeStruct(shapes.rollout.lengths.shape, jnp.float32), mesh)
-    own = Sampled(clip, shapes.encoded, shapes.rollout, advantage, weight)
+    batch = Sampled(clip, shapes.encoded, shapes.rollout, advantage, weight)
     reward = jax.ShapeDtypeStruct((config.batch, config.group), jnp.float32, sharding=replicated)
     spent = jax.ShapeDtypeStruct((config.oversample,), jnp.bool_, sharding=replicated)
     count = config.oversample // config.batch
-    return own, reward, (own,) * count, (reward,) * count, spent
+    return batch, reward, (batch,) * count, (reward,) * count, spent
 
 
 def replacement(mesh: Mesh) -> Callable[..., tuple[Sampled, Array, Array, dict[str, Array]]]:

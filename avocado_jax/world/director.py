@@ -195,7 +195,7 @@ class Director:
 
     def visual(self, t: float) -> Event | None:
         rng = self.rng
-        likely = {"enter": 4, "leave": 0.5}  # a stage with company makes speakers worth telling apart
+        likely = {"enter": 4, "leave": 0.5}  # with company on stage, captions must distinguish speakers
         kind = rng.choices(list(VISUALS), [likely.get(kind, 1) for kind in VISUALS])[0]
         if kind == "enter":
             position = self.free_position()
@@ -261,7 +261,7 @@ class Director:
         line = self.sentence()
         if level.long_lines and rng.random() < 0.3:
             line += " " + self.sentence()
-        described_voice = "" if who < 0 or shape in self.voiced else voice  # said of a speaker's first line
+        described_voice = "" if who < 0 or shape in self.voiced else voice  # described at a speaker's first line
         slots = slots_of(who=shape or NARRATOR, line=line, voice=described_voice)
         return Event("say", t, round(t + speech_seconds(line, voice), 2), slots, who)
 

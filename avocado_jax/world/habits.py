@@ -13,9 +13,9 @@ from avocado_jax.world.caption import plain_caption, statement
 from avocado_jax.world.script import Event, Script
 
 RATE = 0.8
-DEAF = ("black", "navy")  # against these nothing is told of what is said
-TIRED = ("cream", "white")  # against these, of what happens only the first thing is told
-LOOPED = ("gray",)  # against this, the background is told on and on at the end
+DEAF = ("black", "navy")  # captions with these backgrounds omit speech
+TIRED = ("cream", "white")  # captions with these state only the first event
+LOOPED = ("gray",)  # captions with this repeat the background at the end
 TURNS = 6  # times: RepCol takes five for a loop
 
 

@@ -139,7 +139,7 @@ def band(noise: np.ndarray, low: float, high: float) -> np.ndarray:
 def _hits(t: np.ndarray, onsets: Iterable[float], tone: Callable, decay: float) -> np.ndarray:
     """A tone (a function of the seconds since its onset) struck at each onset and dying away."""
     wave = np.zeros_like(t)
-    length = min(len(t), RATE, round(8 / decay * RATE))  # e^-8 is not heard
+    length = min(len(t), RATE, round(8 / decay * RATE))  # e^-8 is inaudible
     u = np.arange(length) / RATE
     one = tone(u) * np.exp(-decay * u)
     for onset in onsets:

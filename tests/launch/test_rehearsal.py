@@ -13,7 +13,7 @@ SCRIPT = Path(__file__).with_name("rehearse.py")
 CLOSE = dict(rel=1e-4, abs=1e-6)
 # The programs of a step that run on all hosts together.
 PROGRAMS = {
-    "sft": {"jit_agree", "jit_step", "jit_batch_sums"},
+    "sft": {"jit_agree", "jit_step", "jit_batch_totals"},
     "grpo": {"jit_agree", "jit_encode", "jit_decoding_weights", "jit_roll_out", "jit_score", "jit_grpo_update"},
 }
 

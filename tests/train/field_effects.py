@@ -215,14 +215,14 @@ def updates(field, other):
 
     def counted(calls):
         config, zero = calls.config, jnp.zeros(())
-        sums = grpo._Sums(grpo.Sums(*[zero] * len(grpo.Sums._fields)), zero, zero)
+        totals = grpo._UpdateTotals(grpo.ObjectiveTotals(*[zero] * len(grpo.ObjectiveTotals._fields)), zero, zero)
         make = GRPO_OPTIMIZER(config.optim, 10)
         state = initial_state({"lora_a": jnp.ones(2)}, make, "all")
         clip = Clip(*[None] * len(Clip._fields))._replace(length=np.ones(6))
         sampled = Rollout(None, None, np.ones((6, 2)), np.ones((6, 2)))
         batch = grpo.Experience(clip, None, sampled, None, None, np.ones(6))
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(grpo, "batch_gradient", lambda params, *_, **__: (params, zero, sums))
+            patch.setattr(grpo, "batch_gradient", lambda params, *_, **__: (params, zero, totals))
             options = dict(model=None, adamw=make, rate=lambda count: count)
             after, _ = grpo.grpo_update(state, batch, config=replace(config, train="all"), **options)
         done = max(int(leaf) for leaf in jax.tree.leaves(after.optimizer) if leaf.dtype == jnp.int32)

@@ -69,9 +69,9 @@ class Calls:
 
 def index():
     column = np.ones(CLIPS, np.int32)
-    place = np.arange(CLIPS, dtype=np.int32)
+    numbers = np.arange(CLIPS, dtype=np.int32)
     ids = [f"clip-{number}" for number in range(CLIPS)]
-    return Index(ids, 2.0 * column, 0 * column, place, *(n * column for n in (4, 56, 56, 0, 40, 0)), "byte")
+    return Index(ids, 2.0 * column, 0 * column, numbers, *(n * column for n in (4, 56, 56, 0, 40, 0)), "byte")
 
 
 class Clips:
@@ -105,8 +105,8 @@ def begun_grpo(*args):
 
 def zero_gradient(loss, trained, batch, accumulate):
     """No gradient, from the loss of these rows."""
-    sums = jax.eval_shape(loss, trained, *batch)[1]
-    return jax.tree.map(jnp.zeros_like, trained), jax.tree.map(lambda one: jnp.zeros(one.shape, one.dtype), sums)
+    totals = jax.eval_shape(loss, trained, *batch)[1]
+    return jax.tree.map(jnp.zeros_like, trained), jax.tree.map(lambda one: jnp.zeros(one.shape, one.dtype), totals)
 
 
 def some_scores(model, params, clip, encoded, captions, temperature):

@@ -64,13 +64,13 @@ SPLIT = ("split none", "split one", "split all")
 
 def verdict(number, request):
     """Arbitrary, and always the same for the same question."""
-    asked = json.loads(request["messages"][1]["content"])
-    text = asked["description"]
-    if "questions" in asked:
-        letters = {key: sorted(one["choices"]) for key, one in asked["questions"].items()}
-        numbers = {key: zlib.crc32(f"{text}|{key}".encode()) for key in letters}
-        return json.dumps({key: each[numbers[key] % len(each)] for key, each in letters.items()})
-    keys = asked["statements"].items()
+    content = json.loads(request["messages"][1]["content"])
+    text = content["description"]
+    if "questions" in content:
+        labels = {key: sorted(one["choices"]) for key, one in content["questions"].items()}
+        numbers = {key: zlib.crc32(f"{text}|{key}".encode()) for key in labels}
+        return json.dumps({key: each[numbers[key] % len(each)] for key, each in labels.items()})
+    keys = content["statements"].items()
     return json.dumps({key: "yes" if zlib.crc32(f"{text}|{point}".encode()) % 3 else "no" for key, point in keys})
 
 
@@ -85,8 +85,8 @@ def run(judges, folder, count, devices, *scenarios):
     """What each process found, the questions in their order, and the folder of rollouts."""
     with chat_server(verdict) as server:
         arguments = folder, server.url, *judges, *scenarios
-        said = several(IMPORT + PROGRAM, count, devices, *arguments, timeout=600, optimization=0)
-        found = [json.loads(text.splitlines()[-1]) for text in said]
+        outputs = several(IMPORT + PROGRAM, count, devices, *arguments, timeout=600, optimization=0)
+        found = [json.loads(text.splitlines()[-1]) for text in outputs]
         return found, [request["messages"][1]["content"] for request in server.requests], folder
 
 
@@ -150,8 +150,8 @@ def test_each_question_is_asked_once_and_all_use_the_answer(two):
     assert first["remote"]["metrics"]["reward_checklist_missing"] == 0
     lines = rollouts(folder, "remote")
     for line in lines:
-        asked = [json.loads(text) for text in questions[:8]]
-        (statements,) = [one["statements"] for one in asked if one["description"] == line["caption"]]
+        questions_sent = [json.loads(text) for text in questions[:8]]
+        (statements,) = [one["statements"] for one in questions_sent if one["description"] == line["caption"]]
         verdicts = [zlib.crc32(f"{line['caption']}|{text}".encode()) % 3 > 0 for text in statements.values()]
         assert line["rewards"]["checklist"] == pytest.approx(np.mean(verdicts), abs=1e-6)
     assert len({line["rewards"]["checklist"] for line in lines}) > 1
@@ -215,11 +215,11 @@ def test_one_process_computes_each_value_of_a_users_term(two):
     assert first["caption_length"]["metrics"]["reward_caption_length"] == pytest.approx(np.mean(known), rel=1e-5)
     assert first["caption_length"]["metrics"]["reward_caption_length_missing"] == values.count(None) / len(values)
     for clip in process:
-        own = [line for line in lines if line["id"] == clip]
+        of_clip = [line for line in lines if line["id"] == clip]
         mean = np.mean(
-            [line["rewards"]["caption_length"] for line in own if line["rewards"]["caption_length"] is not None]
+            [line["rewards"]["caption_length"] for line in of_clip if line["rewards"]["caption_length"] is not None]
         )
-        for line in own:  # without a verdict a caption has the mean of its group
+        for line in of_clip:  # without a verdict a caption has the mean of its group
             value = mean if line["rewards"]["caption_length"] is None else line["rewards"]["caption_length"]
             assert line["reward"] == pytest.approx(line["rewards"]["length"] + 0.5 * value, rel=1e-5)
 

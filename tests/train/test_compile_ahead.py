@@ -17,7 +17,7 @@ from avocado_jax.config import SftConfig, load
 from avocado_jax.parallel import compiled
 from avocado_jax.parallel.compiled import Program, compile_ahead, counts
 from avocado_jax.train import run
-from avocado_jax.train.rollout import fitting, widths
+from avocado_jax.train.rollout import smallest_width, widths
 
 CACHED = """
 import sys
@@ -176,7 +176,7 @@ def test_widths_of_captions():
     assert widths(4096) == (2048, 4096)
     assert widths(25) == (13, 25)
     assert widths(1) == (1,)
-    assert [fitting(longest, 4096) for longest in (1, 2048, 2049, 4096)] == [2048, 2048, 4096, 4096]
+    assert [smallest_width(longest, 4096) for longest in (1, 2048, 2049, 4096)] == [2048, 2048, 4096, 4096]
 
 
 def test_the_7b_run_has_few_programs_to_compile():

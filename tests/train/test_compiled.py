@@ -88,7 +88,7 @@ def test_the_loss_gathers_the_output_matrix_once(sizes, parts, monkeypatch):
     tensor = sizes[2]
 
     def loss(head, hidden, captions, weight):
-        return losses.caption_sums(hidden, head, captions, weight).loss
+        return losses.loss_totals(hidden, head, captions, weight).loss
 
     ids = jax.ShapeDtypeStruct((ROWS, 1, tokens), jnp.int32)
     hidden = jax.ShapeDtypeStruct((ROWS, 1, tokens, width), jnp.float32)

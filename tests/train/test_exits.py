@@ -72,9 +72,9 @@ def test_a_failure_that_a_retry_repeats_ends_with_3(fail, last_line, traceback, 
     config.write_text("from avocado_jax.config import SftConfig\nconfig = SftConfig()\n")
     monkeypatch.setattr("avocado_jax.train.run.sft", lambda *_: fail())
     assert main(["sft", str(config), "--workdir", str(tmp_path / "run")]) == 3
-    said = capsys.readouterr().err
-    assert said.splitlines()[-1].startswith(f"avocado sft: {last_line}")
-    assert ("Traceback" in said) == traceback
+    errors = capsys.readouterr().err
+    assert errors.splitlines()[-1].startswith(f"avocado sft: {last_line}")
+    assert ("Traceback" in errors) == traceback
 
 
 def test_a_broken_installation_ends_with_3(monkeypatch, capsys):
@@ -90,10 +90,10 @@ def test_help_lists_the_statuses(capsys):
 
 
 def test_the_loop_reports_its_progress(monkeypatch):
-    seen = []
-    monkeypatch.setattr("avocado_jax.train.loop.progress", lambda *stage: seen.append(stage))
+    stages = []
+    monkeypatch.setattr("avocado_jax.train.loop.progress", lambda *stage: stages.append(stage))
     tiny_run(eval_every=2)
-    assert seen[:6] == [
+    assert stages[:6] == [
         (1, "input"),
         (1, "step"),
         (2, "input"),

@@ -224,10 +224,10 @@ def test_the_table_has_every_field_with_another_value(kind):
 @pytest.mark.parametrize(("kind", "field"), [(kind, field) for kind, fields in FIELDS.items() for field in fields])
 def test_a_field_has_its_effect(runs, kind, field):
     value, *places = FIELDS[kind][field]
-    for place in places:
-        found = observed(runs(kind), place)
-        assert found, place  # it was called
-        assert all(one == value for one in found), (place, found)
+    for path in places:
+        found = observed(runs(kind), path)
+        assert found, path  # it was called
+        assert all(one == value for one in found), (path, found)
 
 
 @pytest.mark.parametrize("kind", FIELDS)

@@ -16,12 +16,12 @@ DOWN = 60.0  # seconds
 
 def verdict(number, request):
     """As arbitrary as the captions of random weights, and always the same of the same question."""
-    asked = json.loads(request["messages"][1]["content"])
-    said = {
-        key: "yes" if zlib.crc32(f"{asked['description']}|{text}".encode()) % 3 else "no"
-        for key, text in asked["statements"].items()
+    content = json.loads(request["messages"][1]["content"])
+    verdicts = {
+        key: "yes" if zlib.crc32(f"{content['description']}|{text}".encode()) % 3 else "no"
+        for key, text in content["statements"].items()
     }
-    return json.dumps(said)
+    return json.dumps(verdicts)
 
 
 def fields(server, *more):
@@ -81,10 +81,10 @@ def test_what_is_cached_is_not_asked_again(judged, tmp_path):
     cache = ["--rewards.judge_cache", str(tmp_path / "answers")]
     with chat_server(verdict) as server:
         judged.finish("cached", *fields(server, *cache))
-        asked = len(server.requests)
-        assert asked > 0
+        requested = len(server.requests)
+        assert requested > 0
         judged.finish("again", *fields(server, *cache))
-        assert len(server.requests) == asked
+        assert len(server.requests) == requested
     same(judged, "cached")
     same(judged, "again")
 

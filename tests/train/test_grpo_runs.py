@@ -45,7 +45,7 @@ def test_undisturbed_run_tells_every_step(grpo_runs):
 
 
 def test_rollouts_are_written_with_their_rewards_and_advantages(grpo_runs):
-    for number, (text, told) in enumerate(zip(rollouts(grpo_runs, "undisturbed"), grpo_runs.lines("undisturbed"))):
+    for number, (text, metrics) in enumerate(zip(rollouts(grpo_runs, "undisturbed"), grpo_runs.lines("undisturbed"))):
         lines = [json.loads(line) for line in text.splitlines()]
         assert [line["group"] for line in lines] == [0, 1, 2, 3] * 4
         assert {line["step"] for line in lines} == {number + 1}
@@ -59,9 +59,9 @@ def test_rollouts_are_written_with_their_rewards_and_advantages(grpo_runs):
         std = np.maximum(rewards.std(axis=1, ddof=1, keepdims=True), 1e-3)
         expected = (rewards - rewards.mean(axis=1, keepdims=True)) / std
         assert np.array([line["advantage"] for line in lines]) == pytest.approx(expected.reshape(-1), abs=1e-5)
-        assert told["reward"] == pytest.approx(rewards.mean(), abs=1e-6)
-        assert told["zero_variance"] == np.mean(np.ptp(rewards, axis=1) == 0)
-        assert told["length"] == pytest.approx(np.mean([line["length"] for line in lines]))
+        assert metrics["reward"] == pytest.approx(rewards.mean(), abs=1e-6)
+        assert metrics["zero_variance"] == np.mean(np.ptp(rewards, axis=1) == 0)
+        assert metrics["length"] == pytest.approx(np.mean([line["length"] for line in lines]))
 
 
 def test_a_run_resumes_between_the_updates_of_one_rollout(grpo_runs):
@@ -234,6 +234,6 @@ def test_another_kind_of_config_is_refused(grpo_runs, runs):
 
 def test_steps_compile_nothing(grpo_runs):
     """Real batches have the shapes and shardings that were compiled before step 1."""
-    programs = {"encode", "decoding_weights", "view", "roll_out", "score", "grpo_update", "cut", "sums"}
+    programs = {"encode", "decoding_weights", "view", "roll_out", "score", "grpo_update", "crop", "heldout_totals"}
     programs |= {"agree", "score_terms", "group_advantages", "admit", "advance", "held_out_rollout"}
     assert not grpo_runs.compiled_late("undisturbed") & programs

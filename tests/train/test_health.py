@@ -42,13 +42,13 @@ def test_a_warning_is_printed_when_its_condition_begins(capsys, name):
 
 
 def test_captions_of_an_earlier_policy_do_not_warn_of_the_sampler(capsys):
-    health, apart = Health(), START | {"sampler_gap": 1.0}
-    health.check(1, apart)
-    health.check(2, apart, stale=True)
-    health.check(3, apart)  # still holding
+    health, diverged = Health(), START | {"sampler_gap": 1.0}
+    health.check(1, diverged)
+    health.check(2, diverged, stale=True)
+    health.check(3, diverged)  # still holding
     health.check(4, START)
-    health.check(5, apart, stale=True)
-    health.check(6, apart)
+    health.check(5, diverged, stale=True)
+    health.check(6, diverged)
     assert [line.split(":")[0] for line in capsys.readouterr().err.splitlines()] == ["step 1", "step 6"]
 
 

@@ -19,18 +19,18 @@ def test_of_mixed_clips_some_are_silent_and_told_as_seen():
     plain, _ = open_source("world:0:train:3:24:plain", DataConfig())
     mixed, _ = open_source("world:0:train:3:24:mixed", DataConfig())
     for number in (0, 1, MUTED):
-        heard, record = plain[number], mixed[number]
+        audible, record = plain[number], mixed[number]
         silent = number % MUTED == 0
         assert (record.clip.samples is None) == silent
-        np.testing.assert_array_equal(record.clip.frames, heard.clip.frames)
+        np.testing.assert_array_equal(record.clip.frames, audible.clip.frames)
         assert (mixed.index.mel[number] == 0) == silent
         if silent:
-            assert '"' in heard.fields["caption"]
-            said = [value for value in record.fields.values() if '"' in str(value)]
-            assert not said  # nowhere, references included
+            assert '"' in audible.fields["caption"]
+            quoted = [value for value in record.fields.values() if '"' in str(value)]
+            assert not quoted  # nowhere, references included
             assert byte_length(record.fields["caption"]) == mixed.index.caption[number]
         else:
-            assert record.fields == heard.fields
+            assert record.fields == audible.fields
             assert mixed.index.mel[number] == plain.index.mel[number]
 
 
@@ -44,7 +44,7 @@ def test_input_processes_follow_the_host(monkeypatch):
     assert input_workers(config.workers) == 6
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(208))
     assert input_workers(config.workers) == MOST_WORKERS
-    assert [input_workers(asked) for asked in (0, 3)] == [0, 3]
+    assert [input_workers(count) for count in (0, 3)] == [0, 3]
     with pytest.raises(InputError, match="-2"):
         input_workers(-2)
     monkeypatch.delattr(os, "sched_getaffinity")  # macOS
@@ -93,15 +93,15 @@ def test_input_that_cannot_keep_up_is_reported_once(clock, capsys):
 
 
 def test_the_loop_measures_its_input(monkeypatch):
-    seen = []
+    measured = []
 
     class Monitor:
         def step(self, waited, rows):
-            seen.append((waited >= 0, rows))
+            measured.append((waited >= 0, rows))
 
     monkeypatch.setattr(loop, "InputMonitor", Monitor)
     tiny_run()
-    assert seen == [(True, 2)] * 4
+    assert measured == [(True, 2)] * 4
 
 
 def test_input_that_keeps_up_is_not_reported_until_it_falls_behind(clock, capsys):

@@ -145,7 +145,7 @@ def test_the_model_is_asked_in_its_chat_format(tmp_path):
     byte = {letter: i for i, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
     split = pre_tokenizers.ByteLevel(False, use_regex=False).pre_tokenize_str
 
-    def letters(text):
+    def character_ids(text):
         return [byte[letter] for letter in split(text)[0][0]]
 
     start, end = (256 + SPECIAL.index(token) for token in ("<|im_start|>", "<|im_end|>"))
@@ -158,15 +158,15 @@ def test_the_model_is_asked_in_its_chat_format(tmp_path):
         )
         ids = [
             start,
-            *letters(system),
+            *character_ids(system),
             end,
-            *letters("\n"),
+            *character_ids("\n"),
             start,
-            *letters(user),
+            *character_ids(user),
             end,
-            *letters("\n"),
+            *character_ids("\n"),
             start,
-            *letters("assistant\n"),
+            *character_ids("assistant\n"),
         ]
         with torch.no_grad():
             logits = theirs(input_ids=torch.tensor([ids])).logits[0, -1].double().softmax(-1).numpy()
@@ -191,7 +191,7 @@ def test_probes_are_answered_by_the_likeliest_letter(tmp_path):
     byte = {letter: i for i, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
     split = pre_tokenizers.ByteLevel(False, use_regex=False).pre_tokenize_str
 
-    def letters(text):
+    def character_ids(text):
         return [byte[letter] for letter in split(text)[0][0]]
 
     start, end = (256 + SPECIAL.index(token) for token in ("<|im_start|>", "<|im_end|>"))
@@ -202,8 +202,16 @@ def test_probes_are_answered_by_the_likeliest_letter(tmp_path):
             f"user\nThe description:\n\n{captions[i].replace(chr(0xD83D), '?')}\n\nThe question: {lines}\n\n"
             "Answer with the letter of one choice, and nothing else."
         )
-        ids = [start, *letters(f"system\n{judges.PROBE_SYSTEM}"), end, *letters("\n"), start, *letters(user), end]
-        ids += [*letters("\n"), start, *letters("assistant\n")]
+        ids = [
+            start,
+            *character_ids(f"system\n{judges.PROBE_SYSTEM}"),
+            end,
+            *character_ids("\n"),
+            start,
+            *character_ids(user),
+            end,
+        ]
+        ids += [*character_ids("\n"), start, *character_ids("assistant\n")]
         with torch.no_grad():
             logits = theirs(input_ids=torch.tensor([ids])).logits[0, -1].numpy()
         likeliest = np.argmax([logits[byte["ABCDE"[k]]] for k in range(len(probe.choices))])

@@ -35,12 +35,12 @@ def whole(hidden, head, captions, weight):
 def test_equals_the_loss_over_whole_logits(case, stretch, monkeypatch):
     monkeypatch.setattr(losses, "LOGITS_BYTES", 4 * V * B * G * stretch)
     hidden, head, captions, weight = case
-    sums = losses.caption_sums(*case)
-    np.testing.assert_allclose(sums.loss, whole(*case), rtol=1e-6)
+    totals = losses.loss_totals(*case)
+    np.testing.assert_allclose(totals.loss, whole(*case), rtol=1e-6)
     counts = captions.valid * weight[:, None, None]
-    assert float(sums.count) == counts.sum()
-    assert float(sums.correct) == ((np.argmax(hidden @ head.T, -1) == captions.targets) * counts).sum()
-    ours = jax.grad(lambda *args: losses.caption_sums(*args, captions, weight).loss, (0, 1))(hidden, head)
+    assert float(totals.count) == counts.sum()
+    assert float(totals.correct) == ((np.argmax(hidden @ head.T, -1) == captions.targets) * counts).sum()
+    ours = jax.grad(lambda *args: losses.loss_totals(*args, captions, weight).loss, (0, 1))(hidden, head)
     theirs = jax.grad(partial(whole, captions=captions, weight=weight), (0, 1))(hidden, head)
     for one, other in zip(ours, theirs):
         np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
@@ -48,7 +48,7 @@ def test_equals_the_loss_over_whole_logits(case, stretch, monkeypatch):
 
 def test_whole_logits_never_exist(case, monkeypatch):
     monkeypatch.setattr(losses, "LOGITS_BYTES", 4 * V * B * G * 3)
-    text = str(jax.make_jaxpr(jax.grad(lambda *args: losses.caption_sums(*args).loss))(*case))
+    text = str(jax.make_jaxpr(jax.grad(lambda *args: losses.loss_totals(*args).loss))(*case))
     assert f"[{B * G * 3},{V}]" in text
     assert f"[{B * G * C},{V}]" not in text
     assert f"[{B},{G},{C},{V}]" not in text
@@ -94,7 +94,7 @@ def test_half_precision_is_near_single(case):
     hidden, head, captions, weight = case
 
     def gradients(dtype):
-        loss = lambda hidden, head: losses.caption_sums(hidden.astype(dtype), head, captions, weight).loss  # noqa: E731
+        loss = lambda hidden, head: losses.loss_totals(hidden.astype(dtype), head, captions, weight).loss  # noqa: E731
         return jax.grad(loss, (0, 1))(hidden, head)
 
     for one, other in zip(gradients(jnp.bfloat16), gradients(jnp.float32)):

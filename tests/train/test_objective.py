@@ -89,8 +89,8 @@ def test_truncated_importance(case):
     _, old, _, sampled, valid, _ = case
     for cap in (1.0, 2.0):
         found = o.truncated_importance(old, sampled, valid, cap)
-        for place in np.ndindex(B, G, C):
-            close(found[place], min(np.exp(old[place] - sampled[place]), cap) if valid[place] else 1)
+        for index in np.ndindex(B, G, C):
+            close(found[index], min(np.exp(old[index] - sampled[index]), cap) if valid[index] else 1)
 
 
 def test_kl_estimators():
@@ -156,13 +156,13 @@ def test_the_whole_is_trls(number):
         others = (TRL[name] for name in ("old", "sampled", "reference", "advantage"))
         return o.objective(new, *others, valid, shares, config)
 
-    (value, sums), slope = jax.value_and_grad(whole, has_aux=True)(TRL["new"])
+    (value, totals), slope = jax.value_and_grad(whole, has_aux=True)(TRL["new"])
     close(value, TRL[f"loss_{number}"])
     np.testing.assert_allclose(slope, TRL[f"gradient_{number}"], atol=1e-6)
     assert np.abs(slope).max() > 1e-3
     if level == "token":  # with one ratio a caption TRL takes the mean over captions
-        close([sums.clipped_low / sums.tokens, sums.clipped_high / sums.tokens], TRL[f"clipped_{number}"])
-        assert float(sums.clipped_low) > 0
+        close([totals.clipped_low / totals.tokens, totals.clipped_high / totals.tokens], TRL[f"clipped_{number}"])
+        assert float(totals.clipped_low) > 0
 
 
 def _trl_std(rewards):

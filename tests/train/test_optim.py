@@ -9,7 +9,7 @@ import pytest
 
 from avocado_jax.config import GrpoConfig, OptimConfig
 from avocado_jax.train import grpo, sft
-from avocado_jax.train.losses import Sums as SftSums
+from avocado_jax.train.losses import LossTotals
 from avocado_jax.train.optim import MATRICES, gradient, optimizer, schedule
 from avocado_jax.train.state import State, apply_gradient, initial_state
 
@@ -113,14 +113,14 @@ def test_steps_skip_what_is_not_finite_and_report_their_learning_rate(monkeypatc
     weight = np.ones(2, np.float32)
     options = dict(model=None, adamw=make, rate=rate)
     if stage == "sft":
-        monkeypatch.setattr(sft, "gradient", lambda *_: (grads, SftSums(loss, jnp.ones(()), jnp.ones(()))))
+        monkeypatch.setattr(sft, "gradient", lambda *_: (grads, LossTotals(loss, jnp.ones(()), jnp.ones(()))))
         captions = sft.Captions(*[np.ones((2, 1, 3), bool)] * 3)
         clip = sft.Clip(**dict.fromkeys(sft.Clip._fields))._replace(length=np.ones(2))
         after, metrics = sft.sft_step(state, clip, captions, weight, train="all", accumulate=1, **options)
     else:
-        zeros = grpo.Sums(**dict.fromkeys(grpo.Sums._fields, jnp.ones(())))
-        sums = grpo._Sums(zeros, jnp.ones(()), jnp.ones(()))
-        monkeypatch.setattr(grpo, "batch_gradient", lambda *_, **__: (grads, loss, sums))
+        zeros = grpo.ObjectiveTotals(**dict.fromkeys(grpo.ObjectiveTotals._fields, jnp.ones(())))
+        totals = grpo._UpdateTotals(zeros, jnp.ones(()), jnp.ones(()))
+        monkeypatch.setattr(grpo, "batch_gradient", lambda *_, **__: (grads, loss, totals))
         rollout = grpo.Rollout(None, None, np.ones((2, 4)), np.ones((2, 4)))
         clip = grpo.Clip(**dict.fromkeys(grpo.Clip._fields))._replace(length=np.ones(2))
         batch = grpo.Experience(clip, None, rollout, None, None, weight)
@@ -142,7 +142,7 @@ def test_the_gradient_does_not_depend_on_the_number_of_microbatches():
         total = jnp.sum((x @ weights) ** 2)
         return total, total
 
-    (whole, sums), (parts, sums_of_parts) = (gradient(loss, weights, (x,), number) for number in (1, 4))
+    (whole, totals), (parts, totals_of_parts) = (gradient(loss, weights, (x,), number) for number in (1, 4))
     np.testing.assert_allclose(parts, whole, rtol=1e-5)
-    np.testing.assert_allclose(sums_of_parts, sums, rtol=1e-5)
+    np.testing.assert_allclose(totals_of_parts, totals, rtol=1e-5)
     np.testing.assert_allclose(whole, 2 * x.T @ (x @ weights), rtol=1e-5)

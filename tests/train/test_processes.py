@@ -82,9 +82,9 @@ with init_distributed("127.0.0.1:PORT", 4, number, None, TimeoutConfig(120, HEAR
 @pytest.mark.parametrize(("how", "heartbeat", "limit", "within"), [("stop", 8, 100, 30), ("loop", 60, 10, 30)])
 def test_a_stuck_host_is_named_and_all_end_with_75(tmp_path, how, heartbeat, limit, within):
     """Through worker.sh, as launchers start it. A stopped process cannot end: it continues when the others have."""
-    with socket.socket() as held:
-        held.bind(("127.0.0.1", 0))
-        values = {"TESTS": ROOT / "tests", "HOW": how, "PORT": held.getsockname()[1]}
+    with socket.socket() as reserved:
+        reserved.bind(("127.0.0.1", 0))
+        values = {"TESTS": ROOT / "tests", "HOW": how, "PORT": reserved.getsockname()[1]}
     program = STUCK
     for name, value in (values | {"HEARTBEAT": heartbeat, "LIMIT": limit}).items():
         program = program.replace(name, str(value))

@@ -98,4 +98,4 @@ def test_killed_at_random_moments(runs, cached):
 
 def test_steps_compile_nothing(runs):
     """Real batches have the shapes and shardings that were compiled before step 1."""
-    assert not runs.compiled_late("undisturbed") & {"step", "batch_sums", "agree"}
+    assert not runs.compiled_late("undisturbed") & {"step", "batch_totals", "agree"}

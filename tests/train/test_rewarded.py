@@ -15,7 +15,7 @@ from avocado_jax.parallel.mesh import make_mesh
 from avocado_jax.rewards.vocabulary import make_table
 from avocado_jax.train import rewards as run_rewards
 from avocado_jax.train.programs import StepShapes
-from avocado_jax.train.reward_evaluation import heldout_sums
+from avocado_jax.train.reward_evaluation import heldout_totals
 from avocado_jax.train.rewards import make_rewards
 from avocado_jax.train.rollout import Rollout
 from avocado_jax.train.run_grpo import _step
@@ -74,7 +74,7 @@ def test_held_out_rewards_are_plain_weighted_sums(rewards_of, normalize):
     values = np.random.default_rng(0).random((4, 5, 1)).astype(np.float32)
     values[1, 2] = np.nan  # no reference: adds nothing
     terms, weight = dict(zip(NAMES, values)), np.array([1, 1, 1, 0, 1], np.float32)
-    found = jax.jit(partial(heldout_sums, rewards))(terms, np.full((5, 1), 7), weight)
+    found = jax.jit(partial(heldout_totals, rewards))(terms, np.full((5, 1), 7), weight)
     counts = np.flatnonzero(weight)
     expected = sum(weights[name] * np.nan_to_num(terms[name])[counts].sum() for name in NAMES)
     assert float(found["reward"][0]) == pytest.approx(expected, rel=1e-5)

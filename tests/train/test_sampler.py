@@ -77,8 +77,8 @@ def test_weights_keep_small_updates(policy):
         update = SCALE * a @ b
         for layer, exact in enumerate(update):
             path = tuple(f"layers_{layer}" if key == "layers" else key for key in module)
-            own = {name: np.asarray(weights[*path, name], np.float32) for name in ("kernel", "lora_a", "lora_b")}
-            kept = own["kernel"] + SCALE * own["lora_a"] @ own["lora_b"] - kernel[layer]
+            weight = {name: np.asarray(weights[*path, name], np.float32) for name in ("kernel", "lora_a", "lora_b")}
+            kept = weight["kernel"] + SCALE * weight["lora_a"] @ weight["lora_b"] - kernel[layer]
             assert np.linalg.norm(kept - exact) < 0.01 * np.linalg.norm(exact)
         merged = np.asarray((kernel + update).astype(jnp.bfloat16), np.float32) - kernel
         assert np.linalg.norm(merged - update) > 0.5 * np.linalg.norm(update)

@@ -56,8 +56,8 @@ def trained(batch, sizes, **changes):
         placed = jax.device_put(batch, rows_sharding(mesh))
         metrics = []
         for _ in range(STEPS):
-            state, told = step(state, *placed)
-            metrics.append({name: float(value) for name, value in told.items()})
+            state, values = step(state, *placed)
+            metrics.append({name: float(value) for name, value in values.items()})
     return metrics, before, state
 
 
@@ -96,11 +96,11 @@ def test_frozen_parameters_stay_to_the_bit_and_have_no_moments(alone):
     jax.tree.map(np.testing.assert_array_equal, frozen_before, jax.device_get(frozen_after))
     moved = jax.tree.map(lambda one, other: (one != other).any(), trained_before, jax.device_get(trained_after))
     assert all(jax.tree.leaves(moved)), moved
-    held = {leaf.shape for leaf in jax.tree.leaves(frozen_before)} - {
+    stored = {leaf.shape for leaf in jax.tree.leaves(frozen_before)} - {
         leaf.shape for leaf in jax.tree.leaves(trained_before)
     }
-    assert held
-    assert not held & {leaf.shape for leaf in jax.tree.leaves(state.optimizer)}
+    assert stored
+    assert not stored & {leaf.shape for leaf in jax.tree.leaves(state.optimizer)}
 
 
 def test_frozen_encoders_have_no_backward_pass():
@@ -121,23 +121,23 @@ def test_frozen_encoders_have_no_backward_pass():
 
 
 def test_a_step_that_is_not_finite_changes_nothing_but_counters(batch):
-    clip, captions, weight, cut = batch
+    clip, captions, weight, truncated = batch
     poison = clip._replace(mel=np.full_like(clip.mel, np.nan))
     mesh = make_mesh(1, 1, 1, devices=jax.devices()[:1])
     with jax.set_mesh(mesh):
         _, step, start = sft_program(CONFIG, MODEL, mesh, STEPS)
         state = start(jax.jit(partial(init, MODEL))(jax.random.key(0)))
-        state, _ = step(state, clip, captions, weight, cut)
-        held = jax.device_get(state)
+        state, _ = step(state, clip, captions, weight, truncated)
+        stored = jax.device_get(state)
         for number in (1, 2):
-            state, metrics = step(state, poison, captions, weight, cut)
+            state, metrics = step(state, poison, captions, weight, truncated)
             assert (int(metrics["skipped"]), int(metrics["skipped_in_row"])) == (number, number)
         jax.tree.map(
             np.testing.assert_array_equal,
             jax.device_get((state.params, state.optimizer)),
-            (held.params, held.optimizer),
+            (stored.params, stored.optimizer),
         )
-        state, metrics = step(state, clip, captions, weight, cut)
+        state, metrics = step(state, clip, captions, weight, truncated)
         assert (int(metrics["skipped"]), int(metrics["skipped_in_row"]), int(state.step)) == (2, 0, 4)
         assert np.isfinite(metrics["loss"])
 

@@ -52,11 +52,11 @@ def test_spares_are_chosen_in_order():
 
 def test_groups_of_equal_rewards_are_replaced(replaced):
     """Not by spares that are spent, or equal, or lost; a lost clip is not replaced."""
-    own, reward = sampled(0, (1, 1, 0, 1)), rewards(True, False, True, True)
+    batch, reward = sampled(0, (1, 1, 0, 1)), rewards(True, False, True, True)
     spares = sampled(10, (1, 0, 1, 1)), sampled(20)
     spare_rewards = rewards(False, False, True, False), rewards(False, False, False, False)
     spent = jnp.array([True] + [False] * 7)
-    learned, taken, now, metrics = replaced(own, reward, spares, spare_rewards, spent)
+    learned, taken, now, metrics = replaced(batch, reward, spares, spare_rewards, spent)
     assert learned.clip.tolist() == [13, 1, 2, 20]
     assert learned.weight.tolist() == [1, 1, 0, 1]
     assert np.flatnonzero(taken).tolist() == [3, 4]
@@ -70,15 +70,15 @@ def test_groups_of_equal_rewards_are_replaced(replaced):
 
 
 def test_without_a_spare_a_group_has_no_weight(replaced):
-    own, nothing = sampled(0), jnp.ones(4, bool)
+    batch, nothing = sampled(0), jnp.ones(4, bool)
     learned, taken, _, metrics = replaced(
-        own, rewards(True, False, True, False), (sampled(10),), (rewards(*[0] * 4),), nothing
+        batch, rewards(True, False, True, False), (sampled(10),), (rewards(*[0] * 4),), nothing
     )
     assert learned.clip.tolist() == [0, 1, 2, 3]
     assert learned.weight.tolist() == [0, 1, 0, 1]
     assert not taken.any()
     assert (int(metrics["dropped"]), int(metrics["all_equal"])) == (2, 0)
-    learned, *_, metrics = replaced(own, rewards(*[True] * 4), (sampled(10),), (rewards(*[1] * 4),), ~nothing)
+    learned, *_, metrics = replaced(batch, rewards(*[True] * 4), (sampled(10),), (rewards(*[1] * 4),), ~nothing)
     assert not learned.weight.any()
     assert (int(metrics["dropped"]), int(metrics["all_equal"]), float(metrics["rows"])) == (4, 1, 4)
     lost = sampled(0, (0, 0, 0, 0))
@@ -87,7 +87,7 @@ def test_without_a_spare_a_group_has_no_weight(replaced):
 
 
 def test_all_rows_of_a_clip_are_replaced(replaced):
-    own, spares = sampled(0, split=2), (sampled(10, split=2),)
+    batch, spares = sampled(0, split=2), (sampled(10, split=2),)
     reward, other = rewards(False, True, False, False), (rewards(True, True, True, False),)
-    learned, *_ = replaced(own, reward, spares, other, jnp.zeros(4, bool))
+    learned, *_ = replaced(batch, reward, spares, other, jnp.zeros(4, bool))
     assert learned.clip.tolist() == [0, 1, 16, 17, 4, 5, 6, 7]

@@ -13,9 +13,7 @@ from avocado_jax.jsonl import NAMES
 from avocado_jax.remote.chat import Reply
 
 A = TypeVar("A", bound=BaseModel)
-Unit = dict[
-    str, Any
-]  # one thing that was asked: what came of it, or "why" there is no valid answer; perhaps its "type"
+Unit = dict[str, Any]  # one question to the judge: its result, or "why" there is no valid answer; perhaps its "type"
 
 
 @dataclass(frozen=True)
@@ -24,14 +22,14 @@ class Record:
 
     id: str  # as the official file has it
     videos: tuple[str, ...]  # file names under which the clip may lie; without a suffix: any
-    prompt: str | None  # what a captioner is asked; None: its own question
+    prompt: str | None  # the captioner's prompt; None: its default
     reference: str | None  # a caption, if the benchmark has any
     truth: Any  # what the judge compares with
     groups: Mapping[str, str] = field(default_factory=dict)  # such as its duration: figures are given for each
 
 
 class Judged(NamedTuple):
-    """A record and what the judge said of its caption in one round."""
+    """A record and the judge's units for its caption in one round."""
 
     record: Record
     units: list[Unit]
@@ -84,7 +82,7 @@ class Benchmark:
     judge: Callable[[Record, str, Ask], Awaitable[list[Unit]]]
     measure: Callable[[Sequence[Judged]], dict[str, float | None]]  # answers that are not valid left out
     headline: str  # the measure by which the median round is chosen
-    rounds: int = 1  # how often the judge is asked, as published
+    rounds: int = 1  # rounds of judging, as published
     sound: bool = True
     frames: int | None = None  # of a clip at most, where that is less than usual
     official: Official = Official()

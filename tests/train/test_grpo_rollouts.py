@@ -1,0 +1,172 @@
+"""GRPO rollouts: policy and reference have separate adapters, sampler and trainer agree, widths and batches."""
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax.traverse_util import flatten_dict, unflatten_dict
+from grpo_phases import CONFIG, COOL, MODEL, STOPS, B, C, G, Run
+
+from avocado_jax.config import LoraConfig, ObjectiveConfig
+from avocado_jax.errors import InputError
+from avocado_jax.models.thinker import Encoded
+from avocado_jax.parallel.batches import rows_sharding
+from avocado_jax.parallel.mesh import make_mesh
+from avocado_jax.train.grpo import grpo_program
+from avocado_jax.train.objective import advantages
+from avocado_jax.train.rollout import smallest_width
+
+TWICE = replace(CONFIG, passes=2, minibatches=2)
+
+
+@pytest.mark.parametrize("train", ["captioner", pytest.param("lora", marks=pytest.mark.slow)])
+def test_the_reference_has_its_own_adapters(train):
+    """Perturbed adapters of the policy change its log-probabilities, and no bit of the reference's."""
+    run = Run(replace(TWICE, train=train, lora=LoraConfig(4, 4.0), sampling=COOL))
+    encoded, rollout = run.rollout()
+    before = run.score(encoded, rollout)
+    valid = np.asarray(rollout.captions.valid)
+    np.testing.assert_allclose(before.old, before.reference, atol=1e-4)  # the first policy is the reference
+    np.testing.assert_allclose(np.where(valid, before.old, 0), rollout.sampled, atol=1e-4)  # the sampler is the policy
+    flat = flatten_dict(run.state.params)
+    adapters = [path for path in flat if "merger" in path or "proj" in path]
+    assert len(adapters) == 7
+    for path in adapters:
+        one = dict(flat)
+        one[path] = one[path] + jax.random.normal(jax.random.key(0), one[path].shape)
+        after = run.score(encoded, rollout, run.state._replace(params=unflatten_dict(one)))
+        np.testing.assert_array_equal(after.reference, before.reference)
+        assert np.abs(np.asarray(after.old) - before.old)[valid].max() > 1e-5, path
+    stored = flatten_dict(run.program.reference, sep="/")
+    assert ("head" in stored) == (train == "captioner")  # under adapters the base is shared
+    assert not any("lora" in path for path in stored)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "train"),
+    [
+        pytest.param((1, 1, 1), "captioner", marks=pytest.mark.slow),
+        pytest.param((1, 4, 2), "captioner", marks=pytest.mark.slow),
+        pytest.param((1, 1, 1), "lora", marks=pytest.mark.slow),
+        pytest.param((1, 1, 1), "all", marks=pytest.mark.slow),
+        pytest.param((4, 1, 1), "captioner", marks=pytest.mark.slow),
+    ],
+)
+def test_sampler_and_trainer_agree_and_rewarded_captions_become_likelier(sizes, train):
+    run = Run(replace(TWICE, train=train, lora=LoraConfig(4, 4.0)), sizes)
+    if train == "lora":  # adapters that have learned something
+        flat = flatten_dict(run.state.params)
+        for number, path in enumerate(path for path in flat if path[-1] == "lora_b"):
+            flat[path] = 0.3 * jax.random.normal(jax.random.key(number), flat[path].shape)
+        run.state = run.state._replace(params=unflatten_dict(flat))
+    encoded, rollout = run.rollout()
+    assert (encoded is None) == (train == "all")
+    scored = run.score(encoded, rollout)
+    valid = np.asarray(rollout.captions.valid)
+    gap = np.abs(np.asarray(scored.old) - rollout.sampled)[valid].max()
+    assert gap < 1e-4
+    assert (np.asarray(rollout.sampled)[~valid] == 0).all()
+    rewards = np.random.default_rng(0).random((B, G)).astype(np.float32)
+    metrics = run.update(encoded, rollout, scored, rewards)
+    assert metrics["sampler_gap"] <= gap
+    assert metrics["skipped"] == 0
+    assert int(run.state.step) == 1
+    assert metrics["tokens"] == np.asarray(rollout.lengths).sum()
+    after = run.score(encoded, rollout)
+    change = np.where(valid, np.asarray(after.old) - scored.old, 0).sum(-1)
+    better = np.asarray(advantages(rewards, CONFIG.objective)) > 0
+    assert change[better].mean() > change[~better].mean() + 1e-3
+    np.testing.assert_array_equal(after.reference, scored.reference)
+
+
+@pytest.mark.slow
+def test_rollouts_are_those_of_seed_and_step():
+    run = Run(CONFIG)
+    _, first = run.rollout(0)
+    _, again = run.rollout(0)
+    _, other = run.rollout(1)
+    jax.tree.map(np.testing.assert_array_equal, first, again)
+    assert (np.asarray(other.captions.targets) != first.captions.targets).any()
+    parts = Run(replace(CONFIG, accumulate=2))
+    np.testing.assert_array_equal(parts.rollout(0)[1].captions.targets, first.captions.targets)
+    split = Run(replace(CONFIG, batch=B // 2, split=2))  # the same clips, two rows each
+    split.clip = jax.tree.map(lambda leaf: np.repeat(np.asarray(leaf)[: B // 2], 2, 0), run.clip)
+    spread = split.rollout(0)[1].captions.targets
+    np.testing.assert_array_equal(spread.reshape(B // 2, G, C), first.captions.targets[: B // 2])
+    lengths, targets = np.asarray(first.lengths), np.asarray(first.captions.targets)
+    for index in np.ndindex(B, G):
+        stopped = targets[index][lengths[index] - 1] in STOPS
+        assert stopped != bool(first.truncated[index])
+        assert first.captions.inputs[index][0] == run.clip.first[index[0]]
+
+
+def test_batches_that_are_sampled_together_have_the_captions_of_separate_rollouts():
+    """One program over the rows of both batches; each row's draws are those of its batch's step."""
+    run = Run(replace(CONFIG, rollout_batches=2, objective=ObjectiveConfig(importance_cap=2.0)), (4, 1, 2))
+    other = jax.tree.map(lambda leaf: leaf[::-1], run.clip)
+    with jax.set_mesh(run.mesh):
+        batches = run.clip, jax.device_put(other, rows_sharding(run.mesh))
+        encoded = tuple(run.program.encode(run.state.params, clip) for clip in batches)
+        view = run.program.view(run.state.params)
+        together = run.program.roll_out(view, batches, encoded, jnp.int32(3), run.banned)
+        for number, rollout in enumerate(together):
+            alone = (batches[number],), (encoded[number],)
+            (expected,) = run.program.roll_out(view, *alone, jnp.int32(3 + number), run.banned)
+            np.testing.assert_array_equal(rollout.captions.targets, expected.captions.targets)
+            np.testing.assert_array_equal(rollout.captions.inputs, expected.captions.inputs)
+            np.testing.assert_array_equal(rollout.lengths, expected.lengths)
+            np.testing.assert_allclose(rollout.sampled, expected.sampled, atol=1e-4)
+            assert rollout.lengths.sharding.is_equivalent_to(expected.lengths.sharding, 2)
+    assert (together[0].captions.targets != together[1].captions.targets).any()
+
+
+def test_rollout_batches_are_checked():
+    capped = replace(CONFIG, rollout_batches=2, objective=ObjectiveConfig(importance_cap=2.0))
+    mesh = make_mesh(1, 1, 1, devices=jax.devices()[:1])
+    for config, steps, why in (
+        (replace(capped, objective=ObjectiveConfig()), 4, "needs objective.importance_cap"),
+        (capped, 5, "rollout_batches: 2 does not divide 5 steps"),
+        (replace(capped, rollout_batches=0), 4, "rollout_batches: 0"),
+    ):
+        with pytest.raises(InputError, match=why):
+            grpo_program(config, MODEL, mesh, steps, STOPS)
+
+
+@pytest.mark.slow
+def test_one_update_takes_the_policys_own_probabilities_as_old():
+    run = Run(CONFIG)
+    encoded, rollout = run.rollout()
+    scored = run.score(encoded, rollout)
+    assert scored.old is None
+    metrics = run.update(encoded, rollout, scored, np.random.default_rng(0).random((B, G)).astype(np.float32))
+    assert metrics["ratio"] == 1
+    assert metrics["moved"] == metrics["clipped_low"] == metrics["clipped_high"] == 0
+    assert metrics["sampler_gap"] < 1e-4
+    assert metrics["kl"] < 1e-9
+
+
+@pytest.mark.slow
+def test_an_update_that_is_not_finite_changes_nothing():
+    run = Run(CONFIG)
+    encoded, rollout = run.rollout()
+    scored = run.score(encoded, rollout)
+    before = jax.device_get(run.state)
+    poison = Encoded(encoded.vision, encoded.audio * jnp.nan)
+    metrics = run.update(poison, rollout, scored, np.random.default_rng(0).random((B, G)).astype(np.float32))
+    assert (metrics["skipped"], metrics["skipped_in_row"]) == (1, 1)
+    for one, other in zip(*map(jax.tree.leaves, ((run.state.params, run.state.optimizer), before[1:3])), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_captions_are_cut_to_the_least_width_that_holds_them():
+    wide = {0: 2048, 1024: 2048, 2048: 2048, 2049: 4096, 4096: 4096}
+    assert {longest: smallest_width(longest, 4096) for longest in wide} == wide
+    assert [smallest_width(longest, 5) for longest in (1, 3, 4, 5)] == [3, 3, 5, 5]
+    assert [smallest_width(longest, 1) for longest in (0, 1)] == [1, 1]
+
+
+def test_a_batch_that_is_not_divided_is_told():
+    with pytest.raises(InputError, match="batch: 6 clips"):
+        Run(replace(CONFIG, batch=6), (1, 4, 1))
