@@ -53,12 +53,14 @@ def main():
     events = [record["events"] for record in records]
     judge = opened(args, captions, events)
     if args.paraphrases:
-        told = {int(number): text for number, text in json.loads(args.paraphrases.read_text()).items()}
-        shared = [overlap(text, captions[number]) for number, text in told.items()]
-        print(f"{len(told)} paraphrases: {np.mean(shared):.1%} of their runs of 4 words are in the reference caption")
-        show("paraphrase", judge([*told.values()], [*told]))
-        show("their references", judge([captions[number] for number in told], [*told]))
-        show("another clip's", judge([captions[(number + 7) % len(captions)] for number in told], [*told]))
+        paraphrases = {int(number): text for number, text in json.loads(args.paraphrases.read_text()).items()}
+        shared = [overlap(text, captions[number]) for number, text in paraphrases.items()]
+        print(f"{len(paraphrases)} paraphrases: {np.mean(shared):.1%} of runs of 4 words are in the reference caption")
+        show("paraphrase", judge([*paraphrases.values()], [*paraphrases]))
+        show("their references", judge([captions[number] for number in paraphrases], [*paraphrases]))
+        show(
+            "another clip's", judge([captions[(number + 7) % len(captions)] for number in paraphrases], [*paraphrases])
+        )
     numbers = list(range(min(args.clips, len(records))))
     honest = None
     for name, change in VARIANTS.items():
@@ -115,10 +117,10 @@ def overlap(text, reference, size=4):
     """The share of the runs of words of a text that are in another."""
 
     def runs(words):
-        return {tuple(words[place : place + size]) for place in range(len(words) - size + 1)}
+        return {tuple(words[start : start + size]) for start in range(len(words) - size + 1)}
 
-    own = runs(words_of(text))
-    return len(own & runs(words_of(reference))) / max(1, len(own))
+    text_runs = runs(words_of(text))
+    return len(text_runs & runs(words_of(reference))) / max(1, len(text_runs))
 
 
 if __name__ == "__main__":

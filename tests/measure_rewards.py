@@ -76,13 +76,13 @@ def main(path):
     found = expected = right = 0
     for clip, caption in enumerate(captions):
         spans = zip(whole.quote_start[clip][: whole.quotes[clip]], whole.quote_end[clip])
-        told, truth = [caption[a:b] for a, b in spans], reading.quotes(caption)
-        found, expected = found + len(told), expected + len(truth)
-        right += sum(min(told.count(one), truth.count(one)) for one in set(told))
+        quoted, truth = [caption[a:b] for a, b in spans], reading.quotes(caption)
+        found, expected = found + len(quoted), expected + len(truth)
+        right += sum(min(quoted.count(one), truth.count(one)) for one in set(quoted))
     print(f"quotes: {expected}, precision {right / found:.4f}, recall {right / expected:.4f}")
 
     labels = {int(k): one for k, one in json.loads(LABELS.read_text()).items()} if n >= 240 else {}
-    true = told = missed = 0
+    true = extra = missed = 0
     for clip, label in labels.items():
         caption = captions[clip]
         spoken = whole.lines[clip][: whole.quotes[clip]], whole.line_length[clip]
@@ -93,26 +93,28 @@ def main(path):
             true += match is not None
             got = got if match is None else [one for k, one in enumerate(got) if k != got.index(match)]
         either = [caption[a:b] for spans in label["either"] for a, b in spans]
-        told += sum(not any(alike(one, text) for text in either) for one in got)
+        extra += sum(not any(alike(one, text) for text in either) for one in got)
     if labels:
         print(
-            f"lines labelled in 30 records: recall {true / (true + missed):.4f}, precision {true / (true + told):.4f}"
+            f"lines labelled in 30 records: recall {true / (true + missed):.4f}, precision {true / (true + extra):.4f}"
         )
 
-    lines, cut = dialogue.dialogue_references(table, [None] * n, captions, LIMITS)
-    own = in_chunks(dialogue.dialogue_reward, whole, lines)
+    lines, truncated = dialogue.dialogue_references(table, [None] * n, captions, LIMITS)
+    self_dialogue = in_chunks(dialogue.dialogue_reward, whole, lines)
     speak = whole.quotes > 0
-    print(f"R_D of a caption against itself: least {own.min():.6f}; references cut {int(cut.sum())}")
+    print(
+        f"R_D of a caption against itself: least {self_dialogue.min():.6f}; references truncated {int(truncated.sum())}"
+    )
     others = [in_chunks(dialogue.dialogue_reward, roll(whole, by), lines) for by in (1, 37, 101)]
     both = [speak & np.roll(speak, by) for by in (1, 37, 101)]
     mean = np.mean(np.concatenate([one[use] for one, use in zip(others, both)]))
     every = np.mean(np.concatenate(others))
     print(f"R_D against another clip's: {mean:.4f} where both have lines, {every:.4f} over all pairs (1: none has)")
 
-    points, cut = checklist.keypoint_references(
+    points, truncated = checklist.keypoint_references(
         table, [[{"text": event} for event in one] for one in events], captions, LIMITS, max(map(len, events))
     )
-    print(f"keypoints: references cut {int(cut.sum())}")
+    print(f"keypoints: references truncated {int(truncated.sum())}")
     verdict = in_chunks(checklist.lexical, whole, points)
     means = partial(in_chunks, checklist.mean_score)
     self_score = means(verdict.score, points.count)
@@ -152,7 +154,7 @@ def main(path):
         changed = read([trick(caption)[: LIMITS.characters] for caption in captions])
         content = means(in_chunks(checklist.lexical, changed, points).score, points.count)
         both = content + spoken(changed, lines)
-        honest = self_score + own
+        honest = self_score + self_dialogue
         use = many if name in SPEECH else np.ones(n, bool)
         print(
             f"{name}: R_C {content.mean():.3f} of {self_score.mean():.3f}, R_D {(both - content)[use].mean():.3f};"
