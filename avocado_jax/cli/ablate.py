@@ -68,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
     if not isinstance(config, GrpoConfig):
         raise InputError(f"{args.config}: a {type(config).__name__}; ablate takes a GrpoConfig")
     if args.seeds < 1:
-        raise InputError(f"--seeds is {args.seeds}, at least 1 is asked for")
+        raise InputError(f"--seeds is {args.seeds}, must be at least 1")
     arms = parse_arms(args.arm or PAPER)
     every = dict.fromkeys(text.partition("=")[0] for arm in arms for text in extra_of(arm))
     terms = load_terms(list(every), (*TERMS, *METRICS, *IN_SOME))

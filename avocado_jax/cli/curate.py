@@ -9,10 +9,10 @@ VIDEOS are files, or folders that are searched for them. Each goes through these
 that it does not pass:
 
   read          the file can be decoded
-  visual        what is seen, scene by scene: subjects, setting, texts, camera (frames are sent as JPEG images)
-  audio         what is heard: speech with its tone, music, effects (sound is sent as WAV); not asked of silent clips
+  visual        the picture, scene by scene: subjects, setting, texts, camera (frames are sent as JPEG images)
+  audio         the sound: speech with its tone, music, effects (sound is sent as WAV); skipped for silent clips
   fusion        both in one text in order of time; a program checks that every sentence of both is kept word for word,
-                and nothing added; what is wrong is told to the model, which is asked twice more
+                and nothing added; the model receives the faults and has two more tries
   length        tokens, --fewest-tokens to --most-tokens          repetition    no caption falls into repetition
   completeness  1 to 5 by comparison with the captions before fusion, kept from 4
   keypoints     atomic facts in five dimensions, each once        dialogues     lines as the caption quotes them
@@ -137,7 +137,7 @@ def check(args: argparse.Namespace) -> None:
         value = getattr(args, name)
         if value is not None and not (value > 0 if name in above else value >= least.get(name, 0)):
             bound = "more than 0" if name in above else f"at least {least.get(name, 0)}"
-            raise InputError(f"--{name.replace('_', '-')} is {value}, {bound} is asked for")
+            raise InputError(f"--{name.replace('_', '-')} is {value}, must be {bound}")
     if bool(args.videos) == bool(args.from_captions):
         raise InputError("either videos or --from-captions FILE must be given")
     if args.from_captions and args.from_captions.resolve() == (args.out / "manifest.jsonl").resolve():

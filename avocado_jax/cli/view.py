@@ -45,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Write the page and print where it is."""
     if args.last < 1:
-        raise InputError(f"--last is {args.last}, at least 1 is asked for")
+        raise InputError(f"--last is {args.last}, must be at least 1")
     jax.config.update("jax_platforms", "cpu")  # a run may be using the accelerator
     target = args.out or storage.join(args.folder, "report.html")
     if Path(target).is_dir() or not target.endswith(".html"):

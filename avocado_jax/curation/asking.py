@@ -160,7 +160,7 @@ class Asker:
 
 @cache
 def prompt(stage: str) -> str:
-    """What the model is told to do at a stage."""
+    """The system prompt of a stage."""
     return (files("avocado_jax.curation") / "prompts" / f"{stage}.md").read_text(encoding="utf-8").strip()
 
 

@@ -43,7 +43,7 @@ def expected(clips: Sequence[Clip], settings: Settings, limit: int, local: bool)
 
     Args:
         limit: tokens of an answer.
-        local: the endpoint is not asked for captions of picture and sound.
+        local: a local model captions picture and sound, not the endpoint.
     """
 
     def look(clip: Clip) -> Probe | None:

@@ -119,7 +119,7 @@ def results(
 def by_group(
     measure: Callable[[Sequence[Judged]], dict[str, float | None]], judged: Sequence[Judged]
 ) -> dict[str, dict[str, dict[str, float | None]]]:
-    """{kind: {group: {"n", ...measures}}}: clips by their groups, questions by their type; n answers were asked for."""
+    """{kind: {group: {"n", ...measures}}}: clips by their groups, questions by their type; n questions."""
     parts: dict[str, dict[str, list[Judged]]] = {}
     for one in judged:
         for kind, group in one.record.groups.items():

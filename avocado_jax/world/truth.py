@@ -16,7 +16,7 @@ def read_truth(path: Path, more: Mapping[str, Any] | None = None) -> dict[str, d
     """The manifest lines of a world by id, in order.
 
     Args:
-        more: fields that are asked for beside the truth, with their types.
+        more: further required fields, with their types.
 
     Raises:
         InputError: no such file, a line that is not AVWorld's, or two with one id.

@@ -134,7 +134,7 @@ def fifth(captions, references):
 def shortness(captions, references):
     return [1 / (1 + len(text)) if len(text) % 3 else None for text in captions]
 
-def letters(caption, reference):
+def e_count(caption, reference):
     return (caption.points == ord("e")).sum() / 100
 
 def fails(captions, references):
@@ -153,15 +153,15 @@ def use_terms(runs, monkeypatch):
 def test_terms_of_a_user(grpo_runs, monkeypatch):
     """Their values are in the rollouts and metrics; a kill changes nothing; an exception ends both processes with 3."""
     use_terms(grpo_runs, monkeypatch)
-    fields = ["--rewards.extra", "host:my_terms:shortness=0.5,jax:my_terms:letters=-1", "--steps", "3"]
+    fields = ["--rewards.extra", "host:my_terms:shortness=0.5,jax:my_terms:e_count=-1", "--steps", "3"]
     grpo_runs.finish("extra", *fields)
     lines = grpo_runs.lines("extra")
-    assert all({"reward_shortness", "reward_letters_std", "reward_shortness_missing"} < line.keys() for line in lines)
+    assert all({"reward_shortness", "reward_e_count_std", "reward_shortness_missing"} < line.keys() for line in lines)
     assert "heldout_reward_shortness" in lines[2]
     for line in map(json.loads, b"".join(rollouts(grpo_runs, "extra")).splitlines()):
         size, value = len(line["caption"]), line["rewards"]["shortness"]
         assert value == (pytest.approx(1 / (1 + size)) if size % 3 else None)
-        assert line["rewards"]["letters"] == pytest.approx(line["caption"].count("e") / 100)
+        assert line["rewards"]["e_count"] == pytest.approx(line["caption"].count("e") / 100)
     process = grpo_runs.start("extra-killed", *fields)
     while not (grpo_runs.folder / "extra-killed" / "checkpoints" / "2").exists():
         assert process.poll() is None

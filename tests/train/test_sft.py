@@ -96,11 +96,11 @@ def test_frozen_parameters_stay_to_the_bit_and_have_no_moments(alone):
     jax.tree.map(np.testing.assert_array_equal, frozen_before, jax.device_get(frozen_after))
     moved = jax.tree.map(lambda one, other: (one != other).any(), trained_before, jax.device_get(trained_after))
     assert all(jax.tree.leaves(moved)), moved
-    stored = {leaf.shape for leaf in jax.tree.leaves(frozen_before)} - {
+    frozen_shapes = {leaf.shape for leaf in jax.tree.leaves(frozen_before)} - {
         leaf.shape for leaf in jax.tree.leaves(trained_before)
     }
-    assert stored
-    assert not stored & {leaf.shape for leaf in jax.tree.leaves(state.optimizer)}
+    assert frozen_shapes
+    assert not frozen_shapes & {leaf.shape for leaf in jax.tree.leaves(state.optimizer)}
 
 
 def test_frozen_encoders_have_no_backward_pass():
@@ -128,14 +128,14 @@ def test_a_step_that_is_not_finite_changes_nothing_but_counters(batch):
         _, step, start = sft_program(CONFIG, MODEL, mesh, STEPS)
         state = start(jax.jit(partial(init, MODEL))(jax.random.key(0)))
         state, _ = step(state, clip, captions, weight, truncated)
-        stored = jax.device_get(state)
+        before = jax.device_get(state)
         for number in (1, 2):
             state, metrics = step(state, poison, captions, weight, truncated)
             assert (int(metrics["skipped"]), int(metrics["skipped_in_row"])) == (number, number)
         jax.tree.map(
             np.testing.assert_array_equal,
             jax.device_get((state.params, state.optimizer)),
-            (stored.params, stored.optimizer),
+            (before.params, before.optimizer),
         )
         state, metrics = step(state, clip, captions, weight, truncated)
         assert (int(metrics["skipped"]), int(metrics["skipped_in_row"]), int(state.step)) == (2, 0, 4)
