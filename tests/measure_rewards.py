@@ -151,11 +151,13 @@ def main(path):
     spoken = partial(in_chunks, dialogue.dialogue_reward)
     many = whole.quotes > 0
     for name, trick in TRICKS.items():
-        changed = read([trick(caption)[: LIMITS.characters] for caption in captions])
+        texts = [trick(caption)[: LIMITS.characters] for caption in captions]
+        changed = read(texts)
         content = means(in_chunks(checklist.lexical, changed, points).score, points.count)
         both = content + spoken(changed, lines)
         honest = self_score + self_dialogue
         use = many if name in SPEECH else np.ones(n, bool)
+        use = use & np.array([text != caption for text, caption in zip(texts, captions)])
         print(
             f"{name}: R_C {content.mean():.3f} of {self_score.mean():.3f}, R_D {(both - content)[use].mean():.3f};"
             f" honest caption ahead in {np.mean(both[use] < honest[use] - 1e-6):.1%}, behind in"

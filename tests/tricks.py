@@ -15,7 +15,7 @@ OPPOSITES = (
 )
 OTHER = dict(OPPOSITES) | {right: left for left, right in OPPOSITES}
 WORD = re.compile(r"\b[a-z]+\b")
-QUOTE = re.compile(r'"[^"\n]*"')
+QUOTE = re.compile(r'"[^"\n]*"|“[^”\n]*”')
 SAYS = r"says|said|saying|asks|asking|replies|replying|continues|continuing|explains|explaining|narrates|states|stating"
 
 
