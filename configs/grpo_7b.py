@@ -10,8 +10,8 @@ Judge: the config keeps `lexical`, which needs no model and measures wording (re
 paper's kind of judge, `--rewards.judge remote --rewards.judge_url URL --rewards.judge_model NAME`, or the initial
 policy, `--rewards.judge lm --rewards.judge_model CHECKPOINT`. Neither has been measured on published weights; measure
 with `python tests/measure_judges.py FILE --judge lm --judge-model CHECKPOINT` before a run. With `lexical`, take the
-word weights from the training captions: `--rewards.idf MANIFEST`. The thresholds here were chosen on 20 paraphrases: with
-them and `idf`, captions in other words earn 0.66 and captions of other clips 0.03 (rewards/README.md).
+word weights from the training captions: `--rewards.idf MANIFEST`. The thresholds were chosen on 20 paraphrases: with
+these and `idf`, captions in other words earn 0.66 and captions of other clips 0.03 (rewards/README.md).
 
 The mesh is for up to 64 chips: each holds a quarter of the weights for decoding, whose time is reading them, and a
 clip's captions are two rows, a row for every four chips (more chips: `--split 4`). What it takes stands in
