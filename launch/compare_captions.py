@@ -30,11 +30,14 @@ def main() -> None:
     args = parser.parse_args()
     records = list(read_truth(args.truth, {"video": str}).values())
     captions = {name: read_captions(Path(file)) for name, _, file in (one.partition("=") for one in args.captions)}
+    for name, texts in captions.items():
+        if missing := [record["id"] for record in records if record["id"] not in texts]:
+            raise SystemExit(f"compare_captions.py: {name}: no caption of {len(missing)} clips, such as {missing[0]}")
     if args.show:
         show(records[: args.show], captions, args.truth.parent)
         return
     (first, before), *others = (
-        (name, [scores(texts.get(record["id"], ""), record) for record in records]) for name, texts in captions.items()
+        (name, [scores(texts[record["id"]], record) for record in records]) for name, texts in captions.items()
     )
     for name, after in others:
         print("\n".join(comparison(first, before, name, after)))

@@ -17,6 +17,7 @@ from avocado_jax.data import storage
 from avocado_jax.errors import InputError
 from avocado_jax.eval.marks import mark
 from avocado_jax.jsonl import NUMBER, parse_lines
+from avocado_jax.rewards.combine import TERMS
 
 PARTS = Path(__file__).parents[1] / "assets" / "view"
 POINTS = 1000  # of a curve at most: more are averaged
@@ -71,11 +72,21 @@ def report(run: str, last: int, clips: Callable[[str, str], Clip | None]) -> dic
     return {
         "name": run.rstrip("/").rsplit("/", 1)[-1],
         "config": settings,
+        "weights": weights(settings),
         "steps": len(lines),
         "curves": curves(lines),
         "notes": notes,
         "groups": groups,
         "clips": shown,
+    }
+
+
+def weights(config: Mapping[str, Any]) -> dict[str, float]:
+    """The weight of each reward term in the config of a run."""
+    rewards = config.get("rewards") or {}
+    extra = (term.rpartition(":")[2].partition("=") for term in rewards.get("extra", ()))
+    return {name: rewards[name] for name in TERMS if name in rewards} | {
+        name: float(weight) for name, _, weight in extra
     }
 
 

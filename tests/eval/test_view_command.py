@@ -3,6 +3,7 @@
 import json
 import shutil
 import unicodedata
+from dataclasses import asdict
 from pathlib import Path
 
 import gcs
@@ -11,8 +12,9 @@ from chromium import browser
 from fake_run import TERMS, references, write_run
 
 from avocado_jax.__main__ import main
+from avocado_jax.config import RewardConfig
 from avocado_jax.data import storage
-from avocado_jax.eval.report import curves, page
+from avocado_jax.eval.report import curves, page, weights
 from avocado_jax.world.check import measure
 from avocado_jax.world.clip import write_clip
 from avocado_jax.world.director import make_script
@@ -118,7 +120,7 @@ def test_rollouts_are_sorted_and_filtered_by_any_term(run, opened):
     first = page.texts(".row[aria-current=true] .clip")
     page.click("th:nth-child(4) button")  # dialogue: high first, then low first
     assert page.texts(".row[aria-current=true] .clip") == first  # the group stays open
-    assert page.texts("th[aria-sort=descending]") == ["dialogue ↓"]
+    assert page.texts("th[aria-sort=descending] button") == ["dialogue ↓"]
     column = [float(text) for text in page.texts("td[data-term=dialogue]")]
     assert column == sorted(column, reverse=True)
     means = listed(lambda line: line["rewards"]["dialogue"])
@@ -146,6 +148,25 @@ def test_rollouts_are_sorted_and_filtered_by_any_term(run, opened):
     page.write("#find", "NOT IN THERE")
     count = sum("Not in there" in line["caption"] for line in lines)
     assert page.texts("#count")[0].endswith(f" {count} captions")
+
+
+def test_columns_show_the_weights_of_the_reward(run, opened):
+    """Terms of weight 0 are marked in the head and in the column; other values have no weight."""
+    page = opened(run / "report.html")
+    weighted = (
+        "[...document.querySelectorAll('th')].filter((one) => one.querySelector('.weight')).map((one) => one.innerText)"
+    )
+    assert page.evaluate(weighted) == ["checklist × 1", "dialogue × 1", "length × 1", "repetition × 0"]
+    assert page.texts("th:has(.unweighted) button") == ["repetition"]
+    terms = "[...new Set([...document.querySelectorAll('td.unweighted')].map((one) => one.dataset.term))]"
+    assert page.evaluate(terms) == ["repetition"]
+
+
+def test_weights_are_those_of_the_config():
+    rewards = asdict(RewardConfig(checklist=0.5, timing=2.0, extra=("host:my.module:brevity=0.25", "jax:m:f=-1")))
+    expected = {"checklist": 0.5, "dialogue": 1.0, "length": 1.0, "repetition": 0.0, "timing": 2.0, "probes": 0.0}
+    assert weights({"rewards": rewards}) == expected | {"brevity": 0.25, "f": -1.0}
+    assert weights({}) == {}
 
 
 def test_what_matched_is_marked(run, opened):

@@ -351,7 +351,7 @@ function table(group) {
       at("sort").value = state.sort = name;
       list(true);
     };
-    head.append(make("th", { class: "num", ...(state.sort === name && { "aria-sort": state.down ? "descending" : "ascending" }) }, button));
+    head.append(make("th", { class: "num", ...(state.sort === name && { "aria-sort": state.down ? "descending" : "ascending" }) }, button, weight(name)));
   }
   head.append(make("th"));
   const by = state.sort === "step" ? (caption) => -caption.number * (state.down ? 1 : -1) : (caption) => caption.values[state.sort] ?? null;
@@ -361,7 +361,7 @@ function table(group) {
     for (const name of terms) {
       const value = caption.values[name] ?? null;
       const sign = name !== "advantage" || !value ? "" : value > 0 ? " plus" : " minus";
-      numbers.append(make("td", { class: `num${sign}`, "data-term": name }, (sign === " plus" ? "+" : "") + even(name, value)));
+      numbers.append(make("td", { class: `num${sign}${data.weights[name] === 0 ? " unweighted" : ""}`, "data-term": name }, (sign === " plus" ? "+" : "") + even(name, value)));
     }
     numbers.append(make("td", { style: "width:100%" }));
     const said = make("td", { colspan: terms.length + 2 });
@@ -370,6 +370,14 @@ function table(group) {
     return [numbers, make("tr", { class: `said${out}` }, said)];
   });
   return make("div", { class: "table" }, make("table", {}, make("thead", {}, head), make("tbody", {}, ...rows)));
+}
+
+/** The weight of a reward term, for the head of its column; nothing for other values. */
+function weight(name) {
+  if (!(name in data.weights)) return "";
+  const value = data.weights[name];
+  const title = value === 0 ? "weight 0: not part of the reward" : "weight in the reward";
+  return make("span", { class: value === 0 ? "weight unweighted" : "weight", title }, ` × ${short(value)}`);
 }
 
 function pills(points) {
