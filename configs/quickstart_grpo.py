@@ -1,6 +1,6 @@
 """The captioner with bad habits, mended by rewards alone, in two minutes: the GRPO of launch/quickstart.sh.
 
-  avocado grpo configs/quickstart_grpo.py --workdir runs/quickstart/grpo
+  avocado grpo configs/quickstart_grpo.py --workdir runs/quickstart/quick_grpo
 
 References have 63 tokens (median) and 86 at most. No reference caption is learned from, and those of the training clips
 have the same habits; keypoints and dialogues are complete.

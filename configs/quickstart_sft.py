@@ -1,6 +1,6 @@
 """The captioner with bad habits on captions without them, in a minute: the fine-tuning of launch/quickstart.sh.
 
-  avocado sft configs/quickstart_sft.py --workdir runs/quickstart/sft
+  avocado sft configs/quickstart_sft.py --workdir runs/quickstart/quick_sft
 
 Expected: see the README, "Two commands".
 """
