@@ -32,6 +32,7 @@ from avocado_jax.data.manifest import parse_manifest
 from avocado_jax.data.records import Record
 from avocado_jax.errors import InputError
 from avocado_jax.eval.report import Clip, page, report
+from avocado_jax.parallel.compiled import use_user_cache
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -47,6 +48,7 @@ def run(args: argparse.Namespace) -> int:
     if args.last < 1:
         raise InputError(f"--last is {args.last}, must be at least 1")
     jax.config.update("jax_platforms", "cpu")  # a run may be using the accelerator
+    use_user_cache()  # the marks of keypoints take the programs of the lexical judge
     target = args.out or storage.join(args.folder, "report.html")
     if Path(target).is_dir() or not target.endswith(".html"):
         target = storage.join(target, "report.html")

@@ -378,6 +378,8 @@ def test_a_line_that_is_being_written_is_left_out(tmp_path):
 
 
 def test_a_run_in_a_bucket(tmp_path, monkeypatch, capsys):
+    cached = []
+    monkeypatch.setattr("avocado_jax.cli.view.use_user_cache", lambda: cached.append(True))
     write_run(tmp_path / "run", 4, 3, clips=1, world="")
     (tmp_path / "root" / "bucket").mkdir(parents=True)
     with gcs.storage_server(tmp_path / "root") as port:
@@ -391,6 +393,7 @@ def test_a_run_in_a_bucket(tmp_path, monkeypatch, capsys):
     storage._client.cache_clear()
     page_data = json.loads(text.split('id="data">')[1].split("</script>")[0])
     assert [group["step"] for group in page_data["groups"]] == [3, 4]
+    assert cached == [True]
 
 
 def test_curves_of_terms_that_a_run_has_are_shown_at_first():

@@ -91,7 +91,7 @@ def test_what_is_cached_is_not_asked_again(judged, tmp_path):
 
 def test_what_is_wrong_with_a_judge_is_said(judged):
     log = judged.finish("wrong", "--rewards.judge", "oracle", expect=2)
-    assert "rewards.judge: 'oracle' is none of lexical, embedding, lm, remote" in log
+    assert "rewards.judge: 'oracle' is not one of lexical, remote, lm, embedding" in log
     log = judged.finish("wrong", "--rewards.judge", "remote", expect=2)
     assert "rewards.judge_model" in log
     with chat_server(lambda number, request: (401, {}, b"no such key")) as server:
