@@ -1,1 +1,1 @@
-"""Audiovisual captioners of the AVoCaDO kind in JAX: one clip, its sound, and the words that hold both."""
+"""Audiovisual video captioners in JAX: training, evaluation, rewards and serving of AVoCaDO."""

@@ -74,7 +74,7 @@ def main(argv: list[str] | None = None) -> int:
         "--version",
         action="version",
         version=versions() if argv[:1] == ["--version"] else "",
-        help="print the versions of the package, Python, jax and what else matters",
+        help="print the versions of the package, Python, jax and its main dependencies",
     )
     parser.add_argument("--print-completion", metavar="SHELL", help="print the completion script for a shell")
     if argv[:1] == ["--print-completion"]:

@@ -1,1 +1,1 @@
-"""The hot paths measured beside what the machine can do at most. Imports jax, flax and numpy only."""
+"""Measurements of the hot paths and of the machine's ceilings. Imports jax, flax and numpy only."""

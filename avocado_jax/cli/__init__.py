@@ -1,1 +1,1 @@
-"""One short file a command: `add_arguments(parser)` declares it, `run(args)` does it and returns the exit status."""
+"""One file per command: `add_arguments(parser)` declares its options, `run(args)` executes it and returns the status."""

@@ -1,20 +1,20 @@
-"""What each reward term is worth: arms of training with some of them, several seeds each, measured on AVWorld.
+"""Measure the effect of each reward term: train arms with subsets of the terms, several seeds each, on AVWorld.
 
   avocado ablate configs/grpo_world.py --out runs/ablation
   avocado ablate configs/grpo_world.py --out OUT --arm "SFT=init" --arm "R_C=checklist" --arm "half=checklist:0.5"
   avocado ablate configs/grpo_7b.py --init gs://B/sft --data.train gs://B/shards --out gs://B/ablation --configs
 
-An arm is NAME=init (the captioner that `init` names as it is), NAME=sft (fine-tuned further on the same clips, as
-often) or NAME=TERM[:WEIGHT],... of checklist, dialogue, length, repetition, timing, probes, and of a user's terms,
+An arm is NAME=init (the captioner that `init` names, without training), NAME=sft (fine-tuned on the same clips for as
+many steps) or NAME=TERM[:WEIGHT],... of checklist, dialogue, length, repetition, timing, probes, and of a user's terms,
 jax:MODULE:FUNCTION[=WEIGHT] or host:MODULE:FUNCTION[=WEIGHT] (avocado_jax/rewards/README.md). By default they are the
 paper's five rows.
-Seeds are the config's and those after it; arms share them, and are compared seed by seed: bold is what lies beyond two
-standard errors. Every run is a run folder, OUT/ARM/SEED; the greedy captions of all clips of `data.heldout`
-(world:...) are compared with the truth. Killed at any moment, the same command goes on.
+The seeds are the config's and the following ones. Arms share them and are compared seed by seed; differences beyond two
+standard errors are bold. Every run is a run folder, OUT/ARM/SEED. The greedy captions of all clips of `data.heldout`
+(world:...) are compared with the truth. After an interruption, the same command resumes.
 
-A user's terms of the arms are columns of the table for all arms.
-OUT/table.md, arms.png, curves.png and results.json hold what came out; OUT/ARM/SEED/heldout.json each run's captions.
-With --configs nothing is run: the commands that train the arms are printed, a JSON object a line, for a launcher.
+The table has a column for each user-defined term of any arm.
+OUT/table.md, arms.png, curves.png and results.json contain the results; OUT/ARM/SEED/heldout.json has the captions
+of each run. --configs runs nothing: it prints the commands that train the arms, one JSON object per line, for a launcher.
 """
 
 import argparse
@@ -53,10 +53,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "config", metavar="CONFIG", help="a Python file that defines a GrpoConfig, or the name of one in configs/"
     )
-    parser.add_argument("--out", metavar="OUT", required=True, help="folder of all runs and of what came out")
+    parser.add_argument("--out", metavar="OUT", required=True, help="folder of all runs and of the results")
     parser.add_argument("--seeds", type=int, default=5, metavar="N", help="runs of each arm (default: %(default)s)")
-    parser.add_argument("--arm", action="append", metavar="ARM", help="an arm; several: give it again")
-    parser.add_argument("--configs", action="store_true", help="print the commands that train the arms, and end")
+    parser.add_argument("--arm", action="append", metavar="ARM", help="an arm; may be repeated")
+    parser.add_argument("--configs", action="store_true", help="print the commands that train the arms, and exit")
     parser.add_argument("--json", action="store_true", help="print the summary as JSON")
     parser.set_defaults(fields=[])
 

@@ -1,14 +1,14 @@
-"""Measure the hot paths beside the ceilings of this machine, with random weights.
+"""Measure the hot paths with random weights, against the ceilings of this machine.
 
   avocado bench prefill --size 7b --clip-tokens 16178
   avocado bench decode --size 7b --group 8 --clip-tokens 16384 --caption-tokens 128
   avocado bench sft --size 3b --group 1 --clip-tokens 8192 --caption-tokens 768
   avocado bench grpo --size 3b --group 8 --clip-tokens 16384 --caption-tokens 640    # --train lora: adapters only
-  avocado bench caption --size 7b --slots 16 --caption-tokens 640 --mesh 4,2   # clips a second, beside the floor
+  avocado bench caption --size 7b --slots 16 --caption-tokens 640 --mesh 4,2   # clips per second and their upper bound
   avocado bench rewards --captions 64 --caption-tokens 1000    # against 12 lines and 40 keypoints each
 
 `tflops` and `bytes_per_second` count the work that the shapes imply; `ceiling_*` are a large matrix product and
-a large copy, measured in the same run. Needs jax, flax, optax and numpy only; `input` needs the data side too.
+a large copy, measured in the same run. Needs jax, flax, optax and numpy only; `input` also needs the packages of data/.
 
   avocado bench input --data SHARDS                 # a folder that `prepare` made: rows a second of one core
 """
@@ -36,15 +36,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--group", type=int, default=8, metavar="G", help="captions of the clip (default: %(default)s)")
     parser.add_argument("--clip-tokens", type=int, default=16178, metavar="N", help="default: %(default)s, 30 s")
     parser.add_argument("--caption-tokens", type=int, default=128, metavar="C", help="default: %(default)s")
-    parser.add_argument("--remat", choices=REMAT, default="full", help="of `sft`, `grpo` (default: %(default)s)")
-    parser.add_argument("--train", choices=("captioner", "lora"), default="captioner", help="of `grpo`")
-    parser.add_argument("--clips", type=int, default=1, metavar="B", help="of `grpo`, a device (default: %(default)s)")
-    parser.add_argument("--captions", type=int, default=64, metavar="N", help="of `rewards` (default: %(default)s)")
+    parser.add_argument("--remat", choices=REMAT, default="full", help="for `sft`, `grpo` (default: %(default)s)")
+    parser.add_argument("--train", choices=("captioner", "lora"), default="captioner", help="for `grpo`")
     parser.add_argument(
-        "--slots", type=int, default=16, metavar="S", help="of `caption`, a data replica (default: %(default)s)"
+        "--clips", type=int, default=1, metavar="B", help="for `grpo`: clips per device (default: %(default)s)"
     )
-    parser.add_argument("--mesh", default="1,1", metavar="DATA,TENSOR", help="of `caption` (default: one device)")
-    parser.add_argument("--data", metavar="SHARDS", help="what `input` reads")
+    parser.add_argument("--captions", type=int, default=64, metavar="N", help="for `rewards` (default: %(default)s)")
+    parser.add_argument(
+        "--slots",
+        type=int,
+        default=16,
+        metavar="S",
+        help="for `caption`: slots per data replica (default: %(default)s)",
+    )
+    parser.add_argument("--mesh", default="1,1", metavar="DATA,TENSOR", help="for `caption` (default: one device)")
+    parser.add_argument("--data", metavar="SHARDS", help="for `input`: a folder of `prepare`")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: bfloat16, float32 on a CPU")
     parser.add_argument("--json", action="store_true", help="one JSON object")
 
@@ -53,7 +59,9 @@ def run(args: argparse.Namespace) -> int:
     """Measure one path."""
     use_gpu_memory()
     if min(args.group, args.caption_tokens, args.clips, args.slots) < 1 or args.clip_tokens < 1024:
-        raise InputError("--group, --caption-tokens, --clips and --slots start at 1, --clip-tokens at 1024")
+        raise InputError(
+            "--group, --caption-tokens, --clips and --slots must be at least 1, --clip-tokens at least 1024"
+        )
     dtype = args.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
     use_exact_fp32(dtype)
     if args.what == "input":
@@ -65,7 +73,7 @@ def run(args: argparse.Namespace) -> int:
         result = bench_input(args.data, args.size, Reading())
     elif args.what == "rewards":
         if args.captions < args.group or args.caption_tokens < 100:
-            raise InputError("rewards: --captions is at least --group, --caption-tokens at least 100")
+            raise InputError("rewards: --captions must be at least --group, --caption-tokens at least 100")
         result = bench_rewards(args.captions, args.group, args.caption_tokens)
     elif args.what == "sft":
         result = bench_sft(args.size, args.group, args.clip_tokens, args.caption_tokens, dtype, args.remat)

@@ -1,4 +1,4 @@
-"""Describe video clips in words, picture and sound together.
+"""Caption video clips from picture and sound.
 
   avocado caption clip.mp4                          # with the small captioner of AVWorld that comes with the package
   avocado caption clip.mp4 --checkpoint AVoCaDO-Captioner/AVoCaDO
@@ -10,11 +10,11 @@ REF is a checkpoint in Hugging Face format or a run folder, local or gs://, or O
 hub. Without --out captions go to the terminal; with --json as one object a clip, in input order: clip, caption,
 token_ids, prompt_ids, seconds, audio, truncated; or clip, error. Exit status: 1 if some clips failed, 2 if all did.
 
-Captions degrade for clips of more than about 100 s. --segments auto cuts clips of more than 100 s at scene changes
-into segments of about 60 s (or "segment_seconds" of the checkpoint's reading.json; a scene of less than 100 s stays in
-one piece), and captions these: "caption" is their captions in order, "segments" lists start, end and caption of each.
---segments S cuts clips of more than 5/3 S into segments of about S seconds, at most 5/3 S. Without it, a clip of which
-frames or sound are left out is captioned with a warning.
+Captions degrade for clips of more than about 100 s. --segments auto splits clips of more than 100 s at scene changes
+into segments of about 60 s (or "segment_seconds" of the checkpoint's reading.json; a scene of less than 100 s is not
+split), and captions these: "caption" is their captions in order, "segments" lists start, end and caption of each.
+--segments S splits clips of more than 5/3 S into segments of about S seconds, at most 5/3 S. Without it, a warning
+states which frames or sound of a long clip are not used.
 
 With --out, lines are appended to a file, or to captions-I-of-N.jsonl and rejects-I-of-N.jsonl in a folder or bucket.
 Run the same command again after a stop: finished clips are not captioned again. Exit status 0 once every clip has a
@@ -68,21 +68,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("inputs", nargs="*", metavar="INPUT", help="video files, folders, globs, gs://, shards")
     parser.add_argument("--manifest", metavar="FILE", help='JSONL with "video" in each line, local or gs://')
     parser.add_argument("--checkpoint", metavar="REF", help="the model (see above; default: the one that is shipped)")
-    parser.add_argument("--no-audio", action="store_true", help="leave the sound out")
+    parser.add_argument("--no-audio", action="store_true", help="ignore the sound")
     parser.add_argument(
         "--align-sound", action="store_true", help="place late sound at its time (default: as the reference, from 0)"
     )
     parser.add_argument(
         "--segments",
         metavar="auto|S",
-        help="cut long clips at scene changes into segments of about S s (auto: clips of more than 100 s)",
+        help="split long clips at scene changes into segments of about S s (auto: clips of more than 100 s)",
     )
     parser.add_argument(
         "--clip-seconds",
         type=float,
         default=CLIP_SECONDS,
         metavar="S",
-        help="to read one clip, one segment, or to find the scene changes of one clip (default: %(default)g)",
+        help="time limit for reading a clip or a segment, or for finding its scene changes (default: %(default)g)",
     )
     parser.add_argument("--prompt", metavar="TEXT", help="the question (default: the checkpoint's own, or AVoCaDO's)")
     parser.add_argument(
@@ -94,7 +94,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 (default): greedy")
     parser.add_argument("--top-p", type=float, default=1.0, metavar="P", help="default: %(default)s, all tokens")
     parser.add_argument("--top-k", type=int, default=0, metavar="K", help="default: %(default)s, all tokens")
-    parser.add_argument("--seed", type=int, default=0, help="of the draws (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of sampling (default: %(default)s)")
     parser.add_argument(
         "--dtype", choices=("float32", "bfloat16"), help="default: bfloat16 on accelerators, float32 on a CPU"
     )

@@ -1,4 +1,4 @@
-"""The completion script of a shell, with all commands, options and config fields."""
+"""Print the completion script of a shell, with all commands, options and config fields."""
 
 import argparse
 import importlib

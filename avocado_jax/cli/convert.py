@@ -1,12 +1,12 @@
-"""Take a checkpoint from Hugging Face format to a run folder (Orbax), or back.
+"""Convert a checkpoint from Hugging Face format to a run folder (Orbax), or back.
 
   avocado convert from-hf AVoCaDO-Captioner/AVoCaDO gs://bucket/avocado
   avocado convert to-hf runs/grpo grpo-hf --step 500
   avocado convert to-hf runs/grpo grpo-hf --push ORG/NAME
 
-Both ways stream: one tensor, one layer, in memory at a time. Tensors keep their dtype. Low-rank adapters are merged in
-fp32 and then cast; stderr reports how much of their update the cast loses (`--dtype float32` keeps it). What is not
-modelled (talker, token2wav, spk_dict.pt, tokenizer and config files) comes back as it was.
+Both directions stream: one tensor, one layer, in memory at a time. Tensors keep their dtype. Low-rank adapters are
+merged in fp32 and then cast; stderr reports how much of their update the cast loses (`--dtype float32` keeps it). Parts that
+are not modelled (talker, token2wav, spk_dict.pt, tokenizer and config files) are copied unchanged.
 """
 
 import argparse

@@ -1,35 +1,35 @@
-"""Make a training manifest from raw videos, or references for captions that exist, by an endpoint.
+"""Make a training manifest from raw videos, or references for existing captions, with a model behind an endpoint.
 
   avocado curate videos/ --out curated --url https://HOST/v1 --model M --dry-run
   avocado curate videos/ --out curated --url https://HOST/v1 --model M --budget-tokens 2000000
   avocado curate --from-captions captions.jsonl --out references --url https://HOST/v1 --model M
   avocado prepare curated/manifest.jsonl gs://bucket/shards
 
-VIDEOS are files, or folders that are searched for them. Each goes through these stages, and is left out at the first
-that it does not pass:
+VIDEOS are files, or folders that are searched for videos. Each video passes through these stages, and is rejected at
+the first that fails:
 
   read          the file can be decoded
   visual        the picture, scene by scene: subjects, setting, texts, camera (frames are sent as JPEG images)
   audio         the sound: speech with its tone, music, effects (sound is sent as WAV); skipped for silent clips
   fusion        both in one text in order of time; a program checks that every sentence of both is kept word for word,
-                and nothing added; the model receives the faults and has two more tries
-  length        tokens, --fewest-tokens to --most-tokens          repetition    no caption falls into repetition
+                and nothing is added; the faults are sent to the model, which has two more tries
+  length        tokens, --fewest-tokens to --most-tokens          repetition    no caption repeats itself
   completeness  1 to 5 by comparison with the captions before fusion, kept from 4
   keypoints     atomic facts in five dimensions, each once        dialogues     lines as the caption quotes them
 
 With --from-captions, the captions are those of a manifest (the lines of `avocado prepare`, or ms-swift `messages`), and
 only length, repetition and the stages of --references are run, for the lines that lack them: lines for SFT become lines
-for GRPO. All other fields stay. M need only read and write.
+for GRPO. All other fields are kept. M needs text input only.
 
   keypoints, dialogues  as above      probes  questions with choices; their answers must be in the words of the caption
 
-The endpoint speaks the OpenAI chat protocol, and M takes images and sound; with --checkpoint a thinker at hand writes
-the captions of picture and sound, and M need only read and write. The key comes from the environment.
+The endpoint speaks the OpenAI chat protocol, and M takes images and sound; with --checkpoint a local thinker writes
+the captions of picture and sound, and M needs text input only. The key comes from the environment.
 
-OUT gets manifest.jsonl, rejects.jsonl (stage and reason) and answers.jsonl, the raw answers as they come. What is in
-there is never asked again: a run that was stopped goes on with the same command. Budgets hold for the folder, over all
-runs. Exit status: 0 done, 1 some clips had no answer (the same command goes on), 2 bad input, 3 the budget would be
-exceeded (raise it, and the same command goes on), 75 stopped.
+OUT gets manifest.jsonl, rejects.jsonl (stage and reason) and answers.jsonl, the raw answers as they come. Requests
+whose answer is stored are not repeated: the same command resumes a stopped run. Budgets apply to the folder, over all
+runs. Exit status: 0 done, 1 some clips had no answer (the same command retries them), 2 bad input, 3 the budget would
+be exceeded (raise it and run the same command), 75 stopped.
 """
 
 import argparse
@@ -72,26 +72,43 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="what --from-captions makes (default: %(default)s)",
     )
     add("--out", required=True, type=Path, metavar="DIR", help="folder to write")
-    add("--url", required=True, metavar="URL", help="of an OpenAI-compatible API: https://HOST/v1")
-    add("--model", required=True, metavar="M", help="its name at the endpoint")
-    add("--key", default="OPENAI_API_KEY", metavar="VARIABLE", help="holds the API key (default: %(default)s)")
+    add("--url", required=True, metavar="URL", help="base URL of an OpenAI-compatible API: https://HOST/v1")
+    add("--model", required=True, metavar="M", help="name of the model at the endpoint")
+    add(
+        "--key",
+        default="OPENAI_API_KEY",
+        metavar="VARIABLE",
+        help="environment variable of the API key (default: %(default)s)",
+    )
     add("--checkpoint", metavar="REF", help="a thinker that captions picture and sound instead of M")
-    add("--dtype", choices=("float32", "bfloat16"), help="it computes in (default: bfloat16, on a CPU float32)")
-    add("--fps", type=float, default=1.0, metavar="F", help="frames a second that M is shown (default: %(default)g)")
+    add("--dtype", choices=("float32", "bfloat16"), help="dtype of --checkpoint (default: bfloat16, on a CPU float32)")
+    add(
+        "--fps",
+        type=float,
+        default=1.0,
+        metavar="F",
+        help="frames per second that are sent to M (default: %(default)g)",
+    )
     add("--frames", type=int, default=64, metavar="N", help="frames at most (default: %(default)s)")
     add("--pixels", type=int, default=200_704, metavar="N", help="of a frame, at most (default: %(default)s)")
-    add("--tokenizer", metavar="REF", help="counts the tokens of captions (else three bytes are one)")
+    add("--tokenizer", metavar="REF", help="tokenizer for caption lengths (default: three bytes per token)")
     add("--fewest-tokens", type=int, default=16, metavar="N", help="of a caption (default: %(default)s)")
     add("--most-tokens", type=int, default=4096, metavar="N", help="of a caption (default: %(default)s)")
     add("--answer-tokens", type=int, default=8192, metavar="N", help="of an answer, at most (default: %(default)s)")
-    add("--request", default="{}", metavar="JSON", help="more fields of every request; null takes one out")
-    add("--concurrency", type=int, default=16, metavar="N", help="clips and calls at once (default: %(default)s)")
-    add("--per-minute", type=float, default=math.inf, metavar="N", help="questions a minute (default: no limit)")
-    add("--timeout", type=float, default=180.0, metavar="S", help="seconds to a call (default: %(default)g)")
-    add("--patience", type=float, default=600.0, metavar="S", help="seconds to a question (default: %(default)g)")
+    add("--request", default="{}", metavar="JSON", help="additional fields of every request; null removes one")
+    add("--concurrency", type=int, default=16, metavar="N", help="concurrent clips and calls (default: %(default)s)")
+    add("--per-minute", type=float, default=math.inf, metavar="N", help="requests per minute (default: no limit)")
+    add("--timeout", type=float, default=180.0, metavar="S", help="time limit of a call (default: %(default)g)")
+    add(
+        "--patience",
+        type=float,
+        default=600.0,
+        metavar="S",
+        help="time limit of a request with its retries (default: %(default)g)",
+    )
     add("--budget-calls", type=int, default=UNLIMITED, metavar="N", help="calls for this folder (default: no limit)")
     add("--budget-tokens", type=int, metavar="N", help="tokens for this folder (default: no limit)")
-    add("--dry-run", action="store_true", help="print the number of calls and tokens; nothing is asked or written")
+    add("--dry-run", action="store_true", help="print the number of calls and tokens without requests or output files")
     add("--json", action="store_true", help="print the result as a JSON object")
 
 
@@ -120,7 +137,7 @@ def run(args: argparse.Namespace) -> int:
     write_outcome(args.out, clips, done, bad_lines)
     left = len(clips) - len(done.lines) - len(done.rejects)
     if asker.why:
-        print(f"avocado curate: stopped: {asker.why}; what is done is kept, run it again to go on", file=sys.stderr)
+        print(f"avocado curate: stopped: {asker.why}; finished work is kept; the same command resumes", file=sys.stderr)
     counts = {"clips": len(clips), "kept": len(done.lines), "rejected": done.stages()}
     counts |= {"bad_lines": len(bad_lines)} if args.from_captions else {}
     print_counts(counts | {"unanswered": done.unanswered(), "left": left} | asker.spent(), args.json)
@@ -145,11 +162,11 @@ def check(args: argparse.Namespace) -> None:
     if unknown := [name for name in args.references.split(",") if name not in MAKE]:
         raise InputError(f"--references: {unknown[0]!r} is none of {', '.join(MAKE)}")
     if args.from_captions and args.checkpoint:
-        raise InputError("--checkpoint captions videos; --from-captions has captions")
+        raise InputError("--checkpoint captions videos and excludes --from-captions")
     if args.out.exists() and not args.out.is_dir():
         raise InputError(f"--out {args.out} is not a folder")
     if args.dtype and not args.checkpoint:
-        raise InputError("--dtype is what a --checkpoint computes in; none is named")
+        raise InputError("--dtype needs --checkpoint")
 
 
 def reading_of(args: argparse.Namespace, checkpoint: Checkpoint | None) -> Reading:

@@ -1,22 +1,21 @@
-"""Measure what a checkpoint can do.
+"""Evaluate a checkpoint on a benchmark.
 
   avocado evaluate world --checkpoint DIR --data OUT/clips.jsonl --json
 
 captions the clips of `avocado world OUT` (greedily, each clip's own question) and compares the captions with the
 truth, with no judge. One JSON line: {"metrics": {...}, "n"}, means over n captions:
 
-  event_recall    share of what is true that the caption says      hallucination  share of its claims that are not
-  order           share of pairs told in the order they happen     dialogue_f1    lines and their speakers (R_D)
-  repcol          share of captions that fall into repetition      length         tokens of a caption
+  event_recall    share of true events that the caption states     hallucination  share of its claims that are false
+  order           share of event pairs in chronological order      dialogue_f1    lines and their speakers (R_D)
+  repcol          share of captions that repeat themselves         length         tokens of a caption
 
-Captions are kept in a file as they are made, with a digest of the checkpoint and the options; a run that was stopped
-goes on with the same command. A clip that cannot be captioned is listed, on stderr and under "failed", and counts as
-an empty caption; past the share --max-failed the run stops with exit status 3.
+Captions are appended to a file, with a digest of the checkpoint and the options: the same command resumes a stopped
+run. A clip that cannot be captioned is listed, on stderr and under "failed", and counts as an empty caption. If the
+share of such clips exceeds --max-failed, the run stops with exit status 3.
 
-With --captions FILE, lines {"id", "caption"} that were made elsewhere are measured, and no model is needed; those of
-`avocado caption --manifest` have the id of the manifest as "clip". `length`
-is then the mean of their "tokens" if they have it, else counted with the tokenizer of --checkpoint if it is named,
-else null. A clip without a caption counts as one that failed.
+--captions FILE evaluates existing lines {"id", "caption"} without a model; those of `avocado caption --manifest` have
+the id of the manifest as "clip". `length` is then the mean of their "tokens" if present, otherwise counted with the
+tokenizer of --checkpoint if given, otherwise null. A clip without a caption counts as failed.
 
   avocado evaluate daily-omni --checkpoint DIR --data daily_omni.json --videos DIR --judge https://HOST/v1 \\
       --judge-model gpt-4.1
@@ -36,22 +35,23 @@ Your own questions: lines {"id", "video", "probes": [{"question", "choices", "an
 file or in --videos. The judge answers all questions of a caption in one call; accuracy of a hundred, by category.
 
 All have dialogue_f1 (where there are reference captions with dialogue), repcol, both of a hundred, and length, and
-need no judge for them. The judge is an OpenAI-compatible endpoint (--judge URL, its key in the environment), or with
---judge-model DIR alone a text or thinker checkpoint on this machine. Answers are checked; what is not answered as it
-was asked is counted under "missing" and left out of the figures. With --rounds N (7 for video-salmonn-2, as published)
-the judge is asked as often, and the round of the median is reported with the spread of all. The judge's prompts are
-our own words; --prompts DIR takes others, without which figures are not comparable to published ones. Answers in the
-forms of the official prompts are read too, and --official counts them as the official scripts do.
+these need no judge. The judge is an OpenAI-compatible endpoint (--judge URL, its key in the environment), or with
+--judge-model DIR alone a text or thinker checkpoint on this machine. Answers are validated; invalid answers are
+counted under "missing" and excluded from the figures. With --rounds N (7 for video-salmonn-2, as published) the judge
+answers N times; the median round is reported with the spread of all rounds. The judge's prompts are our own wording;
+figures are comparable to published ones only with the official prompts (--prompts DIR). Answers in the forms of the
+official prompts are also read, and --official counts them as the official scripts do.
 
---dry-run prints what the judge would cost. --budget-calls and --budget-tokens bound what it costs over all runs in one
---out; exhausted, the run stops with exit status 3. After 16 questions in a row without an answer it stops with 75. The
-same command continues: answers are kept. Proxies of the environment (HTTPS_PROXY, NO_PROXY) are used.
+--dry-run prints the calls and tokens of the judge. --budget-calls and --budget-tokens limit them over all runs in one
+--out; when a budget is exhausted, the run stops with exit status 3. After 16 consecutive questions without an answer
+it stops with 75. The same command resumes: answers are kept. Proxies of the environment (HTTPS_PROXY, NO_PROXY) are
+used.
 
-Into --out DIR go captions.jsonl, answers/ (raw answers: no question is asked again; answers.jsonl in a bucket),
-result.json, table.md beside the published figures, items.jsonl and page.html, to read captions with their verdicts. In
+--out DIR contains captions.jsonl, answers/ (raw answers, so that no request is repeated; answers.jsonl in a bucket),
+result.json, table.md (beside the published figures), items.jsonl and page.html (captions with their verdicts). In
 a bucket, captions and answers are appended every 30 s. On several hosts with one --out, --shard I/N (I from 0, or auto)
 makes captions only; a run without it then continues from them.
-`avocado report DIR...` puts results together.
+`avocado report DIR...` combines results.
 """
 
 import argparse
@@ -91,27 +91,32 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--data", required=True, metavar="FILE", help="clips.jsonl of `avocado world`, or the official file"
     )
     parser.add_argument("--checkpoint", metavar="REF", help="the model (default: the one that is shipped)")
-    parser.add_argument("--captions", metavar="FILE", help="measure these instead of asking a model")
+    parser.add_argument("--captions", metavar="FILE", help="evaluate these captions instead of a model's")
     parser.add_argument(
         "--out",
         metavar="PATH",
         help="world: the file of captions (default: captions-*.jsonl beside the data), and PATH.result.json; else a "
-        "folder for all that is made (default: BENCHMARK-* beside the data)",
+        "folder for all outputs (default: BENCHMARK-* beside the data)",
     )
-    parser.add_argument("--videos", metavar="DIR", help="holds the clips of a public benchmark")
-    parser.add_argument("--judge", metavar="URL", help="of an OpenAI-compatible API: https://HOST/v1")
-    parser.add_argument("--judge-model", metavar="MODEL", help="its name there, or a checkpoint's folder here")
+    parser.add_argument("--videos", metavar="DIR", help="folder with the clips of a public benchmark")
+    parser.add_argument("--judge", metavar="URL", help="base URL of an OpenAI-compatible API: https://HOST/v1")
     parser.add_argument(
-        "--judge-key", default="OPENAI_API_KEY", metavar="VARIABLE", help="holds the API key (default: %(default)s)"
+        "--judge-model", metavar="MODEL", help="name of the model at the endpoint, or a local checkpoint"
+    )
+    parser.add_argument(
+        "--judge-key",
+        default="OPENAI_API_KEY",
+        metavar="VARIABLE",
+        help="environment variable of the API key (default: %(default)s)",
     )
     parser.add_argument(
         "--judge-patience",
         type=float,
         default=600.0,
         metavar="SECONDS",
-        help="after which a question without an answer is missing (default: %(default)g)",
+        help="time limit of a question with its retries; then it counts as missing (default: %(default)g)",
     )
-    parser.add_argument("--prompts", metavar="DIR", help="of the judge: see eval/prompts/README.md")
+    parser.add_argument("--prompts", metavar="DIR", help="the judge's prompts (see eval/prompts/README.md)")
     parser.add_argument(
         "--prompt-file",
         metavar="FILE",
@@ -124,29 +129,43 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--request",
         default=NO_FIELDS,
         metavar="JSON",
-        help='more fields of every request to the judge; null removes one: {"temperature": null}',
+        help='additional fields of every request to the judge; null removes one: {"temperature": null}',
     )
-    parser.add_argument("--budget-calls", type=int, metavar="N", help="calls of the judge, over all runs in --out")
-    parser.add_argument("--budget-tokens", type=int, metavar="N", help="tokens of the judge, over all runs in --out")
     parser.add_argument(
-        "--dry-run", action="store_true", help="print the judge's calls and tokens; nothing is asked or written"
+        "--budget-calls", type=int, metavar="N", help="limit of the judge's calls, over all runs in --out"
     )
-    parser.add_argument("--rounds", type=int, metavar="N", help="of the judge (default: as published, 1 for a folder)")
+    parser.add_argument(
+        "--budget-tokens", type=int, metavar="N", help="limit of the judge's tokens, over all runs in --out"
+    )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print the judge's calls and tokens without requests or output files"
+    )
+    parser.add_argument(
+        "--rounds", type=int, metavar="N", help="rounds of judging (default: as published; 1 for a local judge)"
+    )
     parser.add_argument(
         "--shard",
         metavar="I/N",
         help="caption every Nth clip from clip I on (from 0), and stop",
     )
-    parser.add_argument("--no-audio", action="store_true", help="look without listening")
-    parser.add_argument("--no-picture", action="store_true", help="listen without looking: every frame is grey")
+    parser.add_argument("--no-audio", action="store_true", help="ignore the sound")
+    parser.add_argument("--no-picture", action="store_true", help="ignore the picture: every frame is grey")
     parser.add_argument("--max-new-tokens", type=int, default=2048, metavar="N", help="default: %(default)s")
-    parser.add_argument("--batch", type=int, default=8, metavar="N", help="clips at once (default: %(default)s)")
+    parser.add_argument("--batch", type=int, default=8, metavar="N", help="clips per batch (default: %(default)s)")
     parser.add_argument(
-        "--clip-seconds", type=float, default=CLIP_SECONDS, metavar="S", help="to read one clip (default: %(default)g)"
+        "--clip-seconds",
+        type=float,
+        default=CLIP_SECONDS,
+        metavar="S",
+        help="time limit for reading a clip (default: %(default)g)",
     )
     parser.add_argument("--limit", type=int, metavar="N", help="the first N clips only")
     parser.add_argument(
-        "--max-failed", type=float, default=0.05, metavar="SHARE", help="of the clips (default: %(default)s)"
+        "--max-failed",
+        type=float,
+        default=0.05,
+        metavar="SHARE",
+        help="maximum share of failed clips (default: %(default)s)",
     )
     parser.add_argument(
         "--dtype", choices=("float32", "bfloat16"), help="default: bfloat16 on accelerators, float32 on a CPU"
@@ -174,7 +193,7 @@ def _world(args: argparse.Namespace) -> int:
     if given := [name for name in JUDGED if getattr(args, name) not in (None, False, NO_FIELDS)]:
         raise InputError(f"--{given[0].replace('_', '-')} is for the public benchmarks, world needs no judge")
     if args.captions and args.out:
-        raise InputError("--out is for captions that are made, --captions for such as there are")
+        raise InputError("--out and --captions exclude each other: --captions names existing captions")
     every = read_file(args.data, lambda file: read_truth(file, None if args.captions else {"video": str}))
     records = dict(list(every.items())[: args.limit])
     if args.captions:

@@ -98,14 +98,14 @@ def run_benchmark(args: argparse.Namespace, benchmark: Benchmark) -> int:
 def _check(args: argparse.Namespace, benchmark: Benchmark) -> None:
     """Raises InputError if options contradict each other."""
     if args.judge and not args.judge_model:
-        raise InputError("--judge needs --judge-model, the model's name there")
+        raise InputError("--judge needs --judge-model, the name of the model at the endpoint")
     if args.captions is None and args.videos is None and not benchmark.beside and not args.dry_run:
         raise InputError("one of --videos DIR (the clips) and --captions FILE is required")
     if args.captions and args.shard:
-        raise InputError("--shard is for captions that are made, --captions for such as there are")
+        raise InputError("--shard and --captions exclude each other: --captions names existing captions")
     for name in ("budget_calls", "budget_tokens", "dry_run"):
         if getattr(args, name) not in (None, False) and not args.judge:
-            raise InputError(f"--{name.replace('_', '-')} is about an endpoint; --judge names one")
+            raise InputError(f"--{name.replace('_', '-')} needs --judge URL")
     for name in ("budget_calls", "budget_tokens"):
         if (getattr(args, name) or 0) < 0:
             raise InputError(f"--{name.replace('_', '-')} is {getattr(args, name)}: it must be at least 0")

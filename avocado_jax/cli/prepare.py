@@ -1,4 +1,4 @@
-"""Turn videos and their captions into shards to train from.
+"""Convert videos and their captions to training shards.
 
     avocado prepare clips.jsonl gs://bucket/clips
     avocado prepare clips.jsonl prepared --features --checkpoint Qwen/Qwen2.5-Omni-7B
@@ -51,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--media",
         metavar="PATH",
-        help="clips: a folder or tar files (path or glob), local, gs:// or hub:",
+        help="folder or tar files of the clips (path or glob), local, gs:// or hub:",
     )
     parser.add_argument("--features", action="store_true", help="store resized frames and sound, not the video files")
     parser.add_argument(
@@ -62,7 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--checkpoint",
         metavar="REF",
-        help="the model to train: clips are sampled in its way, and captions are counted with its tokenizer",
+        help="the model to train, which decides how clips are sampled and how captions are tokenized",
     )
     parser.add_argument("--tokenizer", metavar="REF", help="count captions in tokens of another model")
     names = ", ".join(field.name for field in fields(Reading) if field.name != "align_sound")
@@ -71,7 +71,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME=VALUE",
         action="append",
         default=[],
-        help=f"one property of how clips are sampled, where it is not that of --checkpoint or AVoCaDO ({names})",
+        help=f"override a property of clip sampling of --checkpoint or AVoCaDO ({names})",
     )
     parser.add_argument(
         "--align-sound",
@@ -79,16 +79,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="place late sound and sound behind gaps at its time (default: as the reference, without gaps)",
     )
     parser.add_argument("--workers", metavar="N", type=_count, default=cores, help=f"processes ({cores})")
-    parser.add_argument("--shard-records", metavar="N", type=_count, default=64, help="clips to a shard (64)")
-    parser.add_argument("--clip-seconds", metavar="S", type=float, default=300.0, help="to read one clip (300)")
+    parser.add_argument("--shard-records", metavar="N", type=_count, default=64, help="clips per shard (64)")
     parser.add_argument(
-        "--max-reject-share", metavar="X", type=float, default=0.05, help="of lines, past which it fails (0.05)"
+        "--clip-seconds", metavar="S", type=float, default=300.0, help="time limit for reading a clip (300)"
+    )
+    parser.add_argument(
+        "--max-reject-share", metavar="X", type=float, default=0.05, help="maximum share of rejected lines (0.05)"
     )
     machines = parser.add_mutually_exclusive_group()
     machines.add_argument(
         "--shard", metavar="I/N", help="do the work of machine I of N, from 0: by lines, or by tar files"
     )
-    machines.add_argument("--finish", action="store_true", help="complete what machines with --shard have made")
+    machines.add_argument("--finish", action="store_true", help="complete the output of machines with --shard")
     parser.add_argument("--json", action="store_true", help="print the result as a JSON object")
 
 
@@ -107,15 +109,15 @@ def run(args: argparse.Namespace) -> int:
     try:
         done = prepare(job, args.workers, args.max_reject_share, shard, args.finish)
     except (StorageError, BrokenProcessPool) as error:
-        print(f"avocado prepare: {error}; what is done is kept, run it again to go on", file=sys.stderr)
+        print(f"avocado prepare: {error}; finished work is kept; the same command resumes", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("avocado prepare: stopped; run it again to go on", file=sys.stderr)
+        print("avocado prepare: stopped; the same command resumes", file=sys.stderr)
         return STOPPED
     finally:
         signal.signal(signal.SIGTERM, before)
     if done is None:
-        print(f"machine {shard[0]} of {shard[1]} is done; --finish completes", file=sys.stderr)
+        print(f"machine {shard[0]} of {shard[1]} has finished; when all have, run --finish", file=sys.stderr)
         return 0
     for warning in done.warnings[:5]:
         print(f"warning: {warning}", file=sys.stderr)

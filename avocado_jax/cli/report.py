@@ -1,12 +1,12 @@
-"""Put results of `evaluate` together in the layout of the paper's ablation (Table 4).
+"""Combine results of `evaluate` in the layout of the paper's ablation (Table 4).
 
   avocado report runs/sft-results runs/grpo-results
   avocado report . --json
 
-FOLDER, local or gs://, is searched for result.json as `evaluate` writes it. A row a model, under the paper's own: on
-video-SALMONN-2 the total of misses and hallucinations, on Daily-Omni the accuracy, on both Dlg.F1 and RepCol, of a
-hundred. What was not measured is left empty. With --json one object a model: {"model", "results": {benchmark:
-metrics}}, all benchmarks.
+FOLDER, local or gs://, is searched for the result.json files of `evaluate`. The table has one row per model, below the
+rows of the paper: the total of misses and hallucinations of video-SALMONN-2, the accuracy of Daily-Omni, and Dlg.F1 and
+RepCol of both, in percent. Missing results are left empty. --json prints one object per model with all benchmarks:
+{"model", "results": {benchmark: metrics}}.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from avocado_jax.eval.tables import ablation_table
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command."""
-    parser.add_argument("folders", nargs="+", metavar="FOLDER", help="holds results, or a file of one")
+    parser.add_argument("folders", nargs="+", metavar="FOLDER", help="folder with results, or one result file")
     parser.add_argument("--json", action="store_true", help="one JSON object a model")
 
 
@@ -31,7 +31,7 @@ def run(args: argparse.Namespace) -> int:
     files: dict[str, None] = {}
     for folder in args.folders:
         if not (found := _results(folder)):
-            raise InputError(f"{folder}: holds no result.json of `avocado evaluate`")
+            raise InputError(f"{folder}: no result.json of `avocado evaluate`")
         files |= dict.fromkeys(found)
     results = [read_result(path) for path in files]
     models: dict[str, dict] = {}

@@ -1,23 +1,23 @@
-"""Score captions with the rewards that train captioners: whoever wrote the captions.
+"""Score captions of any origin with the training rewards.
 
   avocado score captions.jsonl --tokenizer REF --json
   avocado score captions.jsonl --terms dialogue,repetition --json --explain
 
-FILE holds lines {"id", "caption", "reference": {"caption"?, "dialogues"?, "keypoints"?, "events"?, "probes"?}}:
+FILE has lines {"id", "caption", "reference": {"caption"?, "dialogues"?, "keypoints"?, "events"?, "probes"?}}:
 dialogues are {"speaker", "text"}, keypoints {"text", "dimension"?}, events {"start", "end"} in seconds, probes
-{"question", "choices", "answer"}. Lines that `caption --out` has written will do. One line of JSON a caption, in order:
+{"question", "choices", "answer"}. Output of `caption --out` is accepted. The result is one JSON line per caption:
 
-  R_C        share of the keypoints that the caption states, as --judge sees it; "keypoints" has its answers
+  R_C        share of the keypoints that the caption states according to --judge; "keypoints" has its answers
   R_D        lines of dialogue and their speakers; without "dialogues" those of reference.caption count
   R_L        1 up to 2048 tokens, 0 from 4096, counted with the tokenizer of --tokenizer
-  repcol     whether the caption falls into repetition
-  truncated  whether something did not fit and was left out
+  repcol     whether the caption repeats itself
+  truncated  whether the text exceeded a limit and was truncated
   timing     with --terms ...,timing: F1 of the time IoU of "[start - end]" scenes with the events
   probes     with --terms ...,probes: share of the probes that --judge lm or remote answers rightly from the caption
 
-A term without a reference, or that is not among --terms, is null. Word weights are those of training: all content words
-alike, or with --idf by how rare they are in the captions of a file. Text past 32,768 characters, 64 quotes or 2,048
-characters of a quote, and 512 scenes or events, is cut. avocado_jax/rewards/README.md describes what each term sees.
+A term that has no reference or is not among --terms is null. Words are weighted as in training: all content words
+equally, or with --idf by their rarity in the captions of a file. Text beyond 32,768 characters, 64 quotes, 2,048
+characters of a quote, or 512 scenes or events is truncated. avocado_jax/rewards/README.md describes each term.
 
 Texts of one size share programs, which take up to half a minute to compile. They are kept in ~/.cache/avocado/compiled
 or in the folder that JAX_COMPILATION_CACHE_DIR names.
@@ -59,32 +59,37 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--terms",
         default=",".join(ALWAYS),
         metavar="A,B",
-        help="of checklist, dialogue, length, repetition, timing, probes (default: the first four)",
+        help="terms: checklist, dialogue, length, repetition, timing, probes (default: the first four)",
     )
     parser.add_argument(
-        "--judge", choices=JUDGES, default="lexical", help="of keypoints and probes (default: %(default)s)"
+        "--judge", choices=JUDGES, default="lexical", help="judge of keypoints and probes (default: %(default)s)"
     )
-    parser.add_argument("--judge-model", default="", metavar="MODEL", help="its folder, or its name at the endpoint")
-    parser.add_argument("--judge-url", default="", metavar="URL", help="of an OpenAI-compatible API: https://HOST/v1")
     parser.add_argument(
-        "--judge-key", default="OPENAI_API_KEY", metavar="VARIABLE", help="holds the API key (default: %(default)s)"
+        "--judge-model", default="", metavar="MODEL", help="folder of the judge, or its name at the endpoint"
     )
-    parser.add_argument("--judge-cache", type=Path, metavar="DIR", help="keeps the endpoint's answers")
+    parser.add_argument(
+        "--judge-url", default="", metavar="URL", help="base URL of an OpenAI-compatible API: https://HOST/v1"
+    )
+    parser.add_argument(
+        "--judge-key",
+        default="OPENAI_API_KEY",
+        metavar="VARIABLE",
+        help="environment variable of the API key (default: %(default)s)",
+    )
+    parser.add_argument("--judge-cache", type=Path, metavar="DIR", help="cache folder of the endpoint's answers")
     parser.add_argument(
         "--judge-patience",
         type=float,
         default=600.0,
         metavar="SECONDS",
-        help="what is not answered by then is missing (default: %(default)g)",
+        help="time limit of the judge; later answers count as missing (default: %(default)g)",
     )
-    parser.add_argument(
-        "--idf", metavar="FILE", help="JSON lines of captions from which the rarity of words is counted"
-    )
-    parser.add_argument("--merge", action="store_true", help="consecutive lines of one speaker are one line")
+    parser.add_argument("--idf", metavar="FILE", help="JSON lines of captions from which word rarity is computed")
+    parser.add_argument("--merge", action="store_true", help="compare consecutive lines of one speaker as one line")
     parser.add_argument(
         "--extra", action="append", default=[], metavar="TERM", help="jax:MODULE:FUNCTION or host:MODULE:FUNCTION"
     )
-    parser.add_argument("--tokenizer", metavar="REF", help="counts the tokens of captions")
+    parser.add_argument("--tokenizer", metavar="REF", help="tokenizer for caption lengths")
     parser.add_argument("--explain", action="store_true", help="add what matched, in words")
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
 
@@ -121,7 +126,7 @@ def run(args: argparse.Namespace) -> int:
     for number in range(len(lines)):
         show(results[number], args.json)
     if truncated := sum(one["truncated"] for one in results.values()):
-        print(f"avocado score: {truncated} of {len(lines)} captions or references were cut", file=sys.stderr)
+        print(f"avocado score: {truncated} of {len(lines)} captions or references were truncated", file=sys.stderr)
     return 0
 
 

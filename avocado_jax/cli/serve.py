@@ -26,7 +26,7 @@ Errors have OpenAI's form: 400 bad request or clip, 401 key, 403 URL that is not
 413 too large, 429 too many requests, 503 stopping, 504 no answer in time. The first requests of a clip size wait for
 compilation.
 
-SIGTERM and Ctrl-C: no request is accepted any more, those that are being answered have --grace seconds; exit status 0.
+On SIGTERM and Ctrl-C the server accepts no further requests, gives running ones --grace seconds, and exits with 0.
 """
 
 import argparse
@@ -63,18 +63,48 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--api-key-env", metavar="NAME", help="environment variable with the key that requests to /v1 must send")
     add("--media-root", type=Path, metavar="DIR", help="file:// URLs of files below DIR are read (default: none are)")
     add("--allow-remote", action="store_true", help="download http(s) URLs, from public addresses only")
-    add("--max-requests", type=int, default=64, metavar="N", help="at once; more get status 429 (default: %(default)s)")
-    add("--max-megabytes", type=int, default=64, metavar="N", help="of a request or download (default: %(default)s)")
+    add(
+        "--max-requests",
+        type=int,
+        default=64,
+        metavar="N",
+        help="concurrent requests; others get status 429 (default: %(default)s)",
+    )
+    add(
+        "--max-megabytes",
+        type=int,
+        default=64,
+        metavar="N",
+        help="size of a request or download (default: %(default)s)",
+    )
     add("--max-clip-seconds", type=float, default=600, metavar="S", help="length of a clip (default: %(default)g)")
-    add("--max-prompt-tokens", type=int, default=65536, metavar="N", help="with the media (default: %(default)s)")
-    add("--max-new-tokens", type=int, default=2048, metavar="N", help="of an answer (default: %(default)s)")
-    add("--timeout", type=float, default=600, metavar="S", help="for a request (default: %(default)g)")
-    add("--clip-seconds", type=float, default=60, metavar="S", help="to read one clip (default: %(default)g)")
-    add("--grace", type=float, default=30, metavar="S", help="to finish requests on SIGTERM (default: %(default)g)")
+    add(
+        "--max-prompt-tokens",
+        type=int,
+        default=65536,
+        metavar="N",
+        help="tokens of a prompt with its media (default: %(default)s)",
+    )
+    add("--max-new-tokens", type=int, default=2048, metavar="N", help="tokens of an answer (default: %(default)s)")
+    add("--timeout", type=float, default=600, metavar="S", help="time limit of a request (default: %(default)g)")
+    add(
+        "--clip-seconds",
+        type=float,
+        default=60,
+        metavar="S",
+        help="time limit for reading a clip (default: %(default)g)",
+    )
+    add(
+        "--grace",
+        type=float,
+        default=30,
+        metavar="S",
+        help="time limit for finishing requests on SIGTERM (default: %(default)g)",
+    )
     add("--prompt", metavar="TEXT", help="the question of requests without text (default: the checkpoint's own)")
-    add("--temperature", type=float, default=0.0, metavar="T", help="of requests that state none (default: 0, greedy)")
-    add("--top-p", type=float, default=1.0, metavar="P", help="of requests that state none (default: %(default)s, all)")
-    add("--top-k", type=int, default=0, metavar="K", help="of requests that state none (default: %(default)s, all)")
+    add("--temperature", type=float, default=0.0, metavar="T", help="default of requests (default: 0, greedy)")
+    add("--top-p", type=float, default=1.0, metavar="P", help="default of requests (default: %(default)s, all)")
+    add("--top-k", type=int, default=0, metavar="K", help="default of requests (default: %(default)s, all)")
     add("--dtype", choices=("float32", "bfloat16"), help="default: bfloat16 on accelerators, float32 on a CPU")
     add("--batch", type=int, metavar="N", help="answers decoded together (default: as many as fit in memory)")
     add("--mesh", metavar="DATA,TENSOR", help="as for `avocado caption`")

@@ -44,11 +44,11 @@ def add_arguments(parser: argparse.ArgumentParser, fields: RunConfig = SftConfig
     parser.add_argument(
         "--print-config", action="store_true", help="print the config with all fields as JSON, and exit"
     )
-    parser.add_argument("--coordinator", metavar="HOST:PORT", help="of process 0; auto: known to the platform")
-    parser.add_argument("--processes", type=int, metavar="N", help="how many there are")
-    parser.add_argument("--process", type=int, metavar="I", help="which this is, from 0")
-    parser.add_argument("--devices", type=int, metavar="N", help="that all processes must have together")
-    parser.add_argument("--deterministic", action="store_true", help="repeat to the bit on GPU; slower (see above)")
+    parser.add_argument("--coordinator", metavar="HOST:PORT", help="address of process 0; auto: from the platform")
+    parser.add_argument("--processes", type=int, metavar="N", help="number of processes")
+    parser.add_argument("--process", type=int, metavar="I", help="index of this process, from 0")
+    parser.add_argument("--devices", type=int, metavar="N", help="expected number of devices of all processes together")
+    parser.add_argument("--deterministic", action="store_true", help="bit-identical results on GPU; slower (see above)")
     parser.add_argument(
         "--debug-nans", action="store_true", help="end at the first NaN and locate it; slow (see above)"
     )

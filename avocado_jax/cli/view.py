@@ -1,4 +1,4 @@
-"""Write a run as one page to look at: its curves, and its captions beside their clips and references.
+"""Write an HTML page of a run: its curves, and its captions beside their clips and references.
 
   avocado view runs/grpo_world                             # runs/grpo_world/report.html
   avocado view runs/grpo_7b --data clips.jsonl --out /tmp  # videos and references from a manifest
@@ -10,7 +10,7 @@ writes of held-out clips; keypoints that a caption states and lines of dialogue 
 `score --judge lexical` finds them.
 
 References and clips are looked up by id in the manifests given by --data, else in the data that the run's config
-names. Videos of a manifest are linked where they lie; clips out of shards, and those of AVWorld as the model is given
+names. Videos of a manifest are linked at their location; clips from shards, and AVWorld clips as the model receives
 them, are written beside the page.
 """
 
@@ -39,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command."""
     parser.add_argument("folder", metavar="RUN", help="folder of a run of `sft` or `grpo`, local or gs://")
     parser.add_argument("--out", metavar="FILE_OR_DIR", help="default: report.html in RUN")
-    parser.add_argument("--data", action="append", metavar="FILE", help="a manifest (several: give it again)")
+    parser.add_argument("--data", action="append", metavar="FILE", help="a manifest; may be repeated")
     parser.add_argument("--last", type=int, default=10, metavar="N", help="rollouts of N steps (default: %(default)s)")
 
 

@@ -3,13 +3,13 @@
     world OUT --clips 200 --seed 0
 
 writes OUT/clips/*.mp4 (one h264 and one AAC stream each) and OUT/clips.jsonl, a manifest line a clip with
-events, dialogues, keypoints, probes and reference captions. The same seed gives the same clips. Clips that are there
-already are not made again, so a run that was stopped goes on with the same command.
+events, dialogues, keypoints, probes and reference captions. The same seed gives the same clips. Existing clips
+are not made again, so the same command resumes a stopped run.
 
     world --check FILE --truth OUT/clips.jsonl
 
 reads lines {"id", "caption"}, or those that `caption --out FILE` has written, and prints {"id", "recall",
-"hallucination", "order", "dialogue_f1"} for each, in order: exact, with no judge.
+"hallucination", "order", "dialogue_f1"} for each, in order, computed exactly without a judge.
 """
 
 import argparse
@@ -36,8 +36,8 @@ STOPPED = 75
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("out", metavar="OUT", nargs="?", type=Path, help="folder to write")
-    parser.add_argument("--clips", type=int, metavar="N", help="how many clips")
-    parser.add_argument("--seed", type=int, default=0, help="of the world (default: 0)")
+    parser.add_argument("--clips", type=int, metavar="N", help="number of clips")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the world (default: 0)")
     parser.add_argument(
         "--level",
         type=int,
@@ -45,16 +45,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=range(len(LEVELS)),
         help="difficulty: length, events, vocabulary, voices, resolution (default: 1)",
     )
-    parser.add_argument("--split", default="train", choices=SPLITS, help="test has combinations train lacks")
     parser.add_argument(
-        "--references", type=int, default=1, metavar="R", help="captions a clip (default: 1; 0: a plain one)"
+        "--split", default="train", choices=SPLITS, help="`test` has combinations that `train` does not have"
     )
     parser.add_argument(
-        "--timestamps", action="store_true", help='one caption a clip, with "[start - end]" before each sentence'
+        "--references", type=int, default=1, metavar="R", help="captions per clip (default: 1; 0: one plain caption)"
+    )
+    parser.add_argument(
+        "--timestamps", action="store_true", help='one caption per clip, with "[start - end]" before each sentence'
     )
     parser.add_argument("--workers", type=int, metavar="W", help="processes (default: all cores)")
     parser.add_argument("--check", type=Path, metavar="FILE", help="captions to check: JSON lines")
-    parser.add_argument("--truth", type=Path, metavar="CLIPS", help="the clips.jsonl they are checked against")
+    parser.add_argument("--truth", type=Path, metavar="CLIPS", help="the clips.jsonl with their truth")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -63,7 +65,7 @@ def run(args: argparse.Namespace) -> int:
             raise InputError("--check FILE and --truth CLIPS go together, without OUT and --clips")
         return check(args.check, args.truth)
     if not args.out or args.clips is None:
-        raise InputError("say where and how many: world OUT --clips N")
+        raise InputError("OUT and --clips are required: world OUT --clips N")
     workers = available_cores() if args.workers is None else args.workers
     options = (("--clips", args.clips, 1), ("--references", args.references, 0), ("--workers", workers, 1))
     for name, value, least in options:

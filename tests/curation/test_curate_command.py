@@ -193,7 +193,7 @@ def test_prepare_reads_the_manifest(curator, tmp_path, capsys):
         (["CLIP", "--request", "[]"], "--request is no JSON object"),
         (["CLIP", "--request", "{"], "--request is not JSON"),
         (["CLIP", "--request", '{"stream": true}'], '--request may not set "stream"'),
-        (["CLIP", "--dtype", "float32"], "none is named"),
+        (["CLIP", "--dtype", "float32"], "--dtype needs --checkpoint"),
         (["CLIP", "--checkpoint", "nowhere"], "nowhere"),
         (["CLIP", "--tokenizer", "nowhere"], "nowhere"),
         (["CLIP", "--out", "CLIP"], "is not a folder"),

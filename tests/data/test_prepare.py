@@ -310,7 +310,7 @@ def test_a_full_disk_is_one_line_and_the_run_goes_on_later(tmp_path):
     script.write_text(code)
     done = subprocess.run([sys.executable, str(script), *arguments], capture_output=True, text=True, check=False)
     assert done.returncode == 1
-    assert "run it again to go on" in done.stderr
+    assert "the same command resumes" in done.stderr
     assert done.stderr.count("\n") == 1
     assert main(arguments) == 0
 

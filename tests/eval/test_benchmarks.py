@@ -276,8 +276,8 @@ def test_mistakes_are_one_line(tmp_path, capsys):
         (["world", "--data", data, "--request", '{"seed": 1}'], "--request is for the public benchmarks"),
         ([*with_captions, "--request", "[]"], "--request is no JSON object"),
         ([*with_captions, "--request", '{"model": "x"}'], '--request may not set "model"'),
-        ([*with_captions, "--budget-calls", "5"], "--budget-calls is about an endpoint"),
-        ([*with_captions, "--dry-run"], "--dry-run is about an endpoint"),
+        ([*with_captions, "--budget-calls", "5"], "--budget-calls needs --judge URL"),
+        ([*with_captions, "--dry-run"], "--dry-run needs --judge URL"),
         ([*with_captions, "--judge", "http://a/v1", "--judge-model", "m", "--budget-tokens", "-1"], "is -1"),
     ]
     for command, message in tour:

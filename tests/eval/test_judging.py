@@ -266,7 +266,7 @@ def test_report_has_the_layout_of_the_papers_table(tmp_path, capsys):
     (tmp_path / "bad.json").write_text('{"metrics": {"a": "b"}, "benchmark": "x", "model": "y"}')
     again = result(tmp_path / "again", "vdc", "other", accuracy=2.0)
     for folders, message in (
-        (["bad"], "holds no result.json"),
+        (["bad"], "no result.json of"),
         (["bad.json"], "must be numbers"),
         (["none"], "No such file"),
         (["other", str(again)], "a second result"),
