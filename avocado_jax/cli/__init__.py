@@ -1,1 +1,1 @@
-"""One file per command: `add_arguments(parser)` declares its options, `run(args)` executes it and returns the status."""
+"""One file per command: `add_arguments(parser)` declares its options, `run(args)` runs it and returns the status."""

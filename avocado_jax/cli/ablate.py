@@ -14,7 +14,7 @@ standard errors are bold. Every run is a run folder, OUT/ARM/SEED. The greedy ca
 
 The table has a column for each user-defined term of any arm.
 OUT/table.md, arms.png, curves.png and results.json contain the results; OUT/ARM/SEED/heldout.json has the captions
-of each run. --configs runs nothing: it prints the commands that train the arms, one JSON object per line, for a launcher.
+of each run. --configs runs nothing: it prints the commands that train the arms, as JSON lines, for a launcher.
 """
 
 import argparse

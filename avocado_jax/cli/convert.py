@@ -5,8 +5,8 @@
   avocado convert to-hf runs/grpo grpo-hf --push ORG/NAME
 
 Both directions stream: one tensor, one layer, in memory at a time. Tensors keep their dtype. Low-rank adapters are
-merged in fp32 and then cast; stderr reports how much of their update the cast loses (`--dtype float32` keeps it). Parts that
-are not modelled (talker, token2wav, spk_dict.pt, tokenizer and config files) are copied unchanged.
+merged in fp32 and then cast; stderr reports how much of their update the cast loses (`--dtype float32` keeps it).
+Parts that are not modelled (talker, token2wav, spk_dict.pt, tokenizer and config files) are copied unchanged.
 """
 
 import argparse
