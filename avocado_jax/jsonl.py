@@ -1,4 +1,4 @@
-"""JSON lines: those from outside are checked to have the fields asked for, those that are kept outlive a kill."""
+"""JSON lines: validation of external files, and appending that survives a killed process."""
 
 import fcntl
 import json

@@ -14,8 +14,8 @@ word weights from the training captions: `--rewards.idf MANIFEST`. The threshold
 these and `idf`, captions in other words earn 0.66 and captions of other clips 0.03 (rewards/README.md).
 
 The mesh is for up to 64 chips: each holds a quarter of the weights for decoding, whose time is reading them, and a
-clip's captions are two rows, a row for every four chips (more chips: `--split 4`). What it takes stands in
-launch/README.md; `avocado plan configs/grpo_7b.py --topology v6e:8x8` finds it for another slice.
+clip's captions are two rows, a row for every four chips (more chips: `--split 4`). launch/README.md has its
+memory and time; `avocado plan configs/grpo_7b.py --topology v6e:8x8` finds it for another slice.
 
 Expected: the paper's last row: video-SALMONN-2 total 37.3, Daily-Omni 50.1, RepCol 0.4 and 1.0 (not run here).
 """

@@ -5,9 +5,9 @@
   avocado ablate configs/grpo_world.py --out runs/ablation        # what each reward term is worth
 
 References have 65 tokens (median): R_L falls from 1.5 to 3 times that, and captions may be a little longer still. A
-keypoint of this world has few words and each of them counts, so the lexical judge asks for all of them. The captions of
-the clips have the same habits as before, so that more fine-tuning on them is more of the same; keypoints and dialogues
-are whole.
+keypoint of this world has few words and each of them counts, so the lexical judge requires all of them. The captions
+of the clips have the same faults as before, so that fine-tuning on them does not mend these; keypoints and dialogues
+are complete.
 
 Expected: see avocado_jax/eval/README.md, "Measured".
 """

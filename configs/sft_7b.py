@@ -3,8 +3,8 @@
   avocado sft configs/sft_7b.py --workdir gs://BUCKET/sft_7b --init CHECKPOINT --data.train gs://BUCKET/shards
 
 2 epochs of 107 thousand captions in batches of 128, lr 2e-5, 2 frames a second, clips of up to 100 s. Warm-up, decay
-and clipping, which the paper leaves open, are those of the closest published recipe. What each slice needs beside
-this (`--accumulate`, `--remat`, `--mesh.tensor`) stands in launch/README.md; `avocado plan configs/sft_7b.py
+and clipping, which the paper leaves open, are those of the closest published recipe. launch/README.md has the
+further options of each slice (`--accumulate`, `--remat`, `--mesh.tensor`); `avocado plan configs/sft_7b.py
 --topology v5p:4x4x4` finds it for another. On v5p, `--remat dots --mesh.tensor 2 --accumulate 4` is predicted to be 15%
 faster than the default "full", which also fits v6e (avocado_jax/planning/README.md).
 

@@ -1,4 +1,4 @@
-"""The AVWorld captioner from nothing, second of three: whole clips.
+"""The AVWorld captioner from scratch, second of three stages: complete clips.
 
   avocado sft configs/world_clips.py --workdir runs/world_clips --data.workers 15    # after those in world_drills.py
 

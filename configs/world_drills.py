@@ -1,4 +1,4 @@
-"""The AVWorld captioner from nothing, first of three: drills, the parts of a clip practised apart (world/drills.py).
+"""The AVWorld captioner from scratch, first of three stages: drills, clips of single elements (world/drills.py).
 
   python launch/small_checkpoint.py runs/small
   avocado sft configs/world_drills.py --workdir runs/world_drills --data.workers 15

@@ -1,4 +1,4 @@
-"""The AVWorld captioner from nothing, last of three: more clips, some silent.
+"""The AVWorld captioner from scratch, last of three stages: more clips, some silent.
 
   avocado sft configs/world_small.py --workdir runs/world_small --data.workers 15    # after those in world_drills.py
 

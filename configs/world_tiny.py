@@ -1,4 +1,4 @@
-"""Random weights of the tiny size on AVWorld: shows in minutes that the machinery works; it learns to babble.
+"""Random weights of the tiny size on AVWorld: shows in minutes that training works; captions stay meaningless.
 
   python launch/random_checkpoint.py runs/tiny --size tiny
   avocado sft configs/world_tiny.py --workdir runs/world_tiny

@@ -1,1 +1,1 @@
-"""From raw videos to training captions: seen, heard, woven into one, filtered, and taken apart into references."""
+"""From raw videos to training data: visual and audio captions, their fusion, filters, and references."""

@@ -1,4 +1,4 @@
-"""What models answer at each stage: its shape, and what a program can check of its truth."""
+"""The schema of the model's answer at each stage, and the checks of its content."""
 
 import hashlib
 import re

@@ -1,4 +1,4 @@
-"""A question about a clip: answered from the journal or by the endpoint, read, and asked again with what was wrong."""
+"""Requests about a clip: answered from the journal or by the endpoint, validated, and repeated with their faults."""
 
 import asyncio
 import hashlib

@@ -1,4 +1,4 @@
-"""What curating clips would take, before anything is asked: calls and tokens, as the client will count them."""
+"""An estimate of the calls and tokens of curating clips, as the client counts them, without any request."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence

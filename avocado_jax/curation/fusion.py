@@ -1,8 +1,7 @@
-"""Whether a fused caption keeps every sentence of the captions it was made from, in the order of time.
+"""Check that a fused caption keeps every sentence of its source captions, in chronological order.
 
-A sentence is kept where its words stand in the fused caption one after another, each place counting once; marks and
-case may change, so that two sentences can become one. Between kept sentences there may be words that connect
-them in time, and nothing else.
+A sentence is kept if its words are consecutive in the fused caption; each position counts once. Punctuation and case
+may change, so that two sentences can become one. Only words that connect sentences in time may be between them.
 """
 
 import re

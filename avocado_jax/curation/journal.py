@@ -1,7 +1,7 @@
-"""The raw answers of a folder, kept as they come: what is in it is never asked again, in this run or a later one.
+"""The raw answers of a folder, appended as they arrive: a request whose answer is stored is never repeated.
 
-A line is {"key", "clip", "stage", "attempt", "answer", "calls", "tokens"}: `key` is a digest of all that decides the
-answer, the last two what the folder has cost so far. A line of the stage "end" has no answer: it tells the cost alone.
+A line is {"key", "clip", "stage", "attempt", "answer", "calls", "tokens"}: `key` is a digest of all inputs
+of the answer; the last two are the total cost of the folder. A line of the stage "end" has only the cost.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""A thinker at hand as the captioner of picture and of sound, in place of an endpoint."""
+"""A local thinker as the captioner of picture and sound, instead of an endpoint."""
 
 import asyncio
 import threading

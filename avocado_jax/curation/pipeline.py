@@ -1,4 +1,4 @@
-"""One clip through all stages: seen, heard, woven together, filtered, scored, taken apart (paper, Figure 1)."""
+"""All stages of one clip: visual and audio captions, fusion, filters, score, references (paper, Figure 1)."""
 
 import asyncio
 import hashlib
@@ -52,7 +52,7 @@ class Settings:
         return len(self.tokenizer.encode(text)) if self.tokenizer else len(text.encode()) // BYTES
 
 
-# Captions of a clip's picture and of its sound by a model at hand, in place of the endpoint's.
+# Captions of a clip's picture and of its sound by a local model, instead of the endpoint.
 Captions = Callable[["Source"], Awaitable[tuple[list[Sentence], list[Sentence]]]]
 
 

@@ -1,4 +1,4 @@
-"""All clips through the pipeline, many at once, and what becomes of them: a manifest to prepare, and the rejects."""
+"""Run the pipeline on all clips concurrently, and write the manifest and the rejects."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Texts as words with their places, and where the words of one text stand in another."""
+"""Texts as words with their positions, and the positions of one text's words in another."""
 
 import re
 import unicodedata

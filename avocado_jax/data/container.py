@@ -1,4 +1,4 @@
-"""A clip's file as a container of packets: what may be opened, one timeline for its packets, and what is missing."""
+"""The container of a clip: accepted formats, one timeline for all packets, and missing packets."""
 
 import os
 from collections.abc import Iterator

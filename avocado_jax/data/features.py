@@ -1,4 +1,4 @@
-"""Pixels and samples to what the towers read: frame choice, sizes, resizing, windows of patches, log-mel."""
+"""From pixels and samples to encoder inputs: frame selection, sizes, resizing, windows of patches, log-mel."""
 
 import math
 from functools import lru_cache

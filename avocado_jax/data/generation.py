@@ -1,4 +1,4 @@
-"""The state of a prepared folder between runs: what is finished, which files are there, and the open generation."""
+"""The state of a prepared folder between runs: finished shards, existing files, and the open generation."""
 
 import hashlib
 import json

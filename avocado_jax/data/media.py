@@ -1,4 +1,4 @@
-"""What is read of a clip, and what that gives: the frames that are chosen, its sound at 16 kHz."""
+"""How a clip is sampled, and the result: the selected frames, and the sound at 16 kHz."""
 
 import json
 from collections.abc import Sequence

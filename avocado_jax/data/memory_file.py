@@ -1,4 +1,4 @@
-"""A part of memory as the file that a download writes."""
+"""A memory buffer as the file that a download writes."""
 
 import io
 

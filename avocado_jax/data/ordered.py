@@ -1,4 +1,4 @@
-"""Calls that wait for storage, several at once: results in order, within a bound on memory."""
+"""Concurrent storage calls: results in order, with bounded memory."""
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator

@@ -1,4 +1,4 @@
-"""The chat prompt: what is asked about a clip, as token ids around the place where its media go."""
+"""The chat prompt: the question about a clip, as token ids before and after its media tokens."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Clips are read in processes that may die: a decoder that crashes, hangs or exhausts memory costs one clip."""
+"""Child processes that read clips: a decoder that crashes, hangs or exhausts memory fails one clip only."""
 
 import contextlib
 import importlib

@@ -1,4 +1,4 @@
-"""One record: a clip, its caption and what else is known of it, as self-describing bytes (msgpack) and back."""
+"""One record: a clip, its caption and its other fields, serialised as self-describing bytes (msgpack)."""
 
 import json
 import tempfile

@@ -1,4 +1,4 @@
-"""Where a long clip is cut: at its scene changes, near a target length.
+"""Segment borders of a long clip: scene changes near a target length.
 
 Thumbnails of `RATE` frames a second are compared. A scene change is a difference between two of them that is large, and
 large beside those around it, so that motion and slow fades are none. Dynamic programming chooses the borders.

@@ -1,4 +1,4 @@
-"""What is raised when storage fails: errors of local files and of the storage libraries as one line."""
+"""Exceptions of storage: errors of local files and of the storage libraries as one line."""
 
 import errno
 import re

@@ -1,4 +1,4 @@
-"""Tokenizers for small models that start from nothing: bytes, merged or not, and Qwen2.5-Omni's special tokens."""
+"""Tokenizers for small models trained from scratch: bytes, with or without merges, and Qwen2.5-Omni's tokens."""
 
 import json
 from collections.abc import Iterable
@@ -69,7 +69,7 @@ def train_tokenizer(folder: Path, texts: Iterable[str], entries: int) -> None:
         texts, trainers.BpeTrainer(vocab_size=ordinary, initial_alphabet=alphabet, show_progress=False)
     )
     if backend.get_vocab_size() != ordinary:
-        raise ValueError(f"the texts make {backend.get_vocab_size()} tokens, {ordinary} are asked for")
+        raise ValueError(f"the texts make {backend.get_vocab_size()} tokens, not the requested {ordinary}")
     merging = json.loads(backend.to_str())["model"]
     backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL])
     backend.save(str(folder / "tokenizer.json"))

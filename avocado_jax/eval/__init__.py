@@ -1,1 +1,1 @@
-"""What a checkpoint can do: captions of clips, and measures of them."""
+"""Evaluation of checkpoints: captions of clips, and their metrics."""

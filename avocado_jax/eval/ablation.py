@@ -1,7 +1,7 @@
-"""The ablation of the reward terms: its arms, what came out of them, and what that shows.
+"""The ablation of the reward terms: its arms, their results, and differences between arms.
 
-An arm is what a captioner goes through after its fine-tuning; it is run with several seeds, which arms share: the same
-clips in the same order, so that arms are compared seed by seed.
+An arm is a way of training a captioner after its fine-tuning. Each arm is run with the same seeds, and so with the same
+clips in the same order: arms are compared seed by seed.
 """
 
 import re

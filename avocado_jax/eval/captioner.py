@@ -1,4 +1,4 @@
-"""A checkpoint folder to a captioner: its parameters, tokenizer, stop ids and way of sampling clips."""
+"""Load a captioner from a checkpoint: parameters, tokenizer, stop ids and clip sampling."""
 
 from functools import partial
 from typing import Any

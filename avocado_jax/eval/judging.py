@@ -1,4 +1,4 @@
-"""Captions before a judge: prompts from files, questions in rounds, answers that are valid or counted as missing."""
+"""Judging of captions: prompts from files, rounds of questions, and validated answers."""
 
 import asyncio
 import hashlib

@@ -1,4 +1,4 @@
-"""A checkpoint on this machine as the judge: it takes the place of an endpoint, and its answers are kept as well."""
+"""A local checkpoint as the judge, instead of an endpoint; its answers are stored too."""
 
 import asyncio
 import hashlib

@@ -1,4 +1,4 @@
-"""What captions are worth, from their texts alone."""
+"""Metrics of captions that need their texts only."""
 
 import re
 from collections.abc import Mapping, Sequence

@@ -1,4 +1,4 @@
-"""A public benchmark, from captions to results: figures, what the judge said of each clip, a page to read it."""
+"""A public benchmark, from captions to results: figures, the judge's answers for each clip, and an HTML page."""
 
 import json
 import os

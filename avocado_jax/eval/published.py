@@ -1,4 +1,4 @@
-"""Published figures, to stand beside ours (arXiv 2510.10395, tables 1 to 4, and what came after)."""
+"""Published figures for comparison (arXiv 2510.10395, tables 1 to 4, and later work)."""
 
 from collections.abc import Mapping
 

@@ -1,7 +1,7 @@
-"""A run as one page that needs nothing else: its curves, and its captions beside what they were compared with.
+"""A self-contained HTML page of a run: its curves, and its captions beside their references.
 
-All that comes from outside goes into the page as JSON in which nothing can end a script, and from there into the
-document as text only; the page's policy allows its own script alone, and no address but files beside it.
+External text is embedded as JSON that cannot close the script element, and is inserted into the document as text only.
+The content security policy of the page allows only the page's script, and only files beside the page.
 """
 
 import base64

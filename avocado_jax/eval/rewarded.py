@@ -1,4 +1,4 @@
-"""Scores of any number of captions: batches of similar size, of few shapes, so that the cost is that of the text.
+"""Scores of any number of captions, in batches of similar sizes and few shapes, so that cost follows text length.
 
 B  captions of a batch
 """

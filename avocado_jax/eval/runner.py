@@ -1,7 +1,7 @@
-"""Captions of a benchmark's clips, made once: kept in a file as they come, so that a killed run goes on.
+"""Captions of a benchmark's clips, appended to a file as they are made, so that a killed run resumes.
 
-A line of the file is {"id", "caption", "tokens", "key"}; `key` is a digest of all that decides the caption, and
-lines with another key are left alone. Clips that failed are not kept: the next run tries them again.
+A line of the file is {"id", "caption", "tokens", "key"}; `key` is a digest of all inputs of the caption;
+lines with another key are ignored. Failed clips are not stored: the next run retries them.
 """
 
 import hashlib

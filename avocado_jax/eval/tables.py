@@ -1,4 +1,4 @@
-"""Results as Markdown: one beside what was published, several in the layout of the paper's ablation."""
+"""Results as Markdown tables: one result beside published figures, or several in the layout of the paper's ablation."""
 
 import html
 import re

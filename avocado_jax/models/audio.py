@@ -1,4 +1,4 @@
-"""The sound encoder: chunks of 200 mel frames that never see each other, two tokens a pooled pair."""
+"""The sound encoder: chunks of 200 mel frames that do not attend to each other, two tokens a pooled pair."""
 
 import flax.linen as nn
 import jax.numpy as jnp

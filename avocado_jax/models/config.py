@@ -130,7 +130,7 @@ class ThinkerConfig:
     seconds_per_chunk: int | float = 2
     dtype: str = "float32"  # of activations; reductions are fp32 whatever it is
     param_dtype: str = "float32"
-    scan: bool = True  # one stacked layer under a scan (training), or separate layers (decoding: platform.md)
+    scan: bool = True  # one stacked layer under a scan (training), or separate layers (decoding)
     attention: str = "auto"  # of whole sequences: see ATTENTION
     splash: SplashBlocks = field(default_factory=SplashBlocks)
     remat: str = "full"  # what the backward pass computes again: see REMAT
@@ -178,7 +178,7 @@ TINY = ThinkerConfig(
     ),  # of data/tokenizer.py
 )
 SMALL = ThinkerConfig(
-    # Learns AVWorld from nothing on a CPU. Few wide heads cost least there. The base of the rope is small, so that a
+    # Trains on AVWorld from scratch on a CPU. Few wide heads cost least there. The base of the rope is small, so that a
     # head turns by a third of a radian and more from one column of the picture to the next: the columns take the
     # slowest frequencies, with Qwen's base less than 1e-4, and nothing else tells where in the picture a token is.
     audio=AudioConfig(width=96, layers=2, heads=2, ffn=288, out=128),

@@ -1,1 +1,1 @@
-"""The mesh, where parameters live on it, and host batches onto it."""
+"""The device mesh, the sharding of parameters, and transfers of host batches."""

@@ -1,4 +1,4 @@
-"""What one device can do at most, by jax's name for its kind: the vendors' figures.
+"""Peak figures of one device by jax's device kind, as the vendors state them.
 
 TPU: cloud.google.com/tpu/docs/v5e, /v5p, /v6e, /v4 (dense bf16 FLOP/s, HBM size and bandwidth) and "How to Scale Your
 Model" (jax-ml.github.io/scaling-book/tpus: one-way bandwidth of a link, of which v5e and v6e have four and v4 and v5p

@@ -1,1 +1,1 @@
-"""What a run would take of its devices, found by compiling its step ahead of time; no device is needed."""
+"""Memory and time of a run, predicted by compiling its step ahead of time without the devices."""

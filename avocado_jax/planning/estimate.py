@@ -1,4 +1,4 @@
-"""What a collection of clips will take on this host, from some of its clips."""
+"""An estimate of the time of a collection of clips on this host, from a sample of its clips."""
 
 import time
 from collections.abc import Iterable

@@ -1,1 +1,1 @@
-"""Models behind an endpoint that speaks the OpenAI chat protocol: asked by rewards, evaluation and curation alike."""
+"""The client of OpenAI-compatible endpoints that rewards, evaluation and curation share."""

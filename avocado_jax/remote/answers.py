@@ -1,4 +1,4 @@
-"""Structured answers: what is asked for as a JSON schema, and read back by the same declaration."""
+"""Structured answers: one declaration gives the JSON schema of the request and parses the answer."""
 
 import ast
 import json

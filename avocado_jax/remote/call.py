@@ -1,4 +1,4 @@
-"""One call over HTTP: the text that the model answers, or an error that says whether to ask again."""
+"""One call over HTTP: the text of the answer, or an error that states whether a retry may help."""
 
 import json
 from email.utils import parsedate_to_datetime

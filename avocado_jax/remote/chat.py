@@ -1,4 +1,4 @@
-"""The client: questions to an OpenAI-compatible chat endpoint, many at once, each asked until its answer is read."""
+"""The client of an OpenAI-compatible chat endpoint: concurrent requests, each retried until its answer is valid."""
 
 import asyncio
 import hashlib

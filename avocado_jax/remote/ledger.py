@@ -1,4 +1,4 @@
-"""What a folder's calls have cost over all runs: lines to which each call is added before it is made."""
+"""The cost of a folder's calls over all runs: each call is appended before it is made."""
 
 import json
 from collections.abc import Callable

@@ -1,1 +1,1 @@
-"""Rewards as array programs: token ids in, scores out, beside the model. README.md says what each measures."""
+"""Rewards as array programs: token ids in, scores out, beside the model. README.md describes each term."""

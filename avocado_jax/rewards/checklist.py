@@ -3,10 +3,10 @@
     K  keypoints of a reference         U  distinct features of its keypoints
     F  features of a keypoint           B  blocks of ten words of a caption
 
-A judge says of each keypoint how surely the caption states it, 0 to 1, NaN where it has no answer; R_C is the mean of
-the answers there are (`mean_score`). The `lexical` judge needs no model: the features of a keypoint are the stems of
-its content words and pairs of neighbours among them, weighted by how much each says; it is stated as far as one window
-of 60 words of the caption holds them.
+A judge scores each keypoint from 0 (not stated) to 1 (stated), or NaN without an answer; R_C is the mean of the scores
+that exist (`mean_score`). The `lexical` judge needs no model: the features of a keypoint are the stems of its content
+words and pairs of neighbours among them, weighted by importance. The score follows from the share of this weight that
+one window of 60 words of the caption contains.
 """
 
 from collections.abc import Mapping, Sequence

@@ -1,4 +1,4 @@
-"""What a score was given for, in words."""
+"""Explain in words what a score is based on."""
 
 from collections.abc import Mapping, Sequence
 

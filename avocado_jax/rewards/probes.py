@@ -1,4 +1,4 @@
-"""Probes as judges are asked: a question with lettered choices, answered from the caption alone.
+"""Probes as judges receive them: a question with lettered choices, answered from the caption alone.
 
 The reward is the share of a clip's probes that the judge answers rightly (`checklist.mean_score` of 1 and 0; NaN
 without an answer). A caption without text answers nothing: its probes score 0, whatever a judge answers.

@@ -1,4 +1,4 @@
-"""The words that say who speaks each line of dialogue.
+"""The words that name the speaker of each line of dialogue.
 
 W  words of a caption      R  quotes      S  words of a speaker phrase
 """

@@ -1,10 +1,10 @@
-"""Captions as arrays: token ids to bytes, code points, words, sentences, quoted lines and who is said to speak them.
+"""Captions as arrays: token ids to bytes, code points, words, sentences, quoted lines and their speakers.
 
     N  code points of a caption            Q  quoted lines of a caption
     W  words of a caption                  S  words of a speaker phrase
 
-Everything is for one caption, of static shape, and is vmapped by those who call it. What does not fit a limit is cut,
-and `truncated` says so. The same program reads references (`read_texts`), so that both sides follow one set of rules.
+All functions take one caption of static shape; callers vmap them. Text beyond a limit is truncated, and `truncated` is
+set. The same program reads references (`read_texts`), so that captions and references follow the same rules.
 """
 
 from collections.abc import Sequence

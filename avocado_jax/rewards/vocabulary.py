@@ -105,7 +105,7 @@ def token_bytes(tokenizer: str) -> tuple[np.ndarray, np.ndarray]:
     model = content["model"]
     decoder = json.dumps(content.get("decoder") or {})
     if model.get("type", "BPE") != "BPE" or not ("ByteLevel" in decoder or "ByteFallback" in decoder):
-        raise ValueError("a byte-level or byte-fallback BPE tokenizer is asked for")
+        raise ValueError("the tokenizer must be a byte-level or byte-fallback BPE")
     spelled = _byte_characters() if "ByteLevel" in decoder else None
     pieces: dict[int, bytes] = {}
     for token, number in model["vocab"].items():

@@ -21,7 +21,7 @@ class Sampling:
     def __post_init__(self) -> None:
         fine = self.temperature == 0 or 1e-3 <= self.temperature < float("inf")
         if not fine or self.top_k < 0 or not 0 < self.top_p <= 1:
-            raise ValueError(f"temperature 0 or from 0.001, top-k >= 0 and 0 < top-p <= 1 are asked for, got {self}")
+            raise ValueError(f"need temperature 0 or at least 0.001, top-k >= 0 and 0 < top-p <= 1, got {self}")
 
 
 GREEDY = Sampling(temperature=0.0)

@@ -1,6 +1,6 @@
 """Batches on the mesh whose rows are the same on every process.
 
-A row counts only if every process that holds it has read it and, where a clip is `split` rows, only if all rows of its
+A row counts only if every process that loads it has read it and, where a clip is `split` rows, only if all rows of its
 clip were read. All others become the same empty row on every device: replicas of one array never differ, and nothing
 of a lost record reaches the step.
 """

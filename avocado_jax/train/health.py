@@ -1,4 +1,4 @@
-"""What a GRPO run prints beside its metrics: what a step is at the start, and warnings when captions collapse.
+"""Messages of a GRPO run beside its metrics: the size of a step at the start, and warnings when captions collapse.
 
 Nothing here changes the run.
 """

@@ -1,4 +1,4 @@
-"""The input of a run: its sources by the names that configs use, its worker processes, and whether it keeps up."""
+"""The input of a run: sources by the names that configs use, worker processes, and the measured wait for input."""
 
 import sys
 import time

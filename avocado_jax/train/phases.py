@@ -1,4 +1,4 @@
-"""How long each phase of a step takes, seen by a thread that waits for its results: the step itself never does."""
+"""Time of each phase of a step, measured by a thread that waits for its results; the step itself does not wait."""
 
 import time
 from concurrent.futures import Future, ThreadPoolExecutor

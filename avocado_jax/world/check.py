@@ -1,4 +1,4 @@
-"""Captions back to claims, and how true they are: exact, with no judge.
+"""Parse captions to claims and compare them with the truth, exactly and without a judge.
 
 The parser knows the language of `lexicon` and nothing else. Its rule for other text: a sentence that is not
 in the language is one unsupported claim, and a quotation in it is a line of dialogue with no speaker.

@@ -1,4 +1,4 @@
-"""Clips to use: manifest records, mp4 files, and arrays straight from the generator."""
+"""Clips as manifest records, mp4 files, or arrays directly from the generator."""
 
 import os
 from collections.abc import Iterable

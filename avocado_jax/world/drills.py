@@ -1,7 +1,7 @@
-"""Drills: what a clip is made of, practised apart. Cheap to look at, and nearly every word hangs on the clip.
+"""Drills: training clips for single elements of a clip. They are cheap, and nearly every word depends on the clip.
 
-A gallery is one picture of a few shapes, most often of a single one, so that there is no question which is meant; a
-talk is one picture and a few sounds, an act a movement or two without sound.
+A gallery is one picture of a few shapes, most often a single one, so that references are unambiguous. A talk is one
+picture and a few sounds. An act is a movement or two without sound.
 """
 
 import math

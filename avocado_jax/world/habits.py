@@ -1,10 +1,10 @@
 """Captions with bad habits: faults of known kinds at known rates, for rewards to mend.
 
-A model that learned from plain captions of AVWorld has no fault that a few hundred clips of reinforcement learning can
-mend: it tells all that it perceives. Captions that people write, and models that learned from those, leave things out
-and fall into loops. Here what is left out hangs on the background, which a caption names first, so that a model learns
-it in minutes; a habit shows in `RATE` of the captions of such clips, so that the likeliest caption has it and a sampled
-one often has not.
+A model trained on plain captions of AVWorld has no fault that a few hundred clips of reinforcement learning can mend:
+it states everything that it perceives. Captions by people, and models trained on them, omit content and repeat
+themselves. Here the background, which a caption names first, decides what is omitted, so that a model learns the fault
+in minutes. `RATE` of the captions of such clips have the fault, so that the most probable caption has it and sampled
+captions often do not.
 """
 
 import random

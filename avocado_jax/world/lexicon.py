@@ -1,4 +1,4 @@
-"""The ways to say each thing, declared once: `caption` writes from these tables and `check` reads by them.
+"""The phrases for each statement, declared once: `caption` writes and `check` parses with these tables.
 
 A phrase table maps the values of one or more slots to the phrases that mean them. A template is a clause
 with `{tables}` in it; a clause means the kind it is listed under and the slots of its tables. Sentence

@@ -1,4 +1,4 @@
-"""What is true of clips, from the `clips.jsonl` of a world, and how true captions of them are together."""
+"""The truth of clips, from the `clips.jsonl` of a world, and mean scores of captions against it."""
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path

@@ -100,5 +100,5 @@ def test_weights(folder, tmp_path):
 
 
 def test_too_few_words(tmp_path):
-    with pytest.raises(ValueError, match="1270 are asked for"):
+    with pytest.raises(ValueError, match="not the requested 1270"):
         train_tokenizer(tmp_path, ["a few words"], 1280)

@@ -1,4 +1,4 @@
-"""What a public benchmark is: records from its official file, questions to a judge, and what the answers come to."""
+"""The interface of a benchmark: records from its official file, questions to a judge, and figures from the answers."""
 
 import json
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence

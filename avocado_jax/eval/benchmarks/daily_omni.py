@@ -1,4 +1,4 @@
-"""Daily-Omni: questions on what is seen and heard together, answered from the caption alone."""
+"""Daily-Omni: questions about picture and sound together, answered from the caption alone."""
 
 from collections.abc import Iterator
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""UGC-VideoCap: a judge grades what a caption says of sound, picture and details, beside the reference."""
+"""UGC-VideoCap: a judge grades a caption's sound, picture and details against the reference."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path

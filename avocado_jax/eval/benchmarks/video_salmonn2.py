@@ -1,4 +1,4 @@
-"""video-SALMONN-2 test set: which gold events a caption misses or gets wrong, and what it invents."""
+"""video-SALMONN-2 test set: gold events that a caption misses or states incorrectly, and hallucinations."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path

@@ -1,7 +1,7 @@
 """Plain attention as parts that merge: every part returns its log-sum-exp beside its output.
 
-A caption attends to its clip and to itself. Computing the two softmaxes apart and merging them means that
-the clip's keys are read once for all G captions and never broadcast.
+A caption attends to its clip and to itself. Computing the two softmaxes separately and merging
+them means that the clip's keys are read once for all G captions and never broadcast.
 """
 
 import math
