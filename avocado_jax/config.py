@@ -297,7 +297,7 @@ def _pairs(overrides: Sequence[str]) -> Iterator[tuple[str, str]]:
     given = iter(overrides)
     for flag in given:
         if not flag.startswith("--"):
-            raise InputError(f"{flag}: a field is given as --name value")
+            raise InputError(f"{flag}: fields are set by --name value")
         name, equals, value = flag[2:].partition("=")
         if not equals and (value := next(given, None)) is None:
             raise InputError(f"--{name}: its value is missing")
@@ -327,7 +327,7 @@ def _changed(config: Any, name: str, path: list[str], text: str, root: Any) -> A
         raise InputError(f"--{name}: no such field" + (f"; did you mean {nearest}?" if nearest else ""))
     current = getattr(config, first)
     if rest and not is_dataclass(current):
-        raise InputError(f"--{name}: {first} has no fields of its own")
+        raise InputError(f"--{name}: {first} has no subfields")
     if is_dataclass(current) and not rest:
         names = ", ".join(f"--{name}.{one.name}" for one in fields(current))
         raise InputError(f"--{name}: give one of its fields: {names}")

@@ -54,7 +54,7 @@ def parse_lines(data: bytes, name: str, fields: Mapping[str, Any]) -> Iterator[t
     """
     lines = data.splitlines()
     if not any(map(bytes.strip, lines)):
-        raise InputError(f"{name} holds no lines")
+        raise InputError(f"{name} has no lines")
     for number, raw in enumerate(lines, start=1):
         where = f"{name}:{number}"
         if not raw.strip():
@@ -97,7 +97,7 @@ def appending(path: Path) -> Iterator[BinaryIO]:
         path.parent.mkdir(parents=True, exist_ok=True)
         file = path.open("a+b")
     except OSError as error:
-        raise InputError(f"{path}: {error.strerror}: --out says where this is kept") from error
+        raise InputError(f"{path}: {error.strerror}; choose another location with --out") from error
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

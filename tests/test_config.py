@@ -42,7 +42,7 @@ def test_overrides_take_the_type_of_their_field(path):
         (["--tensorboard", "maybe"], "not of type bool"),
         (["--steps"], "value is missing"),
         (["--optim", "adam"], "--optim.lr"),
-        (["--steps.more", "1"], "no fields of its own"),
+        (["--steps.more", "1"], "has no subfields"),
         (["steps", "1"], "--name value"),
         (["--optim.learning_rate", "1"], "did you mean optim.lr?"),
         (["--checkpoint_minutes", "-1"], "checkpoint_minutes: -1.0 is not a number from 0"),

@@ -256,7 +256,7 @@ def _appearing(target: str, nbytes: int) -> Iterator[str]:
         raise InputError(f"{target}: needs {nbytes / 1e9:.1f} GB, the disk has {free / 1e9:.1f} GB free")
     partial = final.with_name(final.name + ".partial")
     if partial.exists() and not (partial / MARK).exists():
-        raise InputError(f"{partial}: is in the way, and not ours to delete")
+        raise InputError(f"{partial}: already exists and was not made by this command")
     shutil.rmtree(partial, ignore_errors=True)  # what a killed conversion left
     partial.mkdir()
     try:

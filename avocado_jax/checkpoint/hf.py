@@ -210,7 +210,7 @@ def open_hf(folder: str | os.PathLike, text_only: bool = False, copies: bool = F
         elif tensor.shape != entries[inner].shape:
             raise InputError(
                 f"{tensor.file}: tensor '{name}' has shape {list(tensor.shape)}, "
-                f"the config asks for {list(entries[inner].shape)}"
+                f"the config requires {list(entries[inner].shape)}"
             )
         elif tensor.dtype.kind != "f" and tensor.dtype.name != "bfloat16":
             raise InputError(f"{tensor.file}: tensor '{name}' is {tensor.dtype.name}, not floating point")
@@ -270,7 +270,7 @@ def read_tensors(folder: PurePath) -> dict[str, Tensor]:
             if tensor in tensors:
                 raise InputError(f"{folder / name}: tensor '{tensor}' is in {tensors[tensor].file.name} too")
             if where is not None and where.get(tensor) != name:
-                raise InputError(f"{folder / name}: tensor '{tensor}' is not placed here by the index")
+                raise InputError(f"{folder / name}: the index lists tensor '{tensor}' in another file or not at all")
             tensors[tensor] = entry
     for tensor in where or {}:
         if tensor not in tensors:

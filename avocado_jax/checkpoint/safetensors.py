@@ -77,7 +77,7 @@ def _pairs(pairs: list[tuple[str, object]]) -> dict[str, object]:
     out = dict(pairs)
     if len(out) < len(pairs):
         names = [name for name, _ in pairs]
-        raise ValueError(f"'{next(name for name in names if names.count(name) > 1)}' stands twice")
+        raise ValueError(f"'{next(name for name in names if names.count(name) > 1)}' appears twice")
     return out
 
 

@@ -67,8 +67,8 @@ class Source:
         """What the file says of itself."""
         probe = await self._read(self._reader.probe, self.path, self.reading)
         if probe.sound and probe.seconds > self.reading.sound_seconds:
-            listened = f"{self.reading.sound_seconds} s are listened to at most"
-            raise Rejected("read", f"{probe.seconds:.0f} s long; {listened}")
+            limit = f"the limit of clips with sound is {self.reading.sound_seconds} s"
+            raise Rejected("read", f"{probe.seconds:.0f} s long; {limit}")
         return probe
 
     async def digest(self) -> str:
@@ -123,7 +123,7 @@ async def curate_clip(asker: Asker, source: Source, settings: Settings, local: C
         captions = both(visual, audio) | {"fused": caption}
         score = await asker.ask(source.name, question("completeness", captions, Completeness, read_score))
         if score < COMPLETE:
-            raise Rejected("completeness", f"completeness {score} of 5, {COMPLETE} is the least")
+            raise Rejected("completeness", f"completeness {score} of 5, the minimum is {COMPLETE}")
     keypoints = await keypoints_of(asker, source.name, caption)
     dialogues = await dialogues_of(asker, source.name, caption) if audio else []
     return {"caption": caption, "dialogues": dialogues, "keypoints": keypoints}
@@ -188,6 +188,6 @@ def within(settings: Settings, text: str, what: str, most_only: bool = False) ->
     """Raises Rejected where a text is too long, or too short."""
     length = settings.tokens(text)
     if length > settings.most:
-        raise Rejected("length", f"{what} has {length} tokens, {settings.most} is the most")
+        raise Rejected("length", f"{what} has {length} tokens, the maximum is {settings.most}")
     if length < settings.fewest and not most_only:
-        raise Rejected("length", f"{what} has {length} tokens, {settings.fewest} is the fewest")
+        raise Rejected("length", f"{what} has {length} tokens, the minimum is {settings.fewest}")

@@ -41,7 +41,7 @@ def one_line(path: Path) -> Iterator[None]:
     except InputError as error:
         raise InputError(f"{printable(path)}: {error}") from error
     except MemoryError as error:
-        raise InputError(f"{printable(path)}: needs more memory than there is") from error
+        raise InputError(f"{printable(path)}: not enough memory to read it") from error
     except (av.error.FFmpegError, ValueError, OSError) as error:
         reason = " ".join(str(getattr(error, "strerror", None) or error).split())
         raise InputError(f"{printable(path)}: damaged, cannot be decoded ({reason})") from error
@@ -56,7 +56,7 @@ def _check_file(path: Path) -> None:
     except FileNotFoundError:
         raise InputError("no such file") from None
     except ValueError:
-        raise InputError("no such file (its name holds a NUL character)") from None
+        raise InputError("no such file (its name contains a NUL character)") from None
     except OSError as error:
         raise InputError(f"cannot be opened ({error.strerror})") from None
     if not path.is_file():  # opening a pipe would block
@@ -64,7 +64,7 @@ def _check_file(path: Path) -> None:
     if size == 0:
         raise InputError("is empty (zero bytes)")
     if not os.access(path, os.R_OK):
-        raise InputError("may not be read")
+        raise InputError("no permission to read it")
 
 
 def open_clip(path: Path) -> av.container.InputContainer:
@@ -108,7 +108,7 @@ def video_stream(container: av.container.InputContainer) -> av.VideoStream:
 def check_size(width: int, height: int) -> None:
     """Raise InputError for a frame of too many pixels."""
     if width * height > MOST_PIXELS:
-        raise InputError(f"a picture of {width}x{height}: {MOST_PIXELS} pixels are the most that is read")
+        raise InputError(f"a picture of {width}x{height}: the limit is {MOST_PIXELS} pixels")
 
 
 def frame_rate(stream: av.VideoStream) -> float:

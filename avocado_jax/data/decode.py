@@ -362,7 +362,7 @@ def _resampled(stretches: list[_Stretch], reading: Reading) -> list[tuple[int, F
     for group in groups:
         mono = np.concatenate([block for stretch in group for block in stretch.blocks])
         if not np.isfinite(mono).all():
-            raise InputError("damaged: its sound holds values that are no numbers")
+            raise InputError("damaged: its sound contains NaN or infinite values")
         if group[0].rate != reading.sound_rate:
             mono = librosa.resample(mono, orig_sr=group[0].rate, target_sr=reading.sound_rate, res_type="soxr_hq")
         parts.append((round(group[0].start * reading.sound_rate), mono))

@@ -187,7 +187,7 @@ def _checked(fields: dict[str, Any]) -> str:
         json.dumps(fields, ensure_ascii=False).encode()
         msgpack.packb(fields)
     except UnicodeEncodeError as error:
-        raise InputError("a text in it holds half of a surrogate pair") from error
+        raise InputError("a text in it contains an unpaired surrogate") from error
     except (OverflowError, ValueError) as error:
         raise InputError(f"cannot be stored: {error}") from error
     if "\0" in fields["video"]:
@@ -226,7 +226,7 @@ def _from_swift(record: dict[str, Any], number: int) -> dict[str, Any]:
     # The placeholders stand where the media go: before the question, or behind it.
     before, *inner, after = MARK.split(texts["user"]) if MARK.search(texts["user"]) else ("", texts["user"])
     if (before.strip() and after.strip()) or any(part.strip() for part in inner):
-        raise InputError("the video stands in the middle of the question: before and behind it are supported")
+        raise InputError("the video is in the middle of the question; it must be before or after the text")
     fields = {"id": record.get("id", f"{videos[0]}#{number}"), "video": videos[0], "caption": texts["assistant"]}
     if prompt := before.strip() or after.strip():
         fields["prompt"] = prompt

@@ -68,7 +68,7 @@ class Shards:
         shard, position = int(self.index.shard[number]), int(self.index.position[number])
         record = unpack(retried(lambda: self._read(shard, position), self._name(shard), FAULTS, self._patience))
         if record.fields["id"] != self.index.ids[number]:
-            raise InputError(f"{self._name(shard)} holds {record.fields['id']} at {position}: not what the index says")
+            raise InputError(f"{self._name(shard)} has {record.fields['id']} at {position}, unlike the index")
         return record
 
     def check(self) -> None:
@@ -160,7 +160,7 @@ def open_shards(
         )
     if prepared != reading_fields(reading):
         requested = reading_fields(reading)
-        raise InputError(f"{where}: prepared for {prepared}, the run asks for {requested}: run prepare again")
+        raise InputError(f"{where}: prepared for {prepared}, the run requires {requested}: run prepare again")
     data = storage.read(storage.join(folder, file))
     if hashlib.md5(data, usedforsecurity=False).hexdigest() != md5:
         raise InputError(f"{folder}: {file} is not the one of its manifest.json")
@@ -213,7 +213,7 @@ class TfdsSource:
         where = f"{self._folder} ({self._split}) at {number}"
         record = from_example(retried(lambda: self._read(number), where, FAULTS, storage.PATIENCE))
         if self.index and record.fields["id"] != self.index.ids[number]:
-            raise InputError(f"{where} holds {record.fields['id']}: not what was measured; empty the cache_dir")
+            raise InputError(f"{where} has {record.fields['id']}, unlike its measurements; empty the cache_dir")
         return record
 
     def _read(self, number: int) -> dict[str, Any]:

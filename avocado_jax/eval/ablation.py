@@ -62,7 +62,7 @@ def parse_arms(texts: Sequence[str]) -> list[Arm]:
     slugs = [arm.slug for arm in arms]
     for arm in arms:
         if not arm.slug or slugs.count(arm.slug) > 1:
-            raise InputError(f"--arm {arm.name}: arms need names of their own, with letters or digits")
+            raise InputError(f"--arm {arm.name}: names of arms must be unique and have letters or digits")
     return arms
 
 
@@ -83,7 +83,7 @@ def _parse(text: str) -> Arm:
         try:
             weights[term] = float(weight or 1)
         except ValueError:
-            raise InputError(f"--arm {text}: {weight!r} is no weight") from None
+            raise InputError(f"--arm {text}: {weight!r} is not a weight") from None
     return Arm(name.strip(), "grpo", weights)
 
 

@@ -148,7 +148,7 @@ class ThinkerConfig:
     def __post_init__(self) -> None:
         if not self.text.width == self.audio.out == self.vision.out:
             raise ValueError(
-                f"the towers end in widths {self.audio.out} (audio) and {self.vision.out} (vision), "
+                f"the encoders have output widths {self.audio.out} (audio) and {self.vision.out} (vision), "
                 f"the language model has {self.text.width}"
             )
         if min(self.text.heads, self.text.kv_heads, self.audio.heads, self.vision.heads, self.vision.patch) < 1:

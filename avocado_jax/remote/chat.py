@@ -343,7 +343,7 @@ def request_fields(text: str, defaults: Mapping[str, Any]) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise InputError(f"--request is not JSON: {error}") from None
     if not isinstance(more, dict):
-        raise InputError("--request is no JSON object")
+        raise InputError("--request is not a JSON object")
     if taken := {"model", "messages", "stream", "n", "response_format"} & more.keys():
         raise InputError(f'--request may not set "{min(taken)}"')
     return {name: value for name, value in {**defaults, **more}.items() if value is not None}

@@ -90,7 +90,7 @@ def weight_of(text: str) -> tuple[str, float]:
     except ValueError:
         value = math.nan
     if not math.isfinite(value):
-        raise InputError(f"{text}: {weight!r} is no weight")
+        raise InputError(f"{text}: {weight!r} is not a weight")
     return which, value
 
 

@@ -97,9 +97,9 @@ def _clips(data: bytes, name: str, retry_failed: bool) -> tuple[Counter[str], by
         try:
             found = json.loads(line.decode("utf-8", "surrogatepass"))
         except ValueError as error:
-            raise InputError(f"{name}: holds a line that is not JSON ({error})") from error
+            raise InputError(f"{name}: has a line that is not JSON ({error})") from error
         if not isinstance(found, dict) or not isinstance(found.get("clip"), str):
-            raise InputError(f"{name}: holds a line that is not of a clip; give another --out")
+            raise InputError(f"{name}: has a line that is not of a clip; choose another --out")
         if not (retry_failed and "error" in found):
             clips[found["clip"]] += 1
             kept.append(line)

@@ -294,7 +294,7 @@ class Server:
     def _check_length(self, seconds: float) -> None:
         limit = self.limits.clip_seconds
         if seconds > limit:
-            raise ApiError(400, f"the clip is {seconds:.0f} s long; {limit:g} s are the most", "clip_too_long")
+            raise ApiError(400, f"the clip is {seconds:.0f} s long; the limit is {limit:g} s", "clip_too_long")
 
 
 def grown(answer: Answer, sent: str) -> str:

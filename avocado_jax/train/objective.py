@@ -135,9 +135,9 @@ def check_objective(config: ObjectiveConfig) -> None:
         if getattr(config, field) not in names:
             raise InputError(f"objective.{field}: {getattr(config, field)!r} is none of {', '.join(names)}")
     if not 0 <= config.clip_low <= 1 or config.clip_high < 0:
-        raise InputError("objective: clip_low is from 0 to 1, clip_high from 0")
+        raise InputError("objective: clip_low must be from 0 to 1, clip_high at least 0")
     if min(config.beta, config.importance_cap) < 0 or config.std_floor <= 0:
-        raise InputError("objective: beta and importance_cap are from 0, std_floor is more than 0")
+        raise InputError("objective: beta and importance_cap must be at least 0, std_floor more than 0")
 
 
 def advantages(rewards: Float[Array, "B G"], config: ObjectiveConfig) -> Float[Array, "B G"]:

@@ -223,7 +223,7 @@ def make_rewards(config: GrpoConfig, setup: Setup, stops: Sequence[int], judges:
             if missing > settings.max_unjudged * requested:
                 raise Unjudged(
                     f"the judge left {missing} of {requested} {ITEMS[term]} of a step without an answer; "
-                    "nothing is lost"
+                    "the run can be resumed"
                 )
 
     if jax.process_index() == 0:
@@ -263,7 +263,10 @@ def _warn_of_missing(source: Source, references: Callable, terms: Sequence[str])
     for name, without in {**missing(references(fields)), "probes": probes}.items():
         if name in terms and without.any():
             count = f"{without.sum()} of the first {len(fields)} clips"
-            print(f"rewards.{name}: {count} have no reference for it and get nothing of it", file=sys.stderr)
+            print(
+                f"rewards.{name}: {count} have no reference for this term, which adds nothing to their reward",
+                file=sys.stderr,
+            )
 
 
 def _shared(

@@ -125,7 +125,7 @@ def probe(folder: str) -> None:
     content = f"{socket.gethostname()} {jax.process_index()}".encode()
     storage.write(path, content)
     if storage.read(path) != content or name not in storage.names(folder):
-        raise InputError(f"{path}: reads otherwise than it was written; does another job use {folder}?")
+        raise InputError(f"{path}: its content differs from what was written; does another job use {folder}?")
     storage.delete(path)
     if storage.is_remote(folder):
         storage.check_bucket(folder)

@@ -138,8 +138,8 @@ def test_filters_on_length_cost_no_more_calls(curator, tmp_path, capsys):
         assert {stage_of(request) for request in server.requests} == {"visual", "audio"}
         _, _, _, short, _ = curate(capsys, curator, tmp_path / "short", server.url, "--fewest-tokens", "2000")
     assert {one["stage"] for one in rejects.values()} == {one["stage"] for one in short.values()} == {"length"}
-    assert all("20 is the most" in one["reason"] for one in rejects.values())
-    assert all("2000 is the fewest" in one["reason"] for one in short.values())
+    assert all("the maximum is 20" in one["reason"] for one in rejects.values())
+    assert all("the minimum is 2000" in one["reason"] for one in short.values())
     assert "completeness" not in {stage_of(request) for request in server.requests}
 
 
@@ -190,7 +190,7 @@ def test_prepare_reads_the_manifest(curator, tmp_path, capsys):
         (["CLIP", "--fps", "0"], "--fps is 0.0, must be more than 0"),
         (["CLIP", "--concurrency", "0"], "--concurrency is 0, must be at least 1"),
         (["CLIP", "--budget-tokens", "-1"], "--budget-tokens is -1, must be at least 0"),
-        (["CLIP", "--request", "[]"], "--request is no JSON object"),
+        (["CLIP", "--request", "[]"], "--request is not a JSON object"),
         (["CLIP", "--request", "{"], "--request is not JSON"),
         (["CLIP", "--request", '{"stream": true}'], '--request may not set "stream"'),
         (["CLIP", "--dtype", "float32"], "--dtype needs --checkpoint"),

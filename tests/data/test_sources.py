@@ -117,7 +117,7 @@ def test_a_missing_or_exchanged_shard_is_noticed(faulty, tmp_path):
 
     shards = sorted((faulty.local / "out").glob("shard-*"))
     storage.write(f"gs://clips-bucket/missing/{shards[1].name}", shards[0].read_bytes())
-    with pytest.raises(InputError, match="not what the index says"):
+    with pytest.raises(InputError, match="unlike the index"):
         open_shards("gs://clips-bucket/missing", READING, patience=1.0)[3]
     with pytest.raises(storage.StorageError, match="checksum"):
         open_shards("gs://clips-bucket/missing", READING, cache_dir=tmp_path, patience=1.0)[3]

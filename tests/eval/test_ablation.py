@@ -38,15 +38,15 @@ def test_weights_and_what_is_no_arm():
         "dialogue": "not NAME=",
         "a=speech": "'speech' is not one of",
         "a=length,length": "each once",
-        "a=length:x": "'x' is no weight",
-        "a=host:module:term=x": "'x' is no weight",
+        "a=length:x": "'x' is not a weight",
+        "a=host:module:term=x": "'x' is not a weight",
         "a=host:module:term,host:module:term=2": "each once",
-        "=init": "names of their own",
+        "=init": "must be unique",
         "../x": "not NAME=",
     }.items():
         with pytest.raises(InputError, match=why):
             parse_arms([wrong])
-    with pytest.raises(InputError, match="names of their own"):
+    with pytest.raises(InputError, match="must be unique"):
         parse_arms(["a b=init", "A-B=sft"])
 
 

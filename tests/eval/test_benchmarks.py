@@ -274,7 +274,7 @@ def test_mistakes_are_one_line(tmp_path, capsys):
         (["world", "--data", data, "--judge", "http://localhost"], "--judge is for the public benchmarks"),
         (["world", "--data", data, "--dry-run"], "--dry-run is for the public benchmarks"),
         (["world", "--data", data, "--request", '{"seed": 1}'], "--request is for the public benchmarks"),
-        ([*with_captions, "--request", "[]"], "--request is no JSON object"),
+        ([*with_captions, "--request", "[]"], "--request is not a JSON object"),
         ([*with_captions, "--request", '{"model": "x"}'], '--request may not set "model"'),
         ([*with_captions, "--budget-calls", "5"], "--budget-calls needs --judge URL"),
         ([*with_captions, "--dry-run"], "--dry-run needs --judge URL"),

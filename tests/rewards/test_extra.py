@@ -68,8 +68,8 @@ def test_a_term_has_the_name_of_its_function_and_a_weight():
         ([f"cpu:{HERE}:marks"], "not 'cpu"),
         ([f"jax:{HERE}:absent"], "has no attribute 'absent'"),
         (["jax:no_such_module:marks=1"], "No module named"),
-        ([f"jax:{HERE}:marks=much"], "'much' is no weight"),
-        ([f"jax:{HERE}:marks=nan"], "'nan' is no weight"),
+        ([f"jax:{HERE}:marks=much"], "'much' is not a weight"),
+        ([f"jax:{HERE}:marks=nan"], "'nan' is not a weight"),
         ([f"host:{HERE}:length"], "the name length is taken"),
         ([f"host:{HERE}:length_std"], "the name length_std is taken"),  # `reward_length_std` is a metric
         ([f"host:{HERE}:std"], "the name std is taken"),

@@ -42,7 +42,7 @@ def server_with(reader):
 
 def test_a_clip_in_parts_is_not_longer_than_others():
     media = Media(np.zeros((1, 28, 28, 3), np.uint8), None, 31.0)
-    with pytest.raises(ApiError, match="31 s long; 30 s are the most"):
+    with pytest.raises(ApiError, match="31 s long; the limit is 30 s"):
         server_with(SimpleNamespace(read_parts=lambda *_: media))._read(["a.jpg"], video=False, sound=False)
 
 

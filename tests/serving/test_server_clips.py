@@ -79,7 +79,7 @@ def test_a_file_that_is_replaced_between_check_and_use(root, tmp_path, monkeypat
 
 def test_a_clip_that_is_too_long(server, root):
     GOOD["100_s.mp4"](root / "long.mp4")
-    with pytest.raises(openai.BadRequestError, match="110 s long; 60 s are the most"):
+    with pytest.raises(openai.BadRequestError, match="110 s long; the limit is 60 s"):
         server.chat(clip_part((root / "long.mp4").as_uri()))
 
 

@@ -61,7 +61,7 @@ def test_checks_of_one_host(tmp_path):
 
 def test_a_folder_that_does_not_keep_what_is_written(tmp_path, monkeypatch):
     monkeypatch.setattr(storage, "read", lambda path: b"something else")
-    with pytest.raises(InputError, match="reads otherwise than it was written"):
+    with pytest.raises(InputError, match="its content differs from what was written"):
         startup.probe(str(tmp_path))
 
 

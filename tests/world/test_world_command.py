@@ -141,7 +141,7 @@ def test_what_is_wrong_is_said_in_one_line(world, tmp_path, capsys):
         ([out, "--clips", "2", "--truth", truth], "go together"),
         (["--check", str(tmp_path / "absent.jsonl"), "--truth", truth], "absent.jsonl: No such file"),
         (["--check", str(tmp_path), "--truth", truth], "Is a directory"),
-        (wrong("", name="empty.jsonl"), "holds no lines"),
+        (wrong("", name="empty.jsonl"), "has no lines"),
         (wrong('{"id": "a"\n', name="a.jsonl"), "a.jsonl:1: not JSON"),
         (wrong(b"\n\xff\xfe{}", name="b.jsonl"), "b.jsonl:2: not JSON"),
         (wrong("[1, 2]", name="c.jsonl"), "not a JSON object"),

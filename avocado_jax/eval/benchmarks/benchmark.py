@@ -124,7 +124,7 @@ def read_json(path: Path, kind: type) -> Any:
     except OSError as error:
         raise InputError(f"{path}: {error.strerror}") from None
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{path}: not JSON, or not all of it: {error}") from None
+        raise InputError(f"{path}: not JSON, or truncated: {error}") from None
     if not isinstance(value, kind):
         raise InputError(f"{path}: must be {NAMES[kind]} of the benchmark's clips")
     return value
@@ -159,7 +159,7 @@ def all_different(path: Path, records: Iterator[Record]) -> list[Record]:
             raise InputError(f"{path}: a second clip {json.dumps(record.id)}")
         found[record.id] = record
     if not found:
-        raise InputError(f"{path}: holds no clip")
+        raise InputError(f"{path}: no clips in it")
     return list(found.values())
 
 

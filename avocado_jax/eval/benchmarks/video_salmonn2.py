@@ -65,7 +65,9 @@ def _records(path: Path) -> Iterator[Record]:
             for turn in (checked(where, turn, {"from": str, "value": str}) for turn in one["conversations"])
         }
         if not {"human", "gpt"} <= turns.keys() or not one["events"]:
-            raise InputError(f'{where}: "conversations" must hold a turn of "human" and of "gpt", "events" an event')
+            raise InputError(
+                f'{where}: "conversations" must have a turn of "human" and of "gpt", and "events" an event'
+            )
         prompt = turns["human"].replace("<image>\n", "").replace("<video>\n", "").strip()
         yield Record(one["video"], (one["video"],), prompt, turns["gpt"], one["events"])
 
