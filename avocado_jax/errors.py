@@ -14,7 +14,7 @@ CODES = re.compile(
 
 
 class InputError(Exception):
-    """Bad input from outside: the message is one line that says what is wrong and where.
+    """Bad input from outside: the message is one line that names the problem and its place.
 
     The command line prints it to stderr and exits with status 2; it is never a traceback.
     """
@@ -52,7 +52,7 @@ def first_line(error: BaseException) -> str:
 def report(error: BaseException, command: str) -> int:
     """Print an error to stderr, its name and message in the last line. Returns its exit status.
 
-    The traceback comes first, unless the message alone says what happened.
+    The traceback comes first, unless the message alone is sufficient.
     """
     status = exit_status(error)
     if isinstance(error, InputError | OSError | FloatingPointError):

@@ -50,7 +50,7 @@ def parse_lines(data: bytes, name: str, fields: Mapping[str, Any]) -> Iterator[t
     """Each JSON object of a file's content with its "name:line", checked to have the fields, of these types.
 
     Raises:
-        InputError: it holds nothing, or a line is not as asked for.
+        InputError: the file is empty, or a line is invalid.
     """
     lines = data.splitlines()
     if not any(map(bytes.strip, lines)):

@@ -51,7 +51,7 @@ def read_config(config: Any, tied: bool) -> ThinkerConfig:
     always read. `tied` comes from the tensors: whether the checkpoint has no output matrix of its own.
 
     Raises:
-        InputError: a field is missing, of the wrong kind, or asks for something that is not implemented.
+        InputError: a field is missing, of the wrong kind, or has a value that is not implemented.
     """
     if not isinstance(config, Mapping):
         raise InputError("config.json: not an object")

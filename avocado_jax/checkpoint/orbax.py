@@ -71,7 +71,7 @@ class _PiecesHandler(ocp.type_handlers.NumpyHandler):
 
             for _ in map_ordered(write, value.pieces(), lambda piece: piece[1].nbytes, WRITE_BYTES):
                 pass
-        except ValueError as error:  # so tensorstore says that a disk is full
+        except ValueError as error:  # tensorstore raises this for a full disk
             raise OSError(" ".join(str(error).split())[:300]) from error
 
 

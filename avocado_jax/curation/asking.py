@@ -23,7 +23,7 @@ T = TypeVar("T")
 TRIES = 3  # answers to a question until one can be used
 REPEATED = 20_000  # characters of a bad answer that the model is shown again
 SHORT = 8  # characters of a key that may be a word of an answer
-SPENT = "the budget of"  # how the client says that a call would exceed it
+SPENT = "the budget of"  # prefix of the client's error when a call would exceed it
 AGAIN = "This answer cannot be used: {}. Answer again, in full and in the same form, with this put right."
 
 
@@ -68,7 +68,7 @@ class Asker:
     """Asks for clips, all on the client's loop.
 
     Attributes:
-        why: the run ends, and this is why; empty as long as it goes on.
+        why: the reason why the run ends; empty while it continues.
         exhausted: whether it ends because the next call would exceed the budget.
     """
 

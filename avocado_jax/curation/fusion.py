@@ -63,7 +63,7 @@ class _Kept(NamedTuple):
 
 
 def fusion_faults(fused: str, *sources: Sequence[Sentence]) -> Faults:
-    """Compare a fused caption with the captions it was made from, each in the order it was told."""
+    """Compare a fused caption with the captions it was made from, each in its own order."""
     text = Words(fused)
     kept, missing = _found(text, sources)
     kept.sort()
@@ -122,7 +122,7 @@ def _gaps(text: Words, kept: Sequence[_Kept]) -> list[tuple[int, int]]:
 
 
 def _alike(words: Sequence[str], stretch: Sequence[str]) -> float:
-    """The share of the words that stand in a stretch in the same order."""
+    """The share of the words that a stretch contains in the same order."""
     matched = SequenceMatcher(None, words, stretch, autojunk=False).get_matching_blocks()
     return sum(block.size for block in matched) / max(1, len(words))
 

@@ -29,7 +29,7 @@ class ClipSource(NamedTuple):
     """One clip that can be read.
 
     Attributes:
-        name: as given, or found in a folder: in outputs it stands for the clip.
+        name: as given, or found in a folder: it identifies the clip in outputs.
         path: where the file is, local or gs://; empty for a record of prepared shards.
         fields: `prompt`, `system` and `media_first` of a manifest line, those that it has.
         record: the number of the record in `shards`.

@@ -225,7 +225,7 @@ class TfdsSource:
 
     def _examples(self) -> Any:
         if self._source is None:
-            # tfds reads small files of a bucket by gcsfs, which waits on a probe for minutes unless told not to.
+            # tfds reads small files of a bucket by gcsfs, which waits on a probe for minutes by default.
             os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
             import tensorflow_datasets as tfds  # slow to import
 

@@ -20,7 +20,7 @@ class EncoderConfig:
     layers: int = 6
     heads: int = 12
     positions: int = 512  # tokens of a text at most
-    kinds: int = 2  # segments that were told apart in training; a text is of the first
+    kinds: int = 2  # kinds of segments in training; a text is of the first
     eps: float = 1e-12
     pool: str = "mean"  # of the valid tokens; "first": the first of them
     dtype: str = "float32"

@@ -17,7 +17,7 @@ TOKEN = re.compile(r"""'(?:[^'\\\n]|\\.)*'|"(?:[^"\\\n]|\\.)*"|[{}]""")
 
 
 def response_format(schema: type[BaseModel]) -> dict[str, Any]:
-    """The field of a request that asks for an answer of this shape, and of nothing beside it."""
+    """The field of a request that constrains the answer to this schema."""
     named = {"name": schema.__name__, "schema": _closed(schema.model_json_schema()), "strict": True}
     return {"response_format": {"type": "json_schema", "json_schema": named}}
 
@@ -25,7 +25,7 @@ def response_format(schema: type[BaseModel]) -> dict[str, Any]:
 def read_object(text: str, schema: type[A], python: bool = False) -> A:
     """The last JSON object in what a model wrote that is of this shape, types strictly so.
 
-    Words, fences and other objects around it are passed over, and so are fields that were not asked for.
+    Words, fences and other objects around it are ignored, and so are fields that were not requested.
 
     Args:
         python: read Python dictionaries too (`objects`).
@@ -102,7 +102,7 @@ def last_words(text: str) -> list[str]:
 
 
 def _closed(schema: Any) -> Any:
-    """The schema with no field but its own in any object, as strict endpoints ask for; answers may have more."""
+    """The schema with no field but its own in any object, as strict endpoints require; answers may have more."""
     if isinstance(schema, list):
         return [_closed(one) for one in schema]
     if not isinstance(schema, dict):

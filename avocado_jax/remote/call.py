@@ -14,7 +14,7 @@ TRUNCATED = ("length", "content_filter")  # finish reasons of an incomplete answ
 
 
 class Malformed(ValueError):
-    """An answer that is not what was asked for. `text` is what the model wrote, if it wrote any."""
+    """An invalid answer. `text` is the model's output, if there is any."""
 
     def __init__(self, what: str, text: str = ""):
         super().__init__(what)
@@ -82,7 +82,7 @@ def content(raw: bytes) -> str:
     """The text in an answer of the chat protocol.
 
     Raises:
-        Malformed: it is no such answer, or the server says that it is not whole.
+        Malformed: it is not a valid answer, or the server reports it as incomplete.
     """
     try:
         choice = json.loads(raw)["choices"][0]
@@ -115,7 +115,7 @@ def model_of(raw: bytes) -> str:
 
 
 def retry_after(header: str) -> float:
-    """Seconds that a Retry-After header asks for: a number, or a date; 0 if it is neither."""
+    """Seconds of a Retry-After header: a number, or a date; 0 if it is neither."""
     try:
         return max(0.0, float(header))
     except ValueError:

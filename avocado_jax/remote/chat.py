@@ -43,7 +43,7 @@ class Endpoint:
     timeout: float = 60.0  # seconds that a call may take, to its last byte
     patience: float = 600.0  # seconds, once its turn has come, after which a question without a deadline is given up
     tries: int = 3  # answers taken to a question until one can be read
-    blanks: int | None = None  # of them without any text, counted apart; None: as the others
+    blanks: int | None = None  # of them without any text, counted separately; None: as the others
     max_calls: int = 1_000_000  # of one client, or of all that wrote the ledger
     max_tokens: int | None = None  # the same, questions and answers together
     ledger: Ledger | None = None  # adds up calls and tokens over all runs
@@ -64,7 +64,7 @@ class Reply(Generic[T]):
 class ChatClient:
     """Asks an endpoint on a thread of its own.
 
-    A question is asked for once: the raw answer, once it could be read, is cached by the hash of all that decides it,
+    A valid answer is requested once: the raw answer is cached by the hash of all that decides it,
     and equal questions in flight are one. What may pass (429, 5xx, time-outs, lost connections) is tried again with
     pauses that grow, as long as Retry-After says and patience lasts. The key is sent in the header and nowhere else.
 
@@ -76,7 +76,7 @@ class ChatClient:
         returned: answers by the name of the model, as the endpoint gives it.
         ended: why no more questions are asked: the budget is exhausted, or the endpoint does not answer. Empty: not.
         exhausted: it is the budget.
-        trouble: the latest error, in words. The first of each kind is told on stderr.
+        trouble: the latest error message. The first of each kind is printed on stderr.
 
     Raises:
         InputError: the URL is none; or, from a question, the endpoint has never answered, and refuses for a reason
@@ -123,8 +123,8 @@ class ChatClient:
 
         Args:
             messages: of the chat protocol, with any content parts: text, image_url, input_audio.
-            read: the answer's text to a value, which is not None; raises Malformed if it is not what was asked for.
-                The question is then asked again, up to `tries` times.
+            read: the answer's text to a value, which is not None; raises Malformed if it is invalid.
+                The request is then repeated, up to `tries` times.
             options: more fields of this request, such as `answers.response_format`.
             sample: the same question with another number is another question: for repeated measurements.
             deadline: of the loop's clock; default: `patience` from when the question's turn has come.
@@ -246,7 +246,7 @@ class ChatClient:
 
         Raises:
             Passing, Final, Malformed: it did not.
-            InputError: the endpoint has never answered, and says that it will not.
+            InputError: the endpoint has never answered, and refuses the request.
         """
         endpoint = self.endpoint
         url = endpoint.url.rstrip("/") + "/chat/completions"
@@ -266,7 +266,7 @@ class ChatClient:
             except Final as error:
                 spent = 0
                 if error.status in (400, 422) and "response_format" in body and "response_format" in str(error):
-                    self._unformatted = True  # the answer is asked for in words too, and checked all the same
+                    self._unformatted = True  # the prompt states the form too, and the answer is validated anyway
                     raise Passing(str(error)) from None
                 if error.status in (401, 403, 404) and not self._answered:
                     raise InputError(self._redacted(str(error))) from None

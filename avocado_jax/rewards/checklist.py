@@ -173,7 +173,7 @@ def _read_features(table: Table, points: Array, lengths: Array, limits: Limits) 
 def features(
     stems: Int[Array, "W"], weights: Float[Array, "W"], unstated: Bool[Array, "W"]
 ) -> tuple[Int[Array, "3 W"], Float[Array, "3 W"], Int[Array, "W"]]:
-    """Hashes and weights (0: none) of content words and of pairs one and two apart, and where each begins."""
+    """Hashes and weights (0: none) of content words and of pairs at distances one and two, and where each begins."""
     size = len(stems)
     stems = stems ^ jnp.where(unstated, jnp.uint32(0x5BD1E995), jnp.uint32(0))
     order, count = compact(weights > 0, jnp.arange(size, dtype=jnp.int32), size)

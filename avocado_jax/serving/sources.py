@@ -75,7 +75,7 @@ class Sources:
             raise ApiError(400, "not a file URL") from None
         if parts.netloc not in ("", "localhost") or parts.query or parts.fragment or not path.startswith("/"):
             raise ApiError(400, "not an absolute file URL: file:///FOLDER/FILE, special characters as %XX")
-        outside = ApiError(403, "the file is not below --media-root, or does not exist")  # which of them is not told
+        outside = ApiError(403, "the file is not below --media-root, or does not exist")  # does not state which
         if ".." in path.split("/") or "\0" in path:
             raise outside
         try:

@@ -26,7 +26,7 @@ _CURLY = str.maketrans("“”„‟«»", '""""""')
 
 
 class Sentence(NamedTuple):
-    """A sentence and the events it tells of, in the order told; no events if it is not in the language."""
+    """A sentence and the events that it states, in its order; no events if it is not in the language."""
 
     text: str
     events: tuple[Event, ...]
@@ -38,7 +38,7 @@ class Scores(NamedTuple):
     Attributes:
       recall: share of the truth's claims that the caption makes.
       hallucination: share of the caption's claims that are not true or were made before; 0 if it makes none.
-      order: of the pairs of true claims that happen at different times, the share told in that order; where
+      order: of the pairs of true claims that happen at different times, the share stated in that order; where
         the caption has no such pair, 0 if the truth has one and 1 if not.
       dialogue_f1: the paper's R_D between the lines of both.
     """
@@ -57,7 +57,7 @@ class Line(NamedTuple):
 
 
 def parse(caption: str) -> list[Sentence]:
-    """The sentences of any text, each with the events it tells of."""
+    """The sentences of any text, each with the events that it states."""
     return [Sentence(text, parse_sentence(text)) for text in split_sentences(caption)]
 
 
@@ -75,7 +75,7 @@ def split_sentences(caption: str) -> Iterator[str]:
 
 
 def parse_sentence(text: str) -> tuple[Event, ...]:
-    """The events (without times) that a sentence tells of, in order; none if it is not in the language."""
+    """The events (without times) that a sentence states, in order; none if it is not in the language."""
     if len(text) > LONGEST:
         return ()
     pieces = re.split(r'("[^"]*")', text)

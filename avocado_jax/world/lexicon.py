@@ -2,7 +2,7 @@
 
 A phrase table maps the values of one or more slots to the phrases that mean them. A template is a clause
 with `{tables}` in it; a clause means the kind it is listed under and the slots of its tables. Sentence
-patterns put clauses together. Clauses are written in lower case (quotations apart); a sentence starts with a
+patterns put clauses together. Clauses are written in lower case (except quotations); a sentence starts with a
 capital.
 """
 

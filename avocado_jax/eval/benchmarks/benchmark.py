@@ -49,7 +49,7 @@ class Ask(Protocol):
         """Ask one question.
 
         Args:
-            schema: the form of the answer that our own prompts ask for.
+            schema: the form of the answer that our prompts request.
             check: an answer to what is used of it; raises Malformed if it is invalid.
             read: the answer's text to what `check` gets, in any form that official prompts ask for; by default an
                 object of `schema`. Raises Malformed.

@@ -99,7 +99,7 @@ async def judge(record: Record, caption: str, ask: Ask) -> list[Unit]:
 def measure(judged: Sequence[Judged]) -> dict[str, float | None]:
     """Means over a clip's questions, then over clips: `accuracy` of a hundred, `score` from 0 to 5.
 
-    As published, a clip whose accuracy or score is zero is left out of these two; `zero_clips` says how many were,
+    As published, a clip whose accuracy or score is zero is left out of these two; `zero_clips` counts these,
     and `accuracy_all` and `score_all` hold them too.
     """
     clips = []

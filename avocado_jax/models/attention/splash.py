@@ -43,7 +43,7 @@ def attend_clip(
 ) -> Float[Array, "B P H E"]:
     """Causal attention of a clip's tokens; `kv` is [B K P E].
 
-    Padding at the end is seen by padding only, so it needs no mask.
+    Only padding attends to padding at the end, so it needs no mask.
     """
     return _splash("causal", q, kv, None, interpret, blocks)
 
