@@ -308,7 +308,8 @@ def _nearest(config: Any, name: str) -> str | None:
     """The field whose name is like `name`; of nested fields the last part may be enough."""
     every = [field for field, _, _ in flat(config)]
     last = name.rpartition(".")[2]
-    if (known := OTHER_NAMES.get(last.replace("_", "").replace("-", "").lower())) in every:
+    known = OTHER_NAMES.get(last.replace("_", "").replace("-", "").lower())
+    if known in every or known == "workdir" != name:  # the option beside the fields
         return known
     lasts = {field.rpartition(".")[2]: field for field in reversed(every)}
     if last in lasts:
@@ -324,7 +325,9 @@ def _changed(config: Any, name: str, path: list[str], text: str, root: Any) -> A
     first, *rest = path
     if first not in known:
         nearest = _nearest(root, name)
-        raise InputError(f"--{name}: no such field" + (f"; did you mean {nearest}?" if nearest else ""))
+        command = "grpo" if isinstance(root, GrpoConfig) else "sft"
+        more = f"did you mean {nearest}?" if nearest else f"avocado {command} --help lists all"
+        raise InputError(f"--{name}: no such field; {more}")
     current = getattr(config, first)
     if rest and not is_dataclass(current):
         raise InputError(f"--{name}: {first} has no subfields")

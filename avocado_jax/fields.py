@@ -54,6 +54,24 @@ OTHER_NAMES = {
     "numgenerations": "group",
     "checkpoint": "init",
     "model": "init",
+    "dataset": "data.train",
+    "perdevicetrainbatchsize": "batch",
+    "gradaccum": "accumulate",
+    "gradientcheckpointing": "remat",
+    "tensorparallel": "mesh.tensor",
+    "tensorparallelsize": "mesh.tensor",
+    "bf16": "dtype",
+    "fp16": "dtype",
+    "precision": "dtype",
+    "savesteps": "checkpoint_every",
+    "evalsteps": "eval_every",
+    "maxlength": "data.caption_tokens",
+    "maxcompletionlength": "sampling.tokens",
+    "klcoef": "objective.beta",
+    "reportto": "wandb",
+    "wandbproject": "wandb",
+    "outputdir": "workdir",
+    "workdir": "workdir",
 }
 MEANING = 46  # column of the meanings in `field_help`
 AXES = ("mesh.data", "mesh.fsdp", "mesh.tensor")
@@ -88,7 +106,7 @@ def check_field(name: str, value: Any) -> None:
     low, high = BOUNDS.get(name, (1 if isinstance(value, int) else 0, math.inf))
     if not (low <= value <= high and math.isfinite(value)):
         domain = "a finite number" if low == -math.inf else f"a number from {low:g}"
-        raise InputError(f"{name}: {value} is not {domain}" + (f" to {high:g}" if high < math.inf else ""))
+        raise InputError(f"{name}: {value} is not {domain}" + (f" to {high:.10g}" if high < math.inf else ""))
 
 
 def same_path(name: str, there: Any, here: Any) -> bool:

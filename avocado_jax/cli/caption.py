@@ -1,6 +1,6 @@
 """Caption video clips from picture and sound.
 
-  avocado caption clip.mp4                          # with the small captioner of AVWorld that comes with the package
+  avocado caption clip.mp4                          # with the small captioner that ships: of AVWorld's level 0
   avocado caption clip.mp4 --checkpoint AVoCaDO-Captioner/AVoCaDO
   avocado caption clips/ 'more/*.mkv' gs://bucket/clips/ --checkpoint REF --out captions.jsonl
   avocado caption gs://bucket/clips/ --checkpoint REF --out gs://bucket/captions/ --shard auto

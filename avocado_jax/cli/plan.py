@@ -6,7 +6,8 @@
   avocado plan configs/grpo_7b.py --topology v6e:8x8
   avocado plan configs/sft_7b.py --topology v6e:2x4 --captions 640     # captioning instead of training
 
-libtpu compiles the step for the slice (v5e, v5p or v6e; chips as AxB or AxBxC), which this machine need not have.
+libtpu compiles the step for the slice (v5e, v5p or v6e; chips as AxB or AxBxC), which this machine need not have. For
+a 7B model this takes minutes: ten of one core for a GRPO step.
 Without --topology, the step is compiled for this machine. A GRPO step is five programs with an entry each: encode,
 view, rollout, score, update (rewards are not compiled). Override any config field with `--a.b value`. Memory is the
 compiler's figure, by part, and includes arrays that stay on the device beside the program. FLOPs follow from the
@@ -22,10 +23,13 @@ decoding steps of one dispatch. The last line, or `clips_per_chip_hour`, is the 
 import argparse
 import json
 import os
+import signal
+import sys
 from typing import Any
 
 from avocado_jax.config import GrpoConfig, RunConfig, load
 from avocado_jax.errors import InputError
+from avocado_jax.parallel.signals import on_signal
 from avocado_jax.progress import progress
 
 GIB = 2**30
@@ -49,6 +53,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the command. Returns 0, or 1 if the step, or every choice of a search, does not fit."""
+    restore = on_signal((signal.SIGINT, signal.SIGTERM), _stop)  # also inside the compiler, which takes minutes
+    try:
+        return _run(args)
+    finally:
+        restore()
+
+
+def _stop(number: int) -> None:
+    print("avocado plan: stopped", file=sys.stderr, flush=True)
+    os._exit(130 if number == signal.SIGINT else 75)
+
+
+def _run(args: argparse.Namespace) -> int:
     config = load(args.config, args.fields)
     if not isinstance(config, RunConfig):
         raise InputError(f"{args.config}: a {type(config).__name__}, not a training config")
@@ -86,6 +103,7 @@ def run(args: argparse.Namespace) -> int:
     for bucket in buckets if args.all_shapes else buckets[:1]:
         program = program_of(config, model, bucket, devices)
         for phase in progress(program.phases, "compiled"):
+            print(f"compiling {phase.name} for {topology}: this may take minutes", file=sys.stderr, flush=True)
             entry = report(program, phase)
             steps.append(entry)
             if not args.json:

@@ -22,7 +22,9 @@ On several machines, run with --shard I/N on each, and then once with --finish.
 """
 
 import argparse
+import errno
 import json
+import os
 import signal
 import sys
 from concurrent.futures.process import BrokenProcessPool
@@ -124,15 +126,21 @@ def run(args: argparse.Namespace) -> int:
     if len(done.warnings) > 5:
         print(f"... and {len(done.warnings) - 5} more warnings", file=sys.stderr)
     for reject in done.rejects[:5]:
-        print(f"rejected line {reject.line} ({reject.id}): {reject.reason}", file=sys.stderr)
+        video = f"{reject.video}: " if reject.video else ""
+        print(f"rejected line {reject.line} ({reject.id}): {video}{reject.reason}", file=sys.stderr)
     if len(done.rejects) > 5:
         print(f"... and {len(done.rejects) - 5} more: see rejects.jsonl", file=sys.stderr)
+    if any(reject.reason == os.strerror(errno.ENOENT) for reject in done.rejects):
+        base = args.media or os.path.dirname(args.source) or "the current folder"
+        print(f"paths of videos are relative to {base}: --media names another folder", file=sys.stderr)
     counts = {"records": done.records, "rejected": len(done.rejects), "shards": done.shards, "bytes": done.bytes}
     counts |= {"unused": done.unused}
     if not done.complete:
         lines = done.records + len(done.rejects)
         print(
-            f"avocado prepare: {len(done.rejects)} of {lines} lines rejected, more than {args.max_reject_share:g}",
+            f"avocado prepare: {len(done.rejects)} of {lines} lines rejected, more than --max-reject-share "
+            f"{args.max_reject_share:g}: {args.out} is not complete. The same command tries again, or takes a larger "
+            "share; a manifest whose lines were changed needs another OUT, or an empty one",
             file=sys.stderr,
         )
     if args.json:

@@ -1,11 +1,13 @@
 """Score captions of any origin with the training rewards.
 
   avocado score captions.jsonl --tokenizer REF --json
+  avocado score captions.jsonl --manifest clips.jsonl --json            # captions.jsonl of `caption --out`
   avocado score captions.jsonl --terms dialogue,repetition --json --explain
 
 FILE has lines {"id", "caption", "reference": {"caption"?, "dialogues"?, "keypoints"?, "events"?, "probes"?}}:
 dialogues are {"speaker", "text"}, keypoints {"text", "dimension"?}, events {"start", "end"} in seconds, probes
-{"question", "choices", "answer"}. Output of `caption --out` is accepted. The result is one JSON line per caption:
+{"question", "choices", "answer"}. Output of `caption --out` is accepted; --manifest gives its references. The result is
+one JSON line per caption:
 
   R_C        share of the keypoints that the caption states according to --judge; "keypoints" has its answers
   R_D        lines of dialogue and their speakers; without "dialogues" those of reference.caption count
@@ -27,6 +29,7 @@ import argparse
 import json
 import math
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +42,7 @@ from avocado_jax.errors import InputError
 from avocado_jax.eval.captioner import computing_dtype
 from avocado_jax.eval.marks import as_compared
 from avocado_jax.eval.rewarded import Entry, scores
-from avocado_jax.jsonl import NUMBER, read_captions
+from avocado_jax.jsonl import NUMBER, read_captions, read_lines
 from avocado_jax.parallel.compiled import use_user_cache
 from avocado_jax.remote.chat import Endpoint
 from avocado_jax.rewards.combine import ALWAYS, JUDGES, PROBE_JUDGES, TERMS
@@ -55,6 +58,12 @@ EXTRA = ("timing", "probes")  # terms with a field only if they are among --term
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command."""
     parser.add_argument("file", type=Path, metavar="FILE", help="captions with their references, JSON lines")
+    parser.add_argument(
+        "--manifest",
+        type=Path,
+        metavar="FILE",
+        help="clips with the same fields, as for prepare: references of lines without any, by id or name of the video",
+    )
     parser.add_argument(
         "--terms",
         default=",".join(ALWAYS),
@@ -99,7 +108,8 @@ def run(args: argparse.Namespace) -> int:
     terms = args.terms.split(",")
     if unknown := [name for name in terms if name not in TERMS]:
         raise InputError(f'--terms: no term "{unknown[0]}"; there are {", ".join(TERMS)}')
-    lines = [checked(where, line) for where, line in read_captions(args.file)]
+    known = manifest_lines(args.manifest) if args.manifest else {}
+    lines = [checked(where, with_reference(line, known)) for where, line in read_captions(args.file)]
     tokenizer = load_words(tokenizer_folder(args.tokenizer)) if args.tokenizer else None
     extra = load_terms(args.extra, (*TERMS, *FIXED))
     captions, references = [line["caption"] for line in lines], [line["reference"] for line in lines]
@@ -160,6 +170,24 @@ def judge_scores(args: argparse.Namespace, lines: list[dict[str, Any]]) -> dict[
                 noun = "keypoints" if term == "checklist" else "probes"
                 print(f"avocado score: {missing} of {total} {noun} have no answer", file=sys.stderr)
     return answers
+
+
+def manifest_lines(path: Path) -> dict[str, dict[str, Any]]:
+    """The lines of a manifest by id, and by the name of the video without folder and suffix, where it is the only one.
+
+    Raises:
+        InputError: as `read_lines`.
+    """
+    lines = [line for _, line in read_lines(path, {"id": str, "video": str})]
+    names = Counter(Path(line["video"]).stem for line in lines)
+    by_name = {name: line for line in lines if names[name := Path(line["video"]).stem] == 1}
+    return by_name | {line["id"]: line for line in lines}
+
+
+def with_reference(line: dict[str, Any], known: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """The line; if it has no reference, that of its clip in `known`, where there is one."""
+    name = next((one for one in (line["id"], Path(line["id"]).stem) if one in known), None)
+    return line if "reference" in line or name is None else line | {"reference": known[name]}
 
 
 def checked(where: str, line: dict[str, Any]) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """AVWorld: audiovisual clips whose every event, speaker, word and time is known.
 
-    world OUT --clips 200 --seed 0
+    world OUT --clips 200 --seed 0 --level 0
 
 writes OUT/clips/*.mp4 (one h264 and one AAC stream each) and OUT/clips.jsonl, a manifest line a clip with
 events, dialogues, keypoints, probes and reference captions. The same seed gives the same clips. Existing clips
@@ -43,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=1,
         choices=range(len(LEVELS)),
-        help="difficulty: length, events, vocabulary, voices, resolution (default: 1)",
+        help="difficulty: length, events, vocabulary, voices, resolution (default: 1; the shipped captioner knows 0)",
     )
     parser.add_argument(
         "--split", default="train", choices=SPLITS, help="`test` has combinations that `train` does not have"
@@ -90,6 +90,7 @@ def make(args: argparse.Namespace, workers: int) -> int:
         part = args.out / "clips.jsonl.part"
         part.write_text("".join(lines), encoding="utf-8")
         os.replace(part, args.out / "clips.jsonl")
+        print(f"{args.clips} clips: {args.out / 'clips.jsonl'}", file=sys.stderr)
     except OSError as error:
         print(f"avocado world: {error}", file=sys.stderr)
         return 1

@@ -124,9 +124,10 @@ def _scan(job: Job, source: Source, manifest: Path | None, base: Base, opened: d
         raise InputError(f"{job.source}: has no lines")
     if not len(lines.number):  # before the folder belongs to this manifest
         first = lines.rejects[0]
+        table = job.source.endswith((".csv", ".tsv"))
         raise InputError(
             f'{job.source}: no line is {{"id": "a", "video": "a.mp4", "caption": "A man ..."}}; '
-            f"line {first.line}: {first.reason}"
+            f"line {first.line}: {first.reason}" + "; avocado_jax/data/README.md converts a CSV" * table
         )
     known = [(part["size"], part["md5"]) for part in (base.doc, opened) if part and "md5" in part]
     if any(lines.prefix_md5.get(size) != md5 for size, md5 in known):

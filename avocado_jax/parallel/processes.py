@@ -16,6 +16,7 @@ from avocado_jax.errors import InputError, exit_status, runtime_code
 from avocado_jax.parallel import liveness
 from avocado_jax.parallel.signals import on_signal
 
+STOP = (signal.SIGTERM, signal.SIGINT)
 EXIT_SECONDS = 20.0  # to print an error and exit, whatever threads still run
 
 
@@ -41,13 +42,13 @@ def init_distributed(
         ConnectionError: the block failed after another process was lost.
     """
     several = not (coordinator is None and processes is None and process is None)
-    # Before and between steps there is nothing to save: SIGTERM exits at once, also inside a C++ call.
+    # Before and between steps there is nothing to save: SIGTERM and Ctrl-C exit at once, also inside a C++ call.
     with ExitStack() as cleanup:
-        cleanup.callback(on_signal((signal.SIGTERM,), lambda _: os._exit(75)))
+        cleanup.callback(on_signal(STOP, lambda _: os._exit(75)))
         if several:
             _initialize(coordinator, processes, process, timeouts)
             cleanup.close()  # jax has replaced the handler
-            cleanup.callback(on_signal((signal.SIGTERM,), lambda _: os._exit(75)))
+            cleanup.callback(on_signal(STOP, lambda _: os._exit(75)))
         watch = liveness.start(
             timeouts.heartbeat,
             timeouts.step,

@@ -103,4 +103,5 @@ def _load(text: str) -> Term:
     try:
         return Term(kind, name, getattr(importlib.import_module(module), name), weight)
     except (ImportError, AttributeError, TypeError, ValueError, SyntaxError) as error:
-        raise InputError(f"{text}: {error}") from error
+        absent = isinstance(error, ModuleNotFoundError) and error.name == module.partition(".")[0]
+        raise InputError(f"{text}: {error}" + "; PYTHONPATH must name its folder" * absent) from error

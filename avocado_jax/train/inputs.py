@@ -191,6 +191,8 @@ def open_source(name: str, config: DataConfig) -> tuple[Source, Reading]:
         return open_tfds(folder, split, Reading(), Path(config.cache_dir)), Reading()
     if name.endswith((".jsonl", ".parquet", ".tar", ".csv")):
         raise InputError(f"{name}: training reads shards; make them with: avocado prepare {name} OUT")
+    if not name:
+        raise InputError("data.train: no data to train on: --data.train names a folder that avocado prepare has made")
     reading = prepared_reading(name)
     shards = open_shards(name, reading, Path(config.cache_dir) if config.cache_dir else None)
     shards.check()

@@ -95,7 +95,7 @@ def set_up(config: RunConfig, split: int = 1, folder: str = "") -> Setup:
     if config.batch * split % parts:
         raise InputError(f"batch: {config.batch * split} rows are not divided by data x fsdp x accumulate = {parts}")
     if not config.init:
-        raise InputError("init: no checkpoint to begin with")
+        raise InputError("init: no checkpoint to begin with: --init REF names one")
     checkpoint = open_checkpoint(pinned(config.init, folder) if folder else config.init)
     model, words = model_of(config, checkpoint.config), load_words(checkpoint.config_folder)
     source, reading = open_source(config.data.train, config.data)
@@ -113,14 +113,19 @@ def warn_of_reading(config: RunConfig, prepared: Reading, expected: Reading) -> 
     """Print a warning if clips are not sampled as those of the checkpoint that the run begins with."""
     if prepared == expected:
         return
-    ours, theirs = reading_fields(expected), reading_fields(prepared)
-    names = [name for name in ours | theirs if ours.get(name) != theirs.get(name)]
+    theirs, ours = _apart(prepared, expected)
     print(
-        f"warning: {config.data.train} was prepared with {', '.join(f'{name}={theirs.get(name)}' for name in names)}, "
-        f"but {config.init} samples clips with {', '.join(f'{name}={ours.get(name)}' for name in names)}. "
+        f"warning: {config.data.train} was prepared with {theirs}, but {config.init} samples clips with {ours}. "
         f"Unless that is intended, prepare the clips with --checkpoint {config.init}",
         file=sys.stderr,
     )
+
+
+def _apart(*readings: Reading) -> list[str]:
+    """The properties in which two readings differ, as `prepare --reading` takes them: of the one and of the other."""
+    one, other = map(reading_fields, readings)
+    names = [name for name in other | one if one.get(name) != other.get(name)]
+    return [", ".join(f"{name}={fields.get(name)}" for name in names) for fields in (one, other)]
 
 
 def make_recipe(
@@ -281,7 +286,8 @@ def heldout(config: RunConfig, setup: Setup) -> Setup:
     source, reading = open_source(config.data.heldout, config.data)
     recipe = setup.recipe
     if reading != recipe.reading:
-        raise InputError(f"{config.data.heldout}: prepared for {reading}, the training data for {recipe.reading}")
+        theirs, ours = _apart(reading, recipe.reading)
+        raise InputError(f"{config.data.heldout}: prepared with {theirs}, the training data with {ours}: must be equal")
     index = _first(source.index, config.eval_rows)
     batch = heldout_rows(config, len(index.ids)) if isinstance(config, GrpoConfig) else config.batch
     plan = plan_batches(index, recipe, batch, min(4, config.data.shapes), config.seed)

@@ -8,6 +8,7 @@ from chat import chat_server
 from tokenizer import write_tokenizer
 
 from avocado_jax.__main__ import main
+from avocado_jax.cli.score import manifest_lines, with_reference
 from avocado_jax.errors import InputError
 from avocado_jax.eval.metrics import collapses
 from avocado_jax.world.check import measure
@@ -155,6 +156,21 @@ def test_terms_of_a_user_and_word_weights(scored, tmp_path):
         assert err[-1].startswith(
             f"avocado score: RuntimeError: the term host:test_score_command:{wrong} failed: {why}"
         )
+
+
+def test_a_manifest_has_the_references(tmp_path):
+    """By id or by the name of the video; not by a name that two videos have. A line keeps its own reference."""
+    clips = [
+        {"id": str(number), "video": video, "caption": f"Caption {number}."}
+        for number, video in enumerate(("x/a.mp4", "x/b.mp4", "y/b.mp4", "0.mp4"))
+    ]
+    file = tmp_path / "clips.jsonl"
+    file.write_text("".join(json.dumps(clip) + "\n" for clip in clips))
+    known = manifest_lines(file)
+    found = {name: with_reference({"id": name}, known).get("reference") for name in ("/m/a.mp4", "2", "b.mp4", "c.mp4")}
+    assert found == {"/m/a.mp4": clips[0], "2": clips[2], "b.mp4": None, "c.mp4": None}
+    assert with_reference({"id": "0"}, known)["reference"] == clips[0]  # ids come first
+    assert with_reference({"id": "0", "reference": {}}, known)["reference"] == {}
 
 
 def test_texts_that_are_no_unicode(scored):

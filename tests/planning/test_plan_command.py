@@ -2,8 +2,10 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import threading
 from dataclasses import replace
 from functools import partial
 
@@ -89,6 +91,21 @@ def test_mistakes_are_one_line(capsys, args, complaint):
     err = capsys.readouterr().err
     assert complaint in err
     assert err.count("\n") == 1
+
+
+def test_ctrl_c_ends_the_compiler(monkeypatch):
+    """At once, from a thread: the main thread is in the compiler."""
+    ended, statuses = threading.Event(), []
+
+    def compiling(*_):
+        os.kill(os.getpid(), signal.SIGINT)
+        assert ended.wait(60)
+        raise InputError("the process has ended")
+
+    monkeypatch.setattr(os, "_exit", lambda status: (statuses.append(status), ended.set()))
+    monkeypatch.setattr("avocado_jax.planning.program.devices_of", compiling)
+    assert main(["plan", *TINY]) == 2
+    assert statuses == [130]
 
 
 def test_a_search_skips_what_cannot_fit(monkeypatch):

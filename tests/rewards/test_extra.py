@@ -67,7 +67,7 @@ def test_a_term_has_the_name_of_its_function_and_a_weight():
         (["marks"], "not 'marks'"),
         ([f"cpu:{HERE}:marks"], "not 'cpu"),
         ([f"jax:{HERE}:absent"], "has no attribute 'absent'"),
-        (["jax:no_such_module:marks=1"], "No module named"),
+        (["jax:no_such_module:marks=1"], "No module named 'no_such_module'; PYTHONPATH must name its folder"),
         ([f"jax:{HERE}:marks=much"], "'much' is not a weight"),
         ([f"jax:{HERE}:marks=nan"], "'nan' is not a weight"),
         ([f"host:{HERE}:length"], "the name length is taken"),
