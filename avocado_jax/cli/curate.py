@@ -69,7 +69,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--references",
         default=",".join(MAKE),
         metavar="A,B",
-        help="what --from-captions makes (default: %(default)s)",
+        help="references that --from-captions makes (default: %(default)s)",
     )
     add("--out", required=True, type=Path, metavar="DIR", help="folder to write")
     add("--url", required=True, metavar="URL", help="base URL of an OpenAI-compatible API: https://HOST/v1")
@@ -89,12 +89,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="F",
         help="frames per second that are sent to M (default: %(default)g)",
     )
-    add("--frames", type=int, default=64, metavar="N", help="frames at most (default: %(default)s)")
-    add("--pixels", type=int, default=200_704, metavar="N", help="of a frame, at most (default: %(default)s)")
+    add("--frames", type=int, default=64, metavar="N", help="maximum frames per clip (default: %(default)s)")
+    add("--pixels", type=int, default=200_704, metavar="N", help="maximum pixels of a frame (default: %(default)s)")
     add("--tokenizer", metavar="REF", help="tokenizer for caption lengths (default: three bytes per token)")
-    add("--fewest-tokens", type=int, default=16, metavar="N", help="of a caption (default: %(default)s)")
-    add("--most-tokens", type=int, default=4096, metavar="N", help="of a caption (default: %(default)s)")
-    add("--answer-tokens", type=int, default=8192, metavar="N", help="of an answer, at most (default: %(default)s)")
+    add("--fewest-tokens", type=int, default=16, metavar="N", help="minimum length of a caption (default: %(default)s)")
+    add("--most-tokens", type=int, default=4096, metavar="N", help="maximum length of a caption (default: %(default)s)")
+    add(
+        "--answer-tokens",
+        type=int,
+        default=8192,
+        metavar="N",
+        help="maximum length of an answer (default: %(default)s)",
+    )
     add("--request", default="{}", metavar="JSON", help="additional fields of every request; null removes one")
     add("--concurrency", type=int, default=16, metavar="N", help="concurrent clips and calls (default: %(default)s)")
     add("--per-minute", type=float, default=math.inf, metavar="N", help="requests per minute (default: no limit)")
@@ -160,7 +166,7 @@ def check(args: argparse.Namespace) -> None:
     if args.from_captions and args.from_captions.resolve() == (args.out / "manifest.jsonl").resolve():
         raise InputError(f"{args.from_captions} would be overwritten; name another folder with --out")
     if unknown := [name for name in args.references.split(",") if name not in MAKE]:
-        raise InputError(f"--references: {unknown[0]!r} is none of {', '.join(MAKE)}")
+        raise InputError(f"--references: {unknown[0]!r} is not one of {', '.join(MAKE)}")
     if args.from_captions and args.checkpoint:
         raise InputError("--checkpoint captions videos and excludes --from-captions")
     if args.out.exists() and not args.out.is_dir():

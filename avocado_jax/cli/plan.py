@@ -39,7 +39,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments; unknown ones are config fields."""
     parser.add_argument("config", metavar="CONFIG", help="a Python file, or the name of one in configs/")
     parser.add_argument("--topology", metavar="SLICE", help="v5e:8x16, v5p:4x4x4, v6e:8x8 (default: this machine)")
-    parser.add_argument("--all-shapes", action="store_true", help="all shapes of the data, not only the most expensive")
+    parser.add_argument(
+        "--all-shapes", action="store_true", help="plan all shapes of the data, not only the most expensive"
+    )
     parser.add_argument(
         "--search",
         type=int,
@@ -70,7 +72,7 @@ def _run(args: argparse.Namespace) -> int:
     if not isinstance(config, RunConfig):
         raise InputError(f"{args.config}: a {type(config).__name__}, not a training config")
     if args.captions is not None and (args.captions < 1 or args.search is not None):
-        raise InputError("--captions starts at 1, and excludes --search")
+        raise InputError("--captions must be at least 1, and excludes --search")
     if args.topology:
         os.environ["JAX_PLATFORMS"] = "cpu"  # set before jax starts: leaves this machine's accelerators free
     from avocado_jax.planning.program import devices_of, model_and_buckets, program_of

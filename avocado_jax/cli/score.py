@@ -148,7 +148,7 @@ def judge_scores(args: argparse.Namespace, lines: list[dict[str, Any]]) -> dict[
         items["checklist"] = [[one["text"] for one in line["reference"]["keypoints"] or ()] for line in lines]
     if "probes" in terms:
         if args.judge not in PROBE_JUDGES:
-            raise InputError(f"--terms probes: --judge {args.judge} is none of {', '.join(PROBE_JUDGES)}")
+            raise InputError(f"--terms probes: --judge {args.judge} is not one of {', '.join(PROBE_JUDGES)}")
         items["probes"] = [line["reference"]["probes"] or [] for line in lines]
     if not items:
         return {}

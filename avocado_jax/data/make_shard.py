@@ -195,7 +195,9 @@ def _read(
         local = row.clip is not None or (source.dataset is None and not storage.is_remote(path))
         size = _local_bytes(path) if local else 0
         if size > MOST_BYTES and not job.features:
-            raise InputError(f"{size / 2**30:.1f} GiB: {MOST_BYTES >> 30} GiB are stored at most, or use --features")
+            raise InputError(
+                f"{size / 2**30:.1f} GiB: the limit of a stored clip is {MOST_BYTES >> 30} GiB; use --features"
+            )
         if size > MOST_BYTES:
             record, media = Record(entry.fields, b"", name), reader.read(path, job.reading)
         else:

@@ -96,7 +96,7 @@ def model_and_buckets(config: RunConfig) -> tuple[ThinkerConfig, list[Bucket]]:
     if config.init and (config.init.startswith(("gs://", "avocado_jax/assets/")) or os.path.exists(config.init)):
         checkpoint = open_checkpoint(config.init)
     elif nominal.model not in SIZES:
-        raise InputError(f"nominal.model: {nominal.model!r} is none of {', '.join(SIZES)}")
+        raise InputError(f"nominal.model: {nominal.model!r} is not one of {', '.join(SIZES)}")
     elif len(nominal.clip) != len(Shape._fields) or min(nominal.clip) < 1:
         raise InputError(f"nominal.clip: {nominal.clip} is not {', '.join(Shape._fields)}")
     model = model_of(config, checkpoint.config if checkpoint else SIZES[nominal.model])

@@ -133,7 +133,7 @@ def check_objective(config: ObjectiveConfig) -> None:
     named = {"advantage": ("std", "mean"), "ratio": RATIOS, "kl": KLS, "aggregate": SHARES}
     for field, names in named.items():
         if getattr(config, field) not in names:
-            raise InputError(f"objective.{field}: {getattr(config, field)!r} is none of {', '.join(names)}")
+            raise InputError(f"objective.{field}: {getattr(config, field)!r} is not one of {', '.join(names)}")
     if not 0 <= config.clip_low <= 1 or config.clip_high < 0:
         raise InputError("objective: clip_low must be from 0 to 1, clip_high at least 0")
     if min(config.beta, config.importance_cap) < 0 or config.std_floor <= 0:

@@ -111,9 +111,9 @@ def open_rewards(config: GrpoConfig, setup: Setup, stops: Sequence[int]) -> Iter
         if getattr(rewards, name) < 1:
             raise InputError(f"rewards.{name}: {getattr(rewards, name)} is not a number from 1")
     if rewards.judge not in JUDGES:
-        raise InputError(f"rewards.judge: {rewards.judge!r} is none of {', '.join(JUDGES)}")
+        raise InputError(f"rewards.judge: {rewards.judge!r} is not one of {', '.join(JUDGES)}")
     if rewards.probe_judge not in PROBE_JUDGES:
-        raise InputError(f"rewards.probe_judge: {rewards.probe_judge!r} is none of {', '.join(PROBE_JUDGES)}")
+        raise InputError(f"rewards.probe_judge: {rewards.probe_judge!r} is not one of {', '.join(PROBE_JUDGES)}")
     wanted = {}  # (kind, model) of the judge of each term that needs one
     if rewards.checklist and rewards.judge != "lexical":
         wanted["checklist"] = rewards.judge, rewards.judge_model

@@ -103,7 +103,7 @@ def state_shapes(
         InputError: `train` is unknown.
     """
     if train not in TRAINED:
-        raise InputError(f"train: {train!r} is none of {', '.join(TRAINED)}")
+        raise InputError(f"train: {train!r} is not one of {', '.join(TRAINED)}")
     pattern = re.compile(TRAINED[train])
     params = jax.eval_shape(partial(init, model), jax.random.key(0))
 

@@ -196,7 +196,7 @@ def test_texts_that_are_no_unicode(scored):
         ({"id": "a", "caption": "x", "reference": {"events": [{"start": 1, "end": math.nan}]}}, [], "start and end"),
         ({"id": "a", "caption": "x", "reference": {"probes": 3}}, [], '"reference.probes" must be a list'),
         ({"id": "a", "caption": "x", "reference": {"probes": [{}]}}, [], "captions.jsonl:1: a probe's 'question'"),
-        ({"id": "a", "caption": "x"}, ["--terms", "probes"], "--judge lexical is none of lm, remote"),
+        ({"id": "a", "caption": "x"}, ["--terms", "probes"], "--judge lexical is not one of lm, remote"),
     ],
 )
 def test_bad_input_is_one_line(scored, line, more, complaint):

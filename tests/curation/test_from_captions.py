@@ -300,7 +300,7 @@ def test_the_dry_run_bounds_what_is_spent(manifest, tmp_path, capsys):
         ([], "either videos or --from-captions"),
         (["MANIFEST", "--from-captions", "MANIFEST"], "either videos or --from-captions"),
         (["--from-captions", "MANIFEST", "--checkpoint", "REF"], "excludes --from-captions"),
-        (["--from-captions", "MANIFEST", "--references", "probes,quizzes"], "'quizzes' is none of keypoints"),
+        (["--from-captions", "MANIFEST", "--references", "probes,quizzes"], "'quizzes' is not one of keypoints"),
         (["--from-captions", "nowhere.jsonl"], "nowhere.jsonl: No such file"),
         (["--from-captions", "EMPTY"], "has no lines"),
         (["--from-captions", "OUT"], "would be overwritten"),
