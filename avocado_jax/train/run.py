@@ -113,7 +113,7 @@ def warn_of_reading(config: RunConfig, prepared: Reading, expected: Reading) -> 
     """Print a warning if clips are not sampled as those of the checkpoint that the run begins with."""
     if prepared == expected:
         return
-    theirs, ours = _apart(prepared, expected)
+    theirs, ours = _differences(prepared, expected)
     print(
         f"warning: {config.data.train} was prepared with {theirs}, but {config.init} samples clips with {ours}. "
         f"Unless that is intended, prepare the clips with --checkpoint {config.init}",
@@ -121,8 +121,8 @@ def warn_of_reading(config: RunConfig, prepared: Reading, expected: Reading) -> 
     )
 
 
-def _apart(*readings: Reading) -> list[str]:
-    """The properties in which two readings differ, as `prepare --reading` takes them: of the one and of the other."""
+def _differences(*readings: Reading) -> list[str]:
+    """The properties in which two readings differ, in the form of `prepare --reading`: those of each reading."""
     one, other = map(reading_fields, readings)
     names = [name for name in other | one if one.get(name) != other.get(name)]
     return [", ".join(f"{name}={fields.get(name)}" for name in names) for fields in (one, other)]
@@ -286,7 +286,7 @@ def heldout(config: RunConfig, setup: Setup) -> Setup:
     source, reading = open_source(config.data.heldout, config.data)
     recipe = setup.recipe
     if reading != recipe.reading:
-        theirs, ours = _apart(reading, recipe.reading)
+        theirs, ours = _differences(reading, recipe.reading)
         raise InputError(f"{config.data.heldout}: prepared with {theirs}, the training data with {ours}: must be equal")
     index = _first(source.index, config.eval_rows)
     batch = heldout_rows(config, len(index.ids)) if isinstance(config, GrpoConfig) else config.batch
