@@ -266,7 +266,7 @@ def test_mistakes_are_one_line(tmp_path, capsys):
             ["ugc-videocap", "--data", data, "--videos", str(tmp_path), "--shard", "3/2"],
             "--shard 3/2: not I/N with I from 0",
         ),
-        ([*with_captions, "--shard", "1/2"], "--shard is for"),
+        ([*with_captions, "--shard", "1/2"], "--shard and --captions exclude"),
         ([*with_captions, "--judge", "http://localhost"], "--judge needs --judge-model"),
         ([*with_captions, "--judge", "localhost", "--judge-model", "m"], "the judge's URL"),
         ([*with_captions, "--judge-model", str(tmp_path / "none")], "none: no such folder"),
