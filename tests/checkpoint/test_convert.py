@@ -269,7 +269,7 @@ def test_folder_in_the_way_is_kept(thinker, tmp_path):
     """`.partial` is deleted only where a conversion of ours left it."""
     (tmp_path / "run.partial").mkdir()
     (tmp_path / "run.partial" / "precious").touch()
-    with pytest.raises(InputError, match="not ours"):
+    with pytest.raises(InputError, match="not made by this command"):
         convert.from_hf(thinker, tmp_path / "run")
     assert (tmp_path / "run.partial" / "precious").exists()
 
