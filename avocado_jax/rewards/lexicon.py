@@ -62,6 +62,7 @@ CLASSES = {
     "DESCRIBING": "in with wear who from dress hold",
     "CONJUNCTION": "and as while when whereas but then before after because where until",
     "AND": "and",
+    "SIGHT": "eye",  # "before our eyes" is not a clause
     "ALTERNATIVE": "or 或",
     "NEGATING": """no not never without none nobody nothing dont doesnt didnt isnt arent wasnt werent cant wont instead
     不 没""",

@@ -35,9 +35,15 @@ def speakers(near: Around, quotes: Quotes) -> tuple[Int[Array, "R S"], Float[Arr
 
     in_front = near.in_front
     _, front_weight, front = pick(near.front, in_front)
-    # the last clause with content: "and" ends a clause only where a person follows
-    content = jnp.cumsum(front_weight > 0, axis=1) > 0
-    person = jnp.cumsum(has(front, "PERSON"), axis=1) > 0
+    # The last clause with content in front of its verb of speech ("then asks in a deep voice" has none). "and" ends a
+    # clause only where a person follows.
+    verb = has(front, "SPOKEN") & ~has(front, "PERSON", "SOURCE")
+
+    def before_verb(mask: Array) -> Array:
+        count = jnp.cumsum(mask, axis=1)
+        return count > jax.lax.cummax(jnp.where(verb, count, 0), axis=1)
+
+    content, person = before_verb(front_weight > 0), before_verb(has(front, "PERSON"))
     ends = has(front, "CONJUNCTION") & content & (person | ~has(front, "AND"))
     in_front &= jnp.cumsum(ends, axis=1) == 0
     first, first_weight, first_class = pick(near.front, in_front)

@@ -222,7 +222,7 @@ def _classes() -> tuple[np.ndarray, np.ndarray]:
             found[one] |= BIT[name]
     says = BIT["SPOKEN"] | BIT["WRITTEN"] | BIT["SUBTITLE"]
     for one, bits in found.items():  # says that there is speech or text, not whose
-        found[one] |= BIT["SILENT"] * (bits & says > 0 and not bits & BIT["VOICE"])
+        found[one] |= BIT["SILENT"] * ((bits & says > 0 and not bits & BIT["VOICE"]) or bits & BIT["SIGHT"] > 0)
     hashes = np.sort(np.fromiter(found, np.uint32))
     return hashes, np.array([found[int(one)] for one in hashes], np.int32)
 
