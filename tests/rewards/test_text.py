@@ -200,6 +200,9 @@ def test_quotes_of_known_texts(table, written, expected):
         ('The red circle waves. "Hi." Then it goes.', ["red circle wave"]),
         ('The man says "A" and the woman says, "B"', ["man", "woman"]),
         ('As it rains, "Hi," says the girl.', ["rain girl"]),
+        ('The red star hops and then remarks in a high voice, "Hi."', ["red star hops high voice"]),
+        ('The circle shrinks before our eyes and then asks in a deep voice, "Hi?"', ["circle shrinks deep voice"]),
+        ('The star waits while a man in red asks in a deep voice, "Hi?"', ["man red deep voice"]),
         ('"Hi."', [""]),
     ],
 )
