@@ -296,7 +296,7 @@ def test_a_stopped_command_says_that_it_can_go_on(tmp_path):
         assert process.poll() is None
         time.sleep(0.02)
     process.terminate()
-    assert "run it again" in process.communicate()[1]
+    assert "the same command resumes" in process.communicate()[1]
     assert process.returncode == 75
 
 

@@ -85,7 +85,7 @@ def test_a_host_without_heartbeats_is_named(hosts, capfd):
     time.sleep(1.6)
     hosts.store.gone = True  # then process 0 cannot be reached
     time.sleep(1.6)
-    output = capfd.readouterr().err.splitlines()
+    output = [line for line in capfd.readouterr().err.splitlines() if line.startswith("host ")]  # XLA may warn too
     silent = [line.partition(":")[0].split(" (")[0] for line in output]
     assert silent.count("host 1") == 2  # host 0 and host 2 name it
     assert silent.count("host 0") == 1  # host 2
