@@ -164,7 +164,7 @@ def of_slice(*args):
     """Exit status and JSON of a plan for a TPU slice, made in a new process."""
     done = subprocess.run(
         [sys.executable, "-m", "avocado_jax", "plan", *args, "--json"],
-        env=dict(os.environ, JAX_PLATFORMS="cpu"),
+        env=dict(os.environ, JAX_PLATFORMS="cpu", XLA_FLAGS=""),  # libtpu refuses flags that it does not know
         capture_output=True,
         text=True,
         check=False,
