@@ -57,7 +57,7 @@ def bench_caption(
 
     with jax.set_mesh(mesh) if mesh else nullcontext():
         admit(0)
-        for window in sorted(set(windows)):  # each is a program of its own
+        for window in sorted(set(windows)):  # compile the program of each window
             advance(window)
         jax.block_until_ready(state)
         start = time.perf_counter()

@@ -123,7 +123,7 @@ def test_calls_without_an_answer_count_in_the_budget(curator, tmp_path, capsys):
 
 
 def test_a_budget_of_tokens_is_kept_and_the_dry_run_tells_it(curator, tmp_path, capsys):
-    """With as many tokens as it is said to take at most, a run ends; with fewer it stops before."""
+    """With a budget of the predicted maximum of tokens a run ends; with a smaller one it stops before."""
     out, spent = tmp_path / "out", []
 
     def counting(number, request):

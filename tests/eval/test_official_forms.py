@@ -85,7 +85,7 @@ def test_a_judge_that_answers_in_the_official_form_is_read_rightly(name, tmp_pat
     assert found["metrics"] == expected["metrics"]
     assert (found["missing"], found["asked"]) == (0, expected["asked"])
     questions = {request["messages"][-1]["content"] for request in requests}
-    assert len(requests) == len(questions) * BENCHMARKS[name].rounds  # no answer is asked for twice
+    assert len(requests) == len(questions) * BENCHMARKS[name].rounds  # no request is sent twice
 
 
 CHOICES = ("B", " b ", "(B)", "B.", "**B**", "B. {text}", "{text}", "Answer: B", "The correct answer is B.")

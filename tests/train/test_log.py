@@ -193,7 +193,7 @@ def test_remaining_time_counts_recent_steps_and_evaluations_but_no_compilation(c
         log.write({"step": step, "loss": 1.0, "lr": 1e-3, "perf": perf} | more)
         return capsys.readouterr().err.rpartition(", ")[2].removesuffix(" left\n")
 
-    assert minutes(1, 600.0) == "1 tokens/s\n"  # the first step tells nothing
+    assert minutes(1, 600.0) == "1 tokens/s\n"  # the first step compiles: no estimate from it
     assert minutes(2, 60.0) == "98 min"
     assert minutes(3, 900.0, compilations=4) == "97 min"
     for step in range(4, 20):

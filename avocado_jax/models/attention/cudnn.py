@@ -1,8 +1,8 @@
 """Fused attention of NVIDIA GPUs, in half precision.
 
-A caption is a row of its own over [clip; caption], with the clip's keys broadcast over the group inside the layer and a
-mask: 3.7 times faster than a row of the model per caption. The kernel's log-sum-exp cannot be differentiated, so this
-is one call, not two that are merged.
+Each caption is a separate row of the kernel over [clip; caption], with a mask. The clip's keys are broadcast over the
+group inside the layer: 3.7 times faster than a row of the model per caption. The kernel's log-sum-exp cannot be
+differentiated, so this is one call, not two that are merged.
 """
 
 import jax
