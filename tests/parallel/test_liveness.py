@@ -170,12 +170,13 @@ def test_a_failed_start_restores_the_signal_handlers(monkeypatch, failing):
     assert (signal.getsignal(signal.SIGTERM), signal.set_wakeup_fd(descriptor)) == (handler, descriptor)
 
 
-@pytest.mark.parametrize("number", processes.STOP)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_stop_before_the_first_step_exits_at_once(monkeypatch, number):
     """From a thread: the main thread may be in the compiler."""
     ended, statuses = threading.Event(), []
     monkeypatch.setattr(os, "_exit", lambda status: (statuses.append(status), ended.set()))
     with processes.init_distributed(None, None, None, None, TimeoutConfig(step=0)):
+        assert signal.getsignal(number) not in (signal.default_int_handler, signal.SIG_DFL)
         os.kill(os.getpid(), number)
         assert ended.wait(60)
     assert statuses == [75]
