@@ -63,6 +63,14 @@ def versions() -> str:
 def main(argv: list[str] | None = None) -> int:
     """Run one command. Returns its exit status, as in `STATUSES`."""
     argv = sys.argv[1:] if argv is None else argv
+    try:
+        return _run(argv)
+    except KeyboardInterrupt:  # also while the command is imported
+        print(f"avocado {argv[0]}: stopped", file=sys.stderr)
+        return 130
+
+
+def _run(argv: list[str]) -> int:
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it would say that torch is absent
     parser = Parser(
         prog="avocado",
@@ -103,9 +111,6 @@ def main(argv: list[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, lambda *_: os._exit(75))
     try:
         return args.run(args)
-    except KeyboardInterrupt:
-        print(f"avocado {args.command}: stopped", file=sys.stderr)
-        return 130
     except BrokenPipeError:  # the reader of our output has left
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1

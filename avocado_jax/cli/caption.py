@@ -26,11 +26,14 @@ JAX_COMPILATION_CACHE_DIR names.
 
 import argparse
 import json
+import os
+import signal
 import sys
+import threading
 import time
 from collections import Counter, deque
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from typing import Any
 
@@ -49,6 +52,7 @@ from avocado_jax.errors import InputError, first_line
 from avocado_jax.eval.captioner import computing_dtype, load_captioner, open_captioner
 from avocado_jax.parallel.backend import use_gpu_memory
 from avocado_jax.parallel.mesh import parse_mesh
+from avocado_jax.parallel.signals import on_signal
 from avocado_jax.progress import progress
 from avocado_jax.sampling.captioner import Captioner, words
 from avocado_jax.sampling.engine import Engine, free_cache_bytes
@@ -60,6 +64,7 @@ LONGEST_CLIP = 100.0  # seconds: captions degrade for longer clips, which `--seg
 LONGEST_SEGMENT = 5 / 3  # of the target length
 SHOWN = 20  # failed clips that are printed one by one with --out
 GATHER = 1.0  # seconds that decoding waits for more clips on a CPU, whose cores read them too
+FLUSH_SECONDS = 20.0  # after a signal, to append the last captions to a bucket
 RECENT = 100  # clips over which the share of failed ones is computed
 
 
@@ -124,7 +129,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Caption every clip; one that cannot be read gets an error in its place."""
+    """Caption every clip; one that cannot be read gets an error in its place. Returns the exit status."""
+    opened: list[CaptionFiles] = []
+    restore = on_signal((signal.SIGINT, signal.SIGTERM), lambda number: _stop(number, opened))
+    try:
+        return _run(args, opened)
+    finally:
+        restore()
+
+
+def _stop(number: int, opened: list[CaptionFiles]) -> None:
+    """End the process at once, in a thread: the main thread may be in the compiler for minutes."""
+    status = 130 if number == signal.SIGINT else 75
+    print(f"avocado caption: stopped{'; the same command resumes' if opened else ''}", file=sys.stderr, flush=True)
+    timer = threading.Timer(FLUSH_SECONDS, os._exit, (status,))
+    timer.daemon = True
+    timer.start()
+    with suppress(StorageError):
+        for files in opened:
+            files.flush()
+    os._exit(status)
+
+
+def _run(args: argparse.Namespace, opened: list[CaptionFiles]) -> int:
     sampling, mesh = _check(args), parse_mesh(args.mesh)
     use_gpu_memory()
     prompts = read_prompts(args.prompt_file) if args.prompt_file else ()
@@ -138,6 +165,7 @@ def run(args: argparse.Namespace) -> int:
         if args.out:
             options = _options(args, sampling, prompts, checkpoint, dtype)
             files = stack.enter_context(CaptionFiles(args.out, shard, options, args.retry_failed, args.dry_run))
+            opened.append(files)
         left = [(number, clip) for number, clip in enumerate(clips) if not files or not files.take(clip.name)]
         if args.dry_run or (files and files.finished):
             done = f", {len(clips) - len(left)} of them are in {args.out}" if files else ""

@@ -16,7 +16,8 @@ beside the JSONL on the hub, clips are read from the tar files as streams: each 
 
 OUT gets shard-*.array_record, the index, rejects.jsonl (what was left out, and why), unused.jsonl (clips without a row,
 with --media or parts) and, when all is done, manifest.json. Run the same command again to resume; to add rows that were
-appended to SOURCE; and to retry rejects whose cause may have passed. New records go to new shards behind the others.
+added to SOURCE, or rejected rows that were corrected; and to retry rejects whose cause may have passed. New records go
+to new shards behind the others.
 
 On several machines, run with --shard I/N on each, and then once with --finish.
 """
@@ -39,7 +40,7 @@ from avocado_jax.data.prepare import prepare
 from avocado_jax.data.prompt import read_prompts
 from avocado_jax.data.reader import available_cores
 from avocado_jax.data.shard import parse_shard
-from avocado_jax.data.storage import StorageError
+from avocado_jax.data.storage import StorageError, join
 from avocado_jax.data.words import load_words
 
 STOPPED = 75
@@ -139,8 +140,8 @@ def run(args: argparse.Namespace) -> int:
         lines = done.records + len(done.rejects)
         print(
             f"avocado prepare: {len(done.rejects)} of {lines} lines rejected, more than --max-reject-share "
-            f"{args.max_reject_share:g}: {args.out} is not complete. The same command tries again, or takes a larger "
-            "share; a manifest whose lines were changed needs another OUT, or an empty one",
+            f"{args.max_reject_share:g}: {args.out} is not complete. Correct what {join(args.out, 'rejects.jsonl')} "
+            "lists and run the same command again, which keeps the other clips; or set a larger share",
             file=sys.stderr,
         )
     if args.json:

@@ -107,6 +107,27 @@ def load_base(folder: Folder, key: str) -> Base:
     return base
 
 
+def keep_unchanged(base: Base, lines: Lines, source: Source, out: str) -> Base:
+    """The finished state after the manifest was edited: the records whose lines are still in it, and no rejects.
+
+    An incomplete folder loses the records of the other lines. In a complete one only rejected lines may change.
+
+    Raises:
+        InputError: records of a complete folder would be lost, or no line is known; or clips are in parts.
+    """
+    if source.parts or "content" not in base.columns:
+        raise other_job(out)
+    content = base.columns["content"]
+    order = np.argsort(lines.content)
+    places = order[np.minimum(np.searchsorted(lines.content, content, sorter=order), len(order) - 1)]
+    known = lines.content[places] == content
+    if not known.all() and (base.complete or not known.any()):
+        raise other_job(out)
+    columns = {name: column[known] for name, column in base.columns.items()} | {"line": lines.number[places[known]]}
+    ids = [base.ids[row] for row in np.flatnonzero(known).tolist()]
+    return base._replace(ids=ids, columns=columns, rejects=[])
+
+
 def open_generation(folder: Folder, source: Source, lines: Lines, base: Base, key: str) -> dict[str, Any]:
     """What the next generation prepares, as plain data for parts/job.json.
 
@@ -114,7 +135,9 @@ def open_generation(folder: Folder, source: Source, lines: Lines, base: Base, ke
     """
     lost = [number for number, one in enumerate(base.doc["shards"]) if _is_lost(folder, one, base.complete)]
     kept = ~np.isin(base.columns["shard"], lost) if lost else np.ones(len(base.ids), bool)
-    final = {(one.part if source.rows_inside else "", one.line) for one in base.rejects if not one.retry}
+    every = not (base.complete or source.parts)  # the user may have replaced a clip that was broken
+    rejects = [one for one in base.rejects if not (one.retry or every)]
+    final = {(one.part if source.rows_inside else "", one.line) for one in rejects}
     parts = []
     if source.rows_inside:
         shard_parts = np.array([shard["part"] for shard in base.doc["shards"]])

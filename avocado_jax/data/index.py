@@ -22,7 +22,7 @@ from avocado_jax.typing import Array, Int
 
 COLUMNS = ("shard", "position", "frames", "height", "width", "mel", "caption", "prompt")
 FORMAT = 2  # of a prepared folder: 2 has the index in columns
-KINDS = {"seconds": np.float64}  # of columns that are not int32
+KINDS = {"seconds": np.float64, "content": np.uint64}  # of columns that are not int32
 BYTES_PER_TOKEN = 3  # of captions that no tokenizer has counted: few texts have less
 
 

@@ -49,6 +49,7 @@ class Lines(NamedTuple):
     start: Array  # int64, byte offset
     bytes: Array  # int32
     video: Array  # uint64, hash of the key of its clip
+    content: Array  # uint64, hash of the line and its id
     rejects: list[Reject]
     size: int  # bytes of the manifest, or the limit
     prefix_md5: dict[int, str]  # MD5 of the first N bytes, by N
@@ -61,7 +62,11 @@ class Lines(NamedTuple):
 
 def hash_name(text: str) -> int:
     """A 64-bit hash of a name, the same in every process."""
-    return int.from_bytes(hashlib.blake2b(text.encode(errors="surrogatepass"), digest_size=8).digest(), "little")
+    return _hash(text.encode(errors="surrogatepass"))
+
+
+def _hash(data: bytes) -> int:
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
 
 
 def parse_line(line: bytes, number: int) -> Entry | Reject:
@@ -102,14 +107,14 @@ def parse_manifest(text: bytes) -> tuple[list[Entry], list[Reject]]:
 def scan_manifest(
     file: io.BufferedIOBase, key: Callable[[str], str], limit: int | None = None, prefix_sizes: Collection[int] = ()
 ) -> Lines:
-    """Check a manifest line by line. Memory: 36 bytes a line, and the rejects.
+    """Check a manifest line by line. Memory: 44 bytes a line, and the rejects.
 
     Args:
         key: what identifies the clip in a line's video.
         limit: bytes to read; None: to the end.
         prefix_sizes: byte counts of prefixes whose MD5 is returned in addition to that of the file.
     """
-    numbers, starts, sizes, videos, ids = (array(kind) for kind in "iqiQQ")
+    numbers, starts, sizes, videos, contents, ids = (array(kind) for kind in "iqiQQQ")
     rejects: list[Reject] = []
     prefix_md5: dict[int, str] = {}
     digest, at, number = hashlib.md5(usedforsecurity=False), 0, 0
@@ -134,10 +139,11 @@ def scan_manifest(
                 sizes.append(len(data))
                 ids.append(hash_name(parsed.fields["id"]))
                 videos.append(hash_name(key(parsed.video)))
+                contents.append(_hash(data.strip() + parsed.fields["id"].encode()))
         skipping = not data.endswith(b"\n") and (skipping or not short)
         at += len(data)
     prefix_md5[at] = digest.hexdigest()
-    columns = [np.array(column, kind) for column, kind in zip((numbers, starts, sizes, videos), "iqiQ")]
+    columns = [np.array(column, kind) for column, kind in zip((numbers, starts, sizes, videos, contents), "iqiQQ")]
     _, first, which = np.unique(np.array(ids, np.uint64), return_index=True, return_inverse=True)
     keep = first[which] == np.arange(len(which))
     for row in np.flatnonzero(~keep).tolist():

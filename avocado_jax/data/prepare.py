@@ -4,9 +4,10 @@ A run that opens a folder fixes which rows it prepares (`parts/job.json`): this 
 these rows alone, so that several machines can make them and a run that was stopped makes those that are missing. A
 file in parts/ lists what each finished shard has. Finishing merges these files into the index, and writes manifest.json
 last. The next run opens another generation for rows that were appended, for rejects whose cause may have passed, and
-for the rows of shards that were lost: into new shards, behind the others.
+for the rows of shards that were lost: into new shards, behind the others. If the manifest was edited in between,
+records whose lines are unchanged are kept. As long as too much was rejected, all rejects are tried again.
 
-Memory of the main process: 36 bytes a manifest line, about 150 a record when it finishes, and the rejects. Temporary
+Memory of the main process: 44 bytes a manifest line, about 150 a record when it finishes, and the rejects. Temporary
 space (TMPDIR): a copy of a manifest that is not a local file, and with parts the clips of (workers + 1) shards; each
 worker makes its shard in OUT/parts, or in TMPDIR if OUT is remote.
 """
@@ -24,7 +25,16 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 
 from avocado_jax.data import storage
-from avocado_jax.data.generation import NO_CLIP, Base, Folder, contained, load_base, open_generation, other_job
+from avocado_jax.data.generation import (
+    NO_CLIP,
+    Base,
+    Folder,
+    contained,
+    keep_unchanged,
+    load_base,
+    open_generation,
+    other_job,
+)
 from avocado_jax.data.index import FORMAT, dump_index
 from avocado_jax.data.make_shard import MEASURED, Job, json_line, run_tasks
 from avocado_jax.data.manifest import Lines, Reject, hash_name, scan_manifest
@@ -55,8 +65,8 @@ def prepare(
 ) -> Prepared | None:
     """Run a job in `workers` processes, or resume it.
 
-    If more than `max_reject_share` of the rows are rejected, the folder is not completed; running again with a larger
-    share is quick.
+    If more than `max_reject_share` of the rows are rejected, the folder is not completed; running again, with a larger
+    share or after the rejected rows were corrected, prepares these only.
 
     Args:
         shard: (I, N): make the shards of machine I of N, from 0, and do not finish; returns None.
@@ -83,7 +93,7 @@ def prepare(
     source = open_source(job.source, job.media)
     with tempfile.TemporaryDirectory() as temporary:
         manifest = spool(source, Path(temporary)) if source.manifests else None
-        lines = _scan(job, source, manifest, base, opened)
+        lines, base = _scan(job, source, manifest, base, opened)
         if opened is None:
             opened = open_generation(folder, source, lines, base, key)
             work = opened["parts"] if source.parts else opened["rows"]
@@ -93,7 +103,7 @@ def prepare(
                 if base.doc["generation"] < 0:
                     raise InputError(f"{job.out}: nothing is prepared; run prepare without --finish first")
                 opened |= {"rows": [], "parts": [], "lost": []}  # with another share of rejects
-            elif base.complete and not work and not opened["lost"] and opened["size"] == base.doc["size"]:
+            elif base.complete and not work and not opened["lost"] and opened["md5"] == base.doc["md5"]:
                 return _result(base) if shard is None else None
             if not finish:
                 storage.write(folder.path("parts/job.json"), json_line(opened).encode())
@@ -112,11 +122,13 @@ def prepare(
     return _finish(folder, job, key, source, lines, base, opened, max_reject_share)
 
 
-def _scan(job: Job, source: Source, manifest: Path | None, base: Base, opened: dict[str, Any] | None) -> Lines:
-    """Check the manifest; it must begin with what earlier runs have read."""
+def _scan(
+    job: Job, source: Source, manifest: Path | None, base: Base, opened: dict[str, Any] | None
+) -> tuple[Lines, Base]:
+    """Check the manifest; it must begin with what the open generation reads. Returns also what is kept of `base`."""
     if manifest is None:
         none = np.zeros(0, np.int64)
-        return Lines(none, none, none, none, [], 0, {0: ""})
+        return Lines(none, none, none, none, none, [], 0, {0: ""}), base
     limit = opened["size"] if opened else None
     with storage.local_errors(str(manifest)), manifest.open("rb") as file:
         lines = scan_manifest(file, source.key, limit, [base.doc["size"]])
@@ -129,10 +141,13 @@ def _scan(job: Job, source: Source, manifest: Path | None, base: Base, opened: d
             f'{job.source}: no line is {{"id": "a", "video": "a.mp4", "caption": "A man ..."}}; '
             f"line {first.line}: {first.reason}" + "; avocado_jax/data/README.md converts a CSV" * table
         )
-    known = [(part["size"], part["md5"]) for part in (base.doc, opened) if part and "md5" in part]
-    if any(lines.prefix_md5.get(size) != md5 for size, md5 in known):
+
+    def edited(earlier: dict[str, Any]) -> bool:
+        return "md5" in earlier and lines.prefix_md5.get(earlier["size"]) != earlier["md5"]
+
+    if opened and edited(opened):
         raise other_job(job.out)
-    return lines
+    return lines, keep_unchanged(base, lines, source, job.out) if edited(base.doc) else base
 
 
 def _finish(
@@ -191,6 +206,9 @@ def _finish(
                 {name: report[name] for name in ("file", "part", "bytes", "md5")} | {"records": len(new["id"])}
             )
     table = {name: np.concatenate(column) if column else np.zeros(0, np.int32) for name, column in columns.items()}
+
+    if not source.rows_inside:
+        table["content"] = lines.content[np.searchsorted(lines.number, table["line"])]
 
     # Rejects: earlier ones whose rows were not tried again, then the new ones.
     rejects += _earlier_rejects(source, lines, todo, base, opened)

@@ -83,6 +83,11 @@ class CaptionFiles:
         line = json.dumps(record, ensure_ascii=False).encode("utf-8", "surrogatepass") + b"\n"
         (self._rejects if "error" in record else self._captions).append(line)
 
+    def flush(self) -> None:
+        """Append what is buffered; from any thread."""
+        for file in filter(None, (self._captions, self._rejects)):
+            file.flush()
+
     def __enter__(self) -> "CaptionFiles":
         return self
 
