@@ -1,7 +1,7 @@
-"""Files of lines to which one process appends: on local disk, or objects in a bucket.
+"""Append lines to a local file or an object in a bucket. One process may append to a file.
 
-A line is in a local file once `append` returns. An object is appended to by the first line that comes `INTERVAL`
-seconds or more after the last time, and when the exit stack is closed: a process that is killed loses the lines since.
+Lines are written to a local file immediately. Lines for an object are buffered and flushed by the first append
+`INTERVAL` seconds or more after the last flush, and when the exit stack is closed. A killed process loses its buffer.
 """
 
 import os
@@ -34,12 +34,12 @@ class LocalLines:
 
 
 class RemoteLines:
-    """An object in a bucket. Safe to use from several threads."""
+    """An object in a bucket. Thread-safe."""
 
     def __init__(self, path: str, size: int) -> None:
         self._path, self._size = path, size
         self._buffer, self._flushed, self._lock = bytearray(), time.monotonic(), threading.Lock()
-        self._sending = 0  # bytes of an append that failed: the object may have them
+        self._sending = 0  # bytes of a failed append, which the object may contain
 
     def append(self, line: bytes) -> None:
         """Append a line, which ends with a line feed."""
@@ -49,7 +49,7 @@ class RemoteLines:
             self.flush()
 
     def flush(self) -> None:
-        """Make the lines so far part of the object."""
+        """Append the buffered lines to the object."""
         with self._lock:
             while self._buffer:
                 self._sending = self._sending or len(self._buffer)
@@ -63,15 +63,15 @@ class RemoteLines:
 def open_lines(
     path: str, stack: ExitStack, keep: Callable[[bytes], bytes] = lambda data: data
 ) -> tuple[LocalLines | RemoteLines, bytes]:
-    """Open a file, which is created if there is none, until `stack` is closed. Returns it and its content.
+    """Open or create a file until `stack` is closed. Returns the file and its content.
 
-    A part of a line that a killed process left is removed.
+    An incomplete last line, from a killed process, is removed.
 
     Args:
-        keep: from the content to the lines of it that stay.
+        keep: maps the content to the lines to keep.
 
     Raises:
-        InputError: it cannot be written, or another process appends to it.
+        InputError: the file cannot be written, or another process appends to it.
         StorageError: storage failed.
     """
     if storage.is_remote(path):

@@ -1,4 +1,4 @@
-"""The clips that a command line names: files, folders, globs, objects of a bucket, manifests and prepared shards."""
+"""List the clips of command-line inputs: files, folders, globs, objects in buckets, manifests and prepared shards."""
 
 import fnmatch
 import glob
@@ -21,19 +21,20 @@ from avocado_jax.errors import InputError
 
 T = TypeVar("T")
 WILDCARD = re.compile(r"[*?\[]")
-# Suffixes of clips in a folder beside those that are registered as video/*.
+# Suffixes of clips in a folder, in addition to those registered as video/*.
 SUFFIXES = {".mkv", ".ts", ".m2ts", ".mts", ".vob", ".flv", ".ogv", ".mxf", ".nut", ".y4m", ".rm", ".rmvb", ".divx"}
 
 
 class ClipSource(NamedTuple):
-    """One clip that can be read.
+    """A clip to read.
 
     Attributes:
-        name: as given, or found in a folder: it identifies the clip in outputs.
-        path: where the file is, local or gs://; empty for a record of prepared shards.
-        fields: `prompt`, `system` and `media_first` of a manifest line, those that it has.
-        record: the number of the record in `shards`.
-        error: why it cannot be read, where that is known without reading it.
+        name: identifies the clip in outputs: the input as given, or the path found in a folder.
+        path: path of the file, local or gs://; empty for a record of prepared shards.
+        fields: the fields `prompt`, `system` and `media_first` of the manifest line, if present.
+        shards: prepared shards with the record; None for files.
+        record: index of the record in `shards`.
+        error: the reason why the clip cannot be read, if known in advance.
     """
 
     name: str
@@ -44,16 +45,16 @@ class ClipSource(NamedTuple):
     error: str = ""
 
     def may_exist(self) -> bool:
-        """Whether there may be something to read."""
+        """False if the clip is known to be missing or invalid."""
         return not self.error and (not self.path or storage.is_remote(self.path) or os.path.exists(self.path))
 
     def read(
         self, reader: ClipReader, reading: Reading, sound: bool = True, part: Packets | None = None
     ) -> tuple[Media, Mapping[str, Any]]:
-        """The clip or a part of it, and the fields that decide its prompt.
+        """Read the clip or a part of it, and return it with the fields of its prompt.
 
         Raises:
-            InputError: it cannot be read; the message starts with its name.
+            InputError: the clip cannot be read; the message starts with its name.
             StorageError: storage failed.
         """
         if self.error:
@@ -79,16 +80,16 @@ class ClipSource(NamedTuple):
 
 
 def list_clips(inputs: Sequence[str], manifest: str | None = None, reading: Reading = Reading()) -> list[ClipSource]:
-    """Every clip of the inputs, in order: those of a folder or a bucket sorted by name.
+    """List the clips of the inputs, in order; those of a folder or bucket are sorted by name.
 
-    A name that does not exist becomes a clip that cannot be read, so that the others are still captioned.
+    A missing file becomes a clip that cannot be read, so that the other clips are still captioned.
 
     Args:
-        manifest: JSONL with "video" in each line (relative to it, or gs://), local or gs://.
+        manifest: JSONL file, local or gs://, with "video" in each line (gs:// or relative to the manifest).
         reading: how the clips of prepared shards are sampled.
 
     Raises:
-        InputError: an input holds no clip, or the manifest or a bucket cannot be read.
+        InputError: an input has no clip, or the manifest or a bucket cannot be read.
         StorageError: storage failed.
     """
     clips = [clip for given in inputs for clip in _clips_of(given, reading)]
@@ -107,9 +108,9 @@ def _clips_of(given: str, reading: Reading) -> list[ClipSource]:
             for name in (folders.sort() or sorted(names))
             if is_video(name)
         ]
-        return [ClipSource(name, name) for name in _some(names, given)]
+        return [ClipSource(name, name) for name in _not_empty(names, given)]
     if not os.path.exists(given) and WILDCARD.search(given):
-        return [ClipSource(name, name) for name in _some(sorted(glob.glob(given, recursive=True)), given)]
+        return [ClipSource(name, name) for name in _not_empty(sorted(glob.glob(given, recursive=True)), given)]
     return [ClipSource(given, given)]
 
 
@@ -125,7 +126,7 @@ def _remote_clips(given: str, reading: Reading) -> list[ClipSource]:
     names = [f"{folder}/{file.name}" for file in storage.listing(folder) if is_video(file.name)]
     if WILDCARD.search(given):
         names = fnmatch.filter(names, given)
-    return [ClipSource(name, name) for name in _some(names, given)]
+    return [ClipSource(name, name) for name in _not_empty(names, given)]
 
 
 def _records(folder: str, reading: Reading) -> list[ClipSource]:
@@ -134,7 +135,7 @@ def _records(folder: str, reading: Reading) -> list[ClipSource]:
 
 
 def _manifest_clips(path: str) -> Iterator[ClipSource]:
-    """A line that is wrong becomes a clip that cannot be read."""
+    """Yield the clips of a manifest. An invalid line becomes a clip that cannot be read."""
     folder = path.rpartition("/")[0]
     for number, line in enumerate(storage.read(path).splitlines(), start=1):
         if not line.strip():
@@ -152,12 +153,12 @@ def _manifest_clips(path: str) -> Iterator[ClipSource]:
             yield ClipSource(name, error=str(error))
 
 
-def _some(names: list[str], given: str) -> list[str]:
+def _not_empty(names: list[str], given: str) -> list[str]:
     if not names:
         raise InputError(f"{printable(given)}: no video in it")
     return names
 
 
 def is_video(name: str) -> bool:
-    """Whether a file in a folder is taken for a clip, by its suffix."""
+    """Whether the suffix of a file is that of a video."""
     return (mimetypes.guess_type(name)[0] or "").startswith("video/") or Path(name).suffix.lower() in SUFFIXES

@@ -1,4 +1,4 @@
-"""The container of a clip: accepted formats, one timeline for all packets, and missing packets."""
+"""Container level of clips: accepted formats, a continuous timeline for packets, and detection of missing packets."""
 
 import os
 from collections.abc import Iterator
@@ -10,31 +10,31 @@ import av
 
 from avocado_jax.errors import InputError
 
-# Demuxers of video and sound files. Playlists and scripts (hls, dash, concat, sdp), texts, images and devices are not
-# among them, so that nothing but the named file is opened.
+# Demuxers of video and audio files. Playlists and scripts (hls, dash, concat, sdp), texts, images and devices are
+# excluded, so that no file other than the given one is opened.
 FORMATS = (
     "mov,mp4,matroska,webm,avi,asf,asf_o,flv,live_flv,mpegts,mpeg,mpegvideo,m4v,h261,h263,h264,hevc,vvc,av1,obu,ivf,"
     "vc1,vc1test,dirac,mjpeg,cavsvideo,avs2,avs3,ogg,nut,rm,mxf,mxf_opatom,gxf,wtv,dv,swf,gif,apng,yuv4mpegpipe,nsv,"
     "nuv,pva,roq,smk,bink,thp,film_cpk,4xm,ipmovie,rpl,ea,psxstr,xmv,viv,"
     "wav,w64,mp3,flac,aac,aiff,au,caf,amr,amrnb,amrwb,ac3,eac3,dts,truehd,ape,wv,tta,tak,mpc,mpc8,loas"
 )
-MOST_PIXELS = 8192 * 8192  # of a frame: beyond 8K, and below what a decoder needs gigabytes for
-BACKWARD = 0.5  # seconds that decoding times may step back by before they count as restarted
-BLOCK = 2048  # bytes of a matroska file between two packets, at most
-FORWARD = 10.0  # seconds that they may skip, in formats whose clocks may change
-LOST = 0.25  # share of the frames: more damage is refused
-INDEXED = ("mp4", "matroska")  # formats in which a time can be sought
+MOST_PIXELS = 8192 * 8192  # maximum pixels of a frame: above 8K, and small enough for a decoder's memory
+BACKWARD = 0.5  # seconds; decoding times that step back further have restarted
+BLOCK = 2048  # maximum bytes between two packets of a matroska file
+FORWARD = 10.0  # seconds; decoding times that step further have jumped, in formats with changing clocks
+LOST = 0.25  # maximum share of missing frames; clips with more damage are rejected
+INDEXED = ("mp4", "matroska")  # formats that support seeking
 STILLS = (b"avif", b"heic", b"heix", b"mif1")
 
 
 def printable(path: str | Path) -> str:
-    """A path in one line of printable characters: newlines, controls and undecodable bytes are escaped."""
+    """Escape newlines, control characters and undecodable bytes of a path."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(path))
 
 
 @contextmanager
 def one_line(path: Path) -> Iterator[None]:
-    """Raise every failure of one clip as an InputError whose single line names the clip."""
+    """Convert any exception about one clip to an InputError with a one-line message that names the clip."""
     try:
         _check_file(path)
         yield
@@ -45,7 +45,7 @@ def one_line(path: Path) -> Iterator[None]:
     except (av.error.FFmpegError, ValueError, OSError) as error:
         reason = " ".join(str(getattr(error, "strerror", None) or error).split())
         raise InputError(f"{printable(path)}: damaged, cannot be decoded ({reason})") from error
-    except Exception as error:  # whatever a file provokes: the other clips are still read
+    except Exception as error:  # one file must not stop the other clips
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise InputError(f"{printable(path)}: cannot be read ({reason})") from error
 
@@ -68,9 +68,9 @@ def _check_file(path: Path) -> None:
 
 
 def open_clip(path: Path) -> av.container.InputContainer:
-    """Open a media file, and no other file or address that it names.
+    """Open a media file, without following references to other files or addresses.
 
-    The `file:` scheme takes any name (`12:30.mp4` is no protocol); titles may have any encoding.
+    The `file:` scheme accepts any name (`12:30.mp4` is not a protocol). Metadata may have any encoding.
     """
     allowed = {"format_whitelist": FORMATS, "protocol_whitelist": "file"}
     try:
@@ -78,7 +78,7 @@ def open_clip(path: Path) -> av.container.InputContainer:
     except (av.error.InvalidDataError, av.error.ArgumentError) as error:
         if _head(path)[8:12] == b"WEBP":
             raise InputError("not a video: WebP images, animated or not, cannot be decoded") from error
-        if isinstance(error, av.error.ArgumentError):  # of the whitelist
+        if isinstance(error, av.error.ArgumentError):  # rejected by the whitelist
             raise InputError("not a video: playlists, scripts, images and texts are not read") from error
         raise InputError("not a video, or its header is damaged or cut off") from error
 
@@ -89,14 +89,14 @@ def _head(path: Path, length: int = 65_536) -> bytes:
 
 
 def video_stream(container: av.container.InputContainer) -> av.VideoStream:
-    """The picture's stream, by the rule of FFmpeg's tools; a cover is none.
+    """Select the video stream by FFmpeg's rule. Cover images are not video streams.
 
     Raises:
-        InputError: there is none, there is no decoder for it, or its frames are too large.
+        InputError: the clip has no video stream, no decoder supports it, or its frames are too large.
     """
     stream = container.streams.best("video")
-    if stream is None:  # `best` passes over streams without a decoder
-        stream = next((one for one in container.streams.video), None)
+    if stream is None:  # `best` skips streams without a decoder
+        stream = next(iter(container.streams.video), None)
     if stream is None or stream.disposition & av.stream.Disposition.attached_pic:
         raise InputError("has no picture" + (" (sound only)" if container.streams.audio else ""))
     if stream.codec_context is None:
@@ -106,18 +106,18 @@ def video_stream(container: av.container.InputContainer) -> av.VideoStream:
 
 
 def check_size(width: int, height: int) -> None:
-    """Raise InputError for a frame of too many pixels."""
+    """Raise InputError if a frame has too many pixels."""
     if width * height > MOST_PIXELS:
         raise InputError(f"a picture of {width}x{height}: the limit is {MOST_PIXELS} pixels")
 
 
 def frame_rate(stream: av.VideoStream) -> float:
-    """Frames a second."""
+    """Frames per second."""
     return float(stream.average_rate or stream.base_rate or 25)
 
 
 def _demux(container: av.container.InputContainer) -> Iterator[av.Packet]:
-    """All packets. Behind the last one PyAV looks up every stream, and fails on a stream that appeared on the way."""
+    """Yield all packets. After the last one PyAV raises IndexError if a stream appeared while reading."""
     packets = container.demux()
     while True:
         try:
@@ -130,11 +130,11 @@ def _demux(container: av.container.InputContainer) -> Iterator[av.Packet]:
 
 
 class Clock:
-    """Puts the packets of a container on one timeline.
+    """Maps the packets of a container to one continuous timeline.
 
-    Where decoding times restart or leap, as in joined recordings, the following packets are shifted so that they
-    continue where the earlier ones end. Streams that leap by the same amount get the same shift and stay in step.
-    The times of mp4 files follow from their edit lists and are left alone.
+    If decoding times restart or jump, as in concatenated recordings, the following packets are shifted so that they
+    continue at the end of the previous ones. Streams that jump by the same amount get the same shift and stay in sync.
+    The times of mp4 files follow from their edit lists and are not changed.
     """
 
     def __init__(self, container: av.container.InputContainer) -> None:
@@ -144,13 +144,13 @@ class Clock:
 
     @property
     def shifted(self) -> bool:
-        """Whether times of packets were changed."""
+        """Whether packet times were changed."""
         return len(self._shifts) > 1
 
     def packets(
         self, container: av.container.InputContainer, only: av.stream.Stream | None = None
     ) -> Iterator[av.Packet]:
-        """All packets with content, or those of one stream, in file order, with continuous times."""
+        """Yield non-empty packets, of all streams or of one, in file order, with continuous times."""
         for packet in _demux(container):
             if packet.size:
                 if not self._fixed and packet.stream.type in ("video", "audio"):
@@ -187,29 +187,29 @@ class Clock:
 
 
 class Packets(NamedTuple):
-    """What demuxing shows, before anything is decoded."""
+    """Information from demuxing, without decoding."""
 
-    frames: int  # packets of the picture that are to be shown
-    missing: int  # frames that the file states and does not contain
-    times: list[int] | None  # each frame's presentation time in ticks, in order; None where packets do not have them
-    origin: float  # seconds at which the first of picture and sound starts
-    seconds: float  # from there to the end of both
-    rate: float  # frames a second
-    tick: float = 0.0  # seconds, of `times` and `keys`
-    keys: tuple[int, ...] = ()  # presentation times of key frames
-    seekable: bool = False  # whether times are those of the file, which has an index
-    start: float = 0.0  # of a part: seconds from the clip's beginning
-    first_key: int | None = None  # of a part: the key frame from which on it is decoded
+    frames: int  # video packets to show
+    missing: int  # frames that the file declares but does not contain
+    times: list[int] | None  # sorted presentation times of the frames in ticks; None if unknown
+    origin: float  # start of the first stream (video or audio) in seconds
+    seconds: float  # duration from `origin` to the end of the last stream
+    rate: float  # frames per second
+    tick: float = 0.0  # seconds per tick of `times` and `keys`
+    keys: tuple[int, ...] = ()  # presentation times of key frames in ticks
+    seekable: bool = False  # whether the file has an index and its times were not changed
+    start: float = 0.0  # start of a part in seconds from the beginning of the clip
+    first_key: int | None = None  # key frame at which decoding of a part starts
 
     def time(self, ticks: int, tick: float) -> float:
-        """Seconds since the clip's beginning."""
+        """Convert ticks to seconds since the beginning of the clip."""
         return ticks * tick - self.origin
 
     def part(self, start: float, end: float) -> "Packets":
-        """The frames from `start` to before `end`, with times that count from `start`.
+        """Select the frames from `start` (inclusive) to `end` (exclusive). Times are relative to `start`.
 
         Raises:
-            InputError: there are none.
+            InputError: the interval has no frames.
         """
         times = [one for one in self.times or () if start <= self.time(one, self.tick) < end]
         if not times:
@@ -227,16 +227,16 @@ class Packets(NamedTuple):
 
 
 def scan(path: Path) -> Packets:
-    """Read a clip's packets without decoding them.
+    """Read the packets of a clip without decoding them.
 
     Raises:
-        InputError: it has no frames, is encrypted, or is cut short by more than a share of `LOST`.
+        InputError: the clip has no frames, is encrypted, or more than a share of `LOST` is missing.
     """
     with open_clip(path) as container:
         stream = video_stream(container)
         rate, frames, times, keys, clock = frame_rate(stream), 0, [], [], Clock(container)
-        last = skipped = read = 0  # bytes
-        reach = 0.0  # the latest time of any stream
+        last = skipped = read = 0  # in bytes
+        reach = 0.0  # latest time of any stream
         spans: dict[int, list[float]] = {}
         try:
             for packet in clock.packets(container):
@@ -244,7 +244,7 @@ def scan(path: Path) -> Packets:
                     skipped += packet.pos - last
                 read += packet.size
                 last = max(last, (packet.pos or 0) + packet.size)
-                if packet.pts is not None:  # of subtitles too
+                if packet.pts is not None:  # including subtitles
                     reach = max(reach, float((packet.pts + (packet.duration or 0)) * packet.time_base))
                 if packet.stream.type not in ("video", "audio") or packet.is_discard:
                     continue
@@ -269,14 +269,14 @@ def scan(path: Path) -> Packets:
             raise InputError("its picture has no frames")
         if _head(path, 12)[8:] in STILLS and frames == 1:
             raise InputError("not a video: a still image")
-        for one in container.streams.audio:  # samples before it are not heard: encoder delay
-            if one.index in spans and one.start_time is not None:
-                spans[one.index][0] = max(spans[one.index][0], float(one.start_time * one.time_base))
+        for audio in container.streams.audio:  # samples before the start time are encoder delay
+            if audio.index in spans and audio.start_time is not None:
+                spans[audio.index][0] = max(spans[audio.index][0], float(audio.start_time * audio.time_base))
         origin = min((span[0] for span in spans.values()), default=0.0)
         end = max((span[1] for span in spans.values()), default=origin + frames / rate)
         stated = container.duration / av.time_base if container.duration else 0.0
         lost = _lost(path, container, stream, frames, last, origin, max(end, reach), stated)
-        if "matroska" in container.format.name:  # packets follow each other: what lies between them is unreadable
+        if "matroska" in container.format.name:  # packets are contiguous: bytes between them are unreadable
             lost = max(lost, skipped / (skipped + read))
         missing = round(frames * lost / (1 - lost)) if lost < 1 else frames
         if lost > LOST:
@@ -284,7 +284,7 @@ def scan(path: Path) -> Packets:
                 f"cut short or damaged: {frames} of {stream.frames or 'its'} frames, "
                 f"{end - origin:.1f} s of {stated:.1f} s"
             )
-        seconds = stated if abs(stated - (end - origin)) < 0.1 else end - origin  # last packets are filled up
+        seconds = stated if abs(stated - (end - origin)) < 0.1 else end - origin  # the last packets may be padded
         known = None not in times and len(set(times)) == frames
         tick = float(stream.time_base)
         seekable = not clock.shifted and any(name in container.format.name for name in INDEXED)
@@ -302,30 +302,30 @@ def _lost(
     end: float,
     stated: float,
 ) -> float:
-    """The share of a clip that lies beyond the end of its file, from the sizes that its container states.
+    """Estimate the missing share of a truncated file from the sizes in its container.
 
-    mp4 lists every frame's place in the file; matroska, AVI and ASF state their size in bytes. Lengths in time mean
-    different things in different files and are used only where bytes are missing or, in matroska, were not read.
-    Other formats state nothing.
+    mp4 has the offset of every frame; matroska, AVI and ASF have the file size. Durations have different meanings in
+    different files and are used only if bytes are missing or, in matroska, were not read. Other formats contain no
+    sizes.
     """
     size, name = path.stat().st_size, container.format.name
     if "mp4" in name:
         entries = stream.index_entries or ()
         beyond = sum(entry.pos + entry.size > size for entry in entries)
         return beyond / len(entries) if beyond else 0.0
-    filesize = container.metadata.get("filesize", "").split(".")[0]  # of FLV
-    whole = _stated_bytes(path, name) or (int(filesize) if filesize.isdecimal() else 0)
-    if whole <= size and not ("matroska" in name and size - last > BLOCK):
+    filesize = container.metadata.get("filesize", "").split(".")[0]  # FLV only
+    declared = _declared_bytes(path, name) or (int(filesize) if filesize.isdecimal() else 0)
+    if declared <= size and not ("matroska" in name and size - last > BLOCK):
         return 0.0
-    if name == "avi" and stream.frames:  # places of frames; some may be empty
+    if name == "avi" and stream.frames:  # frame slots; some may be empty
         return max(0.0, 1 - max(frames, round(end * frame_rate(stream))) / stream.frames)
-    if "matroska" in name and stated:  # the length, or the time of the end
+    if "matroska" in name and stated:  # the duration or the end time
         return max(0.0, 1 - max((end - origin) / stated, (end - origin) / max(stated - origin, 1e-3)))
-    return max(0.0, 1 - size / whole) if whole else 0.0
+    return max(0.0, 1 - size / declared) if declared else 0.0
 
 
-def _stated_bytes(path: Path, name: str) -> int:
-    """The size of the file that its own headers state; 0 where they do not."""
+def _declared_bytes(path: Path, name: str) -> int:
+    """The file size in the headers of the file; 0 if unknown."""
     head = _head(path)
     if "matroska" in name:
         at = head.find(b"\x18\x53\x80\x67")
@@ -337,7 +337,7 @@ def _stated_bytes(path: Path, name: str) -> int:
     if name == "avi":
         at, size = 0, path.stat().st_size
         with path.open("rb") as file:
-            while at + 8 <= size:  # files above 1 GB have several of these
+            while at + 8 <= size:  # files above 1 GB have several RIFF chunks
                 file.seek(at)
                 chunk = file.read(8)
                 if chunk[:4] != b"RIFF":
@@ -346,7 +346,7 @@ def _stated_bytes(path: Path, name: str) -> int:
         return at
     if name.startswith("asf"):
         at = head.find(bytes.fromhex("a1dcab8c47a9cf118ee400c00c205365"))
-        if at < 0 or len(head) < at + 92 or head[at + 88] & 1:  # a broadcast states no size
+        if at < 0 or len(head) < at + 92 or head[at + 88] & 1:  # broadcasts have no size
             return 0
         return int.from_bytes(head[at + 40 : at + 48], "little")
     return 0

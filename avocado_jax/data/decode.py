@@ -1,4 +1,4 @@
-"""A clip's file to arrays, with PyAV."""
+"""Decode the file of a clip to arrays with PyAV."""
 
 from collections.abc import Iterator
 from contextlib import suppress
@@ -26,22 +26,22 @@ from avocado_jax.data.media import Media, Reading
 from avocado_jax.errors import InputError
 from avocado_jax.typing import Array, Float, Shaped
 
-OFFSET = 0.1  # seconds between where sound is and where it is expected, from which on it counts as displaced
-EARLY = 1.0  # seconds that the times of sound may lag behind its samples: some containers interpolate them
-BEFORE = 1.0  # seconds of sound before a part of a clip that are decoded and not used
-TAIL = 2  # packets at the end of a stream that may yield no picture
+OFFSET = 0.1  # seconds; audio further from its expected time is displaced
+EARLY = 1.0  # seconds that audio times may lag behind the samples: some containers interpolate them
+BEFORE = 1.0  # seconds of audio decoded and discarded before a part of a clip
+TAIL = 2  # packets at the end of a stream that may yield no frame
 
 
 class Probe(NamedTuple):
-    """What a clip's packets show, with nothing decoded."""
+    """Properties of a clip from its packets, without decoding."""
 
     seconds: float
-    frames: int  # that would be chosen
+    frames: int  # number of frames that would be chosen
     sound: bool  # whether there is an audio stream
 
 
 def probe_media(path: str | Path, reading: Reading = Reading()) -> Probe:
-    """Look at a clip's packets. Raises as `read_media`, for what shows without decoding."""
+    """Inspect the packets of a clip. Raises as `read_media`, for errors that are detected without decoding."""
     path = Path(path)
     with one_line(path):
         packets = scan(path)
@@ -53,12 +53,13 @@ def probe_media(path: str | Path, reading: Reading = Reading()) -> Probe:
 def read_media(
     path: str | Path, reading: Reading = Reading(), sound: bool = True, part: Packets | None = None
 ) -> Media:
-    """Read a clip: chosen frames, upright and resized, and its sound if there is any and it is wanted.
+    """Read a clip: the chosen frames, upright and resized, and optionally its sound.
 
-    A clip with little damage is read, and `warnings` states what is lost.
+    Clips with minor damage are read, and `warnings` describes the damage.
 
     Args:
-        part: of `Packets.part`; None: all of the clip. The sound of a part is placed at its time.
+        sound: whether to read the sound.
+        part: a result of `Packets.part`; None: the whole clip. The sound of a part is aligned to its time.
 
     Raises:
         InputError: one line with the path and the reason: missing, empty, not a video, no picture, cut
@@ -78,10 +79,10 @@ def read_media(
 
 
 class PacketDecoder:
-    """Decodes one stream of a clip, past packets that cannot be decoded.
+    """Decodes one stream of a clip and skips packets that cannot be decoded.
 
     Attributes:
-        packets, failed: how many packets were decoded, and how many of them raised an error.
+        packets, failed: number of packets passed to the decoder, and number of them that raised an error.
     """
 
     def __init__(self, container: av.container.InputContainer, stream: av.stream.Stream) -> None:
@@ -91,15 +92,15 @@ class PacketDecoder:
     def frames(
         self, wanted: set[int] | None = None, first_key: int | None = None, seek: bool = False
     ) -> Iterator[av.VideoFrame | av.AudioFrame]:
-        """All frames in order of presentation.
+        """Yield all frames in presentation order.
 
         Args:
-            wanted: times; only what these need is decoded.
-            first_key: decode from the first key frame on that has this time or a later one.
-            seek: go there instead of reading the file up to there.
+            wanted: presentation times; only these frames and their references are decoded.
+            first_key: decode from the first key frame at or after this time.
+            seek: seek to that key frame instead of reading the file up to it.
         """
         context = self._stream.codec_context
-        packets = self._sought(first_key) if seek and first_key is not None else self._packets()
+        packets = self._packets_from(first_key) if seek and first_key is not None else self._packets()
         for packet in packets:
             if first_key is not None:
                 if not packet.is_keyframe or packet.pts is None or packet.pts < first_key:
@@ -115,8 +116,8 @@ class PacketDecoder:
     def _packets(self) -> Iterator[av.Packet]:
         return Clock(self._container).packets(self._container, self._stream)
 
-    def _sought(self, time: int) -> Iterator[av.Packet]:
-        """The packets from a key frame at or before a time, or from the beginning if there is no index."""
+    def _packets_from(self, time: int) -> Iterator[av.Packet]:
+        """The packets from a key frame at or before `time`, or from the beginning if the file has no index."""
         if time <= (self._stream.start_time or 0):
             return self._packets()
         with suppress(av.error.FFmpegError):
@@ -145,7 +146,7 @@ def _chosen(total: int, rate: float, reading: Reading) -> list[int]:
 
 
 def _picture(path: Path, packets: Packets, reading: Reading) -> tuple[Shaped[Array, "N h w 3"], list[float], list[str]]:
-    """The chosen frames, their times in seconds, and warnings. Only chosen frames are converted and resized."""
+    """Read the chosen frames, their times in seconds, and warnings. Converts and resizes only the chosen frames."""
     chosen = _chosen(packets.frames, packets.rate, reading)
     lost, total = packets.missing, packets.frames + packets.missing
     found = _decode_by_time(path, packets, chosen, reading) if packets.times else None
@@ -163,10 +164,10 @@ def _picture(path: Path, packets: Packets, reading: Reading) -> tuple[Shaped[Arr
 def _decode_by_time(
     path: Path, packets: Packets, chosen: list[int], reading: Reading
 ) -> tuple[list[np.ndarray], list[float]] | None:
-    """The frames that are shown at the chosen times; None where one is missing or something cannot be decoded.
+    """Decode the frames at the chosen times; None if a frame is missing or a packet cannot be decoded.
 
-    Frames that are neither wanted nor referred to by others are not decoded: the rest is the same to the bit,
-    for two thirds of the work in an ordinary h264 file.
+    Frames that are neither chosen nor referenced are not decoded. The others are bit-identical, at two thirds of the
+    work for an ordinary h264 file.
     """
     times = [packets.times[index] for index in chosen]
     wanted, found, fit = set(times), {}, FrameFit(len(chosen), reading)
@@ -185,7 +186,7 @@ def _decode_by_time(
 
 
 def _decodable(path: Path, packets: Packets) -> tuple[list[int], int, list[float]]:
-    """Decode everything. Returns the numbers of the good frames, how many frames are lost, and the times of all."""
+    """Decode the whole stream. Returns the indices of good frames, the number of lost frames, and all times."""
     good, times, corrupt, outside, fields = [], [], 0, 0, False
     with open_clip(path) as container:
         stream = video_stream(container)
@@ -209,7 +210,7 @@ def _decodable(path: Path, packets: Packets) -> tuple[list[int], int, list[float
 
 
 def _decode_in_order(path: Path, chosen: list[int], reading: Reading) -> list[np.ndarray]:
-    """The frames with these numbers, in the order in which they are decoded."""
+    """Decode the frames with these indices, in decoding order."""
     out, fit, wanted = {}, FrameFit(len(chosen), reading), set(chosen)
     with open_clip(path) as container:
         for number, frame in enumerate(PacketDecoder(container, video_stream(container)).frames()):
@@ -221,7 +222,7 @@ def _decode_in_order(path: Path, chosen: list[int], reading: Reading) -> list[np
 
 
 class FrameFit:
-    """Frames to upright RGB pictures of the clip's size, which its first frame decides."""
+    """Converts frames to upright RGB images of one size, determined by the first frame."""
 
     def __init__(self, frames: int, reading: Reading) -> None:
         self.frames, self.reading = frames, reading
@@ -237,20 +238,20 @@ class FrameFit:
 
 
 def _upright(frame: av.VideoFrame) -> Shaped[Array, "rows columns 3"]:
-    """A frame as it is to be shown: its display matrix rotates it, and may mirror it."""
+    """Apply the display matrix of a frame: rotate and, if needed, mirror it."""
     picture, turned = frame.to_ndarray(format="rgb24"), frame.rotation
     if (matrix := frame.side_data.get("DISPLAYMATRIX")) is not None:
         a, b, _, c, d, *_ = (int(part) for part in np.frombuffer(bytes(matrix), "<i4"))
-        if a * d - b * c < 0:  # mirrored: the mirror image, rotated by what remains
+        if a * d - b * c < 0:  # mirrored: flip, then rotate by the remaining angle
             picture, turned = picture[:, ::-1], -np.degrees(np.arctan2(-b, -a))
     return np.rot90(picture, k=round(turned / 90))
 
 
 def _sizes(height: int, width: int, frames: int, reading: Reading) -> list[tuple[int, int]]:
-    """What each of `frames` frames is resized to, one size after the other.
+    """The sizes that each of `frames` frames is resized to, in sequence.
 
-    The first is the share of the clip's budget. Rounded down to whole cells, it may have fewer pixels than
-    the least, and then the reference's processor enlarges the frame once more: so it is for long clips.
+    The first size follows from the clip's pixel budget. Rounded down to whole cells, it may have fewer pixels than the
+    minimum (in long clips). The reference processor then enlarges the frame to the second size.
     """
     least, factor = reading.fewest_pixels, reading.size_factor
     most = frame_pixels(frames, least, reading.most_pixels, reading.clip_pixels, reading.asked_pixels)
@@ -259,7 +260,7 @@ def _sizes(height: int, width: int, frames: int, reading: Reading) -> list[tuple
 
 
 class _Stretch:
-    """Sound of one rate without a gap."""
+    """Contiguous audio of one sample rate."""
 
     def __init__(self, start: float, rate: int) -> None:
         self.start, self.rate, self.length = start, rate, 0
@@ -273,13 +274,13 @@ class _Stretch:
 def read_sound(
     path: Path, packets: Packets, picture: float, reading: Reading
 ) -> tuple[Float[Array, "n"] | None, list[str]]:
-    """The best audio stream as mono at `sound_rate`, and warnings; None where there is no stream, or nothing in it.
+    """Read the best audio stream as mono at `sound_rate`, with warnings; None without a stream or samples.
 
     Args:
-        picture: seconds at which the picture starts.
+        picture: start of the video in seconds.
     """
     with open_clip(path) as container:
-        # `best` passes over streams without a decoder, and over those whose format follows later in the file.
+        # `best` skips streams without a decoder, and streams whose format follows later in the file.
         stream = container.streams.best("audio") or next(iter(container.streams.audio), None)
         if stream is None:
             return None, []
@@ -325,11 +326,11 @@ def read_sound(
 
 
 def _mono(frame: av.AudioFrame) -> Float[Array, "n"]:
-    """The mean of a frame's channels, as floats."""
+    """The mean of a frame's channels, as float32."""
     block = frame.to_ndarray()
     if not frame.format.is_planar:
         block = block.reshape(-1, frame.layout.nb_channels).T
-    if block.dtype.kind != "f":  # integers to -1..1; unsigned bytes are centred on 128
+    if block.dtype.kind != "f":  # scale integers to [-1, 1]; unsigned bytes are centred on 128
         bounds = np.iinfo(block.dtype)
         middle, half = (bounds.max + bounds.min + 1) / 2, (bounds.max - bounds.min + 1) / 2
         block = (block.astype(np.float32) - middle) / half
@@ -337,12 +338,12 @@ def _mono(frame: av.AudioFrame) -> Float[Array, "n"]:
 
 
 def _displaced(stretches: list[_Stretch], picture: float) -> list[str]:
-    """Warnings of sound that starts away from the picture, or has gaps."""
+    """Warnings about sound that does not start with the picture, or has gaps."""
     warnings, offset = [], stretches[0].start - picture
     if abs(offset) > OFFSET:
         direction = "after" if offset > 0 else "before"
         warnings.append(f"its sound starts {abs(offset):.2f} s {direction} its picture")
-    gaps = [(one.end, two.start - one.end) for one, two in pairwise(stretches)]
+    gaps = [(before.end, after.start - before.end) for before, after in pairwise(stretches)]
     gaps = [(time, gap) for time, gap in gaps if abs(gap) > OFFSET]
     if gaps:
         total = sum(gap for _, gap in gaps)
@@ -351,7 +352,7 @@ def _displaced(stretches: list[_Stretch], picture: float) -> list[str]:
 
 
 def _resampled(stretches: list[_Stretch], reading: Reading) -> list[tuple[int, Float[Array, "n"]]]:
-    """Sound at `sound_rate` and the sample at which it starts; without `align_sound` gaps are closed first."""
+    """Resample to `sound_rate`: (first sample, samples) of each part. Without `align_sound`, close gaps first."""
     groups: list[list[_Stretch]] = []
     for stretch in stretches:
         if groups and not reading.align_sound and groups[-1][0].rate == stretch.rate:

@@ -1,4 +1,4 @@
-"""From pixels and samples to encoder inputs: frame selection, sizes, resizing, windows of patches, log-mel."""
+"""Convert pixels and samples to encoder inputs: frame selection, sizes, resizing, windows of patches, log-mel."""
 
 import math
 from functools import lru_cache
@@ -16,16 +16,16 @@ from avocado_jax.typing import Array, Bool, Float, Int, Shaped
 def choose_frames(
     total: int, rate: float, fps: float = 2.0, fewest: int = 4, most: int = 768, multiple: int = 2
 ) -> Int[Array, "N"]:
-    """Indices of the frames to read of `total` frames at `rate` a second (qwen-omni-utils' smart_nframes).
+    """Choose the frames to read of `total` frames at `rate` per second (qwen-omni-utils' smart_nframes).
 
-    Evenly spaced from the first to the last frame, ties of rounding to even; their number is a multiple of
-    `multiple`. A clip of fewer than `multiple` frames repeats its last one, where the reference refuses.
+    The indices are evenly spaced from the first to the last frame, with ties rounded to even. Their number is a
+    multiple of `multiple`. A clip of fewer than `multiple` frames repeats its last frame; the reference fails.
     """
     if total < multiple:
         return np.minimum(np.arange(multiple), total - 1)
     fewest = max(-(-fewest // multiple), 1) * multiple
     wanted = min(max(total / rate * fps, fewest), max(most, multiple), total)
-    # As torch.linspace: an fp32 step, walked from both ends, each point rounded to fp32 once (a fused multiply-add).
+    # As in torch.linspace: an fp32 step from both ends, each point rounded to fp32 once (a fused multiply-add).
     count = math.floor(wanted / multiple) * multiple
     step = float(np.float32(total - 1) / np.float32(max(count - 1, 1)))
     steps = np.arange(count)
@@ -41,10 +41,9 @@ def frame_pixels(
     cap: int = 401_408,
     multiple: int = 2,
 ) -> float:
-    """The most pixels that each of `frames` frames may have: the clip's budget shared out, within bounds.
+    """The maximum pixels of each of `frames` frames: the clip's budget divided by the frames, within bounds.
 
-    `clip` is the budget of all frames together and `cap` the request's cap; the defaults are
-    AVoCaDO's.
+    `clip` is the budget of all frames and `cap` the limit of the request. The defaults are AVoCaDO's.
     """
     return min(max(min(most, clip / frames * multiple), int(least * 1.05)), cap)
 
@@ -52,7 +51,7 @@ def frame_pixels(
 def frame_size(
     height: int, width: int, least: int, most: float, factor: int = 28, steepest: float = 200.0
 ) -> tuple[int, int]:
-    """Height and width to resize to: multiples of `factor`, between `least` and `most` pixels (smart_resize).
+    """Choose the resized height and width: multiples of `factor`, between `least` and `most` pixels (smart_resize).
 
     Raises:
         InputError: the sides differ by more than a factor of `steepest`.
@@ -71,7 +70,7 @@ def frame_size(
 
 @lru_cache(maxsize=64)
 def _cubic(size: int, target: int) -> scipy.sparse.csr_array:
-    """The antialiased cubic (a = -0.5) resampling of `size` samples to `target`, as a sparse matrix."""
+    """The antialiased cubic (a = -0.5) resampling from `size` to `target` samples, as a sparse matrix."""
     scale = size / target
     stretch = max(scale, 1.0)
     centre = (np.arange(target) + 0.5) * scale
@@ -89,7 +88,7 @@ def _cubic(size: int, target: int) -> scipy.sparse.csr_array:
 
 
 def resize(frame: Shaped[Array, "h w 3"], rows: int, columns: int) -> Shaped[Array, "rows columns 3"]:
-    """Bicubic with antialiasing, uint8 to uint8, rounded once at the end, as torchvision does it."""
+    """Resize with antialiased bicubic interpolation, uint8 to uint8, rounded once at the end as in torchvision."""
     height, width, channels = frame.shape
     if (height, width) == (rows, columns):
         return frame
@@ -100,19 +99,19 @@ def resize(frame: Shaped[Array, "h w 3"], rows: int, columns: int) -> Shaped[Arr
 
 
 class Windows(NamedTuple):
-    """A clip's picture as the vision tower reads it."""
+    """The frames of a clip as inputs of the vision encoder."""
 
     patches: Shaped[Array, "T W U X"]  # uint8 pixels; zero in empty slots
     grid: Int[Array, "W U 2"]  # row and column of each slot's patch
-    valid: Bool[Array, "W U"]  # slots that hold a patch
-    order: Int[Array, "rows*columns"]  # slot quadruple of each merged cell, in raster order
+    valid: Bool[Array, "W U"]  # slots with a patch
+    order: Int[Array, "rows*columns"]  # group of four slots of each merged cell, in raster order
 
 
 def windows(frames: Shaped[Array, "N h w 3"], vision: VisionConfig) -> Windows:
-    """Cut resized frames into patches, in the order of the tower's windows.
+    """Split resized frames into patches, in the order of the encoder's windows.
 
-    A slot of a window is (cell row, cell column, row and column in the cell); a patch is flattened as
-    (channel, frame, row, column). An odd last frame is repeated.
+    The slots of a window are ordered by (cell row, cell column, row in the cell, column in the cell). A patch is
+    flattened as (channel, frame, row, column). An odd last frame is repeated.
     """
     patch, merge, window = vision.patch, vision.merge, vision.window_cells
     if len(frames) % vision.temporal_patch:
@@ -161,9 +160,9 @@ def log_mel(
     hop: int = 160,
     seconds: int = 300,
 ) -> Float[Array, "frames M"]:
-    """Whisper's log-mel spectrogram of a mono signal: ceil(N / hop) frames, at most `seconds` of them.
+    """Compute Whisper's log-mel spectrogram of a mono signal: ceil(N / hop) frames of at most `seconds` seconds.
 
-    The reference pads every signal to `seconds`; its silence is computed here only as far as it is heard.
+    The reference pads every signal to `seconds`. Only the padding that influences the returned frames is computed here.
     """
     most = seconds * rate
     samples = np.asarray(samples[:most], np.float32)
@@ -177,12 +176,12 @@ def log_mel(
 
 
 def audio_tokens(frames: int) -> int:
-    """Tokens that the sound encoder makes of a number of mel frames."""
+    """The number of audio encoder tokens for a number of mel frames."""
     return max(0, ((frames - 1) // 2 + 1 - 2) // 2 + 1)
 
 
 def mel_chunks(mel: Float[Array, "frames M"], chunk: int) -> tuple[Float[Array, "A U M"], Int[Array, "A"]]:
-    """Cut a spectrogram into chunks of `chunk` frames, the last padded with zeros, and count each one's frames."""
+    """Split a spectrogram into chunks of `chunk` frames, zero-padded at the end; also return each chunk's frames."""
     count = -(-len(mel) // chunk)
     padded = np.pad(mel, ((0, count * chunk - len(mel)), (0, 0)))
     lengths = np.clip(len(mel) - chunk * np.arange(count), 0, chunk).astype(np.int32)

@@ -20,7 +20,7 @@ NO_CLIP = "its clip is in none of the parts"
 
 
 class Base(NamedTuple):
-    """What earlier generations have finished."""
+    """The result of the finished generations."""
 
     doc: dict[str, Any]  # manifest.json
     ids: list[str]
@@ -31,11 +31,11 @@ class Base(NamedTuple):
 
 
 class Folder:
-    """The files of a folder that is prepared, from one listing.
+    """The files of an output folder, from one listing.
 
     Attributes:
-        files: by name.
-        made: shards that this run has made or checked.
+        files: files by name.
+        made: shards that this run has written or verified.
     """
 
     def __init__(self, out: str) -> None:
@@ -45,18 +45,18 @@ class Folder:
 
     def refresh(self) -> None:
         """List the folder again."""
-        self.files = {one.name: one for one in storage.listing(self.out)}
+        self.files = {file.name: file for file in storage.listing(self.out)}
         self._done: dict[str, list[str]] = {}
         for name in self.files:
             if found := DONE.fullmatch(name):
                 self._done.setdefault(found["shard"], []).append(found["md5"])
 
     def path(self, name: str) -> str:
-        """Where a file is."""
+        """The path of a file."""
         return storage.join(self.out, name)
 
     def read(self, name: str) -> dict[str, Any]:
-        """A file with a JSON object."""
+        """Read a file with a JSON object."""
         try:
             content = json.loads(storage.read(self.path(name)))
         except ValueError as error:
@@ -64,17 +64,17 @@ class Folder:
         return content if isinstance(content, dict) else {}
 
     def lines(self, name: str) -> list[dict[str, Any]]:
-        """A file with JSON lines; empty if there is none."""
+        """Read a file with JSON lines; empty if the file does not exist."""
         return [json.loads(line) for line in storage.read(self.path(name)).splitlines()] if name in self.files else []
 
     def md5(self, name: str) -> str | None:
-        """The sum of a file: of the listing where it has one."""
+        """The checksum of a file, from the listing if available."""
         if name not in self.files:
             return None
         return self.files[name].md5 or storage.fingerprint(self.path(name))
 
     def report_of(self, shard: str) -> str | None:
-        """The file that lists a finished shard; None if it is not finished."""
+        """The report file of a finished shard; None if the shard is not finished."""
         for md5 in self._done.get(shard, ()):
             if md5 == "none" or shard in self.made or self.md5(shard) == md5:
                 self.made.add(shard)
@@ -89,7 +89,7 @@ def other_job(out: str) -> InputError:
 
 
 def load_base(folder: Folder, key: str) -> Base:
-    """The newest finished state: manifest.json, or parts/manifest.json if too much was rejected."""
+    """Load the newest finished state: manifest.json, or parts/manifest.json if there were too many rejects."""
     base = Base({"generation": -1, "size": 0, "media": {}, "shards": []}, [], {"line": np.zeros(0, int)}, [], [], False)
     for name in ("manifest.json", "parts/manifest.json"):
         if name not in folder.files:
@@ -129,9 +129,9 @@ def keep_unchanged(base: Base, lines: Lines, source: Source, out: str) -> Base:
 
 
 def open_generation(folder: Folder, source: Source, lines: Lines, base: Base, key: str) -> dict[str, Any]:
-    """What the next generation prepares, as plain data for parts/job.json.
+    """Determine the rows of the next generation, as plain data for parts/job.json.
 
-    `rows` are ranges of line numbers. `parts` are pairs: the name of a part to read, and ranges of its samples to skip.
+    `rows` contains ranges of line numbers. `parts` contains pairs of a part's name and the ranges of samples to skip.
     """
     lost = [number for number, one in enumerate(base.doc["shards"]) if _is_lost(folder, one, base.complete)]
     kept = ~np.isin(base.columns["shard"], lost) if lost else np.ones(len(base.ids), bool)
@@ -174,7 +174,7 @@ def open_generation(folder: Folder, source: Source, lines: Lines, base: Base, ke
 
 
 def _is_lost(folder: Folder, shard: dict[str, Any], complete: bool) -> bool:
-    """Whether a shard is missing or damaged. Sums of local files are compared only until the folder is complete."""
+    """Whether a shard is missing or damaged. Local checksums are compared only until the folder is complete."""
     found = folder.files.get(shard["file"])
     if found is None or found.bytes != shard["bytes"]:
         return True
@@ -184,10 +184,10 @@ def _is_lost(folder: Folder, shard: dict[str, Any], complete: bool) -> bool:
 
 
 def _parts_of(lines: Lines, todo: Array, base: Base, lost: list[int]) -> set[str]:
-    """Parts that were read before and have clips of rows that are to be prepared."""
+    """Parts that were read before and contain clips of rows to prepare."""
     shards = base.doc["shards"]
     absent = np.array([one.line for one in base.rejects if one.reason == NO_CLIP], int)
-    fresh = lines.video[todo & ~np.isin(lines.number, absent)]  # the others were looked for in all parts
+    fresh = lines.video[todo & ~np.isin(lines.number, absent)]  # the others were not found in any part
     parts = {shards[number]["part"] for number in lost} | {one.part for one in base.rejects if one.retry}
     if len(base.ids):
         used = lines.video[np.searchsorted(lines.number, base.columns["line"])]
@@ -197,7 +197,7 @@ def _parts_of(lines: Lines, todo: Array, base: Base, lost: list[int]) -> set[str
 
 
 def _ranges(numbers: Iterable[int]) -> list[list[int]]:
-    """Whole numbers as ranges [first, last] in order."""
+    """Convert integers to sorted ranges [first, last]."""
     ranges: list[list[int]] = []
     for number in sorted(numbers):
         if ranges and number <= ranges[-1][1] + 1:
@@ -208,7 +208,7 @@ def _ranges(numbers: Iterable[int]) -> list[list[int]]:
 
 
 def contained(numbers: Array, ranges: list[list[int]]) -> Array:
-    """Which of the sorted numbers are in one of the ranges."""
+    """Mask of the sorted numbers that are in one of the ranges."""
     found = np.zeros(len(numbers), bool)
     for first, last in ranges:
         found[np.searchsorted(numbers, first) : np.searchsorted(numbers, last, "right")] = True

@@ -1,7 +1,6 @@
-"""Data sets on the Hugging Face hub, `hub:ORG/NAME[@REVISION]`, read by ranges; and the hub's errors as one line.
+"""Read data sets on the Hugging Face hub, `hub:ORG/NAME[@REVISION]`, by ranges; convert hub errors to one line.
 
-Nothing is stored: a reader requests the blocks that it reads. The settings of `huggingface_hub` apply (HF_ENDPOINT,
-HF_TOKEN).
+Files are not stored: readers request blocks on demand. The settings of `huggingface_hub` apply (HF_ENDPOINT, HF_TOKEN).
 """
 
 import io
@@ -18,16 +17,16 @@ from avocado_jax.errors import InputError
 
 SOURCE = re.compile(r"hub:(?P<name>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>[^\s@]+))?")
 TIMEOUT = 60.0  # seconds between bytes
-BUSY = (408, 429, 500, 502, 503, 504)  # statuses that a retry may change
+BUSY = (408, 429, 500, 502, 503, 504)  # statuses to retry
 
 
 class HubDataset(NamedTuple):
-    """The files of a data set at one commit. Plain data: workers may receive it.
+    """The files of a data set at one commit. Can be pickled to worker processes.
 
     Attributes:
         name: ORG/NAME.
-        commit: the commit that the revision resolved to.
-        sizes: bytes of each file by its path.
+        commit: the resolved commit of the revision.
+        sizes: path -> bytes of each file.
     """
 
     name: str
@@ -35,10 +34,10 @@ class HubDataset(NamedTuple):
     sizes: dict[str, int]
 
     def open(self, path: str) -> io.BufferedReader:
-        """A seekable reader of a file. It reads ahead by `ranges.BLOCK` bytes, and requests a failed block again.
+        """Open a seekable reader of a file. It reads ahead by `ranges.BLOCK` bytes and retries failed blocks.
 
-        Raises (when it reads too):
-            InputError: there is no such file, or access is denied.
+        Raises (also when reading):
+            InputError: the file does not exist, or access is denied.
             StorageError: the hub cannot be reached, or is busy.
         """
         if path not in self.sizes:
@@ -55,7 +54,7 @@ def open_dataset(source: str) -> HubDataset:
     """Resolve `hub:ORG/NAME[@REVISION]` and list its files.
 
     Raises:
-        InputError: it is not of this form, there is no such data set or revision, or access is denied.
+        InputError: `source` has another form, the data set or revision does not exist, or access is denied.
         StorageError: the hub cannot be reached, or is busy.
     """
     from huggingface_hub import HfApi, constants
@@ -76,7 +75,7 @@ def open_dataset(source: str) -> HubDataset:
 
 
 def quiet() -> None:
-    """Silence the client's messages on retries, and its progress bars where stderr is no terminal."""
+    """Silence the client's messages about retries, and its progress bars unless stderr is a terminal."""
     from huggingface_hub.utils import disable_progress_bars, logging
 
     logging.set_verbosity_error()
@@ -95,11 +94,11 @@ def _range(dataset: HubDataset, path: str, start: int, count: int) -> bytes:
         "Accept-Encoding": "identity",
     }
     with hub_errors(f"hub:{dataset.name}@{dataset.commit}"):
-        try:  # the client follows the redirect to the storage, and leaves the token out there
+        try:  # the client follows the redirect to storage without sending the token there
             response = get_session().get(url, headers=headers, timeout=TIMEOUT)
         except httpx2.ConnectError:
             raise
-        except httpx2.TransportError as error:  # the connection ended early
+        except httpx2.TransportError as error:  # the connection broke
             raise Busy(str(error)) from error
         hf_raise_for_status(response)
     if len(response.content) != count:
@@ -108,12 +107,12 @@ def _range(dataset: HubDataset, path: str, start: int, count: int) -> bytes:
 
 
 class Busy(storage.StorageError):
-    """The hub answered that a later request may succeed. Raised to `retried`, which names the place."""
+    """The hub responded with a temporary error. `retried` catches it and adds the location."""
 
 
 @contextmanager
 def hub_errors(reference: str) -> Iterator[None]:
-    """Raise errors of `huggingface_hub` as one line: an InputError, a StorageError, or `Busy` for a retry.
+    """Convert errors of `huggingface_hub` to one line: an InputError, a StorageError, or `Busy` for a retry.
 
     Raises:
         InputError: the model, the revision or a file does not exist, access is denied, or it is not cached offline.
@@ -135,7 +134,7 @@ def _translated(reference: str, error: BaseException, endpoint: str) -> InputErr
     import httpx2
     from huggingface_hub import errors
 
-    # "Not in the cache" has the reason why the hub was of no help as its cause.
+    # The cause of "not in the cache" is the error of the hub.
     while isinstance(error, errors.LocalEntryNotFoundError) and error.__cause__ is not None:
         error = error.__cause__
     name = reference.partition("@")[0]
@@ -167,4 +166,4 @@ def _translated(reference: str, error: BaseException, endpoint: str) -> InputErr
         return InputError(f"{reference}: no such folder, and not a name on the hub")
     if isinstance(error, httpx2.HTTPError | ConnectionError):
         return storage.StorageError(f"{reference}: no such folder, and the hub ({endpoint}) cannot be reached: {text}")
-    return storage.StorageError(f"{reference}: {text}")  # a full disk, for one
+    return storage.StorageError(f"{reference}: {text}")  # for example a full disk

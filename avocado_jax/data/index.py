@@ -1,7 +1,7 @@
-"""The index of a prepared data set: where each record lies and how large it is, from which batches are planned.
+"""The index of a prepared data set: location and sizes of each record, the input of the batch plan.
 
-It is stored as an uncompressed .npz file with an array for each column. The ids are one array of UTF-8 bytes and the
-length of each.
+The file is an uncompressed .npz with an array per column. Ids are stored as one array of UTF-8 bytes and an array of
+lengths.
 """
 
 import io
@@ -21,42 +21,42 @@ from avocado_jax.models.config import ThinkerConfig
 from avocado_jax.typing import Array, Int
 
 COLUMNS = ("shard", "position", "frames", "height", "width", "mel", "caption", "prompt")
-FORMAT = 2  # of a prepared folder: 2 has the index in columns
-KINDS = {"seconds": np.float64, "content": np.uint64}  # of columns that are not int32
-BYTES_PER_TOKEN = 3  # of captions that no tokenizer has counted: few texts have less
+FORMAT = 2  # version of prepared folders
+KINDS = {"seconds": np.float64, "content": np.uint64}  # dtypes of columns other than int32
+BYTES_PER_TOKEN = 3  # estimate for captions without token counts; few texts have less
 
 
 class Index(NamedTuple):
-    """One entry a record."""
+    """Columns with one entry per record."""
 
     ids: list[str]
-    seconds: Array  # float, length of each clip
-    shard: Array  # which shard, and where in it
-    position: Array
-    frames: Array  # frames that are read of it, and their size in pixels
-    height: Array
-    width: Array
-    mel: Array  # log-mel frames, 0 for a clip without sound
-    caption: Array  # length of its longest caption
-    prompt: Array  # length of its own question and system text, 0 where it has none
-    unit: str  # of the two lengths: "token" or "byte" (`byte_length`)
+    seconds: Array  # float, duration of the clip
+    shard: Array  # index of the shard
+    position: Array  # position in the shard
+    frames: Array  # number of frames read
+    height: Array  # pixels
+    width: Array  # pixels
+    mel: Array  # log-mel frames; 0 for a clip without sound
+    caption: Array  # length of the longest caption
+    prompt: Array  # length of the record's question and system message; 0 if it has none
+    unit: str  # unit of `caption` and `prompt`: "token" or "byte" (`byte_length`)
 
 
 class Sizes(NamedTuple):
-    """What a record asks of a bucket."""
+    """The sizes of the records' rows."""
 
-    shape: Shape  # of the clip; each size an array of N
-    caption: Int[Array, "N"]  # caption tokens with the stop
+    shape: Shape  # sizes of the clip, each an array [N]
+    caption: Int[Array, "N"]  # caption tokens including the stop
 
 
 def byte_length(text: str) -> int:
-    """Bytes of UTF-8, of which a digit or a mark has BYTES_PER_TOKEN: most tokenizers make a token of each."""
+    """UTF-8 bytes, with BYTES_PER_TOKEN for each digit or mark, because most tokenizers encode these separately."""
     marks = sum(character.isascii() and not (character.isalpha() or character.isspace()) for character in text)
     return len(text.encode()) + (BYTES_PER_TOKEN - 1) * marks
 
 
 def measured(record: Record, media: Media, words: Words | None = None) -> dict[str, Any]:
-    """The columns of one record except its place. Texts are counted in tokens of `words`, or by `byte_length`."""
+    """The columns of one record without its location. Text lengths are in tokens of `words`, or by `byte_length`."""
 
     def length(text: str) -> int:
         return len(words.encode(text)) if words else byte_length(text)
@@ -77,11 +77,11 @@ def measured(record: Record, media: Media, words: Words | None = None) -> dict[s
 
 
 def dump_index(ids: list[str], columns: Mapping[str, Any]) -> bytes:
-    """The index file of records. Equal records give equal bytes.
+    """Serialize an index. Equal records give equal bytes.
 
     Args:
         ids: id of each record.
-        columns: `seconds` and `COLUMNS`, and others that only `prepare` reads; each of the length of `ids`.
+        columns: `seconds`, `COLUMNS`, and further columns for `prepare`; each has the length of `ids`.
     """
     texts = [name.encode() for name in ids]
     file = io.BytesIO()
@@ -96,10 +96,10 @@ def dump_index(ids: list[str], columns: Mapping[str, Any]) -> bytes:
 
 
 def load_columns(data: bytes, where: str) -> tuple[list[str], dict[str, Array]]:
-    """The ids and all columns of an index file.
+    """Load the ids and all columns of an index file.
 
     Raises:
-        InputError: it is damaged, or not an index.
+        InputError: the file is damaged, or not an index.
     """
     try:
         with np.load(io.BytesIO(data), allow_pickle=False) as file:
@@ -115,10 +115,10 @@ def load_columns(data: bytes, where: str) -> tuple[list[str], dict[str, Array]]:
 
 
 def load_index(data: bytes, unit: str, where: str) -> Index:
-    """The index from its file.
+    """Load an index.
 
     Raises:
-        InputError: it cannot be read as one.
+        InputError: the data are not a valid index.
     """
     ids, columns = load_columns(data, where)
     try:
@@ -128,11 +128,11 @@ def load_index(data: bytes, unit: str, where: str) -> Index:
 
 
 def sizes(index: Index, prompt: int, longest: int, config: ThinkerConfig) -> Sizes:
-    """The sizes of every record's row.
+    """Compute the sizes of every record's row.
 
     Args:
-        prompt: tokens of the longest question that the run asks, all but the media.
-        longest: caption tokens, with the stop, past which captions are cut.
+        prompt: tokens of the run's longest prompt without the media.
+        longest: maximum caption tokens including the stop; longer captions are truncated.
     """
     vision, audio = config.vision, config.audio
     patches = -(-index.frames // vision.temporal_patch)
@@ -141,7 +141,7 @@ def sizes(index: Index, prompt: int, longest: int, config: ThinkerConfig) -> Siz
     counts = np.arange(index.mel.max(initial=0) + 1)
     sound = np.array([audio_tokens(int(count)) for count in counts])[index.mel]
     chunks = np.where(sound > 0, -(-index.mel // (2 * audio.window)), 0)
-    # A question of its own has at most one token a byte; what stands around it is in the run's own prompt.
+    # A record's question has at most one token per byte; the surrounding tokens are counted in `prompt`.
     question = prompt + index.prompt
     tokens = patches * rows * columns + sound + np.where(sound > 0, 4, 2) + question - 1
     caption = index.caption if index.unit == "token" else -(-index.caption // BYTES_PER_TOKEN)

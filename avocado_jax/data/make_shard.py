@@ -1,4 +1,4 @@
-"""One shard: clips are read, checked, measured and written, in one of several worker processes."""
+"""Write shards in worker processes: clips are read, checked, measured and stored."""
 
 import json
 import os
@@ -28,49 +28,49 @@ from avocado_jax.data.timeouts import within
 from avocado_jax.data.words import Words
 from avocado_jax.errors import InputError
 
-MOST_BYTES = 1 << 30  # of a clip's file that is stored in a record
+MOST_BYTES = 1 << 30  # maximum size of a clip's file that is stored in a record
 MEASURED = ("seconds", *(name for name in COLUMNS if name not in ("shard", "position")))
-DENIED = (401, 403, 404)  # statuses of storage and of the hub whose cause may pass
+DENIED = (401, 403, 404)  # statuses of storage and of the hub that may be temporary
 
 
 @dataclass(frozen=True)
 class Job:
-    """What to prepare. The same job on the same clips gives the same bytes."""
+    """Settings of `prepare`. The same job on the same clips gives the same bytes."""
 
-    source: str  # as `media_sources.open_source`
+    source: str  # see `media_sources.open_source`
     out: str  # folder, local or gs://
     features: bool = False  # store resized frames and samples instead of the files
-    words: Words | None = None  # counts the texts in tokens; without it the index counts bytes
-    shard_records: int = 64  # clips to a shard
-    clip_seconds: float = 300.0  # to read one clip, before it is given up
+    words: Words | None = None  # tokenizer for text lengths; None: the index has lengths in bytes
+    shard_records: int = 64  # clips per shard
+    clip_seconds: float = 300.0  # timeout for reading one clip
     reading: Reading = field(default_factory=Reading)
-    media: str | None = None  # as `media_sources.open_source`
-    prompts: tuple[str, ...] = ()  # one is stored with each row that has none
+    media: str | None = None  # see `media_sources.open_source`
+    prompts: tuple[str, ...] = ()  # one is stored with each row without a prompt
 
 
 class Row(NamedTuple):
-    """One line to prepare."""
+    """A line to prepare."""
 
-    number: int  # of the line, or of the sample in its part
+    number: int  # number of the line, or of the sample in its part
     text: bytes
-    clip: Path | None = None  # extracted from a part; None: the clip is where the line says
-    missing: bool = False  # the part has a row without a clip
+    clip: Path | None = None  # extracted from a part; None: at the path in the line
+    missing: bool = False  # the part has no clip for the row
 
 
 class Task(NamedTuple):
-    """One shard to make."""
+    """A shard to write."""
 
     name: str
     rows: list[Row]
-    part: str = ""  # which the clips come from
-    folder: Path | None = None  # of the extracted clips, deleted once the shard is made
+    part: str = ""  # name of the part with the clips
+    folder: Path | None = None  # folder of the extracted clips, deleted when the shard is finished
 
 
 def run_tasks(job: Job, source: Source, tasks: Iterator[Task], workers: int) -> Iterator[str]:
-    """Make shards in processes; yields their names in no particular order. Tasks are taken as workers become free.
+    """Write shards in worker processes and yield their names in arbitrary order.
 
-    At most `workers` + 1 tasks exist at a time: this bounds the clips that are extracted but not yet stored. When the
-    caller leaves, the processes are ended.
+    Tasks are taken as workers become free. At most `workers` + 1 tasks exist at a time, which bounds the number of
+    extracted clips. The processes are terminated when the generator is closed.
     """
     source = source._replace(manifests=[], parts=[])  # not needed in workers
     others = set(active_children())
@@ -97,7 +97,7 @@ def run_tasks(job: Job, source: Source, tasks: Iterator[Task], workers: int) -> 
 
 
 def _live_with_parent() -> None:
-    """In a worker: leave Ctrl-C to the parent, and end when the parent has ended for any reason."""
+    """Worker initializer: ignore Ctrl-C, which the parent handles, and exit when the parent has exited."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
     def watch() -> None:
@@ -108,9 +108,9 @@ def _live_with_parent() -> None:
 
 
 def make_shard(job: Job, source: Source, task: Task) -> None:
-    """Read the clips of a task, write those that are good, and then the file that lists what was done.
+    """Read the clips of a task, write the valid ones, and then write the report.
 
-    No exception of one clip ends the job. Errors of `job.out` and of the temporary folder do.
+    Exceptions from single clips become rejects. Errors of `job.out` and of the temporary folder are raised.
     """
     good: list[dict[str, Any]] = []
     rejects: list[Reject] = []
@@ -119,7 +119,7 @@ def make_shard(job: Job, source: Source, task: Task) -> None:
     with tempfile.TemporaryDirectory(dir=local) as folder, ClipReader(seconds=job.clip_seconds) as reader:
         file = Path(folder, task.name)
         try:
-            # Encoded clips do not shrink any further.
+            # Encoded clips cannot be compressed further.
             writer = ArrayRecordWriter(str(file), f"group_size:1,{'zstd' if job.features else 'uncompressed'}")
             for row in task.rows:
                 entry = parse_line(row.text, row.number)
@@ -145,7 +145,7 @@ def make_shard(job: Job, source: Source, task: Task) -> None:
                     good.append(columns | {"line": row.number})
                     warnings += [f"line {entry.line} ({entry.fields['id']}): {warning}" for warning in messages]
             writer.close()
-        except RuntimeError as error:  # of the writer: a full disk above all
+        except RuntimeError as error:  # raised by the writer, mostly for a full disk
             raise storage.StorageError(f"{file}: {error}") from error
         made = {
             "file": task.name,
@@ -162,7 +162,7 @@ def make_shard(job: Job, source: Source, task: Task) -> None:
 
 
 def may_pass(error: BaseException | None) -> bool:
-    """Whether the cause of a clip's error may pass: a missing file, no access, a timeout, no memory."""
+    """Whether an error may be temporary: a missing file, denied access, a timeout, or lack of memory."""
     while error is not None:
         if isinstance(error, FileNotFoundError | PermissionError | TimeoutError | MemoryError):
             return True
@@ -173,7 +173,7 @@ def may_pass(error: BaseException | None) -> bool:
 
 
 def json_line(value: dict[str, Any]) -> str:
-    """A JSON object as a line; lone surrogates are escaped."""
+    """Encode a JSON object as a line. Lone surrogates are escaped."""
     text = json.dumps(value, ensure_ascii=False) + "\n"
     return text.encode(errors="backslashreplace").decode()
 
@@ -181,11 +181,11 @@ def json_line(value: dict[str, Any]) -> str:
 def _read(
     job: Job, source: Source, entry: Entry, row: Row, reader: ClipReader
 ) -> tuple[bytes, dict[str, Any], tuple[str, ...]]:
-    """One clip as an encoded record, its columns of the index, and warnings.
+    """Read one clip: the encoded record, its index columns, and warnings.
 
     Raises:
-        InputError: the clip cannot be read; the reason does not repeat its path.
-        TimeoutError: its bytes did not arrive in time.
+        InputError: the clip cannot be read. The message does not repeat its path.
+        TimeoutError: reading the bytes took too long.
     """
     if row.missing:
         raise InputError("has no clip beside it")

@@ -1,4 +1,4 @@
-"""Manifests: JSONL lines, our own or ms-swift's, to entries to prepare and lines to reject."""
+"""Parse manifests: JSONL lines in the native or ms-swift format become entries or rejects."""
 
 import hashlib
 import io
@@ -17,45 +17,43 @@ from avocado_jax.errors import InputError
 from avocado_jax.typing import Array
 
 MARK = re.compile("<video>|<audio>|<image>")  # media placeholders of ms-swift
-LONGEST_LINE = 64 * 2**20  # bytes of a line
-REASON = 1000  # characters that a reject keeps of a text
+LONGEST_LINE = 64 * 2**20  # maximum bytes of a line
+REASON = 1000  # maximum characters of a reject's texts
 
 
 class Entry(NamedTuple):
-    """One good line."""
+    """A valid line."""
 
     line: int  # from 1
     video: str  # as given
-    fields: dict[str, Any]  # the rest: id, caption, ...
+    fields: dict[str, Any]  # the other fields: id, caption, ...
 
 
 class Reject(NamedTuple):
-    """A line or a clip that is left out."""
+    """A line or clip that is excluded."""
 
-    line: (
-        int  # number of the manifest's line; of the sample, from 1, in a part that holds its own rows; 0: a whole part
-    )
+    line: int  # line number in the manifest, or sample number (from 1) in a part with rows; 0: a complete part
     id: str | None
     video: str | None
     reason: str
-    retry: bool = False  # the cause may pass: the next run tries again
-    part: str = ""  # name of the tar or Parquet part that holds the clip
+    retry: bool = False  # the error may be temporary: the next run retries the clip
+    part: str = ""  # name of the clip's tar or Parquet part
 
 
 class Lines(NamedTuple):
-    """What is kept of a manifest: one entry a good line, in order, and the bad lines."""
+    """Arrays with one entry per valid line of a manifest, in order, and the rejected lines."""
 
     number: Array  # int32, from 1
     start: Array  # int64, byte offset
-    bytes: Array  # int32
-    video: Array  # uint64, hash of the key of its clip
+    bytes: Array  # int32, length of the line
+    video: Array  # uint64, hash of the clip's key
     content: Array  # uint64, hash of the line and its id
     rejects: list[Reject]
     size: int  # bytes of the manifest, or the limit
-    prefix_md5: dict[int, str]  # MD5 of the first N bytes, by N
+    prefix_md5: dict[int, str]  # N -> MD5 of the first N bytes
 
     def text(self, file: io.BufferedIOBase, row: int) -> bytes:
-        """The line of an entry."""
+        """Read the line of an entry."""
         file.seek(int(self.start[row]))
         return file.read(int(self.bytes[row]))
 
@@ -70,22 +68,22 @@ def _hash(data: bytes) -> int:
 
 
 def parse_line(line: bytes, number: int) -> Entry | Reject:
-    """One line: `{"id", "video", "caption", ...}`, or ms-swift's `{"messages": [...], "videos": [path]}`."""
+    """Parse a line: `{"id", "video", "caption", ...}`, or ms-swift's `{"messages": [...], "videos": [path]}`."""
     record: Any = None
     try:
         record = _loaded(line)
         fields = _from_swift(record, number) if "messages" in record else dict(record)
         return Entry(number, _checked(fields), fields)
-    except Exception as error:  # nothing in one line may end the job
+    except Exception as error:  # one line must not stop the job
         known = [_text(record.get(key)) if isinstance(record, dict) else None for key in ("id", "video")]
         reason = str(error) if isinstance(error, InputError) else f"{type(error).__name__}: {error}"
         return Reject(number, *known, " ".join(reason.split())[:REASON])
 
 
 def parse_manifest(text: bytes) -> tuple[list[Entry], list[Reject]]:
-    """Good entries in order, and bad lines with the reason. Of lines with one id the first is good.
+    """Parse a manifest in memory into valid entries in order and rejects. Of lines with equal ids, the first is valid.
 
-    Empty lines count in the numbering only. The manifest is in memory: `scan_manifest` is for large ones.
+    Empty lines are skipped, but numbered. Use `scan_manifest` for large manifests.
     """
     entries: list[Entry] = []
     rejects: list[Reject] = []
@@ -107,10 +105,10 @@ def parse_manifest(text: bytes) -> tuple[list[Entry], list[Reject]]:
 def scan_manifest(
     file: io.BufferedIOBase, key: Callable[[str], str], limit: int | None = None, prefix_sizes: Collection[int] = ()
 ) -> Lines:
-    """Check a manifest line by line. Memory: 44 bytes a line, and the rejects.
+    """Check a manifest line by line. Memory: 44 bytes per line, and the rejects.
 
     Args:
-        key: what identifies the clip in a line's video.
+        key: maps a line's video to the key of its clip.
         limit: bytes to read; None: to the end.
         prefix_sizes: byte counts of prefixes whose MD5 is returned in addition to that of the file.
     """
@@ -118,14 +116,14 @@ def scan_manifest(
     rejects: list[Reject] = []
     prefix_md5: dict[int, str] = {}
     digest, at, number = hashlib.md5(usedforsecurity=False), 0, 0
-    cuts = sorted(size for size in prefix_sizes if limit is None or size < limit)
-    skipping = False  # the rest of a line that is too long
+    bounds = sorted(size for size in prefix_sizes if limit is None or size < limit)
+    skipping = False  # True in the rest of a line that is too long
     while data := file.readline(LONGEST_LINE + 1 if limit is None else min(LONGEST_LINE + 1, limit - at)):
         first = 0
-        while cuts and cuts[0] <= at + len(data):
-            digest.update(data[first : cuts[0] - at])
-            first, prefix_md5[cuts[0]] = cuts[0] - at, digest.hexdigest()
-            del cuts[0]
+        while bounds and bounds[0] <= at + len(data):
+            digest.update(data[first : bounds[0] - at])
+            first, prefix_md5[bounds[0]] = bounds[0] - at, digest.hexdigest()
+            del bounds[0]
         digest.update(data[first:])
         short = data.endswith(b"\n") or len(data) <= LONGEST_LINE
         number += not skipping
@@ -167,7 +165,7 @@ def _loaded(line: bytes) -> dict[str, Any]:
         record = json.loads(line.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         raise InputError(f"not UTF-8 ({error.reason} at byte {error.start})") from error
-    except (ValueError, RecursionError) as error:  # a ValueError too: an integer of thousands of digits
+    except (ValueError, RecursionError) as error:  # an integer of thousands of digits raises ValueError too
         raise InputError(f"not JSON ({error})") from error
     if not isinstance(record, dict):
         raise InputError("not a JSON object")
@@ -175,7 +173,7 @@ def _loaded(line: bytes) -> dict[str, Any]:
 
 
 def _checked(fields: dict[str, Any]) -> str:
-    """Check the fields' types, and take the video out of them."""
+    """Check the types of the fields, then remove and return `video`."""
     for name in ("id", "video", "caption"):
         if name not in fields:
             raise InputError(f"has no '{name}'")
@@ -202,10 +200,10 @@ def _checked(fields: dict[str, Any]) -> str:
 
 
 def prompt_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """`prompt`, `system` and `media_first` of a line, those that it has.
+    """Select the fields `prompt`, `system` and `media_first` that a line has.
 
     Raises:
-        InputError: one of them has another type.
+        InputError: a field has the wrong type.
     """
     kinds = {"prompt": str, "system": str, "media_first": bool}
     for name, kind in kinds.items():
@@ -215,7 +213,7 @@ def prompt_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _from_swift(record: dict[str, Any], number: int) -> dict[str, Any]:
-    """The same clip, question and answer as a line of our own; the id is made of the video and the line's number."""
+    """Convert an ms-swift line to the native fields. The id defaults to the video and the line number."""
     videos, messages = record.get("videos"), record["messages"]
     if not isinstance(videos, list) or len(videos) != 1 or not isinstance(videos[0], str):
         raise InputError("'videos' is not a list of one path")
@@ -229,7 +227,7 @@ def _from_swift(record: dict[str, Any], number: int) -> dict[str, Any]:
     texts = dict(zip(roles, (part["content"] for part in messages)))
     if roles not in (["user", "assistant"], ["system", "user", "assistant"]):
         raise InputError(f"messages by {roles}: one question and one answer are supported")
-    # The placeholders stand where the media go: before the question, or behind it.
+    # The placeholders mark the position of the media: before or after the question.
     before, *inner, after = MARK.split(texts["user"]) if MARK.search(texts["user"]) else ("", texts["user"])
     if (before.strip() and after.strip()) or any(part.strip() for part in inner):
         raise InputError("the video is in the middle of the question; it must be before or after the text")

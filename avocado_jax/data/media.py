@@ -1,4 +1,4 @@
-"""How a clip is sampled, and the result: the selected frames, and the sound at 16 kHz."""
+"""Settings for sampling a clip, and the result: the selected frames, and the sound at 16 kHz."""
 
 import json
 from collections.abc import Sequence
@@ -14,39 +14,39 @@ from avocado_jax.typing import Array, Float, Shaped
 
 @dataclass(frozen=True)
 class Reading:
-    """How a clip is sampled; the defaults are AVoCaDO's (facts: 2 fps, 20,070,400 pixels a clip)."""
+    """How a clip is sampled. The defaults are AVoCaDO's (2 fps, 20,070,400 pixels per clip)."""
 
     fps: float = 2.0
     fewest_frames: int = 4
     most_frames: int = 768
-    fewest_pixels: int = 128 * 28 * 28  # a frame
-    most_pixels: int = 768 * 28 * 28  # a frame, before the request's cap
-    asked_pixels: int = 401_408  # the request's cap, a frame
-    clip_pixels: int = 20_070_400  # all frames together
-    size_factor: int = 28  # sides of a frame are multiples of it
-    sound_rate: int = 16_000  # samples a second
-    sound_seconds: int = 300  # of sound at most
-    # Place sound at its time. Without it gaps are closed and late sound starts at 0, as in the reference.
+    fewest_pixels: int = 128 * 28 * 28  # minimum pixels per frame
+    most_pixels: int = 768 * 28 * 28  # maximum pixels per frame, before `asked_pixels`
+    asked_pixels: int = 401_408  # maximum pixels per frame in the request
+    clip_pixels: int = 20_070_400  # maximum pixels of all frames
+    size_factor: int = 28  # height and width of a frame are multiples of this
+    sound_rate: int = 16_000  # samples per second
+    sound_seconds: int = 300  # maximum seconds of sound
+    # Align sound to its timestamps. If false, gaps are closed and late sound starts at 0, as in the reference.
     align_sound: bool = field(default=False, repr=False)
-    # Length of clips that the model captions best: long ones are cut near it. It changes nothing about a clip.
+    # Clip length that the model captions best. Longer clips are split into segments of about this length.
     segment_seconds: int = field(default=60, repr=False, compare=False)
 
 
 def reading_fields(reading: Reading) -> dict[str, Any]:
     """The fields of a reading for manifests and digests.
 
-    `align_sound` is left out where it is not set, so that what was made before the field existed stays valid. How long
-    clips are cut is not a matter of reading one.
+    A false `align_sound` is omitted, so that folders from before this field stay valid. `segment_seconds` does not
+    influence how a clip is read.
     """
     values = {name: value for name, value in asdict(reading).items() if name != "segment_seconds"}
     return {name: value for name, value in values.items() if name != "align_sound" or value}
 
 
 def load_reading(folder: Path) -> Reading:
-    """How a checkpoint's clips are sampled: of `reading.json` in its folder, where there is one; else as AVoCaDO's.
+    """Load a checkpoint's reading from `reading.json` in its folder. Defaults to AVoCaDO's.
 
     Raises:
-        InputError: the file names no such property, or a value that is no positive number.
+        InputError: the file has an unknown property, or a value that is not a positive number.
     """
     path = folder / "reading.json"
     if not path.is_file():
@@ -71,14 +71,14 @@ def load_reading(folder: Path) -> Reading:
 
 
 def parse_reading(given: Sequence[str], habits: bool = False) -> dict[str, Any]:
-    """The properties of a reading in NAME=VALUE arguments.
+    """Parse NAME=VALUE arguments with properties of a reading.
 
     Args:
-        habits: accept the prompt habits of a checkpoint too (prompt.py).
+        habits: also accept the prompt settings of a checkpoint (prompt.py).
 
     Raises:
-        InputError: there is no such property, or its value is not a positive number, or for `media_first` not "true"
-            or "false".
+        InputError: a property is unknown, or its value is not a positive number, or not "true" or "false" for
+            `media_first`.
     """
     kinds = {field.name: field.type for field in fields(Reading) if field.name != "align_sound"}  # has its own option
     changed: dict[str, Any] = {}
@@ -105,7 +105,7 @@ class Media(NamedTuple):
     """A clip in memory."""
 
     frames: Shaped[Array, "N h w 3"]  # uint8, resized
-    samples: Float[Array, "n"] | None  # mono; None where there is no sound to use
-    seconds: float  # length of picture and sound
-    times: Float[Array, "N"] | None = None  # seconds at which each frame is shown; None where that is not known
-    warnings: tuple[str, ...] = ()  # what is lost of it, or displaced in it
+    samples: Float[Array, "n"] | None  # mono; None without sound
+    seconds: float  # duration of video and sound
+    times: Float[Array, "N"] | None = None  # presentation time of each frame in seconds; None if unknown
+    warnings: tuple[str, ...] = ()  # lost or displaced content

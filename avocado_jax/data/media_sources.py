@@ -1,6 +1,6 @@
-"""Where manifests and clips come from: files on disk, in a bucket or on the hub; tar and Parquet parts as streams.
+"""Sources of manifests and clips: files on disk, in a bucket or on the hub; tar and Parquet parts as streams.
 
-A part is read once, in order, and its clips are extracted one at a time: nothing is unpacked as a whole.
+A part is read once, in order, and its clips are extracted one at a time. Parts are never unpacked completely.
 """
 
 import fnmatch
@@ -25,20 +25,20 @@ from avocado_jax.errors import InputError
 
 TAR, PARQUET = (".tar", ".tar.gz", ".tgz"), (".parquet",)
 CLIPS = (".mp4", ".mkv", ".webm", ".mov", ".avi", ".m4v", ".ts", ".mpg", ".mpeg", ".flv", ".wmv", ".3gp")
-DAMAGE = (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile, ValueError)  # of a part that is cut short
+DAMAGE = (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile, ValueError)  # raised for truncated parts
 ROW_TEXT = 16 * 2**20  # bytes of a .json or .txt file beside a clip
 
 
 class File(NamedTuple):
-    """A file of a source. Plain data: workers may receive it."""
+    """A file of a source. Can be pickled to worker processes."""
 
-    name: str  # its path in the source: the same on disk, in a bucket and on the hub
+    name: str  # path in the source: the same on disk, in a bucket and on the hub
     path: str
     bytes: int
-    dataset: HubDataset | None = None  # where `path` is one of a data set on the hub
+    dataset: HubDataset | None = None  # data set of `path`, for files on the hub
 
     def open(self) -> io.BufferedReader:
-        """A seekable reader. Raises (when it reads too) as `storage.read`."""
+        """Open a seekable reader. Opening and reading raise as `storage.read`."""
         if self.dataset:
             return self.dataset.open(self.path)
         if storage.is_remote(self.path):
@@ -48,15 +48,15 @@ class File(NamedTuple):
 
 
 class Source(NamedTuple):
-    """What to prepare.
+    """The input of `prepare`.
 
     Attributes:
-        manifests: JSONL files, or Parquet files with paths of clips; read as one.
-        parts: files to stream that hold the clips.
-        rows_inside: the parts hold the rows too: WebDataset, or Parquet with the clips' bytes.
-        base: where there are no parts, the folder that the paths of clips are relative to.
-        dataset: the data set on the hub that `base` is a folder of.
-        listed: the folder was given, so clips without a row are to be listed.
+        manifests: JSONL files, or Parquet files with paths of clips; concatenated.
+        parts: tar or Parquet files with the clips, read as streams.
+        rows_inside: whether the parts contain the rows too: WebDataset, or Parquet with the clips' bytes.
+        base: without parts, the folder of relative clip paths.
+        dataset: the data set of `base`, for folders on the hub.
+        listed: whether to report clips without a row, because the media folder was given.
     """
 
     manifests: list[File]
@@ -67,11 +67,11 @@ class Source(NamedTuple):
     listed: bool
 
     def key(self, video: str) -> str:
-        """What identifies a clip: in parts its file name (`matches` compares the rest), else its path."""
+        """The key of a clip: its file name in parts (`matches` compares the rest), else its path."""
         return posixpath.basename(video) if self.parts else posixpath.normpath(storage.join(self.base, video))
 
     def read(self, video: str) -> bytes:
-        """The content of a clip outside of parts. Raises as `storage.read`."""
+        """Read a clip that is not in a part. Raises as `storage.read`."""
         if self.dataset:
             path = posixpath.normpath(posixpath.join(self.base, video))
             if path not in self.dataset.sizes:
@@ -81,25 +81,25 @@ class Source(NamedTuple):
 
 
 class Sample(NamedTuple):
-    """A clip of a part, or a row without one."""
+    """A clip of a part, or a row without a clip."""
 
     number: int  # from 1
     name: str  # path in the part
-    file: Path | None  # the extracted clip; None if it is not wanted, or there is none
-    row: bytes | None  # the manifest line that the part has of it
-    clip: bool = True
+    file: Path | None  # the extracted clip; None if not wanted or missing
+    row: bytes | None  # the manifest line in the part
+    clip: bool = True  # False for a row without a clip
 
 
 def open_source(source: str, media: str | None) -> Source:
-    """Find manifests and clips.
+    """Find the manifests and clips of a source.
 
     Args:
         source: a JSONL file, tar (WebDataset) or Parquet files: a path, a folder or a glob, local or gs://; or a data
-            set, hub:ORG/NAME[@REVISION], with these.
+            set with such files, hub:ORG/NAME[@REVISION].
         media: a folder or prefix with the clips, or tar files: a path, a folder or a glob, local, gs:// or hub:.
 
     Raises:
-        InputError: there are no such files.
+        InputError: no such files exist.
         StorageError: storage failed.
     """
     files = _files(source)
@@ -125,7 +125,7 @@ def open_source(source: str, media: str | None) -> Source:
 
 
 def spool(source: Source, folder: Path) -> Path:
-    """The manifests as one local JSONL file: the file itself, or a copy in `folder`."""
+    """Provide the manifests as one local JSONL file: the file itself, or a copy in `folder`."""
     if len(source.manifests) == 1 and _is_local_jsonl(source.manifests[0]):
         return Path(source.manifests[0].path)
     path = folder / "manifest.jsonl"
@@ -135,25 +135,25 @@ def spool(source: Source, folder: Path) -> Path:
                 for row in _parquet_rows(file):
                     copy.write(_json(row) + b"\n")
             else:
-                with file.open() as one:
-                    shutil.copyfileobj(one, copy, 2**20)
+                with file.open() as opened:
+                    shutil.copyfileobj(opened, copy, 2**20)
                 if len(source.manifests) > 1:
                     copy.write(b"\n")
     return path
 
 
 def matches(video: str, member: str) -> bool:
-    """Whether a row's video names a member of a tar part: one path ends with the other."""
-    one, two = ([part for part in path.split("/") if part not in ("", ".")] for path in (video, member))
-    short = min(len(one), len(two))
-    return short > 0 and one[-short:] == two[-short:]
+    """Whether a row's video refers to a member of a tar part: one path ends with the other."""
+    first, second = ([part for part in path.split("/") if part not in ("", ".")] for path in (video, member))
+    short = min(len(first), len(second))
+    return short > 0 and first[-short:] == second[-short:]
 
 
 def samples(source: Source, part: File, folder: Path, wanted: Callable[[int, str], bool]) -> Iterator[Sample]:
-    """The clips of a part in order; those that are wanted are extracted into `folder`, and are the caller's to delete.
+    """Yield the clips of a part in order. Wanted clips are extracted into `folder`; the caller deletes them.
 
     Raises:
-        InputError: the part is damaged or cut short; what came before is good.
+        InputError: the part is damaged or truncated; earlier samples are valid.
         StorageError: storage failed, or the disk is full.
     """
     try:
@@ -169,19 +169,19 @@ def samples(source: Source, part: File, folder: Path, wanted: Callable[[int, str
 
 
 def _files(source: str, must: bool = True) -> list[File]:
-    """The files of a source, in order of their names."""
+    """The files of a source, sorted by name."""
     if source.startswith("hub:"):
         dataset = open_dataset(source)
         return [File(name, name, size, dataset) for name, size in sorted(dataset.sizes.items())]
     if re.search(r"[*?\[]", source):
         folder = re.split(r"[*?\[]", source)[0].rpartition("/")[0]
         pattern = source[len(folder) :].lstrip("/")
-        found = [one for one in storage.listing(folder or ".") if fnmatch.fnmatchcase(one.name, pattern)]
+        found = [file for file in storage.listing(folder or ".") if fnmatch.fnmatchcase(file.name, pattern)]
     elif source.endswith(TAR + PARQUET) or (must and not source.endswith("/") and not os.path.isdir(source)):
         return [File(posixpath.basename(source), source, storage.size(source))]
     else:
         folder, found = source.rstrip("/") or "/", storage.listing(source)
-    files = [File(one.name, storage.join(folder, one.name), one.bytes) for one in found]
+    files = [File(file.name, storage.join(folder, file.name), file.bytes) for file in found]
     if not files:
         raise InputError(f"{source}: no such files")
     return files
@@ -200,7 +200,7 @@ def _members(file: io.BufferedIOBase, folder: Path, wanted: Callable[[int, str],
     with tarfile.open(fileobj=stream, mode="r|") as tar:
         number = 0
         while (member := tar.next()) is not None:
-            tar.members = []  # else every header stays in memory
+            tar.members = []  # otherwise every header stays in memory
             if member.isfile() and not posixpath.basename(member.name).startswith("."):
                 number += 1
                 extracted = _extract(tar, member, folder, number) if wanted(number, member.name) else None
@@ -211,7 +211,7 @@ def _members(file: io.BufferedIOBase, folder: Path, wanted: Callable[[int, str],
 def _webdataset(
     part: File, file: io.BufferedIOBase, folder: Path, wanted: Callable[[int, str], bool]
 ) -> Iterator[Sample]:
-    """Samples are runs of members with one key, the name up to the first dot behind the last slash."""
+    """Yield samples: consecutive members with the same key, the name up to the first dot after the last slash."""
     stem = posixpath.basename(part.name).split(".")[0]
     stream = _decompressed(file)
     with tarfile.open(fileobj=stream, mode="r|") as tar:
@@ -244,7 +244,7 @@ def _webdataset(
 
 
 def _row(name: str, video: str, texts: dict[str, bytes]) -> bytes:
-    """The manifest line of a WebDataset sample; a bad .json file becomes a bad line."""
+    """The manifest line of a WebDataset sample. An invalid .json file becomes an invalid line."""
     try:
         fields = json.loads(texts.get(".json", b"{}"))
     except (ValueError, RecursionError):
@@ -262,7 +262,7 @@ def _decompressed(file: io.BufferedReader) -> io.BufferedIOBase:
 
 
 def _drain(stream: io.BufferedIOBase) -> None:
-    """Read to the end, where gzip checks its sum."""
+    """Read to the end, so that gzip verifies its checksum."""
     while stream.read(2**20):
         pass
 
@@ -296,7 +296,7 @@ def _parquet(file: io.BufferedIOBase) -> Any:
 
 
 def _clips_inside(file: File) -> bool:
-    """Whether the `video` column has bytes, or structs with bytes."""
+    """Whether the `video` column contains bytes, or structs with bytes."""
     with file.open() as opened:
         schema = _parquet(opened).schema_arrow
     import pyarrow.types

@@ -1,10 +1,10 @@
-"""A memory buffer as the file that a download writes."""
+"""A file object that writes a download into a memory buffer."""
 
 import io
 
 
 class MemoryFile(io.BufferedIOBase):
-    """Writes into a buffer that the caller allocated."""
+    """Writes into a buffer allocated by the caller."""
 
     def __init__(self, buffer: memoryview) -> None:
         self._buffer, self._at = buffer, 0

@@ -19,16 +19,15 @@ def map_ordered(
     memory: int = MEMORY,
     at_once: int = REQUESTS,
 ) -> Iterator[R]:
-    """Results of `call`, in the order of `items`. While one is used, the next ones are computed in threads.
+    """Yield the results of `call` in the order of `items`. Later results are computed in threads.
 
     Args:
-        call: it is called by at most `at_once` threads; at most twice as many results wait.
-        nbytes: memory that a call and its result take.
-        memory: bytes of the calls that have begun and whose results are not used yet. A call that takes more waits
-            until it is alone.
+        call: called by at most `at_once` threads; at most twice as many results are pending.
+        nbytes: memory of a call and its result.
+        memory: maximum bytes of pending calls. A larger call runs alone.
 
     Raises:
-        Exception: what a call or `items` raised, in its place in the order.
+        Exception: exceptions of `call` or `items`, in order.
     """
     waiting: deque[tuple[int, Future[R]]] = deque()
     used = 0

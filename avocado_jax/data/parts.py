@@ -1,4 +1,4 @@
-"""A clip that is given in parts: its frames as pictures, its sound as a file."""
+"""Read a clip from separate files: frames as images, and sound."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,15 +11,15 @@ from avocado_jax.data.decode import FrameFit, read_sound
 from avocado_jax.data.media import Media, Reading
 from avocado_jax.errors import InputError
 
-KINDS = {b"\xff\xd8\xff": "mjpeg", b"\x89PNG\r\n\x1a\n": "png"}  # first bytes of a file, and its decoder
+KINDS = {b"\xff\xd8\xff": "mjpeg", b"\x89PNG\r\n\x1a\n": "png"}  # first bytes of a file -> decoder
 GREY = 128
 
 
 def read_parts(pictures: Sequence[str], sound: str | None, reading: Reading = Reading()) -> Media:
-    """A clip of pictures, one every 1 / `fps` seconds, and of sound. Without pictures its frames are grey.
+    """Read a clip from images, one every 1 / `fps` seconds, and a sound file. Without images the frames are grey.
 
     Args:
-        pictures: JPEG or PNG files; all are resized to the size that the first one gets.
+        pictures: JPEG or PNG files; all are resized to the size of the first one.
         sound: a sound file.
 
     Raises:
@@ -28,7 +28,7 @@ def read_parts(pictures: Sequence[str], sound: str | None, reading: Reading = Re
     samples, warnings = None, []
     if sound is not None:
         with one_line(Path(sound)):
-            packets = Packets(0, 0, None, 0.0, 0.0, 0.0)  # nothing is known of it, and times start at 0
+            packets = Packets(0, 0, None, 0.0, 0.0, 0.0)  # unknown, with times from 0
             samples, warnings = read_sound(Path(sound), packets, 0.0, reading)
             if samples is None:
                 raise InputError("has no sound")
@@ -50,7 +50,7 @@ def _decoded(file: bytes) -> av.VideoFrame:
     if kind is None:
         raise InputError("not a JPEG or PNG file")
     codec = av.CodecContext.create(kind, "r")
-    codec.options = {"max_pixels": str(MOST_PIXELS)}  # a small file may state any size
+    codec.options = {"max_pixels": str(MOST_PIXELS)}  # a small file may declare any size
     frames = [*codec.decode(av.Packet(file)), *codec.decode(None)]
     if not frames:
         raise InputError("has no picture")

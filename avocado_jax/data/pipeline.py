@@ -1,6 +1,6 @@
-"""The input pipeline: Grain's worker processes make rows from plan entries, the main process makes batches of rows.
+"""The input pipeline: Grain workers build rows from plan entries, and the main process stacks rows to batches.
 
-The position is the step: `batches(..., first=step)` continues exactly there, with any number of hosts and workers.
+The position is the step: `batches(..., first=step)` resumes exactly there, with any number of hosts and workers.
 """
 
 import os
@@ -29,12 +29,12 @@ from avocado_jax.typing import Array, Captions, Clip, Float, Int, Shaped
 
 PROMPT, REFERENCES = 3, 4  # purposes of random keys
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
-TRIAL = 200  # the share of lost rows is computed over at least this many
+TRIAL = 200  # minimum rows for the share of lost rows
 
 
 @runtime_checkable
 class Source(Protocol):
-    """Random access to records by their number in the index. It is pickled to worker processes."""
+    """Random access to records by their index. Pickled to worker processes."""
 
     index: Index
 
@@ -50,43 +50,43 @@ class Lost(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """The rows of this host in one batch of the plan."""
+    """This host's rows of one batch of the plan."""
 
     step: int
     epoch: int
     bucket: Bucket
     ids: tuple[str, ...]  # "" in padding rows
-    records: tuple[dict[str, Any], ...]  # the manifest fields of each row: what rewards compare with
+    records: tuple[dict[str, Any], ...]  # the manifest fields of each row, used as reward references
     clip: Clip
     captions: Captions | None  # None if the recipe's captions are sampled
-    weight: Float[Array, "B"]  # 1, or 0 for a row that does not count: padding, or a lost record
-    truncated: Int[Array, "B"]  # captions of each row that were longer than the bucket
-    padded: float  # share of the step's FLOPs, over all hosts, that is spent on padding
+    weight: Float[Array, "B"]  # 1, or 0 for padding rows and lost records
+    truncated: Int[Array, "B"]  # number of each row's captions that were longer than the bucket
+    padded: float  # share of the step's FLOPs, over all hosts, spent on padding
     lost: tuple[Lost, ...]  # records that this host could not read
-    references: Any = None  # GRPO: what rewards compare with, as arrays of [B, ...]
-    following: tuple["Batch", ...] = ()  # GRPO: later batches whose captions are sampled together with these
-    spares: tuple["Batch", ...] = ()  # GRPO: spare batches, as well
+    references: Any = None  # GRPO: reward references as arrays [B, ...]
+    following: tuple["Batch", ...] = ()  # GRPO: later batches sampled together with this one
+    spares: tuple["Batch", ...] = ()  # GRPO: spare batches sampled together with this one
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How records become rows; the same on all hosts."""
+    """Settings for building rows from records; the same on all hosts."""
 
     config: ThinkerConfig
     words: Words
     reading: Reading = field(default_factory=Reading)
-    group: int = 1  # captions of a row; if a record has fewer references, the rest have no targets
-    caption_tokens: int = 1024  # including the stop; longer captions are cut
-    sampled: bool = False  # GRPO samples `group` captions of up to `caption_tokens`: rows have no reference captions
+    group: int = 1  # captions per row; missing references become captions without targets
+    caption_tokens: int = 1024  # including the stop; longer captions are truncated
+    sampled: bool = False  # GRPO: `group` captions of up to `caption_tokens` are sampled; rows have no captions
     aligned: tuple[int, int] = (128, 64)  # clip tokens and caption tokens of a shape are multiples of these
     prompts: tuple[str, ...] = PROMPTS  # one is drawn for a record without a prompt
-    habits: Habits = Habits()  # of the checkpoint: the rest of the prompt, where a record does not state it
+    habits: Habits = Habits()  # the checkpoint's defaults for prompt settings that a record does not have
     record_seconds: float = 120.0  # timeout for reading and decoding one record
-    max_lost_share: float = 0.02  # of this host's rows; if more are lost, the stream stops
+    max_lost_share: float = 0.02  # maximum share of lost rows of this host; the stream fails above it
 
 
 class _Row(NamedTuple):
-    """A row as a worker sends it: clip and captions are padded to the bucket, with a leading axis of 1."""
+    """A row from a worker: clip and captions are padded to the bucket, with a leading axis of 1."""
 
     clip: Clip
     captions: Captions | None
@@ -98,9 +98,9 @@ class _Row(NamedTuple):
 
 
 def row_sizes(index: Index, recipe: Recipe) -> Sizes:
-    """The bucket sizes that each record needs, whichever of the recipe's prompts and captions is drawn.
+    """The bucket sizes that each record needs, for any of the recipe's prompts and of its captions.
 
-    Where captions are sampled, each may have `caption_tokens`, whatever the length of the record's own.
+    Sampled captions may have `caption_tokens`, regardless of the length of the record's captions.
     """
     prompts = [record_prompt(recipe.words, {}, text, recipe.habits) for text in recipe.prompts]
     longest = max(len(prompt.before) + len(prompt.after) for prompt in prompts)
@@ -111,10 +111,10 @@ def row_sizes(index: Index, recipe: Recipe) -> Sizes:
 def plan_batches(
     index: Index, recipe: Recipe, batch: int, shapes: int, seed: int, together: int = 1, spares: int = 0
 ) -> Plan:
-    """The plan of a run: `batch` rows a step over all hosts, at most `shapes` compiled shapes.
+    """Plan the batches of a run: `batch` rows per step over all hosts, at most `shapes` compiled shapes.
 
     Args:
-        together, spares: of a block of batches that have the same shape (`Plan`).
+        together, spares: sizes of a block of batches with the same shape (see `Plan`).
 
     Raises:
         InputError: the index has no records.
@@ -134,27 +134,27 @@ def batches(
     workers: int = 0,
     threads: int = 2,
 ) -> Iterator[Batch]:
-    """This host's part of the plan's batches `first` to `stop` (exclusive), in order.
+    """Yield this host's part of the plan's batches `first` to `stop` (exclusive), in order.
 
     Args:
-        rows: this host's rows of the plan's batch, in any order. A row may occur several times; it is read once.
-        workers: processes that read and decode; 0: this process reads.
-        threads: rows that each process makes at once.
+        rows: this host's rows of the plan's batch, in any order. Repeated rows are read once.
+        workers: number of reading and decoding processes; 0: read in this process.
+        threads: rows that each process builds concurrently.
 
     Raises:
-        InputError: more than the recipe's share of this host's rows could not be read.
+        InputError: the share of lost rows of this host exceeds the recipe's maximum.
     """
     distinct = sorted(set(rows))
     places = [distinct.index(row) for row in rows]
     work = _MakeRow(source, plan, recipe, distinct)
-    # A row leaves its worker as one block of shared memory: Grain makes one block for each array that it sees, and
-    # workers cannot end while a pipe holds more than names.
+    # Send a row as one array. Grain creates one shared-memory block per array, and workers cannot exit while a pipe
+    # contains more than block names.
     dataset = grain.MapDataset.range(first * len(distinct), stop * len(distinct)).map(lambda item: _block(work(item)))
     stream = dataset.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads))
     if workers:
         if not flags.FLAGS.is_parsed():  # Grain reads its flags, which only absl's app.run parses
             flags.FLAGS.mark_as_parsed()
-        for variable in THREAD_VARIABLES:  # workers inherit them: one core a process
+        for variable in THREAD_VARIABLES:  # workers inherit these: one core per process
             os.environ.setdefault(variable, "1")
         stream = stream.mp_prefetch(grain.MultiprocessingOptions(workers, per_worker_buffer_size=2))
     iterator = iter(stream)
@@ -165,7 +165,7 @@ def batches(
             lost += (missing := [Lost(step, row.id, row.reason) for row in made if row.reason])
             read = (step + 1 - first) * len(distinct)
             if len(lost) > recipe.max_lost_share * max(read, TRIAL):
-                some = "; ".join(f"{one.id}: {one.reason}" for one in lost[:5])
+                some = "; ".join(f"{record.id}: {record.reason}" for record in lost[:5])
                 raise InputError(f"{len(lost)} of {read} records cannot be read: {some}" + "; ..." * (len(lost) > 5))
             yield _batch([made[index] for index in places], plan, step, missing)
     finally:
@@ -195,12 +195,12 @@ def _block(row: _Row) -> Shaped[Array, "N"]:
 
 
 def _concatenated(parts: list[Any]) -> Any:
-    """NamedTuples of arrays, joined along their first axis."""
+    """Concatenate NamedTuples of arrays along the first axis."""
     return type(parts[0])(*(np.concatenate(leaves) for leaves in zip(*parts)))
 
 
 class _MakeRow:
-    """Makes the row of item i of this host's stream, at step i // rows. Runs in the workers."""
+    """Builds the row of item i of this host's stream, at step i // rows. Runs in the workers."""
 
     def __init__(self, source: Source, plan: Plan, recipe: Recipe, rows: Sequence[int]) -> None:
         self.source, self.plan, self.recipe, self.rows = source, plan, recipe, rows
@@ -224,9 +224,9 @@ class _MakeRow:
 
 
 def empty_row(recipe: Recipe, bucket: Bucket) -> tuple[Clip, Captions | None]:
-    """A row without content, padded to the bucket: the smallest picture, no sound, no caption.
+    """A row without content, padded to the bucket: the smallest frame, no sound, no caption.
 
-    The picture keeps every intermediate value finite, so that a weight of 0 removes the row from all sums.
+    The frame keeps all intermediate values finite, so that a weight of 0 removes the row from all sums.
     """
     size = recipe.config.vision.patch * recipe.config.vision.merge
     media = Media(np.zeros((recipe.config.vision.temporal_patch, size, size, 3), np.uint8), None, 0.0)
@@ -237,15 +237,15 @@ def empty_row(recipe: Recipe, bucket: Bucket) -> tuple[Clip, Captions | None]:
 
 @lru_cache
 def _warm() -> None:
-    """Compile librosa's functions, which takes seconds, before the timeout of the first record starts."""
+    """Compile librosa's functions, which takes seconds, before the first record's timeout starts."""
     log_mel(np.zeros(16_000, np.float32))
 
 
 def record_row(record: Record, number: int, epoch: int, bucket: Bucket, recipe: Recipe, seed: int) -> _Row:
-    """Decode a record, build its prompt, and draw G of its captions, in an order that depends on (seed, epoch, number).
+    """Decode a record, build its prompt, and draw G of its captions in an order given by (seed, epoch, number).
 
     Raises:
-        InputError: it cannot be decoded, or does not fit the bucket.
+        InputError: the record cannot be decoded, or does not fit the bucket.
     """
     fields = record.fields
     text = draw(recipe.prompts, 1, seed, PROMPT, epoch, number)[0]
@@ -262,13 +262,13 @@ def record_row(record: Record, number: int, epoch: int, bucket: Bucket, recipe: 
 
 
 def draw(items: Sequence[str], count: int, seed: int, purpose: int, epoch: int, number: int) -> list[str]:
-    """At most `count` of `items`, none twice, in an order that depends on the other arguments only."""
+    """Draw up to `count` of `items` without replacement. The order depends only on the other arguments."""
     order = np.random.default_rng([seed, purpose, epoch, number]).permutation(len(items))
     return [items[index] for index in order[:count]]
 
 
 def make_captions(ids: list[list[int]], first: int, length: int, group: int) -> tuple[Captions, int]:
-    """Captions as one row of `group` x `length`, and how many were cut (a caption that is cut has no stop)."""
+    """Pad captions to one row of `group` x `length`; also return the number of truncated ones, which have no stop."""
     targets = np.zeros((1, group, length), np.int32)
     valid = np.zeros((1, group, length), bool)
     for index, caption in enumerate(ids):

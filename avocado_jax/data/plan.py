@@ -56,13 +56,13 @@ def row_flops(sizes: Array, group: int, config: ThinkerConfig) -> Float[Array, "
 def choose_buckets(
     sizes: Sizes, count: int, group: int, config: ThinkerConfig, aligned: tuple[int, int] = (128, 64)
 ) -> list[Bucket]:
-    """At most `count` shapes that fit every record and spend few FLOPs on padding, most expensive first.
+    """Choose at most `count` shapes that fit all records with few FLOPs of padding, most expensive first.
 
-    Shapes are merged pairwise, smallest loss first, until `count` are left. Then records move to the cheapest bucket
-    that fits and buckets shrink to their records, as long as that reduces the FLOPs.
+    Shapes are merged pairwise, smallest loss first, until `count` remain. Then records move to the cheapest bucket
+    that fits and buckets shrink to their records, as long as this reduces the FLOPs.
 
     Args:
-        aligned: clip tokens and caption tokens are multiples of these, as suits attention kernels.
+        aligned: clip tokens and caption tokens are rounded up to multiples of these, for attention kernels.
     """
     table = _table(sizes)
     for column, unit in ((0, aligned[0]), (4, aligned[1])):
@@ -99,7 +99,7 @@ def _up(table: Array, bits: int) -> Array:
 
 
 def _merged(boxes: Array, members: Array, count: int, group: int, config: ThinkerConfig) -> Array:
-    """Merge the pair of boxes whose union adds the least cost, until `count` are left."""
+    """Repeatedly merge the pair of boxes whose union adds the least cost, until `count` remain."""
     cost = row_flops(boxes, group, config)
 
     def losses(one: int, others: Array) -> Array:
@@ -124,7 +124,7 @@ def _merged(boxes: Array, members: Array, count: int, group: int, config: Thinke
 
 
 def _cheapest(table: Array, boxes: Array, group: int, config: ThinkerConfig) -> Int[Array, "N"]:
-    """Number of the cheapest box that fits each row of sizes.
+    """The index of the cheapest box that fits each row of sizes.
 
     Raises:
         InputError: no box fits a row.
@@ -148,8 +148,8 @@ class Plan:
     needs: Float[Array, "N"]  # FLOPs of each record's row without padding
     batch: int  # rows of all processes
     seed: int
-    together: int = 1  # consecutive batches that have the same bucket, each of a training step
-    spares: int = 0  # batches behind these, with the same bucket, that have no step
+    together: int = 1  # consecutive batches with the same bucket, one per training step
+    spares: int = 0  # spare batches after these, with the same bucket and without a step
 
     @property
     def epoch_steps(self) -> int:
@@ -175,7 +175,7 @@ class Plan:
 
     @property
     def digest(self) -> str:
-        """Digest of all that determines the steps. Hosts compare it; a checkpoint's step is valid for one digest."""
+        """Digest of all inputs of the plan. Hosts compare it; a checkpoint's step is valid for one digest."""
         together = (self.together,) if self.together > 1 or self.spares else ()
         spares = (self.spares,) if self.spares else ()
         inputs = repr((self.buckets, self.batch, self.seed, *together, *spares)).encode() + self.assigned.tobytes()

@@ -1,4 +1,4 @@
-"""How picture and sound interleave in time, and the TMRoPE ids of a prompt (Qwen2.5-Omni, 2.1)."""
+"""Interleave video and audio tokens in time, and compute the TMRoPE ids of a prompt (Qwen2.5-Omni, 2.1)."""
 
 from typing import NamedTuple
 
@@ -9,18 +9,18 @@ from avocado_jax.typing import Array, Int
 
 
 class Interleaved(NamedTuple):
-    """The media tokens of a clip in the order in which the language model reads them."""
+    """The media tokens of a clip in the order of the prompt."""
 
-    source: Int[Array, "N"]  # visual tokens in raster order are 0.., tokens of sound follow them
-    positions: Int[Array, "N 3"]  # from 0: relative to where the media begin
-    last_chunk: int  # largest id in the last chunk: what follows the media counts on from it
+    source: Int[Array, "N"]  # token index: visual tokens in raster order, then audio tokens
+    positions: Int[Array, "N 3"]  # positions relative to the first media token
+    last_chunk: int  # largest position in the last chunk; positions after the media continue from it
 
 
 def chunks(times: Int[Array, "N"], length: int) -> list[tuple[int, int]]:
-    """Cut a list of tokens at each `length` of time, as (first, past the last).
+    """Split a list of tokens into chunks of `length` time units: (first, end) of each.
 
-    As in the reference, the chunker moves on by one chunk per crossing token: where one step of time is
-    longer than a chunk, it cuts a frame in pieces.
+    As in the reference, each token that crosses a border advances by one chunk only. If a time step is longer than a
+    chunk, a frame is split.
     """
     bounds, chunk = [0], 1
     for index, time in enumerate(times.tolist()):
@@ -31,11 +31,11 @@ def chunks(times: Int[Array, "N"], length: int) -> list[tuple[int, int]]:
 
 
 def interleave(grid: tuple[int, int, int], sounds: int, seconds_per_patch: float, config: ThinkerConfig) -> Interleaved:
-    """Order picture and sound by time, chunk by chunk: the pictures of a chunk, then its sound.
+    """Order video and audio tokens by time: for each chunk, the video tokens and then the audio tokens.
 
     Args:
         grid: temporal patches, rows and columns of merged cells.
-        sounds: tokens of sound; 0 for a clip without.
+        sounds: number of audio tokens; 0 for a clip without sound.
         seconds_per_patch: time between temporal patches.
     """
     patches, rows, columns = grid

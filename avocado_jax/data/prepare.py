@@ -1,15 +1,15 @@
-"""Manifest and clips to shards: clips are read once, checked, measured and written as ArrayRecord files with an index.
+"""Convert a manifest and its clips to shards: clips are read once, checked, measured and written as ArrayRecord files.
 
-A run that opens a folder fixes which rows it prepares (`parts/job.json`): this is a generation. Its shards follow from
-these rows alone, so that several machines can make them and a run that was stopped makes those that are missing. A
-file in parts/ lists what each finished shard has. Finishing merges these files into the index, and writes manifest.json
-last. The next run opens another generation for rows that were appended, for rejects whose cause may have passed, and
-for the rows of shards that were lost: into new shards, behind the others. If the manifest was edited in between,
-records whose lines are unchanged are kept. As long as too much was rejected, all rejects are tried again.
+The first run on a folder stores the set of rows to prepare in `parts/job.json`. This set is a generation. The shards
+depend only on these rows, so several machines can write them, and an interrupted run writes only the missing ones. For
+each finished shard, a report in parts/ lists its content. Finishing merges the reports into the index, and writes
+manifest.json last. The next run starts another generation with appended rows, retried rejects, and the rows of lost
+shards. It writes new shards after the existing ones. If the manifest was edited in between, records with unchanged
+lines are kept. While the folder has too many rejects, each run retries all of them.
 
-Memory of the main process: 44 bytes a manifest line, about 150 a record when it finishes, and the rejects. Temporary
-space (TMPDIR): a copy of a manifest that is not a local file, and with parts the clips of (workers + 1) shards; each
-worker makes its shard in OUT/parts, or in TMPDIR if OUT is remote.
+Memory of the main process: 44 bytes per manifest line, about 150 bytes per record when finishing, and the rejects.
+Temporary space (TMPDIR): a copy of the manifest unless it is a local file, and with parts the clips of (workers + 1)
+shards. Workers write their shards in OUT/parts, or in TMPDIR if OUT is remote.
 """
 
 import hashlib
@@ -55,27 +55,28 @@ class Prepared(NamedTuple):
     shards: int
     bytes: int
     rejects: list[Reject]
-    complete: bool  # False: too many rejects, the folder cannot be used
-    warnings: Sequence[str] = ()  # of clips that were kept; only from the run that completes the folder
-    unused: int = 0  # clips without a row, where these are listed
+    complete: bool  # False: too many rejects, the folder is not usable
+    warnings: Sequence[str] = ()  # warnings about accepted clips; only from the run that completes the folder
+    unused: int = 0  # clips without a row, if they are listed
 
 
 def prepare(
     job: Job, workers: int, max_reject_share: float = 0.05, shard: tuple[int, int] | None = None, finish: bool = False
 ) -> Prepared | None:
-    """Run a job in `workers` processes, or resume it.
+    """Run or resume a job in `workers` processes.
 
-    If more than `max_reject_share` of the rows are rejected, the folder is not completed; running again, with a larger
-    share or after the rejected rows were corrected, prepares these only.
+    If more than `max_reject_share` of the rows are rejected, the folder is not completed. A second run, with a larger
+    share or with corrected rows, prepares only the rejected rows.
 
     Args:
-        shard: (I, N): make the shards of machine I of N, from 0, and do not finish; returns None.
-        finish: make no shard; merge those of all machines.
+        shard: (I, N): write the shards of machine I (from 0) of N, do not finish, and return None.
+        finish: write no shards; merge the shards of all machines.
 
     Raises:
-        InputError: the source cannot be read or is empty, `out` has something else, or `finish` finds shards missing.
-        StorageError: storage failed, or the disk is full; what is done stays done.
-        BrokenProcessPool: a process was killed; what is done stays done.
+        InputError: the source cannot be read or is empty, `out` belongs to another job, or shards are missing for
+            `finish`.
+        StorageError: storage failed, or the disk is full. Finished shards are kept.
+        BrokenProcessPool: a process was killed. Finished shards are kept.
     """
     folder = Folder(job.out)
     words = asdict(job)["words"]
@@ -86,7 +87,7 @@ def prepare(
     if opened is not None and opened.get("job") != key:
         raise other_job(job.out)
     if opened is not None and opened["generation"] != base.doc["generation"] + 1:
-        if shard is None:  # it was finished, and then the run was stopped; other machines may open the next one
+        if shard is None:  # the generation was finished before the run was interrupted; with shards others may use it
             _clean(folder, base, opened if base.complete else None)
             folder.refresh()
         opened = None
@@ -102,7 +103,7 @@ def prepare(
                     return _result(base)
                 if base.doc["generation"] < 0:
                     raise InputError(f"{job.out}: nothing is prepared; run prepare without --finish first")
-                opened |= {"rows": [], "parts": [], "lost": []}  # with another share of rejects
+                opened |= {"rows": [], "parts": [], "lost": []}  # finish again with another share of rejects
             elif base.complete and not work and not opened["lost"] and opened["md5"] == base.doc["md5"]:
                 return _result(base) if shard is None else None
             if not finish:
@@ -125,7 +126,7 @@ def prepare(
 def _scan(
     job: Job, source: Source, manifest: Path | None, base: Base, opened: dict[str, Any] | None
 ) -> tuple[Lines, Base]:
-    """Check the manifest; it must begin with what the open generation reads. Returns also what is kept of `base`."""
+    """Check the manifest. It must start with what the open generation reads. Also returns the kept part of `base`."""
     if manifest is None:
         none = np.zeros(0, np.int64)
         return Lines(none, none, none, none, none, [], 0, {0: ""}), base
@@ -160,14 +161,14 @@ def _finish(
     opened: dict[str, Any],
     max_reject_share: float,
 ) -> Prepared:
-    """Merge a generation into the index; write manifest.json, or parts/manifest.json if too much was rejected."""
+    """Merge a generation into the index; write manifest.json, or parts/manifest.json if there are too many rejects."""
     folder.refresh()
     generation, todo = opened["generation"], contained(lines.number, opened["rows"])
     names, ends = _expected(folder, job, source, opened, int(todo.sum()))
     reports = _parallel(folder.read, [folder.report_of(name) for name in names])
     ends = _parallel(folder.read, ends)
 
-    # Records: those of the shards that are kept, then the new ones. Of equal lines or ids the first is indexed.
+    # Records of the remaining shards, then the new ones. Of records with equal lines or ids, the first is indexed.
     kept = [number for number, one in enumerate(base.doc["shards"]) if one["file"] not in opened["lost"]]
     new_number = np.full(len(base.doc["shards"]), -1, np.int64)
     new_number[kept] = np.arange(len(kept))
@@ -182,7 +183,7 @@ def _finish(
     rejects, warnings = list(lines.rejects), []
     damaged = {end["part"] for end in ends if end["damage"]}
     for report in reports:
-        again = {"retry": True} if report["part"] in damaged else {}  # the bytes of its clips may be wrong
+        again = {"retry": True} if report["part"] in damaged else {}  # the clips of a damaged part may be wrong
         rejects += [Reject(*reject)._replace(**again) for reject in report["rejects"]]
         warnings += report["warnings"]
         new = report["columns"]
@@ -210,7 +211,7 @@ def _finish(
     if not source.rows_inside:
         table["content"] = lines.content[np.searchsorted(lines.number, table["line"])]
 
-    # Rejects: earlier ones whose rows were not tried again, then the new ones.
+    # Earlier rejects that were not retried, then the new ones.
     rejects += _earlier_rejects(source, lines, todo, base, opened)
     rejects += [Reject(0, None, end["part"], end["damage"], True, end["part"]) for end in ends if end["damage"]]
     if source.parts and not source.rows_inside:
@@ -257,10 +258,10 @@ def _finish(
 def _expected(
     folder: Folder, job: Job, source: Source, opened: dict[str, Any], count: int
 ) -> tuple[list[str], list[str]]:
-    """The shards of a generation, and the files about its parts.
+    """The names of a generation's shards, and the report files of its parts.
 
     Raises:
-        InputError: some are not made.
+        InputError: some shards are missing.
     """
     if not source.parts:
         names, ends = line_shards(opened, count, job), []
@@ -279,7 +280,7 @@ def _expected(
 
 
 def _earlier_rejects(source: Source, lines: Lines, todo: Any, base: Base, opened: dict[str, Any]) -> list[Reject]:
-    """Rejects of clips that this generation has not tried again."""
+    """Rejects of earlier generations that this one has not retried."""
     if source.rows_inside:
         skipped = dict(opened["parts"])
         return [
@@ -299,9 +300,9 @@ def _clips_without_row(source: Source, lines: Lines) -> list[dict[str, str]]:
 
 
 def _clean(folder: Folder, base: Base, finished: dict[str, Any] | None) -> None:
-    """Remove what is merged; with a complete folder all of parts/, lost shards and earlier indexes.
+    """Remove merged files; in a complete folder all of parts/, lost shards and earlier indexes.
 
-    parts/job.json goes last: while it is there, the next run completes this.
+    parts/job.json is removed last, so that the next run completes an interrupted cleanup.
     """
     gone = {name for name in folder.files if name.startswith("parts/") or name.endswith(".part")}
     if finished is None:

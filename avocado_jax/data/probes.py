@@ -1,4 +1,4 @@
-"""Probes of manifests: questions with choices about a clip, which a judge answers from a caption alone."""
+"""Parse the probes of manifests: multiple-choice questions about a clip that a judge answers from a caption alone."""
 
 import re
 from collections.abc import Mapping
@@ -7,13 +7,13 @@ from typing import Any
 from avocado_jax.errors import InputError
 from avocado_jax.typing import Probe
 
-LABELS = "ABCDEFGHIJ"  # of the choices; a probe has at most this many
+LABELS = "ABCDEFGHIJ"  # letters of the choices; their number is the maximum number of choices
 
 
 def read_probe(value: Any) -> Probe:
-    """A probe from `{"question", "choices": [str], "answer", "category"?}`.
+    """Parse a probe `{"question", "choices": [str], "answer", "category"?}`.
 
-    `answer` is one of the choices, or the letter of one. Choices may begin with their letters ("A. red").
+    `answer` is a choice or its letter. Choices may begin with their letters ("A. red").
 
     Raises:
         InputError: a field is missing or invalid; the message does not name the line.

@@ -1,4 +1,4 @@
-"""The chat prompt: the question about a clip, as token ids before and after its media tokens."""
+"""Chat prompts: the question about a clip as token ids before and after the media tokens."""
 
 import json
 import os
@@ -15,7 +15,7 @@ SYSTEM = (
     "and visual inputs, as well as generating text and speech."
 )
 
-# Training draws among them, `caption` asks the first.
+# Training draws from these; `caption` uses the first.
 PROMPTS = (
     "Describe this video in full, from beginning to end: what is seen and what is heard, each at its moment.",
     "Write a detailed account of the clip that keeps picture and sound together as they happen in time.",
@@ -31,18 +31,18 @@ PROMPTS = (
 
 
 class Habits(NamedTuple):
-    """The prompt of a checkpoint, where a clip's manifest line states none; the defaults are AVoCaDO's."""
+    """The prompt settings of a checkpoint, used if a manifest line has none. The defaults are AVoCaDO's."""
 
     prompt: str = ""  # empty: one of `PROMPTS`
-    system: str = SYSTEM  # empty: no system line
-    media_first: bool = True  # the media come before the question
+    system: str = SYSTEM  # empty: no system message
+    media_first: bool = True  # the media precede the question
 
 
 def load_habits(folder: Path) -> Habits:
-    """The prompt habits in `reading.json` of a checkpoint's folder.
+    """Load the prompt settings from `reading.json` in a checkpoint's folder.
 
     Raises:
-        InputError: a value has another type.
+        InputError: a value has the wrong type.
     """
     path = folder / "reading.json"
     try:
@@ -57,10 +57,10 @@ def load_habits(folder: Path) -> Habits:
 
 
 def read_prompts(path: str | Path) -> tuple[str, ...]:
-    """The prompts of a file, local or gs://, one a line. Empty lines are skipped.
+    """Read the prompts of a file, local or gs://, one per line. Empty lines are skipped.
 
     Raises:
-        InputError: there is no such file, or no prompt in it.
+        InputError: the file does not exist, or contains no prompt.
         StorageError: storage failed.
     """
     try:
@@ -73,7 +73,7 @@ def read_prompts(path: str | Path) -> tuple[str, ...]:
 
 
 def choose_prompt(prompts: Sequence[str], name: str) -> str:
-    """The prompt of a clip, which its name decides, whatever its place in a list."""
+    """Choose the prompt of a clip from a hash of its name, independent of its position in a list."""
     return prompts[zlib.crc32(os.fsencode(name)) % len(prompts)]
 
 
@@ -89,8 +89,8 @@ class Turn(NamedTuple):
 
     Attributes:
         role: "system", "user" or "assistant".
-        text: all of its text; in the turn with the media, the text before them.
-        after: the text behind the media; None in all other turns.
+        text: the text; in the turn with the media, the text before the media.
+        after: the text after the media; None in turns without media.
     """
 
     role: str
@@ -99,24 +99,24 @@ class Turn(NamedTuple):
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """The checkpoint's own fast tokenizer, from its files alone.
+    """Load the fast tokenizer of a checkpoint's folder, without network access.
 
     Raises:
-        InputError: the folder has none.
+        InputError: the folder has no tokenizer.
     """
-    from transformers import PreTrainedTokenizerFast  # slow to import, and not needed by those who have ids
+    from transformers import PreTrainedTokenizerFast  # slow to import
 
     if not (folder / "tokenizer.json").is_file():
         raise InputError(f"{folder}: no tokenizer.json")
     try:
         return PreTrainedTokenizerFast.from_pretrained(str(folder), local_files_only=True)
-    except Exception as error:  # the library's compiled half raises nothing narrower
+    except Exception as error:  # the compiled library raises no narrower type
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise InputError(f"{folder}: its tokenizer cannot be loaded: {reason}") from error
 
 
 def record_prompt(tokenizer: Any, fields: Mapping[str, Any], question: str, habits: Habits = Habits()) -> Prompt:
-    """The prompt of a clip: as its manifest fields state, else `question` in the way of `habits`."""
+    """The prompt of a clip from its manifest fields, with `question` and `habits` as defaults."""
     return chat_prompt(
         tokenizer,
         fields.get("prompt") or question,
@@ -126,15 +126,15 @@ def record_prompt(tokenizer: Any, fields: Mapping[str, Any], question: str, habi
 
 
 def chat_prompt(tokenizer: Any, text: str, system: str = SYSTEM, media_first: bool = True) -> Prompt:
-    """One question about a clip: a system turn unless `system` is empty, and a user turn with media and question."""
+    """A question about a clip: a system turn unless `system` is empty, and a user turn with media and question."""
     user = Turn("user", "", text) if media_first else Turn("user", text, "")
     return conversation_prompt(tokenizer, [Turn("system", system), user] if system else [user])
 
 
 def conversation_prompt(tokenizer: Any, turns: Sequence[Turn]) -> Prompt:
-    """Turns in Qwen's chat format, and the opening of the answer.
+    """Encode turns in Qwen's chat format, followed by the start of the answer.
 
-    Special tokens that are spelled out in a text stay text. Without a turn that has media, all ids are `before`.
+    Special tokens in a text are encoded as plain text. Without a turn with media, all ids are in `before`.
     """
     start, end = (special_id(tokenizer, token) for token in ("<|im_start|>", "<|im_end|>"))
 

@@ -1,13 +1,13 @@
-"""A remote file as a raw stream whose reads are requests of byte ranges."""
+"""Raw streams that read a remote file by byte ranges."""
 
 import io
 from collections.abc import Callable
 
-BLOCK = 16 * 2**20  # bytes of a request when a file is read in order
+BLOCK = 16 * 2**20  # bytes per request of sequential reads
 
 
 def open_ranges(size: int, fetch: Callable[[int, int], bytes]) -> io.BufferedReader:
-    """A seekable reader that reads ahead by `BLOCK` bytes. Arguments as of `RangeReader`."""
+    """A seekable reader that reads ahead by `BLOCK` bytes. For the arguments see `RangeReader`."""
     return io.BufferedReader(RangeReader(size, fetch), BLOCK)
 
 
@@ -16,7 +16,7 @@ class RangeReader(io.RawIOBase):
 
     Args:
         size: bytes of the file.
-        fetch: (first, count) -> exactly these bytes; retries are its own.
+        fetch: (first, count) -> exactly these bytes. Must retry by itself.
     """
 
     def __init__(self, size: int, fetch: Callable[[int, int], bytes]) -> None:
@@ -32,7 +32,7 @@ class RangeReader(io.RawIOBase):
         self._at = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._size}[whence]
         return self._at
 
-    def readall(self) -> bytes:  # by default in requests of 8 KiB
+    def readall(self) -> bytes:  # the default uses requests of 8 KiB
         return b"".join(iter(lambda: self.read(BLOCK), b""))
 
     def readinto(self, buffer: bytearray | memoryview) -> int:

@@ -1,4 +1,4 @@
-"""Child processes that read clips: a decoder that crashes, hangs or exhausts memory fails one clip only."""
+"""Read clips in child processes, so that a decoder that crashes, hangs or exhausts memory fails only one clip."""
 
 import contextlib
 import importlib
@@ -21,26 +21,26 @@ from avocado_jax.errors import InputError
 
 
 def available_cores() -> int:
-    """Cores that this process may use: all of the machine where the platform (macOS) does not know."""
+    """Cores that this process may use. On platforms without CPU affinity (macOS), all cores of the machine."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-START_SECONDS = 300.0  # for a process to import the decoder
-CLIP_SECONDS = 300.0  # to read one clip
-READERS = max(2, min(32, available_cores() // 2))  # clips that are read at once
+START_SECONDS = 300.0  # timeout for a process to import the decoder
+CLIP_SECONDS = 300.0  # timeout for reading one clip
+READERS = max(2, min(32, available_cores() // 2))  # clips read concurrently
 
 T = TypeVar("T")
 R = TypeVar("R")
 
 
 class ClipReader:
-    """Reads clips in child processes, each with a deadline. Safe to use from several threads.
+    """Reads clips in child processes with a timeout per clip. Thread-safe.
 
-    Processes start when they are first needed. One that dies, or that is killed at the deadline, is replaced.
+    Processes start on demand. A process that crashes, or is killed at the timeout, is replaced.
 
     Args:
-        processes: how many clips are read at once.
-        seconds: to read one clip.
+        processes: number of clips read concurrently.
+        seconds: timeout for one clip.
     """
 
     def __init__(self, processes: int = 1, seconds: float = CLIP_SECONDS) -> None:
@@ -56,8 +56,8 @@ class ClipReader:
         self.close()
 
     def close(self) -> None:
-        """End the processes. Clips that are being read raise InputError; later ones start new processes."""
-        for child in list(self._children):  # those that are reading too, so that no thread waits for them
+        """Stop the processes. Reads in progress raise InputError; later reads start new processes."""
+        for child in list(self._children):  # including busy ones, so that no thread waits for them
             child.process.kill()
             child.process.join()
 
@@ -68,19 +68,19 @@ class ClipReader:
         sound: bool = True,
         part: Packets | None = None,
     ) -> Media:
-        """`decode.read_media`. Raises InputError also for a clip that exceeds the deadline or kills its process."""
+        """Run `decode.read_media`. Also raises InputError if the clip exceeds the timeout or kills the process."""
         return self._call("decode.read_media", path, reading, sound, part)
 
     def read_parts(self, pictures: Sequence[str], sound: str | None, reading: Reading = Reading()) -> Media:
-        """`parts.read_parts`. Raises as `read`."""
+        """Run `parts.read_parts`. Raises as `read`."""
         return self._call("parts.read_parts", pictures, sound, reading)
 
     def segments(self, path: str | Path, target: float, longest: float) -> list[Packets]:
-        """`segments.find_segments`. Raises as `read`."""
+        """Run `segments.find_segments`. Raises as `read`."""
         return self._call("segments.find_segments", path, target, longest)
 
     def probe(self, path: str | Path, reading: Reading = Reading()) -> Any:
-        """`decode.probe_media`. Raises as `read`."""
+        """Run `decode.probe_media`. Raises as `read`."""
         return self._call("decode.probe_media", path, reading)
 
     def _call(self, function: str, path: str | Path | Sequence[str], *args: Any) -> Any:
@@ -101,8 +101,8 @@ class ClipReader:
             if isinstance(error, TimeoutError):
                 raise InputError(f"{name}: took longer than {self._seconds:g} s") from None
             if isinstance(error, EOFError | ConnectionError):
-                how = signal.Signals(-code).name if code is not None and code < 0 else f"exit status {code}"
-                raise InputError(f"{name}: the process that read it died ({how})") from None
+                cause = signal.Signals(-code).name if code is not None and code < 0 else f"exit status {code}"
+                raise InputError(f"{name}: the process that read it died ({cause})") from None
             raise
         finally:
             self._idle.put(child)
@@ -114,7 +114,7 @@ class ClipReader:
 def read_ahead(
     items: Iterable[T], read: Callable[[T], R], threads: int = 1, depth: int = 1
 ) -> Iterator[tuple[T, R | Exception]]:
-    """Each item and what was read of it, or why it could not be; the next `depth` are read meanwhile."""
+    """Yield each item with its result or exception, while the next `depth` items are read in threads."""
 
     def attempt(item: T) -> R | Exception:
         try:
@@ -137,10 +137,10 @@ def read_ahead(
 
 
 class _Child:
-    """One process and the pipe to it."""
+    """A child process and its pipe."""
 
     def __init__(self) -> None:
-        # Children are forked from a clean server that has imported the decoder and has no other threads.
+        # Children are forked from a server process that has imported the decoder and has no other threads.
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["avocado_jax.data.decode"])
         self.pipe, theirs = context.Pipe()
@@ -153,10 +153,10 @@ class _Child:
         self.pipe.recv()
 
     def call(self, message: tuple[Any, ...], seconds: float) -> Any:
-        """The result, or the InputError, of one function of this package, MODULE.NAME.
+        """Call a function MODULE.NAME of this package. Returns its result or its InputError.
 
         Raises:
-            TimeoutError: there is none in time.
+            TimeoutError: the call took too long.
             EOFError, ConnectionError: the process died.
         """
         self.pipe.send(message)
@@ -166,10 +166,10 @@ class _Child:
 
 
 def _serve(pipe: Connection) -> None:
-    """Answer calls until the parent is gone."""
+    """Answer calls until the parent exits."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    with contextlib.suppress(OSError):  # out of memory, this process goes and not the parent
+    with contextlib.suppress(OSError):  # if memory runs out, the kernel kills this process and not the parent
         Path("/proc/self/oom_score_adj").write_text("1000", encoding="ascii")
 
     def watch() -> None:
@@ -177,7 +177,7 @@ def _serve(pipe: Connection) -> None:
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
-    import avocado_jax.data.decode  # noqa: F401  before the parent may send a clip, whose time is limited
+    import avocado_jax.data.decode  # noqa: F401  before the first call, which has a timeout
 
     with contextlib.suppress(EOFError, ConnectionError):  # the parent has closed the pipe
         pipe.send(None)

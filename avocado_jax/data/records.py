@@ -1,4 +1,4 @@
-"""One record: a clip, its caption and its other fields, serialised as self-describing bytes (msgpack)."""
+"""Records: a clip, its caption and other fields, serialised with msgpack."""
 
 import json
 import tempfile
@@ -18,11 +18,11 @@ LISTS = ("references", "events", "dialogues", "keypoints", "probes")
 
 
 class Record(NamedTuple):
-    """A clip as it is stored."""
+    """A stored clip."""
 
     fields: dict[str, Any]  # the manifest line without its video: id, caption, ...
-    clip: bytes | Media  # an encoded file, or features that are already decoded
-    name: str  # of the file, for messages and as a hint at its format
+    clip: bytes | Media  # an encoded file, or decoded features
+    name: str  # file name, for messages and as a format hint
 
 
 def pack(record: Record) -> bytes:
@@ -40,7 +40,7 @@ def unpack(data: bytes) -> Record:
     """Decode a record.
 
     Raises:
-        InputError: it is damaged, or of another version.
+        InputError: the data are damaged, or of another version.
     """
     try:
         entry = msgpack.unpackb(data)
@@ -56,10 +56,10 @@ def unpack(data: bytes) -> Record:
 
 
 def from_example(example: dict[str, Any]) -> Record:
-    """A record from an example of a tfds dataset: texts are bytes, lists are JSON texts, `video` is the file.
+    """Convert an example of a tfds data set: texts are bytes, lists are JSON texts, `video` contains the file.
 
     Raises:
-        InputError: it lacks an id, a caption or a video.
+        InputError: the example has no id, caption or video.
     """
     fields = {
         key: value.decode() if isinstance(value, bytes) else value for key, value in example.items() if key != "video"
@@ -75,19 +75,19 @@ def from_example(example: dict[str, Any]) -> Record:
 
 
 def decoded(record: Record, reading: Reading, read: Callable[[str, Reading], Media] | None = None) -> Media:
-    """The clip of a record in memory.
+    """Decode the clip of a record.
 
     Args:
-        read: reads a file, by default `read_media` in this process.
+        read: reads a file; default: `read_media` in this process.
 
     Raises:
         InputError: one line with the reason.
-        StorageError: there is no room for a temporary file.
+        StorageError: the disk is too full for a temporary file.
     """
     if isinstance(record.clip, Media):
         return record.clip
-    # The reader opens a clip several times and by path, as decoders like it best.
-    # Not in /dev/shm, which is small in containers, and the workers' rows need it.
+    # The reader opens a clip several times by path. Do not use /dev/shm: it is small in containers, and the workers
+    # need it for rows.
     with tempfile.NamedTemporaryFile(suffix=Path(record.name).suffix[-16:]) as file:
         with storage.local_errors(file.name):
             file.write(record.clip)

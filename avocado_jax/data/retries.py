@@ -1,4 +1,4 @@
-"""The retry policy of google-cloud-storage, with a patience that is counted from the first failure."""
+"""A retry policy for google-cloud-storage whose timeout starts at the first failure."""
 
 import time
 from collections.abc import Callable
@@ -9,11 +9,11 @@ from google.cloud.storage.retry import DEFAULT_RETRY
 
 
 class PatientRetry(Retry):
-    """Retries what `DEFAULT_RETRY` retries (408, 429, 500, 502, 503, 504, broken connections), with its backoff.
+    """Retries the errors of `DEFAULT_RETRY` (408, 429, 500, 502, 503, 504, broken connections) with its backoff.
 
-    The timeout of `Retry` starts with the request: a transfer that has taken longer when it breaks is not retried. Here
-    the clock starts at the first failure, and again whenever `progress` has changed since. The library calls this once
-    for each request, and for each chunk of a resumable upload: each starts a new clock.
+    The timeout of `Retry` starts with the request, so a transfer that breaks after a longer time is not retried. Here
+    the timeout starts at the first failure, and restarts when `progress` has changed since. The library calls this
+    object for each request and for each chunk of a resumable upload; each call starts a new timeout.
     """
 
     def __init__(self, patience: float, progress: Callable[[], int] = lambda: 0) -> None:

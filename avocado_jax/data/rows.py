@@ -1,4 +1,4 @@
-"""Rows: a clip and its prompt as the arrays the model reads, and padding of rows to one shape."""
+"""Build the model's input arrays of a clip and its prompt, and pad them to one shape."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -17,21 +17,21 @@ from avocado_jax.typing import Array, Clip, Float, Int
 class Row(NamedTuple):
     """One clip, unpadded."""
 
-    clip: Clip  # without the axis of rows
-    prompt_ids: Int[Array, "P+1"]  # the whole prompt, media expanded
+    clip: Clip  # without the row axis
+    prompt_ids: Int[Array, "P+1"]  # the complete prompt with expanded media tokens
 
 
 class Shape(NamedTuple):
     """Sizes that rows are padded to."""
 
-    tokens: int  # of the clip: prompt tokens but the last
+    tokens: int  # prompt tokens without the last one
     patches: int  # temporal patches
-    windows: int  # of one temporal patch
-    chunks: int  # of sound
+    windows: int  # windows per temporal patch
+    chunks: int  # audio chunks
 
 
 def make_row(media: Media, prompt: Prompt, config: ThinkerConfig, reading: Reading = Reading()) -> Row:
-    """Features, prompt ids, the order of the media and TMRoPE ids of one clip."""
+    """Compute the features, prompt ids, media order and TMRoPE positions of one clip."""
     vision, ids = config.vision, config.tokens
     picture = windows(media.frames, vision)
     mel, sound_tokens = _sound(media, config)
@@ -39,7 +39,7 @@ def make_row(media: Media, prompt: Prompt, config: ThinkerConfig, reading: Readi
     grid = (patches, *(size // vision.patch // vision.merge for size in media.frames.shape[1:3]))
     order = interleave(grid, sound_tokens, vision.temporal_patch / reading.fps, config)
 
-    # Visual tokens come in raster order; the tower gives them in slot order, sound after all its slots.
+    # The prompt has visual tokens in raster order; the encoder returns them in slot order, followed by audio tokens.
     per_patch = picture.valid.size // vision.merge**2
     slots = (np.arange(patches)[:, None] * per_patch + picture.order).reshape(-1)
     slots = np.concatenate([slots, patches * per_patch + np.arange(sound_tokens)])
@@ -49,7 +49,7 @@ def make_row(media: Media, prompt: Prompt, config: ThinkerConfig, reading: Readi
     media_ids = np.where(order.source < len(slots) - sound_tokens, ids.video, ids.audio)
     tokens = np.concatenate([prompt.before, opening, media_ids, closing, prompt.after]).astype(np.int32)
 
-    # The pair that opens the media shares one position, as does the pair that closes them.
+    # The two opening tokens share one position, as do the two closing tokens.
     opens = len(prompt.before)
     closes = opens + 1 + order.last_chunk + 1
     positions = np.concatenate(
@@ -82,7 +82,7 @@ def make_row(media: Media, prompt: Prompt, config: ThinkerConfig, reading: Readi
 
 
 def text_row(ids: Sequence[int]) -> Row:
-    """A prompt of text alone, media neither seen nor heard. It is batched with others of its kind."""
+    """Build a row from a text prompt without media. It can be batched only with other text rows."""
     tokens = np.asarray(ids, np.int32)
     many = len(tokens) - 1
     clip = Clip(
@@ -106,7 +106,7 @@ def _line(first: int, count: int) -> Int[Array, "N 3"]:
 
 
 def _sound(media: Media, config: ThinkerConfig) -> tuple[Float[Array, "frames M"], int]:
-    """The log-mel spectrogram and its number of tokens; sound too short for one token is none."""
+    """The log-mel spectrogram and its number of tokens. Sound that is too short for one token is dropped."""
     bins = config.audio.mel_bins
     mel = np.zeros((0, bins), np.float32) if media.samples is None else log_mel(media.samples, bins)
     count = audio_tokens(len(mel))
@@ -119,12 +119,12 @@ def shape_of(clip: Clip) -> Shape:
 
 
 def fit(shapes: list[Shape]) -> Shape:
-    """The smallest shape that holds all of `shapes`."""
+    """The smallest shape that fits all of `shapes`."""
     return Shape(*(max(sizes) for sizes in zip(*shapes)))
 
 
 def rounded(shape: Shape, bits: int = 3) -> Shape:
-    """`shape` enlarged so that few distinct ones occur: each size to `bits` leading bits, of 3 at most 1/4 more."""
+    """Round each size up to `bits` leading bits, so that few distinct shapes occur. 3 bits add at most 1/4."""
 
     def up(size: int) -> int:
         unit = 1 << max(0, size.bit_length() - bits)
@@ -136,8 +136,8 @@ def rounded(shape: Shape, bits: int = 3) -> Shape:
 def stack(clips: list[Clip], shape: Shape) -> Clip:
     """Pad clips to one shape and stack them.
 
-    Padding tokens sit at position 1, as in the reference; empty slots hold zeros. The media index is moved
-    to where the padded towers put each token.
+    Padding tokens have position 1, as in the reference; empty slots are zero. The media index is adjusted to the
+    padded encoder outputs.
 
     Raises:
         InputError: a clip is larger than `shape`.
@@ -150,7 +150,7 @@ def _padded(clip: Clip, shape: Shape) -> Clip:
     if any(size > limit for size, limit in zip(have, shape)):
         raise InputError(f"a clip of {have} does not fit {shape}")
     cells = clip.patches.shape[2] // 4  # merged cells of a window
-    slots = cells * have.windows  # visual tokens of a temporal patch, and with padding
+    slots = cells * have.windows  # visual tokens of a temporal patch
     padded = cells * shape.windows
     sound = clip.media >= have.patches * slots
     media = np.where(

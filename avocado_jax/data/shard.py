@@ -1,24 +1,24 @@
-"""`--shard I/N`: which part of the work a process does, given or read from the platform."""
+"""Parse `--shard I/N`, the share of the work of a process, or detect it from the platform."""
 
 import os
 from collections.abc import Mapping
 
 from avocado_jax.errors import InputError
 
-# Environment variables of a process's index and of the number of processes, by platform.
+# Environment variables with the process index and the number of processes, by platform.
 PLATFORMS = {
     "SkyPilot": ("SKYPILOT_NODE_RANK", "SKYPILOT_NUM_NODES"),
     "Slurm": ("SLURM_PROCID", "SLURM_NTASKS"),
     "a JobSet or an indexed Job": ("JOB_COMPLETION_INDEX", "JOB_COMPLETIONS"),
-    "a TPU slice": ("TPU_WORKER_ID", "TPU_WORKER_HOSTNAMES"),  # the second is a list of names
+    "a TPU slice": ("TPU_WORKER_ID", "TPU_WORKER_HOSTNAMES"),  # the second is a list of host names
 }
 
 
 def parse_shard(text: str | None, environment: Mapping[str, str] = os.environ) -> tuple[int, int]:
-    """(I, N) of `I/N` with I from 0; of "auto": from the platform's variables; (0, 1) of None.
+    """Parse `I/N` (I from 0) to (I, N); detect both from the platform for "auto"; (0, 1) for None.
 
     Raises:
-        InputError: it is not of this form, or no platform is found.
+        InputError: the text has another form, or no platform is detected.
     """
     if text is None:
         return 0, 1
@@ -26,7 +26,7 @@ def parse_shard(text: str | None, environment: Mapping[str, str] = os.environ) -
         for index, count in PLATFORMS.values():
             if index in environment and count in environment:
                 hosts = environment[count].split(",")
-                if hosts == ["localhost"]:  # of a slice of one host: the platform around it may have several
+                if hosts == ["localhost"]:  # a slice of one host; the platform may have several such slices
                     continue
                 total = hosts[0] if len(hosts) == 1 and hosts[0].isdecimal() else str(len(hosts))
                 return parse_shard(f"{environment[index]}/{total}")

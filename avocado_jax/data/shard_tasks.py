@@ -1,4 +1,4 @@
-"""The shards of a generation as tasks: fixed runs of manifest lines, or of the clips of a part in their order."""
+"""Divide a generation into shard tasks: consecutive manifest lines, or consecutive clips of a part."""
 
 import io
 import posixpath
@@ -24,19 +24,19 @@ READ = re.compile(r"parts/part-(?P<unit>\d+-\d+)-(?P<shards>\d+)\.json")
 
 
 def shard_name(*numbers: int) -> str:
-    """The file of a shard: of its generation and its number, or its part and its number."""
+    """The file name of a shard from (generation, shard) or (generation, part, shard)."""
     return "shard-" + "-".join(f"{number:05d}" for number in numbers) + ".array_record"
 
 
 def line_shards(opened: dict[str, Any], count: int, job: Job) -> list[str]:
-    """The shards of a generation of `count` lines."""
+    """The shard names of a generation of `count` lines."""
     return [shard_name(opened["generation"], number) for number in range(-(-count // job.shard_records))]
 
 
 def line_tasks(
     folder: Folder, opened: dict[str, Any], lines: Lines, manifest: Path, job: Job, machine: int, machines: int
 ) -> Iterator[Task]:
-    """The tasks of a machine that are not done, where clips are read by their paths."""
+    """Yield the unfinished tasks of a machine, for clips with paths."""
     chosen = np.flatnonzero(contained(lines.number, opened["rows"]))
     with manifest.open("rb") as file:
         for number, name in enumerate(line_shards(opened, len(chosen), job)):
@@ -46,13 +46,13 @@ def line_tasks(
 
 
 def parts_read(folder: Folder) -> dict[str, tuple[str, int]]:
-    """The parts that were read to their end: their file in parts/ and their number of shards."""
+    """The parts that were read completely: (report file, number of shards) by `part_name`."""
     found = filter(None, map(READ.fullmatch, folder.files))
-    return {one["unit"]: (one[0], int(one["shards"])) for one in found}
+    return {match["unit"]: (match[0], int(match["shards"])) for match in found}
 
 
 def part_name(opened: dict[str, Any], number: int) -> str:
-    """The name of a part of a generation in `parts_read`."""
+    """The key of a generation's part in `parts_read`."""
     return f"{opened['generation']:05d}-{number:05d}"
 
 
@@ -67,10 +67,10 @@ def part_tasks(
     machines: int,
     temporary: Path,
 ) -> Iterator[Task]:
-    """The tasks of a machine that are not done, where clips are in parts. Each part is read once, as tasks are taken.
+    """Yield the unfinished tasks of a machine, for clips in parts. Each part is read once, on demand.
 
-    Clips are extracted into a folder of their task in `temporary`. At the end of a part a file in parts/ lists its
-    clips without a row, and why it could not be read to its end.
+    Clips are extracted into one folder per task in `temporary`. At the end of a part, a report in parts/ lists its
+    clips without a row, and the error if the part is damaged.
     """
     files, read = {part.name: part for part in source.parts}, parts_read(folder)
     for number, (name, skip) in enumerate(opened["parts"]):
@@ -85,10 +85,10 @@ def part_tasks(
         with ExitStack() as stack:
             file = stack.enter_context(manifest.open("rb")) if manifest else None
             chooser = _Chooser(lines, contained(lines.number, opened["rows"]), file, skip)
-            yield from _one_part(folder, opened, source, files[name], number, chooser, job, temporary)
+            yield from _tasks_of_part(folder, opened, source, files[name], number, chooser, job, temporary)
 
 
-def _one_part(
+def _tasks_of_part(
     folder: Folder,
     opened: dict[str, Any],
     source: Source,
@@ -136,11 +136,11 @@ class _Chooser:
         self._order = np.argsort(lines.video, kind="stable")
         self._sorted = lines.video[self._order]
         self._taken: set[int] = set()
-        self._found: tuple[int, list[tuple[int, bytes]]] = (0, [])  # of which sample
+        self._found: tuple[int, list[tuple[int, bytes]]] = (0, [])  # (sample, its rows)
         self.unused: list[str] = []
 
     def choose(self, sample: int, member: str) -> bool:
-        """Whether a clip is to be extracted: it has rows that are not prepared yet."""
+        """Whether to extract a clip, because it has rows that are not prepared yet."""
         if self._manifest is None:
             return not contained(np.array([sample]), self._skip)[0]
         known = self._rows_of(member)
@@ -163,9 +163,9 @@ class _Chooser:
         return [Row(sample.number, sample.row, clip, missing=not sample.clip)]
 
     def _rows_of(self, member: str) -> list[int]:
-        """Rows whose video is this member: one of the paths ends with the other.
+        """Rows whose video refers to this member: one of the paths ends with the other.
 
-        If such rows name different clips, those with the same path as the member; there may be none.
+        If such rows refer to different clips, only those with exactly the member's path; possibly none.
         """
         key = np.uint64(hash_name(posixpath.basename(member)))
         first, last = np.searchsorted(self._sorted, key), np.searchsorted(self._sorted, key, "right")

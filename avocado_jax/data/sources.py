@@ -1,4 +1,4 @@
-"""Random access to records: shards made by `prepare`, local or in a bucket, and tfds data sets."""
+"""Random access to records: shards written by `prepare`, local or in a bucket, and tfds data sets."""
 
 import fcntl
 import hashlib
@@ -24,7 +24,7 @@ OPEN_SHARDS = 128  # readers kept open in a process
 
 
 class Shard(NamedTuple):
-    """One file of records, as manifest.json describes it."""
+    """An entry of manifest.json: one file of records."""
 
     file: str
     records: int
@@ -33,10 +33,10 @@ class Shard(NamedTuple):
 
 
 class Shards:
-    """Records of a prepared folder. Reads from any number of threads and, pickled, from other processes.
+    """Records of a prepared folder. Thread-safe, and can be pickled to other processes.
 
     Attributes:
-        index: what the batch plan needs to know of each record.
+        index: location and sizes of each record.
     """
 
     def __init__(self, folder: str, shards: list[Shard], index: Index, cache_dir: Path | None, patience: float) -> None:
@@ -59,11 +59,11 @@ class Shards:
         return len(self.index.ids)
 
     def __getitem__(self, number: int) -> Record:
-        """The record of this number in the index.
+        """Read the record with this index.
 
         Raises:
-            InputError: it is damaged, or not the one that the index names.
-            StorageError: storage failed for as long as we were willing to try.
+            InputError: the record is damaged, or does not match the index.
+            StorageError: storage failed until the retries ran out.
         """
         shard, position = int(self.index.shard[number]), int(self.index.position[number])
         record = unpack(retried(lambda: self._read(shard, position), self._name(shard), FAULTS, self._patience))
@@ -72,11 +72,11 @@ class Shards:
         return record
 
     def check(self) -> None:
-        """See that every shard is there, whole.
+        """Check that all shards exist and have the right size.
 
         Raises:
-            InputError: one is missing, or has another size than manifest.json says.
-            StorageError: storage fails.
+            InputError: a shard is missing, or its size differs from manifest.json.
+            StorageError: storage failed.
         """
         sizes = storage.sizes(self._folder)
         for shard in self._shards:
@@ -91,16 +91,16 @@ class Shards:
         reader = self._reader(shard)
         try:
             data = reader.read([position])[0]
-            if not data:  # what a reader gives whose file is cut short
+            if not data:  # the reader returns this for truncated files
                 raise storage.StorageError("reads as empty")
         except FAULTS:
-            with self._lock:  # a reader that failed once stays broken
+            with self._lock:  # a reader does not recover from a failure
                 self._readers.pop(shard, None)
             raise
         return data
 
     def _reader(self, shard: int) -> Any:
-        """The reader of a shard; its count is checked, since a missing object opens as one of no records."""
+        """The reader of a shard. Checks the number of records, because a missing object opens as an empty one."""
         with self._lock:
             if shard in self._readers:
                 self._readers.move_to_end(shard)
@@ -118,12 +118,12 @@ class Shards:
         return reader
 
 
-# What array_record raises when bytes do not come, or come wrong; TimeoutError is an OSError.
+# Exceptions of array_record for missing or wrong bytes. TimeoutError is an OSError.
 FAULTS = (OSError, RuntimeError, ValueError)
 
 
 def prepared_reading(folder: str) -> Reading:
-    """How the clips of a prepared folder were sampled. Raises as `open_shards`."""
+    """The reading with which a folder was prepared. Raises as `open_shards`."""
     where = storage.join(folder, "manifest.json")
     try:
         return Reading(**json.loads(storage.read(where))["reading"])
@@ -134,16 +134,16 @@ def prepared_reading(folder: str) -> Reading:
 def open_shards(
     folder: str, reading: Reading, cache_dir: Path | None = None, patience: float = storage.PATIENCE
 ) -> Shards:
-    """A folder that `prepare` made, local or gs://.
+    """Open a folder written by `prepare`, local or gs://.
 
     Args:
-        reading: how clips are sampled: the index holds for one way only.
-        cache_dir: keep whole shards of a bucket here, fetched at first use and checked against their sums.
-        patience: seconds of trying again before a storage error stands.
+        reading: how clips are sampled. The index is valid for one reading only.
+        cache_dir: cache the shards of a bucket here. They are downloaded at first use and verified by checksum.
+        patience: seconds of retries before a storage error is raised.
 
     Raises:
-        InputError: it is not a prepared folder, not finished, or prepared for another reading.
-        StorageError: storage fails.
+        InputError: the folder is not prepared, not finished, or prepared with another reading.
+        StorageError: storage failed.
     """
     where = storage.join(folder, "manifest.json")
     try:
@@ -165,17 +165,17 @@ def open_shards(
     if hashlib.md5(data, usedforsecurity=False).hexdigest() != md5:
         raise InputError(f"{folder}: {file} is not the one of its manifest.json")
     index = load_index(data, unit, folder)
-    counts = np.array([shard.records for shard in shards])  # may exceed what is indexed: duplicates are left out
+    counts = np.array([shard.records for shard in shards])  # may exceed the indexed records: duplicates are excluded
     if len(index.ids) != manifest["records"] or (len(index.ids) and not (index.position < counts[index.shard]).all()):
         raise InputError(f"{folder}: {file} does not match the shards of its manifest.json")
     return Shards(folder, shards, index, cache_dir, patience)
 
 
 def cached(path: str, shard: Shard, folder: Path) -> Path:
-    """A copy of a shard in `folder`, fetched by one process while the others of this host wait.
+    """Cache a shard in `folder`. One process downloads it while the other processes of this host wait.
 
     Raises:
-        StorageError: what came is not what manifest.json says.
+        StorageError: the checksum differs from manifest.json.
     """
     local = folder / f"{shard.md5}-{shard.file}"
     if not local.exists():
@@ -193,9 +193,9 @@ def cached(path: str, shard: Shard, folder: Path) -> Path:
 
 
 class TfdsSource:
-    """Records of a tfds data set in array_record format, whose examples carry a manifest line's fields.
+    """Records of a tfds data set in array_record format. Its examples have the fields of a manifest line.
 
-    Texts are bytes, lists JSON texts, `video` the file's bytes.
+    Texts are bytes, lists are JSON texts, `video` contains the bytes of the file.
     """
 
     def __init__(self, folder: str, split: str, index: Index | None) -> None:
@@ -209,7 +209,7 @@ class TfdsSource:
         return len(self._examples())
 
     def __getitem__(self, number: int) -> Record:
-        """The record of this number in the index. Raises as `Shards` does."""
+        """Read the record with this index. Raises as `Shards`."""
         where = f"{self._folder} ({self._split}) at {number}"
         record = from_example(retried(lambda: self._read(number), where, FAULTS, storage.PATIENCE))
         if self.index and record.fields["id"] != self.index.ids[number]:
@@ -220,12 +220,12 @@ class TfdsSource:
         try:
             return self._examples()[number]
         except FAULTS:
-            self._source = None  # its readers stay broken once they failed
+            self._source = None  # its readers do not recover from a failure
             raise
 
     def _examples(self) -> Any:
         if self._source is None:
-            # tfds reads small files of a bucket by gcsfs, which waits on a probe for minutes by default.
+            # tfds reads small files of a bucket with gcsfs, which by default waits minutes for a probe.
             os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
             import tensorflow_datasets as tfds  # slow to import
 
@@ -234,10 +234,10 @@ class TfdsSource:
 
 
 def open_tfds(folder: str, split: str, reading: Reading, cache_dir: Path) -> TfdsSource:
-    """A tfds data set by the folder of its version, local or gs://. Its clips are measured once, into `cache_dir`.
+    """Open the version folder of a tfds data set, local or gs://. Its clips are measured once; `cache_dir` caches this.
 
     Raises:
-        InputError: there is no such data set, an example lacks fields, or its clip cannot be read.
+        InputError: the data set does not exist, an example has missing fields, or its clip cannot be read.
     """
     source = TfdsSource(folder, split, None)
     if not storage.exists(storage.join(folder, "dataset_info.json")):

@@ -1,14 +1,14 @@
 """Files on local disk and in Google Cloud Storage behind one set of functions, with timeouts and retries.
 
-Paths are strings: `gs://bucket/name` or local. `STORAGE_EMULATOR_HOST` is honoured.
+Paths are strings: `gs://bucket/name` or local. `STORAGE_EMULATOR_HOST` is supported.
 
 All clients use Google's application default credentials (the variable GOOGLE_APPLICATION_CREDENTIALS, then `gcloud auth
 application-default login`, then the metadata server): google-cloud-storage here, gcsfs and tensorstore for checkpoints
-(`checkpoint.references.run_path`), and array_record for shards that are read in place. Without credentials they read
-public buckets anonymously.
+(`checkpoint.references.run_path`), and array_record for shards that are read without a copy. Without credentials they
+read public buckets anonymously.
 
 google-cloud-storage retries requests (`retries.PatientRetry`). Uploads of more than 8 MiB are sent in chunks in a
-resumable session, and interrupted downloads request the bytes that are missing.
+resumable session. Interrupted downloads resume at the missing bytes.
 """
 
 import base64
@@ -34,9 +34,9 @@ from avocado_jax.errors import InputError, first_line
 T = TypeVar("T")
 TIMEOUT = (10.0, 60.0)  # seconds to connect, and between bytes
 PATIENCE = 120.0  # seconds of failures before a storage error is raised
-REQUESTS = 32  # for ranges, in flight at once in a process, and connections that its client keeps
-PART = 16 * 2**20  # bytes of a range that one request reads
-CHUNK = 16 * 2**20  # bytes of an upload that are sent again if the connection breaks; a multiple of 256 KiB
+REQUESTS = 32  # maximum concurrent range requests of a process, and size of its connection pool
+PART = 16 * 2**20  # bytes per range request
+CHUNK = 16 * 2**20  # bytes per upload request, resent if the connection breaks; a multiple of 256 KiB
 
 
 def is_remote(path: str) -> bool:
@@ -45,17 +45,17 @@ def is_remote(path: str) -> bool:
 
 
 def join(folder: str, name: str) -> str:
-    """`name` relative to `folder`. Absolute and remote names stay as they are."""
+    """Join `name` to `folder`. Absolute and remote names are returned unchanged."""
     if is_remote(name) or not folder:
         return name
     return f"{folder.rstrip('/')}/{name}" if is_remote(folder) else str(Path(folder) / name)
 
 
 def read(path: str) -> bytes:
-    """The content of a file.
+    """Read a file.
 
     Raises:
-        InputError: there is no such file, or no permission to read it.
+        InputError: the file does not exist, or may not be read.
         StorageError: storage failed.
     """
     if is_remote(path):
@@ -67,28 +67,28 @@ def read(path: str) -> bytes:
 
 
 def size(path: str) -> int:
-    """The bytes of a file. Raises as `read` does."""
+    """The size of a file in bytes. Raises as `read`."""
     if is_remote(path):
 
-        def of(blob: Any, options: dict[str, Any]) -> int:
+        def blob_size(blob: Any, options: dict[str, Any]) -> int:
             blob.reload(**options)
             return blob.size
 
-        return _remote(path, of)
+        return _remote(path, blob_size)
     with local_errors(path):
         return Path(path).stat().st_size
 
 
 def read_range(path: str, first: int, count: int) -> bytes:
-    """`count` bytes from byte `first` on, or as many as there are. Raises as `read` does."""
+    """Read `count` bytes from byte `first`, or fewer at the end of the file. Raises as `read`."""
     data = bytearray(max(count, 0))
     return bytes(data[: read_into(path, first, memoryview(data))])
 
 
 def read_into(path: str, first: int, buffer: memoryview) -> int:
-    """Fill a buffer of bytes from byte `first` of a file on. Returns how many there are. Raises as `read` does.
+    """Fill a buffer from byte `first` of a file and return the number of bytes read. Raises as `read`.
 
-    A part of an object is read in requests of `PART` bytes, several at once.
+    Remote files are read with concurrent requests of `PART` bytes.
     """
     if not is_remote(path):
         with local_errors(path), Path(path).open("rb") as file:
@@ -112,7 +112,7 @@ _requests = threading.BoundedSemaphore(REQUESTS)
 
 
 def write(path: str, data: bytes) -> None:
-    """Write a file atomically: no reader sees a part of it. Raises as `read` does."""
+    """Write a file atomically: readers never see a partial file. Raises as `read`."""
     if is_remote(path):
         _upload(path, io.BytesIO(data), len(data))
         return
@@ -124,21 +124,21 @@ def write(path: str, data: bytes) -> None:
 
 
 def append(path: str, data: bytes, size: int) -> None:
-    """Append to an object in a bucket that has `size` bytes; 0: there is none.
+    """Append to an object in a bucket that has `size` bytes; 0: create it.
 
-    The data become part of the object by one request, so that they are in it once or not at all. Only one process may
-    append to an object.
+    A single request appends the data, so the object contains them once or not at all. Only one process may append to
+    an object.
 
     Raises:
         InputError: access is denied.
-        StorageError: storage failed, or the object has another size: another process appends to it.
+        StorageError: storage failed, or the object has another size because another process appends to it.
     """
     from google.api_core.exceptions import GoogleAPICallError, PreconditionFailed
 
     def call(blob: Any, options: dict[str, Any]) -> None:
         found, part = blob.bucket.get_blob(blob.name, **options), blob.bucket.blob(f"{blob.name}.part")
         has = found.size if found else 0
-        if has == size + len(data):  # the answer to an earlier attempt was lost
+        if has == size + len(data):  # the response to an earlier attempt was lost
             return
         if has != size:
             raise StorageError(f"{path}: has {has} bytes instead of {size}: another process writes to it")
@@ -147,7 +147,7 @@ def append(path: str, data: bytes, size: int) -> None:
                 blob.upload_from_string(data, if_generation_match=0, **options)
                 return
             part.upload_from_string(data, **options)
-            # Not retried by the library: a second request could append a second time.
+            # No retries by the library: a second request could append the data twice.
             sources = dict(if_source_generation_match=[found.generation, part.generation])
             blob.compose([blob, part], if_generation_match=found.generation, timeout=TIMEOUT, retry=None, **sources)
         except (GoogleAPICallError, OSError) as error:
@@ -161,7 +161,7 @@ def append(path: str, data: bytes, size: int) -> None:
 
 
 def upload(local: Path, path: str) -> None:
-    """Move a local file to `path` atomically. Raises as `read` does."""
+    """Move a local file to `path` atomically. Raises as `read`."""
     if is_remote(path):
         with local.open("rb") as file:
             _upload(path, file, local.stat().st_size)
@@ -175,7 +175,7 @@ def upload(local: Path, path: str) -> None:
 
 
 def download(path: str, local: Path) -> None:
-    """Copy a file to a local path. Raises as `read` does."""
+    """Copy a file to a local path. Raises as `read`."""
     if is_remote(path):
         with local.open("wb") as file:
             _download(path, file)
@@ -185,12 +185,12 @@ def download(path: str, local: Path) -> None:
 
 
 def delete(path: str) -> None:
-    """Remove a file if it exists. Raises as `read` does."""
+    """Remove a file if it exists. Raises as `read`."""
     if is_remote(path):
         from google.cloud.exceptions import NotFound
 
         def remove(blob: Any, options: dict[str, Any]) -> None:
-            with suppress(NotFound):  # also if the answer to an earlier attempt was lost
+            with suppress(NotFound):  # also if the response to an earlier attempt was lost
                 blob.delete(**options)
 
         _remote(path, remove)
@@ -199,21 +199,21 @@ def delete(path: str) -> None:
 
 
 def exists(path: str) -> bool:
-    """Whether a file of this name exists. Raises as `read` does."""
+    """Whether a file exists. Raises as `read`."""
     if is_remote(path):
         return _remote(path, lambda blob, options: blob.exists(**options))
     return Path(path).is_file()
 
 
 def sizes(folder: str) -> dict[str, int]:
-    """Names and bytes of the files directly in a folder; empty without such a folder. Raises as `read` does."""
+    """Map the names of the files in a folder (not in subfolders) to bytes; empty without a folder. Raises as `read`."""
     if is_remote(folder):
         prefix = f"{folder.rstrip('/')}/"
         found = _remote(
             prefix,
             lambda blob, options: list(blob.bucket.list_blobs(prefix=blob.name, delimiter="/", **options)),
         )
-        return {one.name.rsplit("/", 1)[-1]: one.size for one in found}
+        return {blob.name.rsplit("/", 1)[-1]: blob.size for blob in found}
     found = Path(folder).iterdir() if Path(folder).is_dir() else ()
     return {path.name: path.stat().st_size for path in found if path.is_file()}
 
@@ -221,13 +221,13 @@ def sizes(folder: str) -> dict[str, int]:
 class Listed(NamedTuple):
     """A file of a listing."""
 
-    name: str  # its path from the folder
+    name: str  # path relative to the folder
     bytes: int
-    md5: str | None  # in hexadecimal; None on local disk, and where storage has no sum of the object
+    md5: str | None  # hexadecimal; None on local disk, and for objects without a checksum
 
 
 def listing(folder: str) -> list[Listed]:
-    """Every file below a folder, at any depth, sorted by name; empty without such a folder. Raises as `read` does."""
+    """List all files below a folder recursively, sorted by name; empty without a folder. Raises as `read`."""
     if is_remote(folder):
         prefix = f"{folder.rstrip('/')}/"
         fields = "items(name,size,md5Hash),nextPageToken"
@@ -236,9 +236,11 @@ def listing(folder: str) -> list[Listed]:
             found = blob.bucket.list_blobs(prefix=blob.name, fields=fields, **options)
             return [
                 Listed(
-                    one.name[len(blob.name) :], one.size, base64.b64decode(one.md5_hash).hex() if one.md5_hash else None
+                    item.name[len(blob.name) :],
+                    item.size,
+                    base64.b64decode(item.md5_hash).hex() if item.md5_hash else None,
                 )
-                for one in found
+                for item in found
             ]
 
         return sorted(_remote(prefix, pages))
@@ -247,19 +249,19 @@ def listing(folder: str) -> list[Listed]:
 
 
 def names(folder: str) -> list[str]:
-    """Sorted names of the files directly in a folder. Raises as `read` does."""
+    """Sorted names of the files in a folder (not in subfolders). Raises as `read`."""
     return sorted(sizes(folder))
 
 
 def folders(folder: str) -> list[str]:
-    """Sorted names of the folders directly in a folder. Raises as `read` does."""
+    """Sorted names of the folders in a folder. Raises as `read`."""
     if not is_remote(folder):
         found = Path(folder).iterdir() if Path(folder).is_dir() else ()
         return sorted(path.name for path in found if path.is_dir())
 
     def prefixes(blob: Any, options: dict[str, Any]) -> set[str]:
         listing = blob.bucket.list_blobs(prefix=blob.name, delimiter="/", **options)
-        for _ in listing.pages:  # fills `prefixes`
+        for _ in listing.pages:  # fills `listing.prefixes`
             pass
         return listing.prefixes
 
@@ -267,19 +269,19 @@ def folders(folder: str) -> list[str]:
 
 
 def check_bucket(path: str) -> None:
-    """Read the metadata of the bucket that holds `path`: Orbax does so, and it needs a permission of its own.
+    """Read the metadata of the bucket of `path`, as Orbax does. This needs a separate permission.
 
     Raises:
-        InputError: no such bucket, or no permission.
+        InputError: the bucket does not exist, or the permission is missing.
         StorageError: storage failed.
     """
     _remote(f"{path.rstrip('/')}/", lambda blob, options: blob.bucket.reload(**options))
 
 
 def fingerprint(path: str) -> str | None:
-    """The MD5 sum of a file in hexadecimal; None without such a file.
+    """The MD5 checksum of a file in hexadecimal; None if it does not exist.
 
-    Storage computes that of a remote file, except for composite objects (of parallel uploads): these are downloaded.
+    Storage provides the checksum of remote files. Composite objects (of parallel uploads) have none and are downloaded.
     """
     if is_remote(path):
         found = _remote(path, lambda blob, options: blob.bucket.get_blob(blob.name, **options))
@@ -297,7 +299,7 @@ def fingerprint(path: str) -> str | None:
 
 @contextmanager
 def here(path: str) -> Iterator[Path]:
-    """A local path with the content of `path`, for readers of local files only."""
+    """Provide the file as a local path, for readers that need one. Downloads remote files."""
     if not is_remote(path):
         yield Path(path)
         return
@@ -309,12 +311,12 @@ def here(path: str) -> Iterator[Path]:
 
 @lru_cache
 def _client() -> Any:
-    """One client per process. Slow to import, and needed only for gs://."""
+    """The client of this process. Its import is slow and needed only for gs://."""
     from requests.adapters import HTTPAdapter
 
     client = _connected()
     for scheme in ("http://", "https://"):
-        client._http.mount(scheme, HTTPAdapter(pool_maxsize=REQUESTS))  # 10 by default; more would be opened and closed
+        client._http.mount(scheme, HTTPAdapter(pool_maxsize=REQUESTS))  # default 10: further connections are not reused
     return client
 
 
@@ -334,20 +336,20 @@ def _connected() -> Any:
     except google.auth.exceptions.GoogleAuthError as error:
         if named := os.environ.get("GOOGLE_APPLICATION_CREDENTIALS"):
             raise InputError(f"GOOGLE_APPLICATION_CREDENTIALS={named}: {first_line(error)}") from error
-        # array_record's client would wait for credentials; with another endpoint it is anonymous.
+        # array_record's client would wait for credentials; with an explicit endpoint it is anonymous.
         os.environ.setdefault("CLOUD_STORAGE_EMULATOR_ENDPOINT", "https://storage.googleapis.com")
         return storage.Client.create_anonymous_client()
     return storage.Client(project=project or "none", credentials=credentials)
 
 
 class _Restart(Exception):
-    """A transfer that can only start again from the beginning."""
+    """A transfer must restart from the beginning."""
 
 
 def _remote(path: str, call: Callable[[Any, dict[str, Any]], T]) -> T:
-    """`call` with the object at `path` and the options of its requests, which the library retries.
+    """Run `call(blob, options)` with the object at `path` and request options. The library retries the requests.
 
-    A transfer whose checksum is wrong, or whose upload session is lost, starts again.
+    Transfers with a wrong checksum or a lost upload session are restarted.
     """
     from google.cloud.storage.exceptions import DataCorruption
 
@@ -368,7 +370,7 @@ def _remote(path: str, call: Callable[[Any, dict[str, Any]], T]) -> T:
 
 
 def _download(path: str, file: io.BufferedIOBase, **part: int) -> None:
-    """Write an object, or the bytes from `start` to `end` of it, into an empty file."""
+    """Download an object, or its bytes from `start` to `end`, into a file and replace the content of the file."""
     from avocado_jax.data.retries import PatientRetry
 
     def call(blob: Any, options: dict[str, Any]) -> None:
@@ -380,7 +382,7 @@ def _download(path: str, file: io.BufferedIOBase, **part: int) -> None:
 
 
 def _upload(path: str, file: io.BufferedIOBase, count: int) -> None:
-    """Make an object of a file of `count` bytes, in chunks that are sent again one by one."""
+    """Upload a file of `count` bytes in chunks, which are retried individually."""
     from google.api_core.exceptions import GoogleAPICallError
 
     def call(blob: Any, options: dict[str, Any]) -> None:
@@ -392,7 +394,7 @@ def _upload(path: str, file: io.BufferedIOBase, count: int) -> None:
             if error.code != 410:  # the session has ended
                 raise
             raise _Restart(str(error)) from error
-        except ValueError as error:  # storage has kept a part of a chunk only
+        except ValueError as error:  # storage has kept only a part of a chunk
             raise _Restart(str(error)) from error
 
     _remote(path, call)

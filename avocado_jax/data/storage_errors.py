@@ -1,4 +1,4 @@
-"""Exceptions of storage: errors of local files and of the storage libraries as one line."""
+"""Convert errors of local files and of storage libraries to exceptions with a one-line message."""
 
 import errno
 import re
@@ -7,23 +7,23 @@ from contextlib import contextmanager
 
 from avocado_jax.errors import InputError
 
-PERMISSION = re.compile(r"\bstorage\.(?:buckets|objects|folders|multipartUploads)\.\w+")  # as IAM names them
-LIBRARIES = ("google", "gcsfs", "aiohttp", "requests", "urllib3", "http")  # whose errors are storage errors
-UNAVAILABLE = ("UNAVAILABLE:", "ABORTED:", "DEADLINE_EXCEEDED:")  # tensorstore, after its retries
+PERMISSION = re.compile(r"\bstorage\.(?:buckets|objects|folders|multipartUploads)\.\w+")  # IAM permissions
+LIBRARIES = ("google", "gcsfs", "aiohttp", "requests", "urllib3", "http")  # errors of these are storage errors
+UNAVAILABLE = ("UNAVAILABLE:", "ABORTED:", "DEADLINE_EXCEEDED:")  # errors of tensorstore after its retries
 
 
 class StorageError(OSError):
-    """Storage failed, or returned other bytes than were stored, until the retries ran out. A later retry may work."""
+    """Storage failed, or returned wrong bytes, until the retries ran out. A later retry may succeed."""
 
 
 @contextmanager
 def local_errors(path: str) -> Iterator[None]:
-    """Raise errors of a local file as one line: an InputError for a wrong path, otherwise a StorageError."""
+    """Convert errors of a local file: to InputError for a wrong path, otherwise to StorageError."""
     try:
         yield
     except (FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError, PermissionError) as error:
         raise InputError(f"{path}: {error.strerror}") from error
-    except ValueError as error:  # a name with a NUL character, or that no file can have
+    except ValueError as error:  # a NUL character, or another invalid file name
         raise InputError(f"{path}: not a file name ({error})") from error
     except StorageError:
         raise
@@ -34,11 +34,11 @@ def local_errors(path: str) -> Iterator[None]:
 
 
 def failure(path: str, error: Exception) -> InputError | StorageError | None:
-    """What to raise for an error of google-cloud-storage, gcsfs or tensorstore about `path` in a bucket.
+    """Convert an error of google-cloud-storage, gcsfs or tensorstore about `path` in a bucket.
 
     Returns:
-        An InputError of one line where access is denied or an object or its bucket is missing; a StorageError where
-        storage or the network failed; None for every other error.
+        An InputError if access is denied or the object or bucket is missing, a StorageError if storage or the network
+        failed, None for other errors.
     """
     if isinstance(error, InputError | StorageError):
         return error
@@ -48,7 +48,7 @@ def failure(path: str, error: Exception) -> InputError | StorageError | None:
         from google.auth.exceptions import TransportError
 
         denied = not isinstance(error.__cause__ or error, TransportError)
-    else:  # the texts are those of gcsfs and tensorstore
+    else:  # these prefixes are from gcsfs and tensorstore
         denied = code in ("401", "403") or text.startswith(("Forbidden:", "PERMISSION_DENIED:"))
     if denied:
         return InputError(_denied(path, text))
@@ -61,7 +61,7 @@ def failure(path: str, error: Exception) -> InputError | StorageError | None:
 
 @contextmanager
 def library_errors(path: str) -> Iterator[None]:
-    """Raise what `failure` makes of the errors of storage libraries about `path`; for local paths, do nothing."""
+    """Convert errors of storage libraries about `path` with `failure`. A no-op for local paths."""
     try:
         yield
     except Exception as error:
@@ -71,8 +71,8 @@ def library_errors(path: str) -> Iterator[None]:
 
 
 def _denied(path: str, text: str) -> str:
-    """One line on a refused request: the permission that is missing, and a role that includes it."""
-    if "Anonymous c" in text:  # of the server (caller), or of google-auth (credentials cannot be refreshed)
+    """Describe a denied request: the missing permission, and a role that includes it."""
+    if "Anonymous c" in text:  # "caller" from the server, "credentials cannot be refreshed" from google-auth
         return f"{path}: no credentials; use a service account or `gcloud auth application-default login`"
     bucket = "/".join(path.split("/")[:3])
     if (found := PERMISSION.search(text)) is None:

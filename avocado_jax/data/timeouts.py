@@ -1,4 +1,4 @@
-"""Calls that may fail for a while, or hang."""
+"""Retries and timeouts of calls."""
 
 import queue
 import threading
@@ -13,10 +13,15 @@ T = TypeVar("T")
 
 
 def retried(call: Callable[[], T], what: str, transient: tuple[type[BaseException], ...], patience: float) -> T:
-    """Call until it succeeds, with waits of 0.1 s, 0.2 s, ... up to 10 s between attempts.
+    """Retry `call` until it succeeds, with waits of 0.1 s, 0.2 s, ... up to 10 s between attempts.
+
+    Args:
+        what: prefix of the error message.
+        transient: exceptions to retry.
+        patience: seconds of retries after the first failure.
 
     Raises:
-        StorageError: it still failed `patience` seconds after the first failure.
+        StorageError: the retries ran out.
     """
     deadline, wait = 0.0, 0.1
     while True:
@@ -31,12 +36,12 @@ def retried(call: Callable[[], T], what: str, transient: tuple[type[BaseExceptio
 
 
 def within(seconds: float, call: Callable[[], T]) -> T:
-    """Run `call` in a thread of its own with a timeout.
+    """Run `call` in a new thread with a timeout.
 
-    Decoders and storage clients may hang in C code, which nothing can interrupt. Such a thread is abandoned.
+    Decoders and storage clients may hang in C code, which cannot be interrupted. The thread is then abandoned.
 
     Raises:
-        TimeoutError: it did not return in time.
+        TimeoutError: the call did not return in time.
     """
     answer: queue.SimpleQueue = queue.SimpleQueue()
 

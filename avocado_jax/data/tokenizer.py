@@ -1,4 +1,4 @@
-"""Tokenizers for small models trained from scratch: bytes, with or without merges, and Qwen2.5-Omni's tokens."""
+"""Tokenizers for small models trained from scratch: bytes, with or without merges, and Qwen2.5-Omni's specials."""
 
 import json
 from collections.abc import Iterable
@@ -16,7 +16,7 @@ SPECIAL = (
     "<|IMAGE|>",
     "<|VIDEO|>",
 )  # their ids follow those of the ordinary tokens
-NAMED = {  # how a processor of transformers finds the media placeholders
+NAMED = {  # names with which transformers' processors find the media placeholders
     "image_token": "<|IMAGE|>",
     "audio_token": "<|AUDIO|>",
     "video_token": "<|VIDEO|>",
@@ -25,14 +25,14 @@ NAMED = {  # how a processor of transformers finds the media placeholders
     "audio_bos_token": "<|audio_bos|>",
     "audio_eos_token": "<|audio_eos|>",
 }
-# Where Qwen2 cuts a text before it merges bytes: transformers' class cuts so, whatever tokenizer.json says.
+# Qwen2's pre-tokenization. transformers' class always uses it, regardless of tokenizer.json.
 PIECES = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 
 
 def write_tokenizer(folder: Path) -> None:
-    """Write tokenizer.json and its config into `folder`, as any checkpoint carries them: a token for each byte."""
+    """Write tokenizer.json and its config into `folder`: a tokenizer with one token per byte."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers  # slow to import, rarely needed
     from transformers import PreTrainedTokenizerFast
 
@@ -46,13 +46,13 @@ def write_tokenizer(folder: Path) -> None:
 
 
 def train_tokenizer(folder: Path, texts: Iterable[str], entries: int) -> None:
-    """Write a byte-level BPE of exactly `entries` entries, special ones last, learnt from `texts`.
+    """Train a byte-level BPE of exactly `entries` entries, with special tokens last, and write its files.
 
-    Its files are those of Qwen2.5-Omni (tokenizer.json, vocab.json, merges.txt, tokenizer_config.json), so that
-    transformers' own class makes the same ids of a text.
+    The files are those of Qwen2.5-Omni (tokenizer.json, vocab.json, merges.txt, tokenizer_config.json), so that
+    transformers' class produces the same ids.
 
     Raises:
-        ValueError: the texts have too few distinct words for so many entries.
+        ValueError: the texts have too few distinct words for this number of entries.
     """
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 

@@ -1,4 +1,4 @@
-"""A tokenizer as plain data: worker processes build it with the `tokenizers` library alone, in milliseconds."""
+"""A tokenizer that can be pickled: worker processes build it in milliseconds with the `tokenizers` library."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,9 +12,9 @@ from avocado_jax.data.prompt import load_tokenizer
 
 @dataclass(frozen=True)
 class Words:
-    """Texts to ids and back. Special tokens that are spelled out in a text stay text.
+    """Encodes and decodes texts. Special tokens in a text are encoded as plain text.
 
-    It answers as a Hugging Face tokenizer does to `encode` and `get_added_vocab`, so `chat_prompt` takes it.
+    `encode` and `get_added_vocab` are compatible with Hugging Face tokenizers, as `chat_prompt` requires.
     """
 
     json: str  # tokenizer.json
@@ -30,11 +30,11 @@ class Words:
         return {token.content: number for number, token in _built(self.json).get_added_tokens_decoder().items()}
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of ids, special tokens spelled out."""
-        return _built(self.json).decode([int(one) for one in ids], skip_special_tokens=False)
+        """The text of ids, including special tokens."""
+        return _built(self.json).decode([int(number) for number in ids], skip_special_tokens=False)
 
     def known_ids(self) -> list[int]:
-        """Every id that stands for something."""
+        """All ids with a token."""
         return sorted(_built(self.json).get_vocab(with_added_tokens=True).values())
 
     def special_ids(self) -> list[int]:
@@ -43,10 +43,10 @@ class Words:
 
 
 def load_words(folder: Path) -> Words:
-    """The tokenizer of a checkpoint's folder.
+    """Load the tokenizer of a checkpoint's folder.
 
     Raises:
-        InputError: the folder has none.
+        InputError: the folder has no tokenizer.
     """
     return Words(load_tokenizer(folder).backend_tokenizer.to_str())
 

@@ -1,4 +1,4 @@
-"""Host batches to device batches: which rows each process loads, and prefetching onto the mesh."""
+"""Transfer batches from hosts to devices: the rows of each process, and prefetching to the mesh."""
 
 import math
 import queue
@@ -23,14 +23,14 @@ def rows_sharding(mesh: Mesh) -> NamedSharding:
 
 
 def process_rows(mesh: Mesh, batch: int, process: int) -> list[int]:
-    """Rows of a global batch that one process loads: those of its devices, in ascending order.
+    """The rows of a global batch that one process loads: the rows of its devices, in ascending order.
 
     The rows follow from the device order of the mesh. They need not be contiguous, and several processes may load
-    the same rows. `jax.make_array_from_process_local_data` expects the rows in this order. The mesh may be one of
-    topology devices, which this machine does not have.
+    the same rows. `jax.make_array_from_process_local_data` expects the rows in this order. The mesh may consist of
+    devices of a topology description.
 
     Args:
-        batch: rows of all processes together.
+        batch: rows over all processes.
         process: index of the process.
 
     Raises:

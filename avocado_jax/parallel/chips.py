@@ -1,4 +1,4 @@
-"""Peak figures of one device by jax's device kind, as the vendors state them.
+"""Peak figures of one device from the vendors, by jax's device kind.
 
 TPU: cloud.google.com/tpu/docs/v5e, /v5p, /v6e, /v4 (dense bf16 FLOP/s, HBM size and bandwidth) and "How to Scale Your
 Model" (jax-ml.github.io/scaling-book/tpus: one-way bandwidth of a link, of which v5e and v6e have four and v4 and v5p
@@ -9,12 +9,12 @@ from typing import NamedTuple
 
 
 class Chip(NamedTuple):
-    """Ceilings of one device. `links` is its bandwidth to others of its slice, one way, over all links."""
+    """Peak figures of one device."""
 
-    flops: float  # dense bf16, a second
+    flops: float  # dense bf16 FLOPs per second
     memory: float  # bytes
-    bandwidth: float  # bytes of memory a second
-    links: float  # bytes a second
+    bandwidth: float  # memory bandwidth in bytes per second
+    links: float  # one-way bandwidth to other devices of the slice over all links, in bytes per second
 
 
 GIB = 2**30

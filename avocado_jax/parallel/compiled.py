@@ -1,7 +1,7 @@
-"""Compiled programs: a persistent cache, and compilation in threads before they are needed.
+"""Compiled programs: a persistent cache, and ahead-of-time compilation in threads.
 
-XLA compiles outside the GIL, so programs are lowered one after the other and compiled in parallel. A later call of the
-jitted function with the same shapes and shardings reuses the executable; nothing is traced or compiled twice.
+XLA compiles outside the GIL, so programs are lowered sequentially and compiled in parallel. A later call of the jitted
+function with the same shapes and shardings reuses the executable, without another trace or compilation.
 """
 
 import logging
@@ -17,11 +17,11 @@ from typing import Any, NamedTuple
 
 import jax
 
-THREADS = 16  # programs compiled at a time: one of a 7B model takes up to 4 GiB of the host's memory
+THREADS = 16  # programs compiled concurrently; a program of a 7B model takes up to 4 GiB of host memory
 REPORT_SECONDS = 10.0
-COMPILED = "/jax/core/compile/backend_compile_duration"  # recorded for cache hits too
+COMPILED = "/jax/core/compile/backend_compile_duration"  # also recorded for cache hits
 READ = "/jax/compilation_cache/cache_retrieval_time_sec"
-LOGGED_SECONDS = 1.0  # later compilations that take less are not logged: small helper programs
+LOGGED_SECONDS = 1.0  # shorter compilations during the run (small helper programs) are not logged
 LOGGED_SHAPES = 12
 
 
@@ -29,9 +29,9 @@ class Program(NamedTuple):
     """A jitted function and the arguments to compile it for.
 
     Attributes:
-        name: for messages.
+        name: name in messages.
         run: the jitted function.
-        args: ShapeDtypeStructs with shardings, in trees; static arguments as they are.
+        args: trees of ShapeDtypeStructs with shardings; static arguments unchanged.
     """
 
     name: str
@@ -40,7 +40,7 @@ class Program(NamedTuple):
 
 
 class Counts:
-    """Programs that this process compiled, and programs that it read from the cache instead."""
+    """Counts the programs that this process compiled, and those that it read from the cache."""
 
     def __init__(self) -> None:
         self.compiled = self.read = 0
@@ -54,10 +54,10 @@ class Counts:
 
 
 class CompilationLog(logging.Filter):
-    """Logs each program that is compiled, or read from the cache, in LOGGED_SECONDS or more: one line on stderr.
+    """Logs compilations and cache reads of at least LOGGED_SECONDS to stderr, one line each.
 
-    jax.monitoring reports the name and the seconds of a compilation. Only the debug log of jax has the shapes: this
-    filter of that logger reads them, and drops its debug records.
+    jax.monitoring reports the name and the seconds of a compilation. Only jax's debug log has the shapes: this filter
+    of that logger reads them, and drops the debug records.
     """
 
     def __init__(self) -> None:
@@ -69,7 +69,7 @@ class CompilationLog(logging.Filter):
         jax.monitoring.register_event_duration_secs_listener(self._log)
 
     def filter(self, record: logging.LogRecord) -> bool:
-        """Keep the argument shapes of a program that is about to be compiled. True for warnings and errors."""
+        """Store the argument shapes of the next compilation. Returns True for warnings and errors."""
         if record.msg.startswith("Compiling ") and record.args:
             self._shapes[record.args[0]] = record.args[1]
         return record.levelno > logging.DEBUG
@@ -86,53 +86,53 @@ class CompilationLog(logging.Filter):
 
 @cache
 def log_compilations() -> CompilationLog:
-    """Log the compilations of this process from the first call on."""
+    """Log the compilations of this process after the first call."""
     return CompilationLog()
 
 
 @cache
 def counts() -> Counts:
-    """The counts of this process, from the first call on."""
+    """The counts of this process since the first call."""
     return Counts()
 
 
 def use_cache(folder: str) -> None:
-    """Keep compiled programs in `folder`/compiled (local or gs://), so that the next start reads them.
+    """Use `folder`/compiled (local or gs://) as persistent cache of compiled programs.
 
-    A no-op where JAX_COMPILATION_CACHE_DIR or the jax config names a directory; jax's own thresholds then apply.
-    Process 0 alone writes, all processes read, and an error of the cache is a warning (jax.compiler). Call this before
-    anything is compiled.
+    A no-op if JAX_COMPILATION_CACHE_DIR or the jax config sets a directory; jax's thresholds then apply. Only process 0
+    writes, all processes read, and errors of the cache are warnings (jax.compiler). Call this before the first
+    compilation.
     """
     counts()
     if jax.config.jax_compilation_cache_dir:
         return
-    # jax reads and writes gs:// through gcsfs, which probes the bucket's kind for 12 to 90 s per operation by default.
+    # jax accesses gs:// through gcsfs, which by default probes the bucket type for 12 to 90 s per operation.
     os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
     jax.config.update("jax_compilation_cache_dir", f"{folder.rstrip('/')}/compiled")
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    # XLA's own caches take local paths only, and their path would be part of every key.
+    # XLA's caches support only local paths, and their path would be part of every key.
     jax.config.update("jax_persistent_cache_enable_xla_caches", "none")
 
 
 def use_user_cache() -> None:
-    """`use_cache` in the user's cache folder: $XDG_CACHE_HOME/avocado, or ~/.cache/avocado.
+    """Call `use_cache` with the user's cache folder: $XDG_CACHE_HOME/avocado, or ~/.cache/avocado.
 
-    A no-op where that folder cannot be written.
+    A no-op if that folder is not writable.
     """
     try:
         folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "avocado")
         folder.mkdir(parents=True, exist_ok=True)
-    except (OSError, RuntimeError):  # no home, or one that is read-only
+    except (OSError, RuntimeError):  # no home directory, or a read-only one
         return
     if os.access(folder, os.W_OK):
         use_cache(str(folder))
 
 
 def compile_ahead(programs: Sequence[Program]) -> None:
-    """Compile all programs, in their order as far as threads allow. Process 0 reports progress on stderr.
+    """Compile all programs in threads. Process 0 reports progress on stderr.
 
     Raises:
-        jax.errors.JaxRuntimeError: the compiler refuses a program; a note names it.
+        jax.errors.JaxRuntimeError: a compilation failed; a note names the program.
     """
     if not programs:
         return
@@ -143,7 +143,7 @@ def compile_ahead(programs: Sequence[Program]) -> None:
         nonlocal reported
         reported = time.monotonic()
         if jax.process_index() == 0:
-            done, read = sum(one.done() for one in running), counts().read - known
+            done, read = sum(future.done() for future in running), counts().read - known
             cached = f" ({read} from the cache)" if read else ""
             line = f"compiled {done} of {len(programs)} programs{cached}, {reported - begun:.0f} s"
             print(line, file=sys.stderr, flush=True)
@@ -155,11 +155,11 @@ def compile_ahead(programs: Sequence[Program]) -> None:
                 if time.monotonic() - reported > REPORT_SECONDS:
                     report()
             while (waited := wait(running, REPORT_SECONDS, FIRST_EXCEPTION)).not_done:
-                for one in waited.done:
-                    one.result()
+                for future in waited.done:
+                    future.result()
                 report()
-            for one in running:
-                one.result()
+            for future in running:
+                future.result()
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise

@@ -1,8 +1,8 @@
-"""Heartbeats of all hosts, and a watchdog that ends a job without progress and names the host it waits for.
+"""Heartbeats of all hosts, and a watchdog that stops a job without progress and names the stuck host.
 
-Hosts that wait in a collective cannot know for whom. So each process publishes, through the key-value store of
-jax.distributed, a counter, its host name and how far it is. The watchdog compares. It warns at half of each timeout,
-so that every host has named the cause before the first of them ends. jax ends the processes whose peer is lost.
+A host that waits in a collective does not know which host is missing. So each process publishes a counter, its host
+name, step and stage in the key-value store of jax.distributed, and the watchdog compares these. It warns at half of
+each timeout, so that every host has named the cause before the first one exits. jax stops processes with a lost peer.
 """
 
 import faulthandler
@@ -24,7 +24,7 @@ KEYS = "avocado/liveness/"
 
 
 class Beat(NamedTuple):
-    """What a process publishes: `count` grows with each heartbeat, `location` is where its main thread is."""
+    """A heartbeat. `count` increases with each heartbeat, `location` is the code line of the main thread."""
 
     count: int
     host: str
@@ -34,19 +34,19 @@ class Beat(NamedTuple):
 
 
 class Liveness:
-    """Publishes the heartbeats of this process and watches its progress, in threads, until `close`.
+    """Publishes the heartbeats of this process and monitors its progress, in threads, until `close`.
 
     Args:
-        heartbeat: seconds after which jax declares a process without heartbeats lost.
+        heartbeat: seconds without heartbeats after which jax declares a process lost.
         step: seconds without progress after which this process exits with 75; 0: never.
-        client: of jax.distributed; None where there is one process.
+        client: client of jax.distributed; None for a single process.
     """
 
     def __init__(self, heartbeat: float, step: float, client: Any = None, process: int = 0, processes: int = 1) -> None:
         self._heartbeat, self._limit = heartbeat, step
         self._client, self._process, self._processes = client, process, processes
         self._mine = Beat(0, socket.gethostname(), 0, 0, "")
-        self._peers: dict[int, tuple[Beat, float]] = {}  # by process: the last heartbeat and when it changed
+        self._peers: dict[int, tuple[Beat, float]] = {}  # process -> (last heartbeat, time of its change)
         self._begun = self._progressed = self._answered = time.monotonic()
         self._warned: set[object] = set()
         self._closed = threading.Event()
@@ -56,20 +56,20 @@ class Liveness:
         threading.Thread(target=self._watch, daemon=True).start()
 
     def progress(self, step: int, stage: str) -> None:
-        """The main thread enters a stage of a step. The time without progress starts again."""
+        """Record that the main thread enters a stage of a step. Resets the time without progress."""
         self._mine = self._mine._replace(step=step, stage=STAGES.index(stage))
         self._progressed = time.monotonic()
         self._warned.discard("progress")
 
     def close(self) -> None:
-        """Stop watching."""
+        """Stop the threads."""
         self._closed.set()
 
     def lost_peers(self, patience: float) -> list[str]:
-        """Names of the processes that publish no new heartbeat within `patience` seconds."""
+        """Wait up to `patience` seconds for new heartbeats; return the names of processes without one."""
         begun = time.monotonic()
         others = [number for number in range(self._processes) if number != self._process]
-        known: dict[int, int] | None = None  # counts that were read after `begun`: older ones may be long out of date
+        known: dict[int, int] | None = None  # counts read after `begun`; older ones may be outdated
         while True:
             if known is None and self._answered > begun:
                 known = {number: beat.count for number, (beat, _) in self._peers.items()}
@@ -83,15 +83,15 @@ class Liveness:
             self._progressed = time.monotonic()
 
     def _publish(self) -> None:
-        """Send a heartbeat and read those of the others. Blocks while process 0 does not answer."""
-        pause = 0.0  # the first heartbeat at once: it has the name of this host
+        """Publish heartbeats and read those of the other processes. Blocks while process 0 does not answer."""
+        pause = 0.0  # send the first heartbeat immediately: it has the name of this host
         while not self._closed.wait(pause):
             pause = min(self._heartbeat / 8, 5.0)
             self._mine = self._mine._replace(count=self._mine.count + 1, location=_location())
             try:
                 self._client.key_value_set(f"{KEYS}{self._process}", json.dumps(self._mine), allow_overwrite=True)
                 found = self._client.key_value_dir_get(KEYS)
-            except jax.errors.JaxRuntimeError:  # process 0 is gone: jax ends this process
+            except jax.errors.JaxRuntimeError:  # process 0 is lost: jax stops this process
                 continue
             now = time.monotonic()
             for key, text in found:
@@ -99,7 +99,7 @@ class Liveness:
                 if number not in self._peers or self._peers[number][0].count != beat.count:
                     self._peers[number] = beat, now
                     self._warned.discard(number)
-            self._answered = now  # last: `lost_peers` reads the counts after it
+            self._answered = now  # set last: `lost_peers` reads the counts afterwards
 
     def _watch(self) -> None:
         limits = [limit for limit in (self._heartbeat, self._limit) if limit]
@@ -119,9 +119,9 @@ class Liveness:
                 os._exit(75)
 
     def _warn_of_silence(self, now: float) -> None:
-        """Name each process without heartbeats once, before jax ends this one."""
+        """Print each process without heartbeats once, before jax stops this one."""
         if now - self._answered > self._heartbeat / 2:
-            silent = [0]  # process 0 does not answer: nothing is known of the others
+            silent = [0]  # process 0 does not answer: the state of the others is unknown
         else:
             peers = range(self._processes)
             silent = [number for number in peers if self._answered - self._last(number) > self._heartbeat / 2]
@@ -131,7 +131,7 @@ class Liveness:
                 _print(f"{self._name(number)}: no heartbeat for {now - self._last(number):.0f} s; stopped or lost")
 
     def _behind(self) -> str:
-        """Which hosts the others wait for, by step and stage, and where all main threads are."""
+        """Describe the hosts that the others wait for: their step, stage and location, and those of this host."""
         beats = {number: beat for number, (beat, _) in self._peers.items()} | {self._process: self._mine}
         reached = {number: (beat.step, beat.stage) for number, beat in beats.items()}
         least, most = min(reached.values()), max(reached.values())
@@ -157,14 +157,14 @@ _current: Liveness | None = None
 
 
 def start(*args: Any) -> Liveness:
-    """Make the `Liveness` of this process, to which `progress` reports."""
+    """Create the `Liveness` of this process, which `progress` uses."""
     global _current
     _current = Liveness(*args)
     return _current
 
 
 def progress(step: int, stage: str) -> None:
-    """Report to the `Liveness` of this process, if there is one."""
+    """Report progress to the `Liveness` of this process, if it exists."""
     if _current is not None:
         _current.progress(step, stage)
 
@@ -180,4 +180,4 @@ def _location() -> str:
 
 
 def _print(text: str) -> None:
-    print(f"{text}\n", end="", file=sys.stderr, flush=True)  # one write: lines of several threads do not mix
+    print(f"{text}\n", end="", file=sys.stderr, flush=True)  # a single write, so that lines of threads do not mix

@@ -15,7 +15,7 @@ from avocado_jax.typing import Array
 def in_parts(batch: Any, parts: int) -> Any:
     """Reshape a tree of [rows, ...] to [parts, rows / parts, ...]."""
 
-    def divide(leaf: Array) -> Array:  # no size of -1: leaves may be empty, as the sound of silent clips
+    def divide(leaf: Array) -> Array:  # without -1 in the shape: leaves may be empty (the sound of silent clips)
         return jnp.moveaxis(leaf.reshape(len(leaf) // parts, parts, *leaf.shape[1:]), 1, 0)
 
     return jax.tree.map(divide, batch)
@@ -25,12 +25,12 @@ def by_parts(run: Callable, batch: tuple, parts: int) -> Any:
     """Compute `run(*batch)` part by part.
 
     Args:
-        run: function of which every input and output leaf is [rows, ...].
-        batch: its arguments.
-        parts: number of sequential parts; it divides the rows.
+        run: function whose input and output leaves are all [rows, ...].
+        batch: arguments of `run`.
+        parts: number of sequential parts; must divide the rows.
 
     Returns:
-        What `run(*batch)` returns, with rows in their original order.
+        The result of `run(*batch)`, with rows in their original order.
     """
     if parts == 1:
         return run(*batch)

@@ -1,4 +1,4 @@
-"""The processes of a job: how they start together, and how a failure of one ends it."""
+"""Start the processes of a job with jax.distributed, and stop the job if one process fails."""
 
 import atexit
 import os
@@ -17,7 +17,7 @@ from avocado_jax.parallel import liveness
 from avocado_jax.parallel.signals import on_signal
 
 STOP = (signal.SIGTERM, signal.SIGINT)
-EXIT_SECONDS = 20.0  # to print an error and exit, whatever threads still run
+EXIT_SECONDS = 20.0  # maximum time to print an error and exit, even if threads still run
 
 
 @contextmanager
@@ -28,17 +28,17 @@ def init_distributed(
     devices: int | None,
     timeouts: TimeoutConfig,
 ) -> Iterator[None]:
-    """Initialise jax.distributed for the duration of the block, and watch that the job makes progress.
+    """Initialise jax.distributed for the duration of the block, and monitor the progress of the job.
 
-    With one process, where the first three are None, only the watchdog runs. On TPU pods and under Slurm jax knows all
-    three: pass "auto" as the coordinator. When a process is lost, jax aborts the others (SIGABRT). When the block
-    fails, this process exits without waiting for the others, which may wait for it in the middle of a step.
+    For a single process (the first three arguments are None), only the watchdog runs. On TPU pods and under Slurm, jax
+    detects all three: pass "auto" as the coordinator. If a process is lost, jax aborts the others (SIGABRT). If the
+    block fails, this process exits without waiting for the others, which may wait for it in the middle of a step.
 
     Args:
-        devices: how many all processes have together; None: any number.
+        devices: expected number of devices of all processes; None: any number.
 
     Raises:
-        InputError: the arguments do not belong together, or there are not that many devices.
+        InputError: the arguments are inconsistent, or the number of devices differs.
         ConnectionError: the block failed after another process was lost.
     """
     several = not (coordinator is None and processes is None and process is None)
@@ -47,7 +47,7 @@ def init_distributed(
         cleanup.callback(on_signal(STOP, lambda _: os._exit(75)))
         if several:
             _initialize(coordinator, processes, process, timeouts)
-            cleanup.close()  # jax has replaced the handler
+            cleanup.close()  # jax has replaced the handlers
             cleanup.callback(on_signal(STOP, lambda _: os._exit(75)))
         watch = liveness.start(
             timeouts.heartbeat,
@@ -69,12 +69,12 @@ def init_distributed(
 
 
 def _exit_before_the_others(error: Exception, watch: liveness.Liveness, patience: float) -> None:
-    """Exit soon with the status of `error`: the other processes may wait for this one in the middle of a step.
+    """Exit with the status of `error` without waiting for other processes, which may wait in the middle of a step.
 
     Raises:
-        ConnectionError: `error` follows from the loss of another process.
+        ConnectionError: another process was lost, which caused `error`.
     """
-    # An error of the runtime may follow from a lost process; then a retry helps, whatever its status code.
+    # A lost process may cause any runtime error. A retry then helps, regardless of the status code.
     if runtime_code(error) not in (None, "RESOURCE_EXHAUSTED"):
         print(f"{error}\nchecking whether a host was lost", file=sys.stderr, flush=True)
         if lost := watch.lost_peers(patience):
@@ -85,7 +85,7 @@ def _exit_before_the_others(error: Exception, watch: liveness.Liveness, patience
 
 
 def _exit_soon(status: int) -> None:
-    """Exit before the handlers of jax, which wait for all processes, and although threads still run."""
+    """Exit at the end of the main thread, before jax's handlers, which wait for all processes, and despite threads."""
 
     def leave() -> None:
         sys.stdout.flush()
@@ -99,8 +99,8 @@ def _exit_soon(status: int) -> None:
 
 
 def _initialize(coordinator: str | None, processes: int | None, process: int | None, timeouts: TimeoutConfig) -> None:
-    jax.config.update("jax_cpu_collectives_implementation", "gloo")  # of processes without accelerators
-    # jax's own timeout ends the process with pages of C++ frames: ours comes first.
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")  # for processes without accelerators
+    # jax's timeout aborts with pages of C++ frames, so `deadline` has a shorter timeout.
     times = dict(heartbeat_timeout_seconds=timeouts.heartbeat, initialization_timeout=2 * timeouts.start)
     if coordinator == "auto":
         with deadline(timeouts.start, "not all hosts of this job have started: are all up, and their ports open?"):
@@ -118,7 +118,7 @@ def _initialize(coordinator: str | None, processes: int | None, process: int | N
 
 @contextmanager
 def deadline(seconds: float, message: str) -> Iterator[None]:
-    """Exit with status 75 and one line, unless the block ends in time: it may block where nothing interrupts it."""
+    """Exit with status 75 and a message if the block takes too long. The block may be uninterruptible."""
 
     def give_up() -> None:
         print(f"{message} (waited {seconds:g} s)", file=sys.stderr, flush=True)

@@ -1,8 +1,8 @@
-"""A bound on the memory maps that compiled programs take.
+"""Limit the memory maps of compiled programs.
 
-XLA's CPU backend maps each object file of a program by itself: a training step takes about 1,200 maps. Linux allows a
-process 65,530 (vm.max_map_count); past that the compiler dies of a segmentation fault. A run with many shapes gets
-there after some fifty programs (`python tests/measure_maps.py --kind step`).
+XLA's CPU backend maps each object file of a program separately: a training step takes about 1,200 maps. Linux allows
+65,530 maps per process (vm.max_map_count); above this limit the compiler crashes with a segmentation fault. A run with
+many shapes reaches it after about fifty programs (`python tests/measure_maps.py --kind step`).
 """
 
 import gc
@@ -18,16 +18,16 @@ COMPILED = "/jax/core/compile/backend_compile_duration"
 
 
 def memory_maps() -> int:
-    """Number of memory maps of this process; 0 where the system does not report them."""
+    """The number of memory maps of this process; 0 if the system does not report it."""
     return MAPS.read_bytes().count(b"\n") if MAPS.exists() else 0
 
 
 @cache
 def bound_compiled_programs() -> None:
-    """Drop all compiled programs whenever a compilation leaves half of the allowed memory maps in use.
+    """Drop all compiled programs when more than half of the allowed memory maps are in use after a compilation.
 
-    Programs that are used again are compiled again, or read from the persistent cache. A no-op where the system does
-    not report memory maps, and in effect on TPU and GPU, whose programs take none.
+    Dropped programs are recompiled, or read from the persistent cache, on their next use. A no-op if the system does
+    not report memory maps, and effectively on TPU and GPU, whose programs need no maps.
     """
     if LIMIT.exists():
         jax.monitoring.register_event_duration_secs_listener(_drop_past(int(LIMIT.read_text()) // 2))

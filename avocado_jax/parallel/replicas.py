@@ -1,10 +1,10 @@
-"""Values that processes observe independently of each other, for rows that several processes load.
+"""Values that processes observe independently, for rows that several processes load.
 
-Where the mesh axes that replicate rows span processes, every row has several loading processes, and each of them may
-observe something else: one reads a record that another could not read. Such values must not become replicas of one
-array, which XLA assumes to be equal. `observe` gives each device a slot of its own; a reduction over the slots, inside
-a jitted function, gives all processes the same value. Host collectives would need the same order of calls in all
-threads of all processes; computations on the devices have it.
+If mesh axes that replicate rows span processes, several processes load each row, and their observations may differ: one
+process may read a record that another cannot. Such values must not become replicas of one array, which XLA assumes to
+be equal. `observe` gives each device a separate slot. A reduction over the slots, in a jitted function, gives all
+processes the same value. Host collectives would need the same order of calls in all threads of all processes; device
+computations guarantee it.
 """
 
 import math
@@ -20,23 +20,23 @@ from avocado_jax.typing import Array, Shaped
 
 
 def observation_sharding(mesh: Mesh) -> NamedSharding:
-    """The sharding of [replicas, rows, ...]: one replica of each row for each device that holds the row."""
+    """The sharding of [replicas, rows, ...], with one slot per device of a row."""
     return NamedSharding(mesh, PartitionSpec(tuple(axis for axis in mesh.axis_names if axis not in ROWS), ROWS))
 
 
 def observe(
     mesh: Mesh, rows: Sequence[int], batch: int, values: Shaped[np.ndarray, "N ..."]
 ) -> Shaped[Array, "R B ..."]:
-    """A global array of what each process observes of the rows it loads, without replicas.
+    """Build a global array of the observations of all processes, without replication.
 
     Args:
-        rows: rows of this process: `process_rows`.
-        batch: rows of all processes together.
-        values: of `rows`, in their order.
+        rows: rows of this process (`process_rows`).
+        batch: rows over all processes.
+        values: observations of `rows`, in the same order.
 
     Returns:
-        [replicas, batch, ...]: entry [:, r] has the observations of row r, one for each device that holds the row. A
-        reduction over the first axis gives a value that is the same on all processes.
+        [replicas, batch, ...]: entry [:, r] has the observations of row r, one per device with the row. A reduction
+        over the first axis gives the same value on all processes.
     """
     places = {row: number for number, row in enumerate(rows)}
 
@@ -48,9 +48,9 @@ def observe(
 
 
 def row_owners(mesh: Mesh, batch: int) -> list[int]:
-    """For each row of a global batch the one process, among those that load it, that acts for all of them.
+    """Choose for each row of a global batch one of the processes that load it, which acts for all of them.
 
-    The rows of a set of processes are divided among the set.
+    The rows of a set of processes are distributed evenly over the set.
     """
     holders: list[list[int]] = [[] for _ in range(batch)]
     for process in sorted({device.process_index for device in mesh.devices.flat}):

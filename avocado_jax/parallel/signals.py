@@ -7,10 +7,10 @@ from collections.abc import Callable
 
 
 def on_signal(numbers: tuple[int, ...], handle: Callable[[int], None]) -> Callable[[], None]:
-    """Call `handle(number)` in a thread whenever one of these signals arrives. Returns what restores the handlers.
+    """Call `handle(number)` in a thread when one of these signals arrives. Returns a function to restore the handlers.
 
-    Python runs signal handlers between bytecodes of the main thread only, but writes the number of the signal to the
-    wake-up descriptor at once.
+    Python runs signal handlers only between bytecodes of the main thread, but writes the signal number to the wake-up
+    descriptor immediately.
     """
     reading, writing = os.pipe()
     os.set_blocking(writing, False)
@@ -27,7 +27,7 @@ def on_signal(numbers: tuple[int, ...], handle: Callable[[int], None]) -> Callab
         signal.set_wakeup_fd(descriptor)
         for number, handler in before.items():
             signal.signal(number, handler)
-        os.close(writing)  # which ends the thread
+        os.close(writing)  # stops the thread
 
     threading.Thread(target=listen, daemon=True).start()
     return restore

@@ -1,8 +1,8 @@
-"""Which quotes are spoken, and which of them are one line, by the words around them.
+"""Classify quotes as speech or on-screen text, and join the parts of a line, by the words around the quotes.
 
-    N  code points of a caption      W  words of a caption      R  quotes, on-screen text among them
+    N  code points of a caption      W  words of a caption      R  quotes, including on-screen text
 
-`tests/rewards/reading.py` is the same in plain Python.
+`tests/rewards/reading.py` implements the same rules in plain Python.
 """
 
 from typing import NamedTuple
@@ -15,19 +15,20 @@ from avocado_jax.rewards.quotes import DOUBLE, SCRIPT, SINGLE, STOPS, Characters
 from avocado_jax.rewards.vocabulary import ALONE, BIT, END, LEAD, LOWER, MARK, NEWLINE, SPACE, WORD
 from avocado_jax.typing import Array, Bool, Float, Int
 
-BEFORE, AFTER = 24, 8  # words looked at before and after a quote
+BEFORE, AFTER = 24, 8  # words considered before and after a quote
 PHRASE = BEFORE + AFTER
-BETWEEN = 6  # words at most between the parts of one line
-FEW = 3  # words of a quote that may be a name or a label
+BETWEEN = 6  # maximum words between two parts of a line
+FEW = 3  # maximum words of a name or label
 
 
 class Words(NamedTuple):
     """The words of a text, in order.
 
     Attributes:
-        start: the place where each begins.
-        stems, weights, classes, pronoun: of `vocabulary`; whether it is a pronoun.
-        real: whether there is a word.
+        start: the position of each word's first character.
+        stems, weights, classes: stem hashes, weights and class bits (see `vocabulary`).
+        pronoun: whether the word is a pronoun.
+        real: False for padding.
     """
 
     start: Int[Array, "W"]
@@ -39,13 +40,14 @@ class Words(NamedTuple):
 
 
 class Around(NamedTuple):
-    """The words around each quote: numbers among the words outside of quotes, nearest first, and whether they count.
+    """The words around each quote, as indices of words outside quotes with validity masks, nearest first.
 
     Attributes:
-        outside: the words outside of quotes; `start` is where each begins, N past the last; `sentence` of each.
-        count: words outside of quotes before each quote.
-        front, in_front: before a quote, in its sentence, back to the quote before.
-        behind, is_behind: after a quote, unless another quote follows in the sentence.
+        outside: the words outside quotes; `start` is N for padding.
+        sentence: the sentence number of each word.
+        count: number of words outside quotes before each quote.
+        front, in_front: words before a quote, in its sentence, back to the previous quote.
+        behind, is_behind: words after a quote; none if another quote follows in the sentence.
     """
 
     outside: Words
@@ -58,7 +60,7 @@ class Around(NamedTuple):
 
 
 def has(classes: Int[Array, "..."], *names: str) -> Bool[Array, "..."]:
-    """Whether words are of one of the classes."""
+    """Whether words belong to one of the classes."""
     return (classes & sum(BIT[name] for name in names)) > 0
 
 
@@ -74,7 +76,7 @@ def around(
     of_word = jnp.where(real, sentence[jnp.minimum(words.start, n - 1)], -1)
     exists = quotes.kind > 0
     starts = jnp.where(exists, quotes.start, n)
-    opened = jnp.searchsorted(starts, words.start)  # how many quotes begin before each word
+    opened = jnp.searchsorted(starts, words.start)  # number of quotes that begin before each word
     count = jnp.searchsorted(words.start, starts)
     number = jnp.arange(most)
     sentence_before = sentence[jnp.clip(starts - 1, 0, n - 1)]
@@ -103,12 +105,12 @@ def around(
 def find_lines(
     text: Characters, quotes: Quotes, near: Around, sentence: Int[Array, "N"], inside_words: Int[Array, "R"]
 ) -> tuple[Bool[Array, "R"], Bool[Array, "R"]]:
-    """Which quotes are spoken, and which of these go on with the line of the quote before.
+    """Find which quotes are spoken, and which of these continue the line of the previous quote.
 
-    A quote is on-screen text if the noun that it is attributed to is one of WRITTEN, and speech if it is attributed
-    to somebody who speaks. Without such words it is speech, unless it is a part of the sentence around it, like a
-    label or a name. Single quotation marks are speech only where the words say so, or where the caption has more
-    speech in these than in double ones.
+    A quote is on-screen text if it is attributed to a noun of class WRITTEN, and speech if it is attributed to a
+    speaker. Without attribution it is speech, unless it is part of the surrounding sentence, like a label or a name.
+    Quotes in single marks are speech only if they are attributed to a speaker, or if the caption has more speech in
+    single than in double marks.
 
     Args:
         inside_words: the number of words in each quote.
@@ -126,7 +128,7 @@ def find_lines(
         picked = jnp.take_along_axis(values, jnp.clip(index, 0, values.shape[1] - 1)[:, None], 1)[:, 0]
         return jnp.where(index < values.shape[1], picked, 0)
 
-    # the characters around: in front of the mark, behind it, and the last one inside
+    # The characters before the opening mark, after the closing mark, and the last one inside.
     thing = last_index((kind & (WORD | SPACE | LEAD | STOPS)) > 0)
     solid = last_index(((kind & SPACE) == 0) | ((kind & NEWLINE) > 0))
     preceding = thing[jnp.maximum(quotes.start - 1, 0)]
@@ -145,7 +147,7 @@ def find_lines(
     after = jnp.where(after < n, next_index(~blank)[jnp.minimum(after, n - 1)], n)
     small = (after < n) & ((kind[jnp.minimum(after, n - 1)] & LOWER) > 0) & (quotes.end < n)
 
-    # the words in front: the smaller the number, the nearer
+    # The words before the quote; smaller indices are nearer.
     speaks = nearest(has(front, "SPOKEN"))
     written = nearest(has(front, "WRITTEN"))
     rank = jnp.arange(BEFORE)[None]
@@ -184,7 +186,7 @@ def find_lines(
     full = ((last_kind & STOPS) > 0) & ~few
     verdict = loose & (~single | strong | full)
 
-    # brackets without a word of speech in them hold a translation
+    # A quote in brackets without a word of speech is a translation.
     opened, closed = last_index(points == ord("(")), last_index(points == ord(")"))
     front_index = jnp.maximum(quotes.start - 1, 0)
     bracket = opened[front_index]
@@ -192,7 +194,7 @@ def find_lines(
     sounds = count_before(has(near.outside.classes, "SPOKEN"))
     since = jnp.searchsorted(near.outside.start, bracket)
     in_brackets &= sounds[near.count] == sounds[since]
-    # after nothing but function words a quote is what the quote before is
+    # If only function words separate two quotes, the second has the class of the first.
     previous = jnp.concatenate([jnp.zeros(1, jnp.int32), quotes.end[:-1]])
     plain_word = has(near.outside.classes, "FUNCTION") & (
         ~has(near.outside.classes, "CONJUNCTION") | has(near.outside.classes, "AND")

@@ -3,10 +3,10 @@
     K  keypoints of a reference         U  distinct features of its keypoints
     F  features of a keypoint           B  blocks of ten words of a caption
 
-A judge scores each keypoint from 0 (not stated) to 1 (stated), or NaN without an answer; R_C is the mean of the scores
-that exist (`mean_score`). The `lexical` judge needs no model: the features of a keypoint are the stems of its content
-words and pairs of neighbours among them, weighted by importance. The score follows from the share of this weight that
-one window of 60 words of the caption contains.
+A judge scores each keypoint from 0 (not stated) to 1 (stated), or NaN without an answer. R_C is the mean of the
+available scores (`mean_score`). The `lexical` judge needs no model. The features of a keypoint are the stems of its
+content words and of neighbouring pairs of them, with weights. The score is a function of the largest share of this
+weight in any window of 60 words of the caption.
 """
 
 from collections.abc import Mapping, Sequence
@@ -25,27 +25,28 @@ from avocado_jax.typing import Array, Bool, Float, Int
 
 DIMENSIONS = ("static", "dynamic", "auditory", "spatiotemporal", "crossmodal")  # paper, checklist reward
 BLOCK, WINDOW = 10, 6  # words of a block, blocks of a window
-PAIRS = 0.6  # weight of a pair, of the mean of its words'
-MAX_PAIR_GAP = 2  # content words of a caption at most this far from each other form a pair
-LOW, HIGH = 0.35, 0.65  # covered share of a keypoint's weight at which it counts for nothing, and in full
-WRONG = 0.75  # what a keypoint loses none of whose colours, sides, numbers and the like are in the window
-PROSE = 0.1  # share of function words that a window of sentences has at least
-ORDER = 1.0  # penalty of a keypoint that is in the wrong order with all others
+PAIRS = 0.6  # weight of a pair, relative to the mean weight of its words
+MAX_PAIR_GAP = 2  # maximum distance, in content words, of the words of a pair
+LOW, HIGH = 0.35, 0.65  # covered share of a keypoint's weight with score 0 and with score 1
+WRONG = 0.75  # penalty if the window has none of the keypoint's colours, sides, numbers etc. (EXCLUSIVE)
+PROSE = 0.1  # minimum share of function words of a window of sentences
+ORDER = 1.0  # penalty of a keypoint in the wrong order relative to all others
 KEYPOINT = Limits(characters=512, words=96, quotes=4, line=8)
-SHORT = Limits(characters=128, words=32, quotes=4, line=8)  # of most keypoints
-CHARACTERS = 2**13  # of the keypoints that are read at once
+SHORT = Limits(characters=128, words=32, quotes=4, line=8)  # sufficient for most keypoints
+CHARACTERS = 2**13  # characters of the keypoints parsed in one call
 
 
 class Keypoints(NamedTuple):
-    """What one reference's caption has to state; of several where stacked.
+    """The keypoints of one reference, or of several if stacked.
 
     Attributes:
-        features: distinct hashes of all keypoints' features, sorted; the largest number behind them.
-        index, weight: of each keypoint, its features' places in `features` and shares of its whole weight.
-        telling: of each keypoint, shares of its colours, sides, numbers and the like (EXCLUSIVE), none for the rest.
-        dimension: number in DIMENSIONS, -1 where it is not known.
-        block: block of the reference caption that states it; -1 where there is none.
-        count: how many keypoints there are; -1 where that is not known.
+        features: sorted distinct hashes of all keypoints' features, padded with the largest integer.
+        index: indices of each keypoint's features in `features`.
+        weight: shares of each keypoint's features in its total weight.
+        telling: shares of each keypoint's colours, sides, numbers etc. (EXCLUSIVE); 0 for other features.
+        dimension: index in DIMENSIONS; -1 if unknown.
+        block: block of the reference caption that states the keypoint; -1 if none.
+        count: number of keypoints; -1 if unknown.
     """
 
     features: Int[Array, "U"]
@@ -58,13 +59,13 @@ class Keypoints(NamedTuple):
 
 
 class Verdict(NamedTuple):
-    """The lexical judge's answers.
+    """The lexical judge's results.
 
     Attributes:
-        score: how surely each keypoint is stated.
-        coverage: the share of its weight that a window holds at most.
-        block: last block of the window that states it best.
-        ordered: share of the other stated keypoints that come before or after it as in the reference.
+        score: score of each keypoint, from 0 (not stated) to 1 (stated).
+        coverage: largest share of the keypoint's weight in any window.
+        block: last block of the window with the best score.
+        ordered: share of the other stated keypoints in the same order relative to this one as in the reference.
     """
 
     score: Float[Array, "K"]
@@ -85,12 +86,12 @@ def keypoint_references(
     """Stack the references of clips and return which of them were truncated.
 
     Args:
-        keypoints: of each clip, {"text", "dimension"?}; None where there is no checklist.
-        captions: reference captions, which give the order of the keypoints; None: no order.
-        limits: of the captions.
-        size: most keypoints a clip.
-        features: most features a keypoint.
-        distinct: most distinct features a clip; 0: as many as these clips have.
+        keypoints: {"text", "dimension"?} of each clip; None without a checklist.
+        captions: reference captions, which determine the order of the keypoints; None: no order.
+        limits: limits of the captions.
+        size: maximum keypoints per clip.
+        features: maximum features per keypoint.
+        distinct: maximum distinct features per clip; 0: the maximum of these clips.
     """
     n = len(keypoints)
     flat = [point["text"] for points in keypoints for point in (points or ())[:size]]
@@ -102,21 +103,21 @@ def keypoint_references(
     counts = np.array([-1 if points is None else min(len(points), size) for points in keypoints], np.int32)
     telling = np.zeros_like(weight)
     exclusive = np.isin(hashes, [hash_word(meaning(word)) for word in EXCLUSIVE.split()]) & (weights > 0)
-    several, first = [], 0
+    distinct_hashes, first = [], 0
     for clip, count in enumerate(np.maximum(counts, 0)):
         rows = slice(first, first + count)
         first += count
-        several.append(np.unique(hashes[rows][weights[rows] > 0]))
+        distinct_hashes.append(np.unique(hashes[rows][weights[rows] > 0]))
         truncated[clip] |= truncated_keypoints[rows].any()
-        index[clip, :count] = np.searchsorted(several[-1], hashes[rows])
+        index[clip, :count] = np.searchsorted(distinct_hashes[-1], hashes[rows])
         weight[clip, :count] = weights[rows] / np.maximum(weights[rows].sum(-1, keepdims=True), 1e-9)
         telling[clip, :count] = exclusive[rows] / np.maximum(exclusive[rows].sum(-1, keepdims=True), 1)
         dimension[clip, :count] = [_dimension(point) for point in (keypoints[clip] or ())[:count]]
-    distinct = distinct or max(map(len, several), default=0)
+    distinct = distinct or max(map(len, distinct_hashes), default=0)
     distinct_features = np.full((n, max(1, distinct)), 0xFFFFFFFF, np.uint32)
-    for row, one, clip in zip(distinct_features, several, range(n)):
-        row[: len(one)] = one[:distinct]
-        truncated[clip] |= len(one) > distinct
+    for row, found, clip in zip(distinct_features, distinct_hashes, range(n)):
+        row[: len(found)] = found[:distinct]
+        truncated[clip] |= len(found) > distinct
     weight[index >= distinct_features.shape[1]] = telling[index >= distinct_features.shape[1]] = 0
     index = np.minimum(index, distinct_features.shape[1] - 1)
     made = Keypoints(distinct_features, index, weight, telling, dimension, np.full((n, size), -1, np.int32), counts)
@@ -139,7 +140,7 @@ def _dimension(point: Mapping[str, str]) -> int:
 
 
 def _read_keypoints(table: Table, texts: Sequence[str], limit: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Features' hashes and weights of each text, padded with 0, and whether it was truncated."""
+    """Hash and weigh the features of each text, padded with 0; also return which texts were truncated."""
     hashes, weights = np.zeros((len(texts), limit), np.uint32), np.zeros((len(texts), limit), np.float32)
     truncated = np.zeros(len(texts), bool)
     fits = [len(text) <= SHORT.characters and len(A_WORD.findall(text)) <= SHORT.words for text in texts]
@@ -160,20 +161,20 @@ def _read_keypoints(table: Table, texts: Sequence[str], limit: int) -> tuple[np.
 
 @partial(jax.jit, static_argnums=3)
 def _read_features(table: Table, points: Array, lengths: Array, limits: Limits) -> tuple[Array, Array, Array]:
-    """Of each text the hashes and weights of its words and neighbours, and whether it has more words than fit."""
+    """Hashes and weights of each text's words and neighbouring pairs, and whether it exceeds the word limit."""
 
-    def one(points: Array, length: Array) -> tuple[Array, Array, Array]:
+    def read_one(points: Array, length: Array) -> tuple[Array, Array, Array]:
         read = outline(table, points, length, limits)
         hashes, weights, _ = features(read.words.stems, read.words.weights, read.unstated)
         return hashes[:2], weights[:2], read.count > limits.words
 
-    return jax.vmap(one)(points, lengths)
+    return jax.vmap(read_one)(points, lengths)
 
 
 def features(
     stems: Int[Array, "W"], weights: Float[Array, "W"], unstated: Bool[Array, "W"]
 ) -> tuple[Int[Array, "3 W"], Float[Array, "3 W"], Int[Array, "W"]]:
-    """Hashes and weights (0: none) of content words and of pairs at distances one and two, and where each begins."""
+    """Hashes and weights (0: none) of content words and of pairs at distances one and two, and their first words."""
     size = len(stems)
     stems = stems ^ jnp.where(unstated, jnp.uint32(0x5BD1E995), jnp.uint32(0))
     order, count = compact(weights > 0, jnp.arange(size, dtype=jnp.int32), size)
@@ -190,13 +191,13 @@ def features(
 def lexical(
     caption: Caption, keypoints: Keypoints, low: float = LOW, high: float = HIGH, order: float = ORDER
 ) -> Verdict:
-    """How surely a caption states each keypoint, by its words.
+    """Score from the words of a caption how surely it states each keypoint.
 
-    The share of a keypoint's weight that a window of six blocks of words holds, at the best window, goes from nothing
-    at `low` to all at `high`. A window without the keypoint's colours, sides or numbers counts for less, and so does
-    one with hardly a function word: a list, not sentences. A word that is denied, or one of several alternatives, is
-    another word. Where the reference caption states a keypoint too, it loses up to `order` for being told on the wrong
-    side of the others.
+    The score is the largest share of a keypoint's weight in any window of six blocks, on a linear ramp from 0 at `low`
+    to 1 at `high`. It is reduced for windows without the keypoint's colours, sides or numbers, and for windows with
+    few function words (lists instead of sentences). Words that are denied or are alternatives do not match. If the
+    reference caption states the keypoint too, the score is reduced by up to `order` for the wrong order relative to
+    the other keypoints.
     """
     hashes, weights, word = features(caption.stems, caption.weights, caption.unstated)
     size = len(caption.stems)
@@ -237,7 +238,7 @@ def _by_block(mask: Bool[Array, "W"], blocks: int) -> Int[Array, "B"]:
 
 
 def _window(join, values: Array) -> Array:
-    """Each block with the five before it."""
+    """Combine each block with the five previous ones."""
     made = values
     for k in range(1, WINDOW):
         earlier = jnp.pad(values, [(k, 0)] + [(0, 0)] * (values.ndim - 1))[: len(values)]
@@ -246,7 +247,7 @@ def _window(join, values: Array) -> Array:
 
 
 def _in_order(block: Int[Array, "K"], score: Float[Array, "K"], truth: Int[Array, "K"]) -> Float[Array, "K"]:
-    """The share of the other keypoints in both captions that are before or after this one as in the reference."""
+    """The share of the other keypoints, stated in both captions, that have the reference's order to this one."""
     stated = (score >= 0.5) & (truth >= 0)
     difference = truth[:, None] - truth[None]
     counts = stated[:, None] & stated[None] & (jnp.abs(difference) > 1)
@@ -256,14 +257,14 @@ def _in_order(block: Int[Array, "K"], score: Float[Array, "K"], truth: Int[Array
 
 
 def mean_score(scores: Float[Array, "K"], count: Int[Array, ""]) -> Float[Array, ""]:
-    """R_C from a judge's answers: their mean; NaN where there is no keypoint or no answer."""
+    """Compute R_C, the mean of a judge's scores; NaN without a keypoint or a score."""
     answered = (jnp.arange(len(scores)) < count) & ~jnp.isnan(scores)
     total = jnp.sum(jnp.where(answered, scores, 0))
     return jnp.where(answered.any(), total / jnp.maximum(jnp.sum(answered), 1), jnp.nan)
 
 
 def dimension_scores(scores: Float[Array, "K"], keypoints: Keypoints) -> Float[Array, "5"]:
-    """The mean of the answers in each of DIMENSIONS; NaN where there are none."""
+    """The mean score of each of DIMENSIONS; NaN without a score."""
     answered = (jnp.arange(len(scores)) < keypoints.count) & ~jnp.isnan(scores)
     here = answered[None] & (keypoints.dimension[None] == jnp.arange(len(DIMENSIONS))[:, None])
     total = jnp.sum(jnp.where(here, jnp.nan_to_num(scores), 0), axis=-1)

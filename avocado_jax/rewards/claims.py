@@ -1,4 +1,4 @@
-"""Which words of a caption it does not claim: denied ones, and alternatives.
+"""Find the words that a caption does not claim: denied words and alternatives.
 
 N  code points of a caption      W  words of a caption
 """
@@ -11,16 +11,16 @@ from avocado_jax.rewards.attribution import Words, has
 from avocado_jax.rewards.quotes import Characters
 from avocado_jax.typing import Array, Bool, Int
 
-NEAR = 3  # words after a negation that it denies, and words on each side of "or" that it makes alternatives
-ITEM, ITEMS = 3, 8  # words of an item of a list, and items before "or", at most
+NEAR = 3  # words that a negation denies after it, and words on each side of "or" that are alternatives
+ITEM, ITEMS = 3, 8  # maximum words of a list item, and maximum items before "or"
 
 
 def unstated(text: Characters, words: Words, quoted: Bool[Array, "N"], sentence: Int[Array, "N"]) -> Bool[Array, "W"]:
-    """Words outside of quotes that are denied or alternatives.
+    """Mask of the words outside quotes that are denied or are alternatives.
 
-    Denied are the three words after a negation, and all words of a sentence that is declared false ("it is false that
-    ..."). Alternatives are the three words on each side of "or", up to a comma behind it; the items of a list of which
-    the last follows "or"; and both sides of a slash.
+    Denied words are the three words after a negation, and all words of a sentence that is declared false ("it is false
+    that ..."). Alternatives are the three words on each side of "or", up to the next comma; the items of a list whose
+    last item follows "or"; and both sides of a slash.
     """
     inside = quoted[words.start]
     claimed = words.real & ~inside
@@ -53,7 +53,7 @@ def unstated(text: Characters, words: Words, quoted: Bool[Array, "N"], sentence:
             shift(near, k, False) & (shift(of, k, -1) == of)
         )
         near &= shift(open_, -k, False)
-    # red, blue, green or yellow
+    # Lists such as "red, blue, green or yellow".
     end = next_index(comma)
     item = (end - jnp.arange(len(comma)) < ITEM) & (end < len(comma) - 1)
     after = jnp.minimum(end + 1, len(comma) - 1)

@@ -1,4 +1,4 @@
-"""All terms of captions in one pure function, and their sum.
+"""Compute all reward terms of captions in one pure function, and their weighted sum.
 
 B  clips      G  captions of a clip      C  tokens of a caption      K  keypoints
 """
@@ -21,30 +21,30 @@ from avocado_jax.rewards.vocabulary import Table
 from avocado_jax.typing import Array, Float, Int
 
 TERMS = ("checklist", "dialogue", "length", "repetition", "timing", "probes")
-ALWAYS = TERMS[:4]  # computed and logged in every run; the others where they have a weight
-JUDGES = ("lexical", "embedding", "lm", "remote")  # of R_C; the first needs no model
+ALWAYS = TERMS[:4]  # computed and logged in every run; the others only if they have a weight
+JUDGES = ("lexical", "embedding", "lm", "remote")  # judges of R_C; "lexical" needs no model
 PROBE_JUDGES = ("lm", "remote")
 
 
 class Thresholds(NamedTuple):
-    """What the terms leave open. Static."""
+    """Free parameters of the reward terms. Static."""
 
-    similar: float = SIMILAR  # R_D: least similarity of two lines that may be one
-    speaker: float = SPEAKER  # R_D: least share of a speaker's description
-    low: float = LOW  # R_C, lexical: covered share of a keypoint that counts for nothing
-    high: float = HIGH  # R_C, lexical: and in full
-    order: float = ORDER  # R_C, lexical: what telling in the wrong order costs
-    length_low: int = 2048  # R_L: tokens up to which a caption may go
-    length_high: int = 4096  # R_L: and at which nothing is left
-    min_span: int = MIN_SPAN  # RepCol: characters of a stretch that counts
-    long_units: bool = False  # RepCol: repeated sentences of 100 to 400 characters count too
+    similar: float = SIMILAR  # R_D: minimum similarity of two lines that match
+    speaker: float = SPEAKER  # R_D: minimum share of a speaker's description
+    low: float = LOW  # R_C, lexical: covered share of a keypoint with score 0
+    high: float = HIGH  # R_C, lexical: covered share with score 1
+    order: float = ORDER  # R_C, lexical: penalty for keypoints in the wrong order
+    length_low: int = 2048  # R_L: longest caption, in tokens, with R_L = 1
+    length_high: int = 4096  # R_L: shortest caption, in tokens, with R_L = 0
+    min_span: int = MIN_SPAN  # RepCol: minimum characters of a repeated stretch
+    long_units: bool = False  # RepCol: also detect repeated sentences of 100 to 400 characters
 
 
 DEFAULTS = Thresholds()
 
 
 class References(NamedTuple):
-    """What captions of B clips are scored against: leaves have a leading axis of clips."""
+    """References for captions of B clips. Leaves have a leading clip axis."""
 
     dialogue: Dialogue
     keypoints: Keypoints
@@ -52,15 +52,15 @@ class References(NamedTuple):
 
 
 class Scored(NamedTuple):
-    """One caption scored, with what led to it.
+    """The terms of one caption, with the intermediate results that explain them.
 
     Attributes:
-        terms: raw values by name: R_C, R_D and R_L from 0 to 1, NaN without a reference; `repetition` is -1 for a
-            caption that collapses and 0 for any other; `truncated` is 1 where it was too long for the limits; `timing`
-            where the reference has room for events, and `probes` where a judge was asked, both from 0 to 1; those of a
-            user.
-        keypoints: the judge's answers.
-        verdict, pairs: what the lexical judge and R_D saw.
+        terms: raw values by name. R_C, R_D and R_L are in [0, 1], NaN without a reference. `repetition` is -1 for a
+            caption that collapses, else 0. `truncated` is 1 if the caption exceeded the limits. `timing` (in [0, 1])
+            exists if the references have event arrays, `probes` (in [0, 1]) if a judge scored probes. User terms
+            follow.
+        keypoints: the judge's scores.
+        verdict, pairs: results of the lexical judge and line comparisons of R_D.
     """
 
     terms: dict[str, Float[Array, ""]]
@@ -78,19 +78,23 @@ def make_references(
     alphabet: int = 0,
     events: int = 0,
 ) -> tuple[References, np.ndarray]:
-    """References of clips as arrays, and bool [B], which of them were truncated.
+    """Convert the references of clips to arrays.
 
     Args:
-        clips: of each, "caption", "dialogues", "keypoints" and "events", each of which may be absent or None. Dialogues
-            that are not there are read from the caption.
-        limits: `quotes` and `line` hold for dialogues too.
-        keypoints: most keypoints a clip; `distinct`: most distinct features of them; `alphabet`: most distinct
-            characters of its lines. 0: as many as these clips have.
-        events: most events a clip; 0: no term `timing`.
+        clips: mappings with "caption", "dialogues", "keypoints" and "events"; each may be absent or None. Missing
+            dialogues are parsed from the caption.
+        limits: `quotes` and `line` also apply to dialogues.
+        keypoints: maximum keypoints per clip. 0: the maximum of these clips.
+        distinct: maximum distinct keypoint features per clip. 0: the maximum of these clips.
+        alphabet: maximum distinct characters of a clip's lines. 0: the maximum of these clips.
+        events: maximum events per clip. 0: no `timing` term.
+
+    Returns:
+        The references, and bool [B]: the clips whose reference was truncated.
     """
     captions = [clip.get("caption") for clip in clips]
     lists = [clip.get("keypoints") for clip in clips]
-    size = keypoints or max(1, 1, *(len(one or ()) for one in lists))
+    size = keypoints or max(1, 1, *(len(points or ()) for points in lists))
     lines, truncated_lines = dialogue_references(
         table, [clip.get("dialogues") for clip in clips], captions, limits, alphabet
     )
@@ -102,7 +106,7 @@ def make_references(
 
 
 def missing(references: References) -> dict[str, np.ndarray]:
-    """For each term that needs a reference, bool [B]: the clips that have none."""
+    """Map each term that needs a reference to bool [B]: the clips without one."""
     without = {
         "checklist": np.asarray(references.keypoints.count) <= 0,
         "dialogue": np.asarray(references.dialogue.count) < 0,
@@ -119,11 +123,13 @@ def score(
     probes: Float[Array, "P"] | None = None,
     extra: Sequence[Term] = (),
 ) -> Scored:
-    """Score one caption of so many tokens against one reference.
+    """Score one caption against one reference.
 
     Args:
-        answers, probes: a judge's scores of the keypoints and of the probes; NaN without one.
-        extra: a user's terms of kind "jax".
+        tokens: number of tokens of the caption.
+        answers: a judge's keypoint scores; NaN without an answer. None: use the lexical judge.
+        probes: a judge's probe scores; NaN without an answer. None: no `probes` term.
+        extra: user terms of kind "jax".
     """
     verdict = lexical(caption, reference.keypoints, thresholds.low, thresholds.high, thresholds.order)
     answers = verdict.score if answers is None else answers
@@ -157,24 +163,24 @@ def score_captions(
     probes: Float[Array, "B G P"] | None = None,
     extra: Sequence[Term] = (),
 ) -> dict[str, Float[Array, "B G"]]:
-    """The raw value of every term for G captions of each of B clips.
+    """Compute the raw value of every term for G captions of each of B clips.
 
     Args:
-        tokens: ids; those from `lengths` on do not count. A stop id among the first `lengths` counts as a token and
-            has no text.
-        answers: of another judge than the lexical one.
-        limits: how much of a caption is read; by default what captions of C tokens need.
-        probes: scores of each clip's probes; NaN without one.
-        extra: a user's terms of kind "jax".
+        tokens: token ids. Ids at or after `lengths` are ignored. A stop id before `lengths` counts as a token and has
+            no text.
+        answers: keypoint scores of a judge other than the lexical one.
+        limits: maximum sizes of a parsed caption. Default: `limits_for(C)`.
+        probes: scores of each clip's probes; NaN without an answer.
+        extra: user terms of kind "jax".
     """
     limits = limits or limits_for(tokens.shape[-1])
 
-    def one(ids: Array, length: Array, reference: References, *judged: Array | None) -> dict[str, Array]:
+    def score_one(ids: Array, length: Array, reference: References, *judged: Array | None) -> dict[str, Array]:
         return score(read(table, ids, length, limits), length, reference, thresholds, *judged, extra).terms
 
-    by_caption = [None if one is None else 0 for one in (answers, probes)]
-    in_group = jax.vmap(one, in_axes=(0, 0, None, *by_caption))
-    return jax.vmap(in_group, in_axes=(0, 0, 0, *by_caption))(tokens, lengths, references, answers, probes)
+    judged_axes = [None if scores is None else 0 for scores in (answers, probes)]
+    score_group = jax.vmap(score_one, in_axes=(0, 0, None, *judged_axes))
+    return jax.vmap(score_group, in_axes=(0, 0, 0, *judged_axes))(tokens, lengths, references, answers, probes)
 
 
 def combine(
@@ -183,21 +189,21 @@ def combine(
     normalize: bool = False,
     gate: bool = False,
 ) -> tuple[Float[Array, "B G"], dict[str, Float[Array, ""]]]:
-    """The reward of each caption, and metrics of the terms.
+    """Combine the terms into the reward of each caption, and compute metrics of the terms.
+
+    A missing value is replaced by the mean of its group, so that it does not change the advantage. A term that is
+    missing in a whole group contributes 0.
 
     Args:
-        terms: raw values, NaN where there is none.
-        weights: of each term that counts. The paper's reward is the plain sum of checklist, dialogue and length.
-        normalize: each term less its mean in the group, over its deviation there, before it is weighted, so that a
-            term of small spread is not drowned (GDPO). A term without spread gives 0.
-        gate: a caption that collapses has no credit for dialogue.
-
-    A value that is missing takes the mean of its group, so that it neither helps nor hurts; a term that a whole group
-    lacks adds 0 to all of it.
+        terms: raw values; NaN if missing.
+        weights: weights of the included terms. The paper's reward is the plain sum of checklist, dialogue and length.
+        normalize: standardize each term within its group before weighting, so that terms of small variance keep their
+            influence (GDPO). A constant term gives 0.
+        gate: set the dialogue term of captions that collapse to 0.
 
     Returns:
-        The rewards, and for each term `NAME` (mean of what is known), `NAME_std`, `NAME_flat` (share of groups that
-        know it and in which all values are the same) and `NAME_missing` (share of values).
+        The rewards, and for each term the metrics `NAME` (mean of the values present), `NAME_std`, `NAME_flat` (share
+        of the groups with a value in which all values are equal) and `NAME_missing` (share of missing values).
     """
     total = jnp.zeros(next(iter(terms.values())).shape, jnp.float32)
     metrics = {}
@@ -210,7 +216,7 @@ def combine(
         mean = jnp.sum(jnp.where(known, value, 0), axis=-1, keepdims=True) / present
         centered = jnp.where(known, value - mean, 0.0)
         deviation = jnp.sqrt(jnp.sum(centered**2, axis=-1, keepdims=True) / present)
-        # Values that are the same differ from their mean by rounding alone.
+        # Compare with a tolerance: equal values differ from their mean by rounding errors.
         flat = jnp.ptp(jnp.where(known, value, mean), axis=-1, keepdims=True) < 1e-6
         part = jnp.where(flat, 0.0, centered / jnp.where(flat, 1.0, deviation)) if normalize else mean + centered
         total = total + weight * part

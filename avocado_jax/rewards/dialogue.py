@@ -1,14 +1,14 @@
-"""R_D: lines of dialogue and who speaks them, in order (paper, dialogue reward).
+"""R_D: F1 of the aligned dialogue lines and their speakers (paper, dialogue reward).
 
     Q  quoted lines of a caption      A  distinct characters of the reference's lines
-    J  lines of the reference         K  words of 32 bits in a block
+    J  lines of the reference         K  32-bit words in a block
 
-Similarity is 1 - edit distance / the longer length on normalised lines. An order-preserving alignment, of pairs whose
-similarity reaches a threshold, maximises the summed similarity and, among such, the pairs with the same speaker
-(within 1e-6 of the sum). S is half of both sums, recall S / J, precision S / Q, and R_D their F1; no line on either
-side gives 1, on one side only 0.
+The similarity of two normalised lines is 1 - edit distance / longer length. The order-preserving alignment of pairs
+above a similarity threshold maximises the summed similarity. Ties (within 1e-6) are broken by the number of pairs with
+the same speaker. S is the mean of the two sums, recall is S / J, precision is S / Q, and R_D is their F1. R_D is 1 if
+neither side has lines and 0 if exactly one side has none.
 
-Sums are integers in units of 2^-26, so that ties are the same on every device and in every order of work.
+Sums are integers in units of 2^-26, so that ties do not depend on the device or on the order of additions.
 """
 
 from collections.abc import Mapping, Sequence
@@ -23,26 +23,26 @@ from avocado_jax.rewards.text import PHRASE, Caption, Limits, read_texts
 from avocado_jax.rewards.vocabulary import BIT, Table, hash_word, meaning, stems_of, word_characters, words_of
 from avocado_jax.typing import Array, Bool, Float, Int
 
-SIMILAR = 0.6  # least similarity of two lines that may be one (paper)
-SPEAKER = 0.55  # least share of a speaker's description that the words around the caption's quote must contain
-WITHIN = 0.8  # least share of a phrase within another of the same reference that makes them one speaker
-UNIT = 26  # bits after the point of a similarity
+SIMILAR = 0.6  # minimum similarity of two lines that match (paper)
+SPEAKER = 0.55  # minimum share of a speaker's description that the words around the caption's quote must contain
+WITHIN = 0.8  # minimum shared weight of two phrases of one reference that name the same speaker
+UNIT = 26  # fractional bits of a similarity
 TIE = round(1e-6 * 2**UNIT)
 VOICE = hash_word(meaning("voice"))
-PAIRS = 128  # pairs of lines that are compared at once
-BLOCK = 16  # words of a line of the reference that are compared at once
-CHUNK = 64  # reference captions that are read at once
+PAIRS = 128  # line pairs compared in one iteration
+BLOCK = 16  # 32-bit words of a reference line compared in one iteration
+CHUNK = 64  # reference captions parsed in one call
 
 
 class Dialogue(NamedTuple):
-    """The lines of one reference; of several where stacked.
+    """The lines of one reference, or of several if stacked.
 
     Attributes:
-        lines, line_length: each line, normalised.
-        alphabet: the distinct characters of the lines, sorted; the largest number behind them.
-        speakers, speaker_weights: the stems of each speaker and what each says; 0 behind them.
-        derived: whether the lines, and words around them for speakers, were read from a caption.
-        count: how many lines there are; -1 where that is not known.
+        lines, line_length: the normalised lines.
+        alphabet: the sorted distinct characters of the lines, padded with the largest integer.
+        speakers, speaker_weights: the stems of each speaker description and their weights, padded with 0.
+        derived: whether the lines and speaker phrases were parsed from a caption.
+        count: number of lines; -1 if unknown.
     """
 
     lines: Int[Array, "J line"]
@@ -70,13 +70,13 @@ def dialogue_references(
     """Stack the references of clips and return which of them were truncated to the limits.
 
     Args:
-        dialogues: of each clip, {"speaker", "text"} in order; None where they are to be read from its caption.
+        dialogues: {"speaker", "text"} of each clip in order; None: parse them from the clip's caption.
         captions: reference captions; a clip with neither has no reference.
-        limits: `quotes` and `line` bound the lines of a clip and the characters of a line.
-        alphabet: most distinct characters in a clip's lines; 0: as many as these have.
+        limits: `quotes` limits the lines of a clip, `line` the characters of a line.
+        alphabet: maximum distinct characters of a clip's lines; 0: the maximum of these clips.
     """
     known: list[list[_Line] | None] = [
-        None if lines is None else _given(table, _merged(lines) if limits.merge else lines) for lines in dialogues
+        None if lines is None else _parse_lines(table, _merged(lines) if limits.merge else lines) for lines in dialogues
     ]
     truncated = np.zeros(len(known), bool)
     unread = [clip for clip, lines in enumerate(known) if lines is None and captions[clip] is not None]
@@ -84,7 +84,7 @@ def dialogue_references(
         clips = unread[first : first + CHUNK]
         read = read_texts(table, [captions[clip] or "" for clip in clips], limits)
         for row, clip in enumerate(clips):
-            known[clip] = _read(jax.tree.map(lambda leaf, row=row: leaf[row], read))
+            known[clip] = _lines_of(jax.tree.map(lambda leaf, row=row: leaf[row], read))
             truncated[clip] = read.truncated[row]
     truncated |= [lines is not None and len(lines) > limits.quotes for lines in known]
     truncated |= [
@@ -115,7 +115,7 @@ def dialogue_references(
 
 
 def _merged(lines: Sequence[Mapping[str, str]]) -> list[Mapping[str, str]]:
-    """Lines with consecutive ones of one speaker as one."""
+    """Merge consecutive lines of the same speaker."""
     made: list[Mapping[str, str]] = []
     for line in lines:
         if made and made[-1]["speaker"] == line["speaker"]:
@@ -125,7 +125,8 @@ def _merged(lines: Sequence[Mapping[str, str]]) -> list[Mapping[str, str]]:
     return made
 
 
-def _given(table: Table, lines: Sequence[Mapping[str, str]]) -> list[_Line]:
+def _parse_lines(table: Table, lines: Sequence[Mapping[str, str]]) -> list[_Line]:
+    """Normalise the lines of a record and look up the stems of their speakers."""
     made = []
     for line in lines:
         stems, weights, classes = stems_of(table, " ".join(dict.fromkeys(words_of(line["speaker"]))))
@@ -135,12 +136,13 @@ def _given(table: Table, lines: Sequence[Mapping[str, str]]) -> list[_Line]:
 
 
 def _without_voice(stems: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """Weights of a description: that it is a voice or a narrator counts only where nothing else is known."""
+    """Set the weight of "voice" and "narrator" to 0 if the description has other words."""
     others = np.where(stems == VOICE, 0, weights)
     return others if others.any() else weights
 
 
-def _read(caption: Caption) -> list[_Line]:
+def _lines_of(caption: Caption) -> list[_Line]:
+    """The quoted lines of a parsed caption."""
     return [
         _Line(
             caption.lines[q, : caption.line_length[q]],
@@ -152,11 +154,11 @@ def _read(caption: Caption) -> list[_Line]:
 
 
 class Pairs(NamedTuple):
-    """Every quoted line of a caption beside every line of the reference.
+    """Comparison of every quoted line of a caption with every line of the reference.
 
     Attributes:
-        similarity: in units of 2^-26; 0 below the threshold.
-        same: the words around the quote say who the reference says it is.
+        similarity: similarity in units of 2^-26; 0 below the threshold.
+        same: whether the words around the quote describe the speaker of the reference line.
     """
 
     similarity: Int[Array, "Q J"]
@@ -166,12 +168,12 @@ class Pairs(NamedTuple):
 def dialogue_reward(
     caption: Caption, reference: Dialogue, similar: float = SIMILAR, speaker: float = SPEAKER
 ) -> Float[Array, ""]:
-    """R_D of one caption, from 0 to 1; NaN without a reference."""
+    """Compute R_D of one caption in [0, 1]; NaN without a reference."""
     return f1(compare(caption, reference, similar, speaker), caption.quotes, reference.count)
 
 
 def f1(pairs: Pairs, quotes: Int[Array, ""], lines: Int[Array, ""]) -> Float[Array, ""]:
-    """R_D from how the lines of both sides compare; NaN where `lines` is -1."""
+    """Compute R_D from the line comparisons; NaN if `lines` is -1."""
     content, speakers = align(pairs, quotes, lines)
     score = (content.astype(jnp.float32) / 2**UNIT + speakers) / 2
     # The F1 of S / quotes and S / lines is 2 S / (quotes + lines).
@@ -180,14 +182,14 @@ def f1(pairs: Pairs, quotes: Int[Array, ""], lines: Int[Array, ""]) -> Float[Arr
 
 
 def compare(caption: Caption, reference: Dialogue, similar: float = SIMILAR, speaker: float = SPEAKER) -> Pairs:
-    """Similarity and speakers of all pairs of lines."""
+    """Compare all pairs of lines: similarity and speaker."""
     longest = jnp.maximum(caption.line_length[:, None], reference.line_length[None])
     shortest = jnp.minimum(caption.line_length[:, None], reference.line_length[None])
     most = max(caption.lines.shape[-1], reference.lines.shape[-1])
-    # How many characters must agree, in the arithmetic of the host: 1 - 2/5 >= 0.6 has to hold everywhere.
+    # Number of characters that must agree, computed on the host: 1 - 2/5 >= 0.6 must hold on every device.
     enough = [next(k for k in range(n + 2) if n == 0 or k > n or 1 - (n - k) / n >= similar) for n in range(most + 1)]
     enough = jnp.asarray(enough)[longest]
-    needed = (shortest >= enough) & (longest > 0)  # no more characters can agree than the shorter line has
+    needed = (shortest >= enough) & (longest > 0)  # at most `shortest` characters can agree
     agree = longest - edit_distances(caption.lines, caption.line_length, reference, needed)
     fits = needed & (agree >= enough)
     divisor = jnp.maximum(longest, 1)
@@ -199,19 +201,18 @@ def compare(caption: Caption, reference: Dialogue, similar: float = SIMILAR, spe
 def edit_distances(
     lines: Int[Array, "Q L"], length: Int[Array, "Q"], reference: Dialogue, needed: Bool[Array, "Q J"]
 ) -> Int[Array, "Q J"]:
-    """Levenshtein distances of the pairs of lines that are needed, bit-parallel (Myers 1999, Hyyrö 2003).
+    """Compute Levenshtein distances of the needed pairs of lines, bit-parallel (Myers 1999, Hyyrö 2003).
 
-    A column of the dynamic programme is its differences from row to row, +1 in `rises` and -1 in `falls`, a bit for
-    each character of the reference's line; a column takes a few operations on words of 32 bits. Pairs are computed
-    PAIRS at a time: the time is that of the needed ones. Of the others the distance is that of lines without a
-    common character.
+    A column of the dynamic programme is stored as its row-to-row differences: +1 in `rises`, -1 in `falls`, one bit per
+    character of the reference line. A column takes a few operations on 32-bit words. The loop computes PAIRS needed
+    pairs per iteration and skips the others, whose distance is set to the longer length.
     """
     lines_ref, columns, j = reference.lines, lines.shape[-1], len(reference.lines)
     words = -(-lines_ref.shape[-1] // 32)
     blocks = -(-words // BLOCK)
     block = min(words, BLOCK)
     alphabet = reference.alphabet
-    other = len(alphabet)  # a character that the reference does not have
+    other = len(alphabet)  # symbol of all characters that are not in the reference
     position = jnp.arange(lines_ref.shape[-1])
     symbol = jnp.where(
         position[None] < reference.line_length[:, None], jnp.searchsorted(alphabet, lines_ref), other + 1
@@ -227,21 +228,21 @@ def edit_distances(
     capacity = -(-len(lines) * j // size) * size
     order, count = compact(needed.reshape(-1), jnp.arange(len(lines) * j, dtype=jnp.int32), capacity)
 
-    def some(state: tuple) -> tuple:
+    def next_pairs(state: tuple) -> tuple:
         first, found = state
         pair = jax.lax.dynamic_slice_in_dim(order, first, size)
         real = first + jnp.arange(size) < count
-        quote, of = pair // j, pair % j
+        quote, line = pair // j, pair % j
         symbols, until = text[quote].T, jnp.where(real, length[quote], 0)
-        until_ref = jnp.where(real, reference.line_length[of], 0)
-        used = -(-jnp.max(until_ref, initial=0) // (32 * block))  # blocks with a character of the reference
+        until_ref = jnp.where(real, reference.line_length[line], 0)
+        used = -(-jnp.max(until_ref, initial=0) // (32 * block))  # blocks that contain reference characters
 
         def column(step: jax.Array, state: tuple) -> tuple:
             goes = step < until
 
             def one_block(number: jax.Array | int, state: tuple) -> tuple:
                 rises, falls, carry, rise_in, fall_in = state
-                match = masks[number, :, symbols[step], of].T  # [K, P]
+                match = masks[number, :, symbols[step], line].T  # [K, P]
                 new_rises, new_falls = [], []
                 for k in range(block):
                     up, down, equal = rises[k][number], falls[k][number], match[k]
@@ -261,7 +262,7 @@ def edit_distances(
                 return tuple(new_rises), tuple(new_falls), carry, rise_in, fall_in
 
             nothing = jnp.zeros(size, jnp.uint32)
-            begin = (*state, nothing, nothing + 1, nothing)  # row 0 rises by one a column
+            begin = (*state, nothing, nothing + 1, nothing)  # row 0 increases by one per column
             return (one_block(0, begin) if blocks == 1 else jax.lax.fori_loop(0, used, one_block, begin))[:2]
 
         full = jnp.full((blocks, size), 0xFFFFFFFF, jnp.uint32)
@@ -279,62 +280,63 @@ def edit_distances(
 
     furthest = jnp.maximum(length[:, None], reference.line_length[None]).astype(jnp.int32)
     state = (jnp.int32(0), furthest.reshape(-1))
-    return jax.lax.while_loop(lambda state: state[0] < count, some, state)[1].reshape(len(lines), j)
+    return jax.lax.while_loop(lambda state: state[0] < count, next_pairs, state)[1].reshape(len(lines), j)
 
 
 def same_speaker(caption: Caption, reference: Dialogue, least: float = SPEAKER) -> Bool[Array, "Q J"]:
     """Whether the words around each quote describe the speaker of each line of the reference.
 
-    They must contain at least the share `least` of the speaker's description, by weight. Where the reference's
-    speakers are phrases of a caption, the share is of the shorter phrase. Of several speakers of the reference that
-    the words describe, only the one described best counts: by share, then by weight, then the first. A line whose
-    speaker the reference leaves open agrees with any.
+    The words must contain at least the share `least` of the speaker's description, by weight. If the reference was
+    parsed from a caption, the share is relative to the shorter phrase. If the words describe several speakers of the
+    reference, only the best one matches: by share, then by weight, then the first. A reference line without a speaker
+    matches any quote.
     """
     overlap = _overlap(caption.speakers, caption.speaker_weights, reference)
-    whole = jnp.sum(reference.speaker_weights, axis=-1)
+    reference_weight = jnp.sum(reference.speaker_weights, axis=-1)
     caption_weight = jnp.sum(caption.speaker_weights, axis=-1)[:, None]
-    against = jnp.where(reference.derived, jnp.minimum(whole[None], caption_weight), whole[None])
-    share = jnp.where(against > 0, overlap / jnp.maximum(against, 1e-9), 0.0)
+    full = reference_weight[None]
+    denominator = jnp.where(reference.derived, jnp.minimum(full, caption_weight), full)
+    share = jnp.where(denominator > 0, overlap / jnp.maximum(denominator, 1e-9), 0.0)
     best = share >= jnp.max(share, axis=-1, keepdims=True, initial=0.0) - 1e-6
     chosen = jnp.argmax(
         jnp.where(best, overlap, -1.0) >= jnp.max(jnp.where(best, overlap, -1.0), -1)[:, None] - 1e-4, -1
     )
-    # lines of the reference with one speaker: the same description, or where it was read, one within the other
+    # Reference lines of the same speaker: equal descriptions or, if parsed from a caption, one within the other.
     common = _overlap(reference.speakers, reference.speaker_weights, reference)
-    shorter, longer = (of(whole[:, None], whole[None]) for of in (jnp.minimum, jnp.maximum))
-    one = jnp.where(reference.derived, common >= WITHIN * shorter, common >= longer - 1e-4)
-    return (whole == 0)[None] | ((share >= least) & one[chosen])
+    shorter, longer = (reduce(reference_weight[:, None], full) for reduce in (jnp.minimum, jnp.maximum))
+    same = jnp.where(reference.derived, common >= WITHIN * shorter, common >= longer - 1e-4)
+    return (full == 0) | ((share >= least) & same[chosen])
 
 
 def _overlap(stems: Array, weights: Array, reference: Dialogue) -> Float[Array, "Q J"]:
-    """The weight of the words of each speaker of the reference that each phrase contains."""
+    """The weight of the words that each phrase shares with each speaker of the reference."""
     found = (stems[:, :, None, None] == reference.speakers[None, None]) & (weights > 0)[:, :, None, None]
     return jnp.sum(jnp.any(found, axis=1) * reference.speaker_weights[None], axis=-1)
 
 
 def align(pairs: Pairs, quotes: Int[Array, ""], lines: Int[Array, ""]) -> tuple[Int[Array, ""], Int[Array, ""]]:
-    """Summed similarity (units) and same-speaker pairs of the best alignment, anti-diagonal by anti-diagonal."""
+    """Summed similarity (in units) and same-speaker pairs of the best alignment. Scans the anti-diagonals."""
     rows, columns = pairs.similarity.shape
     row = jnp.arange(rows)
 
-    def later(values: jax.Array) -> jax.Array:  # what the row above holds; above the first are zeros
+    def previous_row(values: jax.Array) -> jax.Array:  # the values of the row above; 0 above the first row
         return jnp.concatenate([jnp.zeros(1, values.dtype), values[:-1]])
 
     def diagonal(state: tuple, number: jax.Array) -> tuple:
-        last, before, result = state  # of the two diagonals before: (content, speakers) by row
+        last, before, result = state  # the two previous diagonals: (content, speakers) by row
         column = number - row
         inside = (column >= 0) & (column < columns)
         at = jnp.clip(column, 0, columns - 1)
         gain = jnp.where(inside, pairs.similarity[row, at], 0)
-        up, match = (later(last[0]), later(last[1])), (later(before[0]), later(before[1]))
+        up, match = tuple(map(previous_row, last)), tuple(map(previous_row, before))
         options = [up, last, (match[0] + gain, match[1] + pairs.same[row, at])]
         possible = [jnp.ones(rows, bool), jnp.ones(rows, bool), gain > 0]
-        most = jnp.max(jnp.stack([jnp.where(may, one[0], 0) for one, may in zip(options, possible)]), axis=0)
+        most = jnp.max(jnp.stack([jnp.where(may, option[0], 0) for option, may in zip(options, possible)]), axis=0)
         content, speakers = jnp.zeros(rows, jnp.uint32), jnp.full(rows, -1)
-        for one, may in zip(options, possible):
-            near = may & (one[0] + TIE >= most)
-            better = near & ((one[1] > speakers) | ((one[1] == speakers) & (one[0] > content)))
-            content, speakers = jnp.where(better, one[0], content), jnp.where(better, one[1], speakers)
+        for (new_content, new_speakers), may in zip(options, possible):
+            near = may & (new_content + TIE >= most)
+            better = near & ((new_speakers > speakers) | ((new_speakers == speakers) & (new_content > content)))
+            content, speakers = jnp.where(better, new_content, content), jnp.where(better, new_speakers, speakers)
         here = (jnp.where(inside, content, 0), jnp.where(inside, speakers, 0))
         ends = (number == quotes + lines - 2) & (row == quotes - 1)
         result = tuple(old + jnp.sum(jnp.where(ends, new, 0), dtype=old.dtype) for old, new in zip(result, here))

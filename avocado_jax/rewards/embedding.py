@@ -1,4 +1,4 @@
-"""The sentence encoder as a judge: a keypoint is stated if some stretch of the caption means nearly the same."""
+"""Sentence encoder judge: a keypoint is stated if a window of the caption has a similar embedding."""
 
 from collections.abc import Callable
 
@@ -16,18 +16,18 @@ def embedding_scores(
     low: float,
     high: float,
 ) -> Float[Array, "K"]:
-    """The largest cosine between each keypoint and any window of one caption, on a ramp from `low` to `high`.
+    """Score each keypoint by the largest cosine with any window of one caption, on a ramp from `low` to `high`.
 
-    score_k = clip((max_w <e_w, e_k> - low) / (high - low), 0, 1); with low = high, whether the cosine reaches it.
+    score_k = clip((max_w <e_w, e_k> - low) / (high - low), 0, 1); a step function if low = high.
 
     Args:
-        embed: tokens and which of them are valid to unit vectors, [N S] -> [N D].
-        windows: stretches of the caption, with the encoder's marks of begin and end. One without a valid token is
-            none; a caption without any states nothing.
-        keypoints: one without a valid token is none.
+        embed: (tokens [N S], mask [N S]) -> unit vectors [N D].
+        windows: windows of the caption with the encoder's start and end tokens. Windows without a valid token are
+            padding; a caption without windows scores 0.
+        keypoints: keypoint tokens; keypoints without a valid token are padding.
 
     Returns:
-        fp32 in 0..1; NaN where there is no keypoint.
+        fp32 in [0, 1]; NaN for padding.
     """
     near = embed(keypoints, keypoints_valid) @ embed(windows, windows_valid).T
     best = jnp.max(near, axis=1, where=jnp.any(windows_valid, axis=1), initial=-1.0)

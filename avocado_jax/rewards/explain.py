@@ -1,4 +1,4 @@
-"""Explain in words what a score is based on."""
+"""Explain scores in words."""
 
 from collections.abc import Mapping, Sequence
 
@@ -20,12 +20,12 @@ def explain(
     keypoints: Sequence[Mapping[str, str]],
     dialogues: Sequence[Mapping[str, str]] = (),
 ) -> list[str]:
-    """What matched, in words: lines with their speakers, keypoints with the words they were found in.
+    """Describe the matches: lines with their speakers, keypoints with the words that state them.
 
     Args:
         caption, reference, scored: of one caption, as numpy arrays.
-        keypoints: {"text"} of the reference.
-        dialogues: {"speaker", "text"} of its lines as they were compared; the speaker may be empty.
+        keypoints: the reference's {"text"}.
+        dialogues: {"speaker", "text"} of the reference lines that were compared; the speaker may be empty.
     """
     terms = {name: float(value) for name, value in scored.terms.items()}
     sentences = [
@@ -78,7 +78,7 @@ def _dialogue(
 
 
 def _phrase(caption: Caption, quote: int) -> str:
-    """The words that say who speaks a quote, in the caption's order."""
+    """The words that describe the speaker of a quote, in the caption's order."""
     stems = caption.speakers[quote][caption.speaker_weights[quote] > 0]
     words = {}
     for word in range(int(caption.words)):
@@ -89,7 +89,7 @@ def _phrase(caption: Caption, quote: int) -> str:
 
 
 def alignment(similarity: np.ndarray, same: np.ndarray) -> list[tuple[int, int]]:
-    """The aligned (quote, line) pairs that `dialogue.align` counts."""
+    """The aligned (quote, line) pairs, by the rules of `dialogue.align`."""
     rows, columns = similarity.shape
     best = [[(0, 0, ())] * (columns + 1) for _ in range(rows + 1)]
     for i in range(rows):

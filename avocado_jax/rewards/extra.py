@@ -1,9 +1,9 @@
-"""Terms that users write: functions that are named on the command line, or in `rewards.extra` of a config.
+"""User-defined reward terms: functions named on the command line or in `rewards.extra` of a config.
 
   jax:MODULE:FUNCTION=WEIGHT    one `Caption` and one `References` -> float32 scalar; vmapped and compiled
-  host:MODULE:FUNCTION=WEIGHT   texts of captions and the fields of their records -> numbers or None, one each
+  host:MODULE:FUNCTION=WEIGHT   caption texts and record fields -> one number or None per caption
 
-NaN, or None, means no verdict: the value is excluded, never counted as 0. The term has the name of the function.
+NaN or None means no verdict: the value is excluded, never counted as 0. The term is named after the function.
 """
 
 import importlib
@@ -18,12 +18,12 @@ from avocado_jax.errors import InputError
 from avocado_jax.typing import Array, Float
 
 KINDS = ("jax", "host")
-SUFFIXES = ("", "_std", "_flat", "_missing")  # of the metrics of a term
+SUFFIXES = ("", "_std", "_flat", "_missing")  # suffixes of a term's metrics
 RESERVED = ("std", "truncated")  # `reward_std` is a metric; `truncated` is a column beside the terms
 
 
 class Term(NamedTuple):
-    """A user's term."""
+    """A user-defined term."""
 
     kind: str  # of KINDS
     name: str
@@ -31,27 +31,27 @@ class Term(NamedTuple):
     weight: float
 
     def value(self, caption: Any, reference: Any) -> Float[Array, ""]:
-        """The value of a "jax" term for one caption.
+        """Compute a "jax" term for one caption.
 
         Raises:
             RuntimeError: the function raised an exception, or its result is not a scalar.
         """
         try:
             return jnp.asarray(self.function(caption, reference), jnp.float32).reshape(())
-        except Exception as error:  # whatever the user's code raises: the exit status must not depend on its type
+        except Exception as error:  # the exit status must not depend on the type of the user's exception
             raise self._failed(error) from error
 
     def values(self, captions: Sequence[str], references: Sequence[Mapping[str, Any]]) -> Float[np.ndarray, "N"]:
-        """The values of a "host" term, NaN without a verdict.
+        """Compute a "host" term; NaN without a verdict.
 
         Raises:
-            RuntimeError: the function raised an exception, or returned something else than N numbers or None.
+            RuntimeError: the function raised an exception, or did not return N numbers or None values.
         """
         try:
-            given = self.function(list(captions), list(references))
-            found = np.array([math.nan if value is None else float(value) for value in given])
+            values = self.function(list(captions), list(references))
+            found = np.array([math.nan if value is None else float(value) for value in values])
             if found.shape != (len(captions),) or np.isinf(found).any():
-                raise ValueError(f"{len(found)} values of {len(captions)} captions, or one that is infinite")
+                raise ValueError(f"got {len(found)} values for {len(captions)} captions, or an infinite value")
             return found
         except Exception as error:
             raise self._failed(error) from error
@@ -61,13 +61,14 @@ class Term(NamedTuple):
 
 
 def load_terms(texts: Sequence[str], taken: Sequence[str]) -> list[Term]:
-    """Import the functions of terms; without "=WEIGHT" the weight is 1.
+    """Import the functions of terms. The weight defaults to 1 without "=WEIGHT".
 
     Args:
         taken: names of other terms.
 
     Raises:
-        InputError: one is not so, there is no such function, or its name or that of a metric is taken.
+        InputError: a text has another form, its function does not exist, or the name of the term or of one of its
+            metrics is taken.
     """
     terms = [_load(text) for text in texts]
     names = [*taken, *(term.name for term in terms)]
@@ -79,7 +80,7 @@ def load_terms(texts: Sequence[str], taken: Sequence[str]) -> list[Term]:
 
 
 def weight_of(text: str) -> tuple[str, float]:
-    """KIND:MODULE:FUNCTION and the weight.
+    """Split a term into KIND:MODULE:FUNCTION and its weight.
 
     Raises:
         InputError: the weight is not a finite number.

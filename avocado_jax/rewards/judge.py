@@ -32,12 +32,12 @@ Verdicts = list[bool | None]  # None: not answered
 
 
 class Task(NamedTuple):
-    """What a judge is asked of a caption: a numbered list of items, each with an answer in words.
+    """A kind of query about a caption: a numbered list of items, each with a text answer.
 
     Attributes:
         messages: (caption, items) -> the messages of one call.
-        score: (answer to an item, item) -> whether the caption fulfils it; None: not an answer.
-        noun: what messages on stderr call the items.
+        score: (answer to an item, item) -> whether the caption fulfils it; None: invalid answer.
+        noun: name of the items in messages.
     """
 
     messages: Callable[[str, Sequence[Any]], list[dict[str, str]]]
@@ -49,13 +49,13 @@ class RemoteJudge:
     """Queries an endpoint for the keypoints that each caption states, or for the answers to probes.
 
     Calls run in a background thread: start a batch, dispatch work to the devices, then collect the scores. Items
-    without an answer are NaN, never 0: `counts` has their number and `trouble` the latest error.
+    without an answer are NaN, never 0. `counts` has their number, `trouble` the latest error message.
 
     Attributes:
-        counts: those of `remote.chat.ChatClient`, and the number of "missing" items.
+        counts: the counts of `remote.chat.ChatClient`, and the number of "missing" items.
 
     Raises:
-        InputError: as the client; errors of a query are raised when its scores are collected.
+        InputError: see `ChatClient`. Errors of a query are raised when its scores are collected.
     """
 
     def __init__(self, endpoint: Endpoint):
@@ -75,19 +75,19 @@ class RemoteJudge:
 
         Returns:
             A function that waits for the scores: 1 if the caption states the keypoint, 0 if not, NaN without an
-            answer and beyond a caption's keypoints. It returns within the endpoint's `patience`, which counts from
-            now, or from the deadline of the batch before it if that is not complete.
+            answer and for padding. It returns within the endpoint's `patience`, measured from now, or from the
+            deadline of the previous batch if that batch is not complete.
         """
         return self._start(KEYPOINTS, captions, keypoints)
 
     def probes(
         self, captions: Sequence[str], probes: Sequence[Sequence[Probe]]
     ) -> Callable[[], Float[np.ndarray, "N K"]]:
-        """As calling the judge, with 1 if the endpoint answers the probe rightly from the caption, 0 if not."""
+        """Like `__call__`, for probes: 1 if the endpoint answers the probe correctly from the caption, 0 if not."""
         return self._start(PROBES, captions, probes)
 
     def close(self) -> None:
-        """Cancel pending calls and end the thread."""
+        """Cancel pending calls and stop the thread."""
         self.client.close()
 
     def __enter__(self) -> "RemoteJudge":
@@ -99,7 +99,7 @@ class RemoteJudge:
     def _start(
         self, task: Task, captions: Sequence[str], items: Sequence[Sequence[Any]]
     ) -> Callable[[], Float[np.ndarray, "N K"]]:
-        """Start a batch. Its calls wait behind those of earlier batches, so its patience does too."""
+        """Start a batch. Its calls queue behind those of earlier batches, so its deadline starts after theirs."""
         before, deadline = self._newest.get(task.noun, (None, 0.0))
         begun = self.client.now()
         if before and not before.done():
@@ -112,7 +112,7 @@ class RemoteJudge:
     async def _batch(
         self, task: Task, captions: Sequence[str], items: Sequence[Sequence[Any]], deadline: float
     ) -> Float[np.ndarray, "N K"]:
-        """The scores of a batch."""
+        """Query all captions of a batch and return the scores."""
         pairs = zip(captions, items, strict=True)
         answers = await asyncio.gather(*(self._verdicts(task, *pair, deadline) for pair in pairs))
         scores = np.full((len(captions), max(map(len, items), default=0)), np.nan, np.float32)
@@ -122,7 +122,7 @@ class RemoteJudge:
         return scores
 
     async def _verdicts(self, task: Task, caption: str, items: Sequence[Any], deadline: float) -> Verdicts:
-        """Query all items, then those that the answer omits, until all are known or the tries are used up."""
+        """Query all items, then the missing ones again, until all are answered or the tries are used up."""
         if task is PROBES and not caption.strip():
             return [False] * len(items)
         verdicts: Verdicts = [None] * len(items)
@@ -145,14 +145,14 @@ class RemoteJudge:
 
 
 def question(caption: str, keypoints: Sequence[str]) -> list[dict[str, str]]:
-    """The messages of one call. Caption and statements are JSON strings, so that neither can imitate the other."""
+    """The messages of one call. JSON strings keep the caption and the statements separate."""
     statements = {str(number): text for number, text in enumerate(keypoints, start=1)}
     content = json.dumps({"description": caption, "statements": statements}, ensure_ascii=False, indent=1)
     return [{"role": "system", "content": INSTRUCTIONS}, {"role": "user", "content": content}]
 
 
 def probe_question(caption: str, probes: Sequence[Probe]) -> list[dict[str, str]]:
-    """The messages of one call for all probes of a caption, as JSON like `question`."""
+    """The messages of one call for all probes of a caption, in the JSON format of `question`."""
     questions = {
         str(number): {"question": probe.question, "choices": lettered(probe)}
         for number, probe in enumerate(probes, start=1)
@@ -162,7 +162,7 @@ def probe_question(caption: str, probes: Sequence[Probe]) -> list[dict[str, str]
 
 
 def keypoint_verdict(answer: str, _: str) -> bool | None:
-    """yes or no (true or false)."""
+    """Parse yes, no, true or false."""
     return VERDICTS.get(answer.lower())
 
 
@@ -171,14 +171,14 @@ PROBES = Task(probe_question, is_right, "questions")
 
 
 def read_answer(text: str, items: Sequence[Any], task: Task = KEYPOINTS) -> Verdicts:
-    """Parse the verdicts in a model's output: the JSON object whose keys are numbers.
+    """Parse the verdicts in a model's output: the JSON object with numbers as keys.
 
-    Text and fences around it are ignored, and what a model thinks before it answers (`</think>`). An item that is
-    omitted, or whose answer is invalid, is None.
+    Surrounding text, code fences and reasoning before `</think>` are ignored. The verdict of a missing or invalid
+    answer is None.
 
     Raises:
-        Malformed: there is no such object, or several that differ, or it has a number twice or an unknown number: it
-            may then belong to another list.
+        Malformed: the output has no such object, or several that differ, or the object has a duplicate or unknown
+            number.
     """
     text = text.rsplit("</think>", 1)[-1]
     decoder = json.JSONDecoder(object_pairs_hook=tuple)
@@ -193,7 +193,7 @@ def read_answer(text: str, items: Sequence[Any], task: Task = KEYPOINTS) -> Verd
             found.append(pairs)
     if not found:
         raise Malformed(f"no JSON object of numbered verdicts in {text[:200]!r}")
-    given = []
+    parsed = []
     for pairs in found:
         numbers = [int(key) for key, _ in pairs]
         if len(set(numbers)) < len(numbers) or not set(numbers) <= set(range(1, len(items) + 1)):
@@ -201,14 +201,14 @@ def read_answer(text: str, items: Sequence[Any], task: Task = KEYPOINTS) -> Verd
         verdicts: Verdicts = [None] * len(items)
         for number, (_, answer) in zip(numbers, pairs):
             verdicts[number - 1] = task.score(str(answer).strip(), items[number - 1])
-        given.append(verdicts)
-    if any(other != verdicts for other in given):
+        parsed.append(verdicts)
+    if any(other != verdicts for other in parsed):
         raise Malformed(f"{len(found)} JSON objects of {task.noun} contradict each other in {text[:200]!r}")
     return verdicts
 
 
 def _some(text: str, task: Task, items: Sequence[Any]) -> Verdicts:
-    """As `read_answer`, but an answer without any verdict is malformed."""
+    """Like `read_answer`, but an answer without any verdict is malformed."""
     verdicts = read_answer(text, items, task)
     if not any(verdict is not None for verdict in verdicts):
         raise Malformed(f"none of {len(items)} {task.noun} was answered", text)

@@ -1,4 +1,4 @@
-"""R_L: captions that end in time."""
+"""R_L: the length reward."""
 
 import jax.numpy as jnp
 

@@ -1,6 +1,6 @@
 """Word lists of the rewards: forms of one word, and classes of words. English, with a few words of Chinese."""
 
-# Other forms of a word that no suffix rule finds, and its plainest synonyms; a group becomes its first word.
+# Irregular forms and close synonyms of words. Each group is replaced by its first word.
 FORMS = """man men he him his himself male guy gentleman|woman women she her hers herself female lady|
 child children kid kids|person people|run ran|stand stood|sit sat|hold held|say said|speak spoke spoken speech|
 tell told|go went gone goes|come came|take took taken|give gave given|begin began begun start commence|fall fell fallen|
@@ -20,7 +20,7 @@ we they them their our your my me us do does did have has had having can could w
 if than also too very just not no nor s t re ve ll d m one some any each other another both such only own same more
 most now how what why all because until during after before between through about against again further once
 的 了 在 是 和 着 与 也 就 都 而 及 一 个 这 那 有 他 她 它 们 为 以 上 中 到 地 得"""
-# One of these in place of another is a contradiction; each has at least EXCLUSIVE_WEIGHT.
+# Words that contradict each other if exchanged. Each has a weight of at least EXCLUSIVE_WEIGHT.
 EXCLUSIVE = """red orange yellow green blue purple violet pink brown black white grey silver gold golden left right top
 bottom upper lower above below up down man woman boy girl two three four five six seven eight nine ten first second
 third big small loud soft high low fast slow open close inside outside day night
@@ -29,7 +29,7 @@ EXCLUSIVE_WEIGHT = 2.5
 
 # Classes of words, each a bit of `vocabulary.Table.classes`.
 CLASSES = {
-    # that something is spoken
+    # words that state that something is spoken
     "SPOKEN": """say says speak tell ask reply respond answer state exclaim narrate continue add adding shout yell
     whisper call cry explain announce declare remark comment murmur mutter sing repeat insist claim note mention warn
     suggest wonder want know question inquire introduce conclude laugh scream voice hear audio sound narration dialogue
@@ -41,21 +41,21 @@ CLASSES = {
     # verbs after which a colon introduces direct speech without quotation marks
     "SAYS": """say ask reply shout yell whisper answer exclaim respond add adding continue explain announce declare cry
     scream narrate murmur mutter tell sing""",
-    # that something is written
+    # words that state that something is written
     "WRITTEN": """text message word title caption sign label letter lettering logo banner overlay headline inscription
     poster billboard placard hashtag watermark slogan sticker tattoo graphic read written write 字 写 幕""",
     "READ": "read",
-    "SUBTITLE": "subtitle",  # written, unless something is spoken too
+    "SUBTITLE": "subtitle",  # written, unless the sentence also has a word of SPOKEN
     "ALOUD": "aloud",
     "NAMING": "call name dub nickname",
-    # who may speak
+    # possible speakers
     "PERSON": """man woman boy girl child person narrator voice host speaker teacher reporter guest mother father mom
     dad son daughter friend crowd audience student doctor singer player coach character comedian officer soldier
     customer chef judge interviewer commentator couple mc poet reader actor actress streamer vlogger instructor driver
     everyone someone interviewee anchor user""",
-    "SOURCE": "audio soundtrack",  # of speech, though not a person
-    "VOICE": "voice",  # says who speaks only where nothing else does
-    "GENERIC": "man woman boy girl child person voice speaker someone individual",  # said of a speaker who is known
+    "SOURCE": "audio soundtrack",  # sources of speech that are not persons
+    "VOICE": "voice",  # describes the speaker only if no other word does
+    "GENERIC": "man woman boy girl child person voice speaker someone individual",  # may refer to a known speaker
     "MALE": "man boy father dad son",
     "FEMALE": "woman girl mother mom daughter",
     "OTHER": "other another",
@@ -70,4 +70,4 @@ CLASSES = {
     "TRUTH": "true case",
     "THAT": "that",
 }
-PRONOUNS = "he him his himself she her hers herself"  # forms that stand for a man or a woman named before
+PRONOUNS = "he him his himself she her hers herself"  # forms that refer to a man or woman mentioned earlier

@@ -1,4 +1,4 @@
-"""Limits that texts stay within: estimates on the host, of few sizes, so that few programs serve any texts."""
+"""Estimate the limits of texts on the host. Limits take few sizes, so that few programs are compiled."""
 
 import re
 from collections.abc import Iterable, Sequence
@@ -7,16 +7,16 @@ from avocado_jax.rewards.lexicon import CLASSES
 from avocado_jax.rewards.text import Limits
 from avocado_jax.rewards.vocabulary import MARKS, SCRIPTS_WITHOUT_SPACES, meaning
 
-MOST = 32768  # characters of a text that are read at most
-SIZES = (32, 512), (64, 2048)  # lines of dialogue, characters of a line
+MOST = 32768  # maximum characters of a text
+SIZES = (32, 512), (64, 2048)  # (lines of dialogue, characters of a line)
 A_WORD = re.compile("[{0}]|[^\\W{0}]+".format("".join(f"{chr(a)}-{chr(b)}" for a, b in SCRIPTS_WITHOUT_SPACES)))
 A_SINGLE_MARK = re.compile(r"\B['‘’*]|['‘’*]\B")
-AFTER = r"\s.,!?…;:)\]}"  # what a closing mark may stand before
-A_DOUBLE_QUOTE = re.compile(  # from a mark that may open up to the next mark or the end of the paragraph
+AFTER = r"\s.,!?…;:)\]}"  # characters that may follow a closing mark
+A_DOUBLE_QUOTE = re.compile(  # from a possible opening mark up to the next mark or the end of the paragraph
     "(?:(?<!\\S)[{0}]|[{0}](?![{1}]|$))((?:[^{0}\n]|\n(?!\n))*)".format("".join(MARKS), AFTER)
 )
 A_SINGLE_QUOTE = re.compile(rf"(?<!\w)['‘*](?=\w)(.*?)(?:['’*](?=[{AFTER}]|$)|$)", re.MULTILINE)
-A_SCRIPT = re.compile(r"^(.*?)(?::(?=[\s*])|：)(.*)$", re.MULTILINE)  # a name, and what follows the first colon
+A_SCRIPT = re.compile(r"^(.*?)(?::(?=[\s*])|：)(.*)$", re.MULTILINE)  # a name, a colon and the rest of the line
 BRACKETED = re.compile(r"[(\[][^()\[\]]*[)\]]")
 A_NAME = re.compile(r"[^\W\d_]+")
 A_SENTENCE = re.compile(r"(?<=[.!?…。！？])\s")
@@ -24,14 +24,14 @@ PERSONS, VERBS = ({meaning(word) for word in CLASSES[name].split()} for name in 
 
 
 def limits_of(texts: Sequence[str], dialogues: Iterable[Sequence[str]] = ()) -> Limits:
-    """Limits that the texts stay within.
+    """Compute limits that fit the texts.
 
-    At most 32,768 characters, 64 lines and 2,048 characters of a line: what lies beyond is cut, so that the cost of a
-    text is bounded.
+    The maximum is 32,768 characters, 64 lines and 2,048 characters of a line. Longer texts are truncated, which bounds
+    the cost of a text.
 
     Args:
         texts: captions.
-        dialogues: lines of dialogue, of each clip.
+        dialogues: the lines of dialogue of each clip.
     """
     characters = _power_of_two(1024, map(len, texts), MOST)
     texts = [text[:characters].replace("''", '"').replace("&quot;", '"') for text in texts]
@@ -52,7 +52,7 @@ def _power_of_two(least: int, needed: Iterable[int], most: int) -> int:
 
 
 def _longest_line(text: str) -> int:
-    """The characters of what may be the longest line of dialogue of a text."""
+    """An upper estimate of the characters of a text's longest line of dialogue."""
     found = [*A_DOUBLE_QUOTE.findall(text), *A_SINGLE_QUOTE.findall(text)]
     for head, rest in A_SCRIPT.findall(text):
         name = A_NAME.findall(BRACKETED.sub("", head))[-1:]

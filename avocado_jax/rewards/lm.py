@@ -1,4 +1,4 @@
-"""The language model as a judge: it reads a caption once, with all questions about it as continuations."""
+"""Language model judge: one forward pass over a caption with all its questions as continuations."""
 
 from collections.abc import Callable
 from typing import Any
@@ -18,20 +18,20 @@ def next_token_scores(
     question_lengths: Int[Array, "B K"],
     ids: Int[Array, "I"],
 ) -> Float[Array, "B K I"]:
-    """Logits of the token after each question, in the layout of a clip and its captions.
+    """Compute the logits of the token after each question, with captions as clips and questions as captions.
 
-    Questions attend to their caption and to themselves, and start at the position where it ends, so that the logits
-    are those of the plain sequence [caption, question]: at 40 questions of 40 tokens after a caption of 1,000, a
-    sixteenth of the work.
+    Questions attend to their caption and to themselves, and start at the position where it ends. The logits equal
+    those of the plain sequence [caption, question] at a fraction of the work: a sixteenth for 40 questions of 40 tokens
+    after a caption of 1,000.
 
     Args:
-        apply: of a thinker, or of a language model as a thinker without towers: `apply({"params": params}, clip,
-            captions)` gives hidden states and `method="logits"` scores of ids.
-        captions: B captions, the prompt before them included, right-padded.
-        lengths: valid tokens of each, at least 1.
-        questions: what follows a caption, one for each of its K items, right-padded: the item, the question, the
-            opening of the answer.
-        question_lengths: 0 where there is no item.
+        apply: the `apply` of a thinker, or of a language model as a thinker without encoders: `apply({"params":
+            params}, clip, captions)` returns hidden states, `method="logits"` the logits of ids.
+        captions: B captions including the prompt before them, right-padded.
+        lengths: valid tokens of each caption, at least 1.
+        questions: one continuation for each of K items, right-padded: the item, the question and the start of the
+            answer.
+        question_lengths: valid tokens of each question; 0 for padding.
         ids: tokens whose logits are returned.
     """
     inputs = Captions(questions, questions, jnp.ones(questions.shape, bool))
@@ -51,13 +51,13 @@ def lm_scores(
     yes: Int[Array, "Y"],
     no: Int[Array, "N"],
 ) -> Float[Array, "B K"]:
-    """P(yes) / (P(yes) + P(no)) of the token after each question (`next_token_scores`).
+    """Compute P(yes) / (P(yes) + P(no)) of the token after each question (`next_token_scores`).
 
     Args:
-        yes, no: the ids with which each answer may begin.
+        yes, no: the possible first ids of each answer.
 
     Returns:
-        fp32 in 0..1; NaN where there is no question.
+        fp32 in [0, 1]; NaN without a question.
     """
     ids = jnp.concatenate([yes, no])
     scores = next_token_scores(apply, params, captions, lengths, questions, question_lengths, ids)
@@ -76,7 +76,7 @@ def lm_choices(
     right: Int[Array, "B K"],
     label_ids: Int[Array, "L"],
 ) -> Float[Array, "B K"]:
-    """Whether the likeliest letter after each multiple-choice question is the right one (`next_token_scores`).
+    """Whether the most probable letter after each multiple-choice question is the right one (`next_token_scores`).
 
     Args:
         choices: number of choices of each question.
@@ -84,7 +84,7 @@ def lm_choices(
         label_ids: the first token of each letter.
 
     Returns:
-        fp32, 1 or 0; NaN where there is no question.
+        fp32, 1 or 0; NaN without a question.
     """
     scores = next_token_scores(apply, params, captions, lengths, questions, question_lengths, label_ids)
     possible = jnp.arange(len(label_ids))[None, None] < choices[..., None]
@@ -93,14 +93,14 @@ def lm_choices(
 
 
 def _text(tokens: Int[Array, "B P"], lengths: Int[Array, "B"]) -> Clip:
-    """Texts as clips without picture and sound; what hangs off them starts at the position where they end."""
+    """Represent texts as clips without video and audio. Continuations start at the position where the text ends."""
     rows, length = tokens.shape
     return Clip(
         tokens=tokens,
         positions=jnp.broadcast_to(jnp.arange(length)[:, None], (rows, length, 3)),
         length=lengths,
         media=jnp.full((rows, length), -1),
-        first=jnp.zeros(rows, jnp.int32),  # of captions that are decoded: none are
+        first=jnp.zeros(rows, jnp.int32),  # unused: no captions are decoded
         start=lengths,
         patches=jnp.zeros((rows, 0, 0, 0, 0), jnp.uint8),
         patch_grid=jnp.zeros((rows, 0, 0, 2), jnp.int32),

@@ -1,11 +1,12 @@
-"""Where quotes begin and end: quotation marks of all kinds, and direct speech without marks.
+"""Find quotes: quotation marks of all kinds, and direct speech without marks.
 
     N  code points of a caption      M  quotation marks of a caption      R  quotes
 
-A double mark opens or closes by the characters on its two sides; one that could do either opens if nothing is open. A
-quote that is not closed ends with its sentence if another opens in its line, and with its line otherwise. Single
-quotation marks, curly ones and `*` count outside double ones. Chinese brackets close each other only. "Speaker: text"
-at the start of a line, and "she says: text", are direct speech. `tests/rewards/reading.py` is the same in plain Python.
+The characters on both sides of a double mark decide whether it opens or closes; an ambiguous mark opens if no quote is
+open. An unclosed quote ends with its sentence if another quote opens in its line, and with its line otherwise. Single
+marks, straight or curly, and `*` are quotation marks only outside double marks. Chinese brackets match only each other.
+"Speaker: text" at the start of a line, and "she says: text", are direct speech. `tests/rewards/reading.py` implements
+the same rules in plain Python.
 """
 
 from typing import NamedTuple
@@ -47,16 +48,16 @@ OPENS, CLOSES, EITHER, SINGLE_OPENS, SINGLE_CLOSES, OPENS_CORNER, CLOSES_CORNER,
 )
 DOUBLE, SINGLE, IN_CORNERS, IN_WHITE, SCRIPT = range(1, 6)  # kinds of quotes
 STOPS = STOP | STOP_CJK
-HEAD = 4  # words of a speaker's name before a colon, at most
+HEAD = 4  # maximum words of a speaker's name before a colon
 
 
 class Characters(NamedTuple):
-    """What each place of a text is.
+    """Properties of each position of a text.
 
     Attributes:
-        points, kind: code points, and their kinds (bits of `vocabulary`).
-        line, paragraph: numbers; a line break begins the next line.
-        line_end: the line break that ends the line, or the end of the text.
+        points, kind: code points and their kinds (bits of `vocabulary`).
+        line, paragraph: line and paragraph numbers; a line break belongs to the next line.
+        line_end: position of the line break that ends the line, or the end of the text.
     """
 
     points: Int[Array, "N"]
@@ -67,10 +68,10 @@ class Characters(NamedTuple):
 
 
 class Quotes(NamedTuple):
-    """Quotes in order, at most R: start and end without marks, kind (0: none).
+    """At most R quotes in order: start and end without marks, and kind (0: none).
 
     Attributes:
-        truncated: there were more marks or quotes than the limits.
+        truncated: whether the text has more marks or quotes than the limits.
     """
 
     start: Int[Array, "R"]
@@ -91,17 +92,17 @@ def characters(points: Int[Array, "N"], kind: Int[Array, "N"], length: Int[Array
 
 
 def find_quotes(text: Characters, words: tuple, most_marks: int, most: int) -> Quotes:
-    """The quotes of a text.
+    """Find the quotes of a text.
 
     Args:
-        words: start of each word in the text, its classes, and whether there is one, [W] each.
-        most_marks, most: room for marks and for quotes.
+        words: start of each word, its classes, and False for padding, [W] each.
+        most_marks, most: maximum number of marks and of quotes.
     """
     code, width, fenced = _marks(text)
     marked = _pair(text, code, width, most_marks)
     word_character_count = count_before((text.kind & WORD) > 0)
     start, end, kind = marked[:3]
-    kind = jnp.where(word_character_count[end] > word_character_count[start], kind, 0)  # without a word it is none
+    kind = jnp.where(word_character_count[end] > word_character_count[start], kind, 0)  # drop quotes without words
     double = (code > 0) & (code != SINGLE_OPENS) & (code != SINGLE_CLOSES)
     double &= (code != CLOSES_CORNER) & (code != CLOSES_WHITE)
     scripts, more = _scripts(
@@ -117,7 +118,7 @@ def find_quotes(text: Characters, words: tuple, most_marks: int, most: int) -> Q
 
 
 def covered(start: Array, end: Array, kind: Array, size: int) -> Bool[Array, "N"]:
-    """The places inside quotes."""
+    """Mask of the positions inside quotes."""
     delta = jnp.zeros(size + 1, jnp.int32)
     delta = delta.at[jnp.where(kind > 0, start, size)].add(1)
     delta = delta.at[jnp.where(kind > 0, end, size)].add(-1)
@@ -125,9 +126,9 @@ def covered(start: Array, end: Array, kind: Array, size: int) -> Bool[Array, "N"
 
 
 def _marks(text: Characters) -> tuple[Array, Array, Array]:
-    """Of each place: what a mark that begins there does (0: none), how wide it is, and whether it is in a code block.
+    """The code of the mark that begins at each position (0: none), its width, and whether it is in a code block.
 
-    Two apostrophes are a double mark, and so is &quot;.
+    Two apostrophes and &quot; are double marks.
     """
     points, kind = text.points, text.kind
     mark = kind >> MARK
@@ -178,18 +179,18 @@ def _marks(text: Characters) -> tuple[Array, Array, Array]:
 
 
 def _pair(text: Characters, code: Array, width: Array, most: int) -> tuple[Array, Array, Array]:
-    """Marks to quotes: start, end and kind (0: none) of the quote that each mark ends, the last by the end."""
-    size = most + 1  # places past the last mark are in no paragraph, which ends what is open
+    """Pair marks to quotes: start, end and kind (0: none) of the quote that each mark, or the end of the text, ends."""
+    size = most + 1  # entries past the last mark are in no paragraph, which closes open quotes
     n = len(code)
     at, marks = compact(code > 0, jnp.arange(n, dtype=jnp.int32), size)
     here = jnp.arange(size) < jnp.minimum(marks, most)
     code = jnp.where(here, code[at], 0)
     kind, before = text.kind, shift(text.kind, 1, SPACE)
     line, paragraph = jnp.where(here, text.line[at], -2), jnp.where(here, text.paragraph[at], -2)
-    strong = (before[at] & END) > 0  # a single mark behind a full stop or comma is no apostrophe
+    strong = (before[at] & END) > 0  # a single mark after a full stop or comma is not an apostrophe
     space_before, digit_before = (before[at] & SPACE) > 0, (before[at] & DIGIT) > 0
     solid = last_index((kind & SPACE) == 0)[jnp.maximum(at - 1, 0)]
-    over = space_before & (solid >= 0) & ((kind[jnp.maximum(solid, 0)] & STOPS) > 0)  # a sentence is over
+    over = space_before & (solid >= 0) & ((kind[jnp.maximum(solid, 0)] & STOPS) > 0)  # after a sentence
 
     def look(later: tuple, one: tuple) -> tuple:
         later_line, later_paragraph, first, second, closes = later
@@ -243,7 +244,7 @@ def _pair(text: Characters, code: Array, width: Array, most: int) -> tuple[Array
             [DOUBLE, SINGLE, IN_CORNERS, IN_WHITE],
             0,
         )
-        # A quote that was not closed: -1 where it ends with its line, -2 where a sentence's end or this mark ends it.
+        # The end of an unclosed quote: -1 for the end of its line, -2 for the end of the sentence or this mark.
         unclosed = jnp.where(marked >= 0, marked, jnp.where(mark_line == first_line, -2, -1))
         found = (start, jnp.where(broken, unclosed, index), jnp.where(closes | broken, opener, 0))
         found = jax.tree.map(lambda a, b: jnp.where(left, a, b), line_over, found)
@@ -280,10 +281,11 @@ def _pair(text: Characters, code: Array, width: Array, most: int) -> tuple[Array
 def _scripts(
     text: Characters, words: tuple, quoted: Array, fenced: Array, marks: Array, word_character_count: Array, most: int
 ) -> tuple[tuple, Array]:
-    """Direct speech without marks: (start, end, kind) of at most `most`, and whether there was more to look at.
+    """Direct speech without marks: (start, end, kind) of at most `most` quotes, and whether there were more candidates.
 
-    The first colon of a line is taken. A name of at most four words before it, the last of them one of PERSON, makes a
-    line of a script; a verb of SAYS makes one sentence of speech. Words in brackets and numbers do not count.
+    Only the first colon of a line is considered. After a name of at most four words whose last word has class PERSON,
+    the rest of the line is speech. After a verb of class SAYS, one sentence is speech. Words in brackets and numbers
+    are ignored.
     """
     points, kind, n = text.points, text.kind, len(text.points)
     word_start, classes, real = words
@@ -299,7 +301,7 @@ def _scripts(
 
     opened = (points == ord("(")) | (points == ord("["))
     bracket = last_index(opened | (points == ord(")")) | (points == ord("]")))
-    begin = last_index(newline)  # the line begins behind it
+    begin = last_index(newline)  # the line begins after it
     bracketed = opened[jnp.maximum(bracket, 0)] & (bracket > begin)
     counts = real & ~bracketed[word_start] & ((kind[word_start] & DIGIT) == 0)
     cumulative, last = count_before(counts), last_index(counts)
@@ -322,19 +324,19 @@ def _scripts(
 
 
 def sentences(text: Characters, quoted: Bool[Array, "N"]) -> Int[Array, "N"]:
-    """The number of the sentence that each place is in.
+    """The sentence number of each position.
 
-    One begins at a line break; at a space after . ! ? … (and what closes behind it) unless a lower-case letter
-    follows; and right after the full stops of Chinese. Never inside a quote.
+    A sentence begins at a line break, after a Chinese full stop, and at a space after . ! ? … (and closing characters)
+    unless a lower-case letter follows. No sentence begins inside a quote.
     """
     kind = text.kind
 
     def after_stop(bit: int) -> Array:
         ended, open_ = jnp.zeros(len(kind), bool), jnp.ones(len(kind), bool)
         for k in (1, 2, 3):
-            one = shift(kind, k, SPACE)
-            ended |= open_ & ((one & bit) > 0)
-            open_ &= (one & CLOSER) > 0
+            earlier = shift(kind, k, SPACE)
+            ended |= open_ & ((earlier & bit) > 0)
+            open_ &= (earlier & CLOSER) > 0
         return ended
 
     next_, next2 = shift(kind, -1, SPACE), shift(kind, -2, SPACE)

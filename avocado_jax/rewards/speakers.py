@@ -1,4 +1,4 @@
-"""The words that name the speaker of each line of dialogue.
+"""Find the words that describe the speaker of each line of dialogue.
 
 W  words of a caption      R  quotes      S  words of a speaker phrase
 """
@@ -13,17 +13,17 @@ from avocado_jax.rewards.vocabulary import BIT
 from avocado_jax.typing import Array, Bool, Float, Int
 
 MENTION = (2, 6)  # words before and after a noun that describe it
-WITHIN = 0.8  # least share of the shorter phrase that makes two one speaker
-OTHERS = 3  # persons that "the other" may not be, at most
+WITHIN = 0.8  # minimum shared weight, relative to the shorter phrase, of two phrases for the same speaker
+OTHERS = 3  # maximum number of persons excluded by "the other"
 
 
 def speakers(near: Around, quotes: Quotes) -> tuple[Int[Array, "R S"], Float[Array, "R S"]]:
-    """The speaker phrase of each quote: stems and weights.
+    """Find the speaker phrase of each quote: stems and weights.
 
-    The phrase is the words of the quote's sentence: the last clause before it that has content, and the words behind
-    it. Where these have none, the words of the sentence before. A pronoun, or a noun that anybody could be, stands
-    for the person last described with it; "the other man" for one of whom the phrase of the quote before does not
-    speak. A word that occurs twice weighs once; words that only say that something is spoken or written weigh nothing.
+    The phrase consists of words of the quote's sentence: the last clause with content before the quote, and the words
+    after it. If these have no content, the previous sentence is used. A pronoun or a generic noun refers to the person
+    last described with it; "the other man" refers to a person that the previous quote's phrase does not mention.
+    Repeated words are weighted once. Words that only state that something is spoken or written have weight 0.
     """
     words, size = near.outside, len(near.outside.start)
 
@@ -35,8 +35,8 @@ def speakers(near: Around, quotes: Quotes) -> tuple[Int[Array, "R S"], Float[Arr
 
     in_front = near.in_front
     _, front_weight, front = pick(near.front, in_front)
-    # The last clause with content in front of its verb of speech ("then asks in a deep voice" has none). "and" ends a
-    # clause only where a person follows.
+    # The last clause with content before its verb of speech ("then asks in a deep voice" has none). "and" ends a
+    # clause only if a person follows.
     verb = has(front, "SPOKEN") & ~has(front, "PERSON", "SOURCE")
 
     def before_verb(mask: Array) -> Array:
@@ -49,7 +49,7 @@ def speakers(near: Around, quotes: Quotes) -> tuple[Int[Array, "R S"], Float[Arr
     first, first_weight, first_class = pick(near.front, in_front)
     second, second_weight, second_class = pick(near.behind, near.is_behind)
 
-    # the sentence before
+    # The previous sentence.
     front_count = jnp.sum(near.in_front, axis=1)
     bare = (jnp.sum(first_weight, -1) + jnp.sum(second_weight, -1) <= 0)[:, None]
     last = near.count - 1 - front_count
@@ -58,7 +58,7 @@ def speakers(near: Around, quotes: Quotes) -> tuple[Int[Array, "R S"], Float[Arr
     at = jnp.clip(far, 0, size - 1)
     third, third_weight, _ = pick(at, (far >= 0) & (near.sentence[at] == there))
 
-    # the person last described
+    # The person last described.
     classes = jnp.concatenate([first_class, second_class], 1)
     weights = jnp.concatenate([first_weight, second_weight], 1)
     numbers = jnp.concatenate([near.front, near.behind], 1)
@@ -112,7 +112,7 @@ def speakers(near: Around, quotes: Quotes) -> tuple[Int[Array, "R S"], Float[Arr
     one, one_weight = jnp.where(bare, third, first), jnp.where(bare, third_weight, first_weight)
     noun, described_by = mention(known)
     plain, plain_weight = compose(noun, described_by)
-    # "the other man": not the one who spoke before
+    # "the other man": not the previous speaker.
     before, before_weight = (
         jnp.concatenate([jnp.zeros_like(values[:1]), values[:-1]]) for values in (plain, plain_weight)
     )
@@ -141,11 +141,11 @@ def speakers(near: Around, quotes: Quotes) -> tuple[Int[Array, "R S"], Float[Arr
 def same_as_before(
     spoken: Bool[Array, "R"], phrases: Int[Array, "R S"], weights: Float[Array, "R S"]
 ) -> Bool[Array, "R"]:
-    """Whether each spoken quote has the speaker of the spoken quote before it: one phrase is within the other."""
+    """Whether each spoken quote has the speaker of the previous spoken quote: one phrase is within the other."""
     before = shift(last_index(spoken), 1, -1)
     at = jnp.maximum(before, 0)
     found = (phrases[:, :, None] == phrases[at][:, None, :]) & (weights[at] > 0)[:, None, :]
     common = jnp.sum(jnp.where(found.any(-1), weights, 0), -1)
-    whole = jnp.sum(weights, -1)
-    shorter = jnp.minimum(whole, whole[at])
+    total = jnp.sum(weights, -1)
+    shorter = jnp.minimum(total, total[at])
     return spoken & (before >= 0) & (common >= WITHIN * shorter)

@@ -1,10 +1,10 @@
-"""Captions as arrays: token ids to bytes, code points, words, sentences, quoted lines and their speakers.
+"""Parse captions into arrays: token ids to bytes, code points, words, sentences, quoted lines and their speakers.
 
     N  code points of a caption            Q  quoted lines of a caption
     W  words of a caption                  S  words of a speaker phrase
 
 All functions take one caption of static shape; callers vmap them. Text beyond a limit is truncated, and `truncated` is
-set. The same program reads references (`read_texts`), so that captions and references follow the same rules.
+set. References are parsed by the same program (`read_texts`), so that captions and references follow the same rules.
 """
 
 from collections.abc import Sequence
@@ -40,33 +40,33 @@ REPLACEMENT = 0xFFFD
 
 
 class Limits(NamedTuple):
-    """How much of a caption is read. Static."""
+    """Maximum sizes of a parsed caption. Static."""
 
     characters: int = 8192
     words: int = 2048
     quotes: int = 32
     line: int = 400  # characters of a quoted line, normalised
-    merge: bool = False  # consecutive lines of one speaker are one line
+    merge: bool = False  # merge consecutive lines of one speaker
 
 
 def limits_for(tokens: int) -> Limits:
-    """Limits that ordinary captions of up to so many tokens stay within."""
+    """Limits that fit ordinary captions of up to `tokens` tokens."""
     return Limits(characters=max(256, 6 * tokens), words=max(64, tokens + tokens // 4))
 
 
 class Caption(NamedTuple):
-    """One caption, read.
+    """One parsed caption.
 
     Attributes:
-        points: its code points, 0 past the end; `length` of them.
+        points: `length` code points, padded with 0.
         word_characters: the word characters in lower case, in order.
-        stems, weights: of each word: its hash (0 past the end) and how much it says.
-        word_start: where each word begins in `points`.
-        unstated: words, outside quotes, that the caption denies or names as one of several alternatives.
-        quote_start, quote_end: each quoted line, without its marks, in `points`; on-screen text is not among them.
-        lines, line_length: each quoted line as R_D compares it: word characters in lower case.
-        speakers, speaker_weights: words around each quote, outside of quotes, and how much they say of who speaks.
-        truncated: something did not fit the limits.
+        stems, weights: stem hash (0 for padding) and weight of each word.
+        word_start: index of each word's first character in `points`.
+        unstated: words outside quotes that the caption denies or mentions as an alternative.
+        quote_start, quote_end: span of each quoted line in `points`, without its marks and without on-screen text.
+        lines, line_length: each quoted line as compared by R_D: word characters in lower case.
+        speakers, speaker_weights: stems of the words that describe the speaker of each quote, and their weights.
+        truncated: whether the caption exceeded a limit.
     """
 
     points: Int[Array, "N"]
@@ -93,14 +93,14 @@ def _read_points(table: Table, points: jax.Array, lengths: jax.Array, limits: Li
 
 
 def read_texts(table: Table, texts: Sequence[str], limits: Limits) -> Caption:
-    """Texts of the host read as captions are: leaves are numpy arrays with a leading axis of texts."""
+    """Parse texts on the host with the program for captions. Leaves are numpy arrays with a leading text axis."""
     full = [*texts, *[""] * ((1 << (len(texts) - 1).bit_length()) - len(texts))]  # few shapes
     points, lengths = code_points(full, limits.characters)
     return jax.tree.map(lambda leaf: np.asarray(leaf)[: len(texts)], _read_points(table, points, lengths, limits))
 
 
 def read(table: Table, ids: Int[Array, "C"], length: Int[Array, ""], limits: Limits) -> Caption:
-    """Read one caption from its first `length` token ids."""
+    """Parse one caption from its first `length` token ids."""
     points, points_length = decode(table, ids, length, limits.characters)
     return parse(table, points, points_length, limits)
 
@@ -108,11 +108,11 @@ def read(table: Table, ids: Int[Array, "C"], length: Int[Array, ""], limits: Lim
 def decode(
     table: Table, ids: Int[Array, "C"], length: Int[Array, ""], size: int
 ) -> tuple[Int[Array, "N"], Int[Array, ""]]:
-    """Token ids to at most `size` code points, and how many there are (more than `size` where they are cut).
+    """Decode token ids to at most `size` code points; also return their number, larger than `size` if truncated.
 
-    Bytes that are not UTF-8 become U+FFFD as Python's `errors="replace"` has it.
+    Bytes that are not UTF-8 become U+FFFD, as with Python's `errors="replace"`.
     """
-    capacity = 4 * size if size < 2048 else 2 * size + 4096  # bytes: text that is not Latin takes up to three each
+    capacity = 4 * size if size < 2048 else 2 * size + 4096  # in bytes: other scripts than Latin take up to 3 per point
     valid = (jnp.arange(len(ids)) < length) & (ids >= 0) & (ids < len(table.starts) - 1)
     known = jnp.where(valid, ids, 0)
     begin = table.starts[known]
@@ -132,7 +132,7 @@ def decode(
     least = jnp.where(byte == 0xE0, 0xA0, jnp.where(byte == 0xF0, 0x90, 0x80))
     most = jnp.where(byte == 0xED, 0x9F, jnp.where(byte == 0xF4, 0x8F, 0xBF))
     right = [(one >= least) & (one <= most), (two & 0xC0) == 0x80, (three & 0xC0) == 0x80]
-    follow = jnp.zeros_like(byte)  # bytes after this one that belong to its character
+    follow = jnp.zeros_like(byte)  # number of continuation bytes of this character
     for k, fits in enumerate(right):
         follow = jnp.where((follow == k) & (need > k) & fits, k + 1, follow)
     taken = jnp.zeros(capacity, bool)
@@ -150,7 +150,7 @@ def decode(
     )
     point = jnp.where((follow < need) | ((need == 0) & (byte >= 0x80)), REPLACEMENT, point)
     points, total = compact(inside & ~taken, point, size)
-    # What lies beyond the bytes that are looked at is not counted but known to be there.
+    # Code points beyond the capacity are not counted: report `size + 1` at least.
     return points, jnp.where(ends[-1] > capacity, jnp.maximum(total, size + 1), total)
 
 
@@ -159,13 +159,14 @@ class Outline(NamedTuple):
 
     Attributes:
         text: its code points and lines.
-        letter, lower: which code points are word characters, and all of them in lower case.
+        letter: mask of word characters.
+        lower: all code points in lower case.
         word_characters: the word characters in lower case, in order.
-        words, count: the first words, and how many there are.
-        first: the code points with which words begin.
-        quotes: quotes, on-screen text among them.
-        quoted, sentence: of each code point, whether it is inside a quote, and the number of its sentence.
-        unstated: words, outside quotes, that the caption denies or names as one of several alternatives.
+        words, count: the words up to the limit, and the number of all words.
+        first: mask of the first characters of words.
+        quotes: quotes, including on-screen text.
+        quoted, sentence: whether each code point is inside a quote, and its sentence number.
+        unstated: words outside quotes that the caption denies or mentions as an alternative.
     """
 
     text: Characters
@@ -182,7 +183,7 @@ class Outline(NamedTuple):
 
 
 def outline(table: Table, points: Int[Array, "N"], length: Int[Array, ""], limits: Limits) -> Outline:
-    """Find the words and quotes of one caption; `length` may exceed its code points."""
+    """Find the words and quotes of one caption. `length` may exceed the array if the text was truncated."""
     places = jnp.arange(len(points), dtype=jnp.int32)
     inside = places < length
     points = jnp.where(inside, points, 0)
@@ -202,7 +203,7 @@ def outline(table: Table, points: Int[Array, "N"], length: Int[Array, ""], limit
 
 
 def parse(table: Table, points: Int[Array, "N"], length: Int[Array, ""], limits: Limits) -> Caption:
-    """Read one caption from its code points; `length` may exceed what there is of them."""
+    """Parse one caption from its code points. `length` may exceed the array if the text was truncated."""
     text, letter, lower, word_characters, words, count, first, quotes, quoted, sentence, denied = outline(
         table, points, length, limits
     )
@@ -212,13 +213,13 @@ def parse(table: Table, points: Int[Array, "N"], length: Int[Array, ""], limits:
     spoken, goes_on = find_lines(text, quotes, near, sentence, begun[quotes.end] - begun[quotes.start])
     phrases, phrase_weights = speakers(near, quotes)
 
-    # lines: a quote with those that go on with it
+    # A line is a quote with the quotes that continue it.
     begins = spoken & ~goes_on
     if limits.merge:
         begins &= ~same_as_before(spoken, phrases, phrase_weights)
     number = jnp.arange(len(spoken), dtype=jnp.int32)
     order, lines = compact(begins, number, limits.quotes)
-    until = shift(next_index(begins), -1, len(spoken))[order]  # where the next line begins
+    until = shift(next_index(begins), -1, len(spoken))[order]  # index of the quote that begins the next line
     last = last_index(spoken)[until - 1]
     real = jnp.arange(limits.quotes) < lines
     in_speech = letter & covered(quotes.start, quotes.end, jnp.where(spoken, quotes.kind, 0), len(points))
@@ -257,7 +258,7 @@ def parse(table: Table, points: Int[Array, "N"], length: Int[Array, ""], limits:
 
 
 def _words(table: Table, kind: Array, word_characters: Array, most: int) -> tuple[Words, Array, Array]:
-    """The first `most` words, how many there are, and where they begin."""
+    """The first `most` words, the number of all words, and the mask of their first characters."""
     letter = (kind & WORD) > 0
     before, before2 = shift(kind, 1, SPACE), shift(kind, 2, SPACE)
     bridged = ((before & APOSTROPHE) > 0) & ((before2 & WORD) > 0)
@@ -278,19 +279,19 @@ def _words(table: Table, kind: Array, word_characters: Array, most: int) -> tupl
 
 
 def contains(ordered: Int[Array, "n"], values: Array) -> Array:
-    """Which values are in a sorted array."""
+    """Mask of the values that are in a sorted array."""
     at = jnp.minimum(jnp.searchsorted(ordered, values), len(ordered) - 1)
     return ordered[at] == values
 
 
 def weight_of(table: Table, stems: Array) -> Array:
-    """How much stems say."""
+    """Look up the weights of stems."""
     at = jnp.minimum(jnp.searchsorted(table.known, stems), len(table.known) - 1)
     return jnp.where(table.known[at] == stems, table.weight[at], table.unknown)
 
 
 def _meaning(table: Table, word_characters: Array, begin: Array, end: Array) -> tuple[Array, Array]:
-    """As `meaning`, of the words at letters[begin:end], and whether they are pronouns."""
+    """Stem hashes, as `vocabulary.meaning`, of the words at word_characters[begin:end]; and a mask of pronouns."""
     n = len(word_characters)
     powers = np.cumprod(np.r_[1, np.full(n - 1, BASE)].astype(np.uint32), dtype=np.uint32)
     inverse = np.cumprod(np.r_[1, np.full(n - 1, pow(BASE, -1, 1 << 32))].astype(np.uint32), dtype=np.uint32)
@@ -309,14 +310,14 @@ def _meaning(table: Table, word_characters: Array, begin: Array, end: Array) -> 
     def last(k: int) -> Array:
         return word_characters[jnp.clip(begin + length - k, 0, n - 1)]
 
-    def one_of(value: Array, several: str) -> Array:
-        return (value[..., None] == np.array([[ord(one) for one in several]])).any(-1)
+    def is_in(value: Array, letters: str) -> Array:
+        return (value[..., None] == np.array([[ord(letter) for letter in letters]])).any(-1)
 
-    length = length - (ends_with("s", 4) & ~one_of(last(2), "sui"))
+    length = length - (ends_with("s", 4) & ~is_in(last(2), "sui"))
     ing = ends_with("ing", 6)
     ed = ends_with("ed", 5)
     length = length - jnp.where(ing, 3, jnp.where(ed, 2, 0))
-    doubled = (ing | ed) & (last(1) == last(2)) & ~one_of(last(1), "lsz")
+    doubled = (ing | ed) & (last(1) == last(2)) & ~is_in(last(1), "lsz")
     length = length - jnp.where(doubled, 1, jnp.where(~doubled & ends_with("ly", 6), 2, 0))
     length = length - ends_with("e", 4)
     length = length - (ends_with("y", 4) | ends_with("i", 4))

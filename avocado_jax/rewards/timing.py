@@ -1,9 +1,9 @@
-"""Timing: how well the scenes that a caption times agree with the events of the reference.
+"""Timing: agreement of the caption's timed scenes with the events of the reference.
 
     S  scenes of a caption: intervals "[1.5 - 3]" in seconds or "[00:01 - 00:03]"
     E  events of the reference, sorted by start, then end; they may overlap
 
-Scenes and events are aligned in order so that the summed time IoU is highest. The term is the F1
+Scenes and events are aligned in order to maximise the summed time IoU. The term is the F1
 2 * sum / (scenes + events): 0 without scenes, NaN without events.
 """
 
@@ -17,14 +17,14 @@ import numpy as np
 from avocado_jax.rewards.text import compact
 from avocado_jax.typing import Array, Bool, Float, Int
 
-WINDOW = 40  # characters of an interval behind its opening bracket
+WINDOW = 40  # characters of an interval after its opening bracket
 DIGIT, COLON, POINT, SPACE, SECONDS, DASH, CLOSE, OTHER = range(8)
 KINDS = {":": COLON, ".": POINT, " ": SPACE, "s": SECONDS, "S": SECONDS, "]": CLOSE, "\xa0": SPACE}
 KINDS |= dict.fromkeys("0123456789", DIGIT) | dict.fromkeys("-‐‑‒–—", DASH)
 
 
 class Events(NamedTuple):
-    """The times of one reference's events, sorted; of several where stacked.
+    """The sorted times of one reference's events, or of several if stacked.
 
     Attributes:
         start, end: seconds; 0 past `count`.
@@ -37,7 +37,7 @@ class Events(NamedTuple):
 
 
 class Scenes(NamedTuple):
-    """The intervals of one caption, in its order.
+    """The intervals of one caption, in order of appearance.
 
     Attributes:
         start, end: seconds.
@@ -57,7 +57,7 @@ def event_references(
     """Stack the references of clips and return which of them have more than `limit` events.
 
     Args:
-        events: of each clip, {"start", "end"} in seconds; entries without both are ignored.
+        events: {"start", "end"} in seconds of each clip; entries without both are ignored.
     """
     made = Events(np.zeros((len(events), limit), np.float32), np.zeros((len(events), limit), np.float32), None)
     counts = np.zeros(len(events), np.int32)
@@ -74,14 +74,14 @@ def _is_timed(event: Mapping[str, Any]) -> bool:
 
 
 def find_scenes(points: Int[Array, "N"], length: Int[Array, ""], limit: int) -> Scenes:
-    """The intervals of a caption, given as code points.
+    """Find the intervals of a caption, given as code points.
 
     An interval is "[" TIME "-" TIME "]". TIME is seconds, mm:ss or hh:mm:ss, with or without a fraction, and may end
-    with "s"; any dash separates. White space may stand around each TIME. One that ends before it starts counts as a
-    scene that overlaps nothing.
+    with "s". Any dash is a separator, and TIME may be surrounded by white space. An interval that ends before it
+    starts is a scene without overlap.
 
     Args:
-        limit: S, the number of candidates that are read: brackets before a digit.
+        limit: S, the maximum number of candidates (brackets before a digit).
     """
     places = jnp.arange(len(points), dtype=jnp.int32)
     kind = _kinds(points)
@@ -105,11 +105,11 @@ def _kinds(points: Array) -> Array:
 
 
 class _State(NamedTuple):
-    """How far S intervals are read."""
+    """Parser state of S intervals."""
 
-    whole: Float[Array, "S"]  # groups before the current one, in units of it
+    whole: Float[Array, "S"]  # previous groups, in units of the current group
     number: Float[Array, "S"]  # the current group of digits
-    scale: Float[Array, "S"]  # of the next digit after a decimal point; 0 before one
+    scale: Float[Array, "S"]  # place value of the next digit after the decimal point; 0 before the point
     digits: Bool[Array, "S"]  # the current group has a digit
     colons: Int[Array, "S"]
     ended: Bool[Array, "S"]  # the current time is complete
@@ -121,7 +121,7 @@ class _State(NamedTuple):
 
 
 def _read_intervals(characters: Int[Array, "L S"]) -> tuple[Float[Array, "S"], Float[Array, "S"], Bool[Array, "S"]]:
-    """(start, end, whether it is an interval) of texts that begin after an opening bracket."""
+    """Parse texts after an opening bracket: (start, end, whether it is an interval)."""
 
     def step(state: _State, points: Int[Array, "S"]) -> tuple[_State, None]:
         kind = _kinds(points)
@@ -144,10 +144,10 @@ def _read_intervals(characters: Int[Array, "L S"]) -> tuple[Float[Array, "S"], F
             ],
             False,
         )
-        goes = running & allowed
-        digit, colon, point = (goes & is_[number] for number in (DIGIT, COLON, POINT))
-        dash, close = goes & is_[DASH], goes & is_[CLOSE]
-        ends = goes & state.digits & (is_[SPACE] | is_[SECONDS])
+        valid = running & allowed
+        digit, colon, point = (valid & is_[number] for number in (DIGIT, COLON, POINT))
+        dash, close = valid & is_[DASH], valid & is_[CLOSE]
+        ends = valid & state.digits & (is_[SPACE] | is_[SECONDS])
         digit_value = (points - ord("0")).astype(jnp.float32)
         grown = jnp.where(fraction, state.number + digit_value * state.scale, state.number * 10 + digit_value)
         reset = colon | dash
@@ -187,7 +187,7 @@ def timing_reward(scenes: Scenes, events: Events) -> Float[Array, ""]:
     iou = jnp.where(scenes.valid[:, None] & real[None], iou, 0.0)
 
     def row(best: Float[Array, "E"], gains: Float[Array, "E"]) -> tuple[Float[Array, "E"], None]:
-        """`best[j]`: highest sum of the scenes so far with the first j + 1 events."""
+        """`best[j]`: maximum sum over the scenes up to this one and the first j + 1 events."""
         matched = jnp.concatenate([jnp.zeros(1), best[:-1]]) + gains
         return jax.lax.cummax(jnp.maximum(best, matched)), None
 

@@ -1,7 +1,7 @@
-"""What ids, characters and words mean, as arrays: made once on the host, from a tokenizer and Python's own tables.
+"""Tables of token ids, characters and words as arrays, built once on the host from a tokenizer and Unicode tables.
 
-Words are hashes of stems: a polynomial over code points, mod 2^32, so that the hash of any prefix of a word (which is
-what a stem is) comes from one running sum on the device. `hash_word` and `stem` are the same here.
+Words are represented by hashes of their stems: a polynomial over code points, mod 2^32. A stem is a prefix of its word,
+so the device computes its hash from one cumulative sum. `hash_word` and `stem` are the same computation on the host.
 """
 
 import json
@@ -20,30 +20,31 @@ from avocado_jax.typing import Array, Float, Int
 WORD, SPACE, LOWER, UPPER, ALONE, STOP, STOP_CJK, CLOSER, APOSTROPHE, DIGIT, NEWLINE, LEAD, TAIL, END = (
     1 << bit for bit in range(14)
 )
-MARK = 14  # the kinds of quotation marks stand above this bit
+MARK = 14  # the kinds of quotation marks are stored from this bit on
 STRAIGHT, LEFT, RIGHT, CORNER, CORNER_END, WHITE, WHITE_END, APOSTROPHE_MARK, SINGLE_LEFT, STAR = range(1, 11)
 MARKS = {'"': STRAIGHT, "＂": STRAIGHT, "“": LEFT, "„": LEFT, "‟": LEFT, "«": LEFT, "”": RIGHT, "»": RIGHT}
 MARKS |= {"「": CORNER, "」": CORNER_END, "『": WHITE, "』": WHITE_END}
 SINGLE_MARKS = {"'": APOSTROPHE_MARK, "’": APOSTROPHE_MARK, "‘": SINGLE_LEFT, "*": STAR}
 SCRIPTS_WITHOUT_SPACES = ((0x3040, 0x30FF), (0x3400, 0x4DBF), (0x4E00, 0x9FFF), (0xF900, 0xFAFF), (0x20000, 0x323AF))
 BIT = {name: 1 << bit for bit, name in enumerate([*CLASSES, "FUNCTION", "SILENT"])}
-LEAST_KNOWN = 1024  # least capacity for words with a weight
+LEAST_KNOWN = 1024  # minimum capacity for words with a weight
 PAGE = 256  # code points of a page of the character table
 BASE, SPREAD = 0x01000193, 0x9E3779B1  # both odd: powers of the base have inverses mod 2^32
 
 
 class Table(NamedTuple):
-    """What ids and characters mean, as arrays: an argument of every function that reads text.
+    """Arrays that describe ids and characters: an argument of every function that parses text.
 
     Attributes:
-        starts: where each id's bytes begin in `data`; special ids and ids that stand for nothing have none.
-        page: the page of each 256 code points.
-        lower, kind: code points in lower case, and what they are (bits), by page and offset.
-        forms, becomes: sorted stem hashes that are read as another.
-        known, weight: sorted stem hashes and how much each says (idf), the largest number behind them; `unknown` is
-            the weight of all others.
-        classed, classes: sorted stem hashes, and the classes of words that each is of (BIT).
-        pronouns: sorted hashes of words as they stand.
+        starts: offset of each id's bytes in `data`; special and unused ids have no bytes.
+        data: the bytes of all ids.
+        page: page number of each 256 code points.
+        lower, kind: offset to lower case and kind bits of each code point, by page and offset in the page.
+        forms, becomes: sorted stem hashes of irregular forms, and the stem hashes that replace them.
+        known, weight: sorted stem hashes and their weights (idf), padded with the largest integer.
+        unknown: weight of all other stems.
+        classed, classes: sorted stem hashes and the bits of their word classes (BIT).
+        pronouns: sorted stem hashes of pronouns, before `forms` is applied.
     """
 
     starts: Int[Array, "V+1"]
@@ -62,14 +63,14 @@ class Table(NamedTuple):
 
 
 def make_table(tokenizer: str | None = None, weights: Mapping[str, float] | None = None) -> Table:
-    """The table of a tokenizer and of word weights.
+    """Build the table of a tokenizer and of word weights.
 
     Args:
-        tokenizer: the text of a Hugging Face tokenizer.json with a BPE model; None where no ids are read.
-        weights: how much each stem says (`word_weights`); by default function words nothing and all others alike.
+        tokenizer: the text of a Hugging Face tokenizer.json with a BPE model; None if no ids are decoded.
+        weights: stem -> weight (`word_weights`). Default: 0 for function words, equal weights for others.
 
     Raises:
-        ValueError: the tokenizer is of a kind whose bytes are not known.
+        ValueError: the tokenizer is not a supported BPE.
     """
     starts, data = (np.zeros(2, np.int32), np.zeros(1, np.uint8)) if tokenizer is None else token_bytes(tokenizer)
     page, lower, kind = characters()
@@ -96,10 +97,10 @@ def make_table(tokenizer: str | None = None, weights: Mapping[str, float] | None
 
 
 def token_bytes(tokenizer: str) -> tuple[np.ndarray, np.ndarray]:
-    """The bytes of every id, end to end: (starts [V+1], bytes), from the text of a tokenizer.json.
+    """Concatenate the bytes of all ids: (starts [V+1], bytes), from the text of a tokenizer.json.
 
-    Both kinds of BPE are read: byte-level ones (GPT-2's spelling of bytes) and those of SentencePiece, where "▁" is a
-    space and "<0x0A>" a byte. Special ids have no bytes; other added tokens have those of their text.
+    Supports byte-level BPE (GPT-2's characters for bytes) and SentencePiece BPE, where "▁" is a space and "<0x0A>" a
+    byte. Special ids have no bytes; other added tokens have the bytes of their text.
     """
     content = json.loads(tokenizer)
     model = content["model"]
@@ -114,7 +115,7 @@ def token_bytes(tokenizer: str) -> tuple[np.ndarray, np.ndarray]:
             pieces[number] = bytes([int(token[3:5], 16)]) if byte else token.replace("▁", " ").encode()
         elif all(letter in spelled for letter in token):
             pieces[number] = bytes(spelled[letter] for letter in token)
-        else:  # not a spelling of bytes: the decoder leaves it as it is
+        else:  # not byte-level characters: the decoder keeps the text unchanged
             pieces[number] = token.encode()
     for added in content.get("added_tokens", ()):
         pieces[added["id"]] = b"" if added["special"] else added["content"].encode()
@@ -124,7 +125,7 @@ def token_bytes(tokenizer: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _byte_characters() -> dict[str, int]:
-    """GPT-2's characters for bytes: printable Latin-1 stands for itself, the rest for U+0100 onwards."""
+    """GPT-2's characters for bytes: printable Latin-1 represents itself; other bytes use U+0100 onwards."""
     plain = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     rest = [byte for byte in range(256) if byte not in plain]
     return {chr(byte): byte for byte in plain} | {chr(256 + index): byte for index, byte in enumerate(rest)}
@@ -132,7 +133,7 @@ def _byte_characters() -> dict[str, int]:
 
 @lru_cache(maxsize=1)
 def characters() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Lower case and kinds of all code points, from Python's own tables: (page, lower, kind), distinct pages once.
+    """Lower case and kinds of all code points from Python's Unicode tables: (page, lower, kind), without equal pages.
 
     Lower-casing is by code point: a capital sigma is always "σ", and so is the final one; "İ" is "i".
     """
@@ -170,7 +171,7 @@ def characters() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def hash_word(word: str) -> int:
-    """The hash of a word as it stands, 32 bits."""
+    """The 32-bit hash of a word, without stemming."""
     total = 0
     for exponent, letter in enumerate(word):
         total += _spread(ord(letter)) * pow(BASE, exponent, 1 << 32)
@@ -183,7 +184,7 @@ def _spread(point: int) -> int:
 
 
 def stem(word: str) -> str:
-    """The stem of a word in lower case: endings of plural, past, -ing, -ly, and a last e or y go. Always a prefix."""
+    """The stem of a lower-case word, always a prefix: strip plural, past, -ing, -ly, and a final e or y."""
 
     def shorten(ending: str, least: int, keeps: str = "") -> bool:
         nonlocal word
@@ -209,7 +210,7 @@ def _forms() -> dict[str, str]:
 
 
 def meaning(word: str) -> str:
-    """What a word of a caption, in lower case, is known by: its stem, or the stem of what that is a form of."""
+    """The stem that represents a lower-case word: its own stem, or that of the base form in FORMS."""
     return _forms().get(stem(word), stem(word))
 
 
@@ -221,7 +222,7 @@ def _classes() -> tuple[np.ndarray, np.ndarray]:
         for one in {hash_word(meaning(word)) for word in words.split()}:
             found[one] |= BIT[name]
     says = BIT["SPOKEN"] | BIT["WRITTEN"] | BIT["SUBTITLE"]
-    for one, bits in found.items():  # says that there is speech or text, not whose
+    for one, bits in found.items():  # words that state that something is spoken or written, not by whom
         found[one] |= BIT["SILENT"] * ((bits & says > 0 and not bits & BIT["VOICE"]) or bits & BIT["SIGHT"] > 0)
     hashes = np.sort(np.fromiter(found, np.uint32))
     return hashes, np.array([found[int(one)] for one in hashes], np.int32)
@@ -245,7 +246,7 @@ def stems_of(table: Table, text: str) -> tuple[np.ndarray, np.ndarray, np.ndarra
 
 
 def words_of(text: str) -> list[str]:
-    """The words of a text in lower case, as `read` cuts them: apostrophes go, characters of Chinese stand alone."""
+    """Split a text into lower-case words as `read` does: apostrophes are removed, each Chinese character is a word."""
     page, lower, kind = characters()
     words, before = [], 0
     points = [ord(one) for one in text]
@@ -270,11 +271,11 @@ def words_of(text: str) -> list[str]:
 
 
 def word_weights(texts: Iterable[str]) -> dict[str, float]:
-    """How much each stem says: log((n + 20) / (texts with it + 1.6)); function words nothing; "" is any other stem.
+    """Compute stem weights: log((n + 20) / (texts with the stem + 1.6)); 0 for function words; "" for other stems.
 
-    It is as if 20 more texts had each word 1.6 times, so that few texts do not make all their words common. Colours,
-    sides, numbers and the like (EXCLUSIVE), one of which in place of another is an untruth, weigh at least 2.5, which
-    is what all words weigh where there are no texts.
+    The smoothing equals 20 additional texts, 1.6 of them with each word, so that words of a small corpus are not all
+    common. Colours, sides, numbers etc. (EXCLUSIVE) have a weight of at least 2.5, the weight of all words without
+    texts, because exchanging them makes a statement false.
     """
     texts = list(texts)
     counts = Counter(one for text in texts for one in {meaning(word) for word in words_of(text)})
@@ -285,7 +286,7 @@ def word_weights(texts: Iterable[str]) -> dict[str, float]:
 
 
 def code_points(texts: Sequence[str], size: int | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """Texts as padded code points [n, size], composed (NFC) as tokenizers do, and their lengths, not cut."""
+    """Convert texts to padded code points [n, size], composed (NFC) as in tokenizers, and their untruncated lengths."""
     points = [
         np.frombuffer(unicodedata.normalize("NFC", text).encode("utf-32-le", "surrogatepass"), np.uint32)
         for text in texts

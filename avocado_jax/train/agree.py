@@ -1,8 +1,8 @@
-"""Batches on the mesh whose rows are the same on every process.
+"""Transfer batches to the mesh and make replicated rows equal on all processes.
 
-A row counts only if every process that loads it has read it and, where a clip is `split` rows, only if all rows of its
-clip were read. All others become the same empty row on every device: replicas of one array never differ, and nothing
-of a lost record reaches the step.
+A row keeps its weight only if every process that loads it has read it, and, if a clip has `split` rows, only if all its
+rows were read. Other rows are replaced by the same empty row on every device, so that replicas never differ and lost
+records do not influence the step.
 """
 
 import math
@@ -29,7 +29,7 @@ References = Callable[[Sequence[Mapping[str, Any]]], Any]
 
 
 class _Contents(NamedTuple):
-    """What the step reads of rows."""
+    """The inputs of a step."""
 
     clip: Clip
     captions: Captions | None
@@ -45,16 +45,15 @@ def agreed_batches(
     split: int = 1,
     references: References | None = None,
 ) -> Iterator[Batch]:
-    """Prefetch the batches of this process to the mesh, and agree on which of their rows count.
+    """Prefetch the batches of this process to the mesh, and agree on the rows with weight.
 
-    Agreement is a computation on the devices, dispatched by the thread that takes the batches.
+    The agreement is a computation on the devices, dispatched by the consumer's thread.
 
     Args:
-        batches: of this process; its rows are `process_rows(mesh, rows, jax.process_index())`.
-        rows: of a batch, on all processes together.
+        batches: batches of this process, with the rows `process_rows(mesh, rows, jax.process_index())`.
+        rows: rows of a batch over all processes.
         split: rows of each clip.
-        references: makes what rewards compare with, as numpy arrays [B, ...], from the records of rows. It runs in
-            the prefetching thread.
+        references: records of rows -> reward references as numpy arrays [B, ...]. Called in the prefetching thread.
     """
     local = process_rows(mesh, rows, jax.process_index())
     agree = _agree(mesh, split)
@@ -96,7 +95,7 @@ def _empty(recipe: Recipe, bucket: Bucket, references: References | None) -> _Co
 
 
 def _compact(row: _Contents) -> _Contents:
-    """The same row for broadcasting: arrays of zeros have sizes of 1, so that little is sent to the devices."""
+    """Shrink arrays of zeros to size 1 for broadcasting, which reduces transfers to the devices."""
     return jax.tree.map(lambda leaf: leaf if leaf.any() else np.zeros((1,) * leaf.ndim, leaf.dtype), row)
 
 
@@ -118,7 +117,7 @@ def _agree(mesh: Mesh, split: int) -> Callable[[_Contents, Array, _Contents], tu
 
 
 def lost_records(batch: Batch, mesh: Mesh) -> Iterator[str]:
-    """A line for each record of this process's rows that does not count: why, or that it was lost elsewhere."""
+    """Yield a line for each lost record of this process's rows, with the reason."""
     reasons = {lost.id: lost.reason for lost in batch.lost}
     rows, weight = len(batch.weight), {}
     for shard in batch.weight.addressable_shards:

@@ -1,4 +1,4 @@
-"""Terms of a user that run on the hosts: one process computes each value, all processes receive it."""
+"""User terms that run on the hosts: one process computes each value, all processes receive it."""
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -17,21 +17,21 @@ from avocado_jax.rewards.extra import Term
 from avocado_jax.train.rollout import Rollout
 from avocado_jax.typing import Array, Bool, Float
 
-UNKNOWN, FAILED = -np.inf, np.inf  # in place of a value, while the processes share what they know
+UNKNOWN, FAILED = -np.inf, np.inf  # values in place of results while processes share them
 
 
 class Computed(NamedTuple):
     """The values of a term for a batch, the same on all processes."""
 
-    answers: Float[Array, "B G"]  # NaN without a verdict, and in rows that do not count
-    failed: Bool[Array, ""]  # the function raised an exception on some process
+    answers: Float[Array, "B G"]  # NaN without a verdict, and in rows without weight
+    failed: Bool[Array, ""]  # whether the function raised an exception on a process
 
 
 class HostTerm:
     """A term of kind "host" in a run.
 
-    The function runs in a background thread, so that the devices work meanwhile. Batches are processed in the order of
-    their rollouts.
+    The function runs in a background thread, concurrently with the devices. Batches are processed in the order of their
+    rollouts.
     """
 
     def __init__(self, term: Term, mesh: Mesh, text: Callable[[Sequence[int]], str]):
@@ -50,7 +50,7 @@ class HostTerm:
         self._share = share
 
     def start(self, rollout: Rollout, batch: Batch) -> Callable[[], Computed]:
-        """Start the function on the captions of this process. The result waits for the values of all processes."""
+        """Start the function on this process's captions. The result waits for all processes."""
         rows = rollout.captions.targets, rollout.lengths, batch.weight
         tokens, lengths, weight = jax.device_get(self._gather(rows))
         process, (size, group) = jax.process_index(), lengths.shape
@@ -70,7 +70,7 @@ class HostTerm:
                 if running:
                     values = running.result().astype(np.float32).reshape(-1, group)
                     observed[places] = np.where(np.isnan(values), UNKNOWN, values)
-            except RuntimeError as error:  # every process must know of it before one of them ends
+            except RuntimeError as error:  # all processes must know of the failure before one exits
                 self._error, observed = error, np.full_like(observed, FAILED)
             with jax.debug_nans(False):  # a caption without a verdict is NaN
                 return self._share(observe(self._mesh, local, size, observed))
@@ -78,7 +78,7 @@ class HostTerm:
         return collect
 
     def check(self, computed: Computed) -> None:
-        """Raise the exception of the function, on all processes. It waits for the devices.
+        """Raise the exception of the function, on all processes. Waits for the devices.
 
         Raises:
             RuntimeError: the function raised an exception, here or on another process.

@@ -1,6 +1,6 @@
-"""Messages of a GRPO run beside its metrics: the size of a step at the start, and warnings when captions collapse.
+"""Messages of a GRPO run: a description of its steps at the start, and warnings when captions collapse.
 
-Nothing here changes the run.
+The messages do not influence the run.
 """
 
 import sys
@@ -15,11 +15,12 @@ from avocado_jax.models.flops import grpo_flops
 from avocado_jax.rewards.combine import TERMS
 from avocado_jax.rewards.extra import weight_of
 
-# Bound on `sampler_gap`, nats per token. Rounding in bf16 gives 0.01 to 0.03 on random weights with logits of order 1
-# (tests/train/test_sampler.py). Above it the sampler is not the trained policy, which biases the gradient.
+# Limit of `sampler_gap` in nats per token. Rounding in bf16 gives 0.01 to 0.03 for random weights with logits of order
+# 1 (tests/train/test_sampler.py). Above the limit, the sampler differs from the trained policy, which biases the
+# gradient.
 SAMPLER_GAP = 0.05
-SHORTER, CALMER = 4, 5  # factors by which length and entropy may fall below those of the first step of this process
-MISSING = {  # by term: what captions lack, and why
+SHORTER, CALMER = 4, 5  # maximum factors by which length and entropy may fall below those of this process's first step
+MISSING = {  # term -> the missing value and the reason, for messages
     "checklist": "R_C: no keypoints, or no answer",
     "probes": "score of probes: no probes, or no answer",
     "timing": "time IoU: no events with times",
@@ -28,7 +29,7 @@ LOOPING, TRUNCATED, FLAT, UNKNOWN = 0.1, 0.5, 0.8, 0.5  # shares
 
 
 def describe(config: GrpoConfig, model: ThinkerConfig, bucket: Bucket) -> str:
-    """What a step samples, costs and maximises.
+    """Describe the sampling, cost and reward of a step.
 
     Args:
         bucket: the largest shape of the run.
@@ -61,20 +62,20 @@ def describe(config: GrpoConfig, model: ThinkerConfig, bucket: Bucket) -> str:
 
 
 class Health:
-    """Warnings about the metrics of a run, each printed by process 0 when its condition begins to hold."""
+    """Prints warnings about the metrics of a run on process 0, each when its condition becomes true."""
 
     def __init__(self) -> None:
         self._first: Mapping[str, float] | None = None
         self._holding: set[str] = set()
 
     def check(self, step: int, metrics: Mapping[str, float], stale: bool = False) -> None:
-        """Print what is new.
+        """Print the new warnings.
 
         Args:
             step: finished steps.
-            stale: the captions are those of an earlier policy, so that `sampler_gap` includes what was learned since.
+            stale: the captions were sampled from an earlier policy, so `sampler_gap` includes the updates since.
         """
-        if not metrics.get("rows", 1) or metrics.get("all_equal"):  # nothing was learned from
+        if not metrics.get("rows", 1) or metrics.get("all_equal"):  # a step without update
             return
         self._first = self._first or metrics
         found = warnings(metrics, self._first)
@@ -86,7 +87,7 @@ class Health:
 
 
 def warnings(metrics: Mapping[str, float], first: Mapping[str, float]) -> dict[str, str]:
-    """The conditions that hold, with their messages. A metric that is absent or NaN meets none.
+    """The messages of all true conditions, by name. Missing and NaN metrics cause no warning.
 
     Args:
         first: metrics to compare with.

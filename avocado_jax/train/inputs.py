@@ -1,4 +1,4 @@
-"""The input of a run: sources by the names that configs use, worker processes, and the measured wait for input."""
+"""The input of a run: data sources by their config names, worker processes, and monitoring of the input wait."""
 
 import sys
 import time
@@ -28,12 +28,12 @@ from avocado_jax.world.script import LEVELS, SPLITS, Script
 from avocado_jax.world.sound import mix
 from avocado_jax.world.voice import RATE
 
-MUTED = 8  # one of so many clips of `:mixed` has no sound
+MUTED = 8  # every 8th clip of `:mixed` has no sound
 VARIANTS = ("plain", "mixed", "habits", "timestamps", "drills")
-MOST_WORKERS = 16  # by default: each takes about 0.4 GB of the host's memory
-WARM_UP, WINDOW = 2, 20  # steps that are not measured, and steps of a measurement
-WAITING = 0.2  # share of a window's time that the loop may wait for input before it warns
-WORLD_PIXELS = 28 * 28  # frames of AVWorld are not enlarged, however small they are
+MOST_WORKERS = 16  # default maximum; each worker needs about 0.4 GB of host memory
+WARM_UP, WINDOW = 2, 20  # steps before the measurement, and steps of a measurement
+WAITING = 0.2  # maximum share of time waiting for input without a warning
+WORLD_PIXELS = 28 * 28  # minimum pixels of AVWorld frames, so that they are not enlarged
 
 
 class WorldSource:
@@ -58,7 +58,7 @@ class WorldSource:
         return self._arguments[-1] == "mixed" and number % MUTED == 0
 
     def __getitem__(self, number: int) -> Record:
-        """The record of this number in the index, with its decoded clip."""
+        """The record with this index and its decoded clip."""
         seed, split, level, fps, references, _ = self._arguments
         clip = row(seed, number, split, level, fps, references)
         media, fields = Media(clip.frames, clip.samples, len(clip.samples) / RATE), clip.record
@@ -68,7 +68,7 @@ class WorldSource:
         return Record(fields, media, fields["id"])
 
     def _fields(self, number: int, fields: dict[str, Any], script: Script) -> dict[str, Any]:
-        """The manifest fields. A silent clip keeps only a caption of what is visible."""
+        """The manifest fields. The caption of a silent clip describes only visible events."""
         if self._arguments[-1] == "habits":
             return fields | {"caption": (caption := habitual_caption(script)), "references": [caption]}
         if self._arguments[-1] == "timestamps":
@@ -93,7 +93,7 @@ class DrillSource:
         )
 
     def __getitem__(self, number: int) -> Record:
-        """The record of this number in the index, with its decoded clip."""
+        """The record with this index and its decoded clip."""
         seed, split, fps = self._arguments
         drill = make_drill(seed, number, split)
         frames = np.stack(list(render(drill.script, np.arange(round(drill.picture * fps)) / fps)))
@@ -108,7 +108,7 @@ def _drill_fields(drill: Drill) -> dict[str, Any]:
 def _index(
     scripts: list[Script], fields: list[dict[str, Any]], pictures: list[float], sounds: list[float], fps: float
 ) -> Index:
-    """The index of clips with so many seconds of picture and of sound."""
+    """Build the index of clips. `pictures` and `sounds` are the seconds of video and sound of each clip."""
 
     def column(values: Iterable) -> np.ndarray:
         return np.array(list(values), np.int32)
@@ -132,8 +132,8 @@ def _index(
 def input_workers(count: int) -> int:
     """The number of input processes of this host for `data.workers`.
 
-    -1 means half of the host's cores, at most MOST_WORKERS, where an accelerator computes the steps. On CPU it means
-    none, since the step needs the cores.
+    -1 selects half of the host's cores, at most MOST_WORKERS, with an accelerator. On CPU it selects none, since the
+    step needs the cores.
 
     Raises:
         InputError: `count` is less than -1.
@@ -147,10 +147,9 @@ def input_workers(count: int) -> int:
 
 
 class InputMonitor:
-    """Warns once, on the process concerned, when the loop waits for input.
+    """Warns once per process if the loop waits for input.
 
-    The next batch is prefetched while a step runs. Input that keeps up is ready when the loop takes it; input that does
-    not is waited for nearly all of the time.
+    The next batch is prefetched while a step runs, so input that is fast enough causes no wait.
     """
 
     def __init__(self) -> None:
@@ -158,7 +157,7 @@ class InputMonitor:
         self._warned = False
 
     def step(self, waited: float, rows: int) -> None:
-        """Record that the loop waited so many seconds for this process's rows of a step."""
+        """Record the seconds that the loop waited for this process's rows of a step."""
         now = time.perf_counter()
         self._steps, self._waited, self._rows = self._steps + 1, self._waited + waited, self._rows + rows
         if self._steps == WINDOW:
@@ -177,10 +176,10 @@ class InputMonitor:
 
 
 def open_source(name: str, config: DataConfig) -> tuple[Source, Reading]:
-    """The records of the source called `name` (see `DataConfig`), and how their clips are sampled.
+    """Open the data source `name` (see `DataConfig`). Returns the records and how their clips are sampled.
 
     Raises:
-        InputError: there is no such source, or it cannot be read.
+        InputError: the source does not exist, or cannot be read.
     """
     if name.startswith("world:"):
         return _world(name, config), Reading(fewest_pixels=WORLD_PIXELS)

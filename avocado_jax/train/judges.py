@@ -1,10 +1,10 @@
-"""Judges of keypoints and probes bound to their models and tokenizers: texts in, scores out.
+"""Judges of keypoints and probes, bound to their models and tokenizers.
 
-Every judge is a function `judge(captions, keypoints)` of N captions and the keypoints of each. It starts the work and
-returns a function that waits for the scores: fp32 [N, K] in 0..1, NaN without a verdict or without a keypoint.
-`rewards.judge.RemoteJudge` is one. `LmJudge` and `RemoteJudge` also have `probes(captions, probes)`, of the same form.
-Judges with a model of their own run on the devices of this process, under a mesh of these devices: every process may
-judge other texts. Inputs and outputs are numpy arrays.
+A judge is a function `judge(captions, keypoints)` of N captions and the keypoints of each. It starts the work and
+returns a function that waits for the scores: fp32 [N, K] in [0, 1], NaN without a verdict and for padding.
+`rewards.judge.RemoteJudge` is another judge. `LmJudge` and `RemoteJudge` also have `probes(captions, probes)` with the
+same result. Judges with a local model run on a mesh of this process's devices, so each process may judge different
+texts. Inputs and outputs are numpy arrays.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -40,10 +40,11 @@ from avocado_jax.typing import Array, Float, Int, Probe
 
 Judge = Callable[[Sequence[str], Sequence[Sequence[str]]], Callable[[], Float[np.ndarray, "N K"]]]
 
-BATCH = 8  # captions at once, rounded up to a multiple of the local devices
-# Windows about as long as a keypoint: a sentence states several, and its vector is their mean (rewards/README.md).
-WINDOW, STRIDE = 16, 8  # tokens of a window, and from the start of one to the next
-LOW, HIGH = 0.45, 0.75  # cosines at which a keypoint starts to count, and counts fully
+BATCH = 8  # captions per batch, rounded up to a multiple of the local devices
+# Windows have about the length of a keypoint: a sentence states several, and its vector is their mean
+# (rewards/README.md).
+WINDOW, STRIDE = 16, 8  # tokens of a window, and between the starts of windows
+LOW, HIGH = 0.45, 0.75  # cosines with score 0 and 1
 
 SYSTEM = "You check statements against a description of a video. Go by the description alone."
 OPENING = "The description:\n\n"
@@ -59,11 +60,11 @@ def open_judge(name: str, model: str, dtype: str, endpoint: Endpoint | None = No
 
     Args:
         model: the folder of an embedding or language model, local or gs://.
-        dtype: of the language model's computation.
-        endpoint: of the remote judge.
+        dtype: compute dtype of the language model.
+        endpoint: endpoint of the remote judge.
 
     Raises:
-        InputError: as `embedding_judge`, `LmJudge` and `RemoteJudge`.
+        InputError: see `embedding_judge`, `LmJudge` and `RemoteJudge`.
     """
     if name == "remote":
         with RemoteJudge(endpoint) as judge:
@@ -73,9 +74,9 @@ def open_judge(name: str, model: str, dtype: str, endpoint: Endpoint | None = No
 
 
 def embedding_judge(folder: Path, low: float = LOW, high: float = HIGH) -> Judge:
-    """A sentence encoder, from a folder of sentence-transformers. Cosines up to `low` score 0, from `high` on 1.
+    """Load a sentence encoder from a sentence-transformers folder. Cosines up to `low` score 0, from `high` 1.
 
-    Each local device has a copy of the encoder and takes a part of the captions.
+    The encoder is replicated over the local devices; captions are sharded.
 
     Raises:
         InputError: the folder has no encoder (`read_encoder`), or its tokenizer has another vocabulary or does not
@@ -99,8 +100,8 @@ def embedding_judge(folder: Path, low: float = LOW, high: float = HIGH) -> Judge
             jnp.arange(tokens.shape[2])[None, None] < lengths[..., None]
             for tokens, lengths in ((windows, window_lengths), (points, point_lengths))
         ]
-        of_caption = partial(embedding_scores, embed, low=low, high=high)
-        return jax.vmap(of_caption)(windows, valid[0], points, valid[1])
+        score_one = partial(embedding_scores, embed, low=low, high=high)
+        return jax.vmap(score_one)(windows, valid[0], points, valid[1])
 
     def inputs(captions: Sequence[str], keypoints: Sequence[Sequence[str]]) -> tuple[np.ndarray, ...]:
         ids = [pieces(_replace_surrogates(caption)) for caption in captions]
@@ -116,13 +117,13 @@ def embedding_judge(folder: Path, low: float = LOW, high: float = HIGH) -> Judge
 
 
 class LmJudge:
-    """The language model in a folder, of a thinker or a text model, prompted in Qwen's chat format.
+    """A language model judge: a thinker or a text model from a folder, prompted in Qwen's chat format.
 
     Its parameters are sharded over the local devices.
 
     Raises:
-        InputError: the folder has no language model, its tokenizer has another vocabulary, or two answers begin with
-            the same token.
+        InputError: the folder has no language model, its tokenizer has another vocabulary, or two answers have the
+            same first token.
     """
 
     def __init__(self, folder: str | Path, dtype: str):
@@ -146,7 +147,7 @@ class LmJudge:
     def __call__(
         self, captions: Sequence[str], keypoints: Sequence[Sequence[str]]
     ) -> Callable[[], Float[np.ndarray, "N K"]]:
-        """P(yes) / (P(yes) + P(no)) for each keypoint."""
+        """Score each keypoint by P(yes) / (P(yes) + P(no))."""
 
         def inputs(captions: Sequence[str], keypoints: Sequence[Sequence[str]]) -> tuple[np.ndarray, ...]:
             questions = [[QUESTION.format(text) for text in texts] for texts in keypoints]
@@ -157,16 +158,16 @@ class LmJudge:
     def probes(
         self, captions: Sequence[str], probes: Sequence[Sequence[Probe]]
     ) -> Callable[[], Float[np.ndarray, "N K"]]:
-        """1 for each probe whose right letter is the likeliest, else 0; all 0 for a caption without text."""
+        """Score 1 for each probe whose right letter is the most probable, else 0; 0 for empty captions."""
 
         def inputs(captions: Sequence[str], probes: Sequence[Sequence[Probe]]) -> tuple[np.ndarray, ...]:
-            questions = [[PROBE_QUESTION.format(as_text(probe)) for probe in each] for each in probes]
-            made = self._inputs(captions, questions, PROBE_SYSTEM)
-            choices, right = (np.zeros(made[-1].shape, np.int32) for _ in range(2))
-            for row, each in enumerate(probes):
-                choices[row, : len(each)] = [len(probe.choices) for probe in each]
-                right[row, : len(each)] = [probe.right for probe in each]
-            return *made, choices, right
+            questions = [[PROBE_QUESTION.format(as_text(probe)) for probe in items] for items in probes]
+            tokens = self._inputs(captions, questions, PROBE_SYSTEM)
+            choices, right = (np.zeros(tokens[-1].shape, np.int32) for _ in range(2))
+            for row, items in enumerate(probes):
+                choices[row, : len(items)] = [len(probe.choices) for probe in items]
+                right[row, : len(items)] = [probe.right for probe in items]
+            return *tokens, choices, right
 
         wait = _judge(self._mesh, self._choices, self._params, inputs, captions, probes)
         empty = np.array([not caption.strip() for caption in captions], bool)
@@ -180,7 +181,7 @@ class LmJudge:
     def _inputs(
         self, captions: Sequence[str], questions: Sequence[Sequence[str]], system: str
     ) -> tuple[np.ndarray, ...]:
-        """Ids and lengths of the captions behind `system`, and of the questions after each."""
+        """Ids and lengths of the prompts up to the captions, and of the questions after each caption."""
         before = [*chat_prompt(self._tokenizer, "", system).before, *self._tokenizer.encode(OPENING)]
         prefixes = [[[*before, *self._tokenizer.encode(_replace_surrogates(caption))]] for caption in captions]
         after = [
@@ -193,7 +194,7 @@ class LmJudge:
 
 
 def _language_model(config: ThinkerConfig, mesh: Mesh) -> Any:
-    """Shapes with shardings of a thinker's parameters without its towers."""
+    """Shapes with shardings of a thinker's parameters without its encoders."""
     shapes = jax.eval_shape(partial(init, config), jax.random.key(0))
     shapes = {name: tree for name, tree in shapes.items() if name not in ("audio", "vision")}
     return jax.tree.map(
@@ -204,12 +205,12 @@ def _language_model(config: ThinkerConfig, mesh: Mesh) -> Any:
 
 
 def _local_mesh() -> Mesh:
-    """The devices of this process; computations on them involve no other process."""
+    """A mesh of this process's devices. Computations on it involve no other process."""
     return make_mesh(1, -1, 1, devices=jax.local_devices())
 
 
 def _batch_size(mesh: Mesh) -> int:
-    """The least multiple of the devices from `BATCH` on."""
+    """`BATCH` rounded up to a multiple of the devices."""
     return -(-BATCH // mesh.size) * mesh.size
 
 
@@ -221,10 +222,10 @@ def _judge(
     captions: Sequence[str],
     items: Sequence[Sequence[Any]],
 ) -> Callable[[], Float[np.ndarray, "N K"]]:
-    """Dispatch one batch after another to the local devices. The returned function waits for the scores."""
+    """Dispatch all batches to the local devices. The returned function waits for the scores."""
     size, rows = _batch_size(mesh), rows_sharding(mesh)
     starts = range(0, len(captions), size)
-    # The judge's mesh replaces the run's, which spans all processes. A score without a keypoint is NaN.
+    # The judge's mesh replaces the run's mesh, which spans all processes. Padding scores are NaN.
     with jax.set_mesh(mesh), jax.debug_nans(False):
         parts = [
             score(params, *jax.device_put(inputs(captions[start : start + size], items[start : start + size]), rows))
@@ -243,14 +244,14 @@ def _judge(
 
 
 def _replace_surrogates(text: str) -> str:
-    """Replace unpaired surrogates, which are valid in JSON and which tokenizers refuse."""
+    """Replace unpaired surrogates, which are valid in JSON but not in tokenizers."""
     return text.encode(errors="replace").decode()
 
 
 def _padded(
     texts: Sequence[Sequence[Sequence[int]]], rows: int, slots: int = 8, each: int = 16
 ) -> tuple[Int[np.ndarray, "B N S"], Int[np.ndarray, "B N"]]:
-    """Lists of ids as one array of `rows` rows, padded to multiples of `slots` lists and `each` ids, and lengths."""
+    """Pad lists of ids to an array of `rows` rows, multiples of `slots` lists and `each` ids; also return lengths."""
     count = max(map(len, texts), default=0)
     size = max((len(ids) for row in texts for ids in row), default=0)
     tokens = np.zeros((rows, max(1, -(-count // slots)) * slots, max(1, -(-size // each)) * each), np.int32)
@@ -263,14 +264,14 @@ def _padded(
 
 
 def _word_pieces(folder: Path, vocab: int) -> Callable[..., list[int]]:
-    """Texts to token ids of an encoder's tokenizer, untruncated; with its special tokens if `special`."""
+    """Return a function that tokenizes a text without truncation, with special tokens if `special`."""
     try:
         tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    except Exception as error:  # the library raises nothing narrower
+    except Exception as error:  # the library raises no narrower type
         raise InputError(f"{folder}: its tokenizer cannot be loaded: {error}") from error
     tokenizer.no_truncation()
     tokenizer.no_padding()
-    tokenizer.encode_special_tokens = True  # special tokens that are spelled out in a text stay text
+    tokenizer.encode_special_tokens = True  # encode special tokens in a text as plain text
 
     def pieces(text: str, special: bool = False) -> list[int]:
         return tokenizer.encode(text, add_special_tokens=special).ids

@@ -1,7 +1,7 @@
-"""The training loop: input, metrics, checkpoints, stop and resume. It does not depend on what a step computes.
+"""The training loop: input, metrics, checkpoints, stop and resume. It is independent of the computation of a step.
 
-Everything outside "perf" is a function of the config: a run that was killed at any moment and started again writes
-bit-identical metrics. So the metrics of a step are on disk before its checkpoint.
+All metrics outside "perf" are a function of the config: a run that is killed and resumed writes bit-identical metrics.
+Therefore the metrics of a step are written to disk before its checkpoint.
 """
 
 import math
@@ -27,7 +27,7 @@ from avocado_jax.train.stop import StepFlags
 
 
 class Job(NamedTuple):
-    """What the loop runs.
+    """The functions and settings of a run.
 
     Attributes:
         steps: number of steps of the run.
@@ -36,11 +36,11 @@ class Job(NamedTuple):
             `finish()` after it has fetched the metrics: it writes further output and returns entries for "perf".
         evaluate: (state, step) -> entries for the step's line of metrics, such as `heldout_loss`.
         flops: (batch, metrics) -> model FLOPs of the step on all devices.
-        rank: entries of `evaluate` -> the metric that checkpoints are ranked by, lower is better; None: unranked.
-        rows: step from 0 -> the number of rows that the plan has for it.
-        position: stored in each checkpoint.
-        checkpoint_every, checkpoint_minutes: a checkpoint is saved after so many steps, and after so many minutes
-            without one; 0: off. Process 0 decides about the minutes.
+        rank: entries of `evaluate` -> the metric to rank checkpoints by, lower is better; None: unranked.
+        rows: step (from 0) -> number of rows in the plan.
+        position: data stored in each checkpoint.
+        checkpoint_every: steps between checkpoints; 0: off.
+        checkpoint_minutes: maximum minutes between checkpoints, by the clock of process 0; 0: off.
     """
 
     steps: int
@@ -70,11 +70,11 @@ class _Pending(NamedTuple):
 
 
 def train(job: Job, state: State, mesh: Mesh, checkpoints: Checkpoints, log: Log, profile_to: str) -> int:
-    """Run from `state.step` to the end. Returns 0, or 75 when it was stopped by a signal and has saved.
+    """Run from `state.step` to the last step. Returns 0, or 75 after a stop by a signal and a save.
 
     Raises:
         FloatingPointError: `max_skipped` steps in a row had no finite gradient.
-        OSError: a checkpoint cannot be saved; those before it are complete.
+        OSError: a checkpoint cannot be saved. Earlier checkpoints are complete.
     """
     meter, progress_log, flags = Meter(), ProgressLog(job.steps, job.eval_every), StepFlags(mesh)
     profile = Profile(job.profile, profile_to)
@@ -91,7 +91,7 @@ def train(job: Job, state: State, mesh: Mesh, checkpoints: Checkpoints, log: Log
     def finish(done: _Pending, more: dict[str, Any]) -> tuple[bool, bool]:
         """Fetch and log the metrics of a step. Returns whether all processes stop, and save, after the next step."""
         batch, scalars = done.batch, {name: value.item() for name, value in jax.device_get(done.metrics).items()}
-        flags.step_finished()  # before its line is on disk: whoever sees the line may send SIGTERM and expect a save
+        flags.step_finished()  # before the line is written: a reader of the line may send SIGTERM and expect a save
         scalars["lost"] = job.rows(done.number - 1) - scalars.pop("rows")
         tokens = scalars["tokens"] + scalars["clip_tokens"]
         perf = meter.perf(tokens, job.flops(batch, scalars), batch.padded, done.input_wait) | done.finish()
@@ -106,7 +106,7 @@ def train(job: Job, state: State, mesh: Mesh, checkpoints: Checkpoints, log: Log
         return stop, save
 
     stream = job.batches(first)
-    # The flags last: a signal must not end a save that is going on.
+    # Close the flags last: a signal must not interrupt a save.
     with _closing(profile, stream, log, checkpoints, flags):
         for number in range(first + 1, job.steps + 1):
             # --- dispatch a step, and fetch the metrics of the previous one while it runs
@@ -123,12 +123,12 @@ def train(job: Job, state: State, mesh: Mesh, checkpoints: Checkpoints, log: Log
             bare = _without_arrays(batch)._replace(spares=tuple(map(_without_arrays, batch.spares or ())))
             pending = _Pending(number, bare, metrics, finish_step, flags.dispatch(save=late()), waited)
 
-            # --- fetch this step's metrics too where an evaluation or a checkpoint follows
+            # --- fetch this step's metrics too if an evaluation or a checkpoint follows
             profile.after_step(number, metrics)
             evaluated, saved = due(number, job.eval_every), save or due(number, job.checkpoint_every)
             if evaluated or saved or stop:
                 progress(number, "evaluation")
-                more = job.evaluate(state, number) if evaluated else {}  # on a stop too: the metrics stay the same
+                more = job.evaluate(state, number) if evaluated else {}  # also on a stop, for identical metrics
                 stop_now, save_now = finish(pending._replace(flags=flags.dispatch(save=late())), more)
                 stop, saved, pending = stop or stop_now, saved or save_now, None
                 progress(number, "checkpoint")
@@ -147,15 +147,15 @@ def _without_arrays(batch: Batch) -> Batch:
 
 @contextmanager
 def _closing(*resources: Any) -> Iterator[None]:
-    """Close all in order after the block. Raises the first error, so that the error of the block decides the status."""
+    """Close resources in order after the block. Raises the first error, so the error of the block sets the status."""
     errors: list[BaseException] = []
     try:
         yield
     except BaseException as error:
         errors.append(error)
-    for each in resources:
+    for resource in resources:
         try:
-            each.close()
+            resource.close()
         except Exception as error:
             errors.append(error)
     for error in errors[1:]:
@@ -165,5 +165,5 @@ def _closing(*resources: Any) -> Iterator[None]:
 
 
 def _finite(scalars: dict[str, Any]) -> dict[str, Any]:
-    """JSON has no NaN: null stands for it."""
+    """Replace NaN and infinities, which JSON does not support, by None."""
     return {name: value if math.isfinite(value) else None for name, value in scalars.items()}

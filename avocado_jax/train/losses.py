@@ -1,9 +1,9 @@
-"""Losses over caption tokens. Logits exist for one chunk of tokens at a time.
+"""Losses over caption tokens. Logits are computed for one chunk of tokens at a time.
 
-Everything runs inside one `shard_map` over the mesh in context: rows are divided over (data, fsdp), the vocabulary over
-`tensor`. The output matrix is gathered over `fsdp` once, in the compute dtype, and kept for the backward pass; its
-gradient is accumulated over the chunks in fp32 and reduce-scattered once. That happens a piece of the vocabulary at a
-time, so that a device never has the full gradient.
+The computation runs in one `shard_map` over the context mesh: rows are sharded over (data, fsdp), the vocabulary over
+`tensor`. The output matrix is gathered over `fsdp` once, in the compute dtype, and kept for the backward pass. Its
+gradient is accumulated over the chunks in fp32 and reduce-scattered once, for one piece of the vocabulary at a time, so
+that a device never has the full gradient.
 """
 
 import math
@@ -19,27 +19,27 @@ from avocado_jax.parallel.mesh import ROWS, parts_of
 from avocado_jax.typing import Array, Bool, Captions, Float, Int
 
 LOGITS_BYTES = 256 * 2**20  # fp32 logits of one chunk on a device
-PIECES = 8  # of the vocabulary: the output matrix's gradient is computed and reduced over devices piece by piece
+PIECES = 8  # pieces of the vocabulary for computing and reducing the gradient of the output matrix
 
 
 class Scores(NamedTuple):
     """Scores of caption tokens under a model."""
 
-    logprob: Float[Array, "B G C"]  # of the token, nats
-    entropy: Float[Array, "B G C"]  # of the distribution that the token was drawn from; it has no gradient
-    likeliest: Bool[Array, "B G C"]  # no other token is more probable
+    logprob: Float[Array, "B G C"]  # log-probability of the token, nats
+    entropy: Float[Array, "B G C"]  # entropy of the token's distribution; not differentiable
+    likeliest: Bool[Array, "B G C"]  # whether no other token is more probable
 
 
 class LossTotals(NamedTuple):
     """Sums over the counted caption tokens."""
 
     loss: Float[Array, ""]  # cross-entropy, nats
-    correct: Float[Array, ""]  # tokens whose most likely prediction is right
-    count: Float[Array, ""]
+    correct: Float[Array, ""]  # number of tokens predicted correctly
+    count: Float[Array, ""]  # number of tokens
 
 
 def counted(captions: Captions, weight: Float[Array, "B"]) -> Float[Array, "B G C"]:
-    """1 where a target counts: it is valid, and its row has weight."""
+    """The loss mask: 1 for valid targets in rows with weight."""
     return captions.valid * weight[:, None, None]
 
 
@@ -49,7 +49,7 @@ def loss_totals(
     captions: Captions,
     weight: Float[Array, "B"],
 ) -> LossTotals:
-    """Next-token cross-entropy, summed; see `caption_scores`."""
+    """Summed next-token cross-entropy; see `caption_scores`."""
     scores, counts = caption_scores(hidden, head, captions.targets), counted(captions, weight)
     return LossTotals(
         -jnp.sum(scores.logprob * counts), jnp.sum(scores.likeliest * counts), jnp.sum(counts, dtype=jnp.float32)
@@ -62,10 +62,10 @@ def caption_scores(
     targets: Int[Array, "B G C"],
     temperature: float = 1.0,
 ) -> Scores:
-    """Scores of the targets under softmax(hidden @ head.T / temperature).
+    """Compute scores of the targets under softmax(hidden @ head.T / temperature).
 
     Args:
-        hidden: in the compute dtype; `head` is cast to it, logits are fp32.
+        hidden: hidden states in the compute dtype. `head` is cast to it; logits are fp32.
 
     Returns:
         fp32 scores. `logprob` is differentiable with respect to `hidden` and `head`.
@@ -77,7 +77,7 @@ def caption_scores(
 
 
 class _Axes(NamedTuple):
-    """Mesh axes that divide something; () without a mesh, or where the size is not divisible."""
+    """Mesh axes that shard each dimension; () without a mesh, or if the size is not divisible."""
 
     rows: tuple[str, ...]
     vocabulary: tuple[str, ...]
@@ -89,12 +89,12 @@ class _Axes(NamedTuple):
 
     @property
     def stored(self) -> PartitionSpec:
-        """Of the output matrix and its gradient, as in `parallel.rules`."""
+        """Sharding of the output matrix and its gradient, as in `parallel.rules`."""
         return PartitionSpec(self.vocabulary or None, self.width or None)
 
     @property
     def gathered(self) -> PartitionSpec:
-        """Of the output matrix in use."""
+        """Sharding of the gathered output matrix."""
         return PartitionSpec(self.vocabulary or None)
 
 
@@ -107,7 +107,7 @@ def _axes(head: Array) -> _Axes:
 
 
 def _sharded(run: Callable, axes: _Axes, in_specs: Any, out_specs: Any) -> Callable:
-    """`run` on each device's part; without a mesh that divides anything, `run` itself."""
+    """Apply `shard_map` to `run`, unless no axis is sharded."""
     if not any(axes):
         return run
     return jax.shard_map(run, in_specs=in_specs, out_specs=out_specs, check_vma=False)
@@ -183,10 +183,10 @@ _scores.defvjp(_forward, _backward)
 
 
 def _reduced(total: Array, axes: _Axes) -> Array:
-    """The sum over all rows of a piece of the output matrix's gradient [D V], as `axes.stored` [V D].
+    """Sum a piece of the output matrix's gradient [D V] over all rows; the result has sharding `axes.stored` [V D].
 
-    TPU compilers reduce-scatter along the leading axis only; along another axis, and over a whole slice, they compute
-    an all-reduce, whose result has full size. Hence the leading axis, and a piece of the vocabulary at a time.
+    TPU compilers reduce-scatter only along the leading axis. Along other axes, and over a whole slice, they compute an
+    all-reduce of full size. Hence the leading axis, and one piece of the vocabulary at a time.
     """
     rest = tuple(axis for axis in axes.rows if axis not in axes.width)
     if axes.width:
@@ -197,16 +197,16 @@ def _reduced(total: Array, axes: _Axes) -> Array:
 def _logits(
     hidden: Array, targets: Array, matrix: Array, temperature: float, axes: _Axes, number: Array | int = 0, of: int = 1
 ) -> tuple[Array, Array]:
-    """The fp32 logits of N tokens, [N V], of piece `number` `of` this device's part, and which are the targets'."""
+    """The fp32 logits [N V] of piece `number` of `of` pieces of this device's vocabulary, and the mask of targets."""
     logits = jnp.einsum("ND,VD->NV", hidden, matrix, preferred_element_type=jnp.float32) / temperature
     first = jax.lax.axis_index(axes.vocabulary) * of + number if axes.vocabulary else number
     return logits, first * len(matrix) + jnp.arange(len(matrix))[None] == targets[:, None]
 
 
 def _chunks(tokens: tuple, matrix: Array) -> tuple[tuple, Callable]:
-    """Arrays [B G C ...] as [chunks, N, ...], padded with zeros, and a function that undoes it.
+    """Reshape arrays [B G C ...] to [chunks, N, ...], padded with zeros; also return the inverse function.
 
-    N tokens have LOGITS_BYTES of logits against this device's part of the vocabulary.
+    The logits of N tokens for this device's part of the vocabulary have LOGITS_BYTES bytes.
     """
     shape = tokens[0].shape[:3]
     count = math.prod(shape)
@@ -224,6 +224,6 @@ def _chunks(tokens: tuple, matrix: Array) -> tuple[tuple, Callable]:
 
 
 def _in_chunks(run: Callable, tokens: tuple, matrix: Array) -> Any:
-    """`run` over tokens in chunks, as arrays [B G C ...]."""
+    """Apply `run` to chunks of tokens; the results have shape [B G C ...]."""
     parts, merged = _chunks(tokens, matrix)
     return jax.tree.map(merged, jax.lax.map(lambda part: run(*part), parts))

@@ -1,7 +1,7 @@
 """Metrics of a run: metrics.jsonl, TensorBoard, W&B, and progress lines on stderr.
 
-metrics.jsonl has one line per finished step. Everything that depends on the clock or the machine is under "perf": two
-runs of one config write the same bytes otherwise.
+metrics.jsonl has one line per finished step. All values that depend on the clock or the machine are under "perf". The
+other bytes are reproducible.
 """
 
 import hashlib
@@ -23,13 +23,13 @@ from avocado_jax.errors import InputError
 from avocado_jax.parallel.chips import CHIPS
 from avocado_jax.parallel.compiled import counts
 
-UPLOAD_SECONDS = 30.0  # between uploads of changed files to a bucket
-BOARD_SECONDS = 10  # between writes of TensorBoard's files
-RECENT_STEPS = 20  # that the remaining time is estimated from
+UPLOAD_SECONDS = 30.0  # interval between uploads of changed files to a bucket
+BOARD_SECONDS = 10  # interval between writes of TensorBoard files
+RECENT_STEPS = 20  # steps for the estimate of the remaining time
 
 
 class Meter:
-    """Measures what is not a result: time per step, compilations, memory."""
+    """Measures the performance of steps: time, compilations, memory."""
 
     def __init__(self) -> None:
         self._at = time.perf_counter()
@@ -38,11 +38,11 @@ class Meter:
         self._peak = chip.flops * jax.device_count() if chip else float("nan")
 
     def perf(self, tokens: float, flops: float, padded: float, input_wait: float) -> dict[str, Any]:
-        """The "perf" entry of a step that has just ended and started when the one before it ended.
+        """Compute the "perf" entry of a step that has just finished.
 
-        `seconds` is the time since the previous step, `mfu` the model FLOPs per second over the peak of the devices
-        (null where the peak is unknown), `memory_bytes` the peak use of a device (on a CPU, of the process),
-        `compilations` the count in this process so far; a program that was read from the cache does not count.
+        `seconds` is the time since the previous call, `mfu` the model FLOPs per second relative to the peak of the
+        devices (null if unknown), `memory_bytes` the peak memory of a device (on CPU, of the process), `compilations`
+        the number of compilations in this process so far, without programs read from the cache.
         """
         now = time.perf_counter()
         seconds, self._at = now - self._at, now
@@ -63,20 +63,20 @@ class Meter:
 class Log:
     """The metrics of a run, written by process 0 only.
 
-    For a run in a bucket the files are local and a background thread uploads those that have changed, every
-    `UPLOAD_SECONDS`. `flush` uploads them at once: call it before a checkpoint is saved, so that a resumed run finds
-    the metrics of every step up to its checkpoint.
+    For a run in a bucket, the files are local and a background thread uploads changed files every `UPLOAD_SECONDS`.
+    `flush` uploads them immediately. Call it before saving a checkpoint, so that a resumed run has the metrics of
+    every step up to its checkpoint.
     """
 
     def __init__(self, folder: str, step: int, tensorboard: bool, wandb: str, config: dict[str, Any]) -> None:
-        """Continue after `step`. Lines of later steps, and an incomplete last line, are removed.
+        """Resume after `step`. Removes lines of later steps and an incomplete last line.
 
         Args:
-            folder: the run's folder, local or gs://.
+            folder: the run folder, local or gs://.
             step: the last finished step.
             tensorboard: whether to write TensorBoard events.
             wandb: a W&B project; empty: none.
-            config: shown by W&B.
+            config: the config shown in W&B.
 
         Raises:
             InputError: wandb is not installed.
@@ -106,13 +106,13 @@ class Log:
                 raise InputError("wandb is not installed: pip install 'avocado-jax[wandb]'") from None
             name = Path(folder).name
             self._wandb = library.init(project=wandb, config=config, id=wandb_id(folder), name=name, resume="allow")
-        self._uploaded: dict[Path, tuple[int, int]] = {}  # size and time of change of each file in the bucket
+        self._uploaded: dict[Path, tuple[int, int]] = {}  # (size, modification time) of each uploaded file
         self._uploading, self._closed = threading.Lock(), threading.Event()
         if self._remote:
             threading.Thread(target=self._upload_regularly, name="metrics upload", daemon=True).start()
 
     def write(self, line: dict[str, Any]) -> None:
-        """Write the metrics of a finished step. Does not wait for uploads."""
+        """Write the metrics of a finished step. Does not block on uploads."""
         if not self._active:
             return
         self._file.write(json.dumps(line) + "\n")
@@ -125,7 +125,7 @@ class Log:
             self._wandb.log(scalars, step=line["step"])
 
     def flush(self) -> None:
-        """Make every step written so far durable, in the bucket too. A checkpoint may follow.
+        """Make all written steps durable, including uploads. Call before saving a checkpoint.
 
         Raises:
             InputError, OSError: the upload failed.
@@ -140,7 +140,7 @@ class Log:
             self._upload()
 
     def close(self) -> None:
-        """Flush and close the files. Raises as `flush` does."""
+        """Flush and close the files. Raises as `flush`."""
         if not self._active:
             return
         self._closed.set()
@@ -164,7 +164,7 @@ class Log:
                     continue
                 data = path.read_bytes()
                 if path == self.path:
-                    data = data[: data.rfind(b"\n") + 1]  # a step may be half-written
+                    data = data[: data.rfind(b"\n") + 1]  # drop a partially written line
                 storage.write(storage.join(self._remote, str(path.relative_to(self._local))), data)
                 self._uploaded[path] = version
 
@@ -177,13 +177,13 @@ class Log:
 
 
 def wandb_id(folder: str) -> str:
-    """The W&B run of a folder: the same in every start, different for folders of one name in different parents."""
+    """The W&B run id of a folder: stable over restarts, and distinct for folders with the same name."""
     where = folder.rstrip("/") if storage.is_remote(folder) else str(Path(folder).resolve())
     return hashlib.sha256(where.encode()).hexdigest()[:16]
 
 
 def _complete_lines(path: Path, step: int) -> list[str]:
-    """The lines of steps 1 to `step`, up to the first that is damaged."""
+    """The lines of steps 1 to `step`, up to the first damaged line."""
     if not path.exists():
         return []
     kept = []
@@ -198,9 +198,9 @@ def _complete_lines(path: Path, step: int) -> list[str]:
 
 
 class ProgressLog:
-    """Progress on stderr of process 0: every step while steps are slow, otherwise a line every ten seconds.
+    """Prints progress to stderr on process 0, at most one line every ten seconds.
 
-    The remaining time is estimated from the mean of recent steps without a compilation, and the newest evaluation.
+    The remaining time is estimated from the mean of recent steps without compilation, and the latest evaluation.
     """
 
     def __init__(self, total: int, eval_every: int) -> None:
@@ -209,7 +209,7 @@ class ProgressLog:
         self._evaluation, self._compilations = 0.0, -1
 
     def write(self, line: dict[str, Any]) -> None:
-        """Print a step's metrics if ten seconds have passed, or it is the last one or has held-out metrics."""
+        """Print a step's metrics if ten seconds have passed, or for the last step or with held-out metrics."""
         now = time.monotonic()
         last, evaluated = line["step"] == self._total, any("heldout" in name for name in line)
         self._measure(line["perf"], evaluated)
@@ -228,7 +228,7 @@ class ProgressLog:
         )
 
     def _measure(self, perf: dict[str, Any], evaluated: bool) -> None:
-        """Keep the seconds of a step. Those of the first step, and of steps with a compilation, are not typical."""
+        """Record the seconds of a step. The first step and steps with a compilation are excluded."""
         typical = self._compilations == perf["compilations"]
         self._compilations = perf["compilations"]
         if evaluated:
@@ -238,9 +238,9 @@ class ProgressLog:
             self._recent.append(perf["seconds"])
 
     def _seconds_left(self, step: int) -> float:
-        """The estimate after `step` of the steps and evaluations that remain."""
+        """Estimate the time of the remaining steps and evaluations after `step`."""
         evaluations = 0
-        if self._evaluation:  # they follow every `eval_every` steps, and the last step
+        if self._evaluation:  # evaluations run every `eval_every` steps and after the last step
             every = self._eval_every or self._total
             evaluations = -(-self._total // every) - step // every
         return (self._total - step) * sum(self._recent) / len(self._recent) + evaluations * self._evaluation

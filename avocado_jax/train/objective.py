@@ -23,7 +23,7 @@ from avocado_jax.typing import Array, Bool, Float
 
 
 def zero_variance(rewards: Float[Array, "B G"]) -> Bool[Array, "B"]:
-    """Groups whose captions all have the same reward; they give no policy gradient."""
+    """Mask of groups whose captions all have the same reward. They give no policy gradient."""
     return jnp.max(rewards, axis=1) == jnp.min(rewards, axis=1)
 
 
@@ -72,7 +72,7 @@ def truncated_importance(old: Array, sampled: Array, valid: Array, cap: float) -
 
     Args:
         old: log-probabilities under the sampling policy, computed by the trainer.
-        sampled: the same, computed by the sampler.
+        sampled: log-probabilities under the sampling policy, computed by the sampler.
     """
     return jax.lax.stop_gradient(jnp.minimum(jnp.exp(jnp.where(valid, old - sampled, 0)), cap))
 
@@ -171,9 +171,9 @@ def objective(
 
     Args:
         new: log-probabilities of the sampled tokens under the policy; the only differentiated argument.
-        old: under the sampling policy, computed by the trainer.
-        sampled: the same, computed by the sampler.
-        reference: under the reference.
+        old: log-probabilities under the sampling policy, computed by the trainer.
+        sampled: log-probabilities under the sampling policy, computed by the sampler.
+        reference: log-probabilities under the reference.
         shares: the weight of each token; 0 where `valid` is False.
     """
     ratio = jnp.exp(RATIOS[config.ratio](new, old, valid))

@@ -15,9 +15,9 @@ MATRICES = ("kernel", "embedding", "head", "lora_a", "lora_b")  # leaves with we
 
 
 def schedule(config: OptimConfig, steps: int) -> optax.Schedule:
-    """Learning rate by the number of updates before: linear to the peak, then a cosine to `final` times the peak.
+    """The learning rate by the number of previous updates: linear to the peak, then a cosine to `final` x peak.
 
-    With W = `warmup` x steps (at least 1), update n = 1 ... W has lr x n / W, so update W has the peak.
+    With W = `warmup` x steps (at least 1), update n = 1 ... W has lr x n / W, so update W has the peak rate.
     """
     warmup = max(1, round(config.warmup * steps))
     return optax.warmup_cosine_decay_schedule(
@@ -26,7 +26,7 @@ def schedule(config: OptimConfig, steps: int) -> optax.Schedule:
 
 
 def optimizer(config: OptimConfig, steps: int) -> optax.GradientTransformation:
-    """AdamW over the trained parameters; moments have the dtype of their parameter."""
+    """AdamW for the trained parameters. Moments have the dtype of their parameter."""
 
     def decays(params: optax.Params) -> optax.Params:
         return jax.tree_util.tree_map_with_path(lambda keys, _: keys[-1].key in MATRICES, params)
@@ -43,14 +43,14 @@ def gradient(loss: Callable[..., tuple[Array, Any]], trained: Any, batch: tuple,
         accumulate: number of microbatches. Their gradients and totals are added, so the result does not depend on it if
             `loss` is a sum over rows.
     """
-    of_microbatch = jax.grad(loss, has_aux=True)
+    microbatch_gradient = jax.grad(loss, has_aux=True)
     if accumulate == 1:
-        return of_microbatch(trained, *batch)
+        return microbatch_gradient(trained, *batch)
     parts = in_parts(batch, accumulate)
 
     def add(total: Any, part: tuple) -> tuple[Any, None]:
-        return jax.tree.map(jnp.add, total, of_microbatch(trained, *part)), None
+        return jax.tree.map(jnp.add, total, microbatch_gradient(trained, *part)), None
 
     _, totals = jax.eval_shape(loss, trained, *jax.tree.map(lambda leaf: leaf[0], parts))
-    zero = jax.tree.map(jnp.zeros_like, trained), jax.tree.map(lambda one: jnp.zeros(one.shape, one.dtype), totals)
+    zero = jax.tree.map(jnp.zeros_like, trained), jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), totals)
     return jax.lax.scan(add, zero, parts)[0]

@@ -1,4 +1,4 @@
-"""Time of each phase of a step, measured by a thread that waits for its results; the step itself does not wait."""
+"""Measure the time of each phase of a step in a background thread, without blocking the step."""
 
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -8,9 +8,9 @@ import jax
 
 
 class Phases:
-    """The phases of one step after another.
+    """Times the phases of consecutive steps.
 
-    A phase begins when the one before it has ended, or when it was dispatched, whichever is later.
+    A phase starts when the previous one has ended, or when it was dispatched, whichever is later.
     """
 
     def __init__(self) -> None:
@@ -19,19 +19,19 @@ class Phases:
         self._step: dict[str, Future] = {}
 
     def begin(self) -> None:
-        """A new step."""
+        """Start a new step."""
         self._dispatched, self._step = time.perf_counter(), {}
 
     def end(self, name: str, results: Any) -> None:
-        """A phase was dispatched, whose results are these. None of them may be donated to what follows.
+        """Record a dispatched phase and its results, which must not be donated later.
 
-        The seconds of several phases of one name are added, as are those of `idle`.
+        The times of phases with the same name are added, as for `idle`.
         """
         self._step[name] = self._waiting.submit(self._wait, results, self._dispatched, self._step.get(name))
         self._dispatched = time.perf_counter()
 
     def idle(self, name: str) -> None:
-        """The host has waited for something else until now; the entry is the time for which the devices had no work."""
+        """Record that the host has waited until now. The entry is the time in which the devices were idle."""
         now, before = time.perf_counter(), self._step.get(name)
         self._dispatched = now
         self._step[name] = self._waiting.submit(
@@ -44,5 +44,5 @@ class Phases:
         return self._ended - begun + (before.result() if before else 0)
 
     def step(self) -> dict[str, Future]:
-        """The phases of the step so far, in the order they were dispatched; their values are seconds."""
+        """The seconds of the step's phases, in the order of dispatch."""
         return self._step

@@ -1,4 +1,4 @@
-"""The profile of a run: a window of steps traced by jax.profiler into RUN/profile."""
+"""Profile a window of steps with jax.profiler into RUN/profile."""
 
 import sys
 import tempfile
@@ -14,33 +14,33 @@ from avocado_jax.errors import InputError
 class Profile:
     """Traces the steps `window[0]` to `window[-1]`.
 
-    A run that resumes inside the window traces the rest of it. `close` ends a trace that is still going on, after a
-    SIGTERM for example, and keeps it.
+    A run that resumes inside the window traces its remaining steps. `close` stops and keeps a running trace, for
+    example after SIGTERM.
 
     Args:
-        window: the first and the last step; empty: nothing is traced.
-        folder: for the trace, local or gs://.
+        window: the first and the last step; empty: no trace.
+        folder: output folder, local or gs://.
     """
 
     def __init__(self, window: tuple[int, ...], folder: str) -> None:
         self._window, self._folder = window, folder
-        self._local: str | None = None  # the folder of the trace that is going on
+        self._local: str | None = None  # folder of the running trace
 
     def before_step(self, number: int) -> None:
-        """Start to trace if the step is in the window."""
+        """Start the trace if the step is in the window."""
         if self._local is None and self._window and self._window[0] <= number <= self._window[-1]:
-            remote = storage.is_remote(self._folder)  # jax writes local files only
+            remote = storage.is_remote(self._folder)  # jax only writes local files
             self._local = tempfile.mkdtemp(prefix="avocado-") if remote else self._folder
             jax.profiler.start_trace(self._local)
 
     def after_step(self, number: int, outputs: Any) -> None:
-        """Wait for the step and end the trace if the step is the last of the window."""
+        """Wait for the step and stop the trace if the step is the last of the window."""
         if self._local is not None and number >= self._window[-1]:
             jax.block_until_ready(outputs)
             self.close()
 
     def close(self) -> None:
-        """End the trace, if there is one, and upload it to a bucket. A failed upload is a warning."""
+        """Stop a running trace, and upload it if the folder is remote. A failed upload prints a warning."""
         if self._local is None:
             return
         local, self._local = Path(self._local), None

@@ -1,4 +1,4 @@
-"""The rewards of a run: references as arrays, terms computed beside the model, one judge answer for all processes."""
+"""The rewards of a run: reference arrays, terms computed on the devices, judge answers shared by all processes."""
 
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -45,41 +45,41 @@ from avocado_jax.train.rollout import Rollout
 from avocado_jax.train.run import Setup
 from avocado_jax.typing import Array, Float, Int, Probe
 
-MAX_CHARACTERS, MAX_FEATURES = 512, 1024  # distinct characters of a clip's dialogue, distinct features of its keypoints
+MAX_CHARACTERS, MAX_FEATURES = 512, 1024  # maximum distinct characters of a clip's dialogue, features of its keypoints
 SAMPLE_RECORDS = 4  # records that are checked for missing references at start-up
-NOT_REQUESTED, UNANSWERED = -2.0, -1.0  # in place of a score, while the processes share what they know
+NOT_REQUESTED, UNANSWERED = -2.0, -1.0  # values in place of scores while processes share their answers
 
 
 class Judged(NamedTuple):
-    """The answers of a judge to a batch, the same on all processes. Items are keypoints, or probes."""
+    """A judge's answers for a batch, the same on all processes. Items are keypoints or probes."""
 
-    answers: Float[Array, "B G K"]  # NaN without an item, or without an answer
-    requested: Int[Array, ""]  # items that the judge received
-    missing: Int[Array, ""]  # items without an answer
+    answers: Float[Array, "B G K"]  # NaN for padding and missing answers
+    requested: Int[Array, ""]  # number of items sent to the judge
+    missing: Int[Array, ""]  # number of items without an answer
 
 
-# By the term that they are for; empty if nothing is computed on the hosts.
+# Term -> answers; empty if no term is computed on the hosts.
 Answers = Mapping[str, Judged | Computed]
-JUDGE_FIELDS = {  # of each term: its judge and the judge's model
+JUDGE_FIELDS = {  # config fields of each term's judge and its model
     "checklist": ("rewards.judge", "rewards.judge_model"),
     "probes": ("rewards.probe_judge", "rewards.probe_model"),
 }
-ITEMS = {"checklist": "keypoints", "probes": "probes"}  # what the judge of a term answers
+ITEMS = {"checklist": "keypoints", "probes": "probes"}  # names of the items that each term's judge answers
 
 
 class Rewards(NamedTuple):
     """The reward functions of a run.
 
     Attributes:
-        references: fields of records -> what captions are compared with, numpy [B, ...], of one shape for all records.
-        judge: (rollout, batch) -> a function that waits for the answers. It starts the judges and the terms of a user
-            that run on the hosts, and returns before the answers are there.
-        terms: (rollout, references, answers) -> each term, [B G]; NaN if a clip has no reference for it.
-        combine: (terms of complete groups, weight [B], normalize=`rewards.normalize`) -> (reward [B G], metrics of the
-            rows that count).
-        program: shapes of a rollout -> the program that `terms` runs.
-        check: raises `Unjudged` if too many answers are missing, or the exception of a user's term. It waits for the
-            devices; all processes agree.
+        references: record fields -> references, numpy [B, ...], with one shape for all records.
+        judge: (rollout, batch) -> a function that waits for the answers. Starts the judges and the user terms on the
+            hosts, and returns immediately.
+        terms: (rollout, references, answers) -> value of each term, [B G]; NaN without a reference.
+        combine: (terms of complete groups, weight [B], normalize=`rewards.normalize`) -> (reward [B G], metrics over
+            the rows with weight).
+        program: shapes of a rollout -> the program of `terms`.
+        check: raises `Unjudged` if too many answers are missing, or the exception of a user term. Waits for the
+            devices; all processes raise together.
     """
 
     references: Callable[[Sequence[Mapping[str, Any]]], References]
@@ -101,10 +101,10 @@ def caption_text(setup: Setup, stops: Sequence[int], ids: Sequence[int]) -> str:
 
 @contextmanager
 def open_rewards(config: GrpoConfig, setup: Setup, stops: Sequence[int]) -> Iterator[Rewards]:
-    """The rewards of `config`. Prints which terms have no reference in the first records.
+    """Open the rewards of `config` for the duration of the block. Warns about terms without references.
 
     Raises:
-        InputError: a limit is invalid, or a judge or a user's term cannot be opened.
+        InputError: a limit is invalid, or a judge or a user term cannot be loaded.
     """
     rewards = config.rewards
     for name in ("keypoints", "lines", "scenes", "questions"):
@@ -125,10 +125,10 @@ def open_rewards(config: GrpoConfig, setup: Setup, stops: Sequence[int]) -> Iter
             raise InputError(f"{judge} is {kind}: {names} names its folder, or the model at the endpoint")
     with ExitStack() as stack:
         opened = {
-            one: stack.enter_context(open_judge(*one, config.dtype, _endpoint(rewards, *one)))
-            for one in dict.fromkeys(wanted.values())  # terms with the same judge share it
+            judge: stack.enter_context(open_judge(*judge, config.dtype, _endpoint(rewards, *judge)))
+            for judge in dict.fromkeys(wanted.values())  # terms with the same judge share it
         }
-        judges = {term: opened[one] for term, one in wanted.items()}
+        judges = {term: opened[judge] for term, judge in wanted.items()}
         if "probes" in judges:
             judges["probes"] = judges["probes"].probes
         yield make_rewards(config, setup, stops, judges)
@@ -142,20 +142,20 @@ def _endpoint(rewards: RewardConfig, kind: str, model: str) -> Endpoint | None:
 
 
 def caption_texts(path: str) -> list[str]:
-    """The captions of a file of JSON lines, a manifest for one.
+    """Read the captions of a JSON lines file, such as a manifest.
 
     Raises:
-        InputError: it cannot be read, or a line has no "caption".
+        InputError: the file cannot be read, or a line has no "caption".
     """
     return [line["caption"] for _, line in read_lines(Path(path), {"caption": str})]
 
 
 def make_rewards(config: GrpoConfig, setup: Setup, stops: Sequence[int], judges: Mapping[str, Judge]) -> Rewards:
-    """The rewards of `config` with open judges.
+    """Build the reward functions of `config`.
 
     Args:
-        judges: of the terms in ITEMS. Without one for the checklist, captions are judged by their words; without one
-            for the probes there is no such term.
+        judges: open judges of terms in ITEMS. Without a checklist judge, the lexical judge is used; without a probe
+            judge, there is no `probes` term.
     """
     settings = config.rewards
     table = make_table(setup.words.json, word_weights(caption_texts(settings.idf)) if settings.idf else None)
@@ -184,7 +184,7 @@ def make_rewards(config: GrpoConfig, setup: Setup, stops: Sequence[int], judges:
         return terms | {name: answers[name] for name in on_hosts}
 
     def references(records: Sequence[Mapping[str, Any]]) -> References:
-        with on_cpu():  # this runs in the input thread while the accelerators compute a step
+        with on_cpu():  # called in the input thread while the accelerators compute a step
             return make_references(table, records, limits, settings.keypoints, MAX_FEATURES, MAX_CHARACTERS, events)[0]
 
     def judge(rollout: Rollout, batch: Batch) -> Callable[[], Answers]:
@@ -192,13 +192,13 @@ def make_rewards(config: GrpoConfig, setup: Setup, stops: Sequence[int], judges:
         return lambda: {term: wait() for term, wait in waiting.items()}
 
     def terms(rollout: Rollout, references: References, judged: Answers) -> dict[str, Array]:
-        answers = {term: one.answers for term, one in judged.items()}
+        answers = {term: result.answers for term, result in judged.items()}
         return score_terms(table, rollout.captions.targets, rollout.lengths, references, answers)
 
     def program(rollout: Rollout) -> Program:
         rows, group, _ = rollout.captions.targets.shape
-        one = references([{}])
-        shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((rows, *leaf.shape[1:]), leaf.dtype), one)
+        example = references([{}])
+        shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((rows, *leaf.shape[1:]), leaf.dtype), example)
         answers = {term: jax.ShapeDtypeStruct((rows, group, most_items[term]), jnp.float32) for term in judges}
         answers |= {name: jax.ShapeDtypeStruct((rows, group), jnp.float32) for name in on_hosts}
         inputs = by_rows((shapes, answers), setup.mesh)
@@ -209,17 +209,17 @@ def make_rewards(config: GrpoConfig, setup: Setup, stops: Sequence[int], judges:
     ) -> tuple[Array, dict[str, Array]]:
         counted = {name: jnp.where((weight > 0)[:, None], value, jnp.nan) for name, value in terms.items()}
         total, metrics = combine(counted, weights, normalize, settings.gate)
-        for name in weights:  # of the rows that count
+        for name in weights:  # over the rows with weight
             counts = jnp.broadcast_to((weight > 0)[:, None], counted[name].shape)
             metrics[f"{name}_missing"] = jnp.sum(jnp.isnan(counted[name]) & counts) / jnp.maximum(jnp.sum(counts), 1)
         return total, metrics
 
     def check(judged: Answers) -> None:
-        for term, one in judged.items():
+        for term, result in judged.items():
             if term in hosts:
-                hosts[term].check(one)
+                hosts[term].check(result)
                 continue
-            requested, missing = jax.device_get((one.requested, one.missing))
+            requested, missing = jax.device_get((result.requested, result.missing))
             if missing > settings.max_unjudged * requested:
                 raise Unjudged(
                     f"the judge left {missing} of {requested} {ITEMS[term]} of a step without an answer; "
@@ -229,14 +229,16 @@ def make_rewards(config: GrpoConfig, setup: Setup, stops: Sequence[int], judges:
     if jax.process_index() == 0:
         _warn_of_missing(setup.source, references, [name for name, weight in weights.items() if weight])
     text = partial(caption_text, setup, stops)
-    started = {term: _shared(one, setup.mesh, most_items[term], text, items_of(term)) for term, one in judges.items()}
+    started = {
+        term: _shared(judge, setup.mesh, most_items[term], text, items_of(term)) for term, judge in judges.items()
+    }
     hosts = {name: HostTerm(term, setup.mesh, text) for name, term in on_hosts.items()}
     started |= {name: term.start for name, term in hosts.items()}
     return Rewards(references, judge, terms, reward, program, check)
 
 
 def items_of(term: str) -> Callable[[Mapping[str, Any]], list[Any]]:
-    """Fields of a record -> what the judge of a term answers: texts of keypoints, or probes that are valid."""
+    """Return the function that maps record fields to the items of a term: keypoint texts or valid probes."""
 
     def keypoints(fields: Mapping[str, Any]) -> list[str]:
         return [point["text"] for point in fields.get("keypoints") or ()]
@@ -252,14 +254,14 @@ def items_of(term: str) -> Callable[[Mapping[str, Any]], list[Any]]:
 
 
 def _warn_of_missing(source: Source, references: Callable, terms: Sequence[str]) -> None:
-    """Print which terms have no reference in the first records that can be read."""
+    """Print which terms have no reference in the first readable records."""
     fields = []
     for number in range(min(SAMPLE_RECORDS, len(source.index.ids))):
-        with suppress(InputError, StorageError, TimeoutError):  # the run counts and lists records that are lost
+        with suppress(InputError, StorageError, TimeoutError):  # the run counts and reports lost records
             fields.append(source[number].fields)
     if not fields:
         return
-    probes = np.array([not items_of("probes")(one) for one in fields])
+    probes = np.array([not items_of("probes")(record) for record in fields])
     for name, without in {**missing(references(fields)), "probes": probes}.items():
         if name in terms and without.any():
             count = f"{without.sum()} of the first {len(fields)} clips"
@@ -276,19 +278,19 @@ def _shared(
     text: Callable[[Sequence[int]], str],
     items: Callable[[Mapping[str, Any]], list[Any]],
 ) -> Callable[[Rollout, Batch], Callable[[], Judged]]:
-    """The judge of one term: one process judges each caption, all processes receive the answers.
+    """Share a term's judge between processes: one process judges each caption, all processes receive the answers.
 
     Args:
-        limit: items of a clip that are judged, K.
-        text: token ids of a caption to its text.
-        items: fields of a record to its keypoints or probes.
+        limit: K, maximum judged items of a clip.
+        text: token ids of a caption -> text.
+        items: record fields -> keypoints or probes.
     """
     rows, replicated = rows_sharding(mesh), NamedSharding(mesh, PartitionSpec())
     gather = jax.jit(lambda tree: tree, out_shardings=replicated)
 
     @partial(jax.jit, out_shardings=Judged(rows, replicated, replicated))
     def share(observed: Float[Array, "R B G K"]) -> Judged:
-        scores = jnp.max(observed, axis=0)  # of the owner: all others have NOT_REQUESTED
+        scores = jnp.max(observed, axis=0)  # scores of the owner; other processes have NOT_REQUESTED
         answers = jnp.where(scores >= 0, scores, jnp.nan)
         return Judged(answers, jnp.sum(scores > NOT_REQUESTED), jnp.sum(scores == UNANSWERED))
 

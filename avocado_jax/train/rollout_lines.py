@@ -1,4 +1,4 @@
-"""The lines of `rollouts/STEP.jsonl`: one for each caption of a step."""
+"""The lines of `rollouts/STEP.jsonl`, one per caption of a step."""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -20,12 +20,12 @@ def rollout_lines(
     advantage: np.ndarray,
     reward: np.ndarray,
 ) -> Iterator[str]:
-    """A JSON line for each caption, in order.
+    """Yield a JSON line per caption, in order.
 
     Args:
-        step: finished steps before this one.
-        records: number of each clip's record; -1: no line.
-        tokens, ...: [clips, group, ...].
+        step: number of steps finished before this one.
+        records: index of each clip's record; -1: no line.
+        tokens, ...: arrays [clips, group, ...].
     """
     for row, record in enumerate(records):
         for caption in range(lengths.shape[1] if record >= 0 else 0):
@@ -46,5 +46,5 @@ def rollout_lines(
 
 
 def _number(value: np.floating) -> float | None:
-    """None for NaN (a term without a reference), which JSON cannot represent."""
+    """Convert NaN (a term without a reference), which JSON does not support, to None."""
     return float(value) if np.isfinite(value) else None

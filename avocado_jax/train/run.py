@@ -1,4 +1,4 @@
-"""From a config to a run: checkpoint, data, batch plan, mesh and training loop; supervised fine-tuning."""
+"""Set up a run from a config: checkpoint, data, batch plan, mesh and training loop; supervised fine-tuning."""
 
 import json
 import sys
@@ -48,7 +48,7 @@ from avocado_jax.train.startup import ready
 from avocado_jax.train.state import State, rest_of
 from avocado_jax.typing import Array
 
-Measured = dict[str, tuple[Array, Array]]  # by metric: a sum over a batch, and the number of its summands
+Measured = dict[str, tuple[Array, Array]]  # metric -> (sum over a batch, number of summands)
 
 
 class Evaluator(NamedTuple):
@@ -56,8 +56,8 @@ class Evaluator(NamedTuple):
 
     Attributes:
         evaluate: (state, step) -> entries for the step's line of metrics.
-        rank: entries -> what checkpoints are ranked by, lower is better; None: unranked.
-        programs: the programs that it runs.
+        rank: entries -> value to rank checkpoints by, lower is better; None: unranked.
+        programs: the programs of the evaluation.
     """
 
     evaluate: Callable[[State, int], dict[str, Any]] = lambda state, step: {}
@@ -83,7 +83,7 @@ def set_up(config: RunConfig, split: int = 1, folder: str = "") -> Setup:
     """Open the checkpoint and the data of `config` and plan its batches. Each record takes `split` rows.
 
     Args:
-        folder: of the run, whose commit of `init` is kept where `init` is on the hub.
+        folder: the run folder, which stores the commit of an `init` on the hub.
 
     Raises:
         InputError: the config is inconsistent, or an input cannot be read.
@@ -110,7 +110,7 @@ def set_up(config: RunConfig, split: int = 1, folder: str = "") -> Setup:
 
 
 def warn_of_reading(config: RunConfig, prepared: Reading, expected: Reading) -> None:
-    """Print a warning if clips are not sampled as those of the checkpoint that the run begins with."""
+    """Print a warning if the clips are sampled differently from those of the initial checkpoint."""
     if prepared == expected:
         return
     theirs, ours = _differences(prepared, expected)
@@ -122,16 +122,16 @@ def warn_of_reading(config: RunConfig, prepared: Reading, expected: Reading) -> 
 
 
 def _differences(*readings: Reading) -> list[str]:
-    """The properties in which two readings differ, in the form of `prepare --reading`: those of each reading."""
-    one, other = map(reading_fields, readings)
-    names = [name for name in other | one if one.get(name) != other.get(name)]
-    return [", ".join(f"{name}={fields.get(name)}" for name in names) for fields in (one, other)]
+    """Format the differing properties of two readings, one string per reading, as for `prepare --reading`."""
+    first, second = map(reading_fields, readings)
+    names = [name for name in second | first if first.get(name) != second.get(name)]
+    return [", ".join(f"{name}={fields.get(name)}" for name in names) for fields in (first, second)]
 
 
 def make_recipe(
     config: RunConfig, model: ThinkerConfig, words: Words, reading: Reading, habits: Habits = Habits()
 ) -> Recipe:
-    """How the records of a run become rows. It does not depend on free fields, so that a run resumes with its plan."""
+    """Build the recipe of a run. It does not depend on free config fields, so that a resumed run keeps its plan."""
     grpo = isinstance(config, GrpoConfig)
     return Recipe(
         config=model,
@@ -149,7 +149,7 @@ def make_recipe(
 def restored(
     config: RunConfig, setup: Setup, folder: str, checkpoints: Checkpoints, shapes: State, start: Callable
 ) -> State:
-    """The state of the newest checkpoint in `folder`, or `start` of the parameters of `init` if there is none.
+    """Restore the newest checkpoint in `folder`, or call `start` with the parameters of `init` if there is none.
 
     Raises:
         InputError: the checkpoint belongs to a run on other data.
@@ -169,7 +169,7 @@ def sft(config: SftConfig, folder: str) -> int:
     """Start, resume or finish the run in `folder` (local or gs://). Returns its exit status.
 
     Raises:
-        InputError: the config is inconsistent, or the folder holds a run of another config.
+        InputError: the config is inconsistent, or the folder contains a run of another config.
     """
     setup = ready(config, folder, lambda: set_up(config, folder=folder))
     mesh, model = setup.mesh, setup.model
@@ -213,8 +213,8 @@ def run(
     """Compile a stage's programs and run the loop over its steps. Returns the exit status.
 
     Args:
-        programs: from the buckets of the remaining steps to the programs that steps run.
-        batches: from the first step to its batches; by default `stream`.
+        programs: buckets of the remaining steps -> programs of the steps.
+        batches: first step -> its batches and the following ones; by default `stream`.
         stage: `Job`'s step and flops.
     """
     if buckets := remaining_buckets(setup, int(state.step)):
@@ -245,13 +245,13 @@ def remaining_buckets(setup: Setup, first: int) -> list[Bucket]:
 
 
 def open_folder(config: RunConfig, model: ThinkerConfig, folder: str, reading: Reading) -> None:
-    """Initialise the run folder, or check that it belongs to this config. config.json is written last and marks it."""
+    """Create the run folder, or check that it belongs to this config. config.json is written last."""
     where = storage.join(folder, "config.json")
     if storage.exists(where):
         refuse_another(config, json.loads(storage.read(where)), folder)
     elif jax.process_index() == 0:
         stated = asdict(reading)
-        del stated["segment_seconds"]  # that of `init` stays
+        del stated["segment_seconds"]  # keep the value of `init`
         begin_run(config.init, folder, model.text.lora, stated)
         storage.write(where, json.dumps(as_json(config), indent=2).encode())
     if jax.process_count() > 1:
@@ -259,9 +259,9 @@ def open_folder(config: RunConfig, model: ThinkerConfig, folder: str, reading: R
 
 
 def stream(setup: Setup, config: RunConfig, first: int, references: Callable | None = None) -> Iterator[Batch]:
-    """Batches on the mesh from that of step `first` on, the same rows on every process (`agreed_batches`).
+    """Yield batches on the mesh from step `first`, with the same rows on every process (`agreed_batches`).
 
-    Spare batches follow those of their block; batches have their numbers in the plan (`Plan.position`).
+    Spare batches follow the other batches of their block. `Batch.step` is the position in the plan (`Plan.position`).
     """
     workers, threads = input_workers(config.data.workers), config.data.threads
     total = setup.plan.batch * setup.split
@@ -278,7 +278,7 @@ def agreement_programs(setup: Setup, buckets: Iterable[Bucket], references: Call
 
 
 def heldout(config: RunConfig, setup: Setup) -> Setup:
-    """The setup for one pass over the first `eval_rows` held-out clips, each of them one row.
+    """The setup for one pass over the first `eval_rows` held-out clips, one row per clip.
 
     Raises:
         InputError: the held-out data was prepared with other settings than the training data.
@@ -297,10 +297,10 @@ def heldout(config: RunConfig, setup: Setup) -> Setup:
 def heldout_means(
     config: RunConfig, evaluated: Setup, measure: Callable[[Batch], Measured], references: Callable | None = None
 ) -> dict[str, float]:
-    """Means over the held-out clips, as `heldout_NAME`.
+    """Compute means over the held-out clips, named `heldout_NAME`.
 
     Args:
-        measure: batch -> for each name, a sum over the batch and the number of its summands.
+        measure: batch -> for each name, the sum over the batch and the number of summands.
     """
     totals: dict[str, np.ndarray] = defaultdict(lambda: np.zeros(2))
     for batch in stream(evaluated, config, 0, references):
@@ -310,13 +310,13 @@ def heldout_means(
 
 
 def _row_flops(config: SftConfig, model: ThinkerConfig, batch: Batch) -> float:
-    """Model FLOPs of a row, approximately without padding: the plan has the padded share of the bucket's FLOPs."""
+    """Model FLOPs of a row without padding, estimated from the plan's padded share of the bucket's FLOPs."""
     flops = train_flops(model, batch.bucket.shape, config.data.references, batch.bucket.caption, config.train)
     return flops * (1 - batch.padded)
 
 
 def _evaluator(config: SftConfig, setup: Setup, shapes: State, stops: tuple[int, ...], folder: str) -> Evaluator:
-    """Loss and accuracy over the first `eval_rows` held-out clips, and captions of the first `samples` in a file."""
+    """Evaluate loss and accuracy on the first `eval_rows` held-out clips; write captions of the first `samples`."""
     if not config.data.heldout:
         return Evaluator()
     recipe, evaluated = setup.recipe, heldout(config, setup)
@@ -343,14 +343,14 @@ def _evaluator(config: SftConfig, setup: Setup, shapes: State, stops: tuple[int,
 
 
 def rank_by_loss(entries: dict[str, Any]) -> float | None:
-    """The best checkpoint has the lowest held-out loss."""
+    """Rank checkpoints by the held-out loss."""
     return entries.get("heldout_loss")
 
 
 def _captions(
     config: SftConfig, recipe: Recipe, params: Any, stops: tuple[int, ...], records: list[Record]
 ) -> list[dict[str, Any]]:
-    """Greedy captions of some clips with their references."""
+    """Greedy captions of clips, with their references."""
     model = recipe.config
     captioner = captioner_in_training(
         model, params, recipe.words, stops, recipe.prompts[0], config.dtype, recipe.reading, recipe.habits
@@ -363,5 +363,5 @@ def _captions(
 
 
 def _first(index: Index, count: int) -> Index:
-    """The index of the first records only."""
+    """The index of the first `count` records."""
     return Index(*(column if isinstance(column, str) else column[:count] for column in index))

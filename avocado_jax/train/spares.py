@@ -2,9 +2,9 @@
 
 B  clips of a batch      S  spare clips      G  captions of a clip
 
-Such a group has no advantage, so that its rollout is wasted. With `oversample` it never reaches an update: the next
-spare group with different rewards takes its place, and where none is left it has no weight. Shapes do not depend on how
-many are replaced.
+A group of equal rewards has no advantage, so its rollout is wasted. With `oversample` it is excluded from updates: the
+next spare group with different rewards replaces it, or its weight becomes 0 if no spare remains. Shapes do not depend
+on the number of replaced groups.
 """
 
 from collections.abc import Callable
@@ -24,7 +24,7 @@ from avocado_jax.typing import Array, Bool, Clip, Float, Int
 
 
 class Sampled(NamedTuple):
-    """Clips and their captions with advantages; leaves have a leading axis of rows, which are `split` a clip."""
+    """Clips and captions with advantages. Leaves have a leading row axis, with `split` rows per clip."""
 
     clip: Clip
     encoded: Encoded | None
@@ -34,10 +34,10 @@ class Sampled(NamedTuple):
 
 
 def choose(equal: Bool[Array, "B"], usable: Bool[Array, "S"]) -> tuple[Int[Array, "B"], Bool[Array, "S"]]:
-    """The first of the equal groups is replaced by the first usable spare, and so on.
+    """Assign the usable spares to the groups of equal rewards, in order.
 
     Returns:
-        For each group the spare that replaces it, or -1, and the spares that replace one.
+        For each group the index of its spare, or -1; and the mask of assigned spares.
     """
     order, rank = jnp.cumsum(equal) - 1, jnp.cumsum(usable) - 1
     pairs = equal[:, None] & usable[None] & (order[:, None] == rank[None])
@@ -51,16 +51,16 @@ def replace_groups(
     rewards: tuple[Float[Array, "B G"], ...],
     spent: Bool[Array, "S"],
 ) -> tuple[Sampled, Bool[Array, "S"], Bool[Array, "S"], dict[str, Array]]:
-    """Replace the groups of equal rewards in a batch; those for which no spare is left have a weight of 0.
+    """Replace the groups of equal rewards in a batch. The weight becomes 0 for groups without a spare.
 
     Args:
-        spares, rewards: of the spare batches of the rollout, each as large as `batch`.
-        spent: spares that replaced a group of an earlier batch of this rollout.
+        spares, rewards: samples and rewards of the rollout's spare batches, each of the size of `batch`.
+        spent: mask of the spares used by earlier batches of this rollout.
 
     Returns:
-        The batch to learn from; the spares that it contains; `spent` with these; and metrics: numbers of groups
-        `replaced` and `dropped`, `all_equal`, 1 if groups were dropped and none is left, and `rows`, the clips that
-        were read.
+        The batch for the update; the mask of its spares; `spent` including these; and metrics: the numbers of groups
+        `replaced` and `dropped`; `all_equal`, 1 if groups were dropped and none remains; and `rows`, the number of
+        clips read.
     """
     split = len(batch.weight) // len(reward)
     counts = batch.weight[::split] > 0
@@ -87,7 +87,7 @@ def replace_groups(
 
 
 def replacement_shapes(config: GrpoConfig, shapes: StepShapes, mesh: Mesh) -> tuple[Any, ...]:
-    """The arguments of `replace_groups` in a step."""
+    """The shapes of the arguments of `replace_groups`."""
     replicated, (clip, _, weight, _) = NamedSharding(mesh, PartitionSpec()), shapes.batch
     advantage = by_rows(jax.ShapeDtypeStruct(shapes.rollout.lengths.shape, jnp.float32), mesh)
     batch = Sampled(clip, shapes.encoded, shapes.rollout, advantage, weight)

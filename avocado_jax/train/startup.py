@@ -1,4 +1,4 @@
-"""Start-up checks, before the first step: every host can do its part, and all hosts run the same program.
+"""Start-up checks before the first step: every host can read its inputs and write, and all hosts run the same code.
 
 Hosts run their checks independently and all-gather the results, so that all exit together if any check fails.
 """
@@ -23,7 +23,7 @@ from avocado_jax.errors import InputError
 from avocado_jax.parallel.processes import deadline
 
 T = TypeVar("T")
-REPORT_BYTES = 2048  # of a host's report; more than the longest error takes as JSON
+REPORT_BYTES = 2048  # size of a host's report; longer than the longest error in JSON
 PACKAGES = ("jax", "jaxlib", "libtpu", "flax", "optax", "orbax-checkpoint")
 PACKAGE = Path(__file__).parents[1]
 
@@ -34,27 +34,27 @@ class Host(NamedTuple):
     name: str
     code: str  # digest of source files and package versions
     config: str  # digest of config, run folder and the commit of `init`
-    error: str  # of a failed check; empty: none
-    permanent: bool  # whether a restart cannot help
+    error: str  # error of a failed check; empty: none
+    permanent: bool  # whether a restart will fail too
 
 
 class Problem(NamedTuple):
-    """Why a job cannot start."""
+    """The reason why a job cannot start."""
 
     text: str
-    permanent: bool  # whether a restart cannot help
+    permanent: bool  # whether a restart will fail too
 
 
 def ready(config: RunConfig, folder: str, open_all: Callable[[], T]) -> T:
-    """Run the start-up checks of this host and compare with all others. Returns the result of `open_all`.
+    """Run the start-up checks of this host and compare the results of all hosts. Returns the result of `open_all`.
 
     Args:
-        folder: the run's folder; each host creates, reads and deletes a file there.
-        open_all: opens checkpoint and data on this host, without communication; its result has the `checkpoint`.
+        folder: the run folder; each host creates, reads and deletes a file there.
+        open_all: opens checkpoint and data on this host, without communication; its result has a `checkpoint`.
 
     Raises:
-        InputError: a check of some host failed, or a host runs other code or another config than host 0.
-        OSError: storage failed on some host.
+        InputError: a check failed on a host, or the code or config of a host differs from host 0.
+        OSError: storage failed on a host.
     """
     opened, failure = None, None
     try:
@@ -80,7 +80,7 @@ def ready(config: RunConfig, folder: str, open_all: Callable[[], T]) -> T:
 
 
 def find_problem(hosts: list[Host]) -> Problem | None:
-    """The first failed check or disagreement among the hosts; None if they can start together."""
+    """The first failed check or difference between hosts; None if they can start."""
     for number, host in enumerate(hosts):
         if host.error:
             return Problem(f"host {number} ({host.name}): {host.error}", host.permanent)
@@ -95,13 +95,13 @@ def find_problem(hosts: list[Host]) -> Problem | None:
 
 
 def gather(report: Host) -> list[Host]:
-    """The reports of all hosts, ordered by process."""
+    """All-gather the reports of the hosts, ordered by process."""
     padded = np.frombuffer(json.dumps(report).encode().ljust(REPORT_BYTES), np.uint8)
     return [Host(*json.loads(row.tobytes())) for row in multihost_utils.process_allgather(padded)]
 
 
 def code(modules: Sequence[str] = ()) -> str:
-    """A digest of the source files of this package and of imported `modules`, and of versions of main dependencies."""
+    """A digest of the source files of this package and of imported `modules`, and of dependency versions."""
     parts: list[Any] = [_version(name) for name in PACKAGES]
     for path in sorted(PACKAGE.rglob("*.py")):
         parts.append([str(path.relative_to(PACKAGE)), hashlib.sha256(path.read_bytes()).hexdigest()])
@@ -111,10 +111,10 @@ def code(modules: Sequence[str] = ()) -> str:
 
 
 def probe(folder: str) -> None:
-    """Check that this host can use the run's folder as a run does.
+    """Check this host's access to the run folder.
 
-    It creates, reads, lists and deletes a file. In a bucket it also reads the bucket's metadata, as Orbax does when
-    it lists steps and when it deletes an old checkpoint.
+    Creates, reads, lists and deletes a file. In a bucket, also reads the bucket's metadata, as Orbax does when it lists
+    steps and deletes old checkpoints.
 
     Raises:
         InputError: a permission is missing; the message names a role that includes it.
@@ -132,7 +132,7 @@ def probe(folder: str) -> None:
 
 
 def _short(text: str) -> str:
-    """At most 600 plain characters of a message."""
+    """The first 600 characters of a message, in ASCII."""
     return text.encode("ascii", "replace")[:600].decode()
 
 

@@ -1,4 +1,4 @@
-"""The training state, and which parameters are trained."""
+"""The training state, and the selection of trained parameters."""
 
 import re
 from functools import partial
@@ -32,13 +32,13 @@ class State(NamedTuple):
     optimizer: Any
     skipped: Int[Array, ""]  # updates skipped because loss or gradient was not finite
     in_row: Int[Array, ""]  # consecutive skipped updates up to now
-    rollouts: Any = ()  # GRPO with several batches per rollout: the newest rollout of each batch, for a resume
-    spent: Any = ()  # the same with spare batches: bool [spare clips], those that have replaced others
+    rollouts: Any = ()  # GRPO with several batches per rollout: the newest rollout of each batch, for resuming
+    spent: Any = ()  # GRPO with several batches per rollout and spares: bool [spare clips], already used spares
 
 
 def rest_of(state: State) -> dict[str, Any]:
-    """What a checkpoint stores of a state beside its parameters. Empty `rollouts` and `spent` are absent."""
-    rest = state._replace(params=None)._asdict()  # Orbax stores a None too
+    """The parts of a state that a checkpoint stores in addition to the parameters, without empty fields."""
+    rest = state._replace(params=None)._asdict()  # Orbax stores None
     return {name: value for name, value in rest.items() if name not in ("rollouts", "spent") or jax.tree.leaves(value)}
 
 
@@ -72,7 +72,8 @@ def apply_gradient(
     """Apply one update; if not `finite`, change only the counters of skipped updates.
 
     Args:
-        counts: whether a row counts. Without one nothing changes: momentum and weight decay would move the parameters.
+        counts: whether the batch has a row with weight. If not, nothing changes: momentum and weight decay would still
+            update the parameters.
 
     Returns:
         The next state and the norm of the update.
@@ -107,20 +108,20 @@ def state_shapes(
     pattern = re.compile(TRAINED[train])
     params = jax.eval_shape(partial(init, model), jax.random.key(0))
 
-    def placed(keys: tuple, leaf: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
+    def with_sharding(keys: tuple, leaf: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
         dtype = leaf.dtype if pattern.fullmatch(path_of(keys)) else jnp.dtype(frozen_dtype)
         return jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=sharding)
 
-    params = jax.tree_util.tree_map_with_path(placed, params, shardings(params, mesh))
+    params = jax.tree_util.tree_map_with_path(with_sharding, params, shardings(params, mesh))
     state = jax.eval_shape(partial(initial_state, optimizer=optimizer, train=train), params)
     replicated = NamedSharding(mesh, PartitionSpec())
 
     known = {path: leaf.sharding for path, leaf in flatten_dict(params, sep="/").items()}
 
-    def of_moment(keys: tuple, leaf: Any) -> jax.ShapeDtypeStruct:
-        # A moment's path in the optimizer ends with that of its parameter.
+    def shard_moment(keys: tuple, leaf: Any) -> jax.ShapeDtypeStruct:
+        # A moment's path in the optimizer ends with the path of its parameter.
         path = "/".join(key.key for key in keys if isinstance(key, jax.tree_util.DictKey))
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=known.get(path, replicated))
 
-    rest = jax.tree_util.tree_map_with_path(of_moment, state._replace(params=None))
+    rest = jax.tree_util.tree_map_with_path(shard_moment, state._replace(params=None))
     return rest._replace(params=params)

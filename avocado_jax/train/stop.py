@@ -1,4 +1,4 @@
-"""Decisions that all processes take at the same step: stop after SIGTERM or SIGINT, save a checkpoint."""
+"""Synchronise decisions of all processes: stop after SIGTERM or SIGINT, save a checkpoint."""
 
 import os
 import signal
@@ -11,16 +11,16 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from avocado_jax.parallel.signals import on_signal
 
-# From the signal to the end of the process. Longer than two steps and a save of the 7B configs; launchers wait longer.
+# Maximum time from the signal to the exit. Longer than two steps and a save of the 7B configs; launchers wait longer.
 GRACE_SECONDS = 90.0
 
 
 class StepFlags:
     """Broadcasts "stop" and "save" through a device array, so that all processes read the same value at one step.
 
-    SIGTERM and SIGINT set "stop". Until `step_finished` is called nothing would be lost, and the process exits with
-    75 at once. After that it has `GRACE_SECONDS` to finish its step and save; then it exits with 75 in any case, as
-    it does on a second SIGINT.
+    SIGTERM and SIGINT set "stop". Before the first `step_finished` there is nothing to save, and the process exits with
+    75 immediately. Later it has `GRACE_SECONDS` to finish its step and save. After this time, or on a second SIGINT, it
+    exits with 75.
     """
 
     def __init__(self, mesh: Mesh) -> None:
@@ -44,14 +44,14 @@ class StepFlags:
         timer.start()
 
     def step_finished(self) -> None:
-        """From now on a stop has something to save."""
+        """Record that a step has finished, so that a stop must save."""
         self._unsaved.set()
 
     def dispatch(self, save: bool) -> jax.Array | np.ndarray:
-        """[stop, save] as an array, dispatched and not waited for: read it with `bool(array[i])`.
+        """Dispatch the reduction of [stop, save] over processes. Read the result with `bool(array[i])`, which blocks.
 
         Args:
-            save: whether a checkpoint is due by the clock. Only the value of process 0 counts.
+            save: whether a checkpoint is due by the clock. Only the value of process 0 is used.
         """
         mine = [self._stop.is_set(), save and jax.process_index() == 0]
         if jax.process_count() == 1:

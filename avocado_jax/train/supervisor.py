@@ -1,13 +1,13 @@
-"""Runs a training command on one host of a job, and turns its end into the status that the launcher acts on.
+"""Run a training command on one host of a job, and convert its exit status for the launcher.
 
   python -m avocado_jax.train.supervisor avocado sft CONFIG --workdir RUN ...
 
-RUN/starts/HOST.json counts the starts of this host since the last newly finished step; `STARTS` of them end with 3.
-RUN/failure.json names the host that ended with 2 or 3: the other hosts, which wait for it or are aborted by jax, end
-with its status. Launchers give all hosts the same AVOCADO_LAUNCH, and each launch another: the record of an earlier
-launch is ignored, and the count starts again. Without AVOCADO_LAUNCH there is no record.
+RUN/starts/HOST.json counts the starts of this host since the last new step. After `STARTS` of them the status is 3.
+RUN/failure.json names the host that exited with 2 or 3. The other hosts, which wait for it or are aborted by jax, exit
+with the same status. AVOCADO_LAUNCH is the same on all hosts and differs between launches: records of earlier launches
+are ignored, and the count restarts. Without AVOCADO_LAUNCH failures are not recorded.
 
-Statuses: 0, 2 and 3 are final; after all others (1, 75, 128 + signal) the launcher starts all hosts again.
+Statuses 0, 2 and 3 are final. After other statuses (1, 75, 128 + signal) the launcher restarts all hosts.
 """
 
 import json
@@ -23,8 +23,8 @@ from avocado_jax.data import storage
 from avocado_jax.errors import InputError
 
 STARTS = 50
-POLL_SECONDS = 30.0  # between looks for the record of another host's failure
-RECORD_SECONDS = 10.0  # within which a host that ended has written its record, although its peers are aborted at once
+POLL_SECONDS = 30.0  # interval for reading the failure record
+RECORD_SECONDS = 10.0  # time to wait for the failure record of another host: peers are aborted before it is written
 ABORTED = 128 + signal.SIGABRT
 
 
@@ -49,10 +49,10 @@ def main(command: list[str]) -> int:
 
 
 def supervise(command: list[str], run: str, launch: str) -> int:
-    """Run the command to its end, or until another host has failed for good. Passes SIGTERM and SIGINT on."""
+    """Run the command until it exits, or until another host has failed permanently. Forwards SIGTERM and SIGINT."""
     child, stopped = None, False
 
-    def stop(*_: Any) -> None:  # the command finishes its step, saves and ends with 75
+    def stop(*_: Any) -> None:  # the command finishes its step, saves and exits with 75
         nonlocal stopped
         stopped = True
         if child is not None:
@@ -65,7 +65,7 @@ def supervise(command: list[str], run: str, launch: str) -> int:
     except OSError as error:
         record_failure(run, launch, 3)
         return _print(f"{command[0]}: {error.strerror}", 3)
-    if stopped:  # while the command was being started
+    if stopped:  # a signal arrived before `child` was set
         child.terminate()
     while True:
         try:
@@ -73,7 +73,7 @@ def supervise(command: list[str], run: str, launch: str) -> int:
             break
         except subprocess.TimeoutExpired:
             if (failure := read_failure(run, launch)) is not None:
-                child.kill()  # it waits for a host that will not come back
+                child.kill()  # it waits for the failed host
                 child.wait()
                 return _follow(failure)
     status = 128 - status if status < 0 else status
@@ -92,7 +92,7 @@ def supervise(command: list[str], run: str, launch: str) -> int:
 
 
 def count_start(run: str, launch: str, host: str) -> int:
-    """Count a start of this host. Returns how many there were since the last newly finished step, this one included.
+    """Count a start of this host. Returns the number of starts since the last new step, including this one.
 
     Raises:
         InputError, OSError: the run folder cannot be written to.
@@ -101,14 +101,14 @@ def count_start(run: str, launch: str, host: str) -> int:
     before = _read(path) or {}
     same = before.get("launch") == launch
     count = before["count"] + 1 if same and step <= before["step"] else 1
-    # A restart removes the lines behind its checkpoint: steps that are finished a second time are not new.
+    # A restart removes the lines after its checkpoint. Steps that are repeated are not new.
     newest = max(step, before["step"]) if same else step
     storage.write(path, json.dumps({"launch": launch, "count": count, "step": newest}).encode())
     return count
 
 
 def newest_step(run: str) -> int:
-    """The newest step in metrics.jsonl; 0 where there is none."""
+    """The newest step in metrics.jsonl; 0 if there is none."""
     try:
         lines = storage.read(storage.join(run, "metrics.jsonl")).splitlines()
     except InputError:
@@ -116,13 +116,13 @@ def newest_step(run: str) -> int:
     for line in reversed(lines):
         try:
             return int(json.loads(line)["step"])
-        except (ValueError, KeyError, TypeError):  # cut short by a kill
+        except (ValueError, KeyError, TypeError):  # a truncated line
             continue
     return 0
 
 
 def record_failure(run: str, launch: str, status: int) -> None:
-    """Record that this host ended for good, unless another host has. Failing storage is reported, no more."""
+    """Record a permanent failure of this host, unless one is recorded. Storage errors are only printed."""
     if not run or not launch or read_failure(run, launch) is not None:
         return
     record = {"launch": launch, "status": status, "host": socket.gethostname(), "time": time.time()}
@@ -133,7 +133,7 @@ def record_failure(run: str, launch: str, status: int) -> None:
 
 
 def read_failure(run: str, launch: str) -> dict[str, Any] | None:
-    """The record of a failure in this launch; None where there is none, or the run folder cannot be read."""
+    """The failure record of this launch; None if there is none, or the run folder cannot be read."""
     if not run or not launch:
         return None
     try:
@@ -144,7 +144,7 @@ def read_failure(run: str, launch: str) -> dict[str, Any] | None:
 
 
 def _read(path: str) -> dict[str, Any] | None:
-    """A JSON object; None where there is no such file or it is damaged."""
+    """Read a JSON object; None if the file is missing or damaged."""
     try:
         found = json.loads(storage.read(path))
     except (InputError, ValueError):
@@ -157,7 +157,7 @@ def _starts(run: str, host: str) -> str:
 
 
 def _host(command: list[str]) -> str:
-    """A name of this host that survives a restart on other machines, where the platform gives one."""
+    """A name of this host. If the platform has host indices, it is stable over restarts on other machines."""
     known = os.environ.get("TPU_WORKER_ID") or os.environ.get("SKYPILOT_NODE_RANK")
     name = _option(command, "--process") or known or socket.gethostname()
     return f"{os.environ.get('MEGASCALE_SLICE_ID', '0')}-{name}"

@@ -88,7 +88,7 @@ def test_values_of_a_term_of_the_hosts():
 
 @pytest.mark.parametrize(
     ("name", "why"),
-    [("shouts", "'more'"), ("endless", "infinite"), ("too_many", "3 values of 2"), ("broken", "UNAVAILABLE: no disk")],
+    [("shouts", "'more'"), ("endless", "infinite"), ("too_many", "3 values for 2"), ("broken", "UNAVAILABLE: no disk")],
 )
 def test_an_error_of_a_term_cannot_be_helped_by_a_restart(name, why):
     (term,) = load_terms([f"host:{HERE}:{name}"], TERMS)
