@@ -108,12 +108,12 @@ def load_base(folder: Folder, key: str) -> Base:
 
 
 def keep_unchanged(base: Base, lines: Lines, source: Source, out: str) -> Base:
-    """The finished state after the manifest was edited: the records whose lines are still in it, and no rejects.
+    """Update the finished state for an edited manifest: keep the records with unchanged lines, and drop the rejects.
 
-    An incomplete folder loses the records of the other lines. In a complete one only rejected lines may change.
+    In an incomplete folder, records with other lines are dropped. In a complete folder, only rejected lines may change.
 
     Raises:
-        InputError: records of a complete folder would be lost, or no line is known; or clips are in parts.
+        InputError: a complete folder would lose records, no line is unchanged, or the clips are in parts.
     """
     if source.parts or "content" not in base.columns:
         raise other_job(out)
@@ -135,7 +135,7 @@ def open_generation(folder: Folder, source: Source, lines: Lines, base: Base, ke
     """
     lost = [number for number, one in enumerate(base.doc["shards"]) if _is_lost(folder, one, base.complete)]
     kept = ~np.isin(base.columns["shard"], lost) if lost else np.ones(len(base.ids), bool)
-    every = not (base.complete or source.parts)  # the user may have replaced a clip that was broken
+    every = not (base.complete or source.parts)  # the user may have replaced a broken clip
     rejects = [one for one in base.rejects if not (one.retry or every)]
     final = {(one.part if source.rows_inside else "", one.line) for one in rejects}
     parts = []
