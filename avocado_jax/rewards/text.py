@@ -310,8 +310,8 @@ def _meaning(table: Table, word_characters: Array, begin: Array, end: Array) -> 
     def last(k: int) -> Array:
         return word_characters[jnp.clip(begin + length - k, 0, n - 1)]
 
-    def is_in(value: Array, letters: str) -> Array:
-        return (value[..., None] == np.array([[ord(letter) for letter in letters]])).any(-1)
+    def is_in(value: Array, alphabet: str) -> Array:
+        return (value[..., None] == np.array([[ord(letter) for letter in alphabet]])).any(-1)
 
     length = length - (ends_with("s", 4) & ~is_in(last(2), "sui"))
     ing = ends_with("ing", 6)
