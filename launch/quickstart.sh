@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # From a fresh clone to captions, fine-tuning and GRPO, on a CPU, with no download but packages.
 #
-#   bash launch/quickstart.sh          six minutes on two cores, after the installation
-#   bash launch/quickstart.sh --full   half an hour: a new world is learned, and GRPO runs on figures worth reading
+#   bash launch/quickstart.sh          four minutes on two idle cores, after the installation
+#   bash launch/quickstart.sh --full   half an hour: fine-tuning on a new world, and a longer GRPO run
 #
 # Can be stopped with Ctrl-C and started again at any moment. PYTHON selects the interpreter.
 set -euo pipefail
