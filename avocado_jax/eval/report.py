@@ -60,7 +60,7 @@ def report(run: str, last: int, clips: Callable[[str, str], Clip | None]) -> dic
                 groups.append({"kind": kind, "clip": owners.setdefault((kind, group.pop("id")), len(owners)), **group})
         if steps:
             what = "Rollouts" if kind == "rollouts" else "Held-out captions"
-            more = f"; there are more, which a larger --last than {last} shows" if found else ", all that there are"
+            more = f"; there are more: increase --last, which is {last}" if found else " (all)"
             notes.append(f"{what} of {_steps(steps)}{more}.")
     known = [clips(*owner) or Clip({}, None) for owner in owners]
     references = _marked(groups, known)

@@ -137,7 +137,7 @@ def test_rollouts_are_sorted_and_filtered_by_any_term(run, opened):
     open_now = page.evaluate("document.querySelectorAll('tr.numbers:not(.out)').length")
     assert 0 < open_now < GROUP
     page.write("#most", "-1")
-    assert page.texts("#group") == ["No caption is like this."]
+    assert page.texts("#group") == ["No caption matches."]
     page.choose("#term", "")
     page.write("#find", "NOT IN THERE")
     count = sum("Not in there" in line["caption"] for line in lines)
@@ -287,6 +287,18 @@ def test_fine_tuning_shows_heldout_captions(tmp_path, opened, capsys):
     assert page.texts(".caption") == ["It is 2.", "At 10."]
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")  # a telephone's width
     assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(20, 23, 26)"
+
+
+@pytest.mark.parametrize("width", [390, 1200])
+def test_captions_fit_the_visible_part_of_a_wide_table(run, opened, width):
+    page = opened(run / "report.html", width=width)
+    table, captions = "document.querySelector('.table')", "[...document.querySelectorAll('.said .caption')]"
+    assert page.evaluate(f"{table}.scrollWidth > {table}.clientWidth")
+    page.evaluate(f"{table}.scrollLeft = 100")
+    sides = page.evaluate(f"{captions}.map(node => node.getBoundingClientRect()).map(box => [box.left, box.right])")
+    left, right = page.evaluate(f"(box => [box.left, box.right])({table}.getBoundingClientRect())")
+    assert sides
+    assert all(left <= start and end <= right for start, end in sides)
 
 
 def test_a_long_run_stays_usable(tmp_path, opened):

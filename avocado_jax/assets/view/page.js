@@ -287,7 +287,7 @@ function open(group) {
   const other = group !== state.group;
   state.group = group;
   [...at("groups").children].forEach((row, k) => row.setAttribute("aria-current", listed[k] === group));
-  if (!group) return at("group").replaceChildren(make("p", { class: "legend" }, "No caption is like this."));
+  if (!group) return at("group").replaceChildren(make("p", { class: "legend" }, "No caption matches."));
   const card = other || !at("group").firstChild?.matches(".clip-card") ? clipCard(data.clips[group.clip]) : at("group").firstChild;
   at("group").replaceChildren(card, ...(group.captions.some((one) => one.quotes || one.points) ? [legend()] : []), table(group));
 }
@@ -339,7 +339,7 @@ function clipCard(clip) {
 function legend() {
   const kinds = [["quote same", "line and speaker agree"], ["quote other", "line agrees, another speaker"], ["quote none", "quoted, in no reference line"], ["point", "words of a stated keypoint"]];
   const spans = kinds.map(([name, text]) => make("span", {}, make("span", { class: name }, "words"), ` ${text}`));
-  return make("div", { class: "legend" }, ...spans, make("span", {}, "(as the lexical judge sees it)"));
+  return make("div", { class: "legend" }, ...spans, make("span", {}, "(matches of the lexical judge)"));
 }
 
 function table(group) {
