@@ -232,7 +232,7 @@ def as_sft(config: RunConfig) -> SftConfig:
 
 
 def config_file(name: str) -> Path:
-    """The file of a config: a path, or the bare name of a config of this package, such as `sft_7b`.
+    """The file of a config: a path, or a config of this package: `sft_7b`, `configs/sft_7b.py`. ".py" is optional.
 
     Raises:
         InputError: there is no such file.
@@ -240,8 +240,10 @@ def config_file(name: str) -> Path:
     if (path := Path(name)).is_file():
         return path
     folder = next(one for one in (PACKAGE / "configs", PACKAGE.parent / "configs") if one.is_dir())  # wheel, clone
-    if (packaged := folder / f"{name}.py").is_file() and name == path.name:
-        return packaged
+    parents = [path.parent, folder] if path.parent == Path("configs") else [path.parent]
+    for parent in [folder, path.parent] if name == path.name else parents:
+        if (file := parent / f"{path.name.removesuffix('.py')}.py").is_file():
+            return file
     names = ", ".join(sorted(one.stem for one in folder.glob("*.py")))
     raise InputError(f"{name}: no such config file; configs with a name: {names}")
 

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, get_args
 from avocado_jax.errors import InputError
 
 DTYPES = ("float32", "bfloat16")
+TERM_KINDS = ("jax", "host")  # of a user's reward term (rewards/extra.py)
 CHOICES = {
     "train": ("captioner", "all", "adapters", "lora"),
     "dtype": DTYPES,
@@ -86,6 +87,35 @@ class Description(NamedTuple):
     meaning: str
 
 
+class UserTerm(NamedTuple):
+    """A user's reward term, as `rewards.extra` names it."""
+
+    kind: str  # of TERM_KINDS
+    module: str
+    function: str
+    weight: float
+
+
+def parse_term(text: str) -> UserTerm:
+    """KIND:MODULE:FUNCTION=WEIGHT; without "=WEIGHT" the weight is 1. The module is not imported.
+
+    Raises:
+        InputError: it is malformed, or the weight is not a finite number.
+    """
+    which, equals, weight = text.partition("=")
+    kind, _, rest = which.partition(":")
+    module, _, function = rest.partition(":")
+    if kind not in TERM_KINDS or not module or not function:
+        raise InputError(f"a term is jax:MODULE:FUNCTION=WEIGHT or host:MODULE:FUNCTION=WEIGHT, not {text!r}")
+    try:
+        value = float(weight) if equals else 1.0
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise InputError(f"{text}: {weight!r} is not a weight")
+    return UserTerm(kind, module, function, value)
+
+
 def check_field(name: str, value: Any) -> None:
     """Check that a value is in the domain of its field.
 
@@ -97,6 +127,9 @@ def check_field(name: str, value: Any) -> None:
     """
     if name in CHOICES and value not in CHOICES[name]:
         raise InputError(f"{name}: {value!r} is not one of {', '.join(CHOICES[name])}")
+    if name == "rewards.extra":
+        for text in value:
+            _check_term(name, text)
     if isinstance(value, bool) or not isinstance(value, int | float):
         return
     if name in AXES:
@@ -107,6 +140,13 @@ def check_field(name: str, value: Any) -> None:
     if not (low <= value <= high and math.isfinite(value)):
         domain = "a finite number" if low == -math.inf else f"a number from {low:g}"
         raise InputError(f"{name}: {value} is not {domain}" + (f" to {high:.10g}" if high < math.inf else ""))
+
+
+def _check_term(name: str, text: str) -> None:
+    try:
+        parse_term(text)
+    except InputError as error:
+        raise InputError(f"{name}: {error}") from None
 
 
 def same_path(name: str, there: Any, here: Any) -> bool:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from avocado_jax import config
+from avocado_jax.__main__ import main
 from avocado_jax.config import DataConfig, SftConfig, as_json, flat, load, refuse_another
 from avocado_jax.errors import InputError
 
@@ -70,6 +71,21 @@ def test_a_rollout_has_a_batch():
     assert load("configs/grpo_7b.py", ["--oversample", "16"]).oversample == 16
 
 
+@pytest.mark.parametrize("command", ["grpo", "ablate", "plan"])
+def test_a_malformed_term_is_reported_at_once(command, tmp_path, capsys):
+    """Before a checkpoint is opened: this one does not exist."""
+    out = {"grpo": "--workdir", "ablate": "--out"}
+    given = [command, "grpo_world", "--init", str(tmp_path / "no_such")]
+    given += [out[command], str(tmp_path / "run")] if command in out else []
+    for term, why in {"foo": "a term is jax:", "host:module": "not 'host:module'", "jax:m:f=x": "'x' is not"}.items():
+        assert main([*given, "--rewards.extra", f"host:os:getcwd=0.5,{term}"]) == 2
+        message = capsys.readouterr().err
+        assert message.startswith(f"avocado {command}: rewards.extra: ")
+        assert why in message
+        assert message.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
 def test_files_that_are_no_config(tmp_path):
     for text, message in (("config = 3", "defines no"), ("1 / 0", "ZeroDivisionError"), ("def", "SyntaxError")):
         (tmp_path / "bad.py").write_text(text)
@@ -83,10 +99,11 @@ def test_configs_of_the_package_have_names(tmp_path, monkeypatch):
     """A name is looked up behind files of the working directory, beside the package (clone) or inside it (wheel)."""
     there = load(str(CONFIGS[0]))
     monkeypatch.chdir(tmp_path)
-    assert load(CONFIGS[0].stem) == there
+    for name in (CONFIGS[0].stem, CONFIGS[0].name, f"configs/{CONFIGS[0].stem}", f"configs/{CONFIGS[0].name}"):
+        assert load(name) == there
     with pytest.raises(InputError, match=r"configs with a name: .*sft_7b, .*world_tiny"):
         load("sft_8b")
-    for path in ("../configs/sft_7b", "nested/sft_7b"):
+    for path in ("../configs/sft_7b", "nested/sft_7b", "nested/sft_7b.py"):
         with pytest.raises(InputError, match="no such config file"):
             load(path)
     (tmp_path / "sft_7b").write_text(CONFIGS[0].read_text())
@@ -94,6 +111,8 @@ def test_configs_of_the_package_have_names(tmp_path, monkeypatch):
         load("sft_7b")
     (tmp_path / "package" / "configs").mkdir(parents=True)
     (tmp_path / "configs").mkdir()  # in site-packages: of another package
+    (tmp_path / "configs" / "changed.py").write_text(CONFIGS[0].read_text())
+    assert load("configs/changed") == there
     (tmp_path / "package" / "configs" / "mine.py").write_text(CONFIGS[0].read_text())
     monkeypatch.setattr(config, "PACKAGE", tmp_path / "package")
     assert load("mine") == there

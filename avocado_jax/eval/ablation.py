@@ -11,8 +11,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from avocado_jax.errors import InputError
+from avocado_jax.fields import TERM_KINDS
 from avocado_jax.rewards.combine import TERMS
-from avocado_jax.rewards.extra import KINDS, weight_of
+from avocado_jax.rewards.extra import weight_of
 
 PAPER = (  # the rows of the paper's ablation
     "SFT=init",
@@ -75,7 +76,7 @@ def _parse(text: str) -> Arm:
     weights = {}
     for part in stage.split(","):
         term, _, weight = part.strip().partition(":")
-        if term in KINDS:
+        if term in TERM_KINDS:
             term, weight = weight_of(part.strip())
         if (term not in TERMS and ":" not in term) or term in weights:
             known = f"{', '.join(TERMS)}, jax:MODULE:FUNCTION, host:MODULE:FUNCTION"

@@ -15,9 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from avocado_jax.errors import InputError
+from avocado_jax.fields import parse_term
 from avocado_jax.typing import Array, Float
 
-KINDS = ("jax", "host")
 SUFFIXES = ("", "_std", "_flat", "_missing")  # suffixes of a term's metrics
 RESERVED = ("std", "truncated")  # `reward_std` is a metric; `truncated` is a column beside the terms
 
@@ -25,7 +25,7 @@ RESERVED = ("std", "truncated")  # `reward_std` is a metric; `truncated` is a co
 class Term(NamedTuple):
     """A user-defined term."""
 
-    kind: str  # of KINDS
+    kind: str  # of TERM_KINDS
     name: str
     function: Callable
     weight: float
@@ -83,24 +83,13 @@ def weight_of(text: str) -> tuple[str, float]:
     """Split a term into KIND:MODULE:FUNCTION and its weight.
 
     Raises:
-        InputError: the weight is not a finite number.
+        InputError: it is not a term, or the weight is not a finite number.
     """
-    which, equals, weight = text.partition("=")
-    try:
-        value = float(weight) if equals else 1.0
-    except ValueError:
-        value = math.nan
-    if not math.isfinite(value):
-        raise InputError(f"{text}: {weight!r} is not a weight")
-    return which, value
+    return text.partition("=")[0], parse_term(text).weight
 
 
 def _load(text: str) -> Term:
-    which, weight = weight_of(text)
-    kind, _, rest = which.partition(":")
-    module, _, name = rest.partition(":")
-    if kind not in KINDS or not module or not name:
-        raise InputError(f"a term is jax:MODULE:FUNCTION or host:MODULE:FUNCTION, not {text!r}")
+    kind, module, name, weight = parse_term(text)
     try:
         return Term(kind, name, getattr(importlib.import_module(module), name), weight)
     except (ImportError, AttributeError, TypeError, ValueError, SyntaxError) as error:
