@@ -6,7 +6,7 @@ from avocado_jax.data import appended, storage
 from avocado_jax.data.storage import StorageError
 
 
-def test_an_append_whose_answer_was_lost_is_repeated_as_it_was(monkeypatch):
+def test_append_is_repeated_once_if_its_response_was_lost(monkeypatch):
     """The lines that have come since are appended after it, once."""
     content, lost = bytearray(), [True]
 

@@ -46,7 +46,7 @@ def noise(*shape: int, seed: int = 0) -> np.ndarray:
     st.integers(1, 9),
     st.sampled_from([2, 17, 128, 768]),
 )
-def test_frames_are_those_that_the_reference_chooses(total: int, rate: float, fps: float, fewest: int, most: int):
+def test_frame_indices_equal_the_reference(total: int, rate: float, fps: float, fewest: int, most: int):
     fewest = min(fewest, most)
     request = {"fps": fps, "min_frames": fewest, "max_frames": min(most, total)}
     count = smart_nframes(request, total, rate)
@@ -54,7 +54,7 @@ def test_frames_are_those_that_the_reference_chooses(total: int, rate: float, fp
     assert choose_frames(total, rate, fps, fewest, most).tolist() == theirs
 
 
-def test_every_number_of_frames_is_spread_as_by_linspace():
+def test_frame_indices_equal_linspace_for_any_count():
     for total in (100, 333, 1799, 1800, 23_023):
         for count in range(2, min(total, 768) + 1, 2):
             theirs = torch.linspace(0, total - 1, count).round().long().tolist()
@@ -72,20 +72,20 @@ def test_too_few_frames_are_repeated():
 
 @pytest.mark.parametrize("frames", [2, 4, 10, 60, 66, 120, 240, 380, 382, 768])
 @pytest.mark.parametrize("budget", [(20_070_400, 401_408), (90_316_800, 10**9), (3_000_000, 150_000)])
-def test_pixels_of_a_frame(frames: int, budget: tuple[int, int]):
+def test_pixel_budget_per_frame(frames: int, budget: tuple[int, int]):
     clip, cap = budget
     theirs = min(max(min(MOST, clip / frames * 2), int(LEAST * 1.05)), cap)  # fetch_video
     assert frame_pixels(frames, clip=clip, cap=cap) == theirs
 
 
 @pytest.mark.parametrize(("frames", "size"), [(60, (448, 840)), (120, (420, 756)), (240, (280, 532))])
-def test_size_of_720p_under_the_paper_s_budget(frames: int, size: tuple[int, int]):
+def test_size_of_720p_under_the_papers_budget(frames: int, size: tuple[int, int]):
     assert frame_size(720, 1280, LEAST, frame_pixels(frames)) == size
 
 
 @settings(max_examples=500)
 @given(st.integers(1, 5000), st.integers(1, 5000), st.integers(2, 768), st.sampled_from([LEAST, 28 * 28, 56 * 56]))
-def test_size_is_that_of_the_reference(height: int, width: int, frames: int, least: int):
+def test_size_equals_the_reference(height: int, width: int, frames: int, least: int):
     most = frame_pixels(frames, least)
     if max(height, width) / min(height, width) > 200:
         with pytest.raises(InputError, match=f"{width}x{height} is narrower than 1:200"):
@@ -100,7 +100,7 @@ def test_size_is_that_of_the_reference(height: int, width: int, frames: int, lea
 @pytest.mark.parametrize("size", [(64, 96), (720, 1280), (37, 1001), (1080, 608), (280, 392), (28, 28), (1, 1)])
 @pytest.mark.parametrize("target", [(280, 392), (448, 840), (56, 28)])
 @pytest.mark.parametrize("smooth", [False, True])
-def test_resizing_is_torchvision_s(size: tuple[int, int], target: tuple[int, int], smooth: bool):
+def test_resize_equals_torchvision(size: tuple[int, int], target: tuple[int, int], smooth: bool):
     if smooth:
         image = 127.5 + 127.5 * np.sin(np.add.outer(np.arange(size[0]) / 9, np.arange(size[1]) / 7))
         image = np.stack([image, 255 - image, image / 2], axis=-1).astype(np.uint8)
@@ -121,7 +121,7 @@ def test_resizing_is_torchvision_s(size: tuple[int, int], target: tuple[int, int
     ("frames", "height", "width"),
     [(2, 112, 112), (4, 280, 392), (3, 28, 28), (5, 140, 84), (2, 28, 364), (6, 224, 252)],
 )
-def test_windows_hold_the_patches_of_the_reference(frames: int, height: int, width: int):
+def test_windows_contain_the_patches_of_the_reference(frames: int, height: int, width: int):
     pixels = noise(frames, height, width, 3)
     processor = Qwen2VLVideoProcessor(do_resize=False, do_rescale=False, do_normalize=False, do_convert_rgb=False)
     theirs = processor([torch.from_numpy(pixels).permute(0, 3, 1, 2)], return_tensors="pt")
@@ -145,7 +145,7 @@ def test_windows_hold_the_patches_of_the_reference(frames: int, height: int, wid
     np.testing.assert_array_equal(ours.grid.reshape(-1, 4, 2)[ours.order], places.reshape(-1, 4, 2))
 
 
-def test_windows_of_another_side():
+def test_windows_of_another_size():
     windowed = windows(noise(2, 84, 56, 3), replace(VISION, window=56))
     assert windowed.valid.shape == (2, 16)
     assert windowed.valid.sum(axis=1).tolist() == [16, 8]
@@ -174,7 +174,7 @@ def same_mel(samples: np.ndarray) -> None:
 
 
 @pytest.mark.parametrize("samples", [1, 2, 159, 160, 161, 399, 400, 401, 16_000, 32_323, 81_000])
-def test_log_mel_is_that_of_the_reference(samples: int):
+def test_log_mel_equals_the_reference(samples: int):
     same_mel(sounds(samples))
 
 
@@ -185,7 +185,7 @@ def test_log_mel_of_silence():
 
 
 @pytest.mark.parametrize("more", [-401, -400, -399, -1, 0, 1, 50_000])
-def test_log_mel_where_the_reference_cuts_off(more: int, monkeypatch: pytest.MonkeyPatch):
+def test_log_mel_at_the_length_limit_of_the_reference(more: int, monkeypatch: pytest.MonkeyPatch):
     """The reference's 300 s are 4 s here: the same edges, sooner."""
     short = WhisperFeatureExtractor(feature_size=128, chunk_length=4, n_fft=400, hop_length=160, sampling_rate=16_000)
     samples = sounds(64_000 + more)
@@ -201,7 +201,7 @@ def test_log_mel_of_five_minutes(more: int):
     same_mel(sounds(4_800_000 + more))
 
 
-def test_tokens_of_sound():
+def test_number_of_sound_tokens():
     for frames in range(1, 3001):
         assert audio_tokens(frames) == _get_feat_extract_output_lengths(frames)
     assert audio_tokens(0) == 0
@@ -209,7 +209,7 @@ def test_tokens_of_sound():
 
 
 @pytest.mark.parametrize("frames", [0, 1, 199, 200, 201, 501])
-def test_chunks_of_sound(frames: int):
+def test_sound_is_padded_to_chunks(frames: int):
     mel = np.random.default_rng(0).random((frames, 128), np.float32)
     chunks, lengths = mel_chunks(mel, 200)
     assert chunks.shape == (-(-frames // 200), 200, 128)

@@ -79,7 +79,7 @@ def test_listing_ranges_and_streaming(served, tmp_path, monkeypatch):
     [("form", 2, "not of the form"), ("missing", 2, "no such repository"), ("revision", 2, "no such revision"),
      ("gated", 2, "access is gated"), ("file", 2, "no file 'x'"), ("429", 1, "busy"), ("network", 1, "be reached")],
 )  # fmt: skip
-def test_errors(served, monkeypatch, case, status, reason):
+def test_hub_errors_are_one_line(served, monkeypatch, case, status, reason):
     hub, _ = served
     source = {"form": "hub:set", "missing": "hub:ORG/other", "revision": "hub:ORG/set@v9"}.get(case, SOURCE)
     if case == "gated":

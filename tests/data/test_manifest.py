@@ -14,7 +14,7 @@ def parsed(*lines):
     return parse_manifest(b"\n".join(line if isinstance(line, bytes) else json.dumps(line).encode() for line in lines))
 
 
-def test_good_lines_keep_every_field():
+def test_valid_lines_keep_every_field():
     full = GOOD | {"references": ["x"], "events": [{"text": "t"}], "extra": 3, "caption": "a 猫 <|im_end|>"}
     entries, rejects = parsed(full)
     assert not rejects
@@ -55,13 +55,13 @@ def test_bad_lines_are_rejected_with_number_and_reason(line, reason):
     assert "\n" not in rejects[0].reason
 
 
-def test_of_equal_ids_the_first_stays():
+def test_first_of_equal_ids_is_kept():
     entries, rejects = parsed(GOOD, b"", GOOD | {"video": "b.mp4"})
     assert [entry.video for entry in entries] == ["a.mp4"]
     assert rejects == [Reject(3, "a", "b.mp4", "its id is that of line 1")]
 
 
-def test_swift_lines_beside_our_own():
+def test_swift_lines_mix_with_own_lines():
     messages = [
         {"role": "system", "content": "Be brief."},
         {"role": "user", "content": "<video>What is it?"},
@@ -90,7 +90,7 @@ def test_swift_lines_beside_our_own():
         ("<video>What<audio>", None, "middle of the question"),
     ],
 )
-def test_swift_lines_place_the_media(question, system, fields):
+def test_swift_lines_set_the_media_order(question, system, fields):
     turns = [{"role": "user", "content": question}, {"role": "assistant", "content": "A cat."}]
     if system is not None:
         turns.insert(0, {"role": "system", "content": system})
@@ -107,7 +107,7 @@ def test_media_first_is_a_boolean():
     assert "media_first" in rejects[0].reason
 
 
-def test_a_scan_finds_what_parsing_finds(monkeypatch):
+def test_scan_equals_parsing(monkeypatch):
     monkeypatch.setattr(manifest, "LONGEST_LINE", 150)
     lines = [
         GOOD,

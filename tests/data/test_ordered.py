@@ -31,7 +31,7 @@ class Gauge:
         return item
 
 
-def test_results_are_in_order_and_calls_at_once():
+def test_results_are_ordered_and_calls_concurrent():
     gauge = Gauge()
     results = map_ordered(gauge.call, range(200), at_once=8)
     assert [gauge.use(item) for item in results] == list(range(200))
@@ -39,7 +39,7 @@ def test_results_are_in_order_and_calls_at_once():
 
 
 @pytest.mark.parametrize("memory", [0, 10, 40])
-def test_memory_is_bounded(memory):
+def test_memory_in_flight_is_bounded(memory):
     """The largest call exceeds the bound: it runs alone."""
     gauge = Gauge()
     sizes = [1 + number % 7 for number in range(100)] + [50, 1, 2]
@@ -52,7 +52,7 @@ def test_memory_is_bounded(memory):
     assert gauge.most_bytes <= max(memory, 7)
 
 
-def test_an_error_is_raised_in_its_place_and_ends_the_calls():
+def test_error_is_raised_in_order_and_cancels_the_calls():
     begun = []
 
     def call(item: int) -> int:
@@ -68,7 +68,7 @@ def test_an_error_is_raised_in_its_place_and_ends_the_calls():
     assert len(begun) < 50
 
 
-def test_leaving_early_ends_the_calls():
+def test_closing_early_cancels_the_calls():
     begun = []
     results = map_ordered(begun.append, range(1000), at_once=4)
     next(results)

@@ -76,7 +76,7 @@ def test_prompt_of_a_row():
         np.testing.assert_array_equal(made.tokens[0], row.tokens)
 
 
-def test_any_hosts_workers_and_stops_give_the_same_rows(source):
+def test_rows_do_not_depend_on_hosts_workers_or_restarts(source):
     settings = recipe(group=2)
     plan = planned(source, settings)
     last = 2 * plan.epoch_steps
@@ -92,7 +92,7 @@ def test_any_hosts_workers_and_stops_give_the_same_rows(source):
                 assert_rows(whole[batch.step], batch, rows)
 
 
-def test_a_row_that_occurs_twice_is_read_once(source):
+def test_repeated_row_is_read_once(source):
     settings, numbers = recipe(), []
 
     class Counted(Spy):
@@ -107,7 +107,7 @@ def test_a_row_that_occurs_twice_is_read_once(source):
     np.testing.assert_array_equal(batch.clip.tokens[:2], batch.clip.tokens[2:])
 
 
-def test_workers_keep_off_the_device_and_to_one_core(source):
+def test_workers_use_no_device_and_one_core(source):
     settings = recipe()
     spied = stream(Spy(source), planned(source, settings), settings, 0, 3, workers=1)
     records = [record for batch in spied for record in batch.records if record]
@@ -133,7 +133,7 @@ print(len(stream(source, planned(source, settings), settings, 0, 2)))
     assert done.stdout == "2\n", done.stderr
 
 
-def test_captions_end_with_the_stop_and_are_cut_where_they_must(source):
+def test_captions_end_with_the_stop_token_and_are_truncated_to_the_bucket(source):
     settings = recipe(group=3, caption_tokens=30)
     stop = special_id(settings.words, "<|im_end|>")
     tokenizer = byte_tokenizer()
@@ -158,7 +158,7 @@ def test_captions_end_with_the_stop_and_are_cut_where_they_must(source):
             assert batch.weight[row] == bool(record)
 
 
-def test_drawn_captions_and_prompts_change_with_the_epoch(source):
+def test_sampled_captions_and_prompts_change_with_the_epoch(source):
     settings = recipe()
     plan = planned(source, settings)
     rows = {0: {}, 1: {}}
@@ -169,7 +169,7 @@ def test_drawn_captions_and_prompts_change_with_the_epoch(source):
     assert any(rows[0][name][1] != rows[1][name][1] for name in source.index.ids)
 
 
-def test_special_tokens_spelled_in_a_caption_are_text():
+def test_spelled_special_tokens_in_a_caption_are_text():
     settings = recipe()
     special = set(settings.words.get_added_vocab().values())
     ids = settings.words.encode("<|im_end|> and <|VIDEO|>")
@@ -179,7 +179,7 @@ def test_special_tokens_spelled_in_a_caption_are_text():
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_lost_record_is_a_row_of_no_weight_in_its_place(source, workers):
+def test_unreadable_record_becomes_a_row_of_zero_weight(source, workers):
     settings = recipe(max_lost_share=0.5, record_seconds=3.0)
     plan = planned(source, settings)
     whole = stream(source, plan, settings, 0, plan.epoch_steps)
@@ -201,7 +201,7 @@ def test_a_lost_record_is_a_row_of_no_weight_in_its_place(source, workers):
                 assert two.clip.patch_valid[row].any()
 
 
-def test_too_many_lost_records_stop_the_run_with_the_list(source):
+def test_too_many_lost_records_stop_the_run_and_are_listed(source):
     settings = recipe(max_lost_share=0.01)
     bad = Spy(source, bad=dict.fromkeys(range(0, CLIPS, 2), "gone"))
     given = []
@@ -210,7 +210,7 @@ def test_too_many_lost_records_stop_the_run_with_the_list(source):
     assert given
 
 
-def test_leaving_early_ends_the_workers(source):
+def test_closing_early_ends_the_workers(source):
     settings = recipe()
     stream = batches(Spy(source), planned(source, settings), settings, 0, 1000, range(BATCH), workers=1)
     worker = next(stream).records[0]["process"]
@@ -219,7 +219,7 @@ def test_leaving_early_ends_the_workers(source):
 
 
 @pytest.mark.slow
-def test_each_clip_is_read_once_whatever_the_hosts(tmp_path, monkeypatch):
+def test_each_clip_is_read_once_for_any_number_of_hosts(tmp_path, monkeypatch):
     """Two runs through an epoch of a bucket in pieces, each with other hosts and workers, one of them with faults."""
     (tmp_path / "clips-bucket").mkdir()
     manifest = write_manifest(tmp_path / "local", 400)
@@ -266,7 +266,7 @@ def _epoch_in_pieces(source, plan, settings, pieces, rng):
     return dict(sorted(steps.items()))
 
 
-def test_the_input_side_is_measured_by_stage(source):
+def test_input_time_is_measured_per_stage(source):
     result = bench_input(source._folder, "tiny", READING, most=5)
     assert result["rows"] == 5
     assert min(result["rows_per_second_per_core"], result["bytes_per_second"], *result["stages"].values()) > 0

@@ -43,7 +43,7 @@ def planned(clips: int, buckets: int, batch: int, seed: int) -> tuple[Sizes, Pla
 
 @settings(max_examples=30, deadline=None)
 @given(st.integers(1, 150), st.integers(1, 6), st.integers(1, 16), st.integers(0, 5))
-def test_every_record_once_an_epoch_and_within_its_bucket(clips, buckets, batch, seed):
+def test_every_record_occurs_once_per_epoch_in_its_bucket(clips, buckets, batch, seed):
     needed, plan = planned(clips, buckets, batch, seed)
     table = np.column_stack([*needed.shape, needed.caption])
     assert len(plan.buckets) <= buckets
@@ -60,7 +60,7 @@ def test_every_record_once_an_epoch_and_within_its_bucket(clips, buckets, batch,
 
 
 @pytest.mark.parametrize(("clips", "together", "spares"), [(150, 3, 2), (13, 1, 1)])
-def test_spare_batches_follow_those_of_their_block(clips, together, spares):
+def test_spare_batches_follow_the_batches_of_their_rollout(clips, together, spares):
     """An epoch has every record once; rows without a record are in spare batches first."""
     needed = random_sizes(clips, 2)
     plan, without = (
@@ -105,7 +105,7 @@ def test_steps_of_one_rollout_have_one_bucket(clips, together):
     assert sorted(records) == list(range(clips))
 
 
-def test_leftovers_fill_up_what_larger_buckets_lack():
+def test_leftovers_fill_larger_buckets():
     big, small = Bucket(Shape(8, 8, 8, 8), 8), Bucket(Shape(4, 4, 4, 4), 4)
     plan = Plan((big, small), np.array([2.0, 1.0]), np.array([0] * 5 + [1] * 6), np.ones(11), batch=4, seed=0)
     steps = [plan.step(number) for number in range(plan.epoch_steps)]
@@ -114,7 +114,7 @@ def test_leftovers_fill_up_what_larger_buckets_lack():
     assert sorted(step.padded for step in steps) == [0.0, 0.5, 0.625]  # all small, all large, and the mixed one
 
 
-def test_seed_and_epoch_change_the_order_and_nothing_else_does():
+def test_order_depends_only_on_seed_and_epoch():
     needed, plan = planned(60, 3, 4, 1)
     again = planned(60, 3, 4, 1)[1]
     one, two = ([at.step(number).records.tolist() for number in range(plan.epoch_steps)] for at in (plan, again))
@@ -125,7 +125,7 @@ def test_seed_and_epoch_change_the_order_and_nothing_else_does():
     assert one != [plan.step(plan.epoch_steps + number).records.tolist() for number in range(plan.epoch_steps)]
 
 
-def test_a_step_needs_no_other_step():
+def test_steps_are_computed_independently():
     plan, fresh = (planned(60, 3, 4, 1)[1] for _ in range(2))
     far = 7 * plan.epoch_steps + 3
     for number in range(20):
@@ -155,14 +155,14 @@ def test_buckets_are_aligned_and_sorted():
 
 
 @pytest.mark.parametrize("config", [SEVEN_B, TINY])
-def test_rows_are_counted_together_as_one_by_one(config):
+def test_batched_row_sizes_equal_single_ones(config):
     rows = [(16_000, 30, 32, 16, 600), (500, 2, 1, 0, 20)]
     for group in (1, 8):
         each = [flops.row_flops(config, shape, group, caption).total for *shape, caption in rows]
         np.testing.assert_allclose(row_flops(np.array(rows), group, config), each, rtol=1e-12)
 
 
-def test_records_that_no_bucket_holds():
+def test_records_that_fit_no_bucket_are_listed():
     needed = random_sizes(3, 0)
     with pytest.raises(InputError, match="fits none of the buckets"):
         make_plan(needed, [Bucket(Shape(1, 1, 1, 1), 1)], 2, 0, 1, TINY)

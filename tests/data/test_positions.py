@@ -95,7 +95,7 @@ def same(grid: tuple[int, int, int], mel: int, seconds: float, before: int = 3, 
 @pytest.mark.parametrize("seconds", [1.0, 4.0, 0.5])
 @pytest.mark.parametrize("mel", [0, 1, 2, 3, 199, 201, 499, 500, 1777])
 @pytest.mark.parametrize("grid", [(1, 2, 2), (2, 4, 6), (6, 4, 4), (7, 10, 14), (30, 2, 4)])
-def test_ids_and_positions_are_those_of_the_reference(grid: tuple[int, int, int], mel: int, seconds: float):
+def test_ids_and_positions_equal_the_reference(grid: tuple[int, int, int], mel: int, seconds: float):
     same(grid, mel, seconds)
 
 
@@ -109,11 +109,13 @@ def test_ids_and_positions_are_those_of_the_reference(grid: tuple[int, int, int]
 )
 @example((1, 1, 1), 6000, 1.0, 0, 1)  # sound that goes on long after the picture
 @example((40, 1, 1), 3, 4.0, 0, 1)  # and the other way round
-def test_any_clip_is_as_in_the_reference(cells: tuple, mel: int, seconds: float, before: int, after: int):
+def test_ids_and_positions_of_any_clip_equal_the_reference(
+    cells: tuple, mel: int, seconds: float, before: int, after: int
+):
     same((cells[0], 2 * cells[1], 2 * cells[2]), mel, seconds, before, after)
 
 
-def test_what_closes_the_media_counts_on_from_the_last_chunk():
+def test_positions_after_the_media_continue_from_the_last_chunk():
     made = same((6, 4, 4), 500, 1.0)  # the last video token stands at 129, the last sound at 128
     closing = made.prompt_ids.tolist().index(IDS.audio_end)
     assert made.clip.positions[closing].tolist() == [129] * 3
@@ -121,7 +123,7 @@ def test_what_closes_the_media_counts_on_from_the_last_chunk():
     assert made.clip.positions[made.clip.tokens == IDS.video, 0].max() == 129
 
 
-def test_a_step_longer_than_a_chunk_cuts_frames_in_pieces():
+def test_frames_longer_than_a_chunk_are_split():
     times = np.repeat([0, 100, 200], 4)
     assert chunks(times, 50) == [(0, 4), (4, 5), (5, 8), (8, 9), (9, 12)]
     assert chunks(times, 50) == Processor().get_chunked_index(times, 50)
@@ -130,12 +132,12 @@ def test_a_step_longer_than_a_chunk_cuts_frames_in_pieces():
 
 @settings(max_examples=200)
 @given(st.lists(st.integers(0, 60), max_size=60), st.integers(1, 60))
-def test_chunks_are_those_of_the_reference(steps: list[int], length: int):
+def test_chunks_equal_the_reference(steps: list[int], length: int):
     times = np.cumsum(steps, dtype=int)
     assert chunks(times, length) == Processor().get_chunked_index(times, length)
 
 
-def test_media_are_drawn_from_their_places():
+def test_media_tokens_index_their_embeddings():
     """Each media token's source is the token of that place in raster order; each is used once."""
     order = interleave((5, 3, 2), 130, 1.0, TINY)
     assert sorted(order.source.tolist()) == list(range(5 * 3 * 2 + 130))

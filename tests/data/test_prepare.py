@@ -48,7 +48,7 @@ def clips(tmp_path_factory) -> Path:
     return folder
 
 
-def test_records_come_back_as_they_were(clips):
+def test_records_round_trip(clips):
     source = open_shards(str(clips / "whole"), READING)
     lines = [json.loads(line) for line in (clips / "clips.jsonl").read_text().splitlines()]
     assert source.index.ids == [line["id"] for line in lines]
@@ -61,7 +61,7 @@ def test_records_come_back_as_they_were(clips):
     assert not (clips / "whole" / "parts").exists()
 
 
-def test_the_index_knows_the_shape_of_every_row(clips):
+def test_index_has_the_shape_of_every_row(clips):
     settings, source = recipe(), open_shards(str(clips / "whole"), READING)
     known = row_sizes(source.index, settings)
     longest = max(
@@ -84,7 +84,7 @@ def test_features_give_the_same_rows(clips):
         assert one.seconds == two.seconds
 
 
-def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(clips):
+def test_killed_run_resumes_to_the_same_bytes(clips):
     """The last shard's first clip is a pipe nobody writes to: the run hangs there for certain, and is killed."""
     lines = [json.loads(line) for line in (clips / "clips.jsonl").read_text().splitlines()]
     stuck = clips / lines[6]["video"]
@@ -121,7 +121,7 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(clips):
     assert contents(clips / "killed") == contents(clips / "whole")
 
 
-def test_a_shard_that_was_damaged_meanwhile_is_made_again(clips):
+def test_damaged_shard_is_rebuilt_on_resume(clips):
     again = job(clips, "damaged")
     (clips / "clips" / "bad.mp4").write_bytes(b"")
     assert not prepare(job_with_bad(clips, "damaged"), workers=1, max_reject_share=0.0).complete
@@ -150,7 +150,7 @@ def job_with_bad(folder: Path, out: str) -> Job:
     return Job(str(path), str(folder / out), shard_records=3, reading=READING)
 
 
-def test_tour_of_bad_and_odd_clips(tmp_path):
+def test_bad_and_unusual_clips(tmp_path):
     good = write_clip(tmp_path / "good.mp4")
     data = good.read_bytes()
     (tmp_path / "empty.mp4").write_bytes(b"")
@@ -192,7 +192,7 @@ def test_tour_of_bad_and_odd_clips(tmp_path):
     assert source[index["video.txt"]].clip == data
 
 
-def test_a_clip_that_does_not_end_is_given_up(tmp_path):
+def test_endless_clip_is_rejected_by_timeout(tmp_path):
     os.mkfifo(tmp_path / "endless.mp4")
     write_clip(tmp_path / "good.mp4")
     lines = [{"id": name, "video": f"{name}.mp4", "caption": "c"} for name in ("endless", "good")]
@@ -202,7 +202,7 @@ def test_a_clip_that_does_not_end_is_given_up(tmp_path):
     assert [(reject.reason, reject.retry) for reject in done.rejects] == [("took longer than 4 s", True)]
 
 
-def test_texts_are_counted_in_tokens_and_special_ones_stay_text(tmp_path):
+def test_caption_lengths_are_counted_in_tokens(tmp_path):
     write_clip(tmp_path / "a.mp4")
     caption = "He says <|im_end|> and <|VIDEO|>."
     line = {"id": "a", "video": "a.mp4", "caption": caption, "prompt": "Why <|im_start|>?"}
@@ -217,7 +217,7 @@ def test_texts_are_counted_in_tokens_and_special_ones_stay_text(tmp_path):
 
 
 @pytest.mark.parametrize("write", [write_tokenizer, real_tokenizer])
-def test_words_are_the_checkpoints_own_tokenizer(tmp_path, write):
+def test_tokenizer_is_that_of_the_checkpoint(tmp_path, write):
     write(tmp_path)
     tokenizer, words = load_tokenizer(tmp_path), load_words(tmp_path)
     special = {tokenizer.convert_tokens_to_ids(token) for token in SPECIAL}
@@ -228,7 +228,7 @@ def test_words_are_the_checkpoints_own_tokenizer(tmp_path, write):
     assert chat_prompt(words, "What?") == chat_prompt(tokenizer, "What?")
 
 
-def test_damaged_records_say_so():
+def test_damaged_records_are_reported():
     record = Record({"id": "a", "caption": "c"}, Media(np.zeros((2, 28, 28, 3), np.uint8), None, 1.0), "a.mp4")
     data = pack(record)
     assert unpack(data).fields == record.fields
@@ -240,7 +240,7 @@ def test_damaged_records_say_so():
     assert measured(record, record.clip)["mel"] == 0
 
 
-def test_command(tmp_path, capsys):
+def test_prepare_command_prints_its_result(tmp_path, capsys):
     write_manifest(tmp_path, 2)
     arguments = ["prepare", str(tmp_path / "clips.jsonl"), str(tmp_path / "out"), "--workers", "1"]
     assert main([*arguments, "--json"]) == 0
@@ -271,7 +271,7 @@ def test_command(tmp_path, capsys):
     assert not (tmp_path / "more" / "manifest.json").exists()
 
 
-def test_rows_without_a_prompt_get_one_of_the_file(tmp_path):
+def test_rows_without_a_prompt_get_one_from_the_prompt_file(tmp_path):
     """By their id; a row's own prompt stays."""
     write_manifest(tmp_path, 4)
     lines = [json.loads(line) for line in (tmp_path / "clips.jsonl").read_text().splitlines()]
@@ -286,7 +286,7 @@ def test_rows_without_a_prompt_get_one_of_the_file(tmp_path):
     assert len({*found.values()}) > 2
 
 
-def test_a_stopped_command_says_that_it_can_go_on(tmp_path):
+def test_stopped_command_reports_that_it_can_resume(tmp_path):
     write_manifest(tmp_path, 2)
     (tmp_path / "clips" / "000.mp4").unlink()
     os.mkfifo(tmp_path / "clips" / "000.mp4")
@@ -300,7 +300,7 @@ def test_a_stopped_command_says_that_it_can_go_on(tmp_path):
     assert process.returncode == 75
 
 
-def test_a_full_disk_is_one_line_and_the_run_goes_on_later(tmp_path):
+def test_full_disk_is_a_one_line_error_and_the_run_resumes(tmp_path):
     """A limit on the size of files stands for a disk with no room left."""
     write_manifest(tmp_path, 2)
     arguments = ["prepare", str(tmp_path / "clips.jsonl"), str(tmp_path / "out"), "--workers", "1"]
@@ -315,7 +315,7 @@ def test_a_full_disk_is_one_line_and_the_run_goes_on_later(tmp_path):
     assert main(arguments) == 0
 
 
-def test_bytes_and_files_read_alike(tmp_path):
+def test_clips_read_equally_from_bytes_and_files(tmp_path):
     path = write_clip(tmp_path / "a.mp4")
     one = read_media(path, READING)
     two = decoded(Record({}, path.read_bytes(), "a.mp4"), READING)
@@ -323,7 +323,7 @@ def test_bytes_and_files_read_alike(tmp_path):
     np.testing.assert_array_equal(one.samples, two.samples)
 
 
-def test_clips_are_sampled_and_counted_as_the_checkpoint_does(tmp_path, monkeypatch):
+def test_checkpoint_sets_sampling_and_tokenizer(tmp_path, monkeypatch):
     """`--checkpoint` gives the reading and the tokenizer; `--reading` and `--tokenizer` have priority."""
     jobs = []
     monkeypatch.setattr("avocado_jax.cli.prepare.prepare", lambda job, *_: jobs.append(job))

@@ -33,9 +33,7 @@ def prepared(out: Path) -> dict[str, str]:
     return {record.fields["id"]: record.fields["caption"] for record in records}
 
 
-def test_after_too_many_rejects_an_edited_manifest_is_prepared_by_the_same_command(
-    tmp_path, clip_bytes, in_process, read
-):
+def test_edited_manifest_is_prepared_after_too_many_rejects(tmp_path, clip_bytes, in_process, read):
     for number in range(4):
         (tmp_path / f"{number}.mov").write_bytes(clip_bytes[number])
     (tmp_path / "broken.mov").write_bytes(b"not yet copied")
@@ -57,7 +55,7 @@ def test_after_too_many_rejects_an_edited_manifest_is_prepared_by_the_same_comma
     assert prepare(wanted, 1).records == 5
 
 
-def test_an_edited_run_that_is_stopped_resumes(tmp_path, clip_bytes, in_process, monkeypatch):
+def test_stopped_run_over_an_edited_manifest_resumes(tmp_path, clip_bytes, in_process, monkeypatch):
     for number in range(3):
         (tmp_path / f"{number}.mov").write_bytes(clip_bytes[number])
     manifest, out = tmp_path / "clips.jsonl", tmp_path / "out"
@@ -79,7 +77,7 @@ def test_an_edited_run_that_is_stopped_resumes(tmp_path, clip_bytes, in_process,
     assert (prepare(wanted, 1).records, prepared(out)) == (3, dict.fromkeys("012", "c"))
 
 
-def test_lines_of_a_complete_folder_stay_and_its_rejected_ones_may_be_corrected(tmp_path, clip_bytes, in_process):
+def test_complete_folder_accepts_corrections_of_rejected_lines_only(tmp_path, clip_bytes, in_process):
     for number in range(2):
         (tmp_path / f"{number}.mov").write_bytes(clip_bytes[number])
     manifest, out = tmp_path / "clips.jsonl", tmp_path / "out"

@@ -26,7 +26,7 @@ def loose_clips(clip_bytes: list[bytes]) -> dict[str, bytes]:
     return files | {"clips.jsonl": "".join(json.dumps(row) + "\n" for row in rows).encode()}
 
 
-def test_a_clip_that_is_denied_or_missing_in_a_bucket_is_retried(tmp_path, clip_bytes, monkeypatch, in_process):
+def test_denied_or_missing_clip_in_a_bucket_is_retried(tmp_path, clip_bytes, monkeypatch, in_process):
     with gcs.proxied_bucket(tmp_path / "storage", monkeypatch) as proxy:
         for name, data in loose_clips(clip_bytes).items():
             storage.write(f"gs://bucket/set/{name}", data)
@@ -50,7 +50,7 @@ def test_a_clip_that_is_denied_or_missing_in_a_bucket_is_retried(tmp_path, clip_
     assert (source.index.shard.tolist(), source[2].clip) == ([0, 0, 1, 1], clip_bytes[2])
 
 
-def test_a_clip_that_the_hub_refuses_is_retried(tmp_path, clip_bytes, monkeypatch, in_process):
+def test_clip_refused_by_the_hub_is_retried(tmp_path, clip_bytes, monkeypatch, in_process):
     with hub_server(tmp_path / "home", monkeypatch) as hub:
         hub.add("ORG/set", loose_clips(clip_bytes), "datasets")
         statuses = {"0.mov": "401", "1.mov": "403", "3.mov": "404"}
@@ -81,7 +81,7 @@ sys.addaudithook(hook)
 """  # a module that each interpreter imports: only processes that decode are forked by a server
 
 
-def test_a_clip_that_kills_or_hangs_its_decoder_costs_one_reject(tmp_path, clip_bytes, monkeypatch):
+def test_clip_that_kills_or_hangs_its_decoder_is_one_reject(tmp_path, clip_bytes, monkeypatch):
     names = ["0.mov", "deadly.m4v", "1.mov", "2.mov", "hangs.avi"]
     for number, name in enumerate(names):
         (tmp_path / name).write_bytes(clip_bytes[number % 4])
@@ -124,7 +124,7 @@ if __name__ == "__main__":
 
 
 @pytest.mark.slow
-def test_killed_at_a_write_and_resumed_gives_the_same_bytes(published, tmp_path, in_process):
+def test_resume_after_a_kill_at_any_write_gives_the_same_bytes(published, tmp_path, in_process):
     """SIGKILL, in the main process or a worker, while a file is written but does not have its name yet."""
     script = tmp_path / "run.py"
     script.write_text(KILLED)

@@ -70,7 +70,7 @@ def test_a_bucket_and_the_hub_give_the_same_bytes(published, tmp_path, monkeypat
         } == whole
 
 
-def test_stopped_anywhere_and_resumed_gives_the_same_bytes(published, tmp_path, monkeypatch, in_process):
+def test_resume_after_any_stop_gives_the_same_bytes(published, tmp_path, monkeypatch, in_process):
     whole = contents(published / "whole")
 
     def stop_at(last: int) -> None:
@@ -97,7 +97,7 @@ def test_stopped_anywhere_and_resumed_gives_the_same_bytes(published, tmp_path, 
         assert contents(out) == whole, last
 
 
-def test_machines_and_finish_give_the_same_bytes(published, tmp_path, in_process, opened):
+def test_shards_of_several_machines_and_finish_give_the_same_bytes(published, tmp_path, in_process, opened):
     out = tmp_path / "out"
     with pytest.raises(InputError, match="nothing is prepared"):
         prepare(job(published, out), 1, 0.2, finish=True)
@@ -118,9 +118,7 @@ def test_machines_and_finish_give_the_same_bytes(published, tmp_path, in_process
     assert prepare(job(published, out), 1, 0.2, finish=True).records == 9
 
 
-def test_later_rows_and_parts_go_to_new_shards_and_old_parts_are_left_alone(
-    published, tmp_path, clip_bytes, in_process, opened
-):
+def test_appended_rows_and_parts_go_to_new_shards(published, tmp_path, clip_bytes, in_process, opened):
     folder, out = tmp_path / "set", tmp_path / "out"
     shutil.copytree(published, folder, ignore=shutil.ignore_patterns("whole"))
     assert prepare(job(folder, out), 1, 0.2).complete
@@ -156,7 +154,7 @@ def test_later_rows_and_parts_go_to_new_shards_and_old_parts_are_left_alone(
         prepare(job(folder, out), 1, 0.2)
 
 
-def test_a_damaged_part_costs_its_rest_and_is_read_again(published, tmp_path, in_process, opened):
+def test_damaged_part_rejects_its_remaining_clips_and_is_retried(published, tmp_path, in_process, opened):
     folder, out = tmp_path / "set", tmp_path / "out"
     shutil.copytree(published, folder, ignore=shutil.ignore_patterns("whole"))
     part = folder / "videos.part-001.tar.gz"
@@ -171,7 +169,7 @@ def test_a_damaged_part_costs_its_rest_and_is_read_again(published, tmp_path, in
     assert opened == ["videos.part-001.tar.gz"]
 
 
-def test_webdataset(tmp_path, clip_bytes, in_process, opened):
+def test_prepare_from_webdataset(tmp_path, clip_bytes, in_process, opened):
     clips = {
         "a/1.mp4": clip_bytes[0],
         "a/1.txt": b"One.",
@@ -202,7 +200,7 @@ def test_webdataset(tmp_path, clip_bytes, in_process, opened):
     assert opened == ["a-2.tar"]
 
 
-def test_parquet_with_clips_and_with_paths(tmp_path, clip_bytes, in_process):
+def test_prepare_from_parquet_with_clips_or_paths(tmp_path, clip_bytes, in_process):
     import pyarrow
     import pyarrow.parquet
 
@@ -227,7 +225,7 @@ def test_parquet_with_clips_and_with_paths(tmp_path, clip_bytes, in_process):
     assert open_shards(str(tmp_path / "two"), READING)[0].fields["prompt"] == "Describe it."
 
 
-def test_no_line_and_no_clip_ends_the_job(tmp_path, clip_bytes, monkeypatch, in_process):
+def test_bad_lines_and_bad_clips_do_not_end_the_job(tmp_path, clip_bytes, monkeypatch, in_process):
     for name in ("good", "memory", "overflow"):
         (tmp_path / f"{name}.mov").write_bytes(clip_bytes[0])
     (tmp_path / "words.mp4").write_text("these are words")
@@ -262,9 +260,7 @@ def test_no_line_and_no_clip_ends_the_job(tmp_path, clip_bytes, monkeypatch, in_
     assert [json.loads(line)["line"] for line in (tmp_path / "out" / "rejects.jsonl").open()] == list(range(2, 12))
 
 
-def test_rejects_are_retried_if_their_cause_may_pass_and_rows_are_appended(
-    tmp_path, clip_bytes, monkeypatch, in_process
-):
+def test_transient_rejects_are_retried_and_appended(tmp_path, clip_bytes, monkeypatch, in_process):
     media, read = tmp_path / "media", []
     media.mkdir()
     for number in range(4):

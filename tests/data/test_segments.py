@@ -85,7 +85,7 @@ def test_segments_end_at_scene_changes(long_clip):
     assert find_segments(long_clip, 4.0, 31.1) == []
 
 
-def test_motion_and_noise_are_no_scene_changes():
+def test_motion_and_noise_are_not_scene_changes():
     rng = np.random.default_rng(0)
     moving = np.full(200, 0.15) + rng.uniform(-0.05, 0.05, 200)  # a fast pan
     assert scene_changes(moving).max() < 0.5
@@ -98,7 +98,7 @@ def test_motion_and_noise_are_no_scene_changes():
     assert scene_changes(differences)[[76, 78]].max() < 0.1
 
 
-def test_borders_by_cost():
+def test_segment_boundaries_minimise_the_cost():
     """A scene that is too long is split into equal parts; short scenes are joined; none is shorter than a sixth."""
     times = np.arange(0, 300, 0.25)
     none = np.zeros(len(times))
@@ -120,7 +120,7 @@ def test_borders_by_cost():
 
 
 @pytest.mark.parametrize("kind", ["long.mp4", "long.mkv", "long.ts"])
-def test_a_part_is_what_the_clip_has_there(long_clip, tmp_path, kind):
+def test_segment_equals_that_part_of_the_clip(long_clip, tmp_path, kind):
     """Frames and sound of each part, also where decoding starts at a key frame behind the beginning."""
     path = long_clip if kind == "long.mp4" else remuxed(long_clip, tmp_path / kind)
     whole = read_media(path, Reading(fps=10.0, fewest_pixels=784, asked_pixels=6000, sound_seconds=60))
@@ -141,7 +141,7 @@ def test_a_part_is_what_the_clip_has_there(long_clip, tmp_path, kind):
 
 
 @pytest.mark.parametrize("kind", ["long.mp4", "long.mkv"])
-def test_a_part_is_sought(long_clip, tmp_path, monkeypatch, kind):
+def test_reading_a_segment_seeks_to_its_start(long_clip, tmp_path, monkeypatch, kind):
     """A part at the end is read without reading the file up to there."""
     path = long_clip if kind == "long.mp4" else remuxed(long_clip, tmp_path / kind)
     part, counts, demux = scan(path).part(25.0, 31.0), [], container._demux
@@ -161,7 +161,7 @@ def test_a_part_is_sought(long_clip, tmp_path, monkeypatch, kind):
     np.testing.assert_array_equal(sought.samples, linear.samples)
 
 
-def test_a_damaged_part_is_read_from_what_is_left(long_clip, tmp_path):
+def test_damaged_segment_is_read_from_its_intact_frames(long_clip, tmp_path):
     data = bytearray(long_clip.read_bytes())
     third = len(data) // 3
     data[third : third + 400] = np.random.default_rng(0).bytes(400)
@@ -174,7 +174,7 @@ def test_a_damaged_part_is_read_from_what_is_left(long_clip, tmp_path):
         assert media.times[-1] <= part.seconds
 
 
-def test_clips_without_parts(tmp_path):
+def test_segments_without_sound_or_frames(tmp_path):
     """Without sound, and without times."""
     silent = GOOD["no_sound.mp4"](tmp_path / "silent.mp4")
     media = read_media(silent, READING, part=scan(silent).part(0.5, 1.5))
@@ -185,7 +185,7 @@ def test_clips_without_parts(tmp_path):
         scan(silent).part(5.0, 6.0)
 
 
-def test_json_of_a_segmented_clip():
+def test_json_output_of_a_segmented_clip():
     """Captions and ids are joined in order; a clip is truncated if one of its segments is."""
     made = []
     for number, count in ((0, 2), (1, 1), (2, 2)):
@@ -221,7 +221,7 @@ def test_json_of_a_segmented_clip():
     assert "segments" not in command._record(captioner, *found[1], False, False)
 
 
-def test_warnings_state_what_is_left_out():
+def test_warnings_state_unused_frames_and_sound():
     """Frames of a long clip, and a prompt that is longer than the context; nothing for an ordinary clip."""
     frames = np.zeros((768, 1, 1, 3), np.uint8)
     row = Row(None, np.zeros(40_000, np.int32))
@@ -236,7 +236,7 @@ def test_warnings_state_what_is_left_out():
 
 
 @pytest.mark.parametrize("name", ["plain.mp4", "vp9.webm", "pcm.mov", "mpeg4.avi", "turned_90.mp4"])
-def test_all_of_a_clip_as_a_part(tmp_path, name):
+def test_segment_of_the_full_clip_equals_the_clip(tmp_path, name):
     """It is what reading the clip gives, but for the place of its sound."""
     path = GOOD[name](tmp_path / name)
     whole = read_media(path, replace(READING, align_sound=True))

@@ -71,7 +71,7 @@ def assert_same(one, two):
             np.testing.assert_array_equal(left, right)
 
 
-def test_a_bucket_holds_the_same_bytes_as_a_folder(bucket):
+def test_bucket_has_the_same_bytes_as_a_folder(bucket):
     files = {path.name: path.read_bytes() for path in (bucket.local / "out").iterdir()}
     assert {name: storage.read(f"gs://clips-bucket/out/{name}") for name in files} == files
     assert not storage.exists("gs://clips-bucket/out/parts/job.json")
@@ -80,7 +80,7 @@ def test_a_bucket_holds_the_same_bytes_as_a_folder(bucket):
     )
 
 
-def test_faults_change_no_row(faulty, tmp_path):
+def test_reads_with_faults_return_the_same_rows(faulty, tmp_path):
     """Every kind of fault on reads of the index, of records in place, and of shards into the cache."""
     truth = stream(faulty.local / "out")
     assert not any(batch.lost for batch in truth)
@@ -99,14 +99,14 @@ def test_uploads_survive_faults(faulty):
         assert storage.read(f"gs://clips-bucket/again/{path.name}") == path.read_bytes()
 
 
-def test_storage_that_stays_away_costs_rows_and_then_the_run(faulty):
+def test_permanent_storage_failure_loses_rows_and_then_stops_the_run(faulty):
     faulty.faulty, faulty.every, faulty.faults = lambda method, path: "shard-" in path, 1, ("truncated",)
     source = open_shards("gs://clips-bucket/out", READING, patience=1.0)
     with pytest.raises(storage.StorageError, match="gs://clips-bucket/out/shard-00000-00000"):
         source[0]
 
 
-def test_a_missing_or_exchanged_shard_is_noticed(faulty, tmp_path):
+def test_missing_or_swapped_shard_is_refused(faulty, tmp_path):
     for path in (faulty.local / "out").iterdir():
         if "shard-00000-00001" not in path.name:
             storage.write(f"gs://clips-bucket/missing/{path.name}", path.read_bytes())
@@ -124,7 +124,7 @@ def test_a_missing_or_exchanged_shard_is_noticed(faulty, tmp_path):
     assert not [path for path in tmp_path.iterdir() if path.name.endswith((".part", ".array_record"))]
 
 
-def test_folders_that_cannot_be_used(bucket, tmp_path):
+def test_invalid_folders_are_refused(bucket, tmp_path):
     for folder in (str(tmp_path), "gs://clips-bucket/none", "gs://no-such-bucket/none"):
         with pytest.raises(InputError, match=r"manifest\.json"):
             open_shards(folder, READING)
@@ -138,7 +138,7 @@ def test_folders_that_cannot_be_used(bucket, tmp_path):
             open_shards(str(tmp_path), READING)
 
 
-def test_storage_that_never_answers_does_not_hang(monkeypatch):
+def test_unresponsive_storage_times_out(monkeypatch):
     with socket.create_server(("127.0.0.1", 0)) as silent:  # takes connections and says nothing
         monkeypatch.setenv("STORAGE_EMULATOR_HOST", f"http://127.0.0.1:{silent.getsockname()[1]}")
         monkeypatch.setattr(storage, "TIMEOUT", (0.5, 0.5))
@@ -149,7 +149,7 @@ def test_storage_that_never_answers_does_not_hang(monkeypatch):
     storage._client.cache_clear()
 
 
-def test_a_tfds_data_set_local_and_in_a_bucket(bucket, tmp_path):
+def test_tfds_data_set_on_disk_and_in_a_bucket(bucket, tmp_path):
     builder = tfds_clips.TinyClips(str(bucket.local / "clips.jsonl"), data_dir=str(tmp_path))
     builder.download_and_prepare()
     folder = Path(builder.data_dir)

@@ -55,7 +55,7 @@ def upload_requests(proxy):
     return sessions, sum(method == "PUT" for method, _ in proxy.requests)
 
 
-def test_an_upload_longer_than_the_patience_resumes_from_the_chunk_that_broke(proxy, tmp_path):
+def test_long_upload_resumes_from_the_broken_chunk(proxy, tmp_path):
     """Every third chunk is reset or gets 408; nothing else is sent again."""
     proxy.faulty, proxy.every, proxy.faults, proxy.delay = (
         (lambda method, path: method == "PUT"),
@@ -73,7 +73,7 @@ def test_an_upload_longer_than_the_patience_resumes_from_the_chunk_that_broke(pr
     assert storage.read(PATH) == DATA
 
 
-def test_the_patience_starts_at_the_first_failure(proxy):
+def test_upload_timeout_starts_at_the_first_failure(proxy):
     """A request that takes longer than the patience before it breaks is sent again; not so one that goes on failing."""
     storage.write(PATH, DATA)
     proxy.faulty, proxy.every, proxy.faults, proxy.delay = (lambda method, path: True), 2, ("reset",), 0.25
@@ -88,7 +88,7 @@ def test_the_patience_starts_at_the_first_failure(proxy):
     assert storage.PATIENCE < time.monotonic() - begun < 60
 
 
-def test_the_patience_of_other_calls_starts_at_the_first_failure():
+def test_timeout_of_other_calls_starts_at_the_first_failure():
     attempts = []
 
     def call():
@@ -100,7 +100,7 @@ def test_the_patience_of_other_calls_starts_at_the_first_failure():
     assert retried(call, "name", (ConnectionError,), patience=0.2) == "content"
 
 
-def test_a_download_resumes_while_it_makes_progress(proxy):
+def test_download_resumes_while_it_makes_progress(proxy):
     """Connections that end early for longer than the patience, each after half of the bytes that were left."""
     storage.write(PATH, DATA)
     healed(proxy)
@@ -114,7 +114,7 @@ def test_a_download_resumes_while_it_makes_progress(proxy):
 
 
 @pytest.mark.parametrize("lost", [410, "part of a chunk"])
-def test_an_upload_whose_session_is_lost_starts_again(proxy, lost):
+def test_upload_restarts_if_its_session_is_lost(proxy, lost):
     if lost == 410:
         proxy.faulty, proxy.every, proxy.faults = (lambda method, path: method == "PUT"), 20, (410,)
     else:
@@ -125,7 +125,7 @@ def test_an_upload_whose_session_is_lost_starts_again(proxy, lost):
 
 
 @pytest.mark.parametrize("status", [408, 429, 502])
-def test_statuses_that_a_retry_may_change(proxy, status):
+def test_transient_statuses_are_retried(proxy, status):
     proxy.faulty, proxy.faults = (lambda method, path: True), (status,)
     storage.write(PATH, b"content")
     assert storage.read(PATH) == b"content"
@@ -137,7 +137,7 @@ def test_statuses_that_a_retry_may_change(proxy, status):
     assert proxy.hits[status] >= 6
 
 
-def test_one_object_without_access_is_refused_at_once(proxy):
+def test_denied_object_fails_without_retries(proxy):
     storage.write(PATH, b"content")
     storage.write("gs://bucket/folder/other", b"content")
     healed(proxy).denied, proxy.denied_path = {"storage.objects.get"}, "other"
@@ -162,7 +162,7 @@ def refused(*_):
     raise DefaultCredentialsError("none were found")
 
 
-def test_a_public_bucket_without_credentials(real_client, proxy, monkeypatch):
+def test_public_bucket_needs_no_credentials(real_client, proxy, monkeypatch):
     public = "gs://bucket/public/file"
     monkeypatch.setattr(google.auth, "default", refused)
     storage.write(public, DATA)
@@ -176,7 +176,7 @@ def test_a_public_bucket_without_credentials(real_client, proxy, monkeypatch):
         storage.read("gs://bucket/secret")
 
 
-def test_credentials_that_are_named_and_wrong_are_an_error(real_client, monkeypatch):
+def test_invalid_named_credentials_are_an_error(real_client, monkeypatch):
     """Not a reason to go on without them."""
     monkeypatch.setattr(google.auth, "default", refused)
     monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", "/nowhere.json")
@@ -194,7 +194,7 @@ def test_application_default_credentials_are_used(real_client, proxy, monkeypatc
     assert proxy.credentials == {"Bearer token"}
 
 
-def test_an_object_without_md5_is_compared_by_its_content(proxy):
+def test_object_without_md5_is_compared_by_content(proxy):
     """As composite objects are; what `prepare` recorded still holds."""
     proxy.composite = True
     storage.write(PATH, DATA)
@@ -202,14 +202,14 @@ def test_an_object_without_md5_is_compared_by_its_content(proxy):
     assert storage.fingerprint("gs://bucket/none") is None
 
 
-def test_the_kind_of_a_file_is_stored(proxy):
+def test_content_type_is_stored(proxy):
     """A browser shows a report."""
     storage.write("gs://bucket/report.html", b"<html>")
     blob = storage._client().bucket("bucket").get_blob("report.html")
     assert blob.content_type == "text/html"
 
 
-def test_a_large_range_is_read_in_parts_at_once(proxy, monkeypatch):
+def test_large_range_is_read_in_concurrent_parts(proxy, monkeypatch):
     """Each byte is requested once, by at most `REQUESTS` requests at a time, over connections that are kept."""
     storage.write(PATH, DATA)
     healed(proxy)

@@ -35,7 +35,7 @@ def folder(tmp_path_factory):
     return made
 
 
-def test_entries(folder):
+def test_tokenizer_entries_equal_transformers(folder):
     tokenizer = load_tokenizer(folder)
     ids = tokenizer.get_vocab()
     assert sorted(ids.values()) == list(range(SMALL.text.vocab))
@@ -56,7 +56,7 @@ def test_entries(folder):
 
 
 @pytest.mark.parametrize("level", range(4))
-def test_captions(folder, level):
+def test_captions_round_trip_with_few_tokens(folder, level):
     """Unseen captions come back whole, with few tokens a word, and with the ids of transformers' own class."""
     ours, theirs, plain = load_tokenizer(folder), AutoTokenizer.from_pretrained(folder), load_words(folder)
     assert type(theirs).__name__.startswith("Qwen2Tokenizer")
@@ -70,7 +70,7 @@ def test_captions(folder, level):
     assert tokens < 1.25 * words  # punctuation is a token too
 
 
-def test_other_texts(folder):
+def test_other_texts_round_trip(folder):
     ours, theirs = load_tokenizer(folder), AutoTokenizer.from_pretrained(folder)
     texts = (SYSTEM, *PROMPTS, *clip.PROMPTS, "", " ", "\n\n x", "12:30, 100%!", "naïve café 视频 🎬", "don't  STOP...")
     for text in texts:
@@ -81,7 +81,7 @@ def test_other_texts(folder):
 
 
 @pytest.mark.slow
-def test_weights(folder, tmp_path):
+def test_initial_weights_load_and_depend_on_the_seed(folder, tmp_path):
     """transformers reads them, a conversion keeps them, another seed draws others, the same seed the same."""
     load_reference(folder)
     assert open_hf(folder).config == SMALL
@@ -99,6 +99,6 @@ def test_weights(folder, tmp_path):
     assert json.loads((folder / "config.json").read_text())["torch_dtype"] == "float32"
 
 
-def test_too_few_words(tmp_path):
+def test_too_few_words_are_refused(tmp_path):
     with pytest.raises(ValueError, match="not the requested 1270"):
         train_tokenizer(tmp_path, ["a few words"], 1280)

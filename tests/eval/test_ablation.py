@@ -13,7 +13,7 @@ def results(**values):
     return {name.replace("_", " "): [dict.fromkeys(METRICS, one) for one in each] for name, each in values.items()}
 
 
-def test_the_papers_arms():
+def test_arms_of_the_paper():
     arms = parse_arms(PAPER)
     assert [(arm.slug, arm.stage, sorted(arm.weights)) for arm in arms] == [
         ("sft", "init", []),
@@ -26,7 +26,7 @@ def test_the_papers_arms():
     assert [base and base.name for base in bases] == [None, "SFT", "SFT", "R_D", "R_D + R_C"]
 
 
-def test_weights_and_what_is_no_arm():
+def test_parse_arms_and_refuse_invalid_ones():
     (arm,) = parse_arms(["half=checklist:0.5, repetition:2"])
     assert arm.weights == {"checklist": 0.5, "repetition": 2.0}
     (arm,) = parse_arms(["mine=length,jax:some.module:term,host:module:other=0.25"])
@@ -50,7 +50,7 @@ def test_weights_and_what_is_no_arm():
         parse_arms(["a b=init", "A-B=sft"])
 
 
-def test_a_difference_is_paired_by_seed():
+def test_differences_are_paired_by_seed():
     base, arm = np.array([0.1, 0.5, 0.9]), np.array([0.2, 0.61, 0.99])
     found = difference([{"m": v} for v in arm], [{"m": v} for v in base], "m")
     assert found.mean == pytest.approx(0.1)
@@ -63,7 +63,7 @@ def test_a_difference_is_paired_by_seed():
     assert difference([{"m": 0.3}], [{"m": 0.1}], "m")[1:] == (None, False)  # one seed shows nothing
 
 
-def test_the_table_says_what_each_arm_adds():
+def test_table_shows_the_effect_of_each_arm():
     arms = parse_arms(["SFT=init", "R_D=dialogue", "both=dialogue,length"])
     measured = results(SFT=[0.5], R_D=[0.7, 0.72], both=[0.6, 0.84])
     rows = summary(arms, {"SFT": measured["SFT"], "R_D": measured["R D"], "both": measured["both"]})
@@ -82,7 +82,7 @@ def test_the_table_says_what_each_arm_adds():
     assert lines[6].split(" | ")[1] == "+0.010 ± 0.220"
 
 
-def test_time_iou_has_a_column_where_captions_have_times():
+def test_time_iou_has_a_column_if_captions_have_times():
     """An arm without times has 0 of it."""
     arms = parse_arms(["SFT=init", "timing=timing"])
     assert arms[1].weights == {"timing": 1.0}
@@ -94,7 +94,7 @@ def test_time_iou_has_a_column_where_captions_have_times():
     assert [line.split(" | ")[-1] for line in lines[2:]] == ["0.000 |", "0.305 ± 0.007 |", "**+0.305 ± 0.010** |"]
 
 
-def test_a_users_term_has_a_column():
+def test_users_term_has_a_column():
     arms = parse_arms(["SFT=init", "mine=host:module:mine"])
     measured = results(SFT=[0.5], mine=[0.5, 0.5])
     for one in (*measured["SFT"], *measured["mine"]):
@@ -104,7 +104,7 @@ def test_a_users_term_has_a_column():
     assert [line.split(" | ")[-1] for line in lines[2:4]] == ["0.250 |", "0.250 ± 0.000 |"]
 
 
-def test_plots_are_pictures():
+def test_plots_are_png_files():
     arms = parse_arms(["SFT=init", "R_D=dialogue"])
     measured = results(SFT=[0.5], R_D=[0.7, 0.72])
     assert arms_plot(arms, {"SFT": measured["SFT"], "R_D": measured["R D"]}).startswith(b"\x89PNG")

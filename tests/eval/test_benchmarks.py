@@ -80,7 +80,7 @@ PARTIAL_FIGURES = {
 
 
 @pytest.mark.parametrize("name", EVERY)
-def test_references_before_an_exact_judge_are_perfect(name, tmp_path, capsys):
+def test_references_score_perfectly_with_an_exact_judge(name, tmp_path, capsys):
     result, server = evaluate(capsys, tmp_path, name)
     assert result["metrics"] == pytest.approx(PERFECT[name] | PLAIN)
     assert (result["n"], result["missing"], result["failed"]) == (3, 0, [])
@@ -97,7 +97,7 @@ def test_references_before_an_exact_judge_are_perfect(name, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("name", EVERY)
-def test_partial_captions_have_the_figures_made_by_hand(name, tmp_path, capsys):
+def test_partial_captions_score_the_values_computed_by_hand(name, tmp_path, capsys):
     result, _ = evaluate(capsys, tmp_path, name, PARTIAL)
     assert result["metrics"] == pytest.approx(PARTIAL_FIGURES[name] | PLAIN)
     table = (tmp_path / "out" / "table.md").read_text()
@@ -110,7 +110,7 @@ def test_partial_captions_have_the_figures_made_by_hand(name, tmp_path, capsys):
     assert len(lines[0]["rounds"]) == BENCHMARKS[name].rounds
 
 
-def test_figures_by_type_and_duration(tmp_path, capsys):
+def test_metrics_by_type_and_duration(tmp_path, capsys):
     result, _ = evaluate(capsys, tmp_path, "daily-omni", {**CAPTIONS, "three": "rain falls"})
     short, long = result["by"]["duration"]["30s"], result["by"]["duration"]["60s"]
     assert (short["n"], short["accuracy"], long["n"], long["accuracy"]) == (5, 100, 5, 20)
@@ -120,7 +120,7 @@ def test_figures_by_type_and_duration(tmp_path, capsys):
     assert kinds["Sound"]["accuracy"] == pytest.approx(100 * 2 / 4)
 
 
-def test_the_median_round_is_reported_with_the_spread(tmp_path, capsys):
+def test_median_round_is_reported_with_the_spread(tmp_path, capsys):
     """Rounds that miss 1, 2, 3, 4 and 5 of ten events: what is reported is a round, not a mean of some."""
     counts, lock = {}, threading.Lock()
 
@@ -139,7 +139,7 @@ def test_the_median_round_is_reported_with_the_spread(tmp_path, capsys):
     assert sorted(one["total"] for one in result["rounds"]) == [10, 20, 30, 40, 50]
 
 
-def test_answers_that_are_none_are_counted_apart(tmp_path, capsys):
+def test_invalid_answers_are_counted_as_missing(tmp_path, capsys):
     """The judge never answers of one clip of three: its figures are those of the others, and the loss is told."""
 
     def silent(number, request):
@@ -155,13 +155,13 @@ def test_answers_that_are_none_are_counted_apart(tmp_path, capsys):
     assert "7 of 21 answers are missing" in (tmp_path / "out" / "table.md").read_text()
 
 
-def test_a_judge_that_never_answers_is_a_failed_run(tmp_path, capsys):
+def test_run_fails_if_the_judge_never_answers(tmp_path, capsys):
     result, _ = evaluate(capsys, tmp_path, "ugc-videocap", PARTIAL, status=1, fault=lambda *_: "{}")
     assert result["metrics"] == {"audio": None, "visual": None, "detail": None, "average": None, **PLAIN}
     assert result["missing"] == result["asked"] == 3
 
 
-def test_what_is_judged_is_not_judged_again(tmp_path, capsys):
+def test_judged_items_are_not_judged_again(tmp_path, capsys):
     first, _ = evaluate(capsys, tmp_path, "vdc", PARTIAL)
     again, silent = evaluate(capsys, tmp_path, "vdc", PARTIAL)
     assert again == first
@@ -170,7 +170,7 @@ def test_what_is_judged_is_not_judged_again(tmp_path, capsys):
     assert 0 < len(changed.requests) <= 4
 
 
-def test_without_a_judge_there_is_what_needs_none(tmp_path, capsys):
+def test_metrics_without_a_judge(tmp_path, capsys):
     data, texts = write_official("video-salmonn-2", tmp_path), {**CAPTIONS, "one": "round and round, " * 9}
     command = [
         "evaluate",
@@ -188,7 +188,7 @@ def test_without_a_judge_there_is_what_needs_none(tmp_path, capsys):
     assert (tmp_path / "video-salmonn-2-mine" / "page.html").is_file()
 
 
-def test_prompts_of_ones_own(tmp_path, capsys):
+def test_custom_prompts(tmp_path, capsys):
     folder = tmp_path / "prompts"
     folder.mkdir()
     data, captions_file = str(write_official("ugc-videocap", tmp_path)), str(captions(tmp_path))
@@ -213,7 +213,7 @@ def test_prompts_of_ones_own(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("name", EVERY)
-def test_a_wrong_file_is_one_clear_line(name, tmp_path, capsys):
+def test_wrong_data_file_is_a_one_line_error(name, tmp_path, capsys):
     data = write_official(name, tmp_path)
     whole = data.read_bytes()
     captions_file = captions(tmp_path)
@@ -256,7 +256,7 @@ def test_a_wrong_file_is_one_clear_line(name, tmp_path, capsys):
         assert captured.out == "", what
 
 
-def test_mistakes_are_one_line(tmp_path, capsys):
+def test_invalid_input_is_a_one_line_error(tmp_path, capsys):
     data, captions_file = str(write_official("ugc-videocap", tmp_path)), str(captions(tmp_path))
     with_captions = ["ugc-videocap", "--data", data, "--captions", captions_file]
     tour = [
@@ -288,7 +288,7 @@ def test_mistakes_are_one_line(tmp_path, capsys):
 
 
 @pytest.mark.slow  # compiles for seconds what tests/rewards test
-def test_dialogue_is_scored_where_references_have_any(monkeypatch):
+def test_dialogue_is_scored_if_references_have_dialogue(monkeypatch):
     monkeypatch.undo()
     other = "He says “we stay until nightfall comes”."
     texts = [SPOKEN_LINE, other, SPOKEN_LINE, "nothing"]

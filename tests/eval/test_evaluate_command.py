@@ -40,7 +40,7 @@ def kept(world):
     return file, {line["id"]: line for line in map(json.loads, file.read_text().splitlines())}
 
 
-def test_from_clips_to_metrics(world, checkpoint, capsys, monkeypatch):
+def test_evaluate_from_clips_to_metrics(world, checkpoint, capsys, monkeypatch):
     result, _ = evaluate(capsys, world, "--checkpoint", checkpoint)
     assert list(result) == ["metrics", "n"]
     names = ["event_recall", "hallucination", "order", "dialogue_f1", "repcol", "length"]
@@ -62,7 +62,7 @@ def test_from_clips_to_metrics(world, checkpoint, capsys, monkeypatch):
     assert evaluate(capsys, world)[0] == result
 
 
-def test_a_caption_is_the_same_in_any_company(world, checkpoint, capsys, tmp_path):
+def test_captions_do_not_depend_on_the_batch(world, checkpoint, capsys, tmp_path):
     evaluate(capsys, world, "--checkpoint", checkpoint)
     _, together = kept(world)
     for name, more in {"alone": [], "blind": ["--no-picture"]}.items():
@@ -72,7 +72,7 @@ def test_a_caption_is_the_same_in_any_company(world, checkpoint, capsys, tmp_pat
         assert (made == together[made["id"]]) == (name == "alone")
 
 
-def test_senses_are_taken_away(world, checkpoint, monkeypatch):
+def test_no_audio_and_no_picture_remove_their_input(world, checkpoint, monkeypatch):
     """What reaches the model, clip by clip, and the number of slots; a late failure takes its clip only."""
     captioner = load_captioner(load.open_checkpoint(checkpoint), "What?", "float32")
     lines = [json.loads(line) for line in (world / "clips.jsonl").read_text().splitlines()]
@@ -97,7 +97,7 @@ def test_senses_are_taken_away(world, checkpoint, monkeypatch):
             assert (row.clip.patches[:, row.clip.patch_valid] == runner.GREY).all() == (not how.picture)
 
 
-def test_killed_and_started_again_it_ends_the_same(world, checkpoint, capsys, tmp_path):
+def test_killed_evaluation_resumes_to_the_same_result(world, checkpoint, capsys, tmp_path):
     result, _ = evaluate(capsys, world, "--checkpoint", checkpoint)
     file, undisturbed = kept(world)
     file.unlink()
@@ -114,7 +114,7 @@ def test_killed_and_started_again_it_ends_the_same(world, checkpoint, capsys, tm
     assert kept(world)[1] == undisturbed
 
 
-def test_another_checkpoint_or_question_has_captions_of_its_own(world, checkpoint, tmp_path):
+def test_captions_of_another_checkpoint_or_question_are_not_reused(world, checkpoint, tmp_path):
     items = [runner.Item("a", str(world / "clips.jsonl"), {"prompt": text}) for text in ("What?", "Who?")]
     hows = [runner.How(5, "float32"), runner.How(6, "float32"), runner.How(5, "bfloat16")]
     keys = {runner.caption_key(item, name, how) for item in items for name in "xy" for how in hows}
@@ -134,7 +134,7 @@ def test_another_checkpoint_or_question_has_captions_of_its_own(world, checkpoin
     assert len({known, *runs}) == 3
 
 
-def test_failed_clips_are_counted_listed_and_too_many_stop(world, world_clips, checkpoint, capsys):
+def test_failed_clips_are_listed_and_too_many_stop_the_run(world, world_clips, checkpoint, capsys):
     clips = sorted((world_clips / "clips").iterdir())
     (world / "clips").unlink()
     (world / "clips").mkdir()
@@ -153,12 +153,12 @@ def test_failed_clips_are_counted_listed_and_too_many_stop(world, world_clips, c
     assert "failed" not in evaluate(capsys, world, "--checkpoint", checkpoint)[0]  # it is tried again
 
 
-def test_a_clip_past_its_deadline_fails(world, checkpoint, capsys):
+def test_clip_past_its_timeout_fails(world, checkpoint, capsys):
     _, errors = evaluate(capsys, world, "--checkpoint", checkpoint, "--clip-seconds", "1e-6", status=3)
     assert "took longer than 1e-06 s" in errors
 
 
-def test_captions_made_elsewhere(world, checkpoint, capsys, tmp_path):
+def test_evaluate_captions_of_other_tools(world, checkpoint, capsys, tmp_path):
     records = [json.loads(line) for line in (world / "clips.jsonl").read_text().splitlines()]
     file = tmp_path / "captions.jsonl"
     file.write_text("\n".join(json.dumps({"id": r["id"], "caption": r["caption"]}) for r in records))
@@ -180,7 +180,7 @@ def test_captions_made_elsewhere(world, checkpoint, capsys, tmp_path):
     assert (table["event_recall"], table["length"], table["n"]) == ("0.000", "0.000", "1")
 
 
-def test_what_is_wrong_is_said_in_one_line(world, checkpoint, capsys, tmp_path, monkeypatch):
+def test_invalid_input_is_a_one_line_error(world, checkpoint, capsys, tmp_path, monkeypatch):
     monkeypatch.setattr(load, "SHIPPED", tmp_path / "none")
     data, model = str(world / "clips.jsonl"), ["--checkpoint", str(checkpoint)]
     good = json.loads((world / "clips.jsonl").read_text().splitlines()[0])
@@ -260,7 +260,7 @@ def one_sided(checkpoint, folder):
     return folder
 
 
-def test_a_public_benchmark_from_clips_to_figures_without_a_network(world, checkpoint, capsys, tmp_path):
+def test_public_benchmark_from_clips_to_metrics_offline(world, checkpoint, capsys, tmp_path):
     """Captions by one model and answers by another, in two shards: A is right in four questions of six."""
     clips = [json.loads(line) for line in (world / "clips.jsonl").read_text().splitlines()]
     questions = [

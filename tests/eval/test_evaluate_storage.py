@@ -17,7 +17,7 @@ from avocado_jax.eval import runner
 from avocado_jax.sampling.engine import Engine
 
 
-def test_two_runs_do_not_share_a_file(world, checkpoint, capsys, tmp_path):
+def test_two_runs_on_one_file_are_refused(world, checkpoint, capsys, tmp_path):
     out = tmp_path / "captions.jsonl"
     with ExitStack() as stack:
         open_lines(str(out), stack)
@@ -43,7 +43,7 @@ class Stub(Engine):
             yield item, np.array([*str(len(row.prompt_ids)).encode(), self.captioner.stops[0]], np.int32)
 
 
-def test_a_bucket_from_data_to_results(world, world_clips, checkpoint, capsys, monkeypatch, tmp_path):
+def test_evaluation_in_a_bucket_from_data_to_results(world, world_clips, checkpoint, capsys, monkeypatch, tmp_path):
     """All of a job is in a bucket: a stopped one continues, a finished one asks nothing, results equal local ones."""
     monkeypatch.setattr(runner, "Engine", Stub)
     monkeypatch.setattr(appended, "INTERVAL", 0.0)
@@ -104,7 +104,7 @@ def test_a_bucket_from_data_to_results(world, world_clips, checkpoint, capsys, m
         assert "gs://bucket/none.json: no such object" in capsys.readouterr().err
 
 
-def test_storage_that_fails_is_no_verdict_on_a_clip(world, checkpoint, capsys, monkeypatch):
+def test_storage_failures_do_not_mark_clips_as_failed(world, checkpoint, capsys, monkeypatch):
     """The exit status is that of a failure which a retry may fix; the launcher starts the job again."""
     monkeypatch.setattr(runner, "Engine", Stub)
     monkeypatch.setattr(Stub, "prompts", {})

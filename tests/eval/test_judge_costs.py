@@ -55,7 +55,7 @@ def evaluate(tmp_path, capsys):
     return run
 
 
-def test_a_budget_of_calls_holds_over_all_runs(evaluate, tmp_path):
+def test_call_budget_covers_all_runs(evaluate, tmp_path):
     with chat_server(answer) as server:
         for _ in range(2):
             status, result, errors = evaluate(server.url, "--budget-calls", 6)
@@ -67,7 +67,7 @@ def test_a_budget_of_calls_holds_over_all_runs(evaluate, tmp_path):
         assert evaluate(server.url, "--budget-calls", 0)[0] == 0  # all is there: nothing is asked
 
 
-def test_a_budget_of_tokens_holds_over_all_runs(evaluate, tmp_path):
+def test_token_budget_covers_all_runs(evaluate, tmp_path):
     """Estimates of calls in flight do not end the run early, and what was spent is what the endpoint counted."""
     limit = ["--request", '{"max_tokens": 20}']
     with chat_server(answer) as server:
@@ -84,7 +84,7 @@ def test_a_budget_of_tokens_holds_over_all_runs(evaluate, tmp_path):
     assert [sum(column) for column in zip(*lines)] == [10, 1000]
 
 
-def test_a_call_is_in_the_ledger_before_it_is_made(evaluate, tmp_path):
+def test_calls_are_recorded_before_they_are_made(evaluate, tmp_path):
     """What a kill in the middle of a call leaves counts."""
     ledger_counts = []
 
@@ -106,7 +106,7 @@ def test_a_call_is_in_the_ledger_before_it_is_made(evaluate, tmp_path):
     assert "spent.jsonl:1: not a line of calls and tokens" in errors
 
 
-def test_a_dry_run_counts_what_is_asked_and_asks_and_writes_nothing(evaluate, tmp_path):
+def test_dry_run_counts_calls_without_requests_or_files(evaluate, tmp_path):
     before = sorted(tmp_path.iterdir())
     with chat_server(answer) as server:
         status, counts, _ = evaluate(server.url, "--dry-run")
@@ -119,7 +119,7 @@ def test_a_dry_run_counts_what_is_asked_and_asks_and_writes_nothing(evaluate, tm
 
 
 @pytest.mark.parametrize(("name", "calls"), [("vdc", 20), ("dream-1k", 9), ("probes", 3), ("video-salmonn-2", 21)])
-def test_a_dry_run_counts_questions_that_follow_from_answers(name, calls, tmp_path, capsys):
+def test_dry_run_counts_follow_up_questions(name, calls, tmp_path, capsys):
     captions_file = tmp_path / "mine.jsonl"
     captions_file.write_text(
         "".join(json.dumps({"id": clip, "caption": text}) + "\n" for clip, text in CAPTIONS.items())
@@ -133,7 +133,7 @@ def test_a_dry_run_counts_questions_that_follow_from_answers(name, calls, tmp_pa
     assert json.loads(capsys.readouterr().out)["tokens"] > given["tokens"]
 
 
-def test_no_answer_to_many_questions_in_a_row_stops_the_run(evaluate, monkeypatch):
+def test_many_consecutive_unanswered_questions_stop_the_run(evaluate, monkeypatch):
     monkeypatch.setattr(evaluate_benchmark, "SILENCE", 4)
     down = [True]
     patience = ["--judge-patience", "0.3"]
@@ -145,7 +145,7 @@ def test_no_answer_to_many_questions_in_a_row_stops_the_run(evaluate, monkeypatc
         assert evaluate(server.url)[1]["missing"] == 0
 
 
-def test_answers_that_cannot_be_read_do_not_stop_the_run(evaluate, monkeypatch):
+def test_unparsable_answers_do_not_stop_the_run(evaluate, monkeypatch):
     """They are answers: the endpoint is there."""
     monkeypatch.setattr(evaluate_benchmark, "SILENCE", 2)
     with chat_server(lambda *_: "I would rather not.") as server:
@@ -153,7 +153,7 @@ def test_answers_that_cannot_be_read_do_not_stop_the_run(evaluate, monkeypatch):
     assert (status, result["missing"]) == (1, 10)
 
 
-def test_the_request_and_what_decides_the_answers_are_in_the_result(evaluate, tmp_path):
+def test_result_records_request_fields_model_and_digests(evaluate, tmp_path):
     out = tmp_path / "out"
     with chat_server(answer) as server:
         refusing = ["--request", '{"temperature": null, "reasoning_effort": "low"}']
@@ -172,7 +172,7 @@ def test_the_request_and_what_decides_the_answers_are_in_the_result(evaluate, tm
     assert result["judge"]["digests"] == plain["judge"]["digests"]
 
 
-def test_another_prompt_has_another_digest_and_no_response_format(evaluate, tmp_path):
+def test_custom_prompt_changes_the_digest_and_drops_response_format(evaluate, tmp_path):
     folder = tmp_path / "prompts"
     folder.mkdir()
     (folder / "multiple-choice.md").write_text("Say the letter only.\n---\n{{material}}")
@@ -184,7 +184,7 @@ def test_another_prompt_has_another_digest_and_no_response_format(evaluate, tmp_
         assert evaluate(server.url)[1]["judge"]["digests"] != result["judge"]["digests"]
 
 
-def test_a_proxy_of_the_environment_is_used(evaluate, monkeypatch):
+def test_proxy_of_the_environment_is_used(evaluate, monkeypatch):
     """The judge's host does not exist; the proxy answers for it. NO_PROXY and loopback addresses bypass it."""
     with chat_server(answer) as proxy:
         monkeypatch.setenv("http_proxy", proxy.url.removesuffix("/v1"))
@@ -199,7 +199,7 @@ def test_a_proxy_of_the_environment_is_used(evaluate, monkeypatch):
             assert (len(proxy.requests), len(server.requests)) == (requested, 10)
 
 
-def test_the_key_survives_a_netrc(evaluate, monkeypatch, tmp_path):
+def test_api_key_takes_precedence_over_netrc(evaluate, monkeypatch, tmp_path):
     (tmp_path / "netrc").write_text("machine judge.invalid login someone password else\n")
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     monkeypatch.setenv("OPENAI_API_KEY", "secret-1")

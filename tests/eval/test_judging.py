@@ -85,7 +85,7 @@ def mutated(random, whole):
     )()
 
 
-def test_a_thousand_spoiled_answers_are_read_rightly_or_missing():
+def test_thousand_corrupted_answers_are_parsed_correctly_or_missing():
     rng = random.Random(0)
     answers = [mutated(rng, json.dumps(RIGHT)) for _ in range(1000)]
     records = [Record(str(number), (), None, None, EVENTS) for number in range(1000)]
@@ -114,7 +114,7 @@ def test_a_thousand_spoiled_answers_are_read_rightly_or_missing():
 FAULTS = ("reset", "hang", "cut", "garbage", "trickle", (500, {}, b"no"), (503, {}, b"<html>"), (429, {}, b"{}"), "{}")
 
 
-def test_whatever_fails_first_every_figure_is_there():
+def test_every_metric_is_present_after_transient_faults():
     """The first call of every question fails, each in another way; none hangs, and none is lost."""
     records = [Record(f"c{number}", (), None, None, ["a dog", "a cat"]) for number in range(36)]
     captions = {record.id: f"{record.id}: a dog" for record in records}
@@ -135,7 +135,7 @@ def test_whatever_fails_first_every_figure_is_there():
     assert not any("why" in unit for one in judged for unit in one.units)
 
 
-def test_killed_and_started_again_no_judged_item_is_judged_again(tmp_path, capsys):
+def test_killed_run_does_not_repeat_judged_items(tmp_path, capsys):
     data = write_official("video-salmonn-2", tmp_path)
     captions_file = tmp_path / "mine.jsonl"
     captions_file.write_text(
@@ -210,7 +210,7 @@ def test_hostile_texts_are_escaped(hostile):
 
 
 @pytest.mark.slow  # a browser
-def test_the_page_shows_texts_as_texts(hostile):
+def test_page_renders_texts_as_plain_text(hostile):
     with browser() as page:
         page.open((hostile / "page.html").as_uri())
         assert page.evaluate("document.querySelectorAll('article').length") == 3
@@ -224,7 +224,7 @@ def test_the_page_shows_texts_as_texts(hostile):
         assert not page.dialogs
 
 
-def test_names_do_not_lead_out_of_the_folder(tmp_path):
+def test_item_names_cannot_escape_the_folder(tmp_path):
     folder = tmp_path / "videos"
     (folder / "video").mkdir(parents=True)
     for path in (tmp_path / "0.mp4", folder / "1.mp4", folder / "video" / "2.mkv", folder / "3.webm"):
@@ -249,7 +249,7 @@ def result(folder: Path, name, model, judge="m", **metrics):
     return path
 
 
-def test_report_has_the_layout_of_the_papers_table(tmp_path, capsys):
+def test_report_has_the_layout_of_the_papers_table_4(tmp_path, capsys):
     result(tmp_path, "video-salmonn-2", "mine|", miss=1.0, total=40.04, dialogue_f1=70.0, repcol=0.5)
     result(tmp_path, "daily-omni", "mine|", accuracy=48.0, dialogue_f1=None, repcol=1.0)
     result(tmp_path, "vdc", "other", judge="n", accuracy=1.0)

@@ -11,7 +11,7 @@ from avocado_jax.world.clip import record
 from avocado_jax.world.director import make_script
 
 
-def test_references_are_perfect_and_others_are_not():
+def test_references_score_perfectly_and_other_captions_do_not():
     records = [record(make_script(3, i, "test", i % 3), references=2) for i in range(6)]
     perfect = {"event_recall": 1, "hallucination": 0, "order": 1, "dialogue_f1": 1, "repcol": 0, "length": 10}
     for which in range(2):
@@ -26,7 +26,7 @@ def test_references_are_perfect_and_others_are_not():
     assert text_metrics(["a" * 30, "fine"], [3, 4]) == {"repcol": 0.5, "length": 3.5}
 
 
-def test_times_are_measured_where_captions_have_any():
+def test_time_iou_is_measured_if_captions_have_times():
     """They change nothing else: true captions with times are as true as those without."""
     records = [record(make_script(3, i, "test", 0), timestamps=True) for i in range(4)]
     captions = [one["caption"] for one in records]
@@ -65,11 +65,11 @@ UNIT = "".join(map(chr, range(0x4E00, 0x4E00 + 120)))  # 120 characters, none tw
         ("\ud800" * 24, True),  # half a surrogate pair, as JSON may hold it
     ],
 )
-def test_repetition(text, fires):
+def test_repetition_of_known_texts(text, fires):
     assert collapses(text) == fires
 
 
-def test_the_official_rule_has_no_least_span():
+def test_official_rule_has_no_minimum_span():
     assert collapses("00000", min_span=0)
     assert not collapses("0000", min_span=0)
 
@@ -89,12 +89,12 @@ def by_trying(text, min_span):
 @given(
     st.lists(st.tuples(st.text("ab", min_size=1, max_size=9), st.integers(1, 7)), max_size=4), st.sampled_from([0, 24])
 )
-def test_repetition_is_what_trying_everything_finds(parts, min_span):
+def test_repetition_equals_exhaustive_search(parts, min_span):
     text = "".join(unit * times for unit, times in parts)
     assert collapses(text, min_span) == by_trying(text, min_span)
 
 
-def test_long_units_are_what_trying_everything_finds():
+def test_long_units_equal_exhaustive_search():
     rng = random.Random(0)
     for unit in (48, 49, 50, 51, 98, 99, 100):
         text = "".join(rng.choice("abcd") for _ in range(unit))
@@ -104,7 +104,7 @@ def test_long_units_are_what_trying_everything_finds():
                 assert collapses(repeated) == by_trying(repeated, 24), (unit, times, offset)
 
 
-def test_hostile_texts_are_read_as_fast_as_others():
+def test_adversarial_texts_take_no_longer():
     """Hundreds of thousands of characters that almost repeat: what grew with their square would not end."""
     size = 200_000
     assert collapses("a" * size)

@@ -77,7 +77,7 @@ PARTIAL = {"one": "a red kite rises. no a dog barks twice. a unicorn sings", "tw
 
 
 @pytest.mark.parametrize("name", SIX)
-def test_a_judge_that_answers_in_the_official_form_is_read_rightly(name, tmp_path, capsys):
+def test_answers_in_the_official_form_are_parsed(name, tmp_path, capsys):
     (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()
     expected, _ = evaluate(capsys, tmp_path / "a", name, PARTIAL, honest)
@@ -93,7 +93,7 @@ CHOICES += ("<think>A or B?</think>\nB", "The bell is second.\n\nB", '{{"answer"
 
 
 @pytest.mark.parametrize("given", CHOICES)
-def test_a_choice_in_any_form(given, tmp_path, capsys):
+def test_choices_parse_in_any_form(given, tmp_path, capsys):
     """Daily-Omni, where B is right."""
 
     def answer(request):
@@ -105,7 +105,7 @@ def test_a_choice_in_any_form(given, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("given", ["E", "A or B", "I cannot say.", "Bell", '{"letter": "B"}', ""])
-def test_what_is_no_choice_is_missing_or_officially_wrong(given, tmp_path, capsys):
+def test_invalid_choices_are_missing_or_officially_wrong(given, tmp_path, capsys):
     result, _ = evaluate(capsys, tmp_path, "daily-omni", CAPTIONS, lambda r: given if "kite" in str(r) else "B")
     assert (result["metrics"]["accuracy"], result["missing"], result["asked"]) == (100, 3, 10)
     result, requests = evaluate(capsys, tmp_path, "daily-omni", CAPTIONS, lambda _: given, "--official")
@@ -144,7 +144,7 @@ UNITS = {  # two clips, of which the second has no valid answer; what counts, an
 
 
 @pytest.mark.parametrize("name", UNITS)
-def test_the_official_measure_of_invalid_answers(name):
+def test_official_metrics_count_invalid_answers(name):
     one, other, ours, theirs = UNITS[name]
     judged = [Judged(Record(str(n), (), None, None, None), units) for n, units in enumerate((one, other))]
     for benchmark, figures in ((BENCHMARKS[name], ours), (officially(BENCHMARKS[name]), theirs)):
@@ -152,7 +152,7 @@ def test_the_official_measure_of_invalid_answers(name):
         assert {figure: measured[figure] for figure in figures} == pytest.approx(figures)
 
 
-def test_one_table_lists_what_is_treated_in_another_way():
+def test_readme_table_lists_all_official_differences():
     table = README.read_text().split("## The official treatment")[1]
     for name, benchmark in BENCHMARKS.items():
         for note in benchmark.official.notes:
@@ -160,7 +160,7 @@ def test_one_table_lists_what_is_treated_in_another_way():
     assert all(BENCHMARKS[name].official.notes for name in SIX)
 
 
-def test_repetitions_are_cut_and_texts_lowered_before_the_judge_officially(tmp_path, capsys):
+def test_official_preprocessing_cuts_repetitions_and_lowers_case(tmp_path, capsys):
     loop = {**CAPTIONS, "one": "A red kite rises. " + "ha ha! " * 40 + "THE END"}
     for name, shown in (("video-salmonn-2", "A red kite rises. ha ha! THE END"), ("dream-1k", loop["one"].lower())):
         for more, wanted in (((), loop["one"]), (("--official",), shown)):
@@ -212,7 +212,7 @@ def test_dream_records_without_events_are_valid_and_count_as_published(tmp_path,
 
 
 @pytest.mark.parametrize("name", [name for name in SIX if not BENCHMARKS[name].sound])
-def test_silent_benchmarks_ask_for_what_is_seen(name, tmp_path):
+def test_silent_benchmarks_request_visual_captions_only(name, tmp_path):
     prompts = {record.prompt for record in BENCHMARKS[name].read(write_official(name, tmp_path))}
     assert all(prompts)
     assert not any(re.search("audio|sound|hear", prompt, re.I) for prompt in prompts)
@@ -239,6 +239,6 @@ def test_silent_benchmarks_ask_for_what_is_seen(name, tmp_path):
         ("{'a': " + "9" * 10**4 + "}", []),
     ],
 )
-def test_python_dictionaries_are_read(text, found):
+def test_python_dictionaries_are_parsed(text, found):
     """Where they are asked for: a JSON object that is broken stays so."""
     assert objects(text, python=True) == found

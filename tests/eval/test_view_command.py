@@ -68,7 +68,7 @@ def run(tmp_path_factory):
     return folder
 
 
-def test_curves_are_chosen_and_read(run, opened):
+def test_curves_are_selected_and_show_values(run, opened):
     page = opened(run / "report.html")
     assert page.texts("h1") == ["grpo <b>&run"]
     first = page.texts(".chart b")
@@ -156,7 +156,7 @@ def test_columns_show_the_weights_of_the_reward(run, opened):
     assert page.evaluate(terms) == ["repetition"]
 
 
-def test_what_matched_is_marked(run, opened):
+def test_matches_are_highlighted(run, opened):
     page = opened(run / "report.html")
     known = {one["id"]: one for one in references(CLIPS)}
     spoken = next(name for name, one in known.items() if one["dialogues"])
@@ -188,7 +188,7 @@ def test_what_matched_is_marked(run, opened):
         assert all(word.replace("-", "").isalnum() for word in row[2])
 
 
-def test_marks_are_what_the_rewards_count(run):
+def test_highlights_equal_the_matches_of_the_rewards(run):
     """R_D worked out from the marks is that of the world's own check."""
     page_data = json.loads((run / "report.html").read_text().split('id="data">')[1].split("</script>")[0])
     known, kinds = {one["id"]: one for one in references(CLIPS)}, set()
@@ -203,14 +203,14 @@ def test_marks_are_what_the_rewards_count(run):
     assert len(kinds) >= 3
 
 
-def test_clip_plays(run, opened):
+def test_clip_is_played(run, opened):
     page = opened(run / "report.html")
     page.until("document.querySelector('video').readyState >= 2")
     assert page.evaluate("document.querySelector('video').play().then(() => true)")
     page.until("document.querySelector('video').currentTime > 0.1")
 
 
-def test_text_from_outside_stays_text(tmp_path, opened):
+def test_untrusted_text_is_escaped(tmp_path, opened):
     folder = tmp_path / "<img src=x onerror=window.hacked=4>"
     write_run(folder, 5, 1, clips=len(HOSTILE), group=1)
     lines = lines_of(folder, 5)
@@ -252,7 +252,7 @@ def test_text_from_outside_stays_text(tmp_path, opened):
     page.errors.clear()
 
 
-def test_videos_of_a_manifest_are_linked_where_they_are(tmp_path, opened):
+def test_videos_of_a_manifest_are_linked_in_place(tmp_path, opened):
     write_run(tmp_path / "run", 2, 1, clips=2, group=1)
     records = references(2)
     (tmp_path / "films").mkdir()
@@ -301,7 +301,7 @@ def test_captions_fit_the_visible_part_of_a_wide_table(run, opened, width):
     assert all(left <= start and end <= right for start, end in sides)
 
 
-def test_a_long_run_stays_usable(tmp_path, opened):
+def test_page_of_a_long_run_stays_usable(tmp_path, opened):
     write_run(tmp_path, 5000, 0, world="")
     for step in range(4997, 5001):
         lines = [

@@ -18,14 +18,14 @@ def view(run, *more, status=0):
     assert main(["view", str(run), *map(str, more)]) == status
 
 
-def test_weights_are_those_of_the_config():
+def test_weights_equal_the_config():
     rewards = asdict(RewardConfig(checklist=0.5, timing=2.0, extra=("host:my.module:brevity=0.25", "jax:m:f=-1")))
     expected = {"checklist": 0.5, "dialogue": 1.0, "length": 1.0, "repetition": 0.0, "timing": 2.0, "probes": 0.0}
     assert weights({"rewards": rewards}) == expected | {"brevity": 0.25, "f": -1.0}
     assert weights({}) == {}
 
 
-def test_curves_are_averaged_and_never_lie_about_gaps():
+def test_curves_are_averaged_and_keep_gaps():
     lines = [{"step": k + 1, "loss": float(k), "bad": None, "text": "no", "perf": {"mfu": None}} for k in range(2500)]
     lines[0]["loss"], lines[7]["rare"] = float("nan"), 3
     made = {curve["name"]: curve for curve in curves(lines)}
@@ -37,7 +37,7 @@ def test_curves_are_averaged_and_never_lie_about_gaps():
     assert "NaN" not in page({"curves": curves(lines)}).split('id="data"')[1].split("</script>")[0]
 
 
-def test_mistakes_are_told_in_a_line(tmp_path, capsys):
+def test_invalid_input_is_a_one_line_error(tmp_path, capsys):
     def error_line(*arguments):
         capsys.readouterr()
         view(*arguments, status=2)
@@ -61,7 +61,7 @@ def test_mistakes_are_told_in_a_line(tmp_path, capsys):
         assert message in error_line(tmp_path / "run")
 
 
-def test_a_line_that_is_being_written_is_left_out(tmp_path):
+def test_partially_written_line_is_ignored(tmp_path):
     write_run(tmp_path, 4, 0)
     shutil.rmtree(tmp_path / "rollouts")
     with (tmp_path / "metrics.jsonl").open("a") as file:
@@ -71,7 +71,7 @@ def test_a_line_that_is_being_written_is_left_out(tmp_path):
     assert page_data["steps"] == 4
 
 
-def test_a_run_in_a_bucket(tmp_path, monkeypatch, capsys):
+def test_view_of_a_run_in_a_bucket(tmp_path, monkeypatch, capsys):
     cached = []
     monkeypatch.setattr("avocado_jax.cli.view.use_user_cache", lambda: cached.append(True))
     write_run(tmp_path / "run", 4, 3, clips=1, world="")
@@ -90,7 +90,7 @@ def test_a_run_in_a_bucket(tmp_path, monkeypatch, capsys):
     assert cached == [True]
 
 
-def test_curves_of_terms_that_a_run_has_are_shown_at_first():
+def test_curves_of_logged_terms_are_shown_initially():
     lines = [
         {"step": step, "loss": 0.1, "reward": 1.0, "reward_timing": 0.3, "reward_timing_std": 0.1, "reward_probes": 0.5}
         for step in (1, 2)

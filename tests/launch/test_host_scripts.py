@@ -39,7 +39,7 @@ def host(tmp_path):
     return run
 
 
-def test_the_service_restarts_on_all_but_0_2_and_3_and_survives_a_reboot(host, tmp_path):
+def test_service_restarts_on_all_statuses_except_0_2_and_3_and_after_reboot(host, tmp_path):
     words = ["printf", "%s\n", "two words", "$HOME", "100%h", '"quoted"']
     assert host("service.sh", *words) == [
         "systemctl daemon-reload",
@@ -62,7 +62,7 @@ def test_the_service_restarts_on_all_but_0_2_and_3_and_survives_a_reboot(host, t
     assert done.stdout.splitlines() == words[2:]  # no word is split or expanded
 
 
-def test_setup_installs_the_extras_with_the_python_of_uv(host):
+def test_setup_installs_the_extras_with_uv_python(host):
     venv, install = host("setup.sh", "tpu", "wandb")
     assert venv == "uv venv --quiet --allow-existing --python 3.11 .venv only-managed"
     command = "uv pip install --quiet --python .venv/bin/python --requirement requirements.txt"
@@ -93,7 +93,7 @@ def secret_manager(monkeypatch):
     return SimpleNamespace(answer=answer, urls=urls)
 
 
-def test_the_command_gets_the_secrets(secret_manager, monkeypatch):
+def test_command_receives_the_secrets(secret_manager, monkeypatch):
     payload = {"payload": {"data": base64.b64encode(b"the key\n").decode()}}
     secret_manager.answer(SimpleNamespace(status_code=200, json=lambda: payload, raise_for_status=lambda: None))
     executed = []
@@ -113,7 +113,7 @@ def test_the_command_gets_the_secrets(secret_manager, monkeypatch):
         (ConnectionError("no network"), 1, "launch: no network"),
     ],
 )
-def test_a_secret_that_cannot_be_read(secret_manager, capsys, answer, status, complaint):
+def test_unreadable_secret_is_an_error(secret_manager, capsys, answer, status, complaint):
     secret_manager.answer(answer)
     assert read_secrets.main(["true"]) == status
     assert complaint in capsys.readouterr().err
@@ -134,7 +134,7 @@ def test_worker_reads_secrets_first(tmp_path):
     assert command(AVOCADO_SECRETS="p/A") == ["launch/read_secrets.py", str(python), *command()]
 
 
-def test_the_image_has_what_a_worker_needs():
+def test_image_has_the_files_of_the_worker():
     lines = (ROOT / "launch" / "Containerfile").read_text().splitlines()
     copied = {word for line in lines if line.startswith("COPY") for word in line.split()[1:-1]}
     needed = {"avocado_jax", "configs", "launch", "pyproject.toml", "requirements.txt"}

@@ -47,7 +47,7 @@ DRY = {
 
 
 @pytest.mark.parametrize(("script", "words"), [(script, words) for script, all_ in DRY.items() for words in all_])
-def test_a_dry_run_prints_commands_and_runs_none(launch, script, words):
+def test_dry_run_prints_commands_and_runs_none(launch, script, words):
     status, out, err = launch(script, words)
     assert status == 0, err
     assert out.strip()
@@ -57,7 +57,7 @@ def test_a_dry_run_prints_commands_and_runs_none(launch, script, words):
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_every_flag_is_exercised(script):
+def test_every_option_is_tested(script):
     given = {word for words in DRY[script] for word in shlex.split(words)}
     for verb, one in SCRIPTS[script].parser()._subparsers._group_actions[0].choices.items():
         assert verb in given
@@ -66,7 +66,7 @@ def test_every_flag_is_exercised(script):
 
 
 @pytest.mark.parametrize(("launcher", "stage"), make_manifests.JOBS)
-def test_manifests_are_those_that_xpk_and_skypilot_have_read(launch, launcher, stage):
+def test_manifests_equal_those_parsed_by_xpk_and_skypilot(launch, launcher, stage):
     status, out, err = launch(launcher, make_manifests.JOBS[launcher, stage])
     assert status == 0, err
     text = (make_manifests.MANIFESTS / f"{launcher}-{stage}.yaml").read_text()
@@ -75,7 +75,7 @@ def test_manifests_are_those_that_xpk_and_skypilot_have_read(launch, launcher, s
     assert "WANDB_API_KEY" in text
 
 
-def test_no_command_of_gcloud_has_the_key(launch):
+def test_gcloud_commands_do_not_contain_the_key(launch):
     _, out, err = launch("gcloud", DRY["gcloud"][0])
     assert make_manifests.ENV["WANDB_API_KEY"] not in out + err
     assert "AVOCADO_SECRETS=my-project/WANDB_API_KEY" in out
@@ -89,7 +89,7 @@ def worker_words(chips, more):
     return f"{words} --data.train gs://bucket/shards{more}"
 
 
-def test_gcloud_field_by_field(launch):
+def test_fields_of_gcloud_commands(launch):
     _, out, err = launch("gcloud", DRY["gcloud"][0])
     (plan,) = (
         one for one in plans.read_plans() if (one["topology"], one["fields"]) == ("v5p:4x4x4", ["--accumulate", "2"])
@@ -123,7 +123,7 @@ def test_gcloud_with_several_spot_slices(launch):
     assert {"--node=1", "--worker=3"} < {*shlex.split(out)}
 
 
-def test_jobset_field_by_field():
+def test_fields_of_the_jobset():
     made = yaml.safe_load((make_manifests.MANIFESTS / "gke-slices.yaml").read_text())
     assert (made["apiVersion"], made["kind"]) == ("jobset.x-k8s.io/v1alpha2", "JobSet")
     spec = made["spec"]
@@ -154,7 +154,7 @@ def test_jobset_field_by_field():
 
 
 @pytest.mark.parametrize("stage", make_manifests.STAGES)
-def test_gke_finds_no_difference_in_its_own_jobset(stage):
+def test_gke_comparison_accepts_its_own_jobset(stage):
     """As xpk renders it: the fake of test_start_again.py is shorter."""
     words = make_manifests.JOBS["gke", stage].replace("--env WANDB_ENTITY", "")
     args = SCRIPTS["gke"].parser().parse_args(words.split())
@@ -166,7 +166,7 @@ def test_gke_finds_no_difference_in_its_own_jobset(stage):
     assert SCRIPTS["gke"].differences(made, "other:1", of_job) == "image"
 
 
-def test_the_image_has_the_platform_and_the_extras(launch):
+def test_image_build_has_the_platform_and_the_extras(launch):
     _, out, _ = launch("gke", DRY["gke"][1])
     build, push = map(shlex.split, out.splitlines())
     assert {"--platform=linux/amd64", "--build-arg=EXTRAS=tpu,wandb,world", "--tag=registry/avocado:1"} < {*build}
@@ -176,14 +176,14 @@ def test_the_image_has_the_platform_and_the_extras(launch):
     assert {"--tpu-type=v6e-64", "--num-slices=2", "--spot", account} < {*shlex.split(out)}
 
 
-def test_logs_and_status_of_a_cluster_do_not_use_the_current_context(launch):
+def test_logs_and_status_name_the_cluster_context(launch):
     for words in DRY["gke"][3:]:
         *_, credentials, command = map(shlex.split, launch("gke", words)[1].splitlines())
         assert credentials[3:5] == ["get-credentials", "c1"]
         assert command[1] == "--context=gke_my-project_us-east5_c1"
 
 
-def test_sky_task_field_by_field(launch):
+def test_fields_of_the_sky_task(launch):
     _, out, _ = launch("sky", DRY["sky"][0])
     task = yaml.safe_load(out[out.index("name:") :])
     assert task["resources"] == {
@@ -204,14 +204,14 @@ def test_sky_task_field_by_field(launch):
 @pytest.mark.parametrize(
     ("status", "ends"), [(0, 0), (2, 2), (3, 3), (1, 75), (75, 75), (134, 75), (137, 75), (143, 75), (127, 75)]
 )
-def test_sky_restarts_all_but_0_2_and_3(status, ends):
+def test_sky_restarts_all_statuses_except_0_2_and_3(status, ends):
     """SkyPilot records 137 for hosts that it kills itself, so that status may not be one that is restarted."""
     _, last = SCRIPTS["sky"].TASK.partition("{command}\n")[::2]
     assert subprocess.run(["bash", "-c", f"(exit {status})\n{last}"], check=False).returncode == ends
 
 
 @pytest.mark.parametrize(("config", "extras"), [("world_tiny", ("tpu", "world")), ("sft_7b", ("tpu",))])
-def test_voices_are_installed_where_clips_are_generated(config, extras):
+def test_espeak_is_installed_if_clips_are_generated(config, extras):
     words = f"--topology v6e:2x2 --unplanned sft configs/{config}.py --workdir gs://bucket/run --batch 16"
     words += " --init gs://bucket" + (" --data.train gs://bucket/shards" if config == "sft_7b" else "")
     args = SCRIPTS["sky"].parser().parse_args(["start", "--name", "a", *words.split()])
@@ -219,7 +219,7 @@ def test_voices_are_installed_where_clips_are_generated(config, extras):
 
 
 @pytest.mark.parametrize("stage", rehearse.CONFIGS)
-def test_the_rehearsal_runs_the_launchers_command(launch, stage):
+def test_rehearsal_runs_the_command_of_the_launchers(launch, stage):
     words = rehearse.job(stage, "gs://bucket/broken", rehearse.FOUR)
     config, more = rehearse.CONFIGS[stage]
     given = f"--topology {rehearse.FOUR} --unplanned {stage} {config} --workdir gs://bucket/broken "
@@ -244,7 +244,7 @@ def test_the_rehearsal_runs_the_launchers_command(launch, stage):
         "evaluate vdc --data gs://b-1/d --captions gs://b-1/c --out gs://b-1/o --judge https://H/v1 --judge-model any",
     ],
 )
-def test_the_words_of_a_stage_of_one_host_are_passed_on_verbatim(launch, words):
+def test_stage_arguments_are_passed_on_verbatim(launch, words):
     _, out, err = launch("sky", f"start --name run1 --topology v6e:2x2 --dry-run {words}")
     task = yaml.safe_load(out[out.index("name:") :])
     assert shlex.split(task["run"].splitlines()[0])[2:] == ["bash", "launch/worker.sh", *words.split()], err
@@ -273,7 +273,7 @@ def test_shell_scripts_are_clean():
     assert done.returncode == 0, done.stdout
 
 
-def test_no_secret_and_no_name_of_a_person():
+def test_no_secrets_or_personal_names():
     """Projects, accounts and machines are arguments."""
     for path in sorted((ROOT / "launch").iterdir()):
         text = path.read_text() if path.is_file() else ""

@@ -9,7 +9,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 
-def test_the_table_of_plans_is_printed_from_the_json_file():
+def test_readme_table_equals_the_json_file():
     (found,) = plans.TABLE.finditer((ROOT / "launch/README.md").read_text())
     assert found[0] == found[1] + plans.table() + found[2], "run: python launch/plans.py --write"
 

@@ -69,7 +69,7 @@ def test_commands_of_the_quickstart_are_valid(options, quickstart, monkeypatch):
     assert len(trained) == (3 if options else 2)
 
 
-def test_both_trainings_start_from_the_captioner_with_habits():
+def test_both_trainings_start_from_the_captioner_with_faults():
     """On data of one shape that need no reference captions of more tokens than are trained on."""
     sft, grpo = load("quickstart_sft"), load("quickstart_grpo")
     assert sft.init == grpo.init == "avocado_jax/assets/captioner_habits"
@@ -80,7 +80,7 @@ def test_both_trainings_start_from_the_captioner_with_habits():
     assert grpo.rewards.high == grpo.sampling.tokens
 
 
-def test_usage():
+def test_usage_and_unknown_options():
     def run(option):
         return subprocess.run(["bash", ROOT / "launch" / "quickstart.sh", option], capture_output=True, text=True)
 
@@ -90,7 +90,7 @@ def test_usage():
     assert (wrong.returncode, wrong.stderr) == (2, "quickstart.sh: no such option: --fast (see --help)\n")
 
 
-def test_it_ends_with_the_page_and_what_to_do_next(quickstart):
+def test_quickstart_ends_with_the_page_and_next_commands(quickstart):
     folder, _, shown = quickstart()
     assert f"{folder}/runs/quickstart/quick_grpo/report.html" in shown
     assert "avocado caption runs/quickstart/unseen/clips/*.mp4" in shown

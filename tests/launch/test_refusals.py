@@ -90,7 +90,7 @@ def instead(old, new, words=START):
         (f"logs {WHERE} --hosts 1", "unrecognized: --hosts 1"),
     ],
 )
-def test_refusals_are_one_line(launch, words, complaint):
+def test_invalid_jobs_are_refused_in_one_line(launch, words, complaint):
     refused(launch, "gcloud", words, complaint)
 
 
@@ -107,7 +107,7 @@ def test_refusals_are_one_line(launch, words, complaint):
         ),
     ],
 )
-def test_refusals_of_the_others(launch, script, words, complaint):
+def test_invalid_jobs_of_other_launchers_are_refused(launch, script, words, complaint):
     refused(launch, script, words, complaint)
 
 
@@ -118,7 +118,7 @@ def refused(launch, script, words, complaint):
     assert complaint in line
 
 
-def test_a_tool_that_is_absent(launch, monkeypatch):
+def test_missing_tool_is_an_error(launch, monkeypatch):
     def absent(command, **_):
         raise FileNotFoundError(command[0])
 

@@ -50,7 +50,7 @@ def same_curve(found):
 
 
 @pytest.mark.slow
-def test_sft_goes_on_with_two_hosts_of_four(tmp_path):
+def test_sft_resumes_with_two_of_four_hosts(tmp_path):
     found = rehearsed("sft", tmp_path)
     same_curve(found)
     assert found["broken"][-1]["heldout_loss"] == pytest.approx(found["whole"][-1]["heldout_loss"], rel=1e-4)
@@ -62,7 +62,7 @@ def test_sft_goes_on_with_two_hosts_of_four(tmp_path):
 
 
 @pytest.mark.soak  # eight minutes
-def test_grpo_goes_on_with_two_hosts_of_four(tmp_path):
+def test_grpo_resumes_with_two_of_four_hosts(tmp_path):
     found = rehearsed("grpo", tmp_path)
     assert re.search(r"step \d", found["log"])
     ids = [[line["id"] for line in step if line["group"] == 0] for step in found["rollouts"]]

@@ -96,7 +96,7 @@ def outcome(state):
 
 @pytest.mark.parametrize("mode", ["before", "half"])
 @pytest.mark.parametrize("script", START)
-def test_a_start_that_fails_anywhere_is_finished_by_the_next(cloud, script, mode):
+def test_failed_start_is_finished_by_the_next_start(cloud, script, mode):
     cloud.processes = True
     assert cloud(script, START[script]) == 0
     undisturbed = cloud.state
@@ -116,7 +116,7 @@ def test_a_start_that_fails_anywhere_is_finished_by_the_next(cloud, script, mode
 
 
 @pytest.mark.parametrize("script", START)
-def test_a_job_that_runs_is_left_alone(cloud, script, capsys):
+def test_running_job_is_not_changed(cloud, script, capsys):
     assert cloud(script, START[script]) == 0
     before = cloud.state
     assert cloud(script, START[script]) == 0
@@ -156,7 +156,7 @@ def test_polling_gives_up_after_many_errors(cloud, monkeypatch, capsys):
     assert "the same command continues from here" in capsys.readouterr().err
 
 
-def test_a_slice_that_fails_again_is_not_requested_forever(cloud, monkeypatch, capsys):
+def test_repeatedly_failing_slice_is_not_requested_forever(cloud, monkeypatch, capsys):
     gcloud = importlib.import_module("gcloud")
     monkeypatch.setattr(gcloud, "_find", lambda args: {"state": {"state": "FAILED"}})
     assert cloud("gcloud", START["gcloud"]) == 2
@@ -173,7 +173,7 @@ def test_a_slice_that_fails_again_is_not_requested_forever(cloud, monkeypatch, c
         ("gke", "gs://bucket/base", "gs://bucket/other", "another command"),
     ],
 )
-def test_another_job_of_the_same_name_is_refused(cloud, capsys, script, old, new, complaint):
+def test_different_job_with_the_same_name_is_refused(cloud, capsys, script, old, new, complaint):
     assert cloud(script, START[script]) == 0
     assert cloud(script, START[script].replace(old, new).replace("start", "start --unplanned", 1)) == 2
     assert complaint in capsys.readouterr().err
@@ -205,7 +205,7 @@ def test_sky_starts_a_job_that_has_ended(cloud, status):
     assert cloud.state["creates"] == 0
 
 
-def test_only_the_commit_is_exported(tmp_path, monkeypatch):
+def test_image_contains_only_the_commit(tmp_path, monkeypatch):
     """Files that are not committed stay here; changes that are not committed are an error."""
 
     def git(*words):

@@ -48,7 +48,7 @@ def test_statuses_are_passed_on(worker, tmp_path, status):
     assert (ended, err) == (status, "")
 
 
-def test_a_lost_host_is_resumable(worker):
+def test_lost_host_exits_with_75(worker):
     """jax ends a process by SIGABRT when another is lost."""
     status, _, err = finished(worker("ulimit -c 0; kill -ABRT $$", launch=""))
     assert status == 75
@@ -63,7 +63,7 @@ def test_sigterm_reaches_the_command(worker):
     assert finished(process)[:2] == (75, "saving\n")
 
 
-def test_sigterm_while_the_command_is_started(monkeypatch):
+def test_sigterm_during_the_start_of_the_command(monkeypatch):
     """It would end the supervisor and leave the command running."""
     real = subprocess.Popen
 
@@ -80,7 +80,7 @@ def test_sigterm_while_the_command_is_started(monkeypatch):
         signal.signal(signal.SIGTERM, before)
 
 
-def test_the_environment_of_a_host(worker):
+def test_environment_of_a_host(worker):
     _, out, _ = finished(worker("env", more=("--mesh.slices", "2")))
     env = dict(line.split("=", 1) for line in out.splitlines() if "=" in line)
     assert env["JAX_COORDINATOR_PORT"] == "8476"
@@ -115,7 +115,7 @@ except Exception as error:
 
 
 @pytest.mark.parametrize("failing", [0, 1])
-def test_an_internal_error_of_one_host_ends_the_job_with_3(worker, tmp_path, failing):
+def test_internal_error_of_one_host_ends_the_job_with_3(worker, tmp_path, failing):
     """The other host is aborted by jax, and must not ask for a restart."""
     with socket.socket() as reserved:
         reserved.bind(("127.0.0.1", 0))
@@ -132,7 +132,7 @@ def test_an_internal_error_of_one_host_ends_the_job_with_3(worker, tmp_path, fai
     assert finished(worker("exit 0", launch="second"))[0] == 0
 
 
-def test_hosts_that_wait_for_a_failed_host_end_with_its_status(tmp_path, monkeypatch):
+def test_waiting_hosts_exit_with_the_status_of_the_failed_host(tmp_path, monkeypatch):
     """Before jax.distributed is initialised jax does not abort them."""
     monkeypatch.setattr(supervisor, "POLL_SECONDS", 0.1)
     run = str(tmp_path)
@@ -142,7 +142,7 @@ def test_hosts_that_wait_for_a_failed_host_end_with_its_status(tmp_path, monkeyp
     assert time.monotonic() - begun < 10
 
 
-def test_preemptions_are_no_failures(tmp_path, monkeypatch):
+def test_preemptions_are_not_failures(tmp_path, monkeypatch):
     monkeypatch.setattr(supervisor, "RECORD_SECONDS", 0.0)
     run = str(tmp_path)
     for script, status in (("exit 75", 75), ("exit 1", 1), ("kill -TERM $$", 143), ("kill -KILL $$", 137)):
@@ -150,7 +150,7 @@ def test_preemptions_are_no_failures(tmp_path, monkeypatch):
     assert supervisor.read_failure(run, "first") is None
 
 
-def test_a_run_folder_that_cannot_be_reached_is_resumable(tmp_path, monkeypatch, capsys):
+def test_unreachable_run_folder_exits_with_75(tmp_path, monkeypatch, capsys):
     def fail(*_):
         raise storage.StorageError("gs://b: 503")
 
@@ -165,7 +165,7 @@ def write_metrics(run, steps):
     (run / "metrics.jsonl").write_text("".join(json.dumps({"step": step + 1}) + "\n" for step in range(steps)) + '{"st')
 
 
-def test_50_starts_without_a_new_step_end_with_3(worker, tmp_path):
+def test_50_starts_without_a_new_step_exit_with_3(worker, tmp_path):
     run = tmp_path / "a run"
     for start in range(1, 50):
         assert supervisor.count_start(str(run), "first", "0-0") == start
@@ -176,7 +176,7 @@ def test_50_starts_without_a_new_step_end_with_3(worker, tmp_path):
     assert finished(worker("exit 75", launch="second"))[0] == 75  # the user has started it again
 
 
-def test_a_newly_finished_step_starts_the_count_again(tmp_path):
+def test_newly_finished_step_resets_the_count(tmp_path):
     def count(launch="first", host="0"):
         return supervisor.count_start(str(tmp_path), launch, host)
 
@@ -194,7 +194,7 @@ def test_a_newly_finished_step_starts_the_count_again(tmp_path):
     assert count(launch="second") == 1
 
 
-def test_a_run_in_a_bucket(tmp_path, monkeypatch):
+def test_starts_are_counted_in_a_bucket(tmp_path, monkeypatch):
     (tmp_path / "bucket").mkdir()
     with gcs.storage_server(tmp_path) as port:
         monkeypatch.setenv("STORAGE_EMULATOR_HOST", f"http://127.0.0.1:{port}")
@@ -211,5 +211,5 @@ def test_a_run_in_a_bucket(tmp_path, monkeypatch):
     storage._client.cache_clear()
 
 
-def test_a_command_that_is_not_there_is_not_retried(tmp_path):
+def test_missing_command_is_not_retried(tmp_path):
     assert supervisor.main([str(tmp_path / "nothing"), "--workdir", str(tmp_path)]) == 3

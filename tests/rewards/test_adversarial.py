@@ -160,7 +160,7 @@ TRICKS = {
 
 
 @pytest.mark.parametrize("name", TRICKS)
-def test_the_honest_caption_scores_higher(world, name):
+def test_honest_caption_scores_higher_than_each_trick(world, name):
     trick, terms = TRICKS[name]
     found = world.of([trick(clip) for clip in world.records])
     lower = total(found) < total(world.terms) - 1e-3
@@ -171,21 +171,21 @@ def test_the_honest_caption_scores_higher(world, name):
         assert found[term].mean() < world.terms[term].mean() - (0.03 if name == "left for right" else 0.1), term
 
 
-def test_honest_captions_score(world):
+def test_honest_captions_have_high_rewards(world):
     assert world.terms["dialogue"].min() == 1
     assert world.terms["checklist"].mean() > 0.9
     assert world.terms["repetition"].max() == 0
     assert world.terms["truncated"].max() == 0
 
 
-def test_padding_costs_the_reward_of_length(world):
+def test_padding_lowers_the_length_reward(world):
     words = " ".join(chr(ord("b") + index * index % 23) for index in range(300))
     found = world.of([f"{caption} {words}" for caption in world.honest], tokens=4096)
     assert (found["length"] == 0).all()
     assert (total(found) < total(world.terms) - 0.9).all()
 
 
-def test_special_tokens_spelled_out_are_text(world):
+def test_spelled_special_tokens_are_text(world):
     found = world.of([SPECIAL + caption + SPECIAL for caption in world.honest])
     for term in ("checklist", "dialogue"):
         assert (found[term] <= world.terms[term] + 1e-6).all()

@@ -99,7 +99,7 @@ def by_hand(caption, point):
 
 @settings(max_examples=25)
 @given(SENTENCES, POINTS)
-def test_against_windows_by_hand(table, caption, points):
+def test_scores_equal_a_reference_over_all_windows(table, caption, points):
     verdict = judged(table, caption, points)
     expected = [by_hand(caption, point) for point in points]
     np.testing.assert_allclose(verdict.coverage, [one for one, _ in expected], atol=1e-5)
@@ -119,13 +119,13 @@ STATEMENTS = "The red car moves to the left. A girl sings behind the door. The d
         ("The dog barks at a tree.", "The dog never barks at a tree."),
     ],
 )
-def test_the_contrary_is_worth_less(table, point, contrary):
+def test_contradictions_score_lower(table, point, contrary):
     true, untrue = judged(table, STATEMENTS, [point, contrary]).score
     assert true == 1
     assert untrue < 0.7
 
 
-def test_order_counts_where_the_reference_tells_it(table):
+def test_wrong_order_costs_if_the_reference_gives_the_order(table):
     pairs = {"stone": "desk", "lamp": "bed", "chair": "roof", "book": "sea"}
     points = [f"A {thing} falls on the {location}." for thing, location in pairs.items()]
     between = " It is what it is and so it was, and it will be what it was, as it is here and there."
@@ -136,7 +136,7 @@ def test_order_counts_where_the_reference_tells_it(table):
     assert judged(table, backwards, points, ordered).score.max() < 0.1
 
 
-def test_keypoints_of_any_length_are_read_in_their_places(table):
+def test_keypoints_of_any_length_keep_their_positions(table):
     """Short ones and long ones are read by two programs; one of more words than fit is cut."""
     words = [f"{one}{other}" for one in ("bam", "dor", "fil", "gan", "hop") for other in ("ta", "mo", "ru", "ki", "pe")]
     texts = ["a dog barks", " ".join(words), "the red car", "go " * 97, "to " * 40]
@@ -148,7 +148,7 @@ def test_keypoints_of_any_length_are_read_in_their_places(table):
         assert (much > 0).sum() == 2 * len(content) - 1  # words and neighbours
 
 
-def test_no_answer_is_missing_not_zero():
+def test_absent_verdicts_are_nan_not_zero():
     nan = float("nan")
     scores = jnp.array([1.0, nan, 0.0, nan, 5.0])
     assert float(mean_score(scores, 4)) == 0.5
@@ -156,7 +156,7 @@ def test_no_answer_is_missing_not_zero():
     assert np.isnan(mean_score(jnp.full(5, nan), 5))
 
 
-def test_dimensions(table):
+def test_dimensions_of_keypoints(table):
     points = [
         {"text": "A dog barks.", "dimension": "auditory"},
         {"text": "A car.", "dimension": "static"},

@@ -54,7 +54,7 @@ def terms(batch):
     return jax.tree.map(np.asarray, jax.jit(partial(score_captions, limits=WORLD))(*batch[:4], probes=PROBES))
 
 
-def test_from_token_ids(batch, terms):
+def test_terms_from_token_ids_equal_oracles(batch, terms):
     _, _, _, _, captions, records = batch
     honest = [measure(group[0], one).dialogue_f1 for group, one in zip(captions, records)]
     np.testing.assert_allclose(terms["dialogue"][:, 0], honest, atol=1e-6)
@@ -63,7 +63,7 @@ def test_from_token_ids(batch, terms):
     assert not terms["truncated"].any()
 
 
-def test_timing_and_probes_count_where_there_are_references_and_answers(batch, terms):
+def test_timing_and_probes_need_references_and_answers(batch, terms):
     _, _, _, references, captions, records = batch
     expected = [[time_iou(caption, one) for caption in group] for group, one in zip(captions[1:], records[1:])]
     np.testing.assert_allclose(terms["timing"][1:], expected, atol=1e-5)
@@ -78,7 +78,7 @@ def test_timing_and_probes_count_where_there_are_references_and_answers(batch, t
 
 
 @pytest.mark.slow
-def test_on_eight_devices_the_same(batch, terms):
+def test_rewards_on_eight_devices_equal_one_device(batch, terms):
     mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     rows = jax.NamedSharding(mesh, jax.P("data"))
     everywhere = jax.NamedSharding(mesh, jax.P())
@@ -100,7 +100,7 @@ def one_caption(table, ids, length, reference, probes):
 
 
 @pytest.mark.slow
-def test_answers_of_another_judge(batch):
+def test_verdicts_of_another_judge_replace_the_lexical_ones(batch):
     answers = np.full((CLIPS, GROUP, batch[3].keypoints.weight.shape[1]), NAN, np.float32)
     answers[:, :, 0], answers[:, :, 1] = 1, 0
     answers[3, 1] = NAN
@@ -110,7 +110,7 @@ def test_answers_of_another_judge(batch):
 
 
 @pytest.mark.slow
-def test_missing_references_are_told(batch):
+def test_missing_references_are_listed(batch):
     clips = [{"keypoints": [{"text": "A dog."}]}, {"dialogues": []}, {"caption": "A dog."}, {"keypoints": []}]
     references, _ = make_references(batch[0], clips, WORLD)
     without = missing(references)
@@ -125,7 +125,7 @@ VALUES = {
 }
 
 
-def test_plain_sum():
+def test_combine_is_a_plain_weighted_sum():
     total, metrics = combine(VALUES, {"checklist": 1, "dialogue": 2})
     np.testing.assert_allclose(total, [[2.2, 2.6], [0, 1], [1, 2]], atol=1e-6)  # what is missing takes the group's mean
     assert float(metrics["checklist"]) == pytest.approx(1.3 / 3)
@@ -135,14 +135,14 @@ def test_plain_sum():
     assert float(metrics["dialogue_flat"]) == pytest.approx(1 / 3)
 
 
-def test_terms_of_any_spread_count_alike_when_normalized():
+def test_normalized_terms_have_equal_spread():
     total, _ = combine(VALUES, {"checklist": 1, "dialogue": 1}, normalize=True)
     np.testing.assert_allclose(total, [[-1, 1], [-1, 1], [-1, 1]], atol=1e-5)
     scaled = VALUES | {"dialogue": VALUES["dialogue"] * 1e-3}
     np.testing.assert_allclose(combine(scaled, {"checklist": 1, "dialogue": 1}, normalize=True)[0], total, atol=1e-3)
 
 
-def test_a_collapsed_caption_has_no_credit_for_dialogue():
+def test_gate_removes_dialogue_credit_of_collapsed_captions():
     total, metrics = combine(VALUES, {"dialogue": 1, "repetition": 0.5}, gate=True)
     np.testing.assert_allclose(total[0], [1, -0.5])
     assert float(metrics["repetition"]) == pytest.approx(-1 / 6)

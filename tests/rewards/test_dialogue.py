@@ -82,7 +82,7 @@ def composed(line):
 @example(["a" * 400], ["b" * 400])
 @example(["ab" * 200], ["ba" * 200])
 @example(["a" * 32, "a" * 33, "a" * 64, "b" + "a" * 31], ["a" * 31, "a" * 32, "a" * 65, "a" * 399 + "b"])
-def test_edit_distances(table, spoken, truth):
+def test_edit_distances_equal_rapidfuzz(table, spoken, truth):
     spoken, truth = ([one for one in map(composed, lines) if oracles.normalize(one)] for lines in (spoken, truth))
     found = np.asarray(pairwise(distances, as_caption(spoken), as_reference(table, truth)))[0]
     for i, one in enumerate(spoken):
@@ -119,7 +119,7 @@ SPOKEN = st.lists(st.tuples(st.one_of(SIMILAR, FEW), st.integers(0, 2)), max_siz
 @example([], [("a", 0)])
 @example([("?", 0)], [("...", 1)])
 @example([("abcdefghij" * 40, 1)] * 30, [("abcdefghij" * 40, 1)] * 30)
-def test_alignment_and_f1(table, spoken, truth):
+def test_alignment_and_f1_equal_oracles(table, spoken, truth):
     spoken, truth = ([Line(composed(line), who) for line, who in lines] for lines in (spoken, truth))
     caption = as_caption(*zip(*spoken)) if spoken else as_caption([])
     reference = as_reference(table, *map(list, zip(*truth))) if truth else as_reference(table, [])
@@ -130,7 +130,7 @@ def test_alignment_and_f1(table, spoken, truth):
     assert f1 == pytest.approx(expected[2], abs=1e-6)
 
 
-def test_a_line_at_the_threshold_counts(table):
+def test_similarity_at_the_threshold_counts(table):
     """1 - 2/5 is 0.6 and counts; 1 - 41/100 does not."""
     for n, wrong, fits in (
         (5, 2, True),
@@ -146,7 +146,7 @@ def test_a_line_at_the_threshold_counts(table):
 
 
 @pytest.mark.slow
-def test_as_avworld_measures_it():
+def test_dialogue_reward_equals_the_avworld_checker():
     """On the captions of clips R_D is what the world's own checker says; on those of others it may be kinder.
 
     The checker asks for the very speaker, and words around a quote make a yellow star pass for a yellow diamond.
@@ -170,7 +170,7 @@ def test_as_avworld_measures_it():
             assert found.mean() < expected.mean() + 0.05
 
 
-def test_no_reference_is_missing_not_zero(table):
+def test_absent_dialogues_are_nan_not_zero(table):
     alphabet = LIMITS.quotes * LIMITS.line
     unknown, silent = (dialogue_references(table, [one], [None], LIMITS, alphabet)[0] for one in (None, []))
     caption = as_caption(["a"])

@@ -37,7 +37,7 @@ KEYPOINTS = [[4, 5], [1, 2], [6, 9, 30], [40, 41], []]
 
 
 @pytest.mark.parametrize(("low", "high"), [(0.2, 0.9), (0.5, 0.5), (-1.0, 1.0)])
-def test_scores_are_those_written_out(low, high):
+def test_scores_equal_a_numpy_reference(low, high):
     score = partial(embedding_scores, embed, low=low, high=high)
     best = [max(cosine(words, window) for window in WINDOWS if window) for words in KEYPOINTS[:4]]
     expected = [float(one >= low) if low == high else np.clip((one - low) / (high - low), 0, 1) for one in best]
@@ -57,6 +57,6 @@ def test_scores_are_those_written_out(low, high):
     assert together[1, 3] == 1
 
 
-def test_a_caption_without_words_states_nothing():
+def test_empty_caption_scores_zero():
     scores = embedding_scores(embed, *texts([], []), *texts([1], [2, 3]), low=-1.0, high=0.5)
     np.testing.assert_array_equal(scores, [0, 0])

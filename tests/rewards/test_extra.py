@@ -55,7 +55,7 @@ def std(captions, references):
     return []
 
 
-def test_a_term_has_the_name_of_its_function_and_a_weight():
+def test_term_is_named_after_its_function_and_has_a_weight():
     first, second = load_terms([f"jax:{HERE}:marks=-0.5", f"host:{HERE}:shouts"], TERMS)
     assert (first.kind, first.name, first.weight) == ("jax", "marks", -0.5)
     assert (second.kind, second.name, second.weight) == ("host", "shouts", 1.0)
@@ -76,12 +76,12 @@ def test_a_term_has_the_name_of_its_function_and_a_weight():
         ([f"jax:{HERE}:marks", f"jax:{HERE}:marks=2"], "the name marks is taken"),
     ],
 )
-def test_what_is_no_term(texts, why):
+def test_invalid_terms_are_refused(texts, why):
     with pytest.raises(InputError, match=why):
         load_terms(texts, TERMS)
 
 
-def test_values_of_a_term_of_the_hosts():
+def test_host_term_values_are_checked():
     (term,) = load_terms([f"host:{HERE}:shouts"], TERMS)
     np.testing.assert_array_equal(term.values(["a!", "", "!!"], [{"more": 1}, {}, {"more": 0}]), [2, np.nan, 2])
 
@@ -90,7 +90,7 @@ def test_values_of_a_term_of_the_hosts():
     ("name", "why"),
     [("shouts", "'more'"), ("endless", "infinite"), ("too_many", "3 values for 2"), ("broken", "UNAVAILABLE: no disk")],
 )
-def test_an_error_of_a_term_cannot_be_helped_by_a_restart(name, why):
+def test_exception_in_a_term_is_not_retried(name, why):
     (term,) = load_terms([f"host:{HERE}:{name}"], TERMS)
     with pytest.raises(RuntimeError, match=f"the term host:{HERE}:{name} failed: .*{why}") as error:
         term.values(["a", "b"], [{}, {}])
@@ -99,7 +99,7 @@ def test_an_error_of_a_term_cannot_be_helped_by_a_restart(name, why):
 
 
 @pytest.mark.slow
-def test_a_term_of_the_devices_is_scored_with_the_others(tmp_path):
+def test_device_term_is_scored_with_the_others(tmp_path):
     table = make_table((write_tokenizer(tmp_path, small=True) / "tokenizer.json").read_text())
     (term,) = load_terms([f"jax:{HERE}:marks"], TERMS)
     references, _ = make_references(table, [{"caption": 'A man says, "Hi!"'}, {}], LIMITS)
@@ -110,7 +110,7 @@ def test_a_term_of_the_devices_is_scored_with_the_others(tmp_path):
     assert set(terms) > {"checklist", "marks"}
 
 
-def test_a_term_is_a_scalar():
+def test_device_term_must_return_a_scalar():
     (term,) = load_terms([f"jax:{HERE}:vector"], TERMS)
     with pytest.raises(RuntimeError, match=f"the term jax:{HERE}:vector failed") as error:
         term.value(None, None)

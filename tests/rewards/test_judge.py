@@ -21,7 +21,7 @@ from avocado_jax.rewards.judge import RemoteJudge
 pytestmark = pytest.mark.usefixtures("quick")
 
 
-def test_scores_are_the_answers(monkeypatch):
+def test_scores_equal_the_answers(monkeypatch):
     monkeypatch.setenv("MY_KEY", "secret-1\n")
     with chat_server() as server:
         scores, judge, _ = judged(server.url, key_variable="MY_KEY", options={"temperature": 0, "seed": 7})
@@ -35,13 +35,13 @@ def test_scores_are_the_answers(monkeypatch):
         assert (request["model"], request["temperature"], request["seed"]) == ("judge-1", 0, 7)
 
 
-def test_no_key_no_header():
+def test_no_key_sends_no_authorization_header():
     with chat_server() as server:
         judged(server.url)
     assert {request["authorization"] for request in server.requests} == {None}
 
 
-def test_nothing_to_ask():
+def test_no_keypoints_make_no_call():
     with chat_server() as server:
         scores, _, _ = judged(server.url, [], [])
         assert scores.shape == (0, 0)
@@ -74,7 +74,7 @@ ONCE = {  # a fault of every caption's first request, and what it is counted as
 
 
 @pytest.mark.parametrize("fault", ONCE)
-def test_what_fails_once_is_asked_again(fault):
+def test_transient_faults_are_retried(fault):
     what, kind = ONCE[fault]
     known = set()
 
@@ -90,7 +90,7 @@ def test_what_fails_once_is_asked_again(fault):
 
 
 @pytest.mark.parametrize("fault", ["reset", "hang", "trickle", "cut", (500, {}, b""), (429, {"Retry-After": "0"}, b"")])
-def test_what_fails_for_ever_is_missing_in_time(fault, capsys):
+def test_permanent_faults_give_nan_within_patience(fault, capsys):
     with chat_server(lambda *_: fault) as server:
         scores, judge, seconds = judged(server.url, patience=1.0, timeout=0.3)
     np.testing.assert_array_equal(scores, UNKNOWN)
@@ -102,7 +102,7 @@ def test_what_fails_for_ever_is_missing_in_time(fault, capsys):
     assert "judge: passing: " in capsys.readouterr().err
 
 
-def test_batches_that_are_started_together_have_patience_one_after_another():
+def test_batches_started_together_have_consecutive_patience():
     """Those of one rollout; keypoints and probes of a batch wait at the same time."""
     with (
         chat_server(lambda *_: "hang") as server,
@@ -118,14 +118,14 @@ def test_batches_that_are_started_together_have_patience_one_after_another():
 
 
 @pytest.mark.parametrize("fault", [b"nonsense", "nonsense", '{"7": "yes"}', "{}"])
-def test_nonsense_for_ever_is_missing_after_a_few_tries(fault):
+def test_invalid_answers_give_nan_after_a_few_tries(fault):
     with chat_server(lambda *_: fault) as server:
         scores, judge, _ = judged(server.url, tries=2)
     np.testing.assert_array_equal(scores, UNKNOWN)
     assert dict(judge.counts) == {"calls": 6, "malformed": 6, "missing": 6}
 
 
-def test_partial_answers_are_completed():
+def test_partial_answers_are_completed_by_further_calls():
     """Only what is missing is asked for again, and its verdicts land in their own places."""
 
     def half(number, request):
@@ -140,7 +140,7 @@ def test_partial_answers_are_completed():
     assert judge.counts["malformed"] == 1
 
 
-def test_what_is_missing_drops_out_of_the_mean():
+def test_nan_verdicts_are_excluded_from_the_mean():
     """Two of four keypoints are answered for ever with nothing: R_C is the mean of the other two."""
 
     def silent(number, request):
@@ -154,7 +154,7 @@ def test_what_is_missing_drops_out_of_the_mean():
 
 
 @pytest.mark.parametrize("header", ["1", "date"])
-def test_retry_after_is_kept_to(header):
+def test_retry_after_is_respected(header):
     times = []
 
     def busy(number, request):
@@ -168,7 +168,7 @@ def test_retry_after_is_kept_to(header):
     assert times[1] - times[0] > 0.95
 
 
-def test_retry_after_beyond_patience_is_not_waited_for():
+def test_retry_after_beyond_patience_gives_up_at_once():
     with chat_server(lambda *_: (429, {"Retry-After": "3600"}, b"")) as server:
         scores, judge, seconds = judged(server.url, patience=10.0)
     np.testing.assert_array_equal(scores, UNKNOWN)
@@ -177,7 +177,7 @@ def test_retry_after_beyond_patience_is_not_waited_for():
 
 
 @pytest.mark.parametrize("status", [400, 413, 422, 302])
-def test_a_refusal_is_not_repeated(status):
+def test_refusals_are_not_retried(status):
     """One caption is refused; the others have their scores."""
 
     def refuse(number, request):
@@ -190,7 +190,7 @@ def test_a_refusal_is_not_repeated(status):
 
 
 @pytest.mark.parametrize("status", [401, 403, 404])
-def test_a_wrong_key_model_or_address_is_the_users_mistake(status, monkeypatch):
+def test_wrong_key_model_or_address_raises_input_error(status, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "secret-2")
     with (
         chat_server(lambda *_: (status, {}, b"bad\nkey secret-2")) as server,
@@ -199,7 +199,7 @@ def test_a_wrong_key_model_or_address_is_the_users_mistake(status, monkeypatch):
         judged(server.url)
 
 
-def test_a_key_that_ends_later_leaves_scores_missing():
+def test_key_that_expires_later_gives_nan():
     with (
         chat_server(lambda number, _: (401, {}, b"expired") if number else None) as server,
         RemoteJudge(Endpoint(server.url, "judge-1")) as judge,
@@ -211,7 +211,7 @@ def test_a_key_that_ends_later_leaves_scores_missing():
 
 
 @pytest.mark.parametrize("url", ["localhost:8000/v1", "ftp://x/v1", "http://", ""])
-def test_an_address_that_is_none(url):
+def test_invalid_urls_are_refused(url):
     with pytest.raises(InputError, match="judge's URL"):
         RemoteJudge(Endpoint(url, "judge-1"))
 
@@ -227,7 +227,7 @@ def test_calls_are_counted_against_the_budget():
     assert "budget of 4 calls" in judge.trouble
 
 
-def test_few_calls_at_once_and_every_answer_in_its_place():
+def test_concurrency_is_bounded_and_answers_keep_their_order():
     with chat_server(lambda *_: time.sleep(0.02)) as server:
         captions = [f"clip {number}." for number in range(40)]
         keypoints = [[f"clip {other}." for other in range(number - 1, number + 2)] for number in range(40)]
@@ -236,7 +236,7 @@ def test_few_calls_at_once_and_every_answer_in_its_place():
     assert 2 <= server.most <= 5
 
 
-def test_a_batch_runs_beside_other_work():
+def test_batch_runs_in_the_background():
     gate = threading.Event()
     with (
         chat_server(lambda *_: gate.wait(10) and None) as server,
@@ -252,7 +252,7 @@ def test_a_batch_runs_beside_other_work():
         np.testing.assert_array_equal(first(), TRUTH)
 
 
-def test_an_outage_delays_and_corrupts_nothing():
+def test_outage_delays_but_corrupts_nothing():
     """Nobody listens when the batch starts; the server that comes up breaks for a while and is then well."""
     with socket.socket() as taken:
         taken.bind((HOST, 0))
@@ -268,7 +268,7 @@ def test_an_outage_delays_and_corrupts_nothing():
             np.testing.assert_array_equal(scores(), [[1, 0]] * 12)
 
 
-def test_any_mixture_of_faults_costs_time_and_answers_but_never_the_truth():
+def test_any_mixture_of_faults_never_gives_wrong_verdicts():
     rng, lock = random.Random(0), threading.Lock()
     faults = ["reset", "hang", "cut", "trickle", "garbage", *(what for what, _ in ONCE.values() if what != "cut")]
 
@@ -287,7 +287,7 @@ def test_any_mixture_of_faults_costs_time_and_answers_but_never_the_truth():
     assert min(judge.counts["passing"], judge.counts["malformed"]) > 3
 
 
-def test_closing_ends_what_is_under_way():
+def test_close_cancels_calls_in_flight():
     with chat_server(lambda *_: "hang") as server:
         judge = RemoteJudge(Endpoint(server.url, "judge-1"))
         pending = judge(CAPTIONS, KEYPOINTS)

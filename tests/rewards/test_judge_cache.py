@@ -14,7 +14,7 @@ from remote_judging import CAPTIONS, KEYPOINTS, TRUTH, judged, quick  # noqa: F4
 pytestmark = pytest.mark.usefixtures("quick")
 
 
-def test_partial_for_ever_keeps_what_is_known(tmp_path):
+def test_partial_answers_are_cached_and_reused(tmp_path):
     def never_the_first(number, request):
         statements = json.loads(request["messages"][1]["content"])["statements"]
         return json.dumps({number: "yes" for number in statements if number != "1"})
@@ -28,7 +28,7 @@ def test_partial_for_ever_keeps_what_is_known(tmp_path):
     assert json.loads(server.requests[0]["messages"][1]["content"])["statements"] == {"1": "p"}
 
 
-def test_what_is_known_is_not_asked_again(tmp_path):
+def test_cached_answers_are_not_requested_again(tmp_path):
     with chat_server() as server:
         judged(server.url, cache=tmp_path)
         scores, judge, _ = judged(server.url, cache=tmp_path)
@@ -43,7 +43,7 @@ def test_what_is_known_is_not_asked_again(tmp_path):
     assert not list(tmp_path.rglob("*.part"))
 
 
-def test_equal_questions_are_one_call():
+def test_equal_questions_share_one_call():
     with chat_server(lambda *_: time.sleep(0.1)) as server:
         scores, _, _ = judged(server.url, ["a dog"] * 8, [["a dog", "x"]] * 8)
     np.testing.assert_array_equal(scores, [[1, 0]] * 8)
@@ -62,7 +62,7 @@ def test_equal_questions_are_one_call():
         b"\xff",
     ],
 )
-def test_damaged_cache_files_are_nothing(tmp_path, damage):
+def test_damaged_cache_files_are_ignored(tmp_path, damage):
     with chat_server() as server:
         judged(server.url, CAPTIONS[:1], KEYPOINTS[:1], cache=tmp_path)
         (file,) = tmp_path.rglob("*.json")
@@ -80,7 +80,7 @@ def test_failures_are_not_cached(tmp_path):
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
-def test_a_cache_that_cannot_be_written_costs_no_answer(tmp_path):
+def test_unwritable_cache_loses_no_answer(tmp_path):
     (tmp_path / "file").write_text("in the way")
     with chat_server() as server:
         scores, judge, _ = judged(server.url, cache=tmp_path / "file")

@@ -26,28 +26,28 @@ SMALL, LARGE = SIZES
         ('"a" ' * 33, LARGE),
     ],
 )
-def test_lines_that_may_be_speech_have_room(text, lines):
+def test_limits_fit_possible_speech_lines(text, lines):
     found = limits_of([text])
     assert (found.quotes, found.line) == lines
 
 
-def test_lines_of_the_reference_have_room():
+def test_limits_fit_reference_lines():
     assert limits_of(["x"], [["short"], ["a" * 513]])[2:4] == LARGE
     assert limits_of(["x"], [["a"] * 33])[2:4] == LARGE
     assert limits_of(["x"], [["a"] * 32])[2:4] == SMALL
 
 
-def test_a_text_of_any_size_is_bounded():
+def test_limits_are_bounded_for_any_text():
     assert limits_of(["word " * 200_000]) == Limits(MOST, 8192, *SMALL)
     assert limits_of(["a " * 200_000]).words == 16384
 
 
-def test_batches_of_long_captions_are_small():
+def test_batch_size_falls_with_caption_length():
     assert _rows(Limits(1024)) == BATCH
     assert [_rows(Limits(size)) for size in (4096, 8192, MOST)] == [16, 8, 2]
 
 
-def test_word_weights_of_any_texts_have_one_shape():
+def test_word_weights_have_a_fixed_shape():
     plain, rare = make_table(), make_table(None, word_weights(["a zebra runs", "a dog"]))
     assert plain.known.shape == rare.known.shape == rare.weight.shape
     assert (rare.known[1:] >= rare.known[:-1]).all()

@@ -73,7 +73,7 @@ def models(request, tmp_path_factory):
     return Thinker(config), params, reference
 
 
-def test_one_reading_gives_what_plain_sequences_give(models, batch):
+def test_shared_context_equals_plain_sequences(models, batch):
     model, params, reference = models
     judge = jax.jit(partial(lm_scores, model.apply))
     scores = np.asarray(judge(params, *batch, YES, NO))
@@ -101,7 +101,7 @@ def test_one_reading_gives_what_plain_sequences_give(models, batch):
     np.testing.assert_allclose(again, scores, atol=1e-6)
 
 
-def test_a_text_model_of_another_kind_is_refused(tmp_path):
+def test_other_text_models_are_refused(tmp_path):
     folder = text_checkpoint(tmp_path / "sliding", use_sliding_window=True, max_window_layers=0)
     with pytest.raises(InputError, match="sliding window"):
         open_language_model(folder)

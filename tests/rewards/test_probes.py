@@ -35,7 +35,7 @@ def answers(url, captions=CAPTIONS, probes=PROBES, **fields):
         return judge.probes(captions, probes)(), judge
 
 
-def test_one_call_a_caption_and_none_without_text():
+def test_one_call_per_caption_and_none_for_empty_captions():
     """A caption without text answers nothing: 0, at no cost."""
     with chat_server() as server:
         scores, judge = answers(server.url)
@@ -46,7 +46,7 @@ def test_one_call_a_caption_and_none_without_text():
     assert "addressed to you" in server.requests[0]["messages"][0]["content"]
 
 
-def test_an_exact_judge_answers_all_of_a_true_caption_and_nothing_of_none():
+def test_exact_judge_scores_true_captions_1_and_empty_ones_0():
     records = [record(make_script(11, index)) for index in range(6)]
     probes = [[read_probe(one) for one in each["probes"]] for each in records]
     with chat_server(exact) as server:
@@ -59,7 +59,7 @@ def test_an_exact_judge_answers_all_of_a_true_caption_and_nothing_of_none():
     assert np.isfinite(true).sum() == sum(map(len, probes))
 
 
-def test_what_is_left_out_is_asked_again_and_no_answer_is_missing():
+def test_omitted_answers_are_requested_again_and_then_missing():
     replies = iter(['{"1": "B"}', '{"1": "maybe"}', '{"1": "B"}'])
     with chat_server(lambda *_: next(replies)) as server:
         scores, judge = answers(server.url, CAPTIONS[:1], PROBES[:1])
@@ -89,11 +89,11 @@ def test_what_is_left_out_is_asked_again_and_no_answer_is_missing():
         ("", None),
     ],
 )
-def test_answers(answer, right):
+def test_parse_answers(answer, right):
     assert is_right(answer, COLOR) is right
 
 
-def test_letters_come_before_choices_that_look_like_them():
+def test_letters_take_precedence_over_choices_that_look_like_letters():
     choices = {"A": "B", "B": "A"}
     assert letter_of("A", choices) == "A"
     assert letter_of('B. "Hello there."', {"A": "Bye.", "B": '"Hello there."'}) == "B"  # a choice that ends with a mark
@@ -101,7 +101,7 @@ def test_letters_come_before_choices_that_look_like_them():
     assert as_text(COLOR) == "What color is the door?\nA. blue\nB. red"
 
 
-def test_the_likeliest_possible_letter_is_the_answer():
+def test_most_likely_valid_letter_is_the_answer():
     """Of a model whose logits are given: letters past the choices do not count, padding is NaN."""
     label_ids = np.array([5, 3, 9, 7])
     logits = np.zeros((1, 3, 12), np.float32)

@@ -109,7 +109,7 @@ def lines_of(caption):
 
 
 @given(TEXTS)
-def test_lines_against_the_reader(table, written):
+def test_lines_equal_the_reference_parser(table, written):
     written = unicodedata.normalize("NFC", written)[: ONE.characters]
     caption = read(table, written)
     expected = [reading.normalize(line) for line in reading.quotes(written)]
@@ -158,12 +158,12 @@ KNOWN = {
 
 
 @pytest.mark.parametrize("name", KNOWN)
-def test_known_lines(table, name):
+def test_lines_of_known_texts(table, name):
     written, expected = KNOWN[name]
     assert lines_of(read(table, written)) == [reading.normalize(line) for line in expected]
 
 
-def test_consecutive_lines_of_one_speaker_are_one_where_limits_say_so(table):
+def test_merge_joins_consecutive_lines_of_one_speaker(table):
     written = 'The red circle says, "One." The red circle adds, "Two." The blue star asks, "Three?"'
     assert lines_of(read(table, written)) == ["one", "two", "three"]
     assert lines_of(read(table, written, ONE._replace(merge=True))) == ["onetwo", "three"]
@@ -182,7 +182,7 @@ def test_consecutive_lines_of_one_speaker_are_one_where_limits_say_so(table):
         ('The man in the red and white coat says, "Hi."', ["man red white coat"]),
     ],
 )
-def test_who_speaks(table, written, phrases):
+def test_speaker_phrases_of_known_texts(table, written, phrases):
     caption = read(table, written)
     names = {
         vocabulary.hash_word(vocabulary.meaning(word)): vocabulary.meaning(word)
@@ -207,7 +207,7 @@ def test_who_speaks(table, written, phrases):
         ('He says, "Tea or milk?" The dog barks.', "dog bark"),
     ],
 )
-def test_what_a_caption_does_not_claim(table, written, claimed):
+def test_denied_and_alternative_words_are_not_claimed(table, written, claimed):
     caption = read(table, written)
     names = {
         vocabulary.hash_word(vocabulary.meaning(word)): vocabulary.meaning(word)
@@ -226,6 +226,6 @@ def test_what_a_caption_does_not_claim(table, written, claimed):
 
 
 @pytest.mark.parametrize("line", ["Man: Hello there.\n", "She says, 'Hello there.'\n", 'She says, "Hello there."\n'])
-def test_limits_have_room_for_every_line(line):
+def test_limits_fit_every_line(line):
     """Lines of scripts and in single marks count as those in double marks do."""
     assert limits_of([line * 40]).quotes == 64

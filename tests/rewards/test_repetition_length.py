@@ -41,13 +41,13 @@ def found(texts, min_span=24, size=SIZE, long_units=False):
 @pytest.mark.parametrize("min_span", [24, 0])
 @settings(max_examples=60)
 @given(texts=st.lists(TEXTS, min_size=8, max_size=8))
-def test_repcol(texts, min_span):
+def test_repcol_of_known_texts(texts, min_span):
     expected = [oracles.collapses(one, min_span) for one in texts]
     assert found(texts, min_span) == expected
     assert [metrics.collapses(one, min_span) for one in texts] == expected
 
 
-def test_every_unit_at_its_border():
+def test_repcol_at_the_threshold_of_each_unit_length():
     """Of units without a period of their own: enough repetitions collapse, one character less does not."""
     for first in range(1, 100, 9):
         units = range(first, min(first + 9, 100))
@@ -60,7 +60,7 @@ def test_every_unit_at_its_border():
         assert found(texts)[: 2 * len(units)] == [True] * len(units) + [False] * len(units)
 
 
-def test_long_units():
+def test_repcol_with_long_units():
     """Sentences of 100 to 400 characters, three times in a row: only where they are asked for."""
     unit = {n: "".join(map(chr, range(0x4E00, 0x4E00 + n))) for n in (99, 100, 146, 333, 400, 401)}
     texts = [f"a{(unit[n] * 3)[: 3 * n - less]}b" for n in unit for less in (0, 1)]
@@ -71,7 +71,7 @@ def test_long_units():
     assert not any(found(texts, size=size))
 
 
-def test_what_lies_behind_the_text_does_not_count():
+def test_padding_after_the_text_is_ignored():
     points, lengths = code_points(["ab" * 100], SIZE)
     assert on_device(points, lengths, 24).tolist() == [True]
     assert on_device(points, np.array([20]), 24).tolist() == [False]
@@ -83,7 +83,7 @@ def test_what_lies_behind_the_text_does_not_count():
 @example(2048, 2048, 2048)
 @example(4095, 2048, 2048)
 @example(4096, 2048, 2048)
-def test_length(tokens, low, more):
+def test_length_reward_of_known_lengths(tokens, low, more):
     assert float(length_reward(jnp.int32(tokens), low, low + more)) == pytest.approx(
         oracles.length(tokens, low, low + more), abs=1e-6
     )

@@ -86,7 +86,7 @@ def quoted(table, written, limits=ONE):
     return ["".join(map(chr, points[start:end])) for start, end in spans], bool(read.truncated[0])
 
 
-def test_bytes_of_every_entry(qwen_table):
+def test_bytes_of_every_vocabulary_entry(qwen_table):
     starts, data = qwen_table.starts, qwen_table.data
     made = [bytes(data[a:b]) for a, b in itertools.pairwise(starts)]
     ranks = _ranks()
@@ -110,7 +110,7 @@ def test_bytes_of_a_sentencepiece_vocabulary():
         vocabulary.token_bytes(json.dumps({"model": {"type": "WordPiece", "vocab": {}}}))
 
 
-def test_ids_to_text_across_borders(qwen_table):
+def test_ids_decode_across_token_borders(qwen_table):
     table = qwen_table
     decode = jax.jit(jax.vmap(partial(text.decode, size=512), in_axes=(None, 0, 0)))
     random = np.random.default_rng(0)
@@ -128,7 +128,7 @@ def test_ids_to_text_across_borders(qwen_table):
         assert count == len(expected)
 
 
-def test_what_does_not_fit_is_told(table, qwen_table):
+def test_text_beyond_a_limit_is_flagged_truncated(table, qwen_table):
     assert not quoted(table, 'a "b" c "d"')[1]
     for written in ("x" * 1025, "a " * 193, '"a" ' * 13, '"' + "x" * 65 + '"'):
         assert quoted(table, written)[1], written
@@ -139,7 +139,7 @@ def test_what_does_not_fit_is_told(table, qwen_table):
 
 
 @given(TEXTS)
-def test_quotes_against_the_parser(table, written):
+def test_quotes_equal_the_reference_parser(table, written):
     written = unicodedata.normalize("NFC", written)
     found, truncated = quoted(table, written, ONE)
     lines = reading.read(written)[3]
@@ -147,7 +147,7 @@ def test_quotes_against_the_parser(table, written):
 
 
 @given(st.lists(st.text(max_size=40), max_size=3))
-def test_words_against_the_host(table, several):
+def test_device_words_equal_host_words(table, several):
     written = unicodedata.normalize("NFC", " walking'S ".join(several))
     read = text.read_texts(table, [written], ONE)
     expected = [vocabulary.hash_word(vocabulary.meaning(word)) for word in vocabulary.words_of(written)]
@@ -163,13 +163,13 @@ FORMS = (
 
 
 @pytest.mark.parametrize("pair", FORMS.split("|"))
-def test_forms_of_a_word_are_one(pair):
+def test_inflections_share_a_stem(pair):
     one, other = pair.split()
     assert vocabulary.meaning(one) == vocabulary.meaning(other)
 
 
 @pytest.mark.parametrize(("one", "other"), [("car", "carry"), ("bus", "but"), ("glass", "glas"), ("sing", "s")])
-def test_other_words_stay_apart(one, other):
+def test_different_words_have_different_stems(one, other):
     assert vocabulary.meaning(one) != vocabulary.meaning(other)
 
 
@@ -219,7 +219,7 @@ def test_speaker_phrases(table, written, phrases):
     assert made == [{vocabulary.meaning(word) for word in phrase.split()} for phrase in phrases]
 
 
-def test_the_readme_shows_terms_that_work(table):
+def test_readme_example_terms_work(table):
     page = (Path(text.__file__).parent / "README.md").read_text()
     names = {}
     exec(page[page.index("## Your own terms") :].split("```python")[1].split("```")[0], names)

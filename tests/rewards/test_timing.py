@@ -62,7 +62,7 @@ def spans(*pairs):
         ("no times", []),
     ],
 )
-def test_intervals(caption, found):
+def test_parse_intervals(caption, found):
     assert scenes(caption) == found
     np.testing.assert_allclose(np.reshape(on_device(caption)[0], (-1, 2)), np.reshape(found, (-1, 2)), rtol=1e-6)
 
@@ -90,13 +90,13 @@ PIECES = [
 
 @settings(max_examples=150, deadline=None)
 @given(st.lists(st.sampled_from(PIECES), max_size=40).map("".join))
-def test_the_device_reads_what_the_host_reads(caption):
+def test_device_and_host_parse_the_same_intervals(caption):
     found, truncated = on_device(caption)
     if not truncated:
         np.testing.assert_allclose(np.reshape(found, (-1, 2)), np.reshape(scenes(caption), (-1, 2)), rtol=1e-5)
 
 
-def test_more_scenes_than_there_is_room_for_are_told():
+def test_excess_scenes_are_reported_as_truncated():
     found, truncated = on_device("[1 - 2] " * (LIMIT + 1))
     assert (len(found), truncated) == (LIMIT, True)
     made, truncated = event_references([spans(*[(0, 1)] * 13), spans((0, 1))], 12)
@@ -125,7 +125,7 @@ CASES = [  # caption, events, F1 by hand
 
 
 @pytest.mark.parametrize(("caption", "events", "f1"), CASES)
-def test_time_iou_by_hand(caption, events, f1):
+def test_time_iou_equals_values_computed_by_hand(caption, events, f1):
     assert reward(caption, events) == pytest.approx(f1, abs=1e-6, nan_ok=True)
     host = time_iou(caption, {"events": [one for one in events if "end" in one]})
     assert (math.nan if host is None else host) == pytest.approx(f1, abs=1e-6, nan_ok=True)
@@ -151,14 +151,14 @@ SPAN = st.tuples(st.integers(0, 8), st.integers(1, 5)).map(lambda pair: (pair[0]
 
 @settings(max_examples=60, deadline=None)
 @given(st.lists(SPAN, max_size=4), st.lists(SPAN, min_size=1, max_size=4))
-def test_the_alignment_is_the_best_in_order(stated, truth):
+def test_alignment_is_the_best_ordered_alignment(stated, truth):
     caption = " ".join(f"[{start} - {end}]" for start, end in stated)
     expected = 2 * best_by_search(stated, sorted(truth)) / (len(stated) + len(truth))
     assert reward(caption, spans(*truth)) == pytest.approx(expected, abs=1e-5)
     assert time_iou(caption, {"events": spans(*truth)}) == pytest.approx(expected, abs=1e-9)
 
 
-def test_true_captions_with_times_are_perfect_and_shifted_ones_are_not():
+def test_true_times_score_1_and_shifted_times_less():
     for index in range(8):
         script = make_script(5, index, "train", 0)
         fields = record(script, timestamps=True)

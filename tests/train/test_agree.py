@@ -96,7 +96,7 @@ def two(judges, tmp_path_factory):
     return run(judges, tmp_path_factory.mktemp("two"), 2, 2, *scenarios)
 
 
-def test_a_record_lost_by_one_holder_is_lost_by_both(two):
+def test_record_lost_by_one_process_is_lost_for_all(two):
     learned = [found["learn"] for found in two[0]]
     for one, both, none in learned:
         assert one["metrics"] == both["metrics"]  # to the bit
@@ -114,7 +114,7 @@ def test_a_record_lost_by_one_holder_is_lost_by_both(two):
         ]
 
 
-def test_every_holder_names_what_was_lost(two):
+def test_every_process_reports_its_lost_records(two):
     first, second = (found["learn"] for found in two[0])
     (elsewhere,), (here,) = first[0]["lines"], second[0]["lines"]
     name = here.split()[0]
@@ -128,7 +128,7 @@ def rollouts(folder, name):
     return [json.loads(line) for line in (folder / name / "rollouts" / "1.jsonl").read_text().splitlines()]
 
 
-def test_a_clip_of_two_rows_counts_if_both_were_read(two):
+def test_clip_of_two_rows_counts_only_if_both_were_read(two):
     (first, second), _, _ = two
     none, one, both = (first[name] for name in SPLIT)
     assert one == both  # metrics and advantages to the bit
@@ -140,7 +140,7 @@ def test_a_clip_of_two_rows_counts_if_both_were_read(two):
     assert one["metrics"]["reward"] != none["metrics"]["reward"]
 
 
-def test_each_question_is_asked_once_and_all_use_the_answer(two):
+def test_each_question_is_sent_once_and_all_processes_use_the_answer(two):
     (first, second), questions, folder = two
     questions = [one for one in questions if "statements" in one]
     assert len(questions) == 8 + 4 + 8  # half of the second captions are of a clip that the process that asks has read
@@ -169,7 +169,7 @@ def test_judges_with_a_model_run_in_a_step_of_two_processes(two, name):
 
 
 @pytest.mark.parametrize("name", PROBES)
-def test_probes_are_a_term_of_their_own_in_a_step_of_two_processes(two, name):
+def test_probes_are_judged_in_a_step_of_two_processes(two, name):
     """Beside keypoints; a caption without text has no right answer."""
     (first, second), _, folder = two
     assert first[name] == second[name]
@@ -237,7 +237,7 @@ def test_an_exception_in_a_users_term_ends_all_processes(two):
 
 
 @pytest.mark.slow
-def test_one_process_gives_the_rewards_of_two(two, judges, tmp_path):
+def test_rewards_of_one_process_equal_those_of_two(two, judges, tmp_path):
     run(judges, tmp_path, 1, 8, *JUDGED)
     for name in JUDGED:
         for one, other in zip(rollouts(tmp_path, name), rollouts(two[2], name), strict=True):

@@ -36,7 +36,7 @@ def products(lowered):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_fp32_training_has_exact_products(dtype, default_precision):
+def test_fp32_training_uses_exact_matmuls(dtype, default_precision):
     """`plan` lowers the step that a run compiles, with its gradient."""
     config = SftConfig(batch=1, steps=1, dtype=dtype, remat="none", attention="plain")
     model = run.model_of(config, ONE_LAYER)
@@ -48,7 +48,7 @@ def test_fp32_training_has_exact_products(dtype, default_precision):
 
 
 @pytest.mark.parametrize("begin", ["training", "evaluation"])
-def test_training_and_evaluation_are_equally_exact(begin, default_precision):
+def test_training_and_evaluation_have_equal_precision(begin, default_precision):
     for dtype in ("bfloat16", "float32"):
         if begin == "evaluation":
             assert computing_dtype(dtype) == dtype
@@ -59,7 +59,7 @@ def test_training_and_evaluation_are_equally_exact(begin, default_precision):
         assert ("HIGHEST" in found[0]) == (dtype == "float32")
 
 
-def test_the_share_of_a_gpus_memory(monkeypatch):
+def test_share_of_gpu_memory(monkeypatch):
     for name in MEMORY:
         monkeypatch.delenv(name, raising=False)
     use_gpu_memory()
@@ -73,7 +73,7 @@ def test_the_share_of_a_gpus_memory(monkeypatch):
 
 
 @pytest.mark.parametrize("command", ["sft", "grpo", "ablate", "bench"])
-def test_commands_set_it_before_they_touch_a_device(monkeypatch, tmp_path, command):
+def test_commands_set_gpu_memory_before_a_backend_starts(monkeypatch, tmp_path, command):
     class Reached(BaseException):
         pass
 
@@ -92,7 +92,7 @@ def test_commands_set_it_before_they_touch_a_device(monkeypatch, tmp_path, comma
     monkeypatch.delenv(MEMORY[0])
 
 
-def test_references_are_built_on_the_cpu_and_not_on_the_mesh(monkeypatch):
+def test_references_are_built_on_the_cpu(monkeypatch):
     """In the input thread, and in the main thread, where a mesh is in use. Here the last device stands for the CPU."""
     local, used = jax.local_devices, []
     cpu = jax.devices()[-1]
@@ -117,7 +117,7 @@ def test_references_are_built_on_the_cpu_and_not_on_the_mesh(monkeypatch):
     assert used == [{cpu}, {cpu}]
 
 
-def test_without_a_cpu_backend_references_are_built_where_everything_is(monkeypatch):
+def test_without_a_cpu_backend_references_use_the_default_device(monkeypatch):
     def refuse(*_, **__):
         raise RuntimeError("Unknown backend cpu")
 

@@ -30,7 +30,7 @@ print(counts().compiled, counts().read, jax.config.jax_compilation_cache_dir)
 """
 
 
-def test_the_second_start_compiles_nothing(tmp_path, monkeypatch):
+def test_second_start_compiles_nothing(tmp_path, monkeypatch):
     """Counted by jax's own events. The directory is the run's, unless the user names one."""
     (first,) = several(CACHED, 1, 1, tmp_path)
     count, read, where = first.split()
@@ -69,7 +69,7 @@ print(counts().compiled, counts().read)
 
 
 @pytest.mark.slow
-def test_all_processes_read_from_a_bucket_what_process_0_wrote(tmp_path, monkeypatch):
+def test_all_processes_read_the_cache_that_process_0_wrote_to_a_bucket(tmp_path, monkeypatch):
     """Programs of all devices. One of a single device has the device in its key, and process 0 alone writes."""
     (tmp_path / "bucket").mkdir()
     with storage_server(tmp_path) as port:
@@ -85,7 +85,7 @@ def compiled_or_read():
     return counts().compiled + counts().read
 
 
-def test_a_call_reuses_what_was_compiled_ahead(sharding, capsys):
+def test_calls_reuse_programs_compiled_ahead(sharding, capsys):
     run = jax.jit(lambda x, n: jnp.sin(x) * n, static_argnums=1, donate_argnums=0, out_shardings=sharding)
     shapes = [jax.ShapeDtypeStruct((size, 3), jnp.float32, sharding=sharding) for size in (2, 4)]
     before = compiled_or_read()
@@ -138,7 +138,7 @@ def test_compilations_are_logged_once_the_programs_are_compiled(monkeypatch):
     assert calls == ["ahead", "log", "train"]
 
 
-def test_programs_compile_at_the_same_time(sharding, monkeypatch):
+def test_programs_compile_concurrently(sharding, monkeypatch):
     """Two compilations meet; no more than THREADS do."""
     both, running, most = threading.Barrier(2, timeout=60), [], []
 
@@ -159,7 +159,7 @@ def test_programs_compile_at_the_same_time(sharding, monkeypatch):
     assert max(most) == 2
 
 
-def test_a_program_that_is_refused_is_named(monkeypatch):
+def test_program_that_fails_to_compile_is_named(monkeypatch):
     class Refused:
         def lower(self, *_):
             return self
@@ -172,14 +172,14 @@ def test_a_program_that_is_refused_is_named(monkeypatch):
     assert error.value.__notes__ == ["in the compilation of the update"]
 
 
-def test_widths_of_captions():
+def test_widths_of_caption_columns():
     assert widths(4096) == (2048, 4096)
     assert widths(25) == (13, 25)
     assert widths(1) == (1,)
     assert [smallest_width(longest, 4096) for longest in (1, 2048, 2049, 4096)] == [2048, 2048, 4096, 4096]
 
 
-def test_the_7b_run_has_few_programs_to_compile():
+def test_number_of_programs_of_the_7b_run():
     """launch/README.md has the seconds: encode and rollout of each shape, score and update of each width, the view."""
     config = load("configs/grpo_7b.py")
     assert config.data.shapes * (2 + 2 * len(widths(config.sampling.tokens))) + 1 == 25

@@ -58,7 +58,7 @@ def experience(params, program):
     return Experience(clip, encoded, Rollout(captions, token, lengths, truncated), Scored(None, token), each, row)
 
 
-def test_the_gradient_takes_one_tree_and_two_gathers_of_each_weight():
+def test_gradient_takes_one_tree_and_two_gathers_per_weight():
     """A weight is gathered in the forward and in the backward pass; its gradient is reduced once.
 
     Memory is that of temporaries and result. The optimizer is left out: XLA copies donated arguments on CPU.

@@ -49,7 +49,7 @@ def test_flags_apply_before_a_backend_starts(command, started):
 
 
 @pytest.mark.parametrize("command", ["sft", "grpo"])
-def test_help_lists_them(command, capsys):
+def test_help_lists_debugging_flags(command, capsys):
     with pytest.raises(SystemExit):
         main([command, "--help"])
     text = capsys.readouterr().out
@@ -66,7 +66,7 @@ def test_the_first_nan_ends_the_run(runs):
 
 
 @pytest.mark.slow
-def test_rewards_without_a_reference_do_not_end_it(grpo_runs):
+def test_debug_nans_allows_nan_rewards_without_a_reference(grpo_runs):
     """Their terms are NaN on purpose. Bits are those of the run without the flag."""
     grpo_runs.finish("checked", "--steps", "3", "--data.train", "world:0:train:0:20", "--debug-nans")
     assert len(grpo_runs.lines("checked")) == 3

@@ -41,7 +41,7 @@ Runtime = jax.errors.JaxRuntimeError
         (ImportError("no libtpu"), 3),
     ],
 )
-def test_the_status_of_an_error(error, status):
+def test_exit_status_of_each_error(error, status):
     assert exit_status(error) == status
 
 
@@ -53,7 +53,7 @@ def internal_error():
     return {}["missing"]
 
 
-def test_a_run_that_does_not_fail_ends_with_0():
+def test_successful_run_exits_with_0():
     status, storage = tiny_run()
     assert (status, storage.saved, [line["step"] for line in storage.lines]) == (0, [4], [1, 2, 3, 4])
 
@@ -67,7 +67,7 @@ def test_a_run_that_does_not_fail_ends_with_0():
     ],
     ids=["divergence", "out of memory", "internal error"],
 )
-def test_a_failure_that_a_retry_repeats_ends_with_3(fail, last_line, traceback, monkeypatch, capsys, tmp_path):
+def test_permanent_failure_exits_with_3(fail, last_line, traceback, monkeypatch, capsys, tmp_path):
     config = tmp_path / "config.py"
     config.write_text("from avocado_jax.config import SftConfig\nconfig = SftConfig()\n")
     monkeypatch.setattr("avocado_jax.train.run.sft", lambda *_: fail())
@@ -77,13 +77,13 @@ def test_a_failure_that_a_retry_repeats_ends_with_3(fail, last_line, traceback, 
     assert ("Traceback" in errors) == traceback
 
 
-def test_a_broken_installation_ends_with_3(monkeypatch, capsys):
+def test_broken_installation_exits_with_3(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "avocado_jax.cli.sft", None)
     assert main(["sft"]) == 3
     assert "ModuleNotFoundError" in capsys.readouterr().err.splitlines()[-1]
 
 
-def test_help_lists_the_statuses(capsys):
+def test_help_lists_exit_statuses(capsys):
     with pytest.raises(SystemExit):
         main(["--help"])
     assert "  3    failed, and a retry fails in the same way" in capsys.readouterr().out

@@ -215,7 +215,7 @@ def runs(tmp_path_factory):
 
 
 @pytest.mark.parametrize("kind", FIELDS)
-def test_the_table_has_every_field_with_another_value(kind):
+def test_table_of_effects_has_every_field(kind):
     defaults = {name: value for name, value, _ in flat(KINDS[kind]())}
     assert FIELDS[kind].keys() == defaults.keys()
     assert not [name for name, (value, *where) in FIELDS[kind].items() if value == defaults[name] or not where]
@@ -241,7 +241,7 @@ def test_checkpoints_are_ranked_by_the_held_out_metric(runs, kind):
     assert rank({}) is None
 
 
-def test_held_out_clips_are_captioned_together(runs, monkeypatch):
+def test_held_out_clips_are_captioned_in_one_batch(runs, monkeypatch):
     """One row each, 64 or more at a time where there are so many, in parts of the rows of a training step."""
     calls = runs("GrpoConfig")
     many = Clips()

@@ -93,7 +93,7 @@ OBJECTIVES = {
         pytest.param("gspo", True, marks=pytest.mark.slow),
     ],
 )
-def test_a_group_row_equals_separate_rows(name, encoded):
+def test_group_row_equals_separate_rows(name, encoded):
     """Loss, gradient and sums, over 8 devices; in parts too."""
     params, batch = random_params(MODEL), experience()
     if encoded:
@@ -117,7 +117,7 @@ def test_a_group_row_equals_separate_rows(name, encoded):
         same(gradients_of(params, batch, replace(config, accumulate=2), devices=4), expected)
 
 
-def test_equal_rewards_and_empty_captions():
+def test_equal_rewards_and_empty_captions_give_zero_gradients():
     """Without rewards that differ the policy's term has no gradient at all; without tokens nothing is NaN."""
     params, batch, config = random_params(MODEL), experience(), replace(CONFIG, objective=OBJECTIVES["dapo"])
     batch = batch._replace(encoded=encoded_clip(params, batch.clip))
@@ -132,7 +132,7 @@ def test_equal_rewards_and_empty_captions():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", OBJECTIVES)
-def test_a_narrower_rollout_has_the_same_gradient(name):
+def test_narrower_rollout_has_the_same_gradient(name):
     """What a column without captions costs is saved; what captions count by the limit stays."""
     config, params, batch = replace(CONFIG, objective=OBJECTIVES[name]), random_params(MODEL), experience()
     lengths = np.minimum(batch.rollout.lengths, C // 2)
@@ -163,7 +163,7 @@ def update_flops(rows, group, attention):
 
 
 @pytest.mark.parametrize("attention", ["plain", pytest.param("splash", marks=pytest.mark.slow)])
-def test_a_group_row_costs_a_fifth_of_separate_rows(attention):
+def test_group_row_costs_a_fifth_of_separate_rows(attention):
     """7B, 8 captions: counted from the traced program, and near what the shapes say."""
     together, model = update_flops(1, 8, attention)
     separate_rows, _ = update_flops(8, 1, attention)

@@ -43,7 +43,7 @@ def same(runs, name):
     assert rollouts(runs, name) == rollouts(runs, "judged")
 
 
-def test_a_judge_that_is_down_for_a_minute_delays_and_changes_nothing(judged):
+def test_judge_outage_of_a_minute_changes_nothing(judged):
     at, down = threading.Event(), threading.Event()
 
     def fault(number, request):
@@ -67,7 +67,7 @@ def test_a_judge_that_is_down_for_a_minute_delays_and_changes_nothing(judged):
     same(judged, "down")
 
 
-def test_a_judge_that_is_gone_stops_the_run_which_goes_on_later(judged):
+def test_permanent_judge_outage_stops_the_run_resumably(judged):
     with chat_server(lambda number, request: (503, {}, b"") if number > 60 else verdict(number, request)) as server:
         log = judged.finish("gone", *fields(server, "--rewards.judge_patience", "4"), expect=1)
     assert "keypoints of a step without an answer" in log
@@ -77,7 +77,7 @@ def test_a_judge_that_is_gone_stops_the_run_which_goes_on_later(judged):
     same(judged, "gone")
 
 
-def test_what_is_cached_is_not_asked_again(judged, tmp_path):
+def test_cached_verdicts_are_not_requested_again(judged, tmp_path):
     cache = ["--rewards.judge_cache", str(tmp_path / "answers")]
     with chat_server(verdict) as server:
         judged.finish("cached", *fields(server, *cache))
@@ -89,7 +89,7 @@ def test_what_is_cached_is_not_asked_again(judged, tmp_path):
     same(judged, "again")
 
 
-def test_what_is_wrong_with_a_judge_is_said(judged):
+def test_judge_errors_are_reported(judged):
     log = judged.finish("wrong", "--rewards.judge", "oracle", expect=2)
     assert "rewards.judge: 'oracle' is not one of lexical, remote, lm, embedding" in log
     log = judged.finish("wrong", "--rewards.judge", "remote", expect=2)

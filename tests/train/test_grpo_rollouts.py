@@ -22,7 +22,7 @@ TWICE = replace(CONFIG, passes=2, minibatches=2)
 
 
 @pytest.mark.parametrize("train", ["captioner", pytest.param("lora", marks=pytest.mark.slow)])
-def test_the_reference_has_its_own_adapters(train):
+def test_reference_has_separate_adapters(train):
     """Perturbed adapters of the policy change its log-probabilities, and no bit of the reference's."""
     run = Run(replace(TWICE, train=train, lora=LoraConfig(4, 4.0), sampling=COOL))
     encoded, rollout = run.rollout()
@@ -54,7 +54,7 @@ def test_the_reference_has_its_own_adapters(train):
         pytest.param((4, 1, 1), "captioner", marks=pytest.mark.slow),
     ],
 )
-def test_sampler_and_trainer_agree_and_rewarded_captions_become_likelier(sizes, train):
+def test_sampler_equals_trainer_and_rewarded_captions_become_likelier(sizes, train):
     run = Run(replace(TWICE, train=train, lora=LoraConfig(4, 4.0)), sizes)
     if train == "lora":  # adapters that have learned something
         flat = flatten_dict(run.state.params)
@@ -82,7 +82,7 @@ def test_sampler_and_trainer_agree_and_rewarded_captions_become_likelier(sizes, 
 
 
 @pytest.mark.slow
-def test_rollouts_are_those_of_seed_and_step():
+def test_rollouts_depend_only_on_seed_and_step():
     run = Run(CONFIG)
     _, first = run.rollout(0)
     _, again = run.rollout(0)
@@ -102,7 +102,7 @@ def test_rollouts_are_those_of_seed_and_step():
         assert first.captions.inputs[index][0] == run.clip.first[index[0]]
 
 
-def test_batches_that_are_sampled_together_have_the_captions_of_separate_rollouts():
+def test_batches_sampled_together_equal_separate_rollouts():
     """One program over the rows of both batches; each row's draws are those of its batch's step."""
     run = Run(replace(CONFIG, rollout_batches=2, objective=ObjectiveConfig(importance_cap=2.0)), (4, 1, 2))
     other = jax.tree.map(lambda leaf: leaf[::-1], run.clip)
@@ -122,7 +122,7 @@ def test_batches_that_are_sampled_together_have_the_captions_of_separate_rollout
     assert (together[0].captions.targets != together[1].captions.targets).any()
 
 
-def test_rollout_batches_are_checked():
+def test_rollout_batches_are_validated():
     capped = replace(CONFIG, rollout_batches=2, objective=ObjectiveConfig(importance_cap=2.0))
     mesh = make_mesh(1, 1, 1, devices=jax.devices()[:1])
     for config, steps, why in (
@@ -135,7 +135,7 @@ def test_rollout_batches_are_checked():
 
 
 @pytest.mark.slow
-def test_one_update_takes_the_policys_own_probabilities_as_old():
+def test_single_update_uses_the_policys_probabilities_as_old():
     run = Run(CONFIG)
     encoded, rollout = run.rollout()
     scored = run.score(encoded, rollout)
@@ -148,7 +148,7 @@ def test_one_update_takes_the_policys_own_probabilities_as_old():
 
 
 @pytest.mark.slow
-def test_an_update_that_is_not_finite_changes_nothing():
+def test_non_finite_update_changes_nothing():
     run = Run(CONFIG)
     encoded, rollout = run.rollout()
     scored = run.score(encoded, rollout)
@@ -160,13 +160,13 @@ def test_an_update_that_is_not_finite_changes_nothing():
         np.testing.assert_array_equal(one, other)
 
 
-def test_captions_are_cut_to_the_least_width_that_holds_them():
+def test_captions_are_truncated_to_the_smallest_width_that_fits():
     wide = {0: 2048, 1024: 2048, 2048: 2048, 2049: 4096, 4096: 4096}
     assert {longest: smallest_width(longest, 4096) for longest in wide} == wide
     assert [smallest_width(longest, 5) for longest in (1, 3, 4, 5)] == [3, 3, 5, 5]
     assert [smallest_width(longest, 1) for longest in (0, 1)] == [1, 1]
 
 
-def test_a_batch_that_is_not_divided_is_told():
+def test_indivisible_batch_is_refused():
     with pytest.raises(InputError, match="batch: 6 clips"):
         Run(replace(CONFIG, batch=6), (1, 4, 1))

@@ -28,7 +28,7 @@ def same(runs, name):
     jax.tree.map(np.testing.assert_array_equal, runs.files(name), runs.files("undisturbed"))
 
 
-def test_undisturbed_run_tells_every_step(grpo_runs):
+def test_undisturbed_run_logs_every_step(grpo_runs):
     lines = grpo_runs.lines("undisturbed")
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5]
     assert ["heldout_reward" in line for line in lines] == [False, False, True, False, True]
@@ -64,7 +64,7 @@ def test_rollouts_are_written_with_their_rewards_and_advantages(grpo_runs):
         assert metrics["length"] == pytest.approx(np.mean([line["length"] for line in lines]))
 
 
-def test_a_run_resumes_between_the_updates_of_one_rollout(grpo_runs):
+def test_run_resumes_between_updates_of_one_rollout(grpo_runs):
     """Killed after the first of two updates: the captions of the second are those of the policy before the first."""
     fields = ["--steps", "4", "--rollout_batches", "2", "--objective.importance_cap", "2", "--checkpoint_every", "3"]
     grpo_runs.finish("together", *fields)
@@ -84,7 +84,7 @@ def test_a_run_resumes_between_the_updates_of_one_rollout(grpo_runs):
     jax.tree.map(np.testing.assert_array_equal, grpo_runs.files("killed-between"), grpo_runs.files("together"))
 
 
-def test_spare_clips_survive_a_kill(grpo_runs, monkeypatch):
+def test_killed_run_with_spare_clips_resumes_exactly(grpo_runs, monkeypatch):
     """A reward that is 1 for every fifth caption: many groups have equal ones."""
     use_terms(grpo_runs, monkeypatch)
     rewards = ["--rewards.dialogue", "0", "--rewards.checklist", "0", "--rewards.length", "0"]
@@ -150,7 +150,7 @@ def use_terms(runs, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", f"{runs.folder}:{os.environ.get('PYTHONPATH', '')}")
 
 
-def test_terms_of_a_user(grpo_runs, monkeypatch):
+def test_users_terms_in_runs_of_two_processes(grpo_runs, monkeypatch):
     """Their values are in the rollouts and metrics; a kill changes nothing; an exception ends both processes with 3."""
     use_terms(grpo_runs, monkeypatch)
     fields = ["--rewards.extra", "host:my_terms:shortness=0.5,jax:my_terms:e_count=-1", "--steps", "3"]
@@ -187,7 +187,7 @@ def numbered(popen):
 
 
 @pytest.mark.soak
-def test_killed_at_random_moments(grpo_runs):
+def test_run_killed_at_random_moments_is_bit_identical(grpo_runs):
     """SIGKILL and SIGTERM over the time of a run: in rollouts, rewards, updates, evaluation and saves."""
     kills = 6
     draw, name, done = random.Random(0), "killed", 0
@@ -211,7 +211,7 @@ def test_killed_at_random_moments(grpo_runs):
     same(grpo_runs, name)
 
 
-def test_two_processes_roll_out_the_same(grpo_runs):
+def test_rollouts_of_two_processes_equal_those_of_one(grpo_runs):
     grpo_runs.finish("two", "--steps", "2", processes=2, devices=1)
     two, one = (
         [json.loads(line) for line in rollouts(grpo_runs, name)[0].splitlines()] for name in ("two", "undisturbed")

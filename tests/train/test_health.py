@@ -31,7 +31,7 @@ COLLAPSES = {
 
 
 @pytest.mark.parametrize("name", COLLAPSES)
-def test_a_warning_is_printed_when_its_condition_begins(capsys, name):
+def test_warning_is_printed_when_its_condition_begins(capsys, name):
     value, message = COLLAPSES[name]
     health, collapsed = Health(), START | {name: value}
     for step, metrics in enumerate((START, START, collapsed, collapsed, START, collapsed), start=1):
@@ -41,7 +41,7 @@ def test_a_warning_is_printed_when_its_condition_begins(capsys, name):
     assert all(f"warning: {message}" in line for line in lines)
 
 
-def test_captions_of_an_earlier_policy_do_not_warn_of_the_sampler(capsys):
+def test_no_sampler_warning_for_captions_of_an_earlier_policy(capsys):
     health, diverged = Health(), START | {"sampler_gap": 1.0}
     health.check(1, diverged)
     health.check(2, diverged, stale=True)
@@ -52,14 +52,14 @@ def test_captions_of_an_earlier_policy_do_not_warn_of_the_sampler(capsys):
     assert [line.split(":")[0] for line in capsys.readouterr().err.splitlines()] == ["step 1", "step 6"]
 
 
-def test_a_metric_that_is_absent_or_unknown_warns_of_nothing(capsys):
+def test_absent_or_unknown_metrics_give_no_warning(capsys):
     health = Health()
     health.check(1, {})
     health.check(2, dict.fromkeys(START, float("nan")))
     assert not capsys.readouterr().err
 
 
-def test_a_step_without_rows_is_neither_a_collapse_nor_a_start(capsys):
+def test_step_without_rows_is_ignored(capsys):
     health, empty = Health(), dict.fromkeys(START, 0.0) | {"rows": 0.0, "reward_checklist_missing": 1.0}
     for step, metrics in enumerate((empty, START, empty, START | {"length": 90.0, "rows": 4.0}), start=1):
         health.check(step, metrics)
@@ -67,7 +67,7 @@ def test_a_step_without_rows_is_neither_a_collapse_nor_a_start(capsys):
     assert line.startswith("step 4: warning: captions have 90 tokens")
 
 
-def test_the_start_describes_a_step():
+def test_start_prints_the_size_of_a_step():
     bucket = Bucket(Shape(28032, 99, 30, 50), 4096)
     config = GrpoConfig(
         batch=8, group=4, sampling=SamplingConfig(tokens=512), rewards=RewardConfig(dialogue=0.5, length=0.0)

@@ -15,7 +15,7 @@ from avocado_jax.train import inputs, loop, run
 from avocado_jax.train.inputs import MOST_WORKERS, MUTED, WARM_UP, WINDOW, InputMonitor, input_workers, open_source
 
 
-def test_of_mixed_clips_some_are_silent_and_told_as_seen():
+def test_mixed_source_has_silent_clips_with_silent_captions():
     plain, _ = open_source("world:0:train:3:24:plain", DataConfig())
     mixed, _ = open_source("world:0:train:3:24:mixed", DataConfig())
     for number in (0, 1, MUTED):
@@ -34,7 +34,7 @@ def test_of_mixed_clips_some_are_silent_and_told_as_seen():
             assert mixed.index.mel[number] == plain.index.mel[number]
 
 
-def test_input_processes_follow_the_host(monkeypatch):
+def test_number_of_input_processes_follows_the_host(monkeypatch):
     """-1 is a share of the cores on accelerators, and none on CPU, where the step needs them."""
     config = DataConfig()
     assert config.workers == -1
@@ -52,7 +52,7 @@ def test_input_processes_follow_the_host(monkeypatch):
     assert input_workers(-1) == 5
 
 
-def test_a_run_starts_as_many_input_processes(monkeypatch):
+def test_run_starts_that_many_input_processes(monkeypatch):
     started = []
     monkeypatch.setattr(run, "batches", lambda *arguments: started.append(arguments[6:]))
     monkeypatch.setattr(inputs.jax, "default_backend", lambda: "gpu")
@@ -80,7 +80,7 @@ def clock(monkeypatch):
     return Clock
 
 
-def test_input_that_cannot_keep_up_is_reported_once(clock, capsys):
+def test_slow_input_is_reported_once(clock, capsys):
     monitor = InputMonitor()
     steps(monitor, clock, 0.9, WARM_UP + WINDOW - 1)
     assert capsys.readouterr().err == ""
@@ -104,7 +104,7 @@ def test_the_loop_measures_its_input(monkeypatch):
     assert measured == [(True, 2)] * 4
 
 
-def test_input_that_keeps_up_is_not_reported_until_it_falls_behind(clock, capsys):
+def test_fast_input_is_not_reported_until_it_becomes_slow(clock, capsys):
     monitor = InputMonitor()
     steps(monitor, clock, 60.0, WARM_UP)  # it starts
     steps(monitor, clock, 0.1, 2 * WINDOW)

@@ -63,7 +63,7 @@ def encoder(tmp_path_factory):
     return folder, model, vocabulary
 
 
-def test_the_encoder_judges_stretches_of_sixteen_tokens(encoder):
+def test_encoder_compares_windows_of_sixteen_tokens(encoder):
     folder, model, vocabulary = encoder
     scores = embedding_judge(folder, low=-1.0, high=1.0)(CAPTIONS, KEYPOINTS)()
 
@@ -85,7 +85,7 @@ def test_the_encoder_judges_stretches_of_sixteen_tokens(encoder):
         assert np.isnan(row[len(keypoints) :]).all()
 
 
-def test_the_encoder_may_be_in_a_bucket(encoder, tmp_path, monkeypatch):
+def test_encoder_loads_from_a_bucket(encoder, tmp_path, monkeypatch):
     files = {path.name: path.read_bytes() for path in encoder[0].iterdir()}
     monkeypatch.setattr(
         judges, "embedding_judge", lambda folder: {one.name: one.read_bytes() for one in folder.iterdir()}
@@ -102,7 +102,7 @@ def test_the_encoder_may_be_in_a_bucket(encoder, tmp_path, monkeypatch):
             pass
 
 
-def test_nothing_said_states_nothing(encoder):
+def test_empty_captions_state_nothing(encoder):
     judge = embedding_judge(encoder[0])
     np.testing.assert_array_equal(judge(["", "\ud83d"], [["a dog", "door"], ["a dog"]])()[0], [0, 0])
     assert judge([], [])().shape == (0, 0)
@@ -110,14 +110,14 @@ def test_nothing_said_states_nothing(encoder):
     assert judge(["a dog barks"], [["a dog barks"]])() == [[1]]
 
 
-def test_long_keypoints_are_cut_to_what_the_encoder_reads(encoder):
+def test_long_keypoints_are_truncated_to_the_encoders_limit(encoder):
     judge = embedding_judge(encoder[0], low=-1.0, high=1.0)
     long = " ".join(WORDS * 4)  # of 24 positions, two of them taken by the marks
     scores = judge(["a dog barks"], [[long, " ".join((WORDS * 4)[:22])]])()
     assert scores[0, 0] == pytest.approx(scores[0, 1], abs=1e-6)
 
 
-def test_an_encoder_without_its_marks_is_refused(encoder, tmp_path):
+def test_encoder_without_special_tokens_is_refused(encoder, tmp_path):
     for path in encoder[0].iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
     fields = json.loads((tmp_path / "tokenizer.json").read_text())
@@ -133,7 +133,7 @@ def test_an_encoder_without_its_marks_is_refused(encoder, tmp_path):
         embedding_judge(tmp_path)
 
 
-def test_the_model_is_asked_in_its_chat_format(tmp_path):
+def test_lm_judge_uses_the_chat_format(tmp_path):
     """The reference reads the same words as plain text and answers with the same probability."""
     write_reference(tmp_path, TINY)
     write_tokenizer(tmp_path)
@@ -175,7 +175,7 @@ def test_the_model_is_asked_in_its_chat_format(tmp_path):
     assert abs(scores[0, 0] - scores[0, 1]) > 1e-3
 
 
-def test_probes_are_answered_by_the_likeliest_letter(tmp_path):
+def test_probes_are_answered_by_the_most_likely_letter(tmp_path):
     """As the reference does that reads the same words as plain text; a caption without text answers none."""
     write_reference(tmp_path, TINY)
     write_tokenizer(tmp_path)

@@ -69,7 +69,7 @@ def test_metrics_reach_the_bucket_without_a_checkpoint(proxy, monkeypatch):
     assert len(uploads(proxy)) == count  # the thread has ended
 
 
-def test_only_changes_are_uploaded_and_no_part_of_a_line(proxy, monkeypatch):
+def test_only_changes_and_complete_lines_are_uploaded(proxy, monkeypatch):
     monkeypatch.setattr(metrics, "UPLOAD_SECONDS", 1000.0)
     log = Log(RUN, 0, False, "", {})
     log.write(line(1))
@@ -85,7 +85,7 @@ def test_only_changes_are_uploaded_and_no_part_of_a_line(proxy, monkeypatch):
     log.close()
 
 
-def test_a_flush_waits_for_an_older_upload(proxy, monkeypatch):
+def test_flush_waits_for_an_older_upload(proxy, monkeypatch):
     """Otherwise the older version could replace the newer one, behind a checkpoint that relies on it."""
     monkeypatch.setattr(metrics, "UPLOAD_SECONDS", 0.01)
     log, real = Log(RUN, 0, False, "", {}), storage.write
@@ -109,7 +109,7 @@ def test_a_flush_waits_for_an_older_upload(proxy, monkeypatch):
     assert steps_in_bucket() == [1, 2]
 
 
-def test_a_resumed_log_continues_after_its_step(proxy):
+def test_resumed_log_continues_after_its_step(proxy):
     log = Log(RUN, 0, False, "", {})
     for step in (1, 2, 3):
         log.write(line(step))
@@ -121,7 +121,7 @@ def test_a_resumed_log_continues_after_its_step(proxy):
     assert storage.read(f"{RUN}/metrics.jsonl").count(b"again") == 1
 
 
-def test_wandb_ids_are_those_of_folders(tmp_path, monkeypatch):
+def test_wandb_ids_are_derived_from_folders(tmp_path, monkeypatch):
     assert wandb_id("gs://a/run") != wandb_id("gs://b/run")
     assert wandb_id(str(tmp_path / "a" / "run")) != wandb_id(str(tmp_path / "b" / "run"))
     assert wandb_id("gs://a/run/") == wandb_id("gs://a/run")
@@ -161,7 +161,7 @@ def traced(profile, first, last):
     return found
 
 
-def test_the_window_is_traced_whichever_step_a_run_starts_from(traces, tmp_path):
+def test_profile_window_is_traced_from_any_first_step(traces, tmp_path):
     folder = str(tmp_path / "profile")
     assert traced(Profile((3, 5), folder), 1, 9) == [3, 4, 5]
     assert traced(Profile((3, 5), folder), 5, 9) == [5]  # resumed inside the window
@@ -171,7 +171,7 @@ def test_the_window_is_traced_whichever_step_a_run_starts_from(traces, tmp_path)
     assert traces == ["start", "stop"] * 3
 
 
-def test_a_stopped_run_keeps_its_trace_in_the_bucket(traces, proxy, capsys, monkeypatch):
+def test_stopped_run_keeps_its_trace_in_the_bucket(traces, proxy, capsys, monkeypatch):
     profile = Profile((3, 5), f"{RUN}/profile")
     assert traced(profile, 1, 4) == [3, 4]
     profile.close()  # SIGTERM
@@ -183,7 +183,7 @@ def test_a_stopped_run_keeps_its_trace_in_the_bucket(traces, proxy, capsys, monk
     assert "the profile stays in" in capsys.readouterr().err
 
 
-def test_remaining_time_counts_recent_steps_and_evaluations_but_no_compilation(capsys):
+def test_remaining_time_excludes_compilation(capsys):
     """The loop calls `write` after each step; here a step takes longer from step 20 on."""
     log = ProgressLog(100, 25)
 
@@ -208,7 +208,7 @@ def test_remaining_time_counts_recent_steps_and_evaluations_but_no_compilation(c
     assert minutes(100, 1.0, 4) == "1 tokens/s\n"
 
 
-def test_a_short_remaining_time_is_in_seconds(capsys):
+def test_short_remaining_time_is_in_seconds(capsys):
     log = ProgressLog(5, 0)
     for step in (1, 2):
         perf = {"seconds": 3.0, "tokens_per_second": 1.0, "compilations": 0}

@@ -78,7 +78,7 @@ def finish(folder, clock, steps=12, first=0, checkpoints=None, fails=None, evalu
     ("metric", "rank", "values", "best"),
     [("heldout_loss", rank_by_loss, [2, 1, 3, 4], 2), ("heldout_reward", rank_by_reward, [-2, 0.5, 0.7, -4], 3)],
 )
-def test_the_best_checkpoint_is_kept(tmp_path, clock, metric, rank, values, best):
+def test_best_checkpoint_is_kept(tmp_path, clock, metric, rank, values, best):
     """With the lowest held-out loss, or the highest held-out reward; the newest is kept beside it."""
     evaluator = Evaluator(lambda state, step: {metric: values[int(state.step) - 1]}, rank)
     checkpoints = checkpoint.Checkpoints(tmp_path, keep=1)
@@ -87,7 +87,7 @@ def test_the_best_checkpoint_is_kept(tmp_path, clock, metric, rank, values, best
     assert rank({}) is None
 
 
-def test_minutes_between_checkpoints(tmp_path, clock):
+def test_checkpoint_minutes_trigger_saves(tmp_path, clock):
     """Steps of 7 minutes: 20 have passed after the third, and the decision is read while the next one runs."""
     assert finish(tmp_path, clock) == [12]
     assert finish(tmp_path, clock, checkpoint_minutes=20) == [4, 8, 12]
@@ -131,12 +131,12 @@ def traces(monkeypatch):
     return calls
 
 
-def test_a_run_that_resumes_inside_the_profile_window(tmp_path, clock, traces):
+def test_resume_inside_the_profile_window_traces_the_rest(tmp_path, clock, traces):
     assert finish(tmp_path, clock, first=4, profile=(3, 6)) == [12]
     assert traces == ["start", "stop"]
 
 
-def test_a_failure_keeps_the_trace_and_closes_everything(tmp_path, clock, traces, monkeypatch, capsys):
+def test_failure_keeps_the_trace_and_closes_everything(tmp_path, clock, traces, monkeypatch, capsys):
     """The error of the step decides the exit status, not what failed after it."""
 
     def close(log):

@@ -32,7 +32,7 @@ def whole(hidden, head, captions, weight):
 
 
 @pytest.mark.parametrize("stretch", [1, 5, 13, 100])
-def test_equals_the_loss_over_whole_logits(case, stretch, monkeypatch):
+def test_chunked_loss_equals_the_loss_over_full_logits(case, stretch, monkeypatch):
     monkeypatch.setattr(losses, "LOGITS_BYTES", 4 * V * B * G * stretch)
     hidden, head, captions, weight = case
     totals = losses.loss_totals(*case)
@@ -46,7 +46,7 @@ def test_equals_the_loss_over_whole_logits(case, stretch, monkeypatch):
         np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
 
 
-def test_whole_logits_never_exist(case, monkeypatch):
+def test_full_logits_never_exist(case, monkeypatch):
     monkeypatch.setattr(losses, "LOGITS_BYTES", 4 * V * B * G * 3)
     text = str(jax.make_jaxpr(jax.grad(lambda *args: losses.loss_totals(*args).loss))(*case))
     assert f"[{B * G * 3},{V}]" in text
@@ -67,7 +67,7 @@ def scores_of_whole_logits(hidden, head, targets, temperature):
 
 @pytest.mark.parametrize("sizes", [(1, 1, 1), (2, 2, 2), (1, 8, 1), (1, 2, 4)])
 @pytest.mark.parametrize("vocabulary", [48, V])  # divided by `tensor`, or not
-def test_scores_on_every_mesh_and_at_a_temperature(case, sizes, vocabulary, monkeypatch):
+def test_scores_on_every_mesh_with_temperature(case, sizes, vocabulary, monkeypatch):
     """Scores and gradients, in two or more chunks; three rows are not divided by any mesh."""
     hidden, head, captions, _ = case
     head, targets = head[:vocabulary], captions.targets % vocabulary
@@ -89,7 +89,7 @@ def test_scores_on_every_mesh_and_at_a_temperature(case, sizes, vocabulary, monk
         np.testing.assert_allclose(one, other, rtol=2e-5, atol=2e-5)
 
 
-def test_half_precision_is_near_single(case):
+def test_bf16_loss_is_near_fp32(case):
     """In bfloat16 the gradient of the output matrix is summed in fp32 over the chunks, and has its dtype."""
     hidden, head, captions, weight = case
 

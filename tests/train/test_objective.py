@@ -31,7 +31,7 @@ def close(found, expected):
     np.testing.assert_allclose(found, expected, rtol=2e-5, atol=1e-6)
 
 
-def test_advantages():
+def test_advantages_equal_numpy():
     rng = np.random.default_rng(0)
     rewards = rng.random((B, G)).astype(np.float32)
     for g in range(B):
@@ -44,7 +44,7 @@ def test_advantages():
 
 @pytest.mark.parametrize("reward", [0.1, 1 / 3, 2.7])
 @pytest.mark.parametrize("group", [3, 7, 8])
-def test_equal_rewards_have_no_advantage_at_all(reward, group):
+def test_equal_rewards_have_zero_advantage(reward, group):
     rewards = np.full((2, group), reward, np.float32)
     rewards[1, 0] += 1
     for advantage in (o.mean_advantage(rewards), o.std_advantage(rewards, 1e-30), o.std_advantage(rewards, 1e-3)):
@@ -53,18 +53,18 @@ def test_equal_rewards_have_no_advantage_at_all(reward, group):
     assert o.zero_variance(rewards).tolist() == [True, False]
 
 
-def test_a_residue_is_no_advantage():
+def test_rounding_residue_has_zero_advantage():
     rewards = np.full((1, 8), 1.0, np.float32)
     rewards[0, 0] = np.nextafter(np.float32(1), np.float32(2))
     assert np.abs(o.std_advantage(rewards, 1e-3)).max() < 1e-3
     assert np.abs(o.std_advantage(rewards, 1e-30)).max() > 1  # what it would be
 
 
-def test_a_group_of_one_has_no_advantage():
+def test_group_of_one_has_zero_advantage():
     assert (np.asarray(o.std_advantage(np.ones((2, 1), np.float32), 1e-3)) == 0).all()
 
 
-def test_ratios(case):
+def test_ratios_equal_numpy(case):
     new, old, _, _, valid, lengths = case
     token, sequence = o.token_log_ratio(new, old, valid), o.sequence_log_ratio(new, old, valid)
     for b, g, c in np.ndindex(B, G, C):
@@ -74,7 +74,7 @@ def test_ratios(case):
         close(sequence[b, g, c], mean)
 
 
-def test_clipping():
+def test_clipping_equals_numpy():
     ratio, low, high = np.array([0.5, 0.79, 0.81, 1.0, 1.29, 1.31, 3.0], np.float32), 0.2, 0.3
     for advantage in (2.0, -2.0, 0.0):
         expected = [min(r * advantage, min(max(r, 0.8), 1.3) * advantage) for r in ratio]
@@ -85,7 +85,7 @@ def test_clipping():
     assert o.clipped(jnp.float32(1.5), 1.0, 0.2, 0.0) == 1  # a bound of 0 is a bound
 
 
-def test_truncated_importance(case):
+def test_truncated_importance_weights_equal_numpy(case):
     _, old, _, sampled, valid, _ = case
     for cap in (1.0, 2.0):
         found = o.truncated_importance(old, sampled, valid, cap)
@@ -93,14 +93,14 @@ def test_truncated_importance(case):
             close(found[index], min(np.exp(old[index] - sampled[index]), cap) if valid[index] else 1)
 
 
-def test_kl_estimators():
+def test_kl_estimators_equal_numpy():
     d = np.linspace(-3, 3, 13).astype(np.float32)  # log p_ref - log p
     for found, expected in ((o.k1, -d), (o.k2, d**2 / 2), (o.k3, np.exp(d) - d - 1)):
         close(found(d), expected)
         assert found(jnp.float32(0)) == 0
 
 
-def test_estimators_agree_in_expectation():
+def test_kl_estimators_agree_in_expectation():
     """Over draws from p: k1 and k3 are unbiased, k2 nearly so for near distributions."""
     rng = np.random.default_rng(0)
     p = jax.nn.log_softmax(rng.normal(size=20))
@@ -110,7 +110,7 @@ def test_estimators_agree_in_expectation():
         assert float(np.sum(np.exp(p) * estimate(q - p))) == pytest.approx(true, rel=tolerance)
 
 
-def test_shares(case):
+def test_token_weights_of_each_aggregation(case):
     *_, valid, lengths = case
     counted = np.ones((B, G), np.float32)
     counted[2] = 0
@@ -125,13 +125,13 @@ def test_shares(case):
         close(found["constant"][b, g, c], 1 / (captions * 10) if here else 0)
 
 
-def test_shares_of_a_batch_without_any_token_are_zero():
+def test_token_weights_of_an_empty_batch_are_zero():
     nothing = np.zeros((B, G, C), bool)
     for shares in o.SHARES.values():
         assert (np.asarray(shares(nothing, np.zeros((B, G), np.float32), 10)) == 0).all()
 
 
-def test_overlong_captions_are_left_out(case):
+def test_overlong_captions_are_masked(case):
     *_, valid, lengths = case
     truncated = lengths == C
     found = np.asarray(o.without_overlong(valid, truncated))
@@ -141,7 +141,7 @@ def test_overlong_captions_are_left_out(case):
 
 
 @pytest.mark.parametrize("number", range(12))
-def test_the_whole_is_trls(number):
+def test_loss_gradient_and_clipped_shares_equal_trl(number):
     """Loss, gradient and shares of clipped tokens of GRPO, DAPO, Dr. GRPO, with token and sequence ratios (GSPO)."""
     loss, level, beta = str(TRL["cases"][number]).split()
     length = TRL["new"].shape[-1]
@@ -184,7 +184,7 @@ def test_equal_rewards_give_no_gradient_of_the_policy_term(case):
     assert (np.asarray(jax.grad(loss)(new, replace(config, beta=0.04))) != 0).any()
 
 
-def test_what_does_not_count_may_be_anything_finite(case):
+def test_masked_tokens_do_not_affect_loss_or_gradient(case):
     """Tokens behind the stop with probabilities of 1e-40 or certainty change no bit of loss and gradient."""
     *rest, valid, _ = case
     shares = o.SHARES["sequence"](valid, np.ones((B, G), np.float32), C)
@@ -209,6 +209,6 @@ def test_what_does_not_count_may_be_anything_finite(case):
 @pytest.mark.parametrize(
     "wrong", [{"kl": "k4"}, {"ratio": "word"}, {"aggregate": ""}, {"advantage": "z"}, {"beta": -1.0}, {"clip_low": 2.0}]
 )
-def test_a_wrong_name_is_told(wrong):
+def test_unknown_names_are_refused(wrong):
     with pytest.raises(InputError, match=next(iter(wrong))):
         o.check_objective(ObjectiveConfig(**wrong))

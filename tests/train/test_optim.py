@@ -67,7 +67,7 @@ def test_updates_equal_numpy(warmup, scale):
 
 
 @pytest.mark.parametrize("warmup", [0.0, 0.05, 0.25, 1.0])
-def test_learning_rates(warmup):
+def test_learning_rate_schedules(warmup):
     config = replace(CONFIG, warmup=warmup)
     rate = schedule(config, STEPS)
     found = [float(rate(number)) for number in range(STEPS)]
@@ -77,7 +77,7 @@ def test_learning_rates(warmup):
     assert float(schedule(config, 1)(0)) == pytest.approx(config.lr)  # a run of one step
 
 
-def test_a_skipped_update_changes_only_counters():
+def test_skipped_update_changes_only_counters():
     params, make = parameters(), optimizer(CONFIG, STEPS)
     state = initial_state(params, make, "all")
     bad = jax.tree.map(lambda leaf: np.full_like(leaf, np.nan), params)
@@ -86,7 +86,7 @@ def test_a_skipped_update_changes_only_counters():
     assert (int(after.skipped), int(after.in_row)) == (1, 1)
 
 
-def test_an_update_without_rows_changes_nothing():
+def test_update_without_rows_changes_nothing():
     """Momentum and weight decay do not move the parameters; it is not counted as skipped."""
     params, make = parameters(), optimizer(CONFIG, STEPS)
     state, once = initial_state(params, make, "all"), jax.jit(apply_gradient, static_argnums=(3, 4))
@@ -104,7 +104,7 @@ LOSS, GRADIENT = np.array([[1, 0], [1, 1], [np.nan, 1], [1, np.nan]], np.float32
 
 @pytest.mark.parametrize("number", range(4))
 @pytest.mark.parametrize("stage", ["sft", "grpo"])
-def test_steps_skip_what_is_not_finite_and_report_their_learning_rate(monkeypatch, stage, number):
+def test_steps_skip_non_finite_updates_and_log_the_learning_rate(monkeypatch, stage, number):
     """A NaN in the loss or in the gradient alone is enough. Skipped updates do not advance the schedule."""
     loss, value = jnp.asarray(LOSS[number]), GRADIENT[number]
     params, make, rate = {"kernel": np.ones((2, 2), np.float32)}, optimizer(CONFIG, STEPS), schedule(CONFIG, STEPS)

@@ -120,7 +120,7 @@ class Run:
 SAME = (2, 2)
 
 
-def test_spares_serve_all_batches_of_their_rollout(tmp_path):
+def test_spares_are_shared_by_all_batches_of_a_rollout(tmp_path):
     """In order, each once; what is scored and learned from has them in the place of what they replace."""
     run = Run(tmp_path, {0: SAME, 11: SAME, 40: SAME, 41: SAME})
     state, found = run.run(START, 0, 4)
@@ -134,7 +134,7 @@ def test_spares_serve_all_batches_of_their_rollout(tmp_path):
     assert [run.ids(step) for step in (1, 2, 3, 4)] == [[0, 1, 20], [10, 11, 21], [30, 31], [40, 41, 50, 51]]
 
 
-def test_groups_that_no_spare_replaces_do_not_count(tmp_path):
+def test_groups_without_a_spare_have_zero_weight(tmp_path):
     run = Run(tmp_path, {0: SAME, 1: SAME, 10: SAME, 11: SAME, 20: SAME})
     _, found = run.run(START, 0, 2)
     assert run.learned == [([21, 1], [1, 0]), ([10, 11], [0, 0])]
@@ -144,7 +144,7 @@ def test_groups_that_no_spare_replaces_do_not_count(tmp_path):
     ]
 
 
-def test_a_resume_knows_which_spares_are_spent(tmp_path):
+def test_resume_restores_used_spares(tmp_path):
     lengths = {0: SAME, 10: SAME, 11: SAME}
     undisturbed = Run(tmp_path / "all", lengths)
     final, _ = undisturbed.run(START, 0, 2)
@@ -160,7 +160,7 @@ def test_a_resume_knows_which_spares_are_spent(tmp_path):
     assert state.spent.tolist() == final.spent.tolist() == [True, True]
 
 
-def test_the_next_rollout_has_its_own_spares(tmp_path):
+def test_next_rollout_has_new_spares(tmp_path):
     """Also with a single batch a rollout, whose state keeps nothing."""
     run = Run(tmp_path, {0: SAME, 20: SAME, 30: (2, 4)}, together=1)
     state, _ = run.run(START, 0, 2)
@@ -172,7 +172,7 @@ def test_the_next_rollout_has_its_own_spares(tmp_path):
 
 
 @pytest.mark.parametrize("together", [1, 2])
-def test_spares_have_random_numbers_of_their_own(together, monkeypatch):
+def test_spares_use_separate_random_keys(together, monkeypatch):
     """And change none of those of the batches."""
     received = []
 

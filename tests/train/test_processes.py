@@ -25,7 +25,7 @@ def same_curve(lines, others):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mesh", [("8", "1", "1"), ("1", "4", "2")])
-def test_four_processes_give_the_curve_of_one(runs, mesh):
+def test_four_processes_give_the_loss_curve_of_one(runs, mesh):
     fields = [f"--mesh.{axis}={size}" for axis, size in zip(("data", "fsdp", "tensor"), mesh)]
     name = f"four-{'-'.join(mesh)}"
     runs.finish(name, *fields, processes=4)
@@ -33,7 +33,7 @@ def test_four_processes_give_the_curve_of_one(runs, mesh):
 
 
 @pytest.mark.slow
-def test_a_lost_process_ends_the_others_and_the_job_goes_on(runs):
+def test_lost_process_ends_the_others_and_the_job_resumes(runs):
     processes = runs.start("lost", "--timeouts.heartbeat", "10", processes=4)
     runs.until("lost", processes[0], 3)
     kill(processes[2])
@@ -80,7 +80,7 @@ with init_distributed("127.0.0.1:PORT", 4, number, None, TimeoutConfig(120, HEAR
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("how", "heartbeat", "limit", "within"), [("stop", 8, 100, 30), ("loop", 60, 10, 30)])
-def test_a_stuck_host_is_named_and_all_end_with_75(tmp_path, how, heartbeat, limit, within):
+def test_hanging_host_is_named_and_all_exit_with_75(tmp_path, how, heartbeat, limit, within):
     """Through worker.sh, as launchers start it. A stopped process cannot end: it continues when the others have."""
     with socket.socket() as reserved:
         reserved.bind(("127.0.0.1", 0))

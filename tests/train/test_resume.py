@@ -17,7 +17,7 @@ def same_parameters(runs, name):
     jax.tree.map(np.testing.assert_array_equal, runs.files(name), runs.files("undisturbed"))
 
 
-def test_undisturbed_run_tells_every_step(runs):
+def test_undisturbed_run_logs_every_step(runs):
     lines = runs.lines("undisturbed")
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
     assert lines[-1]["loss"] < lines[0]["loss"] - 0.1
@@ -42,7 +42,7 @@ def test_undisturbed_run_tells_every_step(runs):
     assert json.loads((folder / "config.json").read_text())["steps"] == 6
 
 
-def test_stopped_then_killed_then_finished(runs):
+def test_run_that_was_stopped_and_killed_is_bit_identical(runs):
     process = runs.start("disturbed")
     runs.until("disturbed", process, 1)
     assert kill(process, signal.SIGTERM) == 75
@@ -62,7 +62,7 @@ def test_stopped_then_killed_then_finished(runs):
     assert runs.lines("disturbed") == runs.lines("undisturbed")
 
 
-def test_another_config_or_other_data_is_refused(runs):
+def test_resume_with_another_config_or_data_is_refused(runs):
     log = runs.finish("undisturbed", "--batch", "16", "--optim.lr", "1", expect=2)
     assert "begun with another config: batch (8 there, 16 here), optim.lr (0.003 there, 1.0 here)" in log
     assert "Traceback" not in log
@@ -72,7 +72,7 @@ def test_another_config_or_other_data_is_refused(runs):
 
 @pytest.mark.soak
 @pytest.mark.parametrize("cached", [True, False])
-def test_killed_at_random_moments(runs, cached):
+def test_run_killed_at_random_moments_is_bit_identical(runs, cached):
     """SIGKILL and SIGTERM at moments drawn over the time of a run: in start-up, compilation, loop and saves."""
     kills = 10
     draw, name, done = random.Random(kills + cached), f"killed-{cached}", 0

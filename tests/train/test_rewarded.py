@@ -43,7 +43,7 @@ def wrong(captions, references):
     raise OSError("no such caption")
 
 
-def test_a_users_term_is_combined_by_its_weight(rewards_of, monkeypatch):
+def test_users_term_is_combined_by_its_weight(rewards_of, monkeypatch):
     """A value without a verdict has the mean of its group; weight 0 only logs the term."""
     extra = ("host:test_rewarded:known_lengths=0.5", "host:test_rewarded:wrong=0")
     monkeypatch.setattr(run_rewards, "caption_text", lambda setup, stops, ids: f"{len(ids)}")
@@ -84,7 +84,7 @@ def test_held_out_rewards_are_plain_weighted_sums(rewards_of, normalize):
     assert [float(part) for part in found["length"]] == [28, 4]
 
 
-def test_training_normalises_where_the_config_does(rewards_of):
+def test_training_normalises_terms_if_configured(rewards_of):
     terms = {name: np.arange(8, dtype=np.float32).reshape(2, 4) * number for number, name in enumerate(NAMES)}
     for normalize, spread in ((False, 0.0 + 1 + 2), (True, 2 / np.std(np.arange(4)))):
         _, rewards = rewards_of(GrpoConfig(rewards=RewardConfig(normalize=normalize)))
@@ -92,7 +92,7 @@ def test_training_normalises_where_the_config_does(rewards_of):
         assert float(reward[0, 1] - reward[0, 0]) == pytest.approx(spread, rel=1e-5)
 
 
-def test_each_clip_of_several_rows_has_its_own_weight(rewards_of):
+def test_weights_of_clips_with_several_rows(rewards_of):
     """Three clips of two rows; the middle one was lost, and nothing of it is in the metrics."""
     config = GrpoConfig(batch=3, group=4, split=2)
     setup, rewards = rewards_of(config)

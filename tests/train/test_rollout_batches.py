@@ -128,14 +128,14 @@ class Batches(list):
         (2, 4, [(2, [3]), (3, []), (4, [5]), (5, [])]),  # a resume in the middle of a rollout
     ],
 )
-def test_the_first_batch_of_a_rollout_has_the_others(first, size, expected):
+def test_first_batch_of_a_rollout_carries_the_others(first, size, expected):
     batches = Batches(map(batch, range(first, 6)))
     found = [(one.step, [other.step for other in one.following]) for one in blocks(batches, first, size)]
     assert found == expected
     assert batches.closed
 
 
-def test_batches_are_closed_early():
+def test_closing_the_rollout_closes_its_batches():
     batches = Batches(map(batch, range(4)))
     stream = blocks(batches, 0, 2)
     assert next(stream).step == 0
@@ -143,7 +143,7 @@ def test_batches_are_closed_early():
     assert batches.closed
 
 
-def test_one_rollout_serves_several_updates(tmp_path):
+def test_one_rollout_feeds_several_updates(tmp_path):
     steps = Steps(tmp_path, rollout_batches=2)
     state, found = steps.run(start(), 0, 4)
     names = [name for name, *_ in steps.calls]
@@ -161,7 +161,7 @@ def test_one_rollout_serves_several_updates(tmp_path):
     assert [float(one.sampled[0, 0, 0]) for one in state.rollouts] == [2, 3]  # for a resume
 
 
-def test_a_resume_takes_the_captions_from_the_state(tmp_path):
+def test_resume_restores_captions_from_the_state(tmp_path):
     steps = Steps(tmp_path, rollout_batches=3)
     undisturbed, _ = steps.run(start(), 0, 3)
     expected = steps.of("update")[1:]
@@ -178,7 +178,7 @@ def test_a_resume_takes_the_captions_from_the_state(tmp_path):
     assert [float(one.sampled[0, 0, 0]) for one in state.rollouts] == [0, 1, 2]  # for a second stop in this block
 
 
-def test_a_record_that_was_lost_at_sampling_does_not_count_after_a_resume(tmp_path):
+def test_record_lost_at_sampling_stays_excluded_after_a_resume(tmp_path):
     """Its captions are those of an empty clip, although a later start can read it. A row lost later does not count."""
     lost = jnp.array([0.0, 1.0])
     steps = Steps(tmp_path, rollout_batches=2)
@@ -189,27 +189,27 @@ def test_a_record_that_was_lost_at_sampling_does_not_count_after_a_resume(tmp_pa
     assert again.of("update")[0][1].weight.tolist() == [0, 1]
 
 
-def test_a_checkpoint_has_the_rollouts_of_several_batches_only():
+def test_checkpoints_contain_rollouts_only_with_several_batches():
     """Without them a checkpoint has the form of earlier versions."""
     assert rest_of(start()).keys() == {"step", "params", "optimizer", "skipped", "in_row"}
     rollouts = (rollout_of(0), rollout_of(1))
     assert rest_of(start()._replace(rollouts=rollouts))["rollouts"] is rollouts
 
 
-def test_scores_that_depend_on_the_policy_are_those_of_the_batchs_turn(tmp_path):
+def test_policy_scores_are_computed_at_the_update_of_the_batch(tmp_path):
     steps = Steps(tmp_path, rollout_batches=2, passes=2)
     steps.run(start(), 0, 2)
     assert [(params, clip) for params, _, clip, *_ in steps.of("score")] == [(0, 0), (1, 1)]
     assert [name for name, *_ in steps.calls][-4:] == ["score", "update", "score", "update"]
 
 
-def test_a_single_batch_has_no_staleness_and_keeps_nothing(tmp_path):
+def test_single_batch_has_no_staleness_and_stores_nothing(tmp_path):
     state, found = Steps(tmp_path).run(start(), 0, 2)
     assert state.rollouts == ()
     assert all("staleness" not in metrics for metrics, _ in found)
 
 
-def test_only_the_first_update_of_a_rollout_warns_of_the_samplers_gap(tmp_path, capsys):
+def test_only_the_first_update_warns_about_the_sampler_gap(tmp_path, capsys):
     """Later the gap includes what the policy has learned since."""
     steps = Steps(tmp_path, rollout_batches=2)
     steps.gaps = {2: 0.3, 3: 0.3, 4: 0.3}
@@ -218,7 +218,7 @@ def test_only_the_first_update_of_a_rollout_warns_of_the_samplers_gap(tmp_path, 
     assert [f"step {step}: warning: sampler_gap" in printed for step in (1, 2, 3, 4)] == [False, False, True, False]
 
 
-def test_updates_do_not_wait_for_the_answers_to_later_batches(tmp_path):
+def test_updates_do_not_wait_for_verdicts_of_later_batches(tmp_path):
     """The judge receives all captions before the first update, and only the answers of the batch are waited for."""
     released, waited = threading.Event(), []
 

@@ -65,7 +65,7 @@ def policy():
         yield program, trained(state)
 
 
-def test_weights_keep_small_updates(policy):
+def test_sampler_weights_keep_small_updates(policy):
     """The update that the sampler's weights hold is the trained one; merged into bf16 most of it would be lost."""
     program, params = policy
     weights, flat = flatten_dict(program.view(params)), flatten_dict(params)
@@ -108,7 +108,7 @@ def test_sampler_and_trainer_agree_in_bf16(policy, large, bound):
         assert without.mean() > 5 * SAMPLER_GAP
 
 
-def test_held_out_captions_keep_the_adapters(monkeypatch, policy):
+def test_held_out_captions_use_the_adapters(monkeypatch, policy):
     captioners = []
     monkeypatch.setattr(run, "captioner_in_training", lambda *args: captioners.append(args))
     monkeypatch.setattr(run, "caption_records", lambda *_: [])

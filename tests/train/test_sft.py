@@ -76,7 +76,7 @@ def alone(batch):
         pytest.param((1, 2, 1), 4, marks=pytest.mark.slow),
     ],
 )
-def test_the_same_curve_on_every_mesh_and_in_parts(batch, alone, sizes, accumulate):
+def test_loss_curve_is_equal_on_every_mesh_and_with_microbatches(batch, alone, sizes, accumulate):
     metrics, *_ = trained(batch, sizes, accumulate=accumulate)
     losses = [line["loss"] for line in alone[0]]
     assert losses[0] - losses[-1] > 0.1  # something is learned, so that curves can differ
@@ -86,7 +86,7 @@ def test_the_same_curve_on_every_mesh_and_in_parts(batch, alone, sizes, accumula
             assert one[name] == pytest.approx(other[name], rel=1e-4, abs=1e-6), name
 
 
-def test_frozen_parameters_stay_to_the_bit_and_have_no_moments(alone):
+def test_frozen_parameters_are_bit_identical_and_have_no_moments(alone):
     _, before, state = alone
     (trained_before, frozen_before), (trained_after, frozen_after) = (
         split(tree, "captioner") for tree in (before, state.params)
@@ -120,7 +120,7 @@ def test_frozen_encoders_have_no_backward_pass():
     assert flops["all"] - flops["captioner"] == pytest.approx(counted["all"] - counted["captioner"], rel=0.1)
 
 
-def test_a_step_that_is_not_finite_changes_nothing_but_counters(batch):
+def test_non_finite_step_changes_only_counters(batch):
     clip, captions, weight, truncated = batch
     poison = clip._replace(mel=np.full_like(clip.mel, np.nan))
     mesh = make_mesh(1, 1, 1, devices=jax.devices()[:1])

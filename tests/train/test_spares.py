@@ -38,7 +38,7 @@ def replaced():
     return call
 
 
-def test_spares_are_chosen_in_order():
+def test_spares_are_used_in_order():
     rng = np.random.default_rng(0)
     for _ in range(50):
         equal, usable = rng.random(6) < 0.5, rng.random(4) < 0.5
@@ -69,7 +69,7 @@ def test_groups_of_equal_rewards_are_replaced(replaced):
     }
 
 
-def test_without_a_spare_a_group_has_no_weight(replaced):
+def test_group_without_a_spare_has_zero_weight(replaced):
     batch, nothing = sampled(0), jnp.ones(4, bool)
     learned, taken, _, metrics = replaced(
         batch, rewards(True, False, True, False), (sampled(10),), (rewards(*[0] * 4),), nothing

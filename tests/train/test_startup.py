@@ -39,13 +39,13 @@ def test_all_hosts_report_the_error_of_one(change, text, permanent):
     assert problem.permanent is permanent
 
 
-def test_the_longest_error_fits_into_a_report():
+def test_longest_error_fits_into_a_report():
     error = startup._short('"\\\n\x00é' * 1000)
     assert gather(Host("h" * 64, "c" * 32, "d" * 32, error, True))[0].error == error
     assert len(json.dumps(Host("h" * 64, "c" * 32, "d" * 32, '"' * 600, True))) < REPORT_BYTES
 
 
-def test_checks_of_one_host(tmp_path):
+def test_startup_checks_of_one_host(tmp_path):
     def missing():
         raise InputError("data: none")
 
@@ -59,7 +59,7 @@ def test_checks_of_one_host(tmp_path):
         ready(SftConfig(), str(tmp_path / "file" / "run"), lambda: 5)
 
 
-def test_a_folder_that_does_not_keep_what_is_written(tmp_path, monkeypatch):
+def test_folder_that_loses_writes_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(storage, "read", lambda path: b"something else")
     with pytest.raises(InputError, match="its content differs from what was written"):
         startup.probe(str(tmp_path))
@@ -75,7 +75,7 @@ def test_a_folder_that_does_not_keep_what_is_written(tmp_path, monkeypatch):
         ("storage.objects.delete", "roles/storage.objectUser"),
     ],
 )
-def test_a_missing_permission_is_named_with_its_role(permission, role, tmp_path, monkeypatch):
+def test_missing_permission_is_named_with_its_role(permission, role, tmp_path, monkeypatch):
     with gcs.proxied_bucket(tmp_path, monkeypatch) as proxy:
         assert ready(SftConfig(), "gs://bucket/run", lambda: 5) == 5
         proxy.denied = {permission}
@@ -117,7 +117,7 @@ def test_hosts_compare_the_commit_of_init(tmp_path, monkeypatch):
     assert reports[0].config != reports[1].config == reports[2].config
 
 
-def test_shards_that_are_missing_or_short(tmp_path):
+def test_missing_or_truncated_shards_are_refused(tmp_path):
     (tmp_path / "one").write_bytes(b"12345")
     (tmp_path / "two").write_bytes(b"123")
     shards = [Shard("one", 1, 5, ""), Shard("two", 1, 3, "")]
@@ -132,7 +132,7 @@ def test_shards_that_are_missing_or_short(tmp_path):
         Shards(str(tmp_path), shards, index, None, 1.0).check()
 
 
-def test_devices_are_counted():
+def test_number_of_devices_is_checked():
     with init_distributed(None, None, None, 8, TimeoutConfig()):
         pass
     with (
@@ -144,7 +144,7 @@ def test_devices_are_counted():
         pass
 
 
-def test_a_wait_ends_with_one_line():
+def test_timeout_of_a_wait_is_a_one_line_error():
     program = """
 from avocado_jax.parallel.processes import deadline
 import threading

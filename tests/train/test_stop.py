@@ -10,7 +10,7 @@ from processes import several
 TESTS = str(Path(__file__).parents[1])
 
 
-def test_flags_are_the_same_on_every_process():
+def test_flags_are_equal_on_every_process():
     """Process 1 gets SIGTERM, process 0's clock asks for a save, process 1's clock does not count."""
     program = """
     import os, signal, sys
@@ -33,7 +33,7 @@ def test_flags_are_the_same_on_every_process():
     ("signals", "finished", "status"),
     [("TERM", False, 75), ("INT INT", True, 75), ("INT TERM", True, 0)],
 )
-def test_a_signal_exits_at_once_only_while_nothing_is_lost(signals, finished, status):
+def test_signal_exits_at_once_only_before_the_first_step(signals, finished, status):
     program = f"""
 import os, signal, time
 from avocado_jax.parallel.mesh import make_mesh
@@ -52,7 +52,7 @@ print("running", bool(flags.dispatch(save=False)[0]))
 
 
 @pytest.mark.parametrize(("where", "saved"), [("evaluate", "[3]"), ("skipped_in_row", "[4]")])
-def test_a_stop_during_an_evaluation_or_a_step_is_saved(where, saved):
+def test_stop_during_an_evaluation_or_a_step_saves(where, saved):
     """During an evaluation its step is saved. During the dispatch of a step, the one after it runs already."""
     program = f"""
 import os, signal, sys, time
