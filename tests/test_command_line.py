@@ -63,13 +63,13 @@ def test_completion_in_bash(capsys, tmp_path):
     assert "one of bash" in printed(capsys, "--print-completion", "cmd", status=2).err
 
 
-def test_an_option_that_does_not_exist_names_the_help_of_its_command(capsys):
+def test_unknown_option_names_the_help_of_its_command(capsys):
     assert "unrecognized arguments: --bogus 4 (see avocado caption --help)" in (
         printed(capsys, "caption", "a.mp4", "--bogus", "4", status=2).err
     )
 
 
-def test_a_manifest_is_prepared_first(capsys, tmp_path):
+def test_manifest_as_training_data_is_refused_with_advice(capsys, tmp_path):
     config = DataConfig()
     with pytest.raises(InputError, match=r"make them with: avocado prepare data.jsonl OUT"):
         open_source("data.jsonl", config)
@@ -81,7 +81,7 @@ def test_a_manifest_is_prepared_first(capsys, tmp_path):
     assert not (tmp_path / "shards").exists() or not any((tmp_path / "shards").rglob("*.json"))
 
 
-def test_a_checkpoint_inside_a_run_names_the_run(tmp_path):
+def test_checkpoint_inside_a_run_is_refused_with_advice(tmp_path):
     (tmp_path / "run" / "checkpoints" / "5").mkdir(parents=True)
     for inside in ("run/checkpoints/5", "run/checkpoints/5/", "run/checkpoints"):
         with pytest.raises(InputError, match=f"part of a run; name the run, {tmp_path}/run,"):

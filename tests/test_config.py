@@ -21,7 +21,7 @@ def path(tmp_path):
     return str(file)
 
 
-def test_overrides_take_the_type_of_their_field(path):
+def test_overrides_have_the_type_of_their_field(path):
     given = ["--data.train", "world:0:train:0:8", "--optim.lr=1e-3", "--steps", "1_000", "--tensorboard", "false"]
     loaded = load(path, [*given, "--profile", "3,5", "--mesh.fsdp=-1"])
     assert loaded.data.train == "world:0:train:0:8"
@@ -56,13 +56,13 @@ def test_overrides_take_the_type_of_their_field(path):
         (["--data.cache_dir", "gs://bucket/cache"], "data.cache_dir: gs://bucket/cache must be a local folder"),
     ],
 )
-def test_mistakes_are_told_in_a_line(path, given, message):
+def test_invalid_overrides_are_one_line_errors(path, given, message):
     with pytest.raises(InputError, match=message) as error:
         load(path, given)
     assert "\n" not in str(error.value)
 
 
-def test_a_rollout_has_a_batch():
+def test_oversample_is_validated_against_batch():
     with pytest.raises(InputError, match="rollout_batches: 0 is not a number from 1"):
         load("configs/grpo_7b.py", ["--rollout_batches", "0"])
     for clips, why in (("-8", "-8 is not a number from 0"), ("12", "12 clips are not a multiple of batch = 8")):
@@ -86,7 +86,7 @@ def test_a_malformed_term_is_reported_at_once(command, tmp_path, capsys):
     assert not (tmp_path / "run").exists()
 
 
-def test_files_that_are_no_config(tmp_path):
+def test_files_without_a_config_are_refused(tmp_path):
     for text, message in (("config = 3", "defines no"), ("1 / 0", "ZeroDivisionError"), ("def", "SyntaxError")):
         (tmp_path / "bad.py").write_text(text)
         with pytest.raises(InputError, match=message):
@@ -95,7 +95,7 @@ def test_files_that_are_no_config(tmp_path):
         load(str(tmp_path / "absent.py"))
 
 
-def test_configs_of_the_package_have_names(tmp_path, monkeypatch):
+def test_shipped_configs_are_found_by_name(tmp_path, monkeypatch):
     """A name is looked up behind files of the working directory, beside the package (clone) or inside it (wheel)."""
     there = load(str(CONFIGS[0]))
     monkeypatch.chdir(tmp_path)
@@ -118,7 +118,7 @@ def test_configs_of_the_package_have_names(tmp_path, monkeypatch):
     assert load("mine") == there
 
 
-def test_a_run_is_refused_under_another_config():
+def test_resume_under_another_config_is_refused():
     stored = json.loads(json.dumps(as_json(SftConfig())))
     refuse_another(SftConfig(), stored, "run")
     refuse_another(load_with(profile=(1, 2), accumulate=4, keep=9), stored, "run")
@@ -137,7 +137,7 @@ def test_a_run_is_refused_under_another_config():
         refuse_another(load_with(steps=9), stored, "run")
 
 
-def test_a_run_is_the_same_with_absolute_and_relative_paths(tmp_path, monkeypatch):
+def test_absolute_and_relative_paths_are_equal_configs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
     def of(**data):
@@ -156,7 +156,7 @@ def load_with(**fields):
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_every_config_loads_and_tells_its_command(path):
+def test_every_config_loads_and_documents_its_command(path):
     assert any(name == "mesh.tensor" for name, *_ in flat(load(str(path))))
     text = path.read_text()
     assert f"configs/{path.name}" in text

@@ -55,7 +55,7 @@ def test_values_out_of_their_domain_are_refused(field, message):
     load("grpo_7b", ["--rewards.checklist=-1", "--mesh.fsdp=-1", "--mesh.tensor=1", "--optim.warmup=1"])
 
 
-def test_choices_are_those_of_the_code():
+def test_choices_equal_those_of_the_code():
     from avocado_jax.models.config import ATTENTION, REMAT, SIZES
     from avocado_jax.rewards.combine import JUDGES, PROBE_JUDGES
     from avocado_jax.train.state import TRAINED
@@ -87,7 +87,7 @@ def test_every_field_is_described(kind):
     assert made["checkpoint_every"].meaning == "steps between two checkpoints"
 
 
-def test_help_lists_them(monkeypatch):
+def test_help_lists_all_fields(monkeypatch):
     monkeypatch.setenv("COLUMNS", "90")
     text = field_help(GrpoConfig())
     assert max(map(len, text.splitlines())) <= 90

@@ -65,7 +65,7 @@ def files():
     return [(path.relative_to(PACKAGE).parts[0], path) for path in paths]
 
 
-def test_imports_point_one_way():
+def test_imports_follow_the_layers():
     for folder, path in files():
         if path.name == "__main__.py":
             continue
@@ -82,7 +82,7 @@ def test_imports_point_one_way():
             assert first in allowed or inner in allowed, f"{name} imports {inner}"
 
 
-def test_input_side_has_no_device_code():
+def test_data_and_world_import_no_device_code():
     for folder, path in files():
         sizes = path.relative_to(PACKAGE).as_posix() in ("models/config.py", "models/flops.py")
         if folder in NUMPY_ONLY or sizes or path.parent == PACKAGE:
@@ -90,13 +90,13 @@ def test_input_side_has_no_device_code():
             assert not found, f"{path.relative_to(PACKAGE)} imports {found}"
 
 
-def test_product_has_no_torch():
+def test_product_imports_no_torch():
     for _, path in files():
         found = {module.split(".")[0] for module in imports_of(path)} & {"torch", "torchvision", "tensorflow"}
         assert not found, f"{path.relative_to(PACKAGE)} imports {found}"
 
 
-def test_hugging_face_names_stay_in_their_room():
+def test_hugging_face_names_occur_only_in_hf_modules():
     for _, path in files():
         if not path.name.startswith("hf"):
             text = path.read_text()
@@ -109,7 +109,7 @@ PATHS = ("prefill", "decode", "sft", "grpo", "rewards", "caption")
 
 @pytest.mark.slow
 @pytest.mark.parametrize("paths", [PATHS[:1], PATHS[1:]])
-def test_bench_runs_without_the_input_side(paths):
+def test_bench_runs_without_the_data_package(paths):
     """jax, flax and numpy are enough: a machine lent for its accelerator need not have the rest."""
     blocked = (
         "av",

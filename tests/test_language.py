@@ -45,7 +45,7 @@ def defined_names(tree: ast.Module) -> set[str]:
 
 
 @pytest.mark.parametrize("folder", ["avocado_jax", "configs", "launch", "tests"])
-def test_no_name_is_vague(folder):
+def test_names_have_no_vague_components(folder):
     found = []
     for path in sorted((ROOT / folder).rglob("*.py")):
         vague = filter(is_vague, defined_names(ast.parse(path.read_bytes())) - ALLOWED.keys())
@@ -56,11 +56,11 @@ def test_no_name_is_vague(folder):
 @pytest.mark.parametrize(
     "name", ["told", "_told", "front_place", "CutLines", "SIDE", "so_far", "own_prompts", "a_sums"]
 )
-def test_components_are_compared(name):
+def test_vague_components_are_found_in_names(name):
     assert is_vague(name)
     assert name in defined_names(ast.parse(f"def f(x, *, {name}=1): pass"))
 
 
 @pytest.mark.parametrize("name", ["held_out", "heldout_rows", "places", "owner", "outside", "far", "total"])
-def test_other_names_pass(name):
+def test_other_names_are_accepted(name):
     assert not is_vague(name)

@@ -34,7 +34,7 @@ def test_imports_are_declared():
     assert {"google-auth", "google-api-core", "google-cloud-core", "google-cloud-storage"} <= {*known}
 
 
-def test_pins_are_in_the_ranges():
+def test_pinned_versions_satisfy_the_declared_ranges():
     """requirements.txt has every dependency once, at a version that pyproject.toml permits."""
     lines = [line.split("#")[0].strip() for line in (ROOT / "requirements.txt").read_text().splitlines()]
     pins, ranges = declared(filter(None, lines)), declared(PROJECT["dependencies"])
@@ -62,7 +62,7 @@ def built(tmp_path_factory):
     return folder
 
 
-def test_the_wheel_has_what_is_needed(built):
+def test_wheel_contains_the_required_files(built):
     (wheel,) = built.glob("*.whl")
     names = {*zipfile.ZipFile(wheel).namelist()}
     tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, check=True, capture_output=True, text=True).stdout.split()
@@ -73,7 +73,7 @@ def test_the_wheel_has_what_is_needed(built):
     assert wheel.stat().st_size < 12e6
 
 
-def test_the_wheel_runs(built, tmp_path):
+def test_wheel_runs(built, tmp_path):
     """Outside of the repository: commands, configs by name, the shipped captioner, prompts of the package."""
     (wheel,) = built.glob("*.whl")
     zipfile.ZipFile(wheel).extractall(tmp_path / "site")

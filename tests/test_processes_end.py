@@ -29,7 +29,7 @@ def test_behind_it():
 
 
 @pytest.mark.slow
-def test_a_dead_process_fails_the_run(tmp_path):
+def test_dead_worker_fails_the_test_run(tmp_path):
     (tmp_path / "test_dies.py").write_text(DIES)
     (tmp_path / "test_long.py").write_text(LONG)
     command = [sys.executable, "-m", "pytest", "-p", "conftest", "--rootdir", tmp_path, tmp_path, "--numprocesses", "2"]

@@ -19,7 +19,7 @@ def test_commands_and_configs_are_shown():
         assert f"`{config.stem}`" in text
 
 
-def test_they_are_short():
+def test_readmes_are_short():
     assert len((ROOT / "README.md").read_text().splitlines()) <= 250
     assert len(PACKAGES) >= 11
     for page in PACKAGES:
@@ -27,6 +27,6 @@ def test_they_are_short():
 
 
 @pytest.mark.parametrize("page", [ROOT / "README.md", *PACKAGES], ids=lambda page: page.parent.name)
-def test_links_lead_somewhere(page):
+def test_links_resolve(page):
     for link in re.findall(r"\]\(([^)#]+)[)#]", page.read_text()):
         assert link.startswith("https://") or (page.parent / link).exists(), link

@@ -94,7 +94,7 @@ def test_omni_round_trip(omni, tmp_path):
     assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
 
 
-def test_tied_output(thinker, tmp_path):
+def test_tied_output_embedding(thinker, tmp_path):
     """A checkpoint whose config says so has no output matrix of its own, and stays so; else the matrix is missing."""
     folder = edited(thinker, tmp_path / "tied", lambda tensors: tensors.pop("lm_head.weight"))
     with pytest.raises(InputError, match=r"'lm_head\.weight' is missing"):
@@ -108,7 +108,7 @@ def test_tied_output(thinker, tmp_path):
     load_reference(tmp_path / "back")
 
 
-def test_dtype_and_step(thinker, tmp_path):
+def test_to_hf_with_dtype_and_step(thinker, tmp_path):
     convert.from_hf(thinker, tmp_path / "run")
     steps = tmp_path / "run" / "checkpoints"
     shutil.copytree(steps / "0", steps / "7")
@@ -126,7 +126,7 @@ def test_dtype_and_step(thinker, tmp_path):
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_config_spellings(size, thinker):
+def test_config_is_parsed_in_every_spelling(size, thinker):
     """Ours, the published spelling, and transformers 5's (its own file) say the same."""
     assert read_config(config_json(SIZES[size]), tied=False) == SIZES[size]
     assert read_config({"model_type": "qwen2_5_omni", "thinker_config": config_json(SIZES[size])}, False) == SIZES[size]
@@ -171,7 +171,7 @@ def test_mixed_dtypes_of_a_stack_are_refused(thinker, tmp_path):
     assert not list(tmp_path.glob("run*"))
 
 
-def test_doubled_tensor_and_lying_index(omni, tmp_path):
+def test_duplicate_tensor_and_wrong_index_are_refused(omni, tmp_path):
     shutil.copytree(omni, tmp_path / "hf")
     index = tmp_path / "hf" / "model.safetensors.index.json"
     stated = json.loads(index.read_text())
@@ -200,14 +200,14 @@ def test_doubled_tensor_and_lying_index(omni, tmp_path):
         ("config.json", "[]", "not an object"),
     ],
 )
-def test_code_and_strangers_are_refused(thinker, tmp_path, name, content, reason):
+def test_code_and_other_models_are_refused(thinker, tmp_path, name, content, reason):
     shutil.copytree(thinker, tmp_path / "hf")
     (tmp_path / "hf" / name).write_text(content)
     with pytest.raises(InputError, match=reason):
         open_hf(tmp_path / "hf")
 
 
-def test_existing_target_and_full_disk(thinker, tmp_path, monkeypatch, capsys):
+def test_existing_target_and_full_disk_are_errors(thinker, tmp_path, monkeypatch, capsys):
     (tmp_path / "there").mkdir()
     assert main(["convert", "from-hf", str(thinker), str(tmp_path / "there")]) == 2
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(100, 90, 10))
@@ -215,7 +215,7 @@ def test_existing_target_and_full_disk(thinker, tmp_path, monkeypatch, capsys):
     assert "free" in capsys.readouterr().err
 
 
-def test_each_layer_is_read_alone(thinker, tmp_path):
+def test_one_layer_is_in_memory_at_a_time(thinker, tmp_path):
     """On disk no chunk holds two layers of a stack."""
     convert.from_hf(thinker, tmp_path / "run")
     run = open_run(tmp_path / "run")
@@ -227,7 +227,7 @@ def test_each_layer_is_read_alone(thinker, tmp_path):
         np.testing.assert_array_equal(run.read(entry), hf.read(entry))
 
 
-def test_hub_cache_snapshot(thinker, tmp_path):
+def test_convert_from_a_hub_cache_snapshot(thinker, tmp_path):
     """A snapshot of the hub's cache is a folder of links to blobs elsewhere."""
     (tmp_path / "snapshot").mkdir()
     for path in thinker.iterdir():
@@ -254,7 +254,7 @@ sys.exit(main(["convert", "from-hf", *sys.argv[3:]]))
 
 
 @pytest.mark.parametrize(("name", "status"), [("SIGKILL", -9), ("SIGTERM", 75)])
-def test_stopped_conversion(thinker, tmp_path, name, status):
+def test_stopped_conversion_leaves_no_target(thinker, tmp_path, name, status):
     """Stopped in the middle, a conversion leaves no target; the same command then finishes."""
     command = [sys.executable, "-c", KILLED, "40", name, str(thinker), str(tmp_path / "run")]
     assert subprocess.run(command, capture_output=True, check=False).returncode == status
@@ -265,7 +265,7 @@ def test_stopped_conversion(thinker, tmp_path, name, status):
     same(all_tensors(tmp_path / "back"), all_tensors(thinker))
 
 
-def test_folder_in_the_way_is_kept(thinker, tmp_path):
+def test_existing_folder_is_not_deleted(thinker, tmp_path):
     """`.partial` is deleted only where a conversion of ours left it."""
     (tmp_path / "run.partial").mkdir()
     (tmp_path / "run.partial" / "precious").touch()
@@ -275,7 +275,7 @@ def test_folder_in_the_way_is_kept(thinker, tmp_path):
 
 
 @pytest.mark.parametrize("way", ["from-hf", "to-hf"])
-def test_disk_that_fills_up(thinker, tmp_path, way):
+def test_disk_that_fills_up_leaves_no_target(thinker, tmp_path, way):
     """A write that fails is one line and status 1, and nothing half-written keeps the target's name."""
     convert.from_hf(thinker, tmp_path / "whole")
     source = thinker if way == "from-hf" else tmp_path / "whole"
@@ -291,7 +291,7 @@ def test_disk_that_fills_up(thinker, tmp_path, way):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["whole"]
 
 
-def test_damaged_run(thinker, tmp_path):
+def test_damaged_run_is_refused(thinker, tmp_path):
     with pytest.raises(InputError, match="nowhere: no such folder"):
         convert.to_hf(tmp_path / "nowhere", tmp_path / "back")
     (tmp_path / "empty").mkdir()
@@ -310,7 +310,7 @@ def test_damaged_run(thinker, tmp_path):
     assert not (tmp_path / "back").exists()
 
 
-def test_pieces_in_memory_are_bounded(tmp_path, monkeypatch):
+def test_chunks_in_memory_are_bounded(tmp_path, monkeypatch):
     """However many leaves Orbax writes at once; and its own restore reads what was written."""
     alive, most = [0], [0]
     monkeypatch.setattr(orbax, "WRITE_BYTES", 2 * 30 * 40 * 4)
@@ -357,7 +357,7 @@ def test_pieces_in_memory_are_bounded(tmp_path, monkeypatch):
         ("vision_config", "out_hidden_size", 65),
     ],
 )
-def test_wrong_configs_are_told(section, field, value):
+def test_invalid_configs_are_named(section, field, value):
     config = config_json(TINY)
     config[section] = config[section] | {field: value}
     with pytest.raises(InputError, match=r"config\.json"):

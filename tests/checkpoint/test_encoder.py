@@ -35,7 +35,7 @@ def write_bert(folder, pooling=None, **fields):
 
 
 @pytest.mark.parametrize("pooling", [None, MEAN, FIRST])
-def test_vectors_are_the_references(tmp_path, pooling):
+def test_vectors_equal_the_reference(tmp_path, pooling):
     model = write_bert(tmp_path, pooling)
     config, params = read_encoder(tmp_path)
     assert (config.width, config.layers, config.heads, config.positions) == (48, 2, 4, 32)
@@ -51,7 +51,7 @@ def test_vectors_are_the_references(tmp_path, pooling):
     np.testing.assert_array_equal(vectors[3], 0)
 
 
-def test_a_model_with_heads_is_read_for_its_body(tmp_path):
+def test_encoder_is_loaded_from_a_model_with_heads(tmp_path):
     from safetensors.numpy import load_file, save_file
 
     write_bert(tmp_path)
@@ -112,7 +112,7 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("how", BROKEN)
-def test_what_is_not_one_is_refused(tmp_path, how):
+def test_other_models_are_refused(tmp_path, how):
     write_bert(tmp_path, MEAN)
     breaking, message = BROKEN[how]
     breaking(tmp_path)

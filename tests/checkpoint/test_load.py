@@ -75,7 +75,7 @@ def same(ours, theirs):
 
 
 @pytest.mark.parametrize("sizes", [(1, 1, 1), (8, 1, 1), (1, 8, 1), (2, 2, 2)])
-def test_onto_any_mesh(hf, run, sizes):
+def test_load_onto_any_mesh(hf, run, sizes):
     for folder in (hf, run):
         checkpoint = open_checkpoint(folder)
         wanted = like(mesh_of(*sizes))
@@ -87,7 +87,7 @@ def test_onto_any_mesh(hf, run, sizes):
     same(doubled(params), jax.tree.map(lambda x: 2 * x, stacked(checkpoint)))
 
 
-def test_other_dtypes_and_models(hf):
+def test_load_with_other_dtypes_and_models(hf):
     checkpoint = open_checkpoint(hf)
     params = load_sharded(checkpoint, like(mesh_of(1, 2, 2), dtype="bfloat16"))
     same(params, jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), stacked(checkpoint)))
@@ -97,7 +97,7 @@ def test_other_dtypes_and_models(hf):
         load_sharded(checkpoint, wanted)
 
 
-def test_each_process_reads_its_own(hf, run, tmp_path, monkeypatch):
+def test_each_process_reads_only_its_shards(hf, run, tmp_path, monkeypatch):
     """Two processes of two devices over fsdp: each reads what its devices hold, no tensor twice.
 
     The blocks of a process lie together in the run, not in the other folders. Of files in a bucket it requests no more
@@ -146,7 +146,7 @@ def test_each_process_reads_its_own(hf, run, tmp_path, monkeypatch):
         several(program, 2, 2, hf, run, "gs://bucket/hf")
 
 
-def test_a_bucket_that_fails_is_not_a_damaged_checkpoint(run):
+def test_storage_failure_is_not_reported_as_damage(run):
     """Tensorstore raises ValueError for both."""
     checkpoint = open_checkpoint(run)
     entry = next(iter(checkpoint.entries.values()))
@@ -177,7 +177,7 @@ def trained(folder, params, step=3):
 
 
 @pytest.mark.parametrize("remote", [False, True])
-def test_a_run_is_begun_and_exported(omni, tmp_path, remote, monkeypatch):
+def test_run_is_started_and_exported(omni, tmp_path, remote, monkeypatch):
     """From Hugging Face to a run, from that to another one, and back: all that is not trained comes through."""
     (tmp_path / "root" / "bucket").mkdir(parents=True)
     with gcs.storage_server(tmp_path / "root") as port:
@@ -203,7 +203,7 @@ def test_a_run_is_begun_and_exported(omni, tmp_path, remote, monkeypatch):
 
 
 @pytest.mark.slow
-def test_adapters_are_merged_as_they_are_read(hf, tmp_path):
+def test_adapters_are_merged_on_load(hf, tmp_path):
     lora = Lora(rank=4, alpha=8.0)
     config = dataclasses.replace(TINY, text=dataclasses.replace(TINY.text, lora=lora))
     wanted = like(mesh_of(1, 2, 2), config)

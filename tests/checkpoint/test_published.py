@@ -70,7 +70,7 @@ def loaded(cls, folder: Path):
 
 
 @pytest.mark.slow
-def test_published_form_from_the_hub_and_back(published, tmp_path, monkeypatch):
+def test_published_checkpoint_round_trip_from_the_hub(published, tmp_path, monkeypatch):
     """Every tensor and side file comes back to the bit, and transformers' thinker and whole-model class load it."""
     names = json.loads((published / "model.safetensors.index.json").read_text())["weight_map"]
     assert len(names) == 1346
@@ -105,7 +105,7 @@ def test_published_form_from_the_hub_and_back(published, tmp_path, monkeypatch):
         assert torch.equal(value, whole.thinker.state_dict()[name]), name
 
 
-def test_training_keeps_the_habits_of_its_checkpoint(tmp_path):
+def test_training_keeps_the_prompt_settings_of_its_checkpoint(tmp_path):
     """A run samples clips as its data does, and prompts as its checkpoint; both are in the run's `reading.json`."""
     folder = write_published(tmp_path / "hf", SHALLOW)
     stated = {"fps": 1.0, "media_first": False, "prompt": "Why?", "segment_seconds": 20}
@@ -148,7 +148,7 @@ def read_in_rounds(proxy: Proxy, read: Callable[[], Any], more: int = 1) -> Any:
     return value
 
 
-def test_files_in_a_bucket_are_read_at_the_speed_of_the_connection(tmp_path, monkeypatch):
+def test_reads_from_a_bucket_use_the_full_bandwidth(tmp_path, monkeypatch):
     """A request a tensor, 32 at a time, for every way of loading."""
     published = write_published(tmp_path / "hf", SHALLOW)
     names = json.loads((published / "model.safetensors.index.json").read_text())["weight_map"]
@@ -173,7 +173,7 @@ def test_files_in_a_bucket_are_read_at_the_speed_of_the_connection(tmp_path, mon
 
 
 @pytest.mark.slow
-def test_a_run_in_a_bucket_is_exported_at_the_speed_of_the_connection(published, exported, tmp_path, monkeypatch):
+def test_export_from_a_bucket_uses_the_full_bandwidth(published, exported, tmp_path, monkeypatch):
     """A request a layer and some for the index, 32 at a time."""
     with proxied_bucket(tmp_path / "buckets", monkeypatch) as proxy:
         folder = uploaded(exported, "run")
@@ -187,7 +187,7 @@ def test_a_run_in_a_bucket_is_exported_at_the_speed_of_the_connection(published,
 
 
 @pytest.mark.slow
-def test_from_the_hub_to_a_bucket_and_back(published, tmp_path, monkeypatch):
+def test_round_trip_from_the_hub_to_a_bucket(published, tmp_path, monkeypatch):
     """All 1,346 tensors; of the other files, those that a checkpoint needs."""
     with hub_server(tmp_path / "home", monkeypatch) as hub, proxied_bucket(tmp_path / "buckets", monkeypatch):
         hub.add(NAME, published)
@@ -201,7 +201,7 @@ def test_from_the_hub_to_a_bucket_and_back(published, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_from_the_hub_through_training_to_transformers(tmp_path, monkeypatch):
+def test_hub_checkpoint_is_trained_and_loaded_by_transformers(tmp_path, monkeypatch):
     """`sft --init ORG/NAME`, a GRPO step from it, `to-hf`, and the thinker class loads what was trained."""
     with hub_server(tmp_path / "home", monkeypatch) as hub:
         hub.add(NAME, write_published(tmp_path / "hf", SHALLOW))
@@ -218,7 +218,7 @@ def test_from_the_hub_through_training_to_transformers(tmp_path, monkeypatch):
 
 
 @pytest.mark.soak
-def test_a_caption_with_every_tensor(published, tmp_path, monkeypatch, capsys):
+def test_caption_with_every_tensor_of_the_checkpoint(published, tmp_path, monkeypatch, capsys):
     """`caption` by the public name at a revision, with all 1,346 tensors."""
     assert main(["world", str(tmp_path / "world"), "--clips", "1", "--seed", "0", "--level", "0"]) == 0
     clip = next((tmp_path / "world").rglob("*.mp4"))
@@ -231,7 +231,7 @@ def test_a_caption_with_every_tensor(published, tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.soak
-def test_training_with_every_tensor(published, tmp_path, monkeypatch):
+def test_training_with_every_tensor_of_the_checkpoint(published, tmp_path, monkeypatch):
     """`sft` from the public name, a GRPO step, `to-hf`, with all 1,346 tensors: both classes load the result."""
     with hub_server(tmp_path / "home", monkeypatch) as hub:
         hub.add(NAME, published)
@@ -250,7 +250,7 @@ def test_training_with_every_tensor(published, tmp_path, monkeypatch):
     assert not any("visual.blocks" in name for name in moved)
 
 
-def test_caption_command_takes_the_published_form(tmp_path, monkeypatch, capsys):
+def test_caption_command_loads_the_published_checkpoint(tmp_path, monkeypatch, capsys):
     """`caption` by a public name, pinned, with prompts of a file; fewer layers compile faster."""
     assert main(["world", str(tmp_path / "world"), "--clips", "1", "--seed", "0", "--level", "0"]) == 0
     clip = next((tmp_path / "world").rglob("*.mp4"))

@@ -85,7 +85,7 @@ def load_file_names(folder: Path) -> list[str]:
     return [name for name in names if "audio_bos_eos" not in name]
 
 
-def test_tokenizer_alone(hub):
+def test_tokenizer_downloads_no_weights(hub):
     folder = tokenizer_folder(NAME)
     assert (folder / "tokenizer.json").is_file()
     assert set(hub.fetched()) <= set(references.TOKENIZER)
@@ -102,7 +102,7 @@ def test_revision_is_pinned(hub, published):
     assert Path(located(NAME)).name == new
 
 
-def test_a_run_keeps_its_commit(hub, published, tmp_path):
+def test_run_stays_at_its_commit(hub, published, tmp_path):
     repo = hub.repos["models", NAME]
     old = repo.refs["main"]
     begin_run(NAME, tmp_path / "run")
@@ -113,7 +113,7 @@ def test_a_run_keeps_its_commit(hub, published, tmp_path):
     assert references.pinned(NAME, str(tmp_path / "new")) == NAME
 
 
-def test_a_run_begun_from_the_hub_has_the_files_that_are_only_copied(hub, tmp_path):
+def test_run_from_the_hub_has_the_copied_side_files(hub, tmp_path):
     """They are of the commit that was opened, although the branch has moved since."""
     repo = hub.repos["models", NAME]
     files = repo.commits[repo.refs["main"]]
@@ -126,7 +126,7 @@ def test_a_run_begun_from_the_hub_has_the_files_that_are_only_copied(hub, tmp_pa
     assert (tmp_path / "run/hf/LICENSE").read_bytes() == b"terms"
 
 
-def test_local_folder_wins(hub, published, tmp_path, monkeypatch):
+def test_local_folder_takes_precedence_over_the_hub(hub, published, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     good = [name for name in os.listdir(published) if name.endswith((".json", "00003.safetensors"))]
     (tmp_path / NAME).mkdir(parents=True)
@@ -167,7 +167,7 @@ def test_interrupted_download_resumes(hub, published, tmp_path, monkeypatch):
     assert blob.read_bytes() == data
 
 
-def test_processes_that_share_a_cache_download_once(hub):
+def test_processes_sharing_a_cache_download_once(hub):
     """The hosts of a pod that share a disk, at the same moment; the downloads take a while."""
     hub.faults = lambda request: time.sleep(0.3 * (request.origin == "cdn")) or ""
     command = [sys.executable, "-c", f"from avocado_jax.checkpoint.references import located; print(located({NAME!r}))"]
@@ -194,7 +194,7 @@ def test_damaged_download_is_refused(hub, tmp_path):
     assert blob.is_file()
 
 
-def test_offline(hub, monkeypatch):
+def test_offline_mode_uses_the_cache(hub, monkeypatch):
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
@@ -228,7 +228,7 @@ def test_offline(hub, monkeypatch):
         ("no head", 2, "'lm_head.weight' is missing"),
     ],
 )
-def test_each_error_is_one_line(hub, published, tmp_path, monkeypatch, capfd, case, status, reason):
+def test_hub_and_storage_errors_are_one_line(hub, published, tmp_path, monkeypatch, capfd, case, status, reason):
     repo, reference = hub.repos["models", NAME], NAME
     files = repo.commits[repo.refs["main"]]
     if case == "missing":
@@ -290,7 +290,7 @@ def test_token_is_sent_to_the_hub_only(hub, monkeypatch):
 
 
 @pytest.mark.slow
-def test_buckets(hub, published, tmp_path, monkeypatch):
+def test_references_in_buckets(hub, published, tmp_path, monkeypatch):
     """From the hub to a run in a bucket, to Hugging Face format in a bucket, which is read by ranges."""
     theirs = load_params(open_checkpoint(NAME), "float32")
     with proxied_bucket(tmp_path / "buckets", monkeypatch) as proxy:
@@ -337,7 +337,7 @@ def flat(tree):
 
 
 @pytest.mark.slow
-def test_interrupted_conversion_to_a_bucket(published, tmp_path, monkeypatch):
+def test_interrupted_conversion_to_a_bucket_leaves_no_run(published, tmp_path, monkeypatch):
     for name in ("modeling.py", "pytorch_model.bin", "consolidated.safetensors"):
         assert (published / name).is_file()
     clean = tmp_path / "hf"
@@ -366,7 +366,7 @@ def test_interrupted_conversion_to_a_bucket(published, tmp_path, monkeypatch):
             from_hf(clean, "gs://bucket/precious")
 
 
-def test_push_and_push_again(hub, published, tmp_path, monkeypatch, capfd):
+def test_push_can_be_repeated(hub, published, tmp_path, monkeypatch, capfd):
     from_hf(NAME, tmp_path / "run")
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     push = ["convert", "to-hf", str(tmp_path / "run"), str(tmp_path / "hf"), "--push", "ORG/mine"]

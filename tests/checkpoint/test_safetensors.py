@@ -25,7 +25,7 @@ def tensors():
     return out | {"scalar": np.array(2.5, np.float32), "empty": np.zeros((0, 4), np.float32)}
 
 
-def test_reads_what_the_library_writes(tmp_path):
+def test_reads_files_of_the_library(tmp_path):
     written = {name: value for name, value in tensors().items() if not name.startswith("F8")}
     save_file(written, tmp_path / "a.safetensors", metadata={"format": "pt"})
     found = read_header(tmp_path / "a.safetensors")
@@ -35,7 +35,7 @@ def test_reads_what_the_library_writes(tmp_path):
     np.testing.assert_array_equal(found["F32"].read(slice(1, 3)), written["F32"][1:3])
 
 
-def test_library_reads_what_we_write(tmp_path):
+def test_library_reads_our_files(tmp_path):
     values = {name: value for name, value in tensors().items() if not name.startswith("F8")}  # not in numpy
     specs = [Spec(name, value.dtype, value.shape) for name, value in values.items()]
     # A tensor comes whole or in pieces of rows; an empty one not at all.
@@ -59,7 +59,7 @@ def test_shards_and_index(tmp_path):
         assert load_file(tmp_path / index["weight_map"][f"t{i}"])[f"t{i}"][0] == i
 
 
-def test_values_that_do_not_fit_are_refused(tmp_path):
+def test_arrays_of_another_dtype_are_refused(tmp_path):
     with pytest.raises(ValueError, match="do not fit"):
         write_shards(
             tmp_path, [Spec("a", np.dtype(np.float32), (2,))], iter([np.zeros(2, ml_dtypes.bfloat16), np.zeros(9)])
@@ -97,14 +97,14 @@ def entry(dtype="F32", shape=(2,), offsets=(0, 8)):
         (b"[" * 100_000, "header"),
     ],
 )
-def test_bad_headers(tmp_path, header, reason):
+def test_invalid_headers_are_refused(tmp_path, header, reason):
     with pytest.raises(InputError, match=reason) as error:
         read_header(header_file(tmp_path / "x.safetensors", header))
     assert "x.safetensors" in str(error.value)
 
 
 @pytest.mark.parametrize("content", [b"", b"\x00", bytes(8) + b"", (2**60).to_bytes(8, "little") + b"{}"])
-def test_cut_short(tmp_path, content):
+def test_truncated_files_are_refused(tmp_path, content):
     (tmp_path / "x.safetensors").write_bytes(content)
     with pytest.raises(InputError):
         read_header(tmp_path / "x.safetensors")
@@ -114,7 +114,7 @@ def test_cut_short(tmp_path, content):
     max_examples=300, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(removed=st.integers(0, 400), flips=st.lists(st.tuples(st.integers(0, 399), st.integers(0, 255)), max_size=6))
-def test_damaged_files_are_refused_or_read(tmp_path, removed, flips):
+def test_damaged_files_are_refused_or_valid(tmp_path, removed, flips):
     path = tmp_path / "x.safetensors"
     save_file({"a": np.arange(6, dtype=np.float32).reshape(2, 3), "b": np.zeros(5, np.int8)}, path)
     content = bytearray(path.read_bytes())

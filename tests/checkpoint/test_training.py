@@ -104,7 +104,7 @@ def checkpoints(tmp_path):
     made.close()
 
 
-def test_any_mesh_to_any_other(checkpoints):
+def test_restore_from_any_mesh_to_any_other(checkpoints):
     save(checkpoints, 3, mesh_of(8, 1, 1))
     checkpoints.wait()
     for sizes in ((1, 4, 2), (1, 1, 1), (2, 2, 2)):
@@ -115,7 +115,7 @@ def test_any_mesh_to_any_other(checkpoints):
     restores(checkpoints, 4, mesh_of(1, 1, 1))
 
 
-def test_what_is_saved_may_be_donated(checkpoints):
+def test_arrays_may_be_donated_during_a_save(checkpoints):
     """The next step runs, in the same buffers, while the save goes on."""
     step = jax.jit(lambda tree: jax.tree.map(lambda x: x * 0, tree), donate_argnums=0)
     params, rest = (placed(tree, mesh_of(1, 4, 2)) for tree in values(1, rows=20_000))
@@ -128,7 +128,7 @@ def test_what_is_saved_may_be_donated(checkpoints):
     same((params, rest), values(1, rows=20_000))
 
 
-def test_newest_and_best_are_kept(tmp_path):
+def test_newest_and_best_checkpoints_are_kept(tmp_path):
     run = tmp_path / "run"
     for first in (1, 4):  # a run goes on where another process left it
         checkpoints = Checkpoints(run, keep=2)
@@ -140,7 +140,7 @@ def test_newest_and_best_are_kept(tmp_path):
     restores(Checkpoints(run, keep=2), 2)
 
 
-def test_a_saved_step_stays(checkpoints):
+def test_saved_step_is_not_overwritten(checkpoints):
     save(checkpoints, 5)
     params, rest = (placed(tree, mesh_of(1, 1, 1)) for tree in values(6))
     checkpoints.save(5, params, rest, {})
@@ -163,7 +163,7 @@ def test_checkpoint_of_another_model_is_refused(checkpoints):
         checkpoints.restore(1, params, rest)
 
 
-def test_disk_full(tmp_path):
+def test_save_to_a_full_disk_keeps_earlier_checkpoints(tmp_path):
     """The write that fails is told in one line at the next call; what was saved before is whole, saving goes on."""
     checkpoints = Checkpoints(tmp_path / "run", keep=1)
     save(checkpoints, 1)
@@ -188,7 +188,7 @@ def test_disk_full(tmp_path):
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["2"]
 
 
-def test_disk_too_full_to_begin(tmp_path, monkeypatch):
+def test_start_on_a_full_disk_is_a_one_line_error(tmp_path, monkeypatch):
     """A save that cannot fit is not begun: what is there is told, and stays."""
     checkpoints = Checkpoints(tmp_path / "run", keep=1)
     save(checkpoints, 1)
@@ -210,7 +210,7 @@ from test_training import *
 """
 
 
-def test_killed_at_any_moment(tmp_path):
+def test_save_killed_at_any_moment_is_restorable(tmp_path):
     """SIGKILL while steps are saved one after the other: the newest finished one is whole, and saving goes on."""
     program = """
     checkpoints = Checkpoints(sys.argv[1], keep=2)
@@ -252,7 +252,7 @@ def bucket(proxy):
     return "gs://bucket"
 
 
-def test_bucket(bucket, tmp_path):
+def test_checkpoints_in_a_bucket(bucket, tmp_path):
     run = f"{bucket}/runs/a"
     checkpoints = Checkpoints(run, keep=1)
     assert checkpoints.latest() is None
@@ -278,7 +278,7 @@ def test_bucket(bucket, tmp_path):
 BUCKETS_GET = "gs://bucket: no storage.buckets.get permission; grant roles/storage.legacyBucketReader beside"
 
 
-def test_bucket_metadata_is_needed_from_the_second_save_on(proxy, bucket):
+def test_second_save_needs_bucket_metadata(proxy, bucket):
     """Why the start-up check reads it: Orbax does when it deletes a step and when it opens a folder with steps."""
     proxy.denied = {"storage.buckets.get"}
     checkpoints = Checkpoints(f"{bucket}/run", keep=1)
@@ -292,7 +292,7 @@ def test_bucket_metadata_is_needed_from_the_second_save_on(proxy, bucket):
         Checkpoints(f"{bucket}/run", keep=1)
 
 
-def test_a_refused_or_failing_listing_is_not_an_empty_run(proxy, bucket, monkeypatch):
+def test_failed_listing_is_not_an_empty_run(proxy, bucket, monkeypatch):
     """A run that took it for one would start again from step 0."""
     checkpoints = Checkpoints(f"{bucket}/listing", keep=1)  # gcsfs keeps listings of other tests' folders
     save(checkpoints, 1)
@@ -310,7 +310,7 @@ def test_a_refused_or_failing_listing_is_not_an_empty_run(proxy, bucket, monkeyp
     assert checkpoints.latest() == 1
 
 
-def test_errors_of_storage_libraries(monkeypatch):
+def test_storage_library_errors_become_storage_errors(monkeypatch):
     """Each is one line: an InputError if a retry cannot help, an OSError if it may."""
     monkeypatch.setattr(gc, "collect", lambda: 0)  # takes long in a process with so many modules
     monkeypatch.setattr(Checkpoints, "_manager", lambda self: None)
@@ -346,7 +346,7 @@ def test_errors_of_storage_libraries(monkeypatch):
             assert "\n" not in str(raised.value)
 
 
-def test_other_errors_pass_through_a_save(monkeypatch):
+def test_other_errors_of_a_save_are_raised_unchanged(monkeypatch):
     """A lost peer or a device without memory is not a storage fault: its own status decides about a restart."""
     monkeypatch.setattr(Checkpoints, "_manager", lambda self: None)
     checkpoints = Checkpoints("gs://b/run", keep=1)
@@ -365,7 +365,7 @@ def test_other_errors_pass_through_a_save(monkeypatch):
 
 
 @pytest.mark.slow
-def test_several_processes(tmp_path):
+def test_save_and_restore_with_several_processes(tmp_path):
     """Saved by two processes of two devices, restored by one of four, and the other way round."""
     write = """
     checkpoints = Checkpoints(sys.argv[1], keep=2)

@@ -24,7 +24,7 @@ PAPER = str(ROOT / "configs" / "grpo_7b.py")
 ARMS = ["--arm", "before=init", "--arm", "more=sft", "--arm", "R_L=length", "--arm", "R_L + R_D=length,dialogue:0.5"]
 
 
-def test_the_jobs_of_the_papers_arms(capsys):
+def test_jobs_of_the_papers_arms(capsys):
     options = ["--configs", "--seeds", "2", "--out", "gs://b/out", "--init", "gs://b/sft", "--data.train", "gs://b/d"]
     assert main(["ablate", PAPER, *options]) == 0
     jobs = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
@@ -49,7 +49,7 @@ def shortness(captions, references):
     return [1 / len(caption) if caption else None for caption in captions]
 
 
-def test_an_arm_with_a_users_term(capsys):
+def test_arm_with_a_users_term(capsys):
     """Arms without it have no other: not that of the config either."""
     arms = ["--arm", "R_L=length", "--arm", "mine=length:0.5,host:test_ablate_command:shortness=2"]
     given = ["--rewards.extra", "host:module:other"]
@@ -62,7 +62,7 @@ def test_an_arm_with_a_users_term(capsys):
     ]
 
 
-def test_means_of_a_users_terms_are_metrics_of_every_run():
+def test_means_of_users_terms_are_logged_in_every_run():
     terms = load_terms(["host:test_ablate_command:shortness"], TERMS)
     config = load(str(ROOT / "configs" / "grpo_world.py"), ["--data.heldout", "world:0:test:1:3"])
     names = open_source(config.data.heldout, config.data)[0].index.ids
@@ -71,7 +71,7 @@ def test_means_of_a_users_terms_are_metrics_of_every_run():
     assert [one["metrics"] for one in runs] == [{"order": 0.5, "shortness": 0.375}, {"order": 0.5, "shortness": 0.5}]
 
 
-def test_bad_input_is_one_line(capsys, tmp_path):
+def test_invalid_input_is_a_one_line_error(capsys, tmp_path):
     out = ["--out", str(tmp_path)]
     for options, why in (
         ([str(ROOT / "configs" / "sft_7b.py"), *out], "ablate takes a GrpoConfig"),
@@ -90,7 +90,7 @@ def test_bad_input_is_one_line(capsys, tmp_path):
 
 
 @pytest.mark.soak  # fourteen runs
-def test_killed_and_finished(tmp_path):
+def test_killed_ablation_resumes(tmp_path):
     """Arms of a tiny model, killed in the middle of one: the same table as undisturbed, and nothing done twice."""
     script = ROOT / "launch" / "random_checkpoint.py"
     subprocess.run([sys.executable, script, tmp_path / "init", "--size", "tiny"], check=True, capture_output=True)

@@ -81,7 +81,7 @@ def names(inputs, **options):
     return [clip.name for clip in list_clips([str(one) for one in inputs], **options)]
 
 
-def test_inputs(clips, tmp_path, monkeypatch):
+def test_list_inputs(clips, tmp_path, monkeypatch):
     found = [str(clips / name) for name in ("a silent.mp4", "broken.mp4", "c.mkv", "b/plain.mp4")]
     assert names([clips]) == found
     assert names([f"{clips}/**/*.mp4"]) == sorted(name for name in found if name.endswith("mp4"))
@@ -104,7 +104,7 @@ def test_inputs(clips, tmp_path, monkeypatch):
             list_clips([str(tmp_path / nothing)])
 
 
-def test_a_folder_of_many_names_is_listed_once(tmp_path, monkeypatch):
+def test_large_folder_is_listed_once(tmp_path, monkeypatch):
     for number in range(300):
         (tmp_path / f"{number}.mp4").touch()
     monkeypatch.setattr(Path, "stat", None)  # no request a name
@@ -112,7 +112,7 @@ def test_a_folder_of_many_names_is_listed_once(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("stop", [0, pytest.param(3, marks=pytest.mark.slow)])
-def test_a_stopped_run_ends_with_the_same_bytes(clips, tmp_path, stub, capsys, stop):
+def test_stopped_run_resumes_to_the_same_bytes(clips, tmp_path, stub, capsys, stop):
     """Each occurrence once, in input order, errors among the captions; the given options are those of the first."""
     given = [clips, clips / "b" / "plain.mp4", "--checkpoint", os.fspath(SHIPPED), "--seed", "7"]
     run(*given, "--out", tmp_path / "undisturbed.jsonl")
@@ -138,7 +138,7 @@ def test_a_stopped_run_ends_with_the_same_bytes(clips, tmp_path, stub, capsys, s
     assert "temperature 0.0 (now 0.5)" in capsys.readouterr().err
 
 
-def test_shards_and_failed_clips(clips, tmp_path, stub, capsys, monkeypatch):
+def test_captions_of_shards_and_failed_clips(clips, tmp_path, stub, capsys, monkeypatch):
     """Two shards are one run; failed clips are captioned again only on request."""
     given = [clips, "--checkpoint", os.fspath(SHIPPED), "--ids"]
     for shard in ("0/2", "1/2"):
@@ -169,7 +169,7 @@ def test_shards_and_failed_clips(clips, tmp_path, stub, capsys, monkeypatch):
     assert len(stub.runs) == before + 1
 
 
-def test_a_bucket(clips, tmp_path, stub, monkeypatch, capsys):
+def test_captions_to_a_bucket(clips, tmp_path, stub, monkeypatch, capsys):
     """From and to a bucket, with faults of the server and a kill between two appends: the bytes of a local run."""
     (tmp_path / "root" / "bucket").mkdir(parents=True)
     monkeypatch.setattr(appended, "INTERVAL", 0.0)
@@ -206,7 +206,7 @@ def test_a_bucket(clips, tmp_path, stub, monkeypatch, capsys):
             storage._client.cache_clear()
 
 
-def test_an_append_whose_answer_is_lost_happens_once(tmp_path, monkeypatch):
+def test_append_with_a_lost_response_happens_once(tmp_path, monkeypatch):
     (tmp_path / "bucket").mkdir()
     with storage_server(tmp_path) as port:
         proxy = Proxy(port)
@@ -226,7 +226,7 @@ def test_an_append_whose_answer_is_lost_happens_once(tmp_path, monkeypatch):
             storage._client.cache_clear()
 
 
-def test_shard():
+def test_shard_numbers_are_detected():
     assert parse_shard(None) == (0, 1)
     assert parse_shard("2/3") == (2, 3)
     for wrong in ("3/3", "x", "1", "-1/3", "1/2/3"):
@@ -270,7 +270,7 @@ def test_options_reach_the_engine(clips, tmp_path, stub, monkeypatch):
     assert (alone._slots, alone.mesh, alone.captioner.reading.align_sound) == (3, None, True)
 
 
-def test_the_mesh_of_a_host(monkeypatch):
+def test_mesh_of_a_host(monkeypatch):
     """The fewest devices a replica that leave room for caches; CPU devices share one machine."""
     assert captioning_mesh(10**12) is None
     monkeypatch.setattr("avocado_jax.eval.captioner.make_mesh", lambda *sizes, devices: (*sizes, len(devices)))
@@ -289,12 +289,12 @@ def test_the_mesh_of_a_host(monkeypatch):
         captioning_mesh(1, (2, 1))
 
 
-def test_results_are_put_in_order():
+def test_results_are_reordered():
     results = [([Segment(number, ClipSource(""))], number) for number in (7, 2, 9, 4)]
     assert [made for _, made in command._in_order(iter(results), [2, 4, 7, 9])] == [2, 4, 7, 9]
 
 
-def test_occurrences_of_a_clip(tmp_path):
+def test_repeated_clips_are_counted_per_occurrence(tmp_path):
     """Each line stands for one occurrence."""
     (tmp_path / "out.jsonl").write_text('{"clip": "a", "caption": ""}\n{"clip": "a", "error": ""}\n{"clip": "b"}\n')
     options = {"batch": None}
@@ -305,7 +305,7 @@ def test_occurrences_of_a_clip(tmp_path):
         assert [files.take(clip) for clip in "aab"] == [True, False, True]
 
 
-def test_storage_that_fails_is_no_verdict_on_a_clip(clips, tmp_path, stub, monkeypatch):
+def test_storage_failures_do_not_mark_clips_as_failed(clips, tmp_path, stub, monkeypatch):
     """The run ends with 1, and the clip is captioned at the next start."""
 
     def read(*_):
@@ -320,7 +320,7 @@ def test_storage_that_fails_is_no_verdict_on_a_clip(clips, tmp_path, stub, monke
     assert "caption" in lines(out)[0]
 
 
-def test_many_failures_in_a_row_stop_the_run(clips, tmp_path, stub, monkeypatch, capsys):
+def test_consecutive_failures_stop_the_run(clips, tmp_path, stub, monkeypatch, capsys):
     """More than half of the last four, unless --max-failed allows it; what was written stays."""
     monkeypatch.setattr(command, "RECENT", 4)
     out, missing = tmp_path / "out.jsonl", [f"{number}.mp4" for number in range(6)]
@@ -339,7 +339,7 @@ def test_many_failures_in_a_row_stop_the_run(clips, tmp_path, stub, monkeypatch,
     run(*given, "--max-failed", "1.5", status=2)
 
 
-def test_programs_are_announced_and_kept(clips, tmp_path, stub, monkeypatch, capsys):
+def test_compiled_programs_are_logged_and_cached(clips, tmp_path, stub, monkeypatch, capsys):
     """With more than one clip, each before its first use. The folder is the user's."""
     kept = []
     monkeypatch.setattr("avocado_jax.eval.captioner.use_user_cache", lambda: kept.append(1))
@@ -359,7 +359,7 @@ def test_programs_are_announced_and_kept(clips, tmp_path, stub, monkeypatch, cap
     assert kept == [1, 1]
 
 
-def test_the_folder_of_compiled_programs(tmp_path, monkeypatch):
+def test_folder_of_compiled_programs(tmp_path, monkeypatch):
     """Below XDG_CACHE_HOME or the home; none if it cannot be written."""
     used = []
     monkeypatch.setattr(compiled, "use_cache", used.append)
@@ -375,7 +375,7 @@ def test_the_folder_of_compiled_programs(tmp_path, monkeypatch):
     assert len(used) == 2
 
 
-def test_missing_files_need_no_model(tmp_path, monkeypatch):
+def test_missing_files_are_reported_before_the_model_loads(tmp_path, monkeypatch):
     """Each gets a line; an empty shard is done."""
     monkeypatch.setattr(command, "load_captioner", None)
     out = tmp_path / "out.jsonl"

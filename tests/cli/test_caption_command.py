@@ -102,7 +102,7 @@ def caption(*arguments, expect=0):
     return [json.loads(line) for line in done.stdout.splitlines()], done.stderr
 
 
-def test_real_clip_is_captioned_as_the_reference_does(checkpoint):
+def test_caption_of_a_real_clip_equals_the_reference(checkpoint):
     """The issue's own command line, on Big Buck Bunny with its sound."""
     options = ("--dtype", "float32", "--temperature", 0, "--max-new-tokens", 24, "--json")
     (made,), errors = caption(REAL, "--checkpoint", checkpoint, *options)
@@ -116,7 +116,7 @@ def test_real_clip_is_captioned_as_the_reference_does(checkpoint):
     assert errors == ""
 
 
-def test_several_clips_runs_and_files(checkpoint, tmp_path, capsys):
+def test_caption_several_clips_from_runs_and_to_files(checkpoint, tmp_path, capsys):
     """Odd clips in one call: each as alone, bad ones reported in their places; a run folder says the same."""
     names = ("portrait.mp4", "no_sound.mp4", "Ünïcode 视频 🎬.mp4")
     clips = [GOOD[name](tmp_path / name) for name in names]
@@ -140,7 +140,7 @@ def test_several_clips_runs_and_files(checkpoint, tmp_path, capsys):
     assert len(capsys.readouterr().err.splitlines()) == 2
 
 
-def test_silence_and_draws(checkpoint, tmp_path, capsys):
+def test_caption_without_sound_and_with_sampling(checkpoint, tmp_path, capsys):
     """--no-audio is the reference without sound; a seed repeats a draw, another changes it."""
     clip = GOOD["plain.mp4"](tmp_path / "plain.mp4")
 
@@ -166,7 +166,7 @@ def test_silence_and_draws(checkpoint, tmp_path, capsys):
     assert prompt_ids.count(STOPS[0]) == made["prompt_ids"].count(STOPS[0])  # what is spelled out stays text
 
 
-def test_stop_ids_are_the_checkpoint_s(checkpoint, tmp_path):
+def test_stop_ids_come_from_the_checkpoint(checkpoint, tmp_path):
     """generation_config.json before the tokenizer; what is no id of the vocabulary is refused."""
     tokenizer = load_words(checkpoint)
     assert stop_ids(checkpoint, tokenizer, 512) == tuple(STOPS)
@@ -179,7 +179,7 @@ def test_stop_ids_are_the_checkpoint_s(checkpoint, tmp_path):
             stop_ids(tmp_path, tokenizer, 512)
 
 
-def test_one_clip_that_fails_late_does_not_take_the_others(checkpoint, tmp_path, monkeypatch, capsys):
+def test_late_failure_of_a_clip_does_not_fail_the_others(checkpoint, tmp_path, monkeypatch, capsys):
     """Whatever happens to a clip after it was read."""
     clips = [str(GOOD[name](tmp_path / name)) for name in ("plain.mp4", "no_sound.mp4")]
     made, silent = Captioner.row, []
@@ -197,7 +197,7 @@ def test_one_clip_that_fails_late_does_not_take_the_others(checkpoint, tmp_path,
     assert "caption" in second
 
 
-def test_a_clip_past_its_deadline_fails(checkpoint, tmp_path, capsys):
+def test_clip_past_its_timeout_fails(checkpoint, tmp_path, capsys):
     clip = str(GOOD["plain.mp4"](tmp_path / "plain.mp4"))
     assert main(["caption", clip, "--checkpoint", str(checkpoint), "--clip-seconds", "1e-6", "--json"]) == 2
     assert json.loads(capsys.readouterr().out)["error"] == f"{clip}: took longer than 1e-06 s"
@@ -226,7 +226,7 @@ def test_a_clip_past_its_deadline_fails(checkpoint, tmp_path, capsys):
         (["x.mp4", "--checkpoint", "{hf}"], "x.mp4: no such file"),
     ],
 )
-def test_mistakes_get_one_line(checkpoint, tmp_path, monkeypatch, capsys, arguments, reason):
+def test_invalid_input_is_a_one_line_error(checkpoint, tmp_path, monkeypatch, capsys, arguments, reason):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(load, "SHIPPED", tmp_path / "none")
     (tmp_path / "here.mp4").write_bytes(b"no video")

@@ -60,7 +60,7 @@ def run(capsys, *arguments, status=0):
     return [json.loads(line) for line in captured.out.splitlines()], captured.err
 
 
-def test_long_clips_are_cut(clips, stub, capsys):
+def test_long_clips_are_segmented(clips, stub, capsys):
     """One request a segment, each with its part of the clip and its draws; a line a clip, in input order."""
     (long, short, broken), _ = run(capsys, clips, "--segments", 2, status=1)
     assert [one["start"] for one in long["segments"]] == [0.0, 2.0, 4.0, 6.0, 8.0]
@@ -80,14 +80,14 @@ def test_long_clips_are_cut(clips, stub, capsys):
     assert same["caption"] == short["caption"]
 
 
-def test_a_segment_that_fails_fails_its_clip(clips, stub, capsys):
+def test_failed_segment_fails_its_clip(clips, stub, capsys):
     stub.failing.add(module.digest(f"{clips / 'a.mp4'}#2") >> 1)
     (long, short, _), _ = run(capsys, clips, "--segments", 2, status=1)
     assert long == {"clip": str(clips / "a.mp4"), "error": f"{clips / 'a.mp4'}: too large"}
     assert "caption" in short
 
 
-def test_a_clip_in_a_bucket_is_copied_once(clips, stub, capsys, monkeypatch, tmp_path):
+def test_clip_in_a_bucket_is_downloaded_once(clips, stub, capsys, monkeypatch, tmp_path):
     """Its copy is there until its last segment is read."""
     copies, real = [], storage.here
 
@@ -117,7 +117,7 @@ def test_warnings_name_the_segment(clips, stub, capsys, monkeypatch):
     assert f"{clips / 'a.mp4'}: warning: dark" in errors
 
 
-def test_lengths_of_segments():
+def test_segment_lengths():
     assert command._segment_lengths(None, Reading()) is None
     assert command._segment_lengths("auto", Reading()) == (60, 100.0)
     assert command._segment_lengths("auto", load_reading(SHIPPED)) == (6, 100.0)
@@ -127,7 +127,7 @@ def test_lengths_of_segments():
 
 
 @pytest.mark.parametrize("given", ["many", "0", "-1", "nan", "inf", ""])
-def test_bad_targets(clips, capsys, given):
+def test_invalid_segment_lengths_are_refused(clips, capsys, given):
     assert main(["caption", str(clips), "--segments", given]) == 2
     assert "--segments" in capsys.readouterr().err
 

@@ -15,7 +15,7 @@ from avocado_jax.sampling import outputs
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 75)])
-def test_a_signal_ends_the_compiler_and_keeps_the_captions(tmp_path, capsys, monkeypatch, number, status):
+def test_signal_ends_the_compiler_and_keeps_the_captions(tmp_path, capsys, monkeypatch, number, status):
     lines, sent, ended, statuses = appended.RemoteLines("gs://bucket/out.jsonl", 0), [], threading.Event(), []
 
     def compiling(*_):
@@ -35,7 +35,7 @@ def test_a_signal_ends_the_compiler_and_keeps_the_captions(tmp_path, capsys, mon
     assert "avocado caption: stopped; the same command resumes\n" in capsys.readouterr().err
 
 
-def test_ctrl_c_while_a_command_is_imported_is_one_line(capsys, monkeypatch):
+def test_ctrl_c_during_imports_prints_one_line(capsys, monkeypatch):
     def importing(name):
         raise KeyboardInterrupt
 

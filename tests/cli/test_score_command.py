@@ -31,7 +31,7 @@ def scored(tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_scores_in_order(tmp_path, scored):
+def test_scores_are_printed_in_order(tmp_path, scored):
     records = [record(make_script(4, index), 2) for index in range(3)]
     full = [
         {
@@ -67,7 +67,7 @@ def test_scores_in_order(tmp_path, scored):
     assert any("dialogue: no reference for 1 of 6" in line for line in err)
 
 
-def test_what_matched_is_told_in_words(scored, monkeypatch):
+def test_explain_describes_the_matches(scored, monkeypatch):
     cached = []
     monkeypatch.setattr("avocado_jax.cli.score.use_user_cache", lambda: cached.append(True))
     caption = 'The red circle says, "Look at the moon." A bell rings softly.'
@@ -89,7 +89,7 @@ def test_what_matched_is_told_in_words(scored, monkeypatch):
 
 
 @pytest.mark.slow
-def test_timing_and_probes_are_fields_of_their_own(scored):
+def test_timing_and_probes_are_separate_fields(scored):
     """On request; `null` without a reference, and what has none is told."""
     events = [{"start": 0, "end": 2}, {"start": 2, "end": 4.5}]
     probe = {"question": "What rings?", "choices": ["a bell", "a horn"], "answer": "a bell"}
@@ -132,7 +132,7 @@ def confused(captions, references):
     raise InputError("no such caption")
 
 
-def test_terms_of_a_user_and_word_weights(scored, tmp_path):
+def test_users_terms_and_word_weights(scored, tmp_path):
     (tmp_path / "idf.jsonl").write_text("".join(json.dumps({"caption": f"A dog {k} barks."}) + "\n" for k in range(40)))
     lines = [
         {"id": "a", "caption": "A dog sleeps! Now!", "reference": {"keypoints": ["A dog sits."]}},
@@ -158,7 +158,7 @@ def test_terms_of_a_user_and_word_weights(scored, tmp_path):
         )
 
 
-def test_a_manifest_has_the_references(tmp_path):
+def test_references_are_read_from_a_manifest(tmp_path):
     """By id or by the name of the video; not by a name that two videos have. A line keeps its own reference."""
     clips = [
         {"id": str(number), "video": video, "caption": f"Caption {number}."}
@@ -173,7 +173,7 @@ def test_a_manifest_has_the_references(tmp_path):
     assert with_reference({"id": "0", "reference": {}}, known)["reference"] == {}
 
 
-def test_texts_that_are_no_unicode(scored):
+def test_invalid_unicode_is_scored(scored):
     """A lone surrogate, as tools write that cut an emoji in half."""
     broken = "Hi \ud83d."
     caption, dialogues = f'A man says, "{broken}"', [{"speaker": "man", "text": broken}]
@@ -199,7 +199,7 @@ def test_texts_that_are_no_unicode(scored):
         ({"id": "a", "caption": "x"}, ["--terms", "probes"], "--judge lexical is not one of lm, remote"),
     ],
 )
-def test_bad_input_is_one_line(scored, line, more, complaint):
+def test_invalid_input_is_a_one_line_error(scored, line, more, complaint):
     status, out, err = scored([line], *more)
     assert (status, out) == (2, [])
     assert len(err) == 1

@@ -30,7 +30,7 @@ def score(capsys, *arguments):
 
 
 @pytest.mark.slow
-def test_an_endpoint_judges(captions, tmp_path, capsys):
+def test_endpoint_as_judge(captions, tmp_path, capsys):
     """Answers are scores and are kept; what is not answered is null, and told with its cause."""
 
     def refuse(number, request):
@@ -57,7 +57,7 @@ def test_an_endpoint_judges(captions, tmp_path, capsys):
         (["--judge", "embedding", "--judge-model", "nowhere"], "no such file"),
     ],
 )
-def test_a_judge_that_is_not_there_is_bad_input(captions, capsys, arguments, message):
+def test_missing_judge_is_bad_input(captions, capsys, arguments, message):
     status, rows, errors = score(capsys, captions, *arguments)
     assert (status, rows) == (2, [])
     assert message in errors.splitlines()[-1]

@@ -63,7 +63,7 @@ def served(monkeypatch):
     return made
 
 
-def test_defaults(served, capsys):
+def test_server_defaults(served, capsys):
     assert main(["serve"]) == 0
     captioner, *rest = served.backend
     assert rest == [2048, 65536, Sampling(0.0)]
@@ -79,7 +79,7 @@ def test_defaults(served, capsys):
     assert capsys.readouterr().err == "avocado serve: avocado at http://127.0.0.1:1234/v1\n"
 
 
-def test_options(served, tmp_path, monkeypatch, capsys):
+def test_server_options(served, tmp_path, monkeypatch, capsys):
     """Each option reaches what it is for."""
     monkeypatch.setenv("SECRET", " word\n")
     options = {
@@ -121,7 +121,7 @@ def test_options(served, tmp_path, monkeypatch, capsys):
     assert "http://[::]:1234/v1" in capsys.readouterr().err
 
 
-def test_a_failed_device_ends_the_command(served):
+def test_failed_device_ends_the_server(served):
     """Its exit status is that of the error, so that a supervisor starts it again or not."""
     served.error = RuntimeError("UNAVAILABLE: gone")
     assert main(["serve"]) == 1
@@ -134,12 +134,12 @@ BAD = """--max-requests 0, --batch 0, --clip-seconds 0, --grace -1, --timeout na
 
 
 @pytest.mark.parametrize("options", BAD.split(","))
-def test_bad_options(served, capsys, options):
+def test_invalid_options_are_refused(served, capsys, options):
     assert main(["serve", *options.split()]) == 2
     assert len(capsys.readouterr().err.splitlines()) == 1
 
 
-def test_an_open_address_is_warned_of(served, capsys):
+def test_public_address_gives_a_warning(served, capsys):
     main(["serve", "--host", "0.0.0.0"])
     assert "no key is needed" in capsys.readouterr().err
     for host in ("localhost", "127.0.0.5", "::1"):
@@ -147,14 +147,14 @@ def test_an_open_address_is_warned_of(served, capsys):
         assert "no key" not in capsys.readouterr().err
 
 
-def test_names_of_models(tmp_path):
+def test_model_name_of_a_reference(tmp_path):
     assert command._name(None) == "avocado"
     assert command._name(f"{tmp_path}/") == tmp_path.name
     assert command._name("gs://bucket/runs/one/") == "one"
     assert command._name("ORG/NAME@main") == "ORG/NAME@main"
 
 
-def test_a_port_that_is_in_use(capsys, monkeypatch, served):
+def test_port_in_use_is_an_error(capsys, monkeypatch, served):
     from avocado_jax.serving.run import serve
 
     monkeypatch.setattr(command, "serve", serve)
@@ -195,7 +195,7 @@ def make_clips(folder, count):
 
 
 @pytest.mark.slow
-def test_captions_are_those_of_caption(tmp_path, capsys):
+def test_served_captions_equal_the_caption_command(tmp_path, capsys):
     """With the shipped captioner, in fp32, greedy: by file and data URL, as a stream, all at once; then SIGTERM."""
     clips = make_clips(tmp_path, 2)
     done = subprocess.run(
@@ -226,7 +226,7 @@ def test_captions_are_those_of_caption(tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_curate_asks_the_shipped_captioner(tmp_path, capsys):
+def test_curate_uses_the_shipped_captioner_as_endpoint(tmp_path, capsys):
     """It cannot write JSON: the clip is rejected for its answers, and no question is without one."""
     (clip,) = make_clips(tmp_path, 1)
     capsys.readouterr()

@@ -33,7 +33,7 @@ def measured(clips, capsys, *options):
     return json.loads(capsys.readouterr().out)["metrics"]
 
 
-def test_it_describes_what_is_seen_and_heard(clips, capsys):
+def test_shipped_captioner_describes_picture_and_sound(clips, capsys):
     both = measured(clips, capsys)
     assert both["event_recall"] >= 0.6
     assert both["dialogue_f1"] >= 0.4
@@ -41,20 +41,20 @@ def test_it_describes_what_is_seen_and_heard(clips, capsys):
 
 
 @pytest.mark.slow
-def test_each_sense_counts(clips, capsys):
+def test_captions_depend_on_picture_and_on_sound(clips, capsys):
     both, deaf, blind = (measured(clips, capsys, *options) for options in ((), ("--no-audio",), ("--no-picture",)))
     assert deaf["dialogue_f1"] < 0.2
     assert blind["event_recall"] < 0.5 * both["event_recall"]
 
 
-def test_it_is_asked_its_own_question_unless_told_otherwise():
+def test_default_question_is_that_of_the_checkpoint():
     default, explicit, other = (
         load_captioner(open_checkpoint(SHIPPED), text, "float32").prompt for text in (None, PROMPTS[0], "What?")
     )
     assert default == explicit != other
 
 
-def test_the_reference_says_the_same_with_its_weights(clips):
+def test_captions_equal_transformers_with_the_same_weights(clips):
     captioner = load_captioner(open_checkpoint(SHIPPED), None, "float32")
     paths = [clips.parent / json.loads(line)["video"] for line in clips.read_text().splitlines()[:3]]
     media = [read_media(path, captioner.reading) for path in paths]

@@ -91,7 +91,7 @@ def mutated(rng, answer):
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_two_hundred_spoilt_answers_are_read_rightly_or_refused(stage):
+def test_corrupted_answers_are_parsed_correctly_or_refused(stage):
     answer, read, meant = STAGES[stage]
     rng, right, refused = random.Random(stage), 0, 0
     assert read(json.dumps(answer)) == meant
@@ -110,7 +110,7 @@ def test_two_hundred_spoilt_answers_are_read_rightly_or_refused(stage):
 
 
 @given(st.text(max_size=60))
-def test_no_text_breaks_a_reader(text):
+def test_parsers_accept_arbitrary_text(text):
     for _, read, _ in (*STAGES.values(), ({}, read_plain_caption, None)):
         for answer in (text, json.dumps({"caption": text, "sentences": [{"start": 1, "text": text}]})):
             try:
@@ -120,23 +120,23 @@ def test_no_text_breaks_a_reader(text):
 
 
 @pytest.mark.parametrize("start", ["NaN", "Infinity", "-0.5", "6.5", "1e999"])
-def test_a_time_outside_the_clip_is_refused(start):
+def test_time_outside_the_clip_is_refused(start):
     with pytest.raises(Malformed):
         read_caption('{"sentences": [{"start": START, "text": "A man."}]}'.replace("START", start), 5.0, 1)
 
 
-def test_sentences_are_put_in_the_order_of_time():
+def test_sentences_are_sorted_by_time():
     sentences = [{"start": 3, "text": "B\n b."}, {"start": 1.5, "text": " A. "}]
     assert read_caption(json.dumps({"sentences": sentences}), 5.0, 1) == [Sentence("A.", 1.5), Sentence("B b.", 3.0)]
     assert read_caption('{"sentences": []}', 5.0, 0) == []
 
 
-def test_keypoints_come_once():
+def test_duplicate_keypoints_are_removed():
     twice = [*POINTS, {"text": "a man WAVES", "dimension": "static"}]
     assert read_keypoints(json.dumps({"keypoints": twice}), CAPTION) == POINTS
 
 
-def test_lines_are_those_of_the_caption():
+def test_dialogue_lines_must_occur_in_the_caption():
     def read(*lines):
         return read_dialogues(
             json.dumps({"dialogues": [{"speaker": " a  man ", "text": one} for one in lines]}), CAPTION
@@ -148,12 +148,12 @@ def test_lines_are_those_of_the_caption():
             read(*wrong)
 
 
-def test_half_of_a_pair_is_no_text():
+def test_lone_surrogates_are_refused():
     with pytest.raises(Malformed):
         read_keypoints('{"keypoints": [{"text": "A man waves \\ud83d.", "dimension": "static"}]}', CAPTION)
 
 
-def test_plain_captions_are_cut_into_sentences():
+def test_plain_captions_are_split_into_sentences():
     assert read_plain_caption('A man waves. He says, "Wait. Now!" He runs') == [
         Sentence("A man waves."),
         Sentence('He says, "Wait. Now!"'),
@@ -164,7 +164,7 @@ def test_plain_captions_are_cut_into_sentences():
             read_plain_caption(wrong)
 
 
-def test_pictures_and_sounds_come_back():
+def test_frames_and_sound_round_trip_in_messages():
     rows, columns = np.mgrid[:84, :112]
     frame = np.stack([rows * 2, columns * 2, rows + columns], -1).astype(np.uint8)
     assert jpeg(frame) == jpeg(frame)
@@ -176,14 +176,14 @@ def test_pictures_and_sounds_come_back():
     np.testing.assert_allclose(back, np.clip(tone, -1, 1), atol=2e-5)
 
 
-def test_what_is_never_loud_is_silent():
+def test_quiet_sound_counts_as_silent():
     clip = Media(np.zeros((2, 28, 28, 3), np.uint8), None, 1.0)
     assert silent(clip)
     assert silent(clip._replace(samples=np.full(100, 1e-4, np.float32)))
     assert not silent(clip._replace(samples=np.array([0, 0.01, 0], np.float32)))
 
 
-def test_questions_keep_to_the_rate(tmp_path, monkeypatch):
+def test_call_rate_is_limited(tmp_path, monkeypatch):
     """On a clock of its own: from one call to the next there is a pause, however many ask at once."""
     clock, times = [100.0], []
 
@@ -214,7 +214,7 @@ def test_questions_keep_to_the_rate(tmp_path, monkeypatch):
     assert times == [100.0, 102.0, 104.0, 106.0]
 
 
-def test_a_journal_keeps_whole_answers_for_one_run_at_a_time(tmp_path):
+def test_journal_keeps_complete_answers_and_locks_the_folder(tmp_path):
     path = tmp_path / "new" / "answers.jsonl"
     with open_journal(path) as journal:
         journal.put("a", "clip", "visual", 1, "half \ud83d\r\n\u2028", 1, 10)
@@ -231,7 +231,7 @@ def test_a_journal_keeps_whole_answers_for_one_run_at_a_time(tmp_path):
         assert (journal.before, journal.get("b")) == ({"calls": 2, "tokens": 30}, "y")
 
 
-def test_names_that_are_not_utf8_are_told_before_anything_is_asked(tmp_path):
+def test_non_utf8_names_are_refused_before_any_call(tmp_path):
     (tmp_path / os.fsdecode(b"bad\xff.mp4")).write_bytes(b"x")
     with pytest.raises(InputError, match="not UTF-8"):
         clips_of([tmp_path])

@@ -17,7 +17,7 @@ from avocado_jax.world.check import measure
 pytestmark = pytest.mark.usefixtures("short_pauses")
 
 
-def test_the_truth_comes_back_and_is_never_asked_for_again(curator, tmp_path, capsys):
+def test_true_answers_give_true_captions_without_repeated_calls(curator, tmp_path, capsys):
     out = tmp_path / "out"
     with chat_server(curator) as server:
         status, counts, manifest, rejects, _ = curate(capsys, curator, out, server.url)
@@ -90,7 +90,7 @@ FALSE = {  # what a server answers at a stage, where it is rejected, and why
 
 
 @pytest.mark.parametrize("fault", FALSE)
-def test_what_is_not_true_is_rejected_where_it_is_found_out(curator, fault, tmp_path, capsys):
+def test_false_answers_are_rejected_at_the_expected_stage(curator, fault, tmp_path, capsys):
     """One clip of two is told falsely however often it is asked about; the other is kept."""
     where, change, why = FALSE[fault]
     stage, _, rejected_at = where.partition(">")
@@ -112,7 +112,7 @@ def test_what_is_not_true_is_rejected_where_it_is_found_out(curator, fault, tmp_
     assert counts["rejected"] == {rejected_at or stage: 1}
 
 
-def test_what_is_put_right_when_asked_again_is_kept(curator, tmp_path, capsys):
+def test_answers_corrected_on_retry_are_kept(curator, tmp_path, capsys):
     """The first answer at every stage is wrong in its own way, and the model is told how."""
     few = FakeCurator(curator.truths[:1])
     wrong = {
@@ -143,7 +143,7 @@ def test_filters_on_length_cost_no_more_calls(curator, tmp_path, capsys):
     assert "completeness" not in {stage_of(request) for request in server.requests}
 
 
-def test_a_silent_clip_is_told_as_seen(tmp_path, capsys):
+def test_silent_clip_has_a_visual_caption_only(tmp_path, capsys):
     """Nothing is asked about its sound, and no sentence could be lost."""
     path = write(tmp_path / "12:30 ä.mp4", sound=None)
     answers = {
@@ -200,7 +200,7 @@ def test_prepare_reads_the_manifest(curator, tmp_path, capsys):
         (["CLIP", "--out", "TAKEN"], "no line of answers"),
     ],
 )
-def test_bad_input_is_one_line(curator, arguments, message, tmp_path, capsys):
+def test_invalid_input_is_a_one_line_error(curator, arguments, message, tmp_path, capsys):
     (tmp_path / "EMPTY").mkdir()
     (tmp_path / "TAKEN").mkdir()
     (tmp_path / "TAKEN" / "answers.jsonl").write_text('{"id": "a"}\n')
@@ -236,7 +236,7 @@ def test_bad_files_are_rejected_and_the_others_are_curated(curator, tmp_path, ca
 
 
 @pytest.mark.slow
-def test_twenty_clips(tmp_path, capsys):
+def test_curate_twenty_clips(tmp_path, capsys):
     """An honest server gives the truth back; of one that lies about every other clip, the others are kept."""
     many = FakeCurator(make_clips(tmp_path / "clips", [(index, index % 3) for index in range(20)]))
     with chat_server(many) as server:
@@ -260,7 +260,7 @@ def test_twenty_clips(tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_a_thinker_at_hand_captions_picture_and_sound(curator, tmp_path, capsys, monkeypatch):
+def test_local_checkpoint_captions_picture_and_sound(curator, tmp_path, capsys, monkeypatch):
     """The endpoint is asked about texts alone; the model is loaded once, and not at all where all is known."""
     few, out = FakeCurator(curator.truths[:1]), tmp_path / "out"
 

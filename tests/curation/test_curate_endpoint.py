@@ -28,7 +28,7 @@ FAULTS = {  # of the first time that a question is asked
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_what_passes_costs_time_and_nothing_else(curator, fault, tmp_path, capsys):
+def test_transient_faults_only_cost_time(curator, fault, tmp_path, capsys):
     few, known = FakeCurator(curator.truths[:1]), set()
 
     def broken(number, request):
@@ -48,7 +48,7 @@ def test_what_passes_costs_time_and_nothing_else(curator, fault, tmp_path, capsy
 
 
 @pytest.mark.parametrize("fault", ["reset", "hang", (503, {}, b"busy"), (400, {}, b"no"), b"<html>"])
-def test_an_endpoint_that_never_answers_ends_the_run(curator, fault, tmp_path, capsys):
+def test_unresponsive_endpoint_ends_the_run(curator, fault, tmp_path, capsys):
     """No clip is called bad for it, and the next run asks again."""
     out = tmp_path / "out"
     with chat_server(lambda *_: fault) as server:
@@ -63,7 +63,7 @@ def test_an_endpoint_that_never_answers_ends_the_run(curator, fault, tmp_path, c
     assert (status, len(manifest), rejects) == (0, 3, {})
 
 
-def test_a_run_ends_when_nobody_is_answered(curator, tmp_path, capsys, monkeypatch):
+def test_consecutive_failures_end_the_run(curator, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(command, "SILENCE", 2)
     with chat_server(lambda *_: (400, {}, b"no")) as server:
         status, counts, _, _, errors = curate(capsys, curator, tmp_path / "out", server.url, "--concurrency", "1")
@@ -72,7 +72,7 @@ def test_a_run_ends_when_nobody_is_answered(curator, tmp_path, capsys, monkeypat
 
 
 @pytest.mark.parametrize("status", [401, 403, 404])
-def test_a_wrong_key_or_address_is_the_users_mistake(curator, status, tmp_path, capsys):
+def test_wrong_key_or_address_is_bad_input(curator, status, tmp_path, capsys):
     with chat_server(lambda *_: (status, {}, b"bad key")) as server:
         ended, _, _, _, errors = curate(capsys, curator, tmp_path / "out", server.url)
     assert ended == 2
@@ -80,7 +80,7 @@ def test_a_wrong_key_or_address_is_the_users_mistake(curator, status, tmp_path, 
     assert not (tmp_path / "out" / "manifest.jsonl").exists()
 
 
-def test_the_key_reaches_the_endpoint_and_nothing_else(curator, tmp_path, capsys, monkeypatch):
+def test_key_is_sent_to_the_endpoint_only(curator, tmp_path, capsys, monkeypatch):
     """A server repeats it in errors and in answers."""
     monkeypatch.setenv("MY_KEY", "sk-secret-123")
     few, stages = FakeCurator(curator.truths[:1]), []
@@ -99,7 +99,7 @@ def test_the_key_reaches_the_endpoint_and_nothing_else(curator, tmp_path, capsys
     assert not any("sk-secret" in json.dumps(request["messages"]) for request in server.requests)
 
 
-def test_a_budget_of_calls_is_never_exceeded_over_all_runs(curator, tmp_path, capsys):
+def test_call_budget_covers_all_runs(curator, tmp_path, capsys):
     out = tmp_path / "out"
     with chat_server(curator) as server:
         status, counts, manifest, _, errors = curate(
@@ -122,7 +122,7 @@ def test_calls_without_an_answer_count_in_the_budget(curator, tmp_path, capsys):
             assert (counts["calls"], len(server.requests)) == (3, 3)
 
 
-def test_a_budget_of_tokens_is_kept_and_the_dry_run_tells_it(curator, tmp_path, capsys):
+def test_token_budget_is_kept_and_estimated_by_dry_run(curator, tmp_path, capsys):
     """With a budget of the predicted maximum of tokens a run ends; with a smaller one it stops before."""
     out, spent = tmp_path / "out", []
 
@@ -152,7 +152,7 @@ def test_a_budget_of_tokens_is_kept_and_the_dry_run_tells_it(curator, tmp_path, 
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
-def test_a_killed_run_goes_on_and_asks_nothing_again(curator, how, tmp_path, capsys):
+def test_killed_run_resumes_without_repeated_calls(curator, how, tmp_path, capsys):
     """Only what was on its way when it was killed is asked once more."""
     out, running = tmp_path / "out", []
 
@@ -180,7 +180,7 @@ def test_a_killed_run_goes_on_and_asks_nothing_again(curator, how, tmp_path, cap
     assert counts["calls"] == 18
 
 
-def test_more_fields_of_requests(curator, tmp_path, capsys):
+def test_extra_request_fields_are_sent(curator, tmp_path, capsys):
     more = '{"max_tokens": null, "max_completion_tokens": 900, "seed": 1}'
     few = FakeCurator(curator.truths[:1])
     with chat_server(few) as server:

@@ -137,7 +137,7 @@ def test_all_references_are_made_by_default(manifest, tmp_path, capsys):
     assert len(places) > 2
 
 
-def test_probes_are_checked_and_asked_again(manifest, tmp_path, capsys):
+def test_invalid_probes_are_requested_again(manifest, tmp_path, capsys):
     """Answers that the caption does not state, choices that refer to others, and an answer that is no choice."""
     wrong = [{"answer": "a purple elephant", "choices": ["a purple elephant", "a cat", "a dog", "a cow"]}]
     wrong += [{"choices": ["on a red chair", "all of the above", "on a sofa", "in a car"]}, {"answer": "nowhere"}]
@@ -168,7 +168,7 @@ def test_probes_are_checked_and_asked_again(manifest, tmp_path, capsys):
     assert any("a choice that refers to others, «all of the above»" in words for words in messages)
 
 
-def test_calls_at_most_is_a_bound(manifest, tmp_path, capsys):
+def test_maximum_of_calls_is_a_bound(manifest, tmp_path, capsys):
     """Every answer is cut by its length, which servers report: three answers to a question, and no more."""
     truncated = json.dumps(
         {"choices": [{"message": {"content": '{"keypoints": ['}, "finish_reason": "length"}]}
@@ -180,7 +180,7 @@ def test_calls_at_most_is_a_bound(manifest, tmp_path, capsys):
     assert counts["calls"] == len(server.requests) == 12  # a line is rejected at its first stage
 
 
-def test_lines_that_have_references_cost_nothing(tmp_path, capsys):
+def test_lines_with_references_make_no_calls(tmp_path, capsys):
     point = {"text": "A dog sits.", "dimension": "static"}
     lines = [
         {"id": "both", "video": "v", "caption": "Short.", "keypoints": [point], "dialogues": []},
@@ -196,7 +196,7 @@ def test_lines_that_have_references_cost_nothing(tmp_path, capsys):
     assert written["lines"] == lines[2] | {"keypoints": keypoints(CAPTIONS[1])}
 
 
-def test_a_run_that_was_killed_asks_nothing_twice(manifest, tmp_path, capsys):
+def test_killed_run_resumes_without_repeated_calls(manifest, tmp_path, capsys):
     """What kill -9 leaves of the journal at the sixth question: five answers and a part of a line."""
     killed = tmp_path / "killed"
 
@@ -216,7 +216,7 @@ def test_a_run_that_was_killed_asks_nothing_twice(manifest, tmp_path, capsys):
     check_rows(lines, NAMES)
 
 
-def test_wrong_answers_are_asked_again_and_then_listed(manifest, tmp_path, capsys):
+def test_wrong_answers_are_retried_and_then_listed(manifest, tmp_path, capsys):
     """One caption's first answer invents a fact, another's answers always invent a line."""
 
     def liar(number, request):
@@ -237,7 +237,7 @@ def test_wrong_answers_are_asked_again_and_then_listed(manifest, tmp_path, capsy
     assert any("the caption does not state: «Two cats" in words for words in again)
 
 
-def test_the_budget_holds_over_all_runs(manifest, tmp_path, capsys):
+def test_budget_covers_all_runs(manifest, tmp_path, capsys):
     out = tmp_path / "out"
     with chat_server(honest) as server:
         for _ in range(2):
@@ -269,7 +269,7 @@ def test_bad_lines_and_bad_captions_are_listed_without_a_call(tmp_path, capsys):
     assert rejects["none"]["reason"] == "line 3: has no 'caption'"
 
 
-def test_the_dry_run_bounds_what_is_spent(manifest, tmp_path, capsys):
+def test_dry_run_bounds_the_tokens(manifest, tmp_path, capsys):
     spent = []
 
     def counting(number, request):
@@ -306,7 +306,7 @@ def test_the_dry_run_bounds_what_is_spent(manifest, tmp_path, capsys):
         (["--from-captions", "OUT"], "would be overwritten"),
     ],
 )
-def test_bad_input_is_one_line(arguments, message, manifest, tmp_path, capsys):
+def test_invalid_input_is_a_one_line_error(arguments, message, manifest, tmp_path, capsys):
     named = {"MANIFEST": manifest, "EMPTY": tmp_path / "empty", "OUT": tmp_path / "out" / "manifest.jsonl"}
     named["EMPTY"].write_text("\n")
     named["OUT"].parent.mkdir()

@@ -27,7 +27,7 @@ GOOD = (
 NONE = Faults([], [], [], [])
 
 
-def test_kept_sentences_may_be_joined_and_connected():
+def test_sentences_may_be_joined_and_connected():
     assert fusion_faults(GOOD, VISUAL, AUDIO) == NONE
     assert fusion_faults(GOOD.upper().replace(". ", "...\n\n"), VISUAL, AUDIO) == NONE
     assert fusion_faults(GOOD, VISUAL, AUDIO).message() == ""
@@ -49,27 +49,27 @@ def test_kept_sentences_may_be_joined_and_connected():
         ("Finally an", "Rain falls on a roof. Finally an", Faults([], [], [], ["Rain falls on a roof. Finally"])),
     ],
 )
-def test_faults_are_named(before, after, faults):
+def test_faults_of_the_fused_caption_are_named(before, after, faults):
     assert GOOD.count(before) == 1
     found = fusion_faults(GOOD.replace(before, after), VISUAL, AUDIO)
     assert found._replace(added=found.added if faults.added else []) == faults
 
 
-def test_a_sentence_that_is_moved_is_misplaced():
+def test_moved_sentence_is_reported_as_misplaced():
     moved = "An engine roars. " + GOOD.replace("Finally an engine roars as the", "The")
     assert len(fusion_faults(moved, VISUAL, AUDIO).misplaced) == 5  # all that it was put before
     near = [sentence._replace(start=0.5) for sentence in VISUAL]  # times are rough
     assert fusion_faults("He waves at the bus, smiling. " + VISUAL[0].text, [near[2], VISUAL[0]], []) == NONE
 
 
-def test_without_times_each_caption_keeps_its_own_order():
+def test_captions_without_times_keep_their_order():
     visual, audio = ([sentence._replace(start=None) for sentence in sentences] for sentences in (VISUAL, AUDIO))
     assert fusion_faults(GOOD, visual, audio) == NONE
     swapped = " ".join(sentence.text for sentence in (*audio, *visual[::-1]))
     assert fusion_faults(swapped, visual, audio).misplaced == [one.text for one in visual[-2::-1]]
 
 
-def test_the_same_sentence_twice_must_stand_twice():
+def test_repeated_sentence_must_be_repeated():
     bell = [Sentence("A bell rings.", 1.0), Sentence("A dog barks.", 3.0), Sentence("A bell rings.", 5.0)]
     assert fusion_faults("A bell rings. A dog barks. A bell rings.", [], bell) == NONE
     assert fusion_faults("A bell rings. A dog barks.", [], bell).lost == ["A bell rings."]
@@ -77,21 +77,21 @@ def test_the_same_sentence_twice_must_stand_twice():
     assert fusion_faults("A bell rings. A dog barks. A bell rings. A bell rings.", [], bell).added
 
 
-def test_what_both_captions_say_may_be_said_once():
+def test_sentence_of_both_captions_may_occur_once():
     both = [Sentence("A man sings.", 0.0)]
     assert fusion_faults("A man sings.", both, both) == NONE
     assert fusion_faults("A man sings. A man sings.", both, both) == NONE
     assert fusion_faults("A man sings. A man sings. A man sings.", both, both).added
 
 
-def test_a_sentence_inside_a_longer_one_is_not_kept_by_it():
+def test_sentence_inside_a_longer_one_does_not_count():
     visual = [Sentence("A man speaks.", 0.0)]
     audio = [Sentence("A man speaks in a deep voice.", 0.0)]
     assert fusion_faults("A man speaks in a deep voice.", visual, audio).lost == ["A man speaks."]
     assert fusion_faults("A man speaks. A man speaks in a deep voice.", visual, audio) == NONE
 
 
-def test_any_mixture_of_sentences_is_judged_rightly():
+def test_random_mixtures_are_classified_correctly():
     """Random captions of few words, so that sentences hold each other: lost ones and no others are found."""
     rng = random.Random(0)
     for _ in range(200):
@@ -112,7 +112,7 @@ def test_any_mixture_of_sentences_is_judged_rightly():
         assert found.lost or found.altered or once, texts
 
 
-def test_nothing_takes_long():
+def test_adversarial_texts_are_checked_quickly():
     """A hostile answer of the most words that are read."""
     sentences = [Sentence(f"{'a ' * 20}{number}.", float(number)) for number in range(150)]
     start = time.process_time()

@@ -54,7 +54,7 @@ def plain(q, k, v, valid=None, causal=False):
     ],
 )
 @pytest.mark.parametrize("score_bytes", [1, 2**28])  # in chunks of 16 queries, or at once
-def test_is_the_formula(monkeypatch, causal, masked, score_bytes):
+def test_plain_attention_equals_the_formula(monkeypatch, causal, masked, score_bytes):
     monkeypatch.setattr(attention, "SCORE_BYTES", score_bytes)
     q, k, v = draws()
     valid = jnp.arange(KEYS)[None] < jnp.array([[KEYS - 9], [33]]) if masked else None
@@ -115,7 +115,7 @@ KERNELS = {"splash": dict(interpret=True, blocks=SplashBlocks(128, 128, 128, 128
 
 @pytest.mark.parametrize("kernel", ["splash", pytest.param("cudnn", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("clip", [KEYS, pytest.param(131, marks=pytest.mark.slow)])  # one block and two; odd
-def test_kernels_are_the_plain_form(kernel, clip):
+def test_kernels_equal_plain_attention(kernel, clip):
     """Forward and gradients. The GPU's own kernel needs one: here its arguments go to the same function in XLA."""
     args = sequences(clip=clip)
     ours, theirs = outputs({"splash": splash, "cudnn": cudnn}[kernel], **KERNELS[kernel]), outputs(attention)
@@ -161,14 +161,14 @@ except InputError as error:
 
 
 @pytest.mark.slow
-def test_splash_runs_in_parts_over_a_mesh():
+def test_splash_is_sharded_over_a_mesh():
     """Rows and heads divided; more parts of heads than key heads; a batch too small for the mesh."""
     flags = dict(os.environ, XLA_FLAGS="--xla_force_host_platform_device_count=8", JAX_PLATFORMS="cpu")
     done = subprocess.run([sys.executable, "-c", MESHES], env=flags, capture_output=True, text=True, check=False)
     assert "all good" in done.stdout, done.stderr
 
 
-def test_the_platform_chooses(monkeypatch):
+def test_auto_selects_attention_by_platform(monkeypatch):
     for platform, dtype, module in (
         ("cpu", "float32", attention),
         ("tpu", "float32", splash),

@@ -44,7 +44,7 @@ def drawn(params):
 
 
 @pytest.mark.parametrize("scan", [True, False])
-def test_fresh_adapters_change_nothing_and_merged_ones_the_same(scan):
+def test_fresh_adapters_are_identity_and_merging_is_exact(scan):
     plain = replace(TINY, scan=scan)
     adapted = with_lora(plain)
     params = begun(adapted)
@@ -58,7 +58,7 @@ def test_fresh_adapters_change_nothing_and_merged_ones_the_same(scan):
     assert jax.tree.structure(merge(params, SCALE)) == jax.tree.structure(base)
 
 
-def test_every_linear_map_of_the_language_model_has_one():
+def test_every_linear_layer_of_the_language_model_has_an_adapter():
     leaves = flatten_dict(jax.eval_shape(partial(init, with_lora(TINY)), jax.random.key(0)), sep="/")
     adapters = {path for path in leaves if "lora" in path}
     maps = [f"text/layers/{name}" for name in ("q", "k", "v", "out", "mlp/gate", "mlp/up", "mlp/down")]
@@ -66,7 +66,7 @@ def test_every_linear_map_of_the_language_model_has_one():
     assert leaves["text/layers/mlp/down/lora_a"].shape == (TINY.text.layers, TINY.text.ffn, LORA.rank)
 
 
-def test_adapters_learn():
+def test_adapters_receive_gradients():
     """B has a gradient from the first step on, A once B is not zero."""
     gradient = jax.jit(jax.grad(lambda params: jnp.sum(hidden(with_lora(TINY), params) * X)))
     fresh = begun(with_lora(TINY))
@@ -76,7 +76,7 @@ def test_adapters_learn():
                 assert bool(np.all(np.any(np.asarray(leaf) != 0, axis=(1, 2)))) == (path[-1] == "lora_b" or learns_a)
 
 
-def test_fresh_adapters_are_made_on_the_mesh():
+def test_fresh_adapters_are_initialised_sharded():
     adapted, device = with_lora(TINY), jax.sharding.SingleDeviceSharding(jax.devices()[1])
     tree = jax.eval_shape(partial(init, adapted), jax.random.key(0))
     like = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device), tree)

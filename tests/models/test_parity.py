@@ -248,7 +248,7 @@ def test_loss_and_gradients(reference):
 
 
 @pytest.mark.parametrize("gradients", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_captions_of_a_group_are_separate_rows(reference, gradients):
+def test_group_of_captions_equals_separate_rows(reference, gradients):
     """G captions on one clip: the logits, loss and gradients of G rows that repeat the clip (models/README.md)."""
     _, params = reference
     _, _, clip = batch("unequal")
@@ -268,7 +268,7 @@ def test_captions_of_a_group_are_separate_rows(reference, gradients):
 
 
 @pytest.mark.slow
-def test_stacked_layers_compute_what_separate_ones_do(reference):
+def test_stacked_layers_equal_separate_layers(reference):
     _, params = reference
     scanned = computed(TINY, "float32", scan=True, remat="full")
     _, _, clip = batch("sound")

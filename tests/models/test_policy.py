@@ -85,14 +85,14 @@ def test_bf16_is_near_fp32():
 
 @pytest.mark.parametrize("remat", REMAT)
 @pytest.mark.parametrize("scan", [True, False])
-def test_layers_are_recomputed_where_the_config_says_so(scan, remat):
+def test_remat_policy_of_the_config_is_applied(scan, remat):
     names = {equation.primitive.name for equation in equations(traced(computed(TINY, "float32", scan, remat)).jaxpr)}
     assert ("remat2" in names or "checkpoint" in names or "remat" in names) == (remat != "none")
     assert "scan" in names  # one layer is compiled for each stack in both layouts
 
 
 @pytest.mark.slow
-def test_what_is_kept_changes_no_gradient():
+def test_remat_policy_does_not_change_gradients():
     clip, captions = (zeros(part) for part in example(TINY, rows=2, group=2))
     params = jax.jit(partial(init, computed(TINY, "float32", scan=True)))(jax.random.key(0))
 
@@ -108,7 +108,7 @@ def test_what_is_kept_changes_no_gradient():
             np.testing.assert_allclose(one, other, atol=1e-5 * max(1, np.abs(other).max()))
 
 
-def test_counts_are_those_of_the_published_sizes():
+def test_flop_counts_of_the_published_sizes():
     """Figures of the 7B thinker, counted elsewhere: operations a token, a patch, a second of sound; cache bytes."""
 
     def count(tokens, patches=0, windows=0, chunks=0, group=0, caption=0):
@@ -124,7 +124,7 @@ def test_counts_are_those_of_the_published_sizes():
     assert decode_bytes(SEVEN_B, 0, 8, 0, 2) == pytest.approx(weights, rel=1e-3)
 
 
-def test_a_training_step_is_counted_from_its_parts():
+def test_training_flops_are_the_sum_of_their_parts():
     """The backward pass costs each part what its gradients need."""
     shape, group, caption = (16384, 29, 40, 15), 2, 640
     row = row_flops(SEVEN_B, shape, group, caption)

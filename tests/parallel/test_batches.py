@@ -43,7 +43,7 @@ def test_only_arrays_are_transferred(mesh):
     assert step == 4
 
 
-def test_one_batch_ahead_and_no_more(mesh):
+def test_one_batch_is_prefetched(mesh):
     made = [threading.Event() for _ in range(5)]
 
     def batches():

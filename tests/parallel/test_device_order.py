@@ -128,7 +128,7 @@ for order, sizes in json.loads(sys.argv[1]):
 """
 
 
-def test_two_processes_place_rows_of_any_pattern():
+def test_two_processes_load_rows_of_any_pattern():
     """The global array has row r at r, whichever process loaded it."""
     sizes = [(1, 8, 1), (2, 4, 1), (1, 4, 2), (1, 2, 4), (1, 1, 8)]
     cases = [(process_order("v5p:2x2x2", *size), size) for size in sizes]
@@ -169,7 +169,7 @@ for name, order in (("contiguous", [0, 0, 1, 1]), ("interleaved", json.loads(ord
 
 
 @pytest.mark.slow
-def test_interleaved_devices_give_the_curve_of_the_contiguous_order(tmp_path):
+def test_interleaved_devices_give_the_same_loss_curve(tmp_path):
     """Two processes with their devices in the order of v5p:2x2x2, and in the order of processes."""
     order = process_order("v5p:2x2x2", each=2)
     write_checkpoint(tmp_path / "init")

@@ -54,7 +54,7 @@ def until(condition, seconds=20):
         time.sleep(0.02)
 
 
-def test_the_host_that_is_behind_is_named_and_all_end_with_75(hosts, capfd):
+def test_slowest_host_is_named_and_all_exit_with_75(hosts, capfd):
     made = hosts(4, 3)
     for host in made:
         host.progress(6, "step")
@@ -71,14 +71,14 @@ def test_the_host_that_is_behind_is_named_and_all_end_with_75(hosts, capfd):
     assert "host 2" not in output
 
 
-def test_no_host_is_named_where_none_is_behind(hosts, capfd):
+def test_no_host_is_named_if_all_are_at_the_same_position(hosts, capfd):
     for host in hosts(4, 1):
         host.progress(3, "step")
     until(lambda: hosts.ended)
     assert "no host is behind the others, all are in step of step 3" in capfd.readouterr().err
 
 
-def test_a_host_without_heartbeats_is_named(hosts, capfd):
+def test_host_without_heartbeats_is_named(hosts, capfd):
     made = hosts(2, 0)
     until(lambda: made[0]._peers.keys() == {0, 1, 2})
     made[1].close()
@@ -95,7 +95,7 @@ def test_a_host_without_heartbeats_is_named(hosts, capfd):
 
 
 @pytest.mark.parametrize("what", ["progress", "compilation"])
-def test_progress_and_compilations_put_off_the_end(hosts, what):
+def test_progress_and_compilations_extend_the_timeout(hosts, what):
     made = hosts(10, 3)  # seconds: more than a step of this loop takes on a busy machine, less than the loop
     for number in range(8):
         time.sleep(0.45)
@@ -118,7 +118,7 @@ def test_lost_peers(hosts):
     assert lost.startswith("host 2 (")
 
 
-def test_a_host_that_was_stopped_does_not_trust_its_last_answer(hosts):
+def test_resumed_host_ignores_stale_heartbeats(hosts):
     """What it reads first may have been sent before the others ended."""
     made = hosts(0.4, 0)
     until(lambda: made[0]._peers.keys() == {0, 1, 2})
@@ -140,7 +140,7 @@ def test_a_host_that_was_stopped_does_not_trust_its_last_answer(hosts):
         (processes.InputError("data: none"), ["host 1 (h)"], 2, processes.InputError),
     ],
 )
-def test_an_error_that_follows_from_a_lost_host_can_be_retried(monkeypatch, error, lost, status, kind):
+def test_error_after_a_lost_host_is_retriable(monkeypatch, error, lost, status, kind):
     left = []
     monkeypatch.setattr(processes, "_initialize", lambda *_: None)
     monkeypatch.setattr(processes, "_exit_soon", left.append)
@@ -152,7 +152,7 @@ def test_an_error_that_follows_from_a_lost_host_can_be_retried(monkeypatch, erro
 
 
 @pytest.mark.parametrize("failing", ["_initialize", "liveness.start"])
-def test_a_failed_start_restores_the_signal_handlers(monkeypatch, failing):
+def test_failed_start_restores_the_signal_handlers(monkeypatch, failing):
     """Otherwise a later SIGTERM ends this process with 75."""
 
     def fail(*_):
@@ -171,7 +171,7 @@ def test_a_failed_start_restores_the_signal_handlers(monkeypatch, failing):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_stop_before_the_first_step_exits_at_once(monkeypatch, number):
+def test_stop_before_the_first_step_exits_at_once(monkeypatch, number):
     """From a thread: the main thread may be in the compiler."""
     ended, statuses = threading.Event(), []
     monkeypatch.setattr(os, "_exit", lambda status: (statuses.append(status), ended.set()))

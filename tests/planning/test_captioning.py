@@ -42,7 +42,7 @@ def test_work_of_7b():
     assert clip_seconds(model, shape, 640, 16, chip, 4) == pytest.approx(expected)
 
 
-def test_the_plan_of_captions(capsys, monkeypatch):
+def test_plan_of_captioning(capsys, monkeypatch):
     """Without communication, the compiled programs have the rate of the formula."""
     monkeypatch.setitem(CHIPS, jax.devices()[0].device_kind, CHIP)
     fields = ["--nominal.model", "tiny", "--nominal.clip", ",".join(map(str, TINY_SHAPE))]
@@ -60,7 +60,7 @@ def test_the_plan_of_captions(capsys, monkeypatch):
 
 
 @pytest.mark.parametrize(("batch", "slots"), [(None, engine.CPU_SLOTS), (8, 2)])
-def test_the_estimate_of_a_collection(monkeypatch, batch, slots):
+def test_estimate_of_a_collection(monkeypatch, batch, slots):
     """The mean over the clips that could be read; ceilings are measured where no data sheet has them."""
     monkeypatch.setattr(estimate, "ceilings", lambda dtype: SimpleNamespace(flops=1e12, bytes=1e11))
     times = iter([10.0, 10.5, 12.0, 13.0])
@@ -97,7 +97,7 @@ def test_bench_over_a_mesh():
     assert of_device[0] == pytest.approx(2 * of_device[1])
 
 
-def test_a_mesh_reaches_the_bench(monkeypatch):
+def test_mesh_option_is_passed_to_bench(monkeypatch):
     calls = []
     monkeypatch.setattr(bench, "bench_caption", lambda *args: calls.append(args) or {})
     options = ["--slots", "3", "--clip-tokens", "1024", "--caption-tokens", "8", "--dtype", "bfloat16", "--json"]

@@ -40,7 +40,7 @@ def compiled(topology):
     return eval(done.stdout.splitlines()[-1])
 
 
-def test_each_trip_of_a_loop_counts():
+def test_collectives_in_a_loop_count_per_iteration():
     gathered = LAYERS * WIDTH * WIDTH * 4 * 3 / 4  # a device sends its quarter of the weights to three others
     nothing = {"reduce-scatter": 0.0, "all-to-all": 0.0, "collective-permute": 0.0}
     total = {"all-reduce": 2 * 4 * 3 / 4}  # the sum
@@ -77,7 +77,7 @@ ENTRY %main (a: bf16[8,128], b: f32[32,128]) -> f32[8,128] {
 """
 
 
-def test_what_runs_beside_counts_once():
+def test_asynchronous_collectives_count_once():
     """Asynchronous collectives are written down in several places; a scattered sum sends half of a whole one."""
     assert collective_bytes(STARTED) == {
         "all-gather": 32 * 128 * (2 + 4) * 3 / 4,
@@ -110,5 +110,5 @@ ENTRY %main (a: f32[32,128]) -> f32[32,128] {
 """
 
 
-def test_a_loop_that_ends_by_its_data_counts_as_often_as_it_may_run():
+def test_data_dependent_loops_count_their_maximum():
     assert collective_bytes(DECODING, 4096)["all-reduce"] == 4096 * collective_bytes(DECODING)["all-reduce"] > 0

@@ -44,7 +44,7 @@ GRPO = [
 ]
 
 
-def test_a_step_that_does_not_fit_this_machine(capsys, monkeypatch):
+def test_plan_of_a_step_larger_than_this_machine(capsys, monkeypatch):
     """The report of a step, by how much it does not fit, and advice."""
     monkeypatch.setattr(report, "memory_of", lambda device: 2**20)
     assert main(["plan", *TINY, "--json"]) == 1
@@ -63,13 +63,13 @@ def test_a_step_that_does_not_fit_this_machine(capsys, monkeypatch):
     assert plan["hosts"] == [{"process": 0, "rows": list(range(8))}]
 
 
-def test_a_plan_has_the_rows_of_every_host():
+def test_plan_lists_the_rows_of_every_host():
     config = load("configs/world_tiny.py")
     program = program_of(config, TINY_MODEL, Bucket(Shape(256, 2, 1, 1), 64), devices_of("v5p:2x2x2"))
     assert program.hosts == {0: [0, 2, 4, 6], 1: [1, 3, 5, 7]}
 
 
-def test_rows_of_hosts_in_one_line():
+def test_rows_of_hosts_are_formatted_in_one_line():
     hosts = [{"process": 0, "rows": [0, 1, 8, 9, 11]}, {"process": 1, "rows": [2, 3, 4, 5, 6]}]
     assert hosts_line(hosts) == "2 hosts load 5 rows each; host 0: 0-1, 8-9, 11"
 
@@ -86,7 +86,7 @@ def test_rows_of_hosts_in_one_line():
         (["--no_such", "1"], "no such field"),
     ],
 )
-def test_mistakes_are_one_line(capsys, args, complaint):
+def test_invalid_input_is_a_one_line_error(capsys, args, complaint):
     assert main(["plan", *TINY, *args]) == 2
     err = capsys.readouterr().err
     assert complaint in err
@@ -108,7 +108,7 @@ def test_ctrl_c_ends_the_compiler(monkeypatch):
     assert statuses == [130]
 
 
-def test_a_search_skips_what_cannot_fit(monkeypatch):
+def test_search_skips_plans_that_cannot_fit(monkeypatch):
     """The first choices save the most activations; with little memory they are skipped."""
     config = load("configs/world_tiny.py", ["--mesh.fsdp", "8", "--nominal.model", "tiny"])
     model = model_of(config, TINY_MODEL)
@@ -131,7 +131,7 @@ def test_a_search_skips_what_cannot_fit(monkeypatch):
     assert found == {2**30: ["dots", "full"], 10 * 2**20: ["full", "offload"]}
 
 
-def test_every_phase_of_grpo_is_a_step(capsys):
+def test_plan_has_every_phase_of_grpo(capsys):
     """Each is compiled, and all arrays on the devices count, whether it reads them or not."""
     assert main(["plan", *GRPO, "--json"]) == 0
     plan = json.loads(capsys.readouterr().out)
@@ -190,7 +190,7 @@ def check_slice(step):
 
 
 @pytest.mark.slow
-def test_a_step_of_a_tpu_slice():
+def test_plan_of_a_small_step_on_a_tpu_slice():
     """Four hosts, splash attention, heads and rows sharded."""
     status, plan = of_slice(*TINY, "--topology", "v5e:4x4", "--mesh.tensor", "2", "--dtype", "bfloat16")
     assert (status, plan["fits"]) == (0, True)
@@ -203,7 +203,7 @@ def test_a_step_of_a_tpu_slice():
 
 
 @pytest.mark.slow
-def test_every_phase_of_grpo_on_a_tpu_slice():
+def test_plan_of_every_grpo_phase_on_a_tpu_slice():
     """With splash attention, heads and rows divided, and a group over two rows, as configs/grpo_7b.py has it."""
     status, plan = of_slice(*GRPO, "--topology", "v5e:2x2", "--mesh.tensor", "2", "--split", "2", "--group", "4")
     assert (status, plan["fits"]) == (0, True)
@@ -217,14 +217,14 @@ def test_every_phase_of_grpo_on_a_tpu_slice():
 
 
 @pytest.mark.soak  # compiles for ten minutes
-def test_the_paper_s_step_fits_a_slice():
+def test_step_of_the_paper_fits_a_slice():
     status, plan = of_slice("configs/sft_7b.py", "--topology", "v5p:4x4x4", "--accumulate", "2")
     assert (status, plan["fits"]) == (0, True)
     check_slice(plan["steps"][0])
 
 
 @pytest.mark.slow
-def test_the_paper_s_step_does_not_fit_small_chips_as_it_is():
+def test_step_of_the_paper_does_not_fit_small_chips_by_default():
     """The compiler refuses it before it makes any code."""
     status, plan = of_slice("configs/sft_7b.py", "--topology", "v5e:8x8")
     (step,) = plan["steps"]

@@ -36,14 +36,14 @@ def made(shapes):
     return jax.tree.map(lambda leaf: jax.device_put(np.zeros(leaf.shape, leaf.dtype), leaf.sharding), shapes)
 
 
-def test_what_a_phase_does_not_read_counts(plan):
+def test_resident_arrays_of_other_phases_count(plan):
     (phase,) = (phase for phase in plan.phases if phase.name == "view")
     other = {**phase.alive, "other": plan.phases[-1].alive["parameters"]}
     alone, beside = (report(plan, one)["hbm_bytes"] for one in (phase, phase._replace(alive=other)))
     assert beside["total"] - alone["total"] == beside["other"] == alone["parameters"] > 0
 
 
-def test_held_out_clips_have_slots_beside_a_step(plan):
+def test_slots_of_held_out_clips_fit_beside_a_step(plan):
     """The caches of 64 clips, in as many devices as divide the rows of a step."""
     held_out = plan_of("--data.heldout", "heldout", "--eval_tokens", "8")
     phases, before = ({phase.name: phase for phase in one.phases} for one in (held_out, plan))
@@ -56,7 +56,7 @@ def test_held_out_clips_have_slots_beside_a_step(plan):
 
 
 @pytest.mark.parametrize(("steps", "spares"), [(1, 0), (3, 0), (2, 1)])
-def test_a_step_holds_what_its_plan_says(steps, spares, tmp_path, capsys):
+def test_memory_of_a_step_equals_its_plan(steps, spares, tmp_path, capsys):
     """The step of a run, with phases that only make what the real ones would return, and see what is there."""
     together, fields = steps + spares, ["--rollout_batches", str(steps), "--oversample", str(8 * spares)]
     plan = plan_of(*fields, "--objective.importance_cap", "2")

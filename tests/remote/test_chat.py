@@ -41,7 +41,7 @@ def ask(client, messages=DOG, read=count, **more):
     return client.start(client.ask(messages, read, **more)).result()
 
 
-def test_a_cache_in_a_bucket_is_refused(tmp_path, monkeypatch):
+def test_cache_in_a_bucket_is_refused(tmp_path, monkeypatch):
     """Not kept in a local folder called `gs:`."""
     monkeypatch.chdir(tmp_path)
     with pytest.raises(InputError, match="gs://bucket/answers: the judge's cache must be a local folder"):
@@ -54,7 +54,7 @@ def server_saying(*answers):
     return chat_server(lambda number, _: answers[min(number, len(answers) - 1)])
 
 
-def test_any_parts_and_options_are_sent_as_they_are():
+def test_message_parts_and_options_are_sent_unchanged():
     with server_saying('{"dogs": 1}') as server, ChatClient(Endpoint(server.url, "m")) as client:
         reply = ask(client, [{"role": "user", "content": PARTS}], options={"max_tokens": 9, **response_format(Count)})
     assert reply == Reply(1, '{"dogs": 1}')
@@ -64,7 +64,7 @@ def test_any_parts_and_options_are_sent_as_they_are():
     assert estimate(request) == 9 + (23 // 3 + 8) + module.IMAGE_TOKENS + (4 + 8)
 
 
-def test_raw_answers_are_kept_and_read_again_by_another_reader(tmp_path):
+def test_raw_answers_are_cached_for_other_parsers(tmp_path):
     with server_saying('so {"dogs": 1}', '{"dogs": 2, "cats": 3}') as server:
         endpoint = Endpoint(server.url, "m", cache=tmp_path)
         with ChatClient(endpoint) as client:
@@ -77,7 +77,7 @@ def test_raw_answers_are_kept_and_read_again_by_another_reader(tmp_path):
     assert len(server.requests) == 2
 
 
-def test_what_no_reader_takes_is_told_with_its_text_and_not_kept(tmp_path):
+def test_unparsable_answers_are_reported_and_not_cached(tmp_path):
     with (
         server_saying("one", "two", '{"dogs": 3}') as server,
         ChatClient(Endpoint(server.url, "m", cache=tmp_path, tries=2)) as client,
@@ -89,7 +89,7 @@ def test_what_no_reader_takes_is_told_with_its_text_and_not_kept(tmp_path):
 
 
 @pytest.mark.parametrize("ended", ["length", "content_filter"])
-def test_an_answer_that_the_server_cut_is_none(ended):
+def test_truncated_answers_are_discarded(ended):
     truncated = {"choices": [{"message": {"content": '{"dogs": 1}'}, "finish_reason": ended}]}
     with (
         server_saying(json.dumps(truncated).encode(), '{"dogs": 2}') as server,
@@ -98,7 +98,7 @@ def test_an_answer_that_the_server_cut_is_none(ended):
         assert ask(one).value == 2
 
 
-def test_tokens_are_counted_and_their_budget_is_never_exceeded():
+def test_token_budget_is_never_exceeded():
     answer = json.loads(chat('{"dogs": 1}')) | {"usage": {"total_tokens": 300}}
     with (
         server_saying(json.dumps(answer).encode()) as server,
@@ -119,7 +119,7 @@ def test_without_usage_tokens_are_estimated(usage):
         assert client.tokens == estimate(server.requests[0])
 
 
-def test_a_server_that_knows_no_schema_is_asked_without():
+def test_server_without_schema_support_gets_no_schema():
     def fault(number, request):
         if "response_format" in request:
             return (400, {}, b'{"error": "unknown field: response_format"}')
@@ -131,7 +131,7 @@ def test_a_server_that_knows_no_schema_is_asked_without():
     assert ["response_format" in request for request in server.requests] == [True, False, False, False]
 
 
-def test_many_are_asked_a_few_at_once_as_they_are_drawn():
+def test_questions_are_drawn_lazily_with_bounded_concurrency():
     drawn = []
 
     def works(client):
@@ -153,7 +153,7 @@ def test_many_are_asked_a_few_at_once_as_they_are_drawn():
     assert server.most <= 4
 
 
-def test_waiting_for_a_turn_is_not_held_against_a_question():
+def test_queueing_does_not_count_as_patience():
     """Of two that are asked at once, one at a time, the first is never answered; the second has its own patience."""
     with (
         chat_server(lambda number, _: "hang" if number == 0 else '{"dogs": 1}') as server,
@@ -181,7 +181,7 @@ def test_waiting_for_a_turn_is_not_held_against_a_question():
         ('{"dogs": ' + "9" * 10**4 + "}", None),
     ],
 )
-def test_structured_answers(text, dogs):
+def test_parse_structured_answers(text, dogs):
     if dogs is None:
         with pytest.raises(Malformed):
             count(text)
@@ -189,5 +189,5 @@ def test_structured_answers(text, dogs):
         assert count(text) == dogs
 
 
-def test_objects_are_the_outer_ones():
+def test_outermost_json_objects_are_found():
     assert objects('[{"a": {"b": 1}}, {"c": []}] {"d"') == [{"a": {"b": 1}}, {"c": []}]

@@ -70,7 +70,7 @@ def test_prompt_of_a_row(tokenizer):
         assert captioner.row(clip, fields).prompt_ids.tolist() == ids.tolist()
 
 
-def test_unstacked_layers_are_the_stack_s(params):
+def test_unstacked_layers_equal_the_stack(params):
     per_layer = jax.jit(unstacked)(params)
     assert set(per_layer["text"]) == {"norm", "layers_0", "layers_1"}
     for path, leaf in jax.tree_util.tree_leaves_with_path(per_layer):
@@ -84,7 +84,7 @@ def test_unstacked_layers_are_the_stack_s(params):
     assert jax.tree.map(np.shape, per_layer) == jax.tree.map(lambda leaf: leaf.shape, born)
 
 
-def test_captions_in_training_are_the_same_over_a_mesh(params, tokenizer, monkeypatch):
+def test_captions_in_training_do_not_depend_on_the_mesh(params, tokenizer, monkeypatch):
     single = captioner_in_training(CONFIG, params, tokenizer, STOPS, "What?", "float32")
     expected = caption_records(single, records(), 6, slots=2)
     assert expected[3] is None
@@ -110,7 +110,7 @@ def test_captions_in_training_are_the_same_over_a_mesh(params, tokenizer, monkey
     assert {leaf.dtype.name for leaf in jax.tree.leaves(half.params)} == {"bfloat16"}
 
 
-def test_a_tokenizer_of_another_vocabulary_is_refused(tokenizer):
+def test_tokenizer_of_another_vocabulary_is_refused(tokenizer):
     small = replace(CONFIG, text=replace(CONFIG.text, vocab=200))
     with pytest.raises(InputError, match="makes id 258, the vocabulary ends at 200"):
         captioner_of(small, {}, tokenizer, STOPS, "What?")

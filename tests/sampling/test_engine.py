@@ -100,7 +100,7 @@ def test_captions_do_not_depend_on_slots_or_order(captioner, rows, one_by_one, s
 
 
 @pytest.mark.parametrize("sizes", [(4, 2), *(pytest.param(one, marks=pytest.mark.slow) for one in ((8, 1), (2, 4)))])
-def test_over_a_mesh(captioner, rows, one_by_one, sizes):
+def test_captions_over_a_mesh_equal_one_device(captioner, rows, one_by_one, sizes):
     mesh = make_mesh(data=sizes[0], fsdp=1, tensor=sizes[1], devices=jax.devices()[:8])
     divided = captioner._replace(params=jax.device_put(captioner.params, shardings(captioner.params, mesh)))
     assert run(divided, rows, range(len(rows)), 8) == dict(enumerate(one_by_one[GREEDY]))
@@ -119,7 +119,7 @@ def long_and_short(one_by_one, monkeypatch):
     jax.clear_caches()
 
 
-def test_a_finished_slot_is_refilled_while_others_decode(captioner, rows, long_and_short, monkeypatch):
+def test_finished_slot_is_refilled_while_others_decode(captioner, rows, long_and_short, monkeypatch):
     """One slot decodes the long caption, the other as many short ones as take the same time."""
     long, short, many, few = long_and_short
     dispatches = []
@@ -131,7 +131,7 @@ def test_a_finished_slot_is_refilled_while_others_decode(captioner, rows, long_a
     assert many <= len(dispatches) <= many + 1
 
 
-def test_a_dropped_request_frees_its_slot(captioner, rows, long_and_short, monkeypatch):
+def test_dropped_request_frees_its_slot(captioner, rows, long_and_short, monkeypatch):
     """One slot: the long caption is dropped after three tokens, a request that is dropped before is not prefilled."""
     long, short, many, few = long_and_short
     dispatches, admitted = [], []
@@ -149,7 +149,7 @@ def test_a_dropped_request_frees_its_slot(captioner, rows, long_and_short, monke
     assert len(admitted) == 2
 
 
-def test_too_little_memory_halves_the_slots(captioner, rows, one_by_one, monkeypatch):
+def test_out_of_memory_halves_the_slots(captioner, rows, one_by_one, monkeypatch):
     """With the fewest slots, only the clips of that shape fail, once each; None is an item as any other."""
     real, small = programs.admit, rounded(shape_of(rows[0].clip), arrivals.SHAPE_BITS)
     failing = {4, 2}
@@ -182,7 +182,7 @@ def test_other_errors_of_the_devices_are_raised(captioner, rows, monkeypatch):
         list(Engine(captioner, LENGTH, slots=2).run([(0, rows[0], 0)]))
 
 
-def test_a_clip_of_another_lane_does_not_wait_for_ever(captioner, rows, long_and_short, monkeypatch):
+def test_clips_of_other_lanes_are_served_in_bounded_time(captioner, rows, long_and_short, monkeypatch):
     """A lane that has captioned its share admits no more, although one of its slots is still busy."""
     monkeypatch.setattr(engine, "LANE_ROUNDS", 1)
     long, short, *_ = long_and_short
@@ -195,7 +195,7 @@ def test_a_clip_of_another_lane_does_not_wait_for_ever(captioner, rows, long_and
     assert made.index(-1) == 2
 
 
-def test_a_rare_shape_of_a_lane_does_not_wait_for_ever(rows, monkeypatch):
+def test_rare_shapes_of_a_lane_are_served_in_bounded_time(rows, monkeypatch):
     """Pairs of one shape are prefilled before a single, older clip of another, but only for some time."""
     monkeypatch.setattr(lane, "PREFILL_TOKENS", 2 * rounded(shape_of(rows[0].clip), arrivals.SHAPE_BITS).tokens)
     monkeypatch.setattr(programs, "empty", lambda *_: None)
@@ -246,7 +246,7 @@ def test_captions_do_not_depend_on_the_window(captioner, rows, one_by_one, slots
     assert len(set(announced)) == len(announced) == 5  # and two shapes are prefilled
 
 
-def test_windows():
+def test_window_sizes():
     assert [programs.window_of(2048, steps) for steps in (1, 256, 257, 1025, 2048, 2060)] == [
         256, 256, 512, 2048, 2048, 2048
     ]  # fmt: skip
@@ -275,7 +275,7 @@ def test_no_cache_moves_between_devices(captioner, rows):
 @pytest.mark.parametrize(
     "sizes", [(1, 2, 2), *(pytest.param(one, marks=pytest.mark.slow) for one in ((2, 2, 2), (1, 4, 1)))]
 )
-def test_a_batch_on_the_mesh(captioner, rows, one_by_one, sizes):
+def test_batch_on_the_mesh_equals_single_captions(captioner, rows, one_by_one, sizes):
     """In two parts; rows without weight have no caption, and nothing is compiled after `batch_programs`."""
     mesh = make_mesh(*sizes, devices=jax.devices()[: math.prod(sizes)])
     params = jax.device_put(captioner.params, shardings(captioner.params, mesh, over=("tensor",)))
@@ -346,7 +346,7 @@ def test_clips_are_gathered_before_a_dispatch(rows):
 
 
 @pytest.mark.parametrize("error", [OSError("the disk is gone"), MemoryError("the disk is gone")])
-def test_an_error_of_the_requests_is_raised(captioner, rows, one_by_one, error):
+def test_error_of_the_request_iterator_is_raised(captioner, rows, one_by_one, error):
     """Behind the captions of the clips before it; also an error that the devices could have raised."""
 
     def requests():
@@ -360,7 +360,7 @@ def test_an_error_of_the_requests_is_raised(captioner, rows, one_by_one, error):
         next(made)
 
 
-def test_slots_by_memory(captioner, rows):
+def test_number_of_slots_follows_memory(captioner, rows):
     """A slot takes the keys and values of its clip and its caption in every layer."""
     tokens, text = shape_of(rows[0].clip).tokens, CONFIG.text
     slot = 2 * text.layers * text.kv_heads * text.head * (tokens + LENGTH) * 4

@@ -45,7 +45,7 @@ def sample(params, rows, numbers, group=2, stops=(258,), allowed=250, seed=3, le
     return clip, generate(params, clip, keys, jnp.asarray(banned), **options)
 
 
-def test_a_batch_draws_what_its_clips_draw_alone(params, rows):
+def test_samples_do_not_depend_on_the_batch(params, rows):
     shape = fit([shape_of(row.clip) for row in rows])
     _, together = sample(params, rows, [5, 6, 7])
     for i, row in enumerate(rows):
@@ -59,7 +59,7 @@ def test_a_batch_draws_what_its_clips_draw_alone(params, rows):
     assert (other.tokens != together.tokens).any()
 
 
-def test_probabilities_are_those_of_the_captions_in_parallel(params, rows):
+def test_sampled_log_probabilities_equal_a_parallel_pass(params, rows):
     """What a trainer computes from the same parameters, for the whole group at once."""
     clip, drawn = sample(params, rows, [0, 1, 2], group=3)
     first = jnp.broadcast_to(clip.first[:, None, None], (3, 3, 1))
@@ -77,7 +77,7 @@ def test_probabilities_are_those_of_the_captions_in_parallel(params, rows):
     np.testing.assert_allclose(drawn.logprobs, np.where(counted, chosen, 0), atol=1e-4)
 
 
-def test_captions_stop(params, rows):
+def test_captions_stop_at_the_stop_token(params, rows):
     """A caption ends at its stop id, which counts; what follows is the first stop id with log-probability 0."""
     stops = tuple(range(0, 250, 3))  # a third of the vocabulary stops
     _, drawn = sample(params, rows, [0, 1, 2], group=6, stops=stops)
@@ -93,7 +93,7 @@ def test_captions_stop(params, rows):
         assert (logprobs[index][length:] == 0).all()
 
 
-def test_a_caption_does_not_depend_on_its_group(params, rows):
+def test_captions_do_not_depend_on_their_group(params, rows):
     """Captions that stop late are drawn as alone, after others have stopped."""
     stops = tuple(range(0, 250, 12))
     clip, together = sample(params, rows, [0, 1, 2], group=8, stops=stops, length=64)
@@ -109,7 +109,7 @@ def test_a_caption_does_not_depend_on_its_group(params, rows):
         np.testing.assert_allclose(together.logprobs[:, i], alone.logprobs[:, 0], atol=1e-4)
 
 
-def test_only_allowed_ids_are_drawn(params, rows):
+def test_only_allowed_ids_are_sampled(params, rows):
     _, drawn = sample(params, rows, [0, 1, 2], group=8, allowed=4, stops=(258, 300))
     assert set(np.unique(drawn.tokens)) <= {0, 1, 2, 3, 258, 300}
 

@@ -16,7 +16,7 @@ LOGITS = np.random.default_rng(0).standard_normal((50, 97)).astype(np.float32) *
 @pytest.mark.parametrize(
     ("top_k", "top_p"), [(0, 1.0), (1, 1.0), (5, 1.0), (97, 1.0), (500, 1.0), (0, 0.5), (0, 0.99), (0, 1e-6), (7, 0.8)]
 )
-def test_keeps_what_transformers_keeps(top_k, top_p):
+def test_top_k_and_top_p_equal_transformers(top_k, top_p):
     theirs = torch.tensor(LOGITS)
     if top_k:
         theirs = TopKLogitsWarper(top_k)(None, theirs)
@@ -28,7 +28,7 @@ def test_keeps_what_transformers_keeps(top_k, top_p):
     np.testing.assert_array_equal(np.asarray(ours)[kept], LOGITS[kept])
 
 
-def test_draws_follow_the_probabilities():
+def test_samples_follow_the_probabilities():
     """Of 20,000 draws, each token's share is within five standard errors, and banned tokens never come."""
     logits, temperature, count = jnp.asarray(LOGITS[0, :20]), 0.7, 20_000
     banned = jnp.arange(20) % 5 == 2
@@ -53,6 +53,6 @@ def test_temperature_zero_is_greedy():
 
 
 @pytest.mark.parametrize("wrong", [{"temperature": -1}, {"top_k": -1}, {"top_p": 0.0}, {"top_p": 1.1}])
-def test_nonsense_is_refused(wrong):
+def test_invalid_sampling_options_are_refused(wrong):
     with pytest.raises(ValueError, match="need temperature 0"):
         Sampling(**wrong)

@@ -118,7 +118,7 @@ def run(captioner, work, **options):  # noqa: F811
     return asyncio.run(running())
 
 
-def test_answers_are_the_captions(stub):
+def test_answers_equal_the_captions(stub):
     """Ten requests at once, half of them streams, and one with a limit; each gets its caption."""
 
     async def work(backend):
@@ -140,7 +140,7 @@ def test_answers_are_the_captions(stub):
     assert StubEngine.most == STEPS  # an answer that has its tokens ends
 
 
-def test_a_client_that_leaves(stub):
+def test_disconnected_client_cancels_its_request(stub):
     """Its request is dropped, in a slot or before; the others are answered."""
 
     async def work(backend):
@@ -163,7 +163,7 @@ def test_a_client_that_leaves(stub):
     assert not left
 
 
-def test_ways_of_sampling(stub, monkeypatch):
+def test_number_of_sampling_settings_is_bounded(stub, monkeypatch):
     """Each request gets its own; temperature 0 is the default; their number is limited."""
     monkeypatch.setattr(module, "SAMPLINGS", 2)
 
@@ -196,7 +196,7 @@ def test_default_sampling(stub):
     assert backend._sampling_of(chat(0, temperature=0)) == GREEDY
 
 
-def test_texts_alone_and_long_prompts(stub):
+def test_text_only_and_long_prompts(stub):
     async def work(backend):
         text = Chat((Turn("user", "Who?"),), None, (), None, 5, chat(0).request)
         answer = (await ask(backend, text, None))[-1]
@@ -223,7 +223,7 @@ def test_texts_alone_and_long_prompts(stub):
     ("error", "status"),
     [(MemoryError("no"), 400), (jax.errors.JaxRuntimeError("INTERNAL: no"), 500)],
 )
-def test_errors_of_the_devices(stub, monkeypatch, error, status):
+def test_device_errors_become_responses(stub, monkeypatch, error, status):
     """Too little memory for a clip is its error; every other one fails all requests, and the server ends."""
     monkeypatch.setattr(StubEngine, "error", error)
 
@@ -244,7 +244,7 @@ def test_errors_of_the_devices(stub, monkeypatch, error, status):
 
 
 @pytest.mark.slow
-def test_with_the_engine(captioner, rows, one_by_one):  # noqa: F811
+def test_backend_with_the_real_engine(captioner, rows, one_by_one):  # noqa: F811
     """Prompts are those of `caption`, and the answers its captions, for unequal clips at once and texts alone."""
     expected = one_by_one[GREEDY]
 
@@ -264,7 +264,7 @@ def test_with_the_engine(captioner, rows, one_by_one):  # noqa: F811
     assert text[-1].tokens in range(1, 6)
 
 
-def test_the_default_sampling_always_has_a_place(stub, monkeypatch):
+def test_default_sampling_is_always_accepted(stub, monkeypatch):
     """Clients with other ways of sampling cannot use it up, and a request that is refused takes none."""
     monkeypatch.setattr(module, "SAMPLINGS", 3)
 

@@ -21,7 +21,7 @@ def status_of(server, host):
         return int(b"".join(iter(lambda: connection.recv(65536), b"")).split()[1])
 
 
-def test_a_web_page_whose_name_was_bound_to_this_machine_is_refused():
+def test_dns_rebinding_is_refused():
     with running() as server:
         assert status_of(server, f"127.0.0.1:{server.port}") == status_of(server, f"localhost:{server.port}") == 200
         assert status_of(server, f"[::1]:{server.port}") == 200
@@ -29,7 +29,7 @@ def test_a_web_page_whose_name_was_bound_to_this_machine_is_refused():
 
 
 @pytest.mark.parametrize("media_first", [True, False])
-def test_the_question_of_the_checkpoint_is_where_its_habits_put_it(media_first):
+def test_question_position_follows_the_checkpoint(media_first):
     clip = {"type": "video_url", "video_url": {"url": "data:video/mp4;base64,"}}
     body = {"model": "m", "messages": [{"role": "user", "content": [clip]}]}
     (turn,) = parse_chat(json.dumps(body).encode(), "What happens?", "", media_first).turns
@@ -40,7 +40,7 @@ def server_with(reader):
     return Server(None, "m", reader, None, Habits(), None, Limits(clip_seconds=30.0))
 
 
-def test_a_clip_in_parts_is_not_longer_than_others():
+def test_time_limit_applies_to_clips_given_as_images():
     media = Media(np.zeros((1, 28, 28, 3), np.uint8), None, 31.0)
     with pytest.raises(ApiError, match="31 s long; the limit is 30 s"):
         server_with(SimpleNamespace(read_parts=lambda *_: media))._read(["a.jpg"], video=False, sound=False)

@@ -22,7 +22,7 @@ from avocado_jax.serving.protocol import Answer
 from avocado_jax.world.check import measure
 
 
-def test_a_clip_in_each_way(server, root):
+def test_clip_by_each_kind_of_url(server, root):
     """A data URL, a file URL and a link within the root give the clip that the reader gives."""
     path = root / "sub" / "a clip.mp4"
     expected = stub_server.digest(read_media(path, stub_server.READING))
@@ -34,7 +34,7 @@ def test_a_clip_in_each_way(server, root):
     assert server.described(clip_part(urls[0]))["turns"][1] == ["user", "", "What happens?"]
 
 
-def test_a_clip_in_parts(server):
+def test_clip_as_images_and_sound(server):
     """Frames as JPEG and PNG and a sound, as `curate` sends them; texts keep their order around the media."""
     import av
     import numpy as np
@@ -64,7 +64,7 @@ def test_a_clip_in_parts(server):
         server.chat({"type": "image_url", "image_url": {"url": data_url(b"GIF89a")}})
 
 
-def test_conversations(server):
+def test_conversations_with_several_turns(server):
     messages = [
         {"role": "developer", "content": ""},
         {"role": "user", "content": "Who?"},
@@ -81,7 +81,7 @@ def test_conversations(server):
     assert server.client.models.list().data[0].id == server.client.models.retrieve("stub").id == "stub"
 
 
-def test_streams(server):
+def test_streamed_answers(server):
     parts = list(server.chat("slow", stream=True, stream_options={"include_usage": True}))
     texts = [part.choices[0].delta.content for part in parts if part.choices and part.choices[0].delta.content]
     assert "".join(texts) == " ".join(stub_server.WORDS)
@@ -100,7 +100,7 @@ def test_warnings_about_a_clip(server):
     assert not server.chat("a").model_extra.get("warnings")
 
 
-def test_a_stream_holds_back_what_is_not_complete():
+def test_stream_withholds_incomplete_characters():
     """The bytes of a character may come in two tokens; spaces at the end are cut from complete answers."""
     assert grown(Answer("caf\ufffd", 1), "") == "caf"
     assert grown(Answer("café \ufffd", 1), "caf") == "é"
@@ -108,7 +108,7 @@ def test_a_stream_holds_back_what_is_not_complete():
     assert grown(Answer("ca", 1), "caf") == ""
 
 
-def test_keys(server):
+def test_api_keys_are_checked(server):
     for key in ("wrong", KEY + "x", KEY[:-1]):
         client = openai.OpenAI(**{**server.options, "api_key": key})
         with pytest.raises(openai.AuthenticationError):
@@ -148,7 +148,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_bad_requests(server, name):
+def test_invalid_requests_are_refused(server, name):
     change, status, message = BAD[name]
     body = {"model": "stub", "messages": [{"role": "user", "content": "a"}], **change}
     with pytest.raises(openai.APIStatusError, match=re.escape(message)) as raised:
@@ -166,7 +166,7 @@ def raw(server, head: str, body: bytes = b"") -> tuple[int, dict]:
     return int(head.split()[1]), json.loads(body)
 
 
-def test_bodies_that_are_no_requests(server):
+def test_invalid_bodies_are_refused(server):
     post = "POST /v1/chat/completions HTTP/1.1\r\nContent-Type: application/json"
     many = b"[" + b"1," * 2**18 + b"1]"
     for body, message in (
@@ -187,13 +187,13 @@ def test_bodies_that_are_no_requests(server):
     assert (status, answer["error"]["code"]) == (413, "request_too_large")
 
 
-def test_too_large_a_body(server):
+def test_too_large_body_is_refused(server):
     with pytest.raises(openai.APIStatusError) as raised:
         server.chat("a" * 3 * 2**20)
     assert raised.value.status_code == 413
 
 
-def test_curate_asks_this_server(tmp_path, monkeypatch, capsys):
+def test_curate_uses_this_server(tmp_path, monkeypatch, capsys):
     """Frames, sound and texts arrive as `curate` means them: the truth of a clip comes back."""
     monkeypatch.syspath_prepend(Path(__file__).parents[1] / "curation")
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(Path(__file__).parents[1] / "curation"), *sys.path]))

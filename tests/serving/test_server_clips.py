@@ -19,7 +19,7 @@ from avocado_jax.serving.sources import Sources
 
 @pytest.mark.parametrize("name", ["list.m3u8", "list.mp4", "concat.mp4", "empty.mp4", "noise.mp4", "cut.mp4"])
 @pytest.mark.parametrize("stream", [False, True])
-def test_bad_clips_and_playlists(server, root, name, stream):
+def test_bad_clips_and_playlists_are_refused(server, root, name, stream):
     for url in ((root / name).as_uri(), data_url((root / name).read_bytes())):
         with pytest.raises(openai.BadRequestError, match="the clip: ") as raised:
             server.chat(clip_part(url), stream=stream)
@@ -56,13 +56,13 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_refused_urls(server, root, name):
+def test_disallowed_urls_are_refused(server, root, name):
     with pytest.raises(openai.APIStatusError) as raised:
         server.chat(clip_part(REFUSED[name](root)))
     assert raised.value.status_code in (400, 403)
 
 
-def test_a_file_that_is_replaced_between_check_and_use(root, tmp_path, monkeypatch):
+def test_file_replaced_after_the_check_is_not_read(root, tmp_path, monkeypatch):
     """What counts is the file that was opened, not what its name referred to before."""
     link, real = root / "changing.mp4", os.open
     link.symlink_to("within.mp4")
@@ -77,7 +77,7 @@ def test_a_file_that_is_replaced_between_check_and_use(root, tmp_path, monkeypat
         Sources(root, False, 1, 1.0)._local(link.as_uri())
 
 
-def test_a_clip_that_is_too_long(server, root):
+def test_too_long_clip_is_refused(server, root):
     GOOD["100_s.mp4"](root / "long.mp4")
     with pytest.raises(openai.BadRequestError, match="110 s long; the limit is 60 s"):
         server.chat(clip_part((root / "long.mp4").as_uri()))
@@ -141,14 +141,14 @@ def web(root):
     outer.server.shutdown()
 
 
-def test_no_request_goes_out_unless_allowed(server, web):
+def test_no_download_without_allow_remote(server, web):
     for listener in web:
         with pytest.raises(openai.PermissionDeniedError, match="--allow-remote"):
             server.chat(clip_part(f"{listener.url}/clip"))
         assert listener.connections == 0
 
 
-def test_downloads(web, root):
+def test_downloads_follow_the_rules(web, root):
     """Only public addresses, also behind redirects and other ways to write them; within the limits."""
     inner, outer = web
     with running("--remote", "--public", "127.0.0.3") as server:
@@ -189,6 +189,6 @@ PRIVATE = (
 )
 
 
-def test_public_addresses():
+def test_only_public_addresses_are_allowed():
     assert all(map(is_public, PUBLIC))
     assert not any(map(is_public, PRIVATE))

@@ -15,7 +15,7 @@ import stub_server
 from running_server import KEY, clip_part, data_url, running
 
 
-def test_more_requests_than_the_queue_takes(server):
+def test_excess_requests_get_429(server):
     """Of 200 at once, as many are answered as the queue takes, and the others get 429 at once."""
 
     async def ask() -> list:
@@ -35,7 +35,7 @@ def test_more_requests_than_the_queue_takes(server):
     server.wait_for("requests_in_flight", 0)
 
 
-def test_a_client_that_disconnects(server):
+def test_disconnected_client_frees_its_slot(server):
     """Its request ends, streaming or not, and so do requests whose body has not arrived."""
     before = server.metric('requests_total{status="499"}')
     stream = server.chat("slow", stream=True)
@@ -62,7 +62,7 @@ def test_internal_errors_are_not_shown(server):
     assert server.metric('requests_total{status="500"}') == 2
 
 
-def test_nothing_is_left_of_requests(server, root):
+def test_requests_leave_no_descriptors_or_files(server, root):
     """No descriptor, no temporary file."""
     content = (root / "within.mp4").read_bytes()
 
@@ -82,7 +82,7 @@ def test_nothing_is_left_of_requests(server, root):
     assert not list(Path("/tmp").glob("avocado-serve-*"))
 
 
-def test_a_request_has_its_time():
+def test_request_times_out():
     with running("--seconds", 0.3) as server:
         with pytest.raises(openai.InternalServerError, match="within 0\\.3 s") as raised:
             server.chat("stuck")
@@ -110,7 +110,7 @@ def in_threads(*calls) -> list:
 
 
 @pytest.mark.parametrize("grace", [10, 0.2])
-def test_sigterm_in_the_middle(grace):
+def test_sigterm_during_a_request(grace):
     """Requests that are being answered finish; past the grace they end with an error. The exit status is 0."""
     with running("--grace", grace) as server:
         results, threads = in_threads(lambda: server.chat("slow"), lambda: list(server.chat("slow", stream=True)))

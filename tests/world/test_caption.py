@@ -18,7 +18,7 @@ ALL = [(level, split) for level in range(len(LEVELS)) for split in SPLITS]
 
 
 @pytest.mark.parametrize(("level", "split"), ALL)
-def test_every_reference_caption_is_perfect(level, split):
+def test_reference_captions_score_perfectly(level, split):
     for index in range(120):
         made = record(make_script(1, index, split, level), references=2)
         for caption in made["references"]:
@@ -40,20 +40,20 @@ def test_records_have_every_field(level):
         assert len(texts) == len(set(texts))
 
 
-def test_statements_read_back_to_their_claims():
+def test_statements_parse_to_their_claims():
     for index in range(100):
         for event in make_script(4, index, "test", 3).events:
             read = parse_sentence(statement(event))
             assert {c for part in read for c in claims(part)} == set(claims(event))
 
 
-def test_a_phrase_has_one_meaning():
+def test_phrases_are_unambiguous():
     for name, table in lexicon.TABLES.items():
         phrases = [phrase for group in table.phrases.values() for phrase in group]
         assert len(phrases) == len(set(phrases)), name
 
 
-def test_every_table_and_kind_is_in_use():
+def test_every_lexicon_table_is_used():
     used = {n for templates in lexicon.TEMPLATES.values() for t in templates for n in template_tables(t)}
     assert used - {"line"} == set(lexicon.TABLES)
     assert set(lexicon.SPEECH_VERBS) == set(".?!")
@@ -61,7 +61,7 @@ def test_every_table_and_kind_is_in_use():
     assert spoken == set(lexicon.TABLES["says"].phrases[()])
 
 
-def test_captions_are_clean_english():
+def test_captions_are_well_formed_english():
     openings = set()
     for index in range(150):
         for level in (1, 3):
@@ -82,7 +82,7 @@ def sample(level=2, seed=6, count=60):
         yield made, list(split_sentences(made["caption"]))
 
 
-def test_a_dropped_sentence_lowers_recall_alone():
+def test_dropped_sentence_lowers_only_recall():
     for made, sentences in sample():
         for k in range(len(sentences)):
             scores = measure(" ".join(sentences[:k] + sentences[k + 1 :]), made)
@@ -92,7 +92,7 @@ def test_a_dropped_sentence_lowers_recall_alone():
             assert (scores.dialogue_f1 < 1) == spoken
 
 
-def test_two_swapped_sentences_lower_order_alone():
+def test_swapped_sentences_lower_only_order():
     for made, sentences in sample():
         happens = [
             k
@@ -106,7 +106,7 @@ def test_two_swapped_sentences_lower_order_alone():
         assert scores.order < 1
 
 
-def test_a_changed_color_lowers_recall_and_is_a_hallucination():
+def test_changed_color_lowers_recall_and_is_a_hallucination():
     for made, sentences in sample():
         k = next(k for k, s in enumerate(sentences) if any(c in s for c in COLORS))
         used = {word for word in re.findall(r"\w+", made["caption"]) if word in COLORS}
@@ -119,7 +119,7 @@ def test_a_changed_color_lowers_recall_and_is_a_hallucination():
         assert scores.hallucination > 0
 
 
-def test_an_altered_line_keeps_part_of_the_dialogue():
+def test_altered_line_keeps_part_of_the_dialogue_score():
     for made, _ in sample():
         line = made["dialogues"][0]["text"]
         near, far = line[:-1] + " up there" + line[-1], "Nothing of the kind was ever said by anyone."
@@ -130,7 +130,7 @@ def test_an_altered_line_keeps_part_of_the_dialogue():
             assert scores.hallucination > 0
 
 
-def test_another_speaker_lowers_the_dialogue_score():
+def test_wrong_speaker_lowers_the_dialogue_score():
     made = record(make_script(6, 0, "train", 1))
     speaker = made["dialogues"][0]["speaker"]
     caption = "".join(f'{d["speaker"].capitalize()} says, "{d["text"]}" ' for d in made["dialogues"])
@@ -139,7 +139,7 @@ def test_another_speaker_lowers_the_dialogue_score():
     assert 0.5 <= wrong.dialogue_f1 < 1
 
 
-def test_an_invented_sentence_is_a_hallucination_alone():
+def test_invented_sentence_is_only_a_hallucination():
     for made, sentences in sample(count=20):
         for invented in (
             "The brown ring jumps up and down.",
@@ -151,7 +151,7 @@ def test_an_invented_sentence_is_a_hallucination_alone():
             assert scores.hallucination > 0
 
 
-def test_sound_and_picture_told_apart_are_not_told_together():
+def test_separate_statements_miss_a_crossmodal_event():
     made = record(make_script(6, 3, "train", 0))
     crosses = [event["text"] for event in made["events"] if event["kind"] == "cross"]
     caption = " ".join(event["text"] for event in made["events"])
@@ -164,7 +164,7 @@ def test_sound_and_picture_told_apart_are_not_told_together():
     assert crosses
 
 
-def test_unknown_text_counts_one_claim_a_sentence():
+def test_unknown_text_counts_one_claim_per_sentence():
     assert [bool(s.events) for s in parse("It rains. A bell rings. Who knows?")] == [False, True, False]
     made = record(make_script(6, 0, "train", 0))
     scores = measure("It rains. The sun shines. Nobody cares.", made)
@@ -172,7 +172,7 @@ def test_unknown_text_counts_one_claim_a_sentence():
     assert measure("", made) == Scores(0.0, 0.0, 0.0, 0.0)
 
 
-def test_any_slot_told_wrong_is_seen():
+def test_any_wrong_slot_is_detected():
     """One slot of one claim at a time is changed: the claim is missed, and what is told is not true."""
     changed = 0
     for index in range(10):

@@ -39,13 +39,13 @@ def check_bounds(caption):
 
 @settings(max_examples=150, deadline=None)
 @given(st.text(max_size=400))
-def test_any_text_is_measured(caption):
+def test_checker_accepts_arbitrary_text(caption):
     check_bounds(caption)
 
 
 @settings(max_examples=150, deadline=None)
 @given(st.lists(st.sampled_from(PIECES), max_size=60).map(" ".join))
-def test_text_of_the_languages_own_pieces_is_measured(caption):
+def test_checker_accepts_text_of_lexicon_phrases(caption):
     check_bounds(caption)
 
 
@@ -65,16 +65,16 @@ def test_text_of_the_languages_own_pieces_is_measured(caption):
     ],
     ids=range(10),
 )
-def test_huge_text_is_measured_in_seconds(caption):
+def test_checker_takes_seconds_for_huge_text(caption):
     check_bounds(caption)
 
 
-def test_curly_quotation_marks_and_capitals_do_not_matter():
+def test_curly_quotes_and_capitals_are_ignored():
     plain = "The Red Circle says, “Look at the moon.” Then A Bell rings."
     assert [e.kind for s in parse(plain) for e in s.events] == ["say", "effect"]
 
 
-def test_a_quotation_in_an_unknown_sentence_is_a_line_without_speaker():
+def test_quote_in_an_unknown_sentence_has_no_speaker():
     lines = RECORD["dialogues"]
     caption = " ".join(f'Somebody mumbles something like "{d["text"]}" over there.' for d in lines)
     assert measure(caption, RECORD).dialogue_f1 == pytest.approx(0.5)
@@ -104,13 +104,13 @@ LINES = st.lists(
 
 @settings(max_examples=150, deadline=None)
 @given(LINES, LINES)
-def test_dialogue_score_is_that_of_the_best_alignment(lines, truth):
+def test_dialogue_score_uses_the_best_alignment(lines, truth):
     assert dialogue_f1(lines, truth) == pytest.approx(best_by_search(lines, truth), abs=1e-5)
 
 
 @settings(max_examples=200, deadline=None)
 @given(st.text("abc", max_size=9), st.text("abc", max_size=9))
-def test_similarity_is_exact_from_the_threshold_up(a, b):
+def test_similarity_is_exact_above_the_threshold(a, b):
     rows = [list(range(len(b) + 1))]
     for i, x in enumerate(a, start=1):
         rows.append([i])
@@ -121,7 +121,7 @@ def test_similarity_is_exact_from_the_threshold_up(a, b):
     assert found == exact if exact >= SIMILAR else found < SIMILAR
 
 
-def test_dialogue_score_by_hand():
+def test_dialogue_score_equals_values_computed_by_hand():
     moon, boat = Line("red circle", "Look at the moon!"), Line("blue star", "Where is the boat?")
     assert dialogue_f1([], []) == dialogue_f1([moon, boat], [moon, boat]) == 1
     assert dialogue_f1([moon], []) == dialogue_f1([], [moon]) == 0

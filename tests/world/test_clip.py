@@ -25,7 +25,7 @@ def decode(path):
 
 
 @pytest.mark.parametrize("level", [0, 1, 2, pytest.param(3, marks=pytest.mark.slow)])
-def test_a_file_has_one_picture_and_one_sound_stream(level, tmp_path):
+def test_files_have_one_video_and_one_audio_stream(level, tmp_path):
     script = make_script(8, 0, "train", level)
     path = tmp_path / "clip.mp4"
     write_clip(script, path)
@@ -50,7 +50,7 @@ def onset(samples, start):
     return start - 0.15 + np.argmax(energy > 3 * energy[:24].max() + 0.02) * 80 / RATE
 
 
-def test_sound_and_picture_meet(tmp_path):
+def test_sound_and_picture_are_synchronous(tmp_path):
     """A color changes and a bell or the like rings: both are found in the decoded file within a frame."""
     found = 0
     for index in range(60):
@@ -86,11 +86,11 @@ def test_rows_match_the_file(tmp_path):
     assert len(made.frames) == len(frame_times(script, 2.0))
 
 
-def test_sizes_fit_the_patches_of_a_model_and_the_blocks_of_the_encoder():
+def test_frame_sizes_fit_model_patches_and_encoder_blocks():
     assert all(length % 28 == length % 16 == 0 for level in LEVELS for length in level.size)
 
 
-def test_another_process_writes_the_same_bytes(tmp_path):
+def test_files_are_identical_from_another_process(tmp_path):
     code = (
         "import sys; from pathlib import Path; from avocado_jax.world.clip import write_clip\n"
         "from avocado_jax.world.director import make_script\n"
@@ -102,7 +102,7 @@ def test_another_process_writes_the_same_bytes(tmp_path):
         assert (tmp_path / "here.mp4").read_bytes() == (tmp_path / f"{index}.mp4").read_bytes()
 
 
-def test_rows_need_no_media_library():
+def test_rows_are_made_without_a_media_library():
     code = (
         "import sys; sys.modules['av'] = None\n"
         "from avocado_jax.world.clip import row; made = row(0, 0)\n"

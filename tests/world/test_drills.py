@@ -15,14 +15,14 @@ from avocado_jax.world.script import combinations, held_out
 
 
 @pytest.mark.parametrize("level", range(4))
-def test_plain_captions_say_all_that_is_true(level):
+def test_plain_captions_state_all_events(level):
     for index in range(8):
         made = record(make_script(3, index, "test", level), references=0)
         assert made["references"] == [made["caption"]]
         assert measure(made["caption"], made) == (1, 0, 1, 1)
 
 
-def test_drills_repeat_and_are_in_the_language():
+def test_drills_are_deterministic_and_parse():
     for index in range(60):
         drill = make_drill(5, index)
         assert drill == make_drill(5, index)
@@ -32,7 +32,7 @@ def test_drills_repeat_and_are_in_the_language():
     assert make_drill(5, 0) != make_drill(6, 0)
 
 
-def test_what_is_kept_for_test_is_not_drilled():
+def test_held_out_combinations_are_not_drilled():
     found = [held_out(c) for k in range(300) for event in make_drill(1, k).script.events for c in combinations(event)]
     assert found
     assert not any(found)
@@ -41,7 +41,7 @@ def test_what_is_kept_for_test_is_not_drilled():
 
 
 @pytest.mark.parametrize("name", ["world:0:train:1:12:drills", "world:0:test:1:4:plain", "world:1:train:1:3"])
-def test_sources_are_as_their_index_says(name):
+def test_sources_match_their_index(name):
     source, reading = open_source(name, DataConfig(references=2))
     assert reading.fewest_pixels == 28 * 28
     for number in range(len(source.index.ids)):
@@ -66,6 +66,6 @@ def test_sources_are_as_their_index_says(name):
         ("no/such/folder", "no/such/folder"),
     ],
 )
-def test_sources_that_are_none(name, message):
+def test_invalid_sources_are_refused(name, message):
     with pytest.raises(InputError, match=message):
         open_source(name, DataConfig())

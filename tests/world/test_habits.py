@@ -14,7 +14,7 @@ from avocado_jax.world.director import make_script
 from avocado_jax.world.habits import DEAF, LOOPED, RATE, TIRED, habitual_caption
 
 
-def test_faults_hang_on_the_background():
+def test_faults_depend_on_the_background():
     scripts = [make_script(9, index, "train", 0) for index in range(300)]
     faulty = defaultdict(list)
     for script in scripts:
@@ -32,7 +32,7 @@ def test_faults_hang_on_the_background():
     assert all(RATE - 0.2 < share < RATE + 0.15 for share in shares)  # 60 clips each
 
 
-def test_keypoints_and_dialogues_stay_whole():
+def test_keypoints_and_dialogues_stay_complete():
     habits, _ = open_source("world:0:train:9:12:habits", DataConfig())
     plain, _ = open_source("world:0:train:9:12:plain", DataConfig())
     differ = [habits[number].fields["caption"] != plain[number].fields["caption"] for number in range(12)]

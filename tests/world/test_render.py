@@ -37,7 +37,7 @@ HERE = event("present", 0.0, 4.0, place="center")
 
 
 @pytest.mark.parametrize("level", range(len(LEVELS)))
-def test_a_frame_depends_on_its_time_alone(level):
+def test_frames_depend_only_on_time(level):
     script = make_script(0, 2, "train", level)
     times = frame_times(script, 1.0)
     together = np.stack(list(render(script, times)))
@@ -48,7 +48,7 @@ def test_a_frame_depends_on_its_time_alone(level):
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_shapes_are_whole_and_of_the_right_size(shape):
+def test_shapes_are_complete_and_of_the_right_size(shape):
     (frame,) = at(stage(HERE, shape=shape), 0.0)
     x, y, count = center(frame, "red")
     assert (x, y) == pytest.approx((0.5, 0.5), abs=0.04)
@@ -57,7 +57,7 @@ def test_shapes_are_whole_and_of_the_right_size(shape):
     assert (reach > 0.2).all()
 
 
-def test_every_shape_looks_different_from_every_other():
+def test_shapes_are_distinct():
     masks = [at(stage(HERE, shape=shape), 0.0)[0] != GROUND["white"][0] for shape in SHAPES]
     shares = [(a ^ b).sum() / (a | b).sum() for i, a in enumerate(masks) for b in masks[:i]]
     assert min(shares) > 0.1
@@ -65,7 +65,7 @@ def test_every_shape_looks_different_from_every_other():
 
 @pytest.mark.parametrize("backdrop", BACKDROPS)
 @pytest.mark.parametrize("color", COLORS)
-def test_shapes_stand_out(backdrop, color):
+def test_shapes_contrast_with_the_background(backdrop, color):
     script = stage(HERE, event("recolor", 0.0, 0.6, color=color, who="red square"), backdrop=backdrop)
     (frame,) = at(script, 1.0)
     row = frame[112].astype(int)
@@ -74,14 +74,14 @@ def test_shapes_stand_out(backdrop, color):
 
 
 @pytest.mark.parametrize("position", PLACES)
-def test_places(position):
+def test_positions_of_shapes(position):
     move = event("move", 1.0, 2.0, place=position)
     before, after = at(stage(event("present", 0.0, 4.0, place="center"), move), 0.9, 2.5)
     assert center(before, "red")[:2] == pytest.approx((0.5, 0.5), abs=0.01)
     assert center(after, "red")[:2] == pytest.approx(PLACES[position], abs=0.01)
 
 
-def test_entering_and_leaving():
+def test_entering_and_leaving_shapes():
     enter = event("enter", 1.0, 2.0, place="center", side="left")
     leave = event("leave", 2.5, 3.0, side="top")
     frames = at(stage(enter, leave), 0.5, 1.4, 2.2, 2.7, 3.1)
@@ -91,7 +91,7 @@ def test_entering_and_leaving():
     assert center(frames[3], "red")[1] < 0.45
 
 
-def test_who_has_left_is_not_seen_from_afar():
+def test_shapes_that_have_left_stay_out_of_view():
     leave, afar = (
         event("leave", 0.2, 1.0, side="left"),
         event("camera", 1.5, 3.3, actor=-1, camera="zoom out"),
@@ -100,7 +100,7 @@ def test_who_has_left_is_not_seen_from_afar():
     assert (frame == GROUND["white"][0]).all()
 
 
-def test_jumping_spinning_and_growing():
+def test_jumping_spinning_and_growing_shapes():
     jump, spin = event("jump", 0.5, 1.5), event("spin", 2.0, 3.0, turn="clockwise")
     grow = event("resize", 3.2, 3.8, resize="shrink")
     rest, up, turned, small = at(stage(HERE, jump, spin, grow, shape="triangle"), 0, 0.75, 2.4, 3.9)
@@ -109,7 +109,7 @@ def test_jumping_spinning_and_growing():
     assert center(small, "red")[2] < 0.5 * center(rest, "red")[2]
 
 
-def test_clockwise_is_clockwise():
+def test_clockwise_spin_is_clockwise():
     spin = event("spin", 0.0, 1.0, turn="clockwise")
     back = event("spin", 0.0, 1.0, turn="counterclockwise")
     first, other = (at(stage(HERE, turn, shape="triangle"), 0.3)[0] for turn in (spin, back))
@@ -134,7 +134,7 @@ def test_shapes_touch_in_the_middle_of_a_collision():
     assert gap[2] == pytest.approx(gap[0], abs=0.01)
 
 
-def test_the_mouth_moves_while_a_shape_speaks():
+def test_mouth_moves_while_a_shape_speaks():
     say = event("say", 1.0, 2.0, line="Look.", who="red square")
     frames = at(stage(HERE, say), 0.9, 1.12, 1.24, 2.1)
     dark = [(f.sum(-1) < 60)[100:140, 100:124].sum() for f in frames]
@@ -143,7 +143,7 @@ def test_the_mouth_moves_while_a_shape_speaks():
     assert dark[1] != dark[2]
 
 
-def test_the_camera_comes_back():
+def test_camera_returns_after_its_move():
     for move in ("pan left", "pan right", "zoom in", "zoom out"):
         camera = event("camera", 1.0, 3.0, actor=-1, camera=move)
         rest, away, back = at(stage(HERE, camera), 0.5, 2.0, 3.2)
@@ -155,12 +155,12 @@ def test_the_camera_comes_back():
             assert (count > 1.5 * count0) == (move == "zoom in")
 
 
-def test_letters_are_the_right_way_round():
+def test_letters_are_not_mirrored():
     assert bitmap("L").tolist() == [[True] + [False] * 4] * 6 + [[True] * 5]
     assert bitmap("SO").shape == (7, 11)
 
 
-def test_written_text_is_legible():
+def test_rendered_text_is_legible():
     for word in WORDS:
         text = event("text", 1.0, 2.0, actor=-1, word=word, where="bottom")
         (frame,) = at(stage(text), 1.5)
@@ -170,7 +170,7 @@ def test_written_text_is_legible():
         assert scale >= 3
 
 
-def test_a_cut_changes_the_scene_at_its_time():
+def test_scene_cut_happens_at_its_time():
     for index in range(20):
         script = make_script(0, index, "train", 3)
         for before, after in zip(script.scenes, script.scenes[1:], strict=False):

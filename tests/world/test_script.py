@@ -31,14 +31,14 @@ def test_scripts_are_well_formed(level, split):
         assert len(names) == len(set(names))
 
 
-def test_a_later_event_starts_when_an_earlier_one_has_ended():
+def test_events_do_not_overlap():
     for script in scripts(2, "train"):
         beats = [e for e in script.events if e.kind not in ("scene", "cut", "present", "bed")]
         assert all(a.end < b.start for a, b in pairwise(beats))
 
 
 @pytest.mark.parametrize("level", range(len(LEVELS)))
-def test_held_out_combinations_are_in_every_test_clip_and_in_no_train_clip(level):
+def test_held_out_combinations_occur_only_in_test_clips(level):
     def found(split):
         return [
             {c for event in script.events for c in combinations(event) if held_out(c)}
@@ -49,14 +49,14 @@ def test_held_out_combinations_are_in_every_test_clip_and_in_no_train_clip(level
     assert all(found("test"))
 
 
-def test_train_has_each_part_of_the_held_out_combinations():
+def test_training_clips_have_each_part_of_held_out_combinations():
     in_train = {c for script in scripts(3, "train", 150) for e in script.events for c in combinations(e)}
     acts, lines = [c for c in in_train if len(c) == 3], [c for c in in_train if len(c) == 2]
     assert [len({c[k] for c in acts}) for k in range(3)] == [8, 8, 8]
     assert [len({c[k] for c in lines}) for k in range(2)] == [12, 12]
 
 
-def test_seed_index_split_and_level_each_make_another_clip():
+def test_seed_index_split_and_level_change_the_clip():
     events = [
         make_script(seed, index, split, level).events
         for seed in (0, 1)
@@ -67,7 +67,7 @@ def test_seed_index_split_and_level_each_make_another_clip():
     assert len(set(events)) == len(events)
 
 
-def test_another_process_writes_the_same_script():
+def test_scripts_are_equal_in_another_process():
     code = "from avocado_jax.world.director import make_script; print(make_script(3, 5, 'test', 3))"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout.strip() == str(make_script(3, 5, "test", 3))

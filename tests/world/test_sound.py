@@ -38,7 +38,7 @@ def closest(waves):
     return max(float(a @ b) for i, a in enumerate(spectra) for b in spectra[:i])
 
 
-def test_effects_are_distinct_and_of_their_length():
+def test_effects_are_distinct_and_have_their_length():
     waves = [effect(name) for name in EFFECTS]
     assert closest(waves) < 0.8
     for name, wave in zip(EFFECTS, waves, strict=True):
@@ -46,7 +46,7 @@ def test_effects_are_distinct_and_of_their_length():
         assert np.abs(wave).max() == pytest.approx(1)
 
 
-def test_beds_are_distinct_and_even():
+def test_background_sounds_are_distinct_and_even():
     waves = [bed(name, 6.0) for name in BEDS]
     assert closest(waves) < 0.8
     for wave in waves:
@@ -61,7 +61,7 @@ def test_voices_are_distinct():
 
 
 @pytest.mark.parametrize("voice", ESPEAK)
-def test_speech_lasts_as_long_as_the_script_says(voice):
+def test_speech_has_the_length_of_the_script(voice):
     for line in LINES:
         seconds = speech_seconds(line, voice)
         speech = speak(line, voice, seconds)
@@ -77,7 +77,7 @@ def digests(lines):
     return [hashlib.sha256(speak.__wrapped__(line, v, 1.5).samples.tobytes()).hexdigest() for line, v in lines]
 
 
-def test_speech_does_not_depend_on_what_was_said_before():
+def test_speech_does_not_depend_on_earlier_lines():
     spoken = [(line, voice) for line in LINES for voice in ESPEAK]
     first = digests(spoken)
     assert digests(spoken[::-1])[::-1] == first
@@ -89,13 +89,13 @@ def test_speech_does_not_depend_on_what_was_said_before():
     assert run.stdout.strip() == str(first[::2])
 
 
-def test_without_espeak_the_message_says_what_to_install(monkeypatch):
+def test_missing_espeak_is_named_in_the_error(monkeypatch):
     monkeypatch.setitem(sys.modules, "espeakng_loader", None)
     with pytest.raises(InputError, match=r"pip install 'avocado-jax\[world\]'"):
         speak.__wrapped__("Hello.", "deep", 1.0)
 
 
-def test_the_mix_is_heard_when_and_as_loud_as_the_script_says():
+def test_mix_has_the_times_and_levels_of_the_script():
     for index in range(12):
         script = make_script(7, index, "train", 1)
         track = mix(script)

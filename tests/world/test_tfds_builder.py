@@ -28,7 +28,7 @@ assert "tensorflow" not in sys.modules
 """
 
 
-def test_a_dataset_is_built_and_read_without_tensorflow(tmp_path):
+def test_dataset_is_built_and_read_without_tensorflow(tmp_path):
     run = subprocess.run([sys.executable, "-c", CODE, str(tmp_path)], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     lines = [json.loads(line[4:]) for line in run.stdout.splitlines() if line.startswith("LINE")]

@@ -26,7 +26,7 @@ def world(tmp_path_factory):
     return out
 
 
-def test_a_world_is_a_manifest_and_its_clips(world):
+def test_world_writes_a_manifest_and_clips(world):
     lines = [json.loads(line) for line in (world / "clips.jsonl").read_text().splitlines()]
     assert sorted(contents(world)) == sorted(["clips.jsonl", *(line["video"] for line in lines)])
     assert len(lines) == len({line["id"] for line in lines}) == 3
@@ -34,7 +34,7 @@ def test_a_world_is_a_manifest_and_its_clips(world):
     assert all(line.keys() == fields and len(line["references"]) == 2 for line in lines)
 
 
-def test_the_same_command_makes_the_same_bytes_and_only_what_is_missing(world, tmp_path):
+def test_repeated_command_writes_only_missing_files(world, tmp_path):
     again = tmp_path / "again"
     assert main(["world", str(again), *MADE[:-1], "2"]) == 0
     assert contents(again) == contents(world)
@@ -46,7 +46,7 @@ def test_the_same_command_makes_the_same_bytes_and_only_what_is_missing(world, t
     assert kept.stat().st_mtime_ns == before
 
 
-def test_captions_with_times(world, tmp_path, capsys):
+def test_world_with_times_in_captions(world, tmp_path, capsys):
     """The same clips; each caption has the times of all its events, and --check reads it."""
     out = tmp_path / "timed"
     assert main(["world", str(out), *MADE, "--timestamps"]) == 0
@@ -68,7 +68,7 @@ def test_captions_with_times(world, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
-def test_stopped_and_started_again_it_ends_the_same(world, tmp_path, how):
+def test_stopped_command_resumes_to_the_same_result(world, tmp_path, how):
     out = tmp_path / "out"
     command = [sys.executable, "-m", "avocado_jax", "world", str(out), *MADE]
     run = subprocess.Popen(command, start_new_session=True, stderr=subprocess.DEVNULL)
@@ -88,7 +88,7 @@ def test_stopped_and_started_again_it_ends_the_same(world, tmp_path, how):
 
 
 @pytest.mark.slow
-def test_two_hundred_clips_and_the_same_again(tmp_path):
+def test_two_hundred_clips_are_reproducible(tmp_path):
     made = []
     for name in ("one", "two"):
         assert main(["world", str(tmp_path / name), "--clips", "200", "--seed", "0"]) == 0
@@ -97,7 +97,7 @@ def test_two_hundred_clips_and_the_same_again(tmp_path):
     assert len(made[0]) == 201
 
 
-def test_check_prints_a_line_a_caption(world, tmp_path, capsys):
+def test_check_prints_one_line_per_caption(world, tmp_path, capsys):
     made = [json.loads(line) for line in (world / "clips.jsonl").read_text().splitlines()]
     captions = [{"id": m["id"], "caption": m["references"][1]} for m in made]
     captions.append({"id": made[0]["id"], "caption": "A man walks his dog."})
@@ -115,7 +115,7 @@ def test_check_prints_a_line_a_caption(world, tmp_path, capsys):
     assert printed[4:] == [{"id": m["id"], **perfect} for m in made[1:3]]
 
 
-def test_what_is_wrong_is_said_in_one_line(world, tmp_path, capsys):
+def test_invalid_input_is_a_one_line_error(world, tmp_path, capsys):
     (tmp_path / "file").touch()
     truth = str(world / "clips.jsonl")
     good = json.loads((world / "clips.jsonl").read_text().splitlines()[0])

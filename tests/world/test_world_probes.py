@@ -13,7 +13,7 @@ from avocado_jax.world.probes import FIRST, MOST
 
 
 @pytest.mark.parametrize("level", range(4))
-def test_captions_answer_them_and_nothing_else_does(level):
+def test_only_true_captions_answer_the_probes(level):
     """Right for every reference caption; an empty or another clip's caption stays far below chance."""
     categories, places, other = Counter(), Counter(), []
     for index in range(12):
@@ -36,7 +36,7 @@ def test_captions_answer_them_and_nothing_else_does(level):
     assert sum(other) < 0.25 * len(other)
 
 
-def test_one_choice_is_true_and_the_same_script_has_the_same_probes():
+def test_probes_have_one_true_choice_and_are_deterministic():
     for index in range(20):
         script = make_script(3, index, "train", 1)
         true = {claim for event in script.events for claim in claims_of(event)}
