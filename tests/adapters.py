@@ -1,10 +1,10 @@
-"""Low-rank adapters merged into their kernels, for comparison."""
+"""Merge low-rank adapters into their kernels, for comparison."""
 
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 
 def merge(params, scale):
-    """Parameters without adapters that compute the same, in fp32."""
+    """Equivalent parameters without adapters, in fp32."""
     flat = flatten_dict(params)
     for path in [path for path in flat if path[-1] == "lora_a"]:
         a, b = flat.pop(path), flat.pop((*path[:-1], "lora_b"))

@@ -1,4 +1,4 @@
-"""Steps of one or several processes, of which some cannot read a record: test_agree.py runs these in new processes."""
+"""Training steps in which some processes cannot read a record. test_agree.py runs them in new processes."""
 
 import hashlib
 from dataclasses import replace
@@ -80,14 +80,14 @@ class Clips:
 
 
 def digest(tree):
-    """Of the values of a tree of global arrays."""
+    """Digest of the values of a tree of global arrays."""
     whole = multihost_utils.process_allgather(tree, tiled=True) if jax.process_count() > 1 else tree
     parts = [np.ascontiguousarray(leaf).tobytes() for leaf in jax.tree.leaves(whole)]
     return hashlib.sha256(b"".join(parts)).hexdigest()
 
 
 def local_digest(tree):
-    """Of the replicas on the devices of this process."""
+    """Digest of the replicas on the devices of this process."""
     parts = [np.asarray(shard.data).tobytes() for leaf in jax.tree.leaves(tree) for shard in leaf.addressable_shards]
     return hashlib.sha256(b"".join(parts)).hexdigest()
 
@@ -137,12 +137,12 @@ def _equal(row, leaf, blank):
 
 
 def put(value, sharding):
-    """The same value of all processes as a global array."""
+    """Make a global array from a value that is equal on all processes."""
     return jax.make_array_from_callback(value.shape, sharding, lambda index: value[index])
 
 
 class Count(NamedTuple):
-    """In place of references as arrays, which take long to compile."""
+    """Replaces array references, which take long to compile."""
 
     count: np.ndarray
 
@@ -154,7 +154,7 @@ def count_references(table, records, limits, keypoints, features, characters, ev
 
 
 def score_simply(table, tokens, lengths, references, thresholds=None, answers=None, limits=None, probes=None, extra=()):
-    """In place of `score_captions`, whose alignments take long to compile: length, and the judges' answers."""
+    """Replaces `score_captions`, which takes long to compile: the length term and the judges' answers."""
     length = 1 - lengths / 12
     if answers is None:
         checklist = jnp.full(lengths.shape, jnp.nan)
@@ -174,7 +174,7 @@ def caption_length(captions, references):
 
 
 def caption_length_or_failure(captions, references):
-    """Raises on the last process what would elsewhere be bad input."""
+    """Raises an input error on the last process."""
     if jax.process_index() == jax.process_count() - 1:
         raise InputError("no letters")
     return caption_length(captions, references)

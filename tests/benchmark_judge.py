@@ -1,4 +1,4 @@
-"""A judge that goes by the letter: what a caption says is what stands in it; and small files in official formats."""
+"""An exact judge, which compares captions with the truth literally, and small files in the official formats."""
 
 import json
 from pathlib import Path
@@ -14,7 +14,7 @@ CAPTIONS = {name: f"{'. '.join(events)}. {SPOKEN_LINE}" for name, events in EVEN
 
 
 def honest(request: dict) -> str:
-    """The answer to a request, by the shape that is asked for."""
+    """The true answer to a request, in the requested form."""
     material = json.loads(request["messages"][-1]["content"])
     kind = request["response_format"]["json_schema"]["name"]
     caption = material.get("caption", material.get("text", ""))
@@ -50,7 +50,7 @@ def honest(request: dict) -> str:
 
 
 def official(name: str):
-    """What the official file of a benchmark holds: of three clips, of each event a question where it has questions."""
+    """The official file of a benchmark for three clips; where it has questions, one per event."""
     if name == "video-salmonn-2":
         return [
             {
@@ -151,7 +151,7 @@ def official(name: str):
 
 
 def write_official(name: str, folder: Path) -> Path:
-    """The official file of a benchmark, in a folder."""
+    """Write the official file of a benchmark to a folder."""
     content = official(name)
     if name in ("vdc", "dream-1k", "probes"):
         path = folder / f"{name}.jsonl"

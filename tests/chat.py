@@ -1,4 +1,4 @@
-"""A server that speaks the OpenAI chat protocol over a real socket, and breaks its answers when told to."""
+"""A server for the OpenAI chat protocol over a real socket, with injected faults."""
 
 import json
 import socket
@@ -13,7 +13,7 @@ HOST = "127.0.0.1"
 
 
 def verdicts(request: dict[str, Any]) -> dict[str, str]:
-    """An honest judge of little wit: a statement, or a choice, is true if its words stand in the description."""
+    """A simple honest judge: a statement or choice is true if its words occur in the description."""
     question = json.loads(request["messages"][1]["content"])
     if "questions" in question:
         return {
@@ -26,12 +26,12 @@ def verdicts(request: dict[str, Any]) -> dict[str, str]:
 
 
 def chat(text: Any) -> bytes:
-    """The body of an answer."""
+    """The response body for a text."""
     return json.dumps({"choices": [{"message": {"role": "assistant", "content": text}}]}).encode()
 
 
 class ChatServer:
-    """Answers honestly, but for what `fault(number of the request, request)` gives.
+    """Answers honestly unless `fault(number of the request, request)` returns a fault.
 
     That is None, or what happens instead: a text that the model says; bytes, the body; (status, headers, body); or
     "reset", "hang", "garbage" (not HTTP), "cut" (the body ends early), "trickle" (a byte now and then, for ever).
@@ -111,7 +111,7 @@ class ChatServer:
         threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
 
     def close(self) -> None:
-        """End at once, whatever hangs."""
+        """Stop at once, also with hanging requests."""
         self._ending.set()
         self._server.shutdown()
         self._server.server_close()
@@ -119,7 +119,7 @@ class ChatServer:
 
 @contextmanager
 def chat_server(fault: Callable[[int, dict], Any] = lambda number, request: None, port: int = 0):
-    """A server while the block runs."""
+    """Run a server for the duration of the block."""
     server = ChatServer(fault, port)
     try:
         yield server

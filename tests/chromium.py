@@ -1,4 +1,4 @@
-"""A real headless Chromium, driven through its own protocol over a pipe: no driver, no library.
+"""Control a headless Chromium through the DevTools protocol over a pipe, without a driver or library.
 
 https://chromedevtools.github.io/devtools-protocol/
 """
@@ -20,7 +20,7 @@ PATIENCE = 20  # seconds that anything may take
 
 
 class Page:
-    """One open page; `errors` are what its console says of errors, `requests` the addresses it asked for."""
+    """One open page. `errors` lists errors of its console, `requests` the requested addresses."""
 
     def __init__(self, pipe_in, pipe_out):
         self._in, self._out = pipe_in, pipe_out
@@ -32,7 +32,7 @@ class Page:
             self.call(f"{domain}.enable")
 
     def call(self, method, **params):
-        """Send a command and give its result; events that come before are noted."""
+        """Send a command and return its result. Events that arrive before are recorded."""
         number = next(self._numbers)
         message = {"id": number, "method": method, "params": params}
         if self._session:
@@ -81,7 +81,7 @@ class Page:
         return result["result"].get("value")
 
     def until(self, expression):
-        """Wait until an expression holds."""
+        """Wait until an expression is true."""
         deadline = time.monotonic() + PATIENCE
         while not self.evaluate(expression):
             assert time.monotonic() < deadline, f"never: {expression}"
@@ -99,37 +99,37 @@ class Page:
         return center
 
     def click(self, selector):
-        """Click as a hand does."""
+        """Click with mouse events."""
         center = self.point(selector)
         for kind in ("mousePressed", "mouseReleased"):
             self.call("Input.dispatchMouseEvent", type=kind, button="left", clickCount=1, **center)
 
     def write(self, selector, text):
-        """Click into a field and type over what it holds."""
+        """Replace the text of a field."""
         self.click(selector)
         self.evaluate(f"document.querySelector({json.dumps(selector)}).select()")
         self.call("Input.insertText", text=text)
 
     def choose(self, selector, value):
-        """Choose an option; its list is the system's own, which takes no clicks here."""
+        """Select an option by its value: native option lists take no clicks in headless mode."""
         self.evaluate(
             f"(node => {{ node.value = {json.dumps(value)}; node.dispatchEvent(new Event('change')); }})"
             f"(document.querySelector({json.dumps(selector)}))"
         )
 
     def texts(self, selector):
-        """The text of everything that a selector finds."""
+        """Text content of all elements that match a selector."""
         return self.evaluate(f"[...document.querySelectorAll({json.dumps(selector)})].map(node => node.textContent)")
 
     def picture(self, path, whole=False):
-        """Save what can be seen, or the whole page, as PNG."""
+        """Save the viewport, or the full page, as PNG."""
         shot = self.call("Page.captureScreenshot", format="png", captureBeyondViewport=whole)
         Path(path).write_bytes(base64.b64decode(shot["data"]))
 
 
 @contextmanager
 def browser():
-    """A page of a browser of its own, gone at the end."""
+    """A page of a new browser, which ends with the block."""
     program = next((path for name in NAMES if (path := shutil.which(name))), None)
     assert program, f"none of {', '.join(NAMES)} is installed; launch/test.sh installs one"
     there, to_write = os.pipe()

@@ -1,4 +1,4 @@
-"""Small clips written with PyAV for the tests: good ones of many kinds, and files that are bad in many ways.
+"""Small clips written with PyAV: valid ones of many kinds, and files with many kinds of damage.
 
 Everything is deterministic: a picture whose four quarters have their own colours, with a white square that
 moves over them, and a tone of its own pitch in each channel.
@@ -16,7 +16,7 @@ QUARTERS = ((200, 40, 40), (40, 200, 40), (40, 40, 200), (200, 200, 40))  # top 
 
 
 def picture(index: int, width: int = 96, height: int = 64) -> np.ndarray:
-    """Frame `index`: four coloured quarters and a square that moves."""
+    """Frame `index`: four coloured quarters and a moving square."""
     image = np.zeros((height, width, 3), np.uint8)
     for colour, (rows, columns) in zip(QUARTERS, ((0, 0), (0, 1), (1, 0), (1, 1))):
         half, wide = height // 2, width // 2
@@ -28,7 +28,7 @@ def picture(index: int, width: int = 96, height: int = 64) -> np.ndarray:
 
 
 def tone(seconds: float, rate: int = SOUND, channels: int = 1) -> np.ndarray:
-    """[channels, samples] in -1..1: a sine of 220 Hz in the first channel, 330 Hz in the second, and on."""
+    """[channels, samples] in -1..1: a sine of 220 Hz in the first channel, 330 Hz in the second, and so on."""
     time = np.arange(round(seconds * rate)) / rate
     return np.stack([0.4 * np.sin(2 * np.pi * 110 * (channel + 2) * time) for channel in range(channels)]).astype("f4")
 
@@ -91,14 +91,14 @@ def _hear(out: av.container.OutputContainer, audio: av.AudioStream, sound: np.nd
 
 
 def halved(source: Path, path: Path) -> Path:
-    """The first half of a file."""
+    """Write the first half of a file."""
     data = source.read_bytes()
     path.write_bytes(data[: len(data) // 2])
     return path
 
 
 def spoiled(source: Path, path: Path) -> Path:
-    """A file whose middle third is noise."""
+    """Write a file whose middle third is replaced by noise."""
     data = bytearray(source.read_bytes())
     third = len(data) // 3
     data[third : 2 * third] = np.random.default_rng(0).bytes(third)
@@ -107,7 +107,7 @@ def spoiled(source: Path, path: Path) -> Path:
 
 
 def covered(path: Path) -> Path:
-    """Sound with a cover picture, as music files have."""
+    """Write sound with a cover picture, as in music files."""
     with av.open(str(path), "w", format="mp4") as out:
         audio = out.add_stream("aac", rate=SOUND, layout="mono")
         cover = out.add_stream("mjpeg", rate=1)

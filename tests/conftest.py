@@ -1,4 +1,4 @@
-"""Set-up of the test processes: simulated devices, run-time shape checks, bounded memory maps, stack dumps.
+"""Set-up of test processes: simulated devices, run-time shape checks, bounded memory maps, stack dumps.
 
 A process maps each program that XLA compiles for the CPU into memory. Linux allows 65,530 maps (vm.max_map_count);
 past that, LLVM cannot allocate memory and the process dies of a segmentation fault inside `backend_compile_and_load`.
@@ -97,7 +97,7 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 
 
 class TestProcesses:
-    """What the controller of pytest-xdist does when a test process ends."""
+    """Hooks of the pytest-xdist controller for the end of a test process."""
 
     def __init__(self, terminal) -> None:
         self.died, self._terminal = "", terminal

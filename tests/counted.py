@@ -1,4 +1,4 @@
-"""Operations of a traced program, read from its jaxpr: trips of scans and kernels included."""
+"""FLOPs of a traced program, counted from its jaxpr, including iterations of scans and kernels."""
 
 from math import prod
 
@@ -6,7 +6,7 @@ import jax
 
 
 def flops_of(jaxpr):
-    """A multiply-add is two; of branches the dearest; a kernel's body as often as its grid says."""
+    """Count two FLOPs per multiply-add, the most expensive branch, and a kernel's body once per grid cell."""
     total = 0
     for equation in jaxpr.eqns:
         name, params = equation.primitive.name, equation.params

@@ -21,7 +21,7 @@ def process_order(topology, data=1, fsdp=-1, tensor=1, each=None):
 
 
 def reorder(order):
-    """From now on meshes take their devices so that the processes of consecutive devices are `order`."""
+    """Patch mesh creation so that the processes of consecutive devices are `order`."""
 
     def create_device_mesh(sizes, devices, **_):
         left = {process: [one for one in devices if one.process_index == process] for process in set(order)}
@@ -32,7 +32,7 @@ def reorder(order):
 
 
 def row_values(mesh, values):
-    """The values [rows] of a global array on every process, by global row."""
+    """Values [rows] of a global array by global row, on every process."""
     with jax.set_mesh(mesh):
         whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
         return np.asarray(jax.jit(lambda x: x, out_shardings=whole)(values)).tolist()

@@ -1,4 +1,4 @@
-"""A run folder as `sft` or `grpo` leave it, written in no time: AVWorld's references, captions made from them."""
+"""Write a run folder in the format of `sft` and `grpo`, with AVWorld references and captions derived from them."""
 
 import json
 import random

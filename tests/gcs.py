@@ -1,4 +1,4 @@
-"""A real storage server on this machine, and a proxy in front of it that injects faults and refuses requests."""
+"""A local storage server, and a proxy in front of it that injects faults and refuses requests."""
 
 import http.client
 import itertools
@@ -29,7 +29,7 @@ DENIED = (
 
 @contextmanager
 def storage_server(root: Path, host: str = HOST):
-    """Run the server over the folders (buckets) in `root`; gives its port."""
+    """Run the server over the folders (buckets) in `root`. Gives its port."""
     port = _free_port(host)
     url = f"http://{host}:{port}"
     command = [_server._get_binary_path(), "-scheme", "http", "-backend", "filesystem", "-filesystem-root", root]
@@ -49,7 +49,7 @@ def storage_server(root: Path, host: str = HOST):
 
 
 class Proxy:
-    """Forwards requests to the storage server, and injects faults into the answers.
+    """Forwards requests to the storage server, and injects faults into the responses.
 
     Attributes:
         faulty: (method, path) -> bool: requests that may get a fault.
@@ -130,7 +130,7 @@ class Proxy:
             return fault
 
     def answer(self, request: BaseHTTPRequestHandler) -> None:
-        """Get the real answer, and give it, or spoil it."""
+        """Forward the real response, or corrupt it."""
         length = request.headers.get("Content-Length")
         if request.headers.get("Transfer-Encoding") == "chunked":
             body = b"".join(iter(lambda: self._chunk(request), b""))
@@ -197,7 +197,7 @@ class Proxy:
 
     @staticmethod
     def _deny(request: BaseHTTPRequestHandler, status: int, message: str) -> None:
-        """The answer of Google Cloud Storage to a caller without a permission."""
+        """Respond as Google Cloud Storage does to a caller without a permission."""
         reason = {"message": message, "domain": "global", "reason": "forbidden"}
         body = json.dumps({"error": {"code": status, "message": message, "errors": [reason]}}).encode()
         request.send_response(status)
@@ -215,7 +215,7 @@ class Proxy:
 
 
 class Rounds:
-    """Requests in rounds, as over a connection of long latency: they wait until `width` wait, or no more come.
+    """Processes requests in rounds, as with a long latency: they wait until `width` requests wait or no more arrive.
 
     The number of rounds is the time that reading takes where it is bound by latency.
 

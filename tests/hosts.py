@@ -1,4 +1,4 @@
-"""Hosts of a slice on one machine: network namespaces, or plain processes without the right to create those.
+"""Hosts of a slice on one machine: network namespaces, or plain processes if namespaces cannot be created.
 
 A namespace has its own address, host name and hosts file. `lose` disconnects the network of a host before it kills the
 processes, so that its connections are not closed and peers notice only by the heartbeat.

@@ -25,7 +25,7 @@ PAGE = 20  # entries of a page of the tree
 
 
 class Request(NamedTuple):
-    """A request as the server's log has it."""
+    """A logged request."""
 
     origin: str  # "hub" or "cdn"
     method: str
@@ -366,7 +366,7 @@ def hub_server(cache: Path, monkeypatch: pytest.MonkeyPatch):
 
 
 def forget() -> None:
-    """Resolve references anew, as another process would."""
+    """Forget resolved references, as in a new process."""
     from huggingface_hub.utils import close_session
 
     from avocado_jax.checkpoint import references

@@ -1,4 +1,4 @@
-"""Record what the launchers submit for each stage: the JobSet that xpk renders, and the task that SkyPilot reads.
+"""Record the manifests of each stage: the JobSet that xpk renders, and the task that SkyPilot parses.
 
   python tests/make_manifests.py XPK SKY    # virtual environments with xpk 1.16.0 and with skypilot 0.14.1
 

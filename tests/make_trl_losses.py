@@ -1,4 +1,4 @@
-"""Write train/trl_losses.npz: what TRL's GRPO computes from given log-probabilities, for train/test_objective.py.
+"""Write train/trl_losses.npz: losses of TRL's GRPO for given log-probabilities, for train/test_objective.py.
 
 pip install --target /tmp/trl --no-deps trl==1.16.0 accelerate datasets pandas pyarrow dill multiprocess xxhash psutil
 PYTHONPATH=/tmp/trl:tests python tests/make_trl_losses.py

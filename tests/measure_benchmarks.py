@@ -1,4 +1,4 @@
-"""Whether official files load, and what their reference captions come to without a judge.
+"""Load official files, and print the metrics of their reference captions that need no judge.
 
 python tests/measure_benchmarks.py video-salmonn-2=FILE daily-omni=FILE ...
 """

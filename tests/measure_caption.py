@@ -1,4 +1,4 @@
-"""Caption a bucket of AVWorld clips with bad files among them: killed five times, in four shards, and undisturbed.
+"""Caption a bucket of AVWorld clips and bad files: with five kills, in four shards, and undisturbed.
 
 python tests/measure_caption.py --clips 200 --bad 20
 
@@ -23,7 +23,7 @@ AVOCADO = [sys.executable, "-m", "avocado_jax"]
 
 
 def caption(*arguments: str, command: list[str] = AVOCADO, kill_after: float | None = None) -> float:
-    """Run `avocado caption` to its end, or kill it. Returns the seconds that it took."""
+    """Run `avocado caption` to its end, or kill it. Returns the run time in seconds."""
     begun = time.monotonic()
     process = subprocess.Popen([*command, "caption", *arguments], stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
     try:

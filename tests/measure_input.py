@@ -1,4 +1,4 @@
-"""Rows a second of one core, ours beside the reference's own utilities and processors, on the same clips.
+"""Rows per second of one core, for this package and for the reference's utilities and processors, on the same clips.
 
   python tests/measure_input.py CLIP...
 
@@ -27,7 +27,7 @@ PROMPT = Prompt([0] * 60, [0] * 60)
 
 
 def ours(packed: bytes) -> None:
-    """A record to a padded row."""
+    """Convert a record to a padded row."""
     clip = make_row(decoded(unpack(packed), Reading()), PROMPT, SEVEN_B).clip
     stack([clip], rounded(shape_of(clip)))
 

@@ -1,4 +1,4 @@
-"""How a judge of keypoints scores real captions: FILE is a list of {"conversations", "events"}.
+"""Scores of a judge of keypoints on real captions: FILE is a list of {"conversations", "events"}.
 
   python tests/measure_judges.py video_salmonn2.json                                   # lexical
   python tests/measure_judges.py video_salmonn2.json --judge embedding --judge-model DIR
@@ -74,7 +74,7 @@ def main():
 
 
 def opened(args, captions, events):
-    """Captions and the numbers of their records to the scores of their events."""
+    """A function from captions and the numbers of their records to the scores of their events."""
 
     table = make_table(None, word_weights(captions) if args.idf else None)
 
@@ -105,7 +105,7 @@ def opened(args, captions, events):
 
 
 def show(name, found, honest=None):
-    """Print the mean R_C, and how often the honest caption is ahead."""
+    """Print the mean R_C, and how often the honest caption scores higher."""
     each = np.array([np.nanmean(row) for row in found])
     ahead = ""
     if honest is not None and found is not honest:
@@ -114,7 +114,7 @@ def show(name, found, honest=None):
 
 
 def overlap(text, reference, size=4):
-    """The share of the runs of words of a text that are in another."""
+    """The share of word n-grams of a text that occur in another."""
 
     def runs(words):
         return {tuple(words[start : start + size]) for start in range(len(words) - size + 1)}

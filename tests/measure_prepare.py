@@ -41,7 +41,7 @@ def main() -> int:
 
 
 def fake_tasks(job, source, tasks, workers):
-    """Instead of reading clips: list records for each row."""
+    """Replaces reading clips: list records for each row."""
     for task in tasks:
         columns = {name: [100] * len(task.rows) for name in MEASURED}
         columns |= {"id": [f"clip-{row.number}" for row in task.rows], "line": [row.number for row in task.rows]}
@@ -58,7 +58,7 @@ def manifest(path: Path, lines: int) -> None:
 
 
 def long_manifest(folder: Path, lines: int) -> float:
-    """Peak memory of the main process, in bytes, over a manifest of `lines` lines."""
+    """Peak memory of the main process in bytes, for a manifest of `lines` lines."""
     manifest(folder / "clips.jsonl", lines)
     start = time.monotonic()
     done = prepare(Job(str(folder / "clips.jsonl"), str(folder / "out")), 1)
@@ -69,7 +69,7 @@ def long_manifest(folder: Path, lines: int) -> float:
 
 
 def finished_shards(folder: Path, shards: int, latency: float, patch: pytest.MonkeyPatch) -> tuple[float, int]:
-    """Seconds and requests to start and find that every shard of a bucket is done; then finish."""
+    """Seconds and requests of a start over a bucket whose shards are all done, and of `--finish`."""
     manifest(folder / "clips.jsonl", shards)
     job = Job(str(folder / "clips.jsonl"), "gs://bucket/out", shard_records=1)
     with gcs.proxied_bucket(folder / "storage", patch) as proxy:

@@ -1,4 +1,4 @@
-"""What the rewards say of real captions with gold events: FILE is a list of {"conversations", "events"}.
+"""Rewards of real captions with gold events: FILE is a list of {"conversations", "events"}.
 
   python tests/measure_rewards.py video_salmonn2.json
 
@@ -49,13 +49,13 @@ def in_chunks(of, *trees):
 
 
 def alike(line, text):
-    """Whether a line as R_D compares it is nearly that of a text."""
+    """Whether a normalised line nearly equals part of a text."""
     text = reading.normalize(text)
     return bool(text) and 1 - Levenshtein.distance(line, text) / max(len(line), len(text)) >= 0.9
 
 
 def area(positive, negative):
-    """The probability that one of the first ranks above one of the second, ties half."""
+    """AUC: the probability that a positive ranks above a negative; ties count half."""
     below = np.searchsorted(np.sort(negative), positive, "left")
     upto = np.searchsorted(np.sort(negative), positive, "right")
     return float((below + upto).mean() / 2 / len(negative))

@@ -1,4 +1,4 @@
-"""StableHLO lines and products of `roll_out` at full size, which decide how long it compiles; nothing is compiled.
+"""StableHLO lines and matmuls of `roll_out` at full size, which determine its compile time; nothing is compiled.
 
 python tests/measure_rollout_size.py [--size 3b] [--train captioner]
 """

@@ -45,7 +45,7 @@ def long_video(path: Path, seconds: float, level: int) -> tuple[dict, list[float
 
 
 def caption(path: Path, *options: str) -> dict:
-    """What `avocado caption` makes of a video."""
+    """The caption of `avocado caption` for a video."""
     done = subprocess.run([*AVOCADO, "caption", str(path), "--json", *options], stdout=subprocess.PIPE, check=True)
     return json.loads(done.stdout)
 

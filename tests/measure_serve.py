@@ -28,7 +28,7 @@ def memory(pid: int) -> float:
 
 
 async def send(client: openai.AsyncOpenAI, clips: list[Path], number: int) -> str:
-    """One request. Returns how it ended."""
+    """Send one request. Returns its outcome."""
     rng = random.Random(number)
     clip = rng.choice(clips)
     content = clip.read_bytes() if number % 10 else clip.read_bytes()[:2000]

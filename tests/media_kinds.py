@@ -1,4 +1,4 @@
-"""Clips as people cut, join, record and name them, written with PyAV, and what a reader must find in each.
+"""Clips that were cut, joined, recorded and named in common ways, written with PyAV, and their expected content.
 
 The picture's brightness states its time: `dark + time * slope`. Sound is a tone with a burst at a known time. The
 expectations follow from how each file is written, not from what a reader found.
@@ -42,7 +42,7 @@ class Kind(NamedTuple):
 
 
 def brightness(time: float) -> float:
-    """Of the picture at a time of the recording, 0 to 255."""
+    """Brightness of the picture, 0 to 255, at a time of the recording."""
     return DARK + SLOPE * time
 
 
@@ -103,7 +103,7 @@ def write(
 
 
 def tone(seconds: float, rate: int = SOUND) -> np.ndarray:
-    """A quiet tone with a loud burst from the middle on, a fifth of a second long."""
+    """A quiet tone with a loud burst of a fifth of a second that begins in the middle."""
     time = np.arange(round(seconds * rate)) / rate
     loud = (time >= seconds / 2) & (time < seconds / 2 + 0.2)
     return ((0.02 + 0.5 * loud) * np.sin(2 * np.pi * 1000 * time)).astype(np.float32)
@@ -136,7 +136,7 @@ def remux(
 
 
 def _base(path: Path, **options) -> Path:
-    """A file beside `path` to make it of."""
+    """The path of a source file beside `path`."""
     name = f"base-{path.stem}{options.pop('suffix', path.suffix)}"
     return write(path.with_name(name), **options)
 
@@ -174,7 +174,7 @@ def trim_end(path: Path, seconds: float) -> Path:
 
 
 def concatenated(path: Path, **options) -> Path:
-    """Two recordings of 2 s, one file behind the other; the second starts its clock again."""
+    """Two concatenated recordings of 2 s; timestamps restart in the second."""
     parts = [_base(path.with_stem(f"{path.stem}{part}"), seconds=2.0, bframes=part * 2, **options) for part in (0, 1)]
     path.write_bytes(b"".join(part.read_bytes() for part in parts))
     return path
@@ -218,7 +218,7 @@ def between_keyframes(path: Path) -> Path:
 
 
 def mirrored(path: Path) -> Path:
-    """A display matrix that mirrors: stored with a dark lower right quarter, shown with it on the left."""
+    """A display matrix that mirrors: the dark quarter is stored at the lower right and displayed at the left."""
     with av.open(str(path.with_suffix(".base.mp4")), "w") as out:
         video = out.add_stream("libx264", rate=RATE, options={"crf": "12"})
         video.width, video.height, video.pix_fmt = 96, 64, "yuv420p"
@@ -237,7 +237,7 @@ def mirrored(path: Path) -> Path:
 
 
 def image(path: Path, codec: str, format: str = "image2", frames: int = 1) -> Path:
-    """One picture."""
+    """A file with one picture."""
     with av.open(str(path), "w", format=format) as out:
         stream = out.add_stream(codec, rate=10)
         stream.width, stream.height = 64, 48
@@ -251,7 +251,7 @@ def image(path: Path, codec: str, format: str = "image2", frames: int = 1) -> Pa
 
 
 def text(content: str) -> Callable[[Path], object]:
-    """A file of text."""
+    """A text file."""
     return lambda path: path.write_text(content)
 
 

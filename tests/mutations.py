@@ -22,7 +22,7 @@ FAILED = 1  # pytest's status for failed tests; others, but 0, are errors of the
 
 
 def main() -> int:
-    """Apply the chosen mutations in turn."""
+    """Apply the chosen mutations one by one."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="run the mutations with this text in their name or path")
     only = parser.parse_args().only
@@ -58,7 +58,7 @@ def main() -> int:
 
 
 def _pytest(tree: Path, tests: str) -> int:
-    """The status of pytest in the copy, which is imported instead of the installed package."""
+    """The exit status of pytest in the copy, which is imported instead of the installed package."""
     command = f"{sys.executable} -m pytest -x -q -p no:cacheprovider {tests}"
     environment = os.environ | {"PYTHONPATH": str(tree), "PYTHONDONTWRITEBYTECODE": "1"}
     return subprocess.run(command, shell=True, cwd=tree, env=environment, stdout=subprocess.DEVNULL).returncode

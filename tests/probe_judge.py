@@ -1,4 +1,4 @@
-"""An exact judge of AVWorld's probes: it answers what a caption states, in the caption's own order, or not at all."""
+"""An exact judge of AVWorld's probes: it answers only what a caption states."""
 
 import json
 
@@ -8,7 +8,7 @@ from avocado_jax.world.script import Claim, claims
 
 
 def claims_of(event):
-    """The claims of an event that was read from a text, lines as they are compared."""
+    """Claims of an event that was parsed from a text, with normalised lines."""
     return [
         Claim(one.kind, tuple((name, normalize(value) if name == "line" else value) for name, value in one.slots))
         for one in claims(event)
@@ -16,7 +16,7 @@ def claims_of(event):
 
 
 def answer(caption, question, choices):
-    """The letter of the choice that the caption supports, else N/A. `choices` are by their letters."""
+    """The letter of the choice that the caption supports, else N/A. `choices` maps letters to choices."""
     places = {}  # claim -> where it is first made
     for index, event in enumerate(event for sentence in parse(caption) for event in sentence.events):
         for claim in claims_of(event):
@@ -32,7 +32,7 @@ def answer(caption, question, choices):
 
 
 def exact(number, request):
-    """The judge behind a `chat_server`: one answer to each of the questions of a caption."""
+    """Responses for a `chat_server`: one answer to each question of a caption."""
     content = json.loads(request["messages"][-1]["content"])
     caption = content.get("description", content.get("caption"))
     answers = {key: answer(caption, one["question"], one["choices"]) for key, one in content["questions"].items()}

@@ -1,4 +1,4 @@
-"""Processes of jax on this machine: alone with other numbers of devices, or several that know each other."""
+"""Start jax processes on this machine: one with another number of devices, or several connected ones."""
 
 import os
 import socket

@@ -1,4 +1,4 @@
-"""A checkpoint folder in exactly the form in which AVoCaDO was published, with random weights at a small size.
+"""Write a checkpoint folder in the published form of AVoCaDO, with small random weights.
 
 1,346 tensors, all named `thinker.*`, in four shards with an index; talker and token2wav configs without weights; a
 generation config without fields; `spk_dict.pt`; no `video_preprocessor_config.json`.

@@ -20,7 +20,7 @@ PROMPT = Prompt(BEFORE, AFTER)
 
 
 def randomise(model: torch.nn.Module, seed: int = 0) -> None:
-    """O(1) activations, non-zero biases, norms that are not one: nothing in the model is left idle."""
+    """Randomise: O(1) activations, non-zero biases, norm scales other than one, so that all parameters matter."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, value in model.named_parameters():
@@ -32,14 +32,14 @@ def randomise(model: torch.nn.Module, seed: int = 0) -> None:
 
 
 def write_reference(folder: Path, config: ThinkerConfig, seed: int = 0) -> None:
-    """A random checkpoint as transformers saves it."""
+    """Save a random checkpoint with transformers."""
     model = Qwen2_5OmniThinkerForConditionalGeneration(Qwen2_5OmniThinkerConfig.from_dict(config_json(config)))
     randomise(model, seed)
     model.save_pretrained(folder)
 
 
 def load_reference(folder: Path) -> Qwen2_5OmniThinkerForConditionalGeneration:
-    """The reference's own reading of a checkpoint, in fp32."""
+    """Load a checkpoint with the reference, in fp32."""
     model, report = Qwen2_5OmniThinkerForConditionalGeneration.from_pretrained(
         folder, dtype=torch.float32, attn_implementation="eager", output_loading_info=True
     )

@@ -1,4 +1,4 @@
-"""The reference's reading of clips (qwen-omni-utils on decord), in a process of its own.
+"""Read clips with the reference (qwen-omni-utils on decord), in a separate process.
 
 decord brings a C++ library whose symbols take the place of those that array_record needs for buckets: the two in
 one process crash.
@@ -23,7 +23,7 @@ def fetch(element: dict[str, Any]) -> np.ndarray:
 
 
 def frames(path: str) -> tuple[np.ndarray, float]:
-    """Every frame of a file as decord gives it, [N, h, w, 3] uint8, and their mean rate."""
+    """All frames of a file read by decord, [N, h, w, 3] uint8, and their mean rate."""
     return _reader().submit(_frames, path).result()
 
 

@@ -1,4 +1,4 @@
-"""What the command line prints without running a command."""
+"""Output of the command line that needs no command to run."""
 
 import json
 import shlex
@@ -15,7 +15,7 @@ from avocado_jax.train.inputs import open_source
 
 
 def printed(capsys, *arguments, status=0):
-    """Run a command that ends by itself or through argparse."""
+    """Run a command that returns or exits through argparse. Returns its output."""
     try:
         found = main([*arguments])
     except SystemExit as ended:
@@ -50,7 +50,7 @@ def test_completion_in_bash(capsys, tmp_path):
     (tmp_path / "clip.mp4").touch()
 
     def completed(*words):
-        """What the shell offers for the last of the words of a line."""
+        """Completions of the shell for the last word of a line."""
         line = f"COMP_WORDS=({shlex.join(words)}); COMP_CWORD={len(words) - 1}"
         program = f'source "{script}"; {line}; _shtab_avocado; printf "%s\\n" "${{COMPREPLY[@]}}"'
         done = subprocess.run(["bash", "-c", program], capture_output=True, text=True, cwd=tmp_path, check=False)

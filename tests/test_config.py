@@ -1,4 +1,4 @@
-"""Configs: overrides by type, mistakes told in one line, what may differ when a run is resumed."""
+"""Configs: typed overrides, one-line errors, and fields that may change when a run is resumed."""
 
 import json
 from dataclasses import replace

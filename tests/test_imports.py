@@ -1,4 +1,4 @@
-"""The arrows of the architecture, read from the imports; what the bench needs; nothing of torch in the product."""
+"""Import rules: the layers of the architecture, the needs of the bench, no torch in the product."""
 
 import ast
 import os
@@ -49,7 +49,7 @@ DEVICE = {"jax", "jaxlib", "flax", "optax", "orbax"}
 
 
 def imports_of(path):
-    """Every module that a file imports, wherever in it."""
+    """All modules that a file imports, at any level."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)

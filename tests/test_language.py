@@ -1,4 +1,4 @@
-"""Identifiers use the field's terms: what this code names has none of the vague components listed here."""
+"""Identifiers use standard terms: names have none of the vague components listed here."""
 
 import ast
 import re
@@ -26,7 +26,7 @@ def is_vague(name: str) -> bool:
 
 
 def defined_names(tree: ast.Module) -> set[str]:
-    """Functions, classes, parameters, variables, attributes and import aliases. Names of tests are sentences."""
+    """Functions, classes, parameters, variables, attributes and import aliases. Names of tests are excluded."""
     names = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):

@@ -1,4 +1,4 @@
-"""The wheel and the sdist, and what pyproject.toml declares."""
+"""The wheel, the sdist, and the declarations of pyproject.toml."""
 
 import os
 import subprocess
@@ -47,7 +47,7 @@ def test_pinned_versions_satisfy_the_declared_ranges():
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
-    """A folder with the wheel of an sdist of this checkout, the way that pip goes."""
+    """A folder with a wheel that was built from an sdist of this checkout, as pip does."""
     folder = tmp_path_factory.mktemp("dist")
 
     def build(kind, source):

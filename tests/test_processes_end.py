@@ -1,4 +1,4 @@
-"""A test process that dies ends the whole run at once, with its name and its test in the last line."""
+"""If a test process dies, the test run ends at once, and its last line names the process and the test."""
 
 import os
 import re

@@ -1,4 +1,4 @@
-"""The READMEs: their length, their links, and what the first one shows."""
+"""The READMEs: length, links, and commands and configs that README.md shows."""
 
 import re
 from pathlib import Path

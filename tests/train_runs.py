@@ -1,4 +1,4 @@
-"""Small runs of the commands sft and grpo in separate processes, as a user starts them.
+"""Small runs of the commands sft and grpo in separate processes.
 
 They write no TensorBoard files: tensorboardX imports torch, which the tests install, and that takes seconds.
 """
@@ -76,7 +76,7 @@ config = GrpoConfig(
 
 
 class Runs:
-    """Starts runs of one config; `cache` keeps what XLA compiled, so that starts after the first are quick."""
+    """Starts runs of one config. `cache` is their compile cache, so that later starts are fast."""
 
     def __init__(self, folder: Path, init: Path, command: str = "sft", config: str = CONFIG):
         self.command = command
@@ -85,7 +85,7 @@ class Runs:
         self.config.write_text(config.format(init=str(init)))
 
     def start(self, name, *fields, devices=2, processes=1, cached=True, last=()):
-        """One process, or a list of several that know each other; output goes to files.
+        """Start one process, or a list of several connected ones. Output goes to files.
 
         `last`: more fields, of the last process alone.
         """
@@ -116,7 +116,7 @@ class Runs:
         return started if processes > 1 else started[0]
 
     def finish(self, name, *fields, expect=0, **options):
-        """Run to the end; gives its log."""
+        """Run to the end. Returns its log."""
         process = self.start(name, *fields, **options)
         several = process if isinstance(process, list) else [process]
         statuses = [one.wait(timeout=400) for one in several]

@@ -1,4 +1,4 @@
-"""Captions that try to be rewarded for what they are not: each function changes an honest caption."""
+"""Captions that exploit the rewards: each function changes an honest caption."""
 
 import re
 
@@ -20,19 +20,19 @@ SAYS = r"says|said|saying|asks|asking|replies|replying|continues|continuing|expl
 
 
 def outside_quotes(caption, change):
-    """The caption with what is outside of quotes changed."""
+    """Apply `change` to the text outside of quotes."""
     parts = QUOTE.split(caption)
     quotes = [*QUOTE.findall(caption), ""]
     return "".join(change(part) + quote for part, quote in zip(parts, quotes))
 
 
 def contradicted(caption):
-    """Each word of a pair of opposites in place of the other."""
+    """Swap the words of each pair of opposites."""
     return outside_quotes(caption, lambda text: WORD.sub(lambda found: OTHER.get(found[0], found[0]), text))
 
 
 def hedged(caption):
-    """Each such word as one of two: "left or right"."""
+    """Replace each such word by an alternative: "left or right"."""
 
     def both(found):
         return f"{found[0]} or {OTHER[found[0]]}" if found[0] in OTHER else found[0]
@@ -41,7 +41,7 @@ def hedged(caption):
 
 
 def listed(caption):
-    """Each such word at the end of a list of alternatives."""
+    """Replace each such word by a list of alternatives that ends with it."""
 
     def several(found):
         word = found[0]
@@ -51,7 +51,7 @@ def listed(caption):
 
 
 def denied(caption):
-    """Each sentence declared false."""
+    """Declare each sentence false."""
     return outside_quotes(
         caption,
         lambda text: re.sub(r"(^|[.!?]\s+)([A-Z])(?=[a-z])", lambda m: f"{m[1]}It is false that {m[2].lower()}", text),
@@ -59,22 +59,22 @@ def denied(caption):
 
 
 def spoken_by(caption, speaker):
-    """Each quote said by one speaker, named right before it."""
+    """Attribute each quote to one speaker, named directly before it."""
     return QUOTE.sub(lambda found: f". {speaker} says, {found[0]}. ", caption)
 
 
 def by_everybody(caption):
-    """Each quote said by all who may have said it."""
+    """Attribute each quote to all possible speakers."""
     return spoken_by(caption, "A man, a woman, a boy, a girl and a narrator")
 
 
 def by_anybody(caption):
-    """Each quote said by "a man"."""
+    """Attribute each quote to "a man"."""
     return spoken_by(caption, "A man")
 
 
 def looped(caption):
-    """A sentence of more than a hundred characters again and again behind it."""
+    """Append a repeated sentence of more than a hundred characters."""
     sentence = (
         "The camera then moves slowly across the room and shows everything that was there before, "
         "from the door to the window and back again. "
@@ -83,6 +83,6 @@ def looped(caption):
 
 
 def half(caption):
-    """The first half of its words."""
+    """The first half of the words."""
     words = caption.split()
     return " ".join(words[: len(words) // 2])

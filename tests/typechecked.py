@@ -1,4 +1,4 @@
-"""The run-time type checker of the tests: an int passes where a float is asked for, as in Python's own rules."""
+"""The run-time type checker of the tests. An int is accepted for a float, as in Python's typing rules."""
 
 from beartype import BeartypeConf, beartype
 

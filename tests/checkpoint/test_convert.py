@@ -1,4 +1,4 @@
-"""Hugging Face -> run -> Hugging Face: bit-identical, loaded by transformers, and strict about what it reads."""
+"""Conversion between Hugging Face and run folders: bit-identical round trips, and refusal of invalid input."""
 
 import json
 import shutil
@@ -316,7 +316,7 @@ def test_chunks_in_memory_are_bounded(tmp_path, monkeypatch):
     monkeypatch.setattr(orbax, "WRITE_BYTES", 2 * 30 * 40 * 4)
 
     class Counted(np.ndarray):
-        """An array that is counted while it lives."""
+        """An array that counts its living instances."""
 
         def __del__(self):
             if getattr(self, "counts", False):

@@ -1,4 +1,4 @@
-"""Sentence encoders: as transformers' BERT computes them, read from its own files; what is not one is refused."""
+"""Sentence encoders equal transformers' BERT; other models are refused."""
 
 import json
 

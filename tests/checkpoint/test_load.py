@@ -1,4 +1,4 @@
-"""Loading onto a mesh, and run folders begun from a checkpoint, here and in a bucket."""
+"""Loading onto a mesh, and run folders that start from a checkpoint, on disk and in a bucket."""
 
 import dataclasses
 import json
@@ -32,7 +32,7 @@ from avocado_jax.parallel.rules import shardings
 
 @pytest.fixture(scope="module")
 def hf(tmp_path_factory):
-    """A checkpoint in Hugging Face format with tokenizer, and one tensor that is not modelled."""
+    """A checkpoint in Hugging Face format with a tokenizer and one tensor that is not modelled."""
     folder = tmp_path_factory.mktemp("load") / "hf"
     write_reference(folder, TINY)
     write_tokenizer(folder)
@@ -69,7 +69,7 @@ def stacked(checkpoint):
 
 
 def same(ours, theirs):
-    """Equal trees of equal values."""
+    """Assert that two trees have equal structure and values."""
     assert jax.tree.structure(ours) == jax.tree.structure(theirs)
     jax.tree.map(np.testing.assert_array_equal, ours, theirs)
 

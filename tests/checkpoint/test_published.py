@@ -1,4 +1,4 @@
-"""The released checkpoint as it is: read, converted, and given back so that both classes of transformers load it."""
+"""The published checkpoint format: loading, conversion, and export that both classes of transformers load."""
 
 import json
 import math
@@ -123,13 +123,13 @@ def test_training_keeps_the_prompt_settings_of_its_checkpoint(tmp_path):
 
 @pytest.fixture(scope="module")
 def exported(published, tmp_path_factory) -> Path:
-    """The run of the checkpoint."""
+    """A run folder that was converted from the checkpoint."""
     from_hf(published, folder := tmp_path_factory.mktemp("run") / "run")
     return folder
 
 
 def uploaded(folder: Path, name: str) -> str:
-    """A copy of a folder in the bucket."""
+    """Copy a folder to the bucket."""
     files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
     for _ in map_ordered(
         lambda path: storage.write(f"gs://bucket/{name}/{path.relative_to(folder)}", path.read_bytes()), files
@@ -139,7 +139,7 @@ def uploaded(folder: Path, name: str) -> str:
 
 
 def read_in_rounds(proxy: Proxy, read: Callable[[], Any], more: int = 1) -> Any:
-    """The result of `read`, in the fewest round trips with `REQUESTS` requests in flight, and `more`."""
+    """Run `read` and check its round trips: the minimum with `REQUESTS` requests in flight, plus `more`."""
     proxy.ranges, proxy.peak, proxy.rounds = [0, 0], 0, Rounds(storage.REQUESTS)
     value = read()
     assert proxy.peak == storage.REQUESTS

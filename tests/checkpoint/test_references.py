@@ -1,4 +1,4 @@
-"""Model references: what is downloaded from the hub, what is not, resumption, offline mode, and each error."""
+"""Model references: downloads from the hub, resumption, offline mode and errors."""
 
 import json
 import os
@@ -31,7 +31,7 @@ NAME, SHARDS = "ORG/captioner", 3
 
 @pytest.fixture(scope="module")
 def published(tmp_path_factory) -> Path:
-    """A checkpoint in shards with an index, and files that nobody needs."""
+    """A sharded checkpoint with an index, and unneeded files."""
     folder = tmp_path_factory.mktemp("published")
     write_reference(folder, TINY)
     write_tokenizer(folder)

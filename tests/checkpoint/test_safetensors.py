@@ -1,4 +1,4 @@
-"""The streaming format against the safetensors library, and against bytes from strangers."""
+"""Streaming safetensors files against the safetensors library, and invalid files."""
 
 import json
 from pathlib import Path
@@ -17,7 +17,7 @@ RNG = np.random.default_rng(0)
 
 
 def tensors():
-    """One tensor of each dtype, and odd shapes."""
+    """One tensor of each dtype, and unusual shapes."""
     out = {
         name: (RNG.standard_normal((3, 5)) * 10).astype(dtype) if name != "BOOL" else RNG.integers(0, 2, (3, 5)) > 0
         for name, dtype in DTYPES.items()
@@ -67,14 +67,14 @@ def test_arrays_of_another_dtype_are_refused(tmp_path):
 
 
 def header_file(path: Path, header: object, body: bytes = bytes(64)) -> Path:
-    """A file with this header."""
+    """Write a file with this header."""
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
     path.write_bytes(len(text).to_bytes(8, "little") + text + body)
     return path
 
 
 def entry(dtype="F32", shape=(2,), offsets=(0, 8)):
-    """One tensor's description."""
+    """Header entry of one tensor."""
     return {"dtype": dtype, "shape": list(shape), "data_offsets": list(offsets)}
 
 

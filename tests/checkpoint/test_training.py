@@ -1,4 +1,4 @@
-"""Training checkpoints: any mesh to any other, to the bit; killed, out of space, in a bucket, over processes."""
+"""Training checkpoints: bit-identical between meshes, kills, full disks, buckets, several processes."""
 
 import gc
 import random
@@ -36,7 +36,7 @@ def mesh_of(*sizes):
 
 
 def values(step=0, rows=16):
-    """Parameters and the rest, as host arrays: float32, bfloat16 and counters, all of them different every step."""
+    """Parameters and optimizer state as host arrays (float32, bfloat16, counters) that differ in every step."""
     rng = np.random.default_rng(step)
     params = {
         "text": {
@@ -53,13 +53,13 @@ def values(step=0, rows=16):
 
 
 def specs(tree):
-    """Matrices over fsdp and tensor, all else whole."""
+    """Shard matrices over fsdp and tensor; replicate everything else."""
     spec = {3: PartitionSpec(None, "fsdp", "tensor"), 2: PartitionSpec(None, ("data", "fsdp", "tensor"))}
     return jax.tree.map(lambda leaf: spec[leaf.ndim] if leaf.ndim in spec else PartitionSpec(), tree)
 
 
 def placed(tree, mesh):
-    """Host arrays onto a mesh."""
+    """Put host arrays on a mesh."""
     put = lambda leaf, spec: jax.make_array_from_callback(  # noqa: E731
         np.shape(leaf), NamedSharding(mesh, spec), partial(lambda whole, where: np.asarray(whole)[where], leaf)
     )
@@ -67,7 +67,7 @@ def placed(tree, mesh):
 
 
 def like(tree, mesh):
-    """What to restore a tree as."""
+    """Shapes and shardings with which a tree is restored."""
     return jax.tree.map(
         lambda leaf, spec: jax.ShapeDtypeStruct(np.shape(leaf), leaf.dtype, sharding=NamedSharding(mesh, spec)),
         tree,
@@ -76,7 +76,7 @@ def like(tree, mesh):
 
 
 def same(ours, theirs):
-    """Equal structure, dtypes and bits."""
+    """Whether two trees have equal structure, dtypes and bits."""
     assert jax.tree.structure(ours) == jax.tree.structure(theirs)
     for x, y in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs)):
         assert x.dtype == y.dtype
@@ -90,7 +90,7 @@ def save(checkpoints, step, mesh=None, **kwargs):
 
 
 def restores(checkpoints, step, mesh=None):
-    """Whether a step comes back to the bit."""
+    """Whether a step is restored bit-identically."""
     params, rest, position = checkpoints.restore(step, *(like(tree, mesh or mesh_of(1, 4, 2)) for tree in values(step)))
     same((params, rest), values(step))
     assert position == {"step": step, "digest": "d"}

@@ -1,4 +1,4 @@
-"""The ablate command: what it would run, what it runs and measures, and that a kill changes nothing."""
+"""The ablate command: its jobs, dry run, metrics, and resumption after a kill."""
 
 import json
 import os
@@ -45,7 +45,7 @@ def test_jobs_of_the_papers_arms(capsys):
 
 
 def shortness(captions, references):
-    """A term of a user."""
+    """A user's term."""
     return [1 / len(caption) if caption else None for caption in captions]
 
 

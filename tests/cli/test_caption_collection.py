@@ -1,4 +1,4 @@
-"""Collections: inputs of every kind, outputs that are resumed, shards. The model is a stub; reading is real."""
+"""`caption` over collections: inputs of every kind, resumed outputs, shards. The model is a stub; clips are read."""
 
 import json
 import os
@@ -30,12 +30,12 @@ from avocado_jax.sampling.segments import Segment, digest
 
 
 class Killed(BaseException):
-    """In place of kill -9: nothing behind it runs, except for the release of the lock."""
+    """Simulates kill -9: no later code runs, except for the release of the lock."""
 
 
 @pytest.fixture(scope="module")
 def clips(tmp_path_factory):
-    """A folder with two good clips in a folder below it, one silent, a broken one, and files that are no clips."""
+    """A folder with two good clips in a subfolder, a silent one, a broken one, and other files."""
     folder = tmp_path_factory.mktemp("clips")
     (folder / "b").mkdir()
     GOOD["plain.mp4"](folder / "b" / "plain.mp4")
@@ -48,7 +48,7 @@ def clips(tmp_path_factory):
 
 @pytest.fixture
 def stub(monkeypatch):
-    """Captions that state what decides them; the run ends before the clip of number `stop`."""
+    """A stub whose captions state their inputs. The run ends before the clip with number `stop`."""
 
     class Stub(Engine):
         stop, runs = 10**6, []

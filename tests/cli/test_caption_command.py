@@ -1,4 +1,4 @@
-"""The caption command on real files, against the reference's own processor and model."""
+"""The caption command on real files, against the processor and model of the reference."""
 
 import importlib.util
 import json
@@ -54,7 +54,7 @@ def checkpoint(tmp_path_factory):
 
 
 def reference_caption(folder, clip, sound, length):
-    """Prompt ids and greedy tokens of the reference: its utilities, its processor, its model."""
+    """Prompt ids and greedy tokens of the reference's utilities, processor and model."""
     chat = [
         {"role": "system", "content": [{"type": "text", "text": SYSTEM}]},
         {
@@ -90,7 +90,7 @@ def reference_caption(folder, clip, sound, length):
 
 
 def caption(*arguments, expect=0):
-    """Run the command in a process of its own; its JSON lines and what it said on stderr."""
+    """Run the command in a new process. Returns its JSON lines and stderr."""
     done = subprocess.run(
         [sys.executable, "-m", "avocado_jax", "caption", *map(str, arguments)],
         capture_output=True,

@@ -18,13 +18,13 @@ from avocado_jax.sampling.engine import Engine
 
 
 def scene(index, width, height):
-    """A colour for each 2 s."""
+    """A frame whose colour changes every 2 s."""
     return np.full((height, width, 3), (40 * (index // 20), 90, 250 - 40 * (index // 20)), np.uint8)
 
 
 @pytest.fixture(scope="module")
 def clips(tmp_path_factory):
-    """A clip of 10 s in five scenes, a short one and a broken one."""
+    """A clip of 10 s with five scenes, a short one and a broken one."""
     folder = tmp_path_factory.mktemp("clips")
     write(folder / "a.mp4", 100, 64, 48, sound=np.zeros((1, 441_000), np.float32), draw=scene)
     GOOD["plain.mp4"](folder / "b.mp4")
@@ -34,7 +34,7 @@ def clips(tmp_path_factory):
 
 @pytest.fixture
 def stub(monkeypatch):
-    """Captions that state the clip and the frames of the request, in reverse order; those of `failing` fail."""
+    """A stub whose captions state clip and frames of the request, in reverse order. Clips in `failing` fail."""
     requests, failing = [], set()
 
     class Stub(Engine):
@@ -54,7 +54,7 @@ def stub(monkeypatch):
 
 
 def run(capsys, *arguments, status=0):
-    """The lines of the output, and stderr."""
+    """Run the command. Returns the lines of the output and stderr."""
     assert main(["caption", *map(str, arguments), "--json"]) == status
     captured = capsys.readouterr()
     return [json.loads(line) for line in captured.out.splitlines()], captured.err

@@ -1,4 +1,4 @@
-"""A signal ends `caption` at once, also in the compiler, and captions for a bucket are sent before."""
+"""A signal ends `caption` at once, also during compilation, after captions for a bucket are sent."""
 
 import os
 import signal

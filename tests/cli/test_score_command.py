@@ -113,22 +113,22 @@ def test_timing_and_probes_are_separate_fields(scored):
 
 
 def shout(caption, reference):
-    """A term of the device."""
+    """A device term."""
     return (caption.points == ord("!")).sum() / 1.0
 
 
 def known(captions, references):
-    """A term of the host."""
+    """A host term."""
     return [len(reference["keypoints"] or ()) or None for reference in references]
 
 
 def too_few(captions, references):
-    """A term that forgets a caption."""
+    """A term that returns too few values."""
     return [1.0] * (len(captions) - 1)
 
 
 def confused(captions, references):
-    """A term that raises what the command elsewhere reports as bad input."""
+    """A term that raises an input error."""
     raise InputError("no such caption")
 
 

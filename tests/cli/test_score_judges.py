@@ -1,4 +1,4 @@
-"""The `score` command with a judge that is asked: its answers, and what it does not answer."""
+"""The `score` command with a remote judge: its answers, and missing ones."""
 
 import json
 
@@ -23,7 +23,7 @@ def captions(tmp_path):
 
 
 def score(capsys, *arguments):
-    """Exit status, rows, and what was said on stderr."""
+    """Run the command. Returns the exit status, rows and stderr."""
     status = main(["score", *arguments, "--terms", "checklist", "--json"])
     captured = capsys.readouterr()
     return status, [json.loads(line) for line in captured.out.splitlines()], captured.err

@@ -25,7 +25,7 @@ from avocado_jax.sampling.logits import Sampling
 
 @pytest.fixture
 def served(monkeypatch):
-    """What the command makes; nothing is loaded, and nothing listens."""
+    """The arguments that the command passes on. Nothing is loaded, and no port is opened."""
     made = SimpleNamespace(error=None)
 
     class Backend:
@@ -166,7 +166,7 @@ def test_port_in_use_is_an_error(capsys, monkeypatch, served):
 
 @contextmanager
 def serving(*options):
-    """The real command in a process of its own; the client, the name of the model and the process."""
+    """Run the real command in a new process. Gives the client, the name of the model and the process."""
     process = subprocess.Popen(
         [sys.executable, "-m", "avocado_jax", "serve", "--port", "0", *map(str, options)],
         stderr=subprocess.PIPE,
@@ -183,7 +183,7 @@ def serving(*options):
 
 
 def chat(client, url, **options):
-    """Ask for a caption."""
+    """Request a caption."""
     content = [{"type": "video_url", "video_url": {"url": url}}]
     messages = [{"role": "user", "content": content}]
     return client.chat.completions.create(model="avocado", messages=messages, **options)

@@ -1,4 +1,4 @@
-"""The captioner that comes with the package: what it can do, and that the reference says the same with its weights."""
+"""The shipped captioner: its metrics, and equality with transformers on its weights."""
 
 import json
 

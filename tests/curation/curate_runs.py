@@ -11,7 +11,7 @@ QUICK = [*SMALL, "--patience", "120", "--timeout", "60", "--json"]
 
 
 def curate(capsys, curator, out, url, *more):
-    """Exit status, the counts, the manifest, the rejects by id, and stderr."""
+    """Run `curate`. Returns exit status, counts, manifest, rejects by id, and stderr."""
     videos = [str(truth["path"]) for truth in curator.truths]
     status = main(["curate", *videos, "--out", str(out), "--url", url, "--model", "m", *QUICK, *more])
     captured = capsys.readouterr()
@@ -24,7 +24,7 @@ def curate(capsys, curator, out, url, *more):
 
 
 def check_truth(manifest, truths, out):
-    """The manifest is the clips' truth."""
+    """Assert that the manifest equals the truth of the clips."""
     assert [line["id"] for line in manifest] == [truth["id"] for truth in truths]
     for line, truth in zip(manifest, truths):
         assert (out / line["video"]).samefile(truth["path"])

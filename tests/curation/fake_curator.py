@@ -1,4 +1,4 @@
-"""A model that sees, hears and writes by the truth of AVWorld's clips: it knows them by what it is sent alone."""
+"""A fake endpoint that answers with the truth of AVWorld clips, which it recognises by the media of a request."""
 
 import base64
 import io
@@ -32,7 +32,7 @@ STAGES = {
 
 
 def make_clips(folder: Path, scripts: Sequence[tuple[int, int]]) -> list[dict[str, Any]]:
-    """Clips (index, level) of AVWorld with their truth, told in plain captions; `path` is the file."""
+    """AVWorld clips (index, level) with their truth and plain captions; `path` is the file."""
     folder.mkdir(parents=True)
     made = []
     for index, level in scripts:
@@ -44,12 +44,12 @@ def make_clips(folder: Path, scripts: Sequence[tuple[int, int]]) -> list[dict[st
 
 
 def visual_sentences(truth: dict[str, Any]) -> list[dict[str, Any]]:
-    """The sentences of a clip's visual caption; a moment with a sound is told by its picture."""
+    """Sentences of a clip's visual caption. Crossmodal events are described by their picture."""
     return _sentences(truth, ("visual", "cross"), 0)
 
 
 def audio_sentences(truth: dict[str, Any]) -> list[dict[str, Any]]:
-    """The sentences of its audio caption."""
+    """Sentences of a clip's audio caption."""
     return _sentences(truth, ("audio", "speech", "cross"), 1)
 
 
@@ -65,24 +65,24 @@ def _sentences(truth: dict[str, Any], kinds: tuple[str, ...], part: int) -> list
 
 
 def separate_sentence(truth: dict[str, Any]) -> str:
-    """A sentence of what is seen that stands in its caption as it is."""
+    """A visual sentence that occurs unchanged in the caption."""
     return next(one["text"] for one in visual_sentences(truth)[2:] if one["text"] in truth["caption"])
 
 
 def unique_keypoints(truth: dict[str, Any]) -> list[dict[str, str]]:
-    """Its keypoints, each once."""
+    """Keypoints of a clip without duplicates."""
     return list({point["text"]: point for point in truth["keypoints"][::-1]}.values())[::-1]
 
 
 def stage_of(request: dict[str, Any]) -> str:
-    """Which prompt a request begins with."""
+    """The stage of a request, by the start of its prompt."""
     prompt = " ".join(request["messages"][0]["content"].split())
     (stage,) = {stage for words, stage in STAGES.items() if words in prompt.split(".")[0]}
     return stage
 
 
 class FakeCurator:
-    """Answers for `chat.chat_server`. Pictures and sounds are decoded and compared with the clips themselves."""
+    """Answers for `chat.chat_server`. Media of a request are decoded and compared with those of the clips."""
 
     def __init__(self, truths: Sequence[dict[str, Any]]) -> None:
         self.truths = list(truths)
@@ -127,7 +127,7 @@ class FakeCurator:
         return float(np.abs(frames.astype(int) - media.frames).mean())
 
     def answer(self, stage: str, truth: dict[str, Any]) -> dict[str, Any]:
-        """What is true."""
+        """The true answer of a stage."""
         return {
             "visual": lambda: {"sentences": visual_sentences(truth)},
             "audio": lambda: {"sentences": audio_sentences(truth)},
@@ -143,7 +143,7 @@ class FakeCurator:
         return self.but(lambda stage, truth, answer, attempt: answer)(number, request)
 
     def but(self, change: Callable[[str, dict[str, Any], dict[str, Any], int], Any]) -> Callable[[int, dict], Any]:
-        """The same, with answers changed: `change(stage, truth, answer, attempt)` gives the answer, or a fault."""
+        """As `answer`, but `change(stage, truth, answer, attempt)` replaces the answer or returns a fault."""
 
         def answer(number: int, request: dict[str, Any]) -> Any:
             try:
@@ -157,7 +157,7 @@ class FakeCurator:
 
 
 def decoded(file: bytes) -> np.ndarray:
-    """A JPEG file's picture."""
+    """Decode a JPEG file."""
     codec = av.CodecContext.create("mjpeg", "r")
     (frame,) = [*codec.decode(av.Packet(file)), *codec.decode(None)]
     return frame.to_ndarray(format="rgb24")

@@ -1,4 +1,4 @@
-"""Answers of models: whatever is done to them, they are read as they were meant or refused in words."""
+"""Parsing of model answers: corrupted answers are parsed correctly or refused with a reason."""
 
 import asyncio
 import json
@@ -65,7 +65,7 @@ WORDS = [
 
 
 def mutated(rng, answer):
-    """An answer as models spoil it."""
+    """An answer with a corruption that is typical for models."""
     text = json.dumps(answer, ensure_ascii=rng.random() < 0.5)
     kind = rng.randrange(8)
     if kind == 0:  # cut

@@ -1,4 +1,4 @@
-"""`curate` against a real server: true captions are kept, and untrue ones are rejected at the right stage."""
+"""`curate` against a real server: true captions are kept, false ones are rejected at the right stage."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""`curate --from-captions` against a real server: captions of a manifest get the references that GRPO needs."""
+"""`curate --from-captions` against a real server: it adds the references that GRPO needs to captions."""
 
 import json
 import re
@@ -23,7 +23,7 @@ def _quick(monkeypatch):
 
 
 def keypoints(caption):
-    """What an honest model makes of a caption."""
+    """Keypoints that an honest model returns for a caption."""
     return [{"text": text, "dimension": "dynamic"} for text in re.findall(r"The dog[^.]*\.|A dog[^.]*\.", caption)]
 
 
@@ -56,7 +56,7 @@ def write_manifest(folder, lines):
 
 @pytest.fixture
 def manifest(tmp_path):
-    """Four lines without references: one of the set's own format, one with more fields, two plain ones."""
+    """Four lines without references: one in the format of the training set, one with extra fields, two plain ones."""
     user = {"role": "user", "content": "<video>What happens?"}
     swift = {"messages": [user, {"role": "assistant", "content": CAPTIONS[0]}], "videos": ["videos/a.mp4"]}
     more = {"prompt": "Tell.", "system": "", "media_first": False, "references": ["A dog."]}
@@ -69,7 +69,7 @@ def manifest(tmp_path):
 
 
 def curate(capsys, manifest, out, url, *more):
-    """Exit status, the counts, lines of the manifest and the rejects by id, and stderr; without probes by default."""
+    """Run `curate`, by default without probes. Returns status, counts, manifest lines, rejects by id, and stderr."""
     if "--references" not in more:
         more = ("--references", "keypoints,dialogues", *more)
     given = ["--out", str(out), "--url", url, "--model", "m", "--patience", "60", "--json", *more]
@@ -85,7 +85,7 @@ def curate(capsys, manifest, out, url, *more):
 
 
 def check_rows(lines, names):
-    """The manifest has these lines, each with the references of its caption."""
+    """Assert that the manifest has these lines, each with the references of its caption."""
     assert list(lines) == names
     entries, bad = parse_manifest("".join(json.dumps(line) + "\n" for line in lines.values()).encode())
     assert (len(entries), bad) == (len(names), [])

@@ -1,4 +1,4 @@
-"""Whether a fused caption keeps every sentence: what is lost, altered, misplaced or added is found, nothing else."""
+"""Checks of fused captions: exactly the lost, altered, misplaced and added sentences are found."""
 
 import random
 import time

@@ -1,4 +1,4 @@
-"""Clips shared by the tests of the reader and of prepare, and the reference made importable."""
+"""Clips for the tests of the reader and of prepare; makes the reference importable."""
 
 import json
 import shutil
@@ -20,7 +20,7 @@ from avocado_jax.data.reader import ClipReader
 
 @pytest.fixture(scope="session")
 def clip(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """`clip(name)` is the path of a good clip, written when first asked for."""
+    """`clip(name)` is the path of a valid clip, written on first use."""
     folder = tmp_path_factory.mktemp("clips")
 
     def made(name: str) -> Path:
@@ -38,7 +38,7 @@ def clip_bytes(tmp_path_factory) -> list[bytes]:
 
 @pytest.fixture(scope="session")
 def published(tmp_path_factory, clip_bytes) -> Path:
-    """The layout of the training set: ten rows, of which two have one clip and one has none; 9 clips in three parts."""
+    """The layout of the training set: ten rows, two with one clip and one without; 9 clips in three parts."""
     folder = tmp_path_factory.mktemp("published")
     names = [f"videos/{number:02d}.mp4" for number in range(9)]
     rows = [swift(number, name) for number, name in enumerate(names[:8])]
@@ -53,7 +53,7 @@ def published(tmp_path_factory, clip_bytes) -> Path:
 
 @pytest.fixture
 def in_process(monkeypatch):
-    """Shards are made and clips read in this process: quick, and it can be stopped anywhere."""
+    """Make shards and read clips in this process, which is fast and can be stopped at any point."""
 
     def run(job, source, tasks, workers):
         for task in tasks:

@@ -1,4 +1,4 @@
-"""What the tests of the road from clips to rows share: a tokenizer, small clips, records, a folder of shards."""
+"""Fixtures of the input tests: a tokenizer, small clips, records, a folder of shards."""
 
 import json
 import os
@@ -21,7 +21,7 @@ READING = Reading(fewest_pixels=28 * 28, most_pixels=4 * 28 * 28, clip_pixels=40
 
 
 def byte_tokenizer() -> Tokenizer:
-    """A token a byte, and Qwen's special tokens behind them."""
+    """A tokenizer with one token per byte, followed by Qwen's special tokens."""
     characters = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE({letter: number for number, letter in enumerate(characters)}, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -31,12 +31,12 @@ def byte_tokenizer() -> Tokenizer:
 
 
 def contiguous_rows(host: int, hosts: int, batch: int) -> range:
-    """The rows of a host where hosts divide a global batch in order."""
+    """Rows of a host if hosts divide a global batch in order."""
     return range(host * batch // hosts, (host + 1) * batch // hosts)
 
 
 def recipe(**changes) -> Recipe:
-    """A small recipe: one short prompt, tiny frames."""
+    """A small recipe with one short prompt and tiny frames."""
     given = dict(config=TINY, words=Words(byte_tokenizer().to_str()), reading=READING, prompts=("What?", "Tell all."))
     given |= dict(caption_tokens=64, aligned=(1, 1))
     return Recipe(**(given | changes))
@@ -45,7 +45,7 @@ def recipe(**changes) -> Recipe:
 def write_clip(
     path: Path, seconds: float = 1.0, size: tuple[int, int] = (56, 84), sound: bool = True, seed: int = 0, fps: int = 10
 ) -> Path:
-    """A small mp4 of moving noise and a tone. A path that ends in .mov gets sound that costs no time to encode."""
+    """Write a small mp4 of moving noise and a tone. A .mov file gets PCM sound, which is fast to encode."""
     form, codec = ("mov", "pcm_f32le") if path.suffix == ".mov" else ("mp4", "aac")
     path.parent.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(seed)
@@ -71,7 +71,7 @@ def write_clip(
 
 
 def write_manifest(folder: Path, clips: int, name: str = "clips.jsonl") -> Path:
-    """A manifest of small clips of several sizes and lengths, every third without sound."""
+    """Write a manifest of small clips of several sizes and lengths, every third without sound."""
     lines = []
     for number in range(clips):
         video = f"clips/{number:03d}.mp4"
@@ -87,7 +87,7 @@ def write_manifest(folder: Path, clips: int, name: str = "clips.jsonl") -> Path:
 
 
 class Spy:
-    """A source whose records tell of the process that read them; some are bad, some take their time.
+    """A source whose records state the process that read them. Some records are bad, some are slow.
 
     Attributes:
         bad: record -> reason.

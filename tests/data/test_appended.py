@@ -1,4 +1,4 @@
-"""Appending to an object when the answer of the storage is lost."""
+"""Appending to an object if the response of the storage is lost."""
 
 import pytest
 

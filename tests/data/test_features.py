@@ -1,4 +1,4 @@
-"""Frame choice, sizes, resizing, windows and log-mel against the reference's own code."""
+"""Frame selection, sizes, resizing, windows and log-mel against the code of the reference."""
 
 from dataclasses import replace
 

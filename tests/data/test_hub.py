@@ -1,4 +1,4 @@
-"""Data sets on the hub: listed, read in order and by ranges, without a copy, at one commit."""
+"""Data sets on the hub: listing, streaming and range reads at one commit, without a local copy."""
 
 import io
 import pickle
@@ -17,7 +17,7 @@ SOURCE = "hub:ORG/set"
 
 @pytest.fixture
 def served(tmp_path, monkeypatch):
-    """A server with a manifest, a tar part, and more files than a page of the listing has."""
+    """A server with a manifest, a tar part, and more files than one page of a listing."""
     rng = np.random.default_rng(0)
     clips = {f"videos/{number}.mp4": rng.bytes(3000) for number in range(20)}
     packed = io.BytesIO()

@@ -1,4 +1,4 @@
-"""Probes as manifests have them."""
+"""Probes in manifests."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""The clip reader on clips as they come: against what was written, against the reference, and on bad files."""
+"""The clip reader against the written content, against the reference, and on bad files."""
 
 import os
 from collections.abc import Callable

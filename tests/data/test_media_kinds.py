@@ -1,4 +1,4 @@
-"""The reader on clips as people cut, join, record and damage them: frames, times, sound and verdicts."""
+"""The clip reader on clips that were cut, joined, recorded or damaged in common ways: frames, times, sound, errors."""
 
 import inspect
 import re
@@ -19,7 +19,7 @@ READING = Reading(fewest_pixels=28 * 28 * 4)
 
 
 def burst_time(samples: np.ndarray) -> float:
-    """Seconds at which the loud part begins."""
+    """Time in seconds at which the loud part begins."""
     return float(np.argmax(np.abs(samples) > 0.3)) / 16_000
 
 

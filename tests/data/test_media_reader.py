@@ -1,4 +1,4 @@
-"""Reading in processes that may die: crashes, deadlines and ordinary errors each cost one clip."""
+"""Reader processes: a crash, a timeout or an error fails one clip only."""
 
 import os
 import time
@@ -18,14 +18,14 @@ READING = Reading(fewest_pixels=28 * 28 * 4)
 
 
 class Abort(Reading):
-    """Ends the process that unpickles it, as a crash of a decoder does."""
+    """Ends the process that unpickles it, like a crash of a decoder."""
 
     def __reduce__(self):
         return os.abort, ()
 
 
 class Sleep(Reading):
-    """Keeps the process that unpickles it busy, as an endless clip does."""
+    """Blocks the process that unpickles it, like an endless clip."""
 
     def __reduce__(self):
         return time.sleep, (60,)

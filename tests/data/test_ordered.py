@@ -9,7 +9,7 @@ from avocado_jax.data.ordered import map_ordered
 
 
 class Gauge:
-    """Calls that are in progress, and the bytes of those whose results are not used yet."""
+    """Counts calls in progress, and the bytes of results that are not consumed yet."""
 
     def __init__(self) -> None:
         self.calls = self.most_calls = self.bytes = self.most_bytes = 0

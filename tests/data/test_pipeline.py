@@ -1,4 +1,4 @@
-"""The stream: the same rows for any hosts and workers, exact positions, captions, lost records."""
+"""The input stream: equal rows for any hosts and workers, exact resumption, captions, lost records."""
 
 import hashlib
 import subprocess
@@ -52,7 +52,7 @@ def arrays(batch):
 
 
 def assert_rows(whole, part, rows):
-    """`part` is these rows of `whole`, in every field."""
+    """Assert that every field of `part` equals these rows of `whole`."""
     assert (whole.step, whole.epoch, whole.bucket) == (part.step, part.epoch, part.bucket)
     assert [whole.ids[row] for row in rows] == list(part.ids)
     assert [whole.records[row]["caption"] for row in rows if whole.ids[row]] == [
@@ -249,7 +249,7 @@ def test_each_clip_is_read_once_for_any_number_of_hosts(tmp_path, monkeypatch):
 
 
 def _epoch_in_pieces(source, plan, settings, pieces, rng):
-    """{step: (bucket, [(id, sum of its bytes)])} of an epoch that stops and goes on with other (hosts, workers)."""
+    """{step: (bucket, [(id, sum of its bytes)])} of an epoch that stops and resumes with other (hosts, workers)."""
     stops = [0, *sorted(rng.choice(np.arange(1, plan.epoch_steps), 2, replace=False).tolist()), plan.epoch_steps]
     steps = {}
     for (hosts, workers), first, stop in zip(pieces, stops, stops[1:]):

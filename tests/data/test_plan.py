@@ -15,7 +15,7 @@ PICTURES = [(360, 640), (480, 854), (720, 1280), (1080, 1920), (640, 360), (1280
 
 
 def realistic(clips: int, seed: int = 0) -> Index:
-    """Clips of 4-100 s in several sizes under AVoCaDO's budget, one in twenty silent."""
+    """Sizes of clips of 4-100 s in several resolutions under AVoCaDO's budget, one in twenty silent."""
     rng = np.random.default_rng(seed)
     seconds = rng.uniform(4, 100, clips)
     rows = []

@@ -1,4 +1,4 @@
-"""The order of the media in a prompt and their TMRoPE ids, against the reference's processor and model."""
+"""Order of media tokens in a prompt and their TMRoPE ids, against the processor and model of the reference."""
 
 from types import SimpleNamespace
 
@@ -23,7 +23,7 @@ IDS = TINY.tokens
 
 
 class Model:
-    """What `get_rope_index` needs of the reference model."""
+    """The attributes that `get_rope_index` of the reference model needs."""
 
     spatial_merge_size = 2
     config = SimpleNamespace(
@@ -41,7 +41,7 @@ class Model:
 
 
 class Processor:
-    """What `replace_video_with_audio_token` needs of the reference processor; tokens are single letters."""
+    """The attributes that `replace_video_with_audio_token` of the reference needs; tokens are single letters."""
 
     audio_bos_token, audio_eos_token, audio_token, video_token = "<", ">", "A", "V"
     video_processor = SimpleNamespace(merge_size=2)
@@ -58,7 +58,7 @@ def row(grid: tuple[int, int, int], mel: int, seconds: float, before: int = 3, a
 
 
 def reference(grid: tuple[int, int, int], mel: int, seconds: float, before: int, after: int) -> tuple:
-    """Prompt ids, positions [P, 3] and the position that generation goes on with."""
+    """Prompt ids, positions [P, 3] and the first position of generation."""
     if audio_tokens(mel):
         sounds = {"num_audio_tokens": [audio_tokens(mel)]}
         pictures = {"video_grid_thw": np.array([grid]), "video_second_per_grid": [seconds]}
@@ -81,7 +81,7 @@ def reference(grid: tuple[int, int, int], mel: int, seconds: float, before: int,
 
 
 def same(grid: tuple[int, int, int], mel: int, seconds: float, before: int = 3, after: int = 4) -> Row:
-    """Assert that a row is the reference's, and give it."""
+    """Assert that a row equals the reference. Returns the row."""
     made = row(grid, mel, seconds, before, after)
     ids, positions = reference(grid, mel, seconds, before, after)
     assert made.prompt_ids.tolist() == ids

@@ -16,7 +16,7 @@ from avocado_jax.errors import InputError
 
 @pytest.fixture
 def read(monkeypatch) -> list[str]:
-    """Names of the clips that are read."""
+    """Records the names of the clips that are read."""
     names, real = [], storage.read
     monkeypatch.setattr(storage, "read", lambda path: (names.append(Path(path).name), real(path))[1])
     return names

@@ -1,4 +1,4 @@
-"""prepare: clips that are refused for a time or that kill their decoder, and kills of the run."""
+"""prepare: clips that are temporarily refused or kill their decoder, and kills of the run."""
 
 import json
 import os

@@ -22,7 +22,7 @@ from avocado_jax.errors import InputError
 
 @pytest.fixture
 def opened(monkeypatch) -> list[str]:
-    """Names of the files of sources, as they are opened."""
+    """Records the names of source files that are opened."""
     names: list[str] = []
     real = media_sources.File.open
     monkeypatch.setattr(media_sources.File, "open", lambda self: names.append(self.name) or real(self))

@@ -1,4 +1,4 @@
-"""Long clips: where they are cut, and that a part of a clip is what the whole clip has there."""
+"""Segmentation of long clips: boundaries, and equality of a segment with that part of the clip."""
 
 import json
 from dataclasses import replace
@@ -31,7 +31,7 @@ def colour(scene: int) -> np.ndarray:
 
 
 def scenes(path, lengths, moving=True):
-    """A clip of scenes of these lengths in seconds, each with a colour, a square that moves, and a pitch."""
+    """Write a clip of scenes of these lengths in seconds, each with a colour, a moving square and a pitch."""
     borders = np.cumsum(lengths)
 
     def draw(index, width, height):
@@ -50,7 +50,7 @@ def scenes(path, lengths, moving=True):
 
 
 def remuxed(source, path):
-    """The same streams in another format."""
+    """Copy the streams to another format."""
     with av.open(str(source)) as given, av.open(str(path), "w") as out:
         streams = {one.index: out.add_stream_from_template(one) for one in given.streams}
         for packet in given.demux():
@@ -62,7 +62,7 @@ def remuxed(source, path):
 
 @pytest.fixture(scope="module")
 def long_clip(tmp_path_factory):
-    """31 s in scenes of unequal lengths."""
+    """A clip of 31 s with scenes of unequal lengths."""
     return scenes(tmp_path_factory.mktemp("long") / "long.mp4", [4, 3, 5, 2.5, 4.5, 6, 6])
 
 

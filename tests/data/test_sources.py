@@ -1,4 +1,4 @@
-"""Reading prepared folders from a real storage server, whole and broken; tfds data sets."""
+"""Reading prepared folders from a real storage server, with and without faults; tfds data sets."""
 
 import json
 import socket
@@ -48,7 +48,7 @@ def bucket(tmp_path_factory):
 
 @pytest.fixture
 def faulty(bucket):
-    """The proxy, healed afterwards."""
+    """The proxy; faults are removed afterwards."""
     yield bucket
     bucket.faulty = lambda method, path: False
     bucket.faults, bucket.every = gcs.FAULTS, 2

@@ -1,4 +1,4 @@
-"""Storage that is slow, breaks connections, refuses, or has no checksum, behind a real storage server."""
+"""Storage calls with slow, broken, refused and checksum-less responses of a real storage server."""
 
 import hashlib
 import os
@@ -43,7 +43,7 @@ def proxy(server, monkeypatch):
 
 
 def healed(proxy):
-    """The proxy without faults and its requests forgotten."""
+    """Remove the faults of the proxy and clear its requests."""
     proxy.faulty, proxy.delay = lambda method, path: False, 0.0
     proxy.requests.clear()
     return proxy
@@ -149,7 +149,7 @@ def test_denied_object_fails_without_retries(proxy):
 
 @pytest.fixture
 def real_client(proxy, monkeypatch):
-    """The client as it is without an emulator, with the proxy in place of Google's server."""
+    """The client without an emulator variable, with the proxy instead of Google's server."""
     monkeypatch.setenv("API_ENDPOINT_OVERRIDE", proxy.url)
     for name in ("STORAGE_EMULATOR_HOST", "CLOUD_STORAGE_EMULATOR_ENDPOINT", "GOOGLE_APPLICATION_CREDENTIALS"):
         monkeypatch.setenv(name, "")

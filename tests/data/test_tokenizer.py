@@ -1,4 +1,4 @@
-"""The start of the AVWorld captioner: its tokenizer against transformers' own class, its weights against the table."""
+"""Initial AVWorld captioner: its tokenizer against transformers, its weights against the table of names."""
 
 import json
 import runpy

@@ -1,4 +1,4 @@
-"""A tfds data set of the clips of a manifest, as a builder in the wild would make it; TensorFlow is not needed."""
+"""A tfds data set of the clips of a manifest, as a typical builder writes it. TensorFlow is not needed."""
 
 import json
 from pathlib import Path
@@ -8,7 +8,7 @@ import tensorflow_datasets as tfds
 
 
 class TinyClips(tfds.core.GeneratorBasedBuilder):
-    """Manifest lines with texts as texts, lists as JSON, and the video's bytes."""
+    """Manifest lines with texts, lists as JSON, and the bytes of the video."""
 
     VERSION = tfds.core.Version("1.0.0")
 

@@ -34,7 +34,7 @@ def checkpoint(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def world_clips(tmp_path_factory):
-    """Clips that pad to one shape (a property of this seed), so that one program serves every test."""
+    """Clips that pad to one shape (a property of this seed), so that all tests share one program."""
     out = tmp_path_factory.mktemp("world") / "out"
     options = ["--clips", str(CLIPS), "--seed", "65", "--level", "0", "--workers", "1"]
     assert main(["world", str(out), *options]) == 0
@@ -43,7 +43,7 @@ def world_clips(tmp_path_factory):
 
 @pytest.fixture
 def world(world_clips, tmp_path):
-    """A new folder with the same clips, without captions."""
+    """A new folder with these clips, without captions."""
     folder = tmp_path / "world"
     folder.mkdir()
     (folder / "clips").symlink_to(world_clips / "clips")

@@ -1,4 +1,4 @@
-"""Runs of `evaluate world` on the clips of conftest.py."""
+"""Run `evaluate world` on the clips of conftest.py."""
 
 import json
 
@@ -9,7 +9,7 @@ CLIPS = 6
 
 
 def evaluate(capsys, world, *more, status=0):
-    """The command's one JSON object and its stderr."""
+    """Run the command. Returns its JSON object and stderr."""
     capsys.readouterr()
     assert main(["evaluate", "world", "--data", str(world / "clips.jsonl"), *OPTIONS, *map(str, more)]) == status
     captured = capsys.readouterr()

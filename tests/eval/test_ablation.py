@@ -1,4 +1,4 @@
-"""The arms of an ablation, and when a difference between them counts as shown."""
+"""Arms of an ablation, and the significance of differences between them."""
 
 import numpy as np
 import pytest
@@ -9,7 +9,7 @@ from avocado_jax.eval.plots import arms_plot, curves_plot
 
 
 def results(**values):
-    """Of each arm by seed, the value of every metric."""
+    """Metrics of each arm by seed."""
     return {name.replace("_", " "): [dict.fromkeys(METRICS, one) for one in each] for name, each in values.items()}
 
 

@@ -1,4 +1,4 @@
-"""The public benchmarks, from official files to figures, with a judge over real sockets that goes by the letter."""
+"""The public benchmarks, from official files to metrics, with an exact judge over real sockets."""
 
 import json
 import re
@@ -18,7 +18,7 @@ EVERY = tuple(BENCHMARKS)
 
 @pytest.fixture(autouse=True)
 def _without(monkeypatch):
-    """No key of the machine's; Dlg.F1, which takes seconds to compile, in one test of its own."""
+    """Remove API keys of the environment, and Dlg.F1, which takes seconds to compile and has a separate test."""
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     monkeypatch.setattr(public, "dialogue_scores", lambda captions, references: [None] * len(captions))
 
@@ -32,7 +32,7 @@ def captions(tmp_path, texts=CAPTIONS, name="mine"):
 
 
 def evaluate(capsys, tmp_path, name, texts=CAPTIONS, *more, status=0, fault=lambda number, request: None):
-    """The result, and the judge's server."""
+    """Run the command. Returns the result and the judge's server."""
     capsys.readouterr()
     with chat_server(lambda number, request: fault(number, request) or honest(request)) as server:
         command = ["evaluate", name, "--data", str(write_official(name, tmp_path)), "--out", str(tmp_path / "out")]

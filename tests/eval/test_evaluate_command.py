@@ -1,4 +1,4 @@
-"""`evaluate world`: from clips to one line of metrics, with a random model; killed, stopped, and with bad input."""
+"""`evaluate world` with a random model: from clips to metrics, kills, stops and invalid input."""
 
 import json
 import shutil
@@ -235,7 +235,7 @@ ANSWER, SAYS = '{"answer": "A"}', 266  # the first id that the tokenizer leaves 
 
 
 def one_sided(checkpoint, folder):
-    """A checkpoint that answers A, whatever it is asked: no layer adds anything, and each token has its successor."""
+    """A checkpoint that always answers A: all layers are zero, and each token has a fixed successor."""
     shutil.copytree(checkpoint, folder)
     tokenizer = json.loads((folder / "tokenizer.json").read_text())
     plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": False}

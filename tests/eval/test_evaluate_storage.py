@@ -1,4 +1,4 @@
-"""`evaluate` and storage: buckets, locks, and failures that are no verdict on a clip."""
+"""`evaluate` and storage: buckets, locks, and storage failures."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""What a judge may cost, over real sockets: budgets over restarts, a dry run, the circuit breaker, proxies."""
+"""Costs of a judge, over real sockets: budgets over restarts, dry runs, the circuit breaker, proxies."""
 
 import json
 
@@ -23,14 +23,14 @@ def _quick(monkeypatch):
 
 
 def answer(number, request):
-    """Honest, at 100 tokens an answer, by a model of another name."""
+    """An honest answer of 100 tokens, by a model with another name."""
     reply = {"choices": [{"message": {"content": honest(request)}}], "usage": {"total_tokens": 100}, "model": "m-2026"}
     return json.dumps(reply).encode()
 
 
 @pytest.fixture
 def evaluate(tmp_path, capsys):
-    """Run the command on ten questions; gives the exit status, what was printed as JSON, and stderr."""
+    """Run the command on ten questions. Returns the exit status, the printed JSON and stderr."""
     captions_file = tmp_path / "mine.jsonl"
     captions_file.write_text(
         "".join(json.dumps({"id": clip, "caption": text}) + "\n" for clip, text in CAPTIONS.items())

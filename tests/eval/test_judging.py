@@ -1,4 +1,4 @@
-"""The judge misbehaves, the run is killed, texts are hostile: figures stay true, and nothing is asked twice."""
+"""Judging with faulty judges, kills and hostile texts: metrics stay correct, and no question is repeated."""
 
 import json
 import os
@@ -41,7 +41,7 @@ def _quick(monkeypatch):
 
 
 def mutated(random, whole):
-    """A judge's answer spoiled, and what has to be read in it: RIGHT, None (nothing), or "any" (what it now says)."""
+    """A corrupted answer of a judge, and the expected result: RIGHT, None (nothing), or "any" (its new content)."""
     object_ = json.loads(whole)
     before, after = random.choice([("Sure: ", " Hope that helps."), ("```json\n", "\n```"), ("这是答案：", "。完毕"), (
         '<think>{"missed": 1, "incorrect": 0, "hallucination": 0}?</think>', ""), ("{" * 9, "}} {")])  # fmt: skip
@@ -174,7 +174,7 @@ def test_killed_run_does_not_repeat_judged_items(tmp_path, capsys):
 
 @pytest.fixture
 def hostile(tmp_path, capsys):
-    """The results of captions, answers and names that would like to be more than text."""
+    """Results of captions, answers and names that contain markup."""
     data = write_official("ugc-videocap", tmp_path)
     content = json.loads(data.read_text())
     for sample, text in zip(content["samples"], HOSTILE):

@@ -1,4 +1,4 @@
-"""Measures of captions made by hand; the repetition rule against one that tries everything."""
+"""Metrics of hand-written captions; the repetition rule against an exhaustive search."""
 
 import random
 
@@ -75,7 +75,7 @@ def test_official_rule_has_no_minimum_span():
 
 
 def by_trying(text, min_span):
-    """The rule read literally: some unit at some place."""
+    """The rule by exhaustive search over units and positions."""
     for unit in range(1, 100):
         for start in range(len(text) - unit + 1):
             times = 1

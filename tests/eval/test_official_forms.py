@@ -1,4 +1,4 @@
-"""Answers in the forms of the official prompts, official files, and the official treatment of both."""
+"""Answers in the forms of the official prompts, official files, and `--official`."""
 
 import json
 import re
@@ -26,7 +26,7 @@ def _without(monkeypatch):
 
 
 def in_official_form(request):
-    """The honest answer as the official prompts ask for it."""
+    """The honest answer in the form that the official prompts request."""
     answer, kind = json.loads(honest(request)), request["response_format"]["json_schema"]["name"]
     material = json.loads(request["messages"][-1]["content"])
     if kind == "Events":
@@ -52,7 +52,7 @@ def in_official_form(request):
 
 
 def evaluate(capsys, tmp_path, name, captions, answer, *more, data=None):
-    """The result, and what the judge was asked."""
+    """Run the command. Returns the result and the requests to the judge."""
     captions_file = tmp_path / "mine.jsonl"
     captions_file.write_text(
         "".join(json.dumps({"id": clip, "caption": text}) + "\n" for clip, text in captions.items())

@@ -39,7 +39,7 @@ def chromium():
 
 @pytest.fixture
 def opened(chromium):
-    """Open a page; nothing in it may fail, ask, or load from elsewhere."""
+    """Open a page, and assert at the end that it has no errors, dialogs or external requests."""
 
     def open_(path, **how):
         chromium.errors.clear(), chromium.requests.clear(), chromium.dialogs.clear()
@@ -53,7 +53,7 @@ def opened(chromium):
 
 
 def altered(text, draw, step):
-    """The reference in the newest step; before it, without its lines or with lines of others."""
+    """The reference in the newest step; in earlier steps without its lines or with other lines."""
     if step == STEPS:
         return text
     kind = draw.randrange(3)

@@ -1,4 +1,4 @@
-"""`avocado view`: what it reads of a run, without a browser."""
+"""`avocado view`: the data that it reads from a run, without a browser."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""Makes the launchers importable, which are scripts and not a package, and runs them without their tools."""
+"""Make the launcher scripts importable, and run them without their tools."""
 
 import importlib
 import shlex
@@ -17,7 +17,7 @@ import commands  # noqa: E402
 
 @pytest.fixture
 def launch(monkeypatch, capsys):
-    """`launch(script, words)` gives status, stdout and stderr. xpk renders what was recorded; nothing else runs."""
+    """`launch(script, words)` returns status, stdout, stderr. xpk returns its recorded output; no other tool runs."""
 
     def run(command, **_):
         assert command[0] == "xpk", f"ran {command}"

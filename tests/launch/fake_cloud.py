@@ -1,4 +1,4 @@
-"""gcloud, kubectl, sky and xpk as a program: what they create is in a JSON file, and one chosen call fails.
+"""Fakes of gcloud, kubectl, sky and xpk: their resources are in a JSON file, and one chosen call fails.
 
 `install(folder)` writes it to a folder for PATH under these names; `call` does the same without a process, which
 is faster. The state has the number of calls, the call that fails (`fail`, from 1) and how: "before" it has an effect,

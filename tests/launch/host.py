@@ -1,4 +1,4 @@
-"""The command `avocado` of a host of the rehearsal: CPU devices that behave as those of a TPU slice.
+"""The command `avocado` of a rehearsal host: CPU devices in the order of a TPU slice.
 
 Devices take the order DEVICE_ORDER. Compiled programs that the persistent cache lacks are named on stderr.
 """

@@ -48,7 +48,7 @@ PYTHON = sys.executable
 
 
 def job(stage, workdir, topology):
-    """The command of every host, as the launchers build it."""
+    """The command that the launchers build for every host."""
     config, more = CONFIGS[stage]
     args = Namespace(stage=stage, words=[config, "--workdir", workdir, *FIELDS, *more], topology=topology, slices=1)
     args.env, args.secret, args.unplanned, args.name = [], [], True, "r"

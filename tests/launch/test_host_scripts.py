@@ -1,4 +1,4 @@
-"""What runs on a host: setup.sh, service.sh and read_secrets.py; and what the image is made of."""
+"""The scripts on a host (setup.sh, service.sh, read_secrets.py) and the sources of the image."""
 
 import base64
 import configparser
@@ -71,7 +71,7 @@ def test_setup_installs_the_extras_with_uv_python(host):
 
 @pytest.fixture
 def secret_manager(monkeypatch):
-    """`secret_manager(answer)`: what Secret Manager answers; the requested URLs are in `secret_manager.urls`."""
+    """`secret_manager(answer)` sets the response of Secret Manager; `secret_manager.urls` lists the requested URLs."""
     monkeypatch.setattr(read_secrets.google.auth, "default", lambda scopes: (None, "project"))
     urls, answers = [], []
 

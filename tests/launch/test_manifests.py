@@ -1,4 +1,4 @@
-"""What the launchers run and submit: commands, manifests, flags."""
+"""Commands, manifests and flags of the launchers."""
 
 import importlib
 import re
@@ -82,7 +82,7 @@ def test_gcloud_commands_do_not_contain_the_key(launch):
 
 
 def worker_words(chips, more):
-    """The stage `sft` as every host runs it."""
+    """The command of the stage `sft` on every host."""
     words = (
         f"sft configs/sft_7b.py --workdir gs://bucket/sft --coordinator auto --devices {chips} --init gs://bucket/base"
     )

@@ -1,4 +1,4 @@
-"""The plans that launchers look up, and the tables that are printed from them."""
+"""The plans that launchers look up, and the README table that is printed from them."""
 
 from pathlib import Path
 

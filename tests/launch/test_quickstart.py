@@ -1,4 +1,4 @@
-"""quickstart.sh: its commands, run by stand-ins that record them; and the comparison of captions that it prints."""
+"""quickstart.sh: its commands, recorded by fakes, and the comparison of captions that it prints."""
 
 import importlib
 import json
@@ -23,7 +23,7 @@ printf "%s\\n" "${0##*/}" "$@" "" >>calls
 
 @pytest.fixture(scope="module")
 def quickstart(tmp_path_factory):
-    """`quickstart(option)`: the folder, the words of each command that the script runs, and its output."""
+    """`quickstart(option)` returns the folder, the words of each command of the script, and its output."""
 
     @cache
     def run(*options):
@@ -103,7 +103,7 @@ def write_captions(path, texts):
 
 @pytest.fixture
 def truth(tmp_path):
-    """Eight clips; captions that are empty, and those of the truth but for the first four clips."""
+    """Eight clips; empty captions, and captions that equal the truth except for the first four clips."""
     records = [one | {"video": f"clips/{one['id']}.mp4"} for one in references(8)]
     path = tmp_path / "clips.jsonl"
     path.write_text("".join(json.dumps(one) + "\n" for one in records))

@@ -1,4 +1,4 @@
-"""What the launchers refuse, in one line: arguments of jobs and of stages, and tools that are not installed."""
+"""Input that the launchers refuse in one line: arguments of jobs and stages, and missing tools."""
 
 import subprocess
 

@@ -19,7 +19,7 @@ PROGRAMS = {
 
 
 def rehearsed(stage, folder):
-    """Run the rehearsal, check what both stages have in common, and return the findings."""
+    """Run the rehearsal, run the checks that both stages share, and return the findings."""
     done = subprocess.run([sys.executable, SCRIPT, stage, folder], stdout=subprocess.PIPE, text=True, check=True)
     found = json.loads(done.stdout)
     seconds = ", ".join(f"{value} s to {name[11:]}" for name, value in found.items() if name.startswith("seconds_to_"))
@@ -42,7 +42,7 @@ def rehearsed(stage, folder):
 
 
 def same_curve(found):
-    """All metrics of all steps, held-out loss included."""
+    """Compare all metrics of all steps, including the held-out loss."""
     for one, other in zip(found["broken"], found["whole"], strict=True):
         assert one.keys() == other.keys()
         for name in one.keys() - {"perf"}:

@@ -1,4 +1,4 @@
-"""`start` of each launcher where one call of gcloud, kubectl, xpk or SkyPilot fails: run again, it gets to the end."""
+"""`start` of each launcher with a failing call of gcloud, kubectl, xpk or SkyPilot: the next `start` finishes."""
 
 import importlib
 import io
@@ -28,7 +28,7 @@ LAUNCHES = iter(range(10**9))
 
 @pytest.fixture
 def cloud(tmp_path, monkeypatch):
-    """`cloud(script, words)` runs a launcher over the fake programs; `cloud.state` is what they have created.
+    """`cloud(script, words)` runs a launcher with the fakes; `cloud.state` lists the created resources.
 
     With `cloud.processes` the programs are those on PATH; otherwise functions are called in their place.
     """
@@ -86,7 +86,7 @@ def cloud(tmp_path, monkeypatch):
 
 
 def outcome(state):
-    """What exists, without the names of launches. All hosts have the same: of another they would not read failures."""
+    """The resources without launch names. All hosts must have the same name, or they would not read failures."""
     hosts = state["hosts"]
     assert len({host["job"] for host in hosts}) <= 1
     kept = {name: state[name] for name in ("queued", "jobset", "jobs")}

@@ -1,4 +1,4 @@
-"""worker.sh: what it sets for the command, and what the launcher learns of the command's end."""
+"""worker.sh: the environment of the command, and the exit status that the launcher receives."""
 
 import json
 import os
@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture
 def worker(tmp_path):
-    """`worker(script)` starts worker.sh over a command of ours, as one of the hosts of a run in `tmp_path`."""
+    """`worker(script)` starts worker.sh with this command, as one of the hosts of a run in `tmp_path`."""
 
     def started(script, host="0", launch="first", run=tmp_path / "a run", more=(), **env):
         command = tmp_path / f"avocado-{host}"

@@ -1,4 +1,4 @@
-"""Attention against a plain softmax, whole and in chunks, the merging of its parts, and each platform's kernel."""
+"""Attention against a plain softmax: in one piece, in chunks, merged from parts, and by each platform's kernel."""
 
 import os
 import subprocess
@@ -96,7 +96,7 @@ def sequences(rows=ROWS, clip=KEYS, heads=HEADS, kv_heads=KV_HEADS, width=WIDTH)
 
 
 def outputs(module, **options):
-    """All three forms of a module as one function; what padding makes is left out."""
+    """All three functions of a module as one; outputs at padding are excluded."""
 
     def run(q, kv, caption_q, caption_kv, valid):
         visible = valid[..., None, None]

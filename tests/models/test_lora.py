@@ -1,4 +1,4 @@
-"""Adapters: fresh ones change nothing, merged ones compute the same, and only they are asked to learn."""
+"""Adapters: fresh adapters are the identity, merged ones are exact, and only adapters are trained."""
 
 from dataclasses import replace
 from functools import partial
@@ -31,12 +31,12 @@ def begun(config):
 
 
 def hidden(config, params):
-    """What the language model makes of them."""
+    """Hidden states of the language model."""
     return TextModel(config).apply({"params": params}, *INPUTS)[0]
 
 
 def drawn(params):
-    """Adapters that have learned something."""
+    """Non-zero adapters."""
     flat = flatten_dict(params)
     for i, path in enumerate(path for path in sorted(flat) if path[-1] == "lora_b"):
         flat[path] = jax.random.normal(jax.random.key(i), flat[path].shape, flat[path].dtype)

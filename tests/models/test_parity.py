@@ -48,7 +48,7 @@ def reference(tmp_path_factory):
 
 
 def close(ours, theirs, tolerance):
-    """Largest difference over largest value."""
+    """Assert that the largest difference, relative to the largest value, is within the tolerance."""
     ours, theirs = np.asarray(ours), np.asarray(theirs.detach() if hasattr(theirs, "detach") else theirs)
     assert ours.shape == theirs.shape
     assert np.abs(ours - theirs).max() <= tolerance * np.abs(theirs).max()
@@ -63,7 +63,7 @@ def batch(name):
 
 
 def recorded(modules):
-    """Record what goes into and comes out of torch modules; returns the records, filled as they run."""
+    """Record inputs and outputs of torch modules. Returns the records, which are filled when the modules run."""
     records = [{} for _ in modules]
     for module, record in zip(modules, records):
 
@@ -284,7 +284,7 @@ def test_stacked_layers_equal_separate_layers(reference):
 
 
 def unstack(tree):
-    """The tree of `scan=True` as that of `scan=False`."""
+    """Convert parameters of `scan=True` to those of `scan=False`."""
     out = {}
     for key, value in tree.items():
         if key == "layers":
@@ -296,7 +296,7 @@ def unstack(tree):
 
 
 def stack_layers(tree):
-    """Its inverse."""
+    """The inverse of `unstack`."""
     if not isinstance(tree, dict):
         return tree
     layers = [tree[f"layers_{i}"] for i in range(sum(key.startswith("layers_") for key in tree))]

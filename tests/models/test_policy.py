@@ -1,4 +1,4 @@
-"""What the config says of computation: dtypes, remat; and the counting of work."""
+"""Dtypes and remat of the config, and FLOP counts."""
 
 from dataclasses import replace
 from functools import partial
@@ -21,7 +21,7 @@ from avocado_jax.models.thinker import Thinker, example, init
 
 
 def equations(jaxpr):
-    """Every equation, inner ones too."""
+    """All equations, including those of inner jaxprs."""
     for equation in jaxpr.eqns:
         yield equation
         for value in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns")):

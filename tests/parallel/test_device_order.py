@@ -34,7 +34,7 @@ def planned_configs():
 
 
 class OfProcess:
-    """A sharding as one of its processes sees it: the attributes that jax reads to place process-local data."""
+    """A sharding from the view of one process: the attributes that jax reads to place process-local data."""
 
     is_fully_addressable = False
 
@@ -143,7 +143,7 @@ def test_two_processes_load_rows_of_any_pattern():
 
 
 def printed(output):
-    """The objects that a program has printed; gloo prints lines of its own."""
+    """JSON objects that a program has printed. (gloo also prints lines.)"""
     return [json.loads(line) for line in output.splitlines() if line.startswith("{")]
 
 

@@ -1,4 +1,4 @@
-"""Which host is named when a job makes no progress, and what counts as progress."""
+"""Which host is reported when a job makes no progress, and what counts as progress."""
 
 import os
 import signal
@@ -16,7 +16,7 @@ Runtime = jax.errors.JaxRuntimeError
 
 
 class Store:
-    """The key-value store of jax.distributed, which can be taken away."""
+    """A key-value store of jax.distributed that can become unavailable."""
 
     def __init__(self):
         self.values, self.gone = {}, False
@@ -32,7 +32,7 @@ class Store:
 
 @pytest.fixture
 def hosts(monkeypatch, capfd):
-    """`hosts(heartbeat, step)` makes three that know each other; `hosts.ended` is how processes ended."""
+    """`hosts(heartbeat, step)` makes three connected hosts; `hosts.ended` lists exit statuses."""
     made, ended = [], []
     monkeypatch.setattr(liveness.os, "_exit", ended.append)
     store = Store()

@@ -15,7 +15,7 @@ from avocado_jax.train import run
 
 @pytest.fixture
 def few_maps(tmp_path, monkeypatch):
-    """As many maps allowed as give 300 more before programs are dropped; gives the number at which they are."""
+    """Set the limit so that programs are dropped after 300 more maps. Returns the number of maps at which they are."""
     limit = programs.memory_maps() + 300
     (tmp_path / "limit").write_text(str(2 * limit))
     monkeypatch.setattr(programs, "LIMIT", tmp_path / "limit")

@@ -31,7 +31,7 @@ print(collective_bytes(jax.jit(run).lower(weights, x).compile().as_text()))
 
 
 def compiled(topology):
-    """What a program of the given devices sends, in a process of its own."""
+    """Bytes that a program for the given devices sends, measured in a new process."""
     flags = dict(os.environ, XLA_FLAGS="--xla_force_host_platform_device_count=4", JAX_PLATFORMS="cpu")
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM, topology], env=flags, capture_output=True, text=True, check=False

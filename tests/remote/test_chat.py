@@ -1,4 +1,4 @@
-"""The client against a real server: what it sends, keeps and spends. Its failures: tests/rewards/test_judge.py."""
+"""The client against a real server: requests, cache and budget. For failures see tests/rewards/test_judge.py."""
 
 import json
 import time
@@ -50,7 +50,7 @@ def test_cache_in_a_bucket_is_refused(tmp_path, monkeypatch):
 
 
 def server_saying(*answers):
-    """A server that gives these, the last for ever."""
+    """A server with these answers; the last one is repeated."""
     return chat_server(lambda number, _: answers[min(number, len(answers) - 1)])
 
 

@@ -1,4 +1,4 @@
-"""The rewards in plain Python, one character, one line, one pair at a time: what the array programs must equal."""
+"""Reference implementations of the rewards in plain Python."""
 
 import re
 from typing import NamedTuple
@@ -7,7 +7,7 @@ from rapidfuzz.distance import Levenshtein
 
 
 class Line(NamedTuple):
-    """A line of dialogue as the alignment sees it."""
+    """A line of dialogue for the alignment."""
 
     text: str
     speaker: object
@@ -24,7 +24,7 @@ def similarity(a: str, b: str) -> float:
 
 
 def dialogue(stated: list[Line], truth: list[Line], threshold: float = 0.6) -> tuple[float, int, float]:
-    """Summed similarity and agreeing speakers of the best alignment, and R_D: the equations, cell by cell."""
+    """Summed similarity and speaker agreement of the best alignment, and R_D, by dynamic programming."""
     stated = [line for line in (Line(normalize(text), who) for text, who in stated) if line.text]
     truth = [line for line in (Line(normalize(text), who) for text, who in truth) if line.text]
     if not stated or not truth:
@@ -53,7 +53,7 @@ def length(tokens: int, low: int = 2048, high: int = 4096) -> float:
 
 
 def collapses(text: str, min_span: int = 24, long_units: bool = False) -> bool:
-    """RepCol by regular expressions: a unit of 1-49 characters five times or more, of 50-99 four times or more.
+    """RepCol by regular expressions: a unit of 1-49 characters at least five times, or of 50-99 at least four times.
 
     With `long_units` also one of 100-400 three times or more.
     """

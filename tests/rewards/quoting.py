@@ -1,4 +1,4 @@
-"""Where quotes begin and end, in plain Python, one mark at a time: what the array program must equal."""
+"""Reference implementation in plain Python of the begin and end of quotes."""
 
 import re
 from typing import NamedTuple
@@ -51,7 +51,7 @@ def is_alone(letter):
 
 
 def words_at(text):
-    """(place, meaning) of each word; an apostrophe does not join a small letter and a capital."""
+    """(position, meaning) of each word; an apostrophe between a lower-case and an upper-case letter splits."""
     found = []
     for token in re.finditer(r"\w+(?:['’`]\w+)*", text):
         for index in range(*token.span()):

@@ -1,4 +1,4 @@
-"""Which quotes are speech, and which are one line, in plain Python: what the array program must equal."""
+"""Reference implementation in plain Python: which quotes are speech, and which form one line."""
 
 from quoting import (
     CLASSES,

@@ -1,4 +1,4 @@
-"""A remote judge with short pauses, three captions, and what a judge that knows the truth says of them."""
+"""Fixtures: a remote judge with short pauses, three captions, and their true verdicts."""
 
 import time
 
@@ -17,14 +17,14 @@ UNKNOWN = np.full_like(TRUTH, np.nan)
 
 @pytest.fixture
 def quick(monkeypatch):
-    """Pauses of a tenth, and no key of the machine's."""
+    """Pauses of a tenth of a second, and no API key of the environment."""
     monkeypatch.setattr(module, "FIRST_PAUSE", 0.05)
     monkeypatch.setattr(module, "LAST_PAUSE", 0.2)
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
 
 
 def judged(url, captions=CAPTIONS, keypoints=KEYPOINTS, **fields):
-    """Scores of a batch, what was counted, and the seconds it took."""
+    """Scores of a batch, its counts and its time in seconds."""
     with RemoteJudge(Endpoint(url, "judge-1", **{"patience": 20.0, "timeout": 5.0, **fields})) as judge:
         start = time.monotonic()
         scores = judge(captions, keypoints)()

@@ -1,4 +1,4 @@
-"""Limits and rooms that test modules share, so that they share compiled programs too."""
+"""Limits and capacities that test modules share, so that they also share compiled programs."""
 
 from avocado_jax.rewards.text import Limits
 

@@ -1,4 +1,4 @@
-"""Captions that try to be paid for what they are not: the honest one scores higher.
+"""Captions that exploit the rewards score lower than the honest caption.
 
 On clips of AVWorld with their plain captions. Each trick names the terms in which it must lose; where only the sum
 loses, the README says which term is fooled.
@@ -24,7 +24,7 @@ CHINESE = "视频开始时，背景是条纹状的白色。一个红色的大方
 
 
 class World:
-    """Clips, their honest captions, and rewards of captions of them."""
+    """Clips, their honest captions, and the rewards of other captions."""
 
     def __init__(self):
         talking = (record(make_script(11, index), 0) for index in range(200))
@@ -42,7 +42,7 @@ class World:
         self.terms = self.of(self.honest)
 
     def of(self, captions, tokens=None):
-        """Each term of captions, one of each clip."""
+        """All terms of one caption per clip."""
         read = text.read_texts(self.table, captions, WORLD)
         tokens = np.array([len(vocabulary.words_of(one)) if tokens is None else tokens for one in captions])
         return {name: np.asarray(term) for name, term in self.score(self.table, read, tokens, self.references).items()}
@@ -58,7 +58,7 @@ def total(terms):
 
 
 def swapped(caption, pairs):
-    """The caption with each word of a pair in place of the other."""
+    """The caption with the words of each pair swapped."""
     other = dict(pairs) | {b: a for a, b in pairs}
     return re.sub(rf"\b({'|'.join(other)})\b", lambda found: other[found[0]], caption)
 

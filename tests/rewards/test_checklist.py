@@ -1,4 +1,4 @@
-"""R_C: the lexical judge against a plain count of words in windows, and what missing answers do."""
+"""R_C: the lexical judge against a plain count of words in windows, and missing verdicts."""
 
 from itertools import pairwise
 
@@ -70,7 +70,7 @@ EXCLUSIVE = set(map(vocabulary.meaning, vocabulary.EXCLUSIVE.split()))
 
 
 def by_hand(caption, point):
-    """Coverage and score of a keypoint, window by window."""
+    """Coverage and score of a keypoint over all windows, in plain Python."""
     words = [vocabulary.meaning(word) for word in vocabulary.words_of(caption)]
     weigh = [WEIGHTS.get(word, WEIGHTS[""]) for word in words]
     content = [(index, word) for index, (word, weight) in enumerate(zip(words, weigh)) if weight > 0]

@@ -1,4 +1,4 @@
-"""All terms in one program: the same numbers however it is mapped, compiled or laid out; and their sum."""
+"""All terms in one program, equal under vmap, jit and sharding; and their weighted sum."""
 
 from functools import partial
 
@@ -95,7 +95,7 @@ def test_rewards_on_eight_devices_equal_one_device(batch, terms):
 
 
 def one_caption(table, ids, length, reference, probes):
-    """The terms of one caption, mapped by nothing."""
+    """The terms of one caption, without vmap."""
     return score(text.read(table, ids, length, WORLD), length, reference, probes=probes).terms
 
 

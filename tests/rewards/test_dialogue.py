@@ -1,4 +1,4 @@
-"""R_D against its equations in plain Python, and on what AVWorld's clips say."""
+"""R_D against an oracle in plain Python, and on the dialogue of AVWorld clips."""
 
 import unicodedata
 from functools import partial
@@ -36,7 +36,7 @@ def pairwise(of, caption, reference):
 
 
 def as_caption(lines, speakers=()):
-    """A caption that was read to have these lines: arrays with a leading axis of one."""
+    """A parsed caption with these lines: arrays with a leading axis of one."""
     made = [vocabulary.word_characters(line) for line in lines]
     made = [(line, who) for line, who in zip(made, speakers or [0] * len(made)) if len(line)]
     caption = text.Caption(*[None] * len(text.Caption._fields))

@@ -1,4 +1,4 @@
-"""The sentence encoder as a judge: the nearest window counts, on a ramp; what is padded does not."""
+"""The sentence encoder as judge: the nearest window counts, on a ramp; padding does not."""
 
 from functools import partial
 
@@ -13,7 +13,7 @@ VECTORS = np.random.default_rng(0).standard_normal((50, 16)).astype(np.float32)
 
 
 def embed(tokens, valid):
-    """A bag of words: unit vectors in which every valid token counts."""
+    """A fake encoder: normalised bag of valid tokens."""
     mean = jnp.sum(jnp.asarray(VECTORS)[tokens] * valid[..., None], axis=-2)
     return mean / jnp.maximum(1e-9, jnp.linalg.norm(mean, axis=-1, keepdims=True))
 
@@ -27,7 +27,7 @@ def texts(*lists, size=6):
 
 
 def cosine(one, other):
-    """Written out."""
+    """Cosine similarity in NumPy."""
     one, other = VECTORS[one].sum(axis=0), VECTORS[other].sum(axis=0)
     return one @ other / np.linalg.norm(one) / np.linalg.norm(other)
 

@@ -1,4 +1,4 @@
-"""Terms that users write: how they are named, and what becomes of their values and errors."""
+"""Users' reward terms: names, values and errors."""
 
 from functools import partial
 
@@ -19,7 +19,7 @@ LIMITS = Limits(32, 16, 2, 16)
 
 
 def marks(caption, reference):
-    """A term of the devices; NaN without lines of dialogue in the reference."""
+    """A device term; NaN without lines of dialogue in the reference."""
     return jnp.where(reference.dialogue.count > 0, (caption.points == ord("!")).sum(), jnp.nan)
 
 

@@ -1,4 +1,4 @@
-"""The remote judge against a real server: whatever that does, nothing hangs and nothing is silently zero."""
+"""The remote judge against a real server with faults: it never hangs, and missing verdicts are never zero."""
 
 import json
 import random

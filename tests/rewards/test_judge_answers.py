@@ -1,4 +1,4 @@
-"""The answers of a remote judge: what is read as verdicts, and what is discarded."""
+"""Parsing of a remote judge's answers: valid verdicts, and discarded answers."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Limits that follow from texts: room for what may be speech, at the cost of the text."""
+"""Limits derived from texts: they fit all possible speech and are bounded by the length of the text."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""The language model as a judge: one reading of a caption gives what plain sequences give, here and in torch."""
+"""The language model as judge: one pass with shared context equals plain sequences, here and in torch."""
 
 from functools import partial
 
@@ -37,7 +37,7 @@ def sequences(batch):
 
 
 def probability(logits):
-    """P(yes) against P(no), written out."""
+    """P(yes) / (P(yes) + P(no)) in NumPy."""
     weights = np.exp(np.asarray(logits, np.float64))
     return weights[YES].sum() / (weights[YES].sum() + weights[NO].sum())
 

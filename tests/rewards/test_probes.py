@@ -1,4 +1,4 @@
-"""Probes before judges: the remote one over real sockets, and the language model beside its own logits."""
+"""Probes: the remote judge over real sockets, and the language model against its logits."""
 
 import json
 

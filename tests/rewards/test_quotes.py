@@ -1,4 +1,4 @@
-"""Dialogue as people write it: the lines read on the device, against the reader in plain Python and known lines."""
+"""Dialogue in many notations: lines parsed on the device, against the parser in plain Python and known lines."""
 
 import unicodedata
 
@@ -99,12 +99,12 @@ def table():
 
 
 def read(table, written, limits=ONE):
-    """What was read of one text."""
+    """Parse one text on the device."""
     return jax.tree.map(lambda leaf: leaf[0], text.read_texts(table, [written], limits))
 
 
 def lines_of(caption):
-    """The lines of dialogue as R_D compares them."""
+    """The normalised lines of dialogue."""
     return ["".join(map(chr, row[:size])) for row, size in zip(caption.lines, caption.line_length[: caption.quotes])]
 
 

@@ -1,4 +1,4 @@
-"""Reading captions on the device, against tokenizers and against a parser in plain Python."""
+"""Parsing captions on the device, against tokenizers and a parser in plain Python."""
 
 import itertools
 import json

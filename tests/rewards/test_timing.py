@@ -1,4 +1,4 @@
-"""The term `timing`: intervals read on the device as on the host, and time IoU by hand-computed cases."""
+"""The term `timing`: intervals parsed on device and host, and time IoU of hand-computed cases."""
 
 import itertools
 import math

@@ -1,4 +1,4 @@
-"""A captioner of a training state's parameters: stacked or apart, on one device or over a mesh, the captions agree."""
+"""Captions from a training state: equal for stacked and separate layers, on one device and over a mesh."""
 
 from dataclasses import replace
 from functools import partial
@@ -51,7 +51,7 @@ def params():
 
 
 def records():
-    """Clips of different sizes, one silent, one with a question of its own, and one that cannot be read."""
+    """Clips of different sizes, one silent, one with its own question, and one that cannot be read."""
     sizes = [(4, 56, 84, 16000), (6, 112, 56, None), (2, 28, 140, 40000)]
     media = [random_media(*one, seed=i) for i, one in enumerate(sizes)]
     fields = [{"id": "a"}, {"id": "b"}, {"id": "c", "prompt": "Who is it?"}, {"id": "d"}]

@@ -1,4 +1,4 @@
-"""Captions of the engine are those of the clips one by one, whatever is decoded beside them."""
+"""Captions of the engine equal those of single clips, for any slots, order and mesh."""
 
 import math
 import time
@@ -42,7 +42,7 @@ WARM = Sampling(temperature=0.7, top_p=0.9)
 
 @pytest.fixture(scope="module")
 def captioner(tmp_path_factory):
-    """Random weights with logits that make captions of unequal lengths, all below and some at the limit."""
+    """Random weights whose captions have unequal lengths, some of them at the limit."""
     folder = tmp_path_factory.mktemp("tokenizer")
     write_tokenizer(folder)
     rng = np.random.default_rng(0)
@@ -67,7 +67,7 @@ def rows(captioner):
 
 @pytest.fixture(scope="module")
 def one_by_one(captioner, rows):
-    """Tokens of each clip by itself, for each way of sampling."""
+    """Tokens of each clip decoded alone, for each sampling setting."""
 
     def caption(number, row, sampling):
         clip = stack([row.clip], rounded(shape_of(row.clip), arrivals.SHAPE_BITS))

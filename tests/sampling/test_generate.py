@@ -1,4 +1,4 @@
-"""Decoding: batches equal single clips, captions stop where they should, probabilities are the trainer's."""
+"""Decoding: batches equal single clips, captions stop, probabilities equal those of training."""
 
 from functools import partial
 
@@ -35,7 +35,7 @@ def rows():
 
 
 def sample(params, rows, numbers, group=2, stops=(258,), allowed=250, seed=3, length=LENGTH, shape=None):
-    """Captions of rows; ids from `allowed` up are banned, the stops apart."""
+    """Captions of rows; ids from `allowed` up are banned, except the stop tokens."""
     clips = [row.clip for row in rows]
     clip = jax.tree.map(jnp.asarray, stack(clips, shape or fit([shape_of(one) for one in clips])))
     banned = np.arange(CONFIG.text.vocab) >= allowed

@@ -1,4 +1,4 @@
-"""Truncation against transformers' warpers; draws against their probabilities."""
+"""Truncation against transformers' warpers; samples against their probabilities."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""The size of the sampling programs, which decides how long they compile, by the number of layers."""
+"""The size of the sampling programs, which determines their compile time, by the number of layers."""
 
 from dataclasses import replace
 from functools import partial
@@ -17,7 +17,7 @@ GROUP, LENGTH = 8, 16
 
 
 def lowered(layers, run):
-    """Operations and products of `run(config, params, clip)`, lowered for models of `layers` layers in each stack."""
+    """Operations and matmuls of `run(config, params, clip)`, lowered for models with `layers` layers per stack."""
     parts = {name: replace(getattr(TINY, name), layers=layers) for name in ("text", "vision", "audio")}
     config = computed(replace(TINY, **parts), "bfloat16", scan=False)
     params = jax.eval_shape(partial(init, config), jax.random.key(0))

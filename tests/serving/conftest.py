@@ -1,4 +1,4 @@
-"""A folder of clips that a server reads, and a server for all tests of a module."""
+"""Fixtures: a media root, and a server for all tests of a module."""
 
 import os
 
@@ -9,7 +9,7 @@ from running_server import KEY, running
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
-    """A media root with a clip, links and files that are no clips; a clip beside it."""
+    """A media root with a clip, links and other files; a clip outside of it."""
     folder = tmp_path_factory.mktemp("served")
     inside, outside = folder / "root", folder / "outside"
     (inside / "sub").mkdir(parents=True)

@@ -38,7 +38,7 @@ class Running:
         return json.loads(self.chat(*parts, **options).choices[0].message.content)
 
     def metric(self, name: str) -> int:
-        """A value on the page of metrics, 0 if it is not there."""
+        """The value of a metric, 0 if it is absent."""
         found = re.search(rf"^avocado_{re.escape(name)} (\d+)$", urlopen(f"{self.url}/metrics").read().decode(), re.M)
         return int(found[1]) if found else 0
 

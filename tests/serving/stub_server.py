@@ -1,4 +1,4 @@
-"""A server whose answers describe what it received; everything but the model is the product's.
+"""A server whose answers describe its input; everything except the model is the product.
 
 Run as a program, it prints its port. The last word of the question decides how it answers:
     slow: a word every 20 ms, 50 of them.    stuck: never.    fails: an internal error.    late: an error behind a word.
@@ -29,7 +29,7 @@ WORDS = [f"word{number}" for number in range(50)]
 
 
 def digest(media) -> dict:
-    """What decides a clip in memory."""
+    """Digest of a clip in memory."""
     samples = None if media.samples is None else hashlib.sha256(media.samples.tobytes()).hexdigest()
     return {
         "shape": list(media.frames.shape),
@@ -40,7 +40,7 @@ def digest(media) -> dict:
 
 
 class StubBackend:
-    """Answers as the last word of the question asks for."""
+    """The last word of the question selects the answer."""
 
     def __init__(self) -> None:
         self.failed = asyncio.Event()
@@ -72,7 +72,7 @@ class StubBackend:
 
 
 class TruthfulBackend:
-    """Answers the questions of `curate` about AVWorld's clips by their truth; it finds the clip by its media."""
+    """Answers the questions of `curate` about AVWorld clips with the truth; the clip is found by its media."""
 
     def __init__(self, path: Path) -> None:
         from fake_curator import FakeCurator

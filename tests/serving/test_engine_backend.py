@@ -1,4 +1,4 @@
-"""What stands between the server and the engine: answers, streams, limits, requests that are dropped, errors.
+"""The backend between server and engine: answers, streams, limits, cancelled requests, errors.
 
 The engine is a stub that decodes texts at known numbers of steps; `tests/sampling/test_engine.py` drops requests of the
 real one, and the slow test here answers with it.
@@ -46,19 +46,19 @@ def clip(number):
 
 
 def drawn(seed) -> int:
-    """The number by which the draws of a request with this seed differ from others."""
+    """The sampling number of a request with this seed."""
     return zlib.crc32(str(seed).encode()) >> 1
 
 
 def tokens_of(number, sampling):
-    """What the stub decodes: the number and the way of sampling decide it; every other caption is cut."""
+    """Tokens that the stub decodes, by number and sampling; every other caption is truncated."""
     many = 3 + number % 29 if number % 2 else LENGTH
     ids = (100 + (number + int(100 * sampling.temperature) + np.arange(many)) % 150).astype(np.int32)
     return np.append(ids, STOP)[:LENGTH]
 
 
 class StubEngine:
-    """Decodes up to three captions at a time, `STEPS` tokens a step.
+    """Decodes up to three captions at a time, `STEPS` tokens per step.
 
     Attributes:
         error: what happens to the next clip: an exception to raise, or to yield if it is a MemoryError.

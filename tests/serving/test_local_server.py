@@ -1,4 +1,4 @@
-"""Parts of the server without a socket, and who may use a server without a key."""
+"""Parts of the server without a socket, and access to a server without a key."""
 
 import json
 import socket

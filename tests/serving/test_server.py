@@ -1,4 +1,4 @@
-"""The server over real sockets with the official client: requests, answers, streams, and what it refuses."""
+"""The server over real sockets with the official client: requests, answers, streams, refusals."""
 
 import base64
 import json
@@ -158,7 +158,7 @@ def test_invalid_requests_are_refused(server, name):
 
 
 def raw(server, head: str, body: bytes = b"") -> tuple[int, dict]:
-    """Status and body of an answer to a request as bytes."""
+    """Status and body of the response to a raw request."""
     with socket.create_connection(("127.0.0.1", server.port), timeout=20) as connection:
         connection.sendall(f"{head}\r\nHost: a\r\nAuthorization: Bearer {KEY}\r\nConnection: close\r\n".encode() + body)
         answer = b"".join(iter(lambda: connection.recv(65536), b""))

@@ -106,7 +106,7 @@ class Listener:
 
 @pytest.fixture(scope="module")
 def web(root):
-    """Two listeners: one on an address that the test takes for public, which redirects to the other one."""
+    """Two listeners: one on an address that the test treats as public, which redirects to the other one."""
     content = (root / "within.mp4").read_bytes()
 
     def private(handler):

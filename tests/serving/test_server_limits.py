@@ -1,4 +1,4 @@
-"""Limits of the server, clients that disconnect, internal errors, and its end."""
+"""Limits of the server, disconnected clients, internal errors, and shutdown."""
 
 import asyncio
 import json
@@ -94,7 +94,7 @@ def test_request_times_out():
 
 
 def in_threads(*calls) -> list:
-    """The results, or the errors, of calls that run at once."""
+    """Results or errors of concurrent calls."""
     results = [None] * len(calls)
 
     def run(number, call):

@@ -1,4 +1,4 @@
-"""One undisturbed run that others are compared with."""
+"""Fixtures: undisturbed runs for comparison."""
 
 import pytest
 from train_runs import GRPO, Runs, write_checkpoint

@@ -1,4 +1,4 @@
-"""Where the fields of a config show in the calls of a run (started_run.py): each function gives the values found."""
+"""Effects of config fields in the calls of a run (started_run.py): each function returns the values found."""
 
 from contextlib import suppress
 from dataclasses import replace
@@ -39,7 +39,7 @@ def epochs(calls):
 
 
 def trained(calls):
-    """The moments are those of adapters, and so is every parameter with gradients."""
+    """Whether moments and gradients exist for adapters only."""
     paths = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(calls.shapes.optimizer)]
     gradients = flatten_dict(calls.gradient[0].trained, sep="/")
     is_lora = [
@@ -67,7 +67,7 @@ def in_fine_tuning(calls):
 
 
 def limits(calls):
-    """Of the captions that are read for rewards."""
+    """Limits of the captions that are parsed for rewards."""
     tokens = calls.config.sampling.tokens
     words = {one.limits.words for one in calls.make_references + calls.score_captions}
     return [tokens] if words == {limits_for(tokens).words} else []
@@ -78,7 +78,7 @@ def reference_dtypes(calls):
 
 
 def group(calls):
-    """Of the rollouts that are trained on."""
+    """Group size of the rollouts that are trained on."""
     return [max(one.group for one in calls.roll_out)]
 
 
@@ -89,12 +89,12 @@ def heldout_batches(calls):
 
 
 def rolled_out(calls):
-    """Batches whose captions are sampled together."""
+    """Number of batches whose captions are sampled together."""
     return max(len(one.args[1]) for one in calls.compile_ahead[0].programs if one.name == "rollout")
 
 
 def rows(calls):
-    """Rows of a step that this process reads."""
+    """Number of rows of a step that this process reads."""
     return len(calls.batches[0].rows)
 
 
@@ -114,7 +114,7 @@ def world_references(calls):
 
 
 def timeouts(field):
-    """What arrives where they are consumed, beside what the command passes on."""
+    """Timeouts at their consumers, and those that the command passes on."""
 
     def stop(*args):
         raise Stop(*args)
@@ -142,7 +142,7 @@ def on_rollouts(field):
 
 
 def drawn(name, field=None):
-    """What the sampler receives in a rollout of this run: an argument, or a field of it."""
+    """An argument of the sampler in a rollout of this run, or a field of it."""
 
     def sampler(calls):
         given = next(one for one in calls.roll_out if one.group == calls.config.group)
@@ -163,7 +163,7 @@ def drawn(name, field=None):
 
 
 def random_numbers(calls):
-    """Those of the run's seed."""
+    """Random numbers of the run's seed."""
     (keys,) = drawn("keys")(calls)
     key = jax.random.fold_in(jax.random.fold_in(jax.random.key(5), rollout.ROLLOUT), 0)
     return [5] if keys == jax.random.key_data(rollout.caption_keys(key, jnp.arange(2), 2)).tolist() else []
@@ -184,24 +184,24 @@ def known(captions, references):
 
 
 def extra_terms(calls):
-    """What is scored on the devices and on the hosts, with the weights of their sum."""
+    """Device and host terms, with their weights."""
     (on_device,), weights = calls.score_captions[0].extra, calls.combine[0].weights
     hosts = [f"host:field_effects:{one.term.name}={weights[one.term.name]}" for one in calls.HostTerm]
     return [(f"jax:field_effects:{on_device.name}={weights[on_device.name]}", *hosts)]
 
 
 def first_judge(*path):
-    """Of the judge of keypoints, which is opened first."""
+    """Arguments of the judge of keypoints, which is opened first."""
     return lambda calls: [attrgetter(".".join(path))(calls.open_judge[0])]
 
 
 def probes_answered(calls):
-    """The judge of probes answers them, and no other."""
+    """Whether only the judge of probes answers probes."""
     return [calls._shared[1].judge]
 
 
 def max_unjudged(calls):
-    """Between these shares of missing answers the step is refused."""
+    """Between these shares of missing answers a step is refused."""
     check = calls.results["make_rewards"][0].check
     check({"checklist": Judged(None, np.int32(100), np.int32(25))})
     with suppress(Unjudged):
@@ -211,7 +211,7 @@ def max_unjudged(calls):
 
 
 def updates(field, other):
-    """Updates of one rollout, as the optimizer counts them; and as the schedule does."""
+    """Updates per rollout, as counted by the optimizer and by the schedule."""
 
     def counted(calls):
         config, zero = calls.config, jnp.zeros(())
@@ -233,7 +233,7 @@ def updates(field, other):
 
 
 def in_the_update(field):
-    """What the update of the run passes on; later calls are of `loss_of`."""
+    """Arguments of the run's update; later calls come from `loss_of`."""
     return lambda calls: [getattr(calls.objective[0].config, field)]
 
 

@@ -1,4 +1,4 @@
-"""A run that starts through its command, with what is expensive replaced, and the calls that it makes.
+"""Start a run through its command with expensive functions replaced, and record its calls.
 
 No clip is read, nothing is compiled, no step runs. `Calls` has the arguments that arrive where fields are consumed.
 """
@@ -38,7 +38,7 @@ MESH = ("data", "fsdp", "tensor", "slices")
 
 
 class Stop(Exception):
-    """Ends a call whose arguments are all that matters."""
+    """Ends a call of which only the arguments matter."""
 
 
 class Calls:
@@ -85,32 +85,32 @@ class Clips:
 
 
 def same_tree(begin, shapes):
-    """The state that a stage begins with has the tree that its steps take."""
+    """Assert that the initial state of a stage has the tree that its steps take."""
     assert jax.tree.structure(jax.eval_shape(begin, shapes.params)) == jax.tree.structure(shapes)
 
 
 def begun_sft(*args):
-    """`sft_program` whose start makes an empty state."""
+    """`sft_program` with an empty initial state."""
     shapes, step, start = SFT_PROGRAM(*args)
     same_tree(start, shapes)
     return shapes, step, lambda _: EMPTY
 
 
 def begun_grpo(*args):
-    """`grpo_program` that begins with an empty state."""
+    """`grpo_program` with an empty initial state."""
     made = GRPO_PROGRAM(*args)
     same_tree(made.begin, made.state)
     return made._replace(begin=lambda _: EMPTY)
 
 
 def zero_gradient(loss, trained, batch, accumulate):
-    """No gradient, from the loss of these rows."""
+    """Zero gradients, from the loss of these rows."""
     totals = jax.eval_shape(loss, trained, *batch)[1]
     return jax.tree.map(jnp.zeros_like, trained), jax.tree.map(lambda one: jnp.zeros(one.shape, one.dtype), totals)
 
 
 def some_scores(model, params, clip, encoded, captions, temperature):
-    """Log-probabilities without a model, all below 0 and none like its neighbour."""
+    """Fake log-probabilities: all below 0, neighbours differ."""
     values = -0.1 - jnp.abs(jnp.sin(captions.targets + 1.0 + jnp.arange(captions.targets.shape[-1])[None, None]))
     return Scores(values, jnp.ones_like(values), values < 0)
 
@@ -132,7 +132,7 @@ def loss_of(objective, tokens=8):
 
 
 def empty_rollout(view, clips, *_, sampling, group, split, **__):
-    """Captions of zeros, as long as they may be."""
+    """Captions of zeros with the maximum length."""
     shape = len(clips[0].tokens), group // split, sampling.tokens
     ids, counts = jnp.zeros(shape, jnp.int32), jnp.zeros(shape[:2], jnp.int32)
     return (Rollout(Captions(ids, ids, ids > 0), jnp.zeros(shape), counts, counts > 0),) * len(clips)

@@ -1,4 +1,4 @@
-"""Several processes that hold the same rows: one lost record, one question to the judge, one answer everywhere."""
+"""Several processes with the same rows agree on lost records, and send each question to the judge once."""
 
 import json
 import zlib
@@ -63,7 +63,7 @@ SPLIT = ("split none", "split one", "split all")
 
 
 def verdict(number, request):
-    """Arbitrary, and always the same for the same question."""
+    """An arbitrary verdict that depends only on the question."""
     content = json.loads(request["messages"][1]["content"])
     text = content["description"]
     if "questions" in content:
@@ -82,7 +82,7 @@ def judges(encoder, tmp_path_factory):  # noqa: F811
 
 
 def run(judges, folder, count, devices, *scenarios):
-    """What each process found, the questions in their order, and the folder of rollouts."""
+    """Run the processes. Returns their results, the questions in order, and the folder of rollouts."""
     with chat_server(verdict) as server:
         arguments = folder, server.url, *judges, *scenarios
         outputs = several(IMPORT + PROGRAM, count, devices, *arguments, timeout=600, optimization=0)

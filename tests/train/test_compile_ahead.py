@@ -1,4 +1,4 @@
-"""The compile cache of a run, programs compiled before step 1, and how many there are."""
+"""The compile cache of a run, and the programs that are compiled before step 1."""
 
 import logging
 import re

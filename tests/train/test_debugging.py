@@ -1,4 +1,4 @@
-"""`--deterministic` and `--debug-nans`: what reaches JAX before a backend starts, and where a NaN ends a run."""
+"""`--deterministic` and `--debug-nans`: JAX settings before a backend starts, and runs that end at a NaN."""
 
 import importlib
 import os
@@ -12,7 +12,7 @@ from avocado_jax.__main__ import main
 
 @pytest.fixture
 def started(tmp_path, monkeypatch):
-    """Start a command with flags: what it finds set when it initialises jax.distributed, and when it trains."""
+    """Start a command with flags. Returns the settings when it initialises jax.distributed and when it trains."""
 
     def start(name, *flags):
         settings = []

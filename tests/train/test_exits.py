@@ -1,4 +1,4 @@
-"""Exit statuses: which failures a launcher retries, and that each way to fail reaches its status."""
+"""Exit statuses: which failures a launcher retries, and the status of each kind of failure."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""Every config field has an effect: one table of (another value, where a run shows it), for SFT and for GRPO.
+"""Every config field has an effect: one table of (another value, place of the effect), for SFT and GRPO.
 
 A run starts with all fields changed (started_run.py). Recorded calls show what arrives where a field is consumed; the
 objective is evaluated on a few numbers. What the receivers make of it is tested beside them: the optimizer in
@@ -50,7 +50,7 @@ from avocado_jax.train import run
 
 
 def shared(program, seed=()):
-    """Fields of every run. `program` makes the programs of the stage."""
+    """Fields of all runs. `program` makes the programs of the stage."""
     return {
         "init": ("elsewhere", "open_checkpoint.reference", "begin_run.init"),
         "seed": (5, "plan_batches.seed", "add_adapters.seed", *seed),
@@ -200,7 +200,7 @@ KINDS = {"SftConfig": SftConfig, "GrpoConfig": GrpoConfig}
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """The calls of a run of each kind, made when they are first needed; what was replaced stays so in this module."""
+    """Calls of a run of each kind, made on first use. Replaced functions stay replaced in this module."""
     made, folder = {}, tmp_path_factory.mktemp("fields")
     with pytest.MonkeyPatch.context() as patch:
 

@@ -25,7 +25,7 @@ SHAPE = (16384, 32, 40, 16)  # a clip of 30 s: tokens, temporal patches, windows
 
 
 def experience(rows=B, seed=0):
-    """Ragged captions (one stops at its first token, one counts for nothing), one row of no weight, equal rewards."""
+    """Ragged captions (one stops at its first token, one is masked), one row of zero weight, equal rewards."""
     rng = np.random.default_rng(seed)
     clip = clips(rows)
     targets = rng.integers(0, 250, (rows, G, C)).astype(np.int32)
@@ -44,7 +44,7 @@ def experience(rows=B, seed=0):
 
 
 def separate(batch):
-    """The same with a row for each caption: its clip is repeated."""
+    """The same batch with one row per caption: clips are repeated."""
 
     def repeated(leaf):
         return np.repeat(np.asarray(leaf), G, 0)
@@ -145,7 +145,7 @@ def test_narrower_rollout_has_the_same_gradient(name):
 
 
 def update_flops(rows, group, attention):
-    """Operations of the traced update of the full size, what is recomputed too; captions of 640 tokens."""
+    """FLOPs of the traced update at full size, including recomputation; captions of 640 tokens."""
     config = GrpoConfig(batch=rows, group=group, attention=attention, sampling=SamplingConfig(tokens=640))
     model, mesh = model_of(config, SEVEN_B), make_mesh(1, 1, 1, devices=jax.devices()[:1])
     with jax.set_mesh(mesh):

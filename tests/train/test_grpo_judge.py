@@ -1,4 +1,4 @@
-"""GRPO with a remote judge, over real sockets: what it does while the judge is away."""
+"""GRPO with a remote judge over real sockets, and outages of the judge."""
 
 import json
 import threading
@@ -15,7 +15,7 @@ DOWN = 60.0  # seconds
 
 
 def verdict(number, request):
-    """As arbitrary as the captions of random weights, and always the same of the same question."""
+    """An arbitrary verdict that depends only on the question."""
     content = json.loads(request["messages"][1]["content"])
     verdicts = {
         key: "yes" if zlib.crc32(f"{content['description']}|{text}".encode()) % 3 else "no"
@@ -30,7 +30,7 @@ def fields(server, *more):
 
 @pytest.fixture(scope="module")
 def judged(grpo_runs):
-    """An undisturbed run, which others must equal."""
+    """An undisturbed run, for comparison."""
     with chat_server(verdict) as server:
         grpo_runs.finish("judged", *fields(server))
     lines = grpo_runs.lines("judged")

@@ -1,4 +1,4 @@
-"""The grpo command: what it writes, and that kills leave no trace."""
+"""The grpo command: its files, and bit-identical results after kills."""
 
 import json
 import os
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.slow  # a step has five programs to compile
 
 
 def rollouts(runs, name):
-    """Every rollout file, as its bytes."""
+    """The bytes of every rollout file."""
     files = sorted((runs.folder / name / "rollouts").iterdir(), key=lambda path: int(path.stem))
     return [path.read_bytes() for path in files]
 
@@ -145,7 +145,7 @@ def fails(captions, references):
 
 
 def use_terms(runs, monkeypatch):
-    """Let runs import the terms above."""
+    """Make the terms above importable for runs."""
     (runs.folder / "my_terms.py").write_text(TERMS)
     monkeypatch.setenv("PYTHONPATH", f"{runs.folder}:{os.environ.get('PYTHONPATH', '')}")
 
@@ -178,7 +178,7 @@ def test_users_terms_in_runs_of_two_processes(grpo_runs, monkeypatch):
 
 
 def numbered(popen):
-    """Popen with the number of the process in its environment."""
+    """Popen that sets the number of the process in the environment."""
 
     def start(command, env, **options):
         return popen(command, env=env | {"PROCESS": command[command.index("--process") + 1]}, **options)

@@ -1,4 +1,4 @@
-"""What a GRPO run prints: what a step is, and warnings when its captions collapse."""
+"""Output of a GRPO run: the size of a step, and warnings when captions collapse."""
 
 import pytest
 

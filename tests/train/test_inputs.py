@@ -1,4 +1,4 @@
-"""Records of AVWorld straight from its generator."""
+"""Records from AVWorld's generator, and the rate of the input."""
 
 import os
 from types import SimpleNamespace

@@ -1,4 +1,4 @@
-"""Judges bound to models and tokenizers in folders: every score in its place, whatever shares its batch."""
+"""Judges with models and tokenizers from folders: scores do not depend on the batch."""
 
 import json
 from dataclasses import replace
@@ -45,7 +45,7 @@ KEYPOINTS = [
 
 @pytest.fixture(scope="module")
 def encoder(tmp_path_factory):
-    """A random BERT of few words with a tokenizer that cuts and pads, as published ones do."""
+    """A random BERT with a small vocabulary and a tokenizer that truncates and pads, like published ones."""
     folder = tmp_path_factory.mktemp("encoder")
     vocabulary = {word: i for i, word in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", *sorted(set(WORDS))])}
     tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))

@@ -1,4 +1,4 @@
-"""The metrics of a run in a bucket, in a real storage server; W&B runs; profiles."""
+"""Metrics of a run in a bucket of a real storage server; W&B runs; profiles."""
 
 import json
 import threading
@@ -152,7 +152,7 @@ def traces(monkeypatch):
 
 
 def traced(profile, first, last):
-    """The steps during which a trace is going on, of a loop over these steps."""
+    """The steps of a loop during which a trace is active."""
     found = []
     for number in range(first, last + 1):
         profile.before_step(number)

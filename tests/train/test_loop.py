@@ -1,4 +1,4 @@
-"""The training loop over a step that computes nothing: when it saves, traces and closes."""
+"""The training loop over a no-op step: when it saves, traces and closes."""
 
 import json
 import re
@@ -48,7 +48,7 @@ def clock(monkeypatch):
 
 
 def finish(folder, clock, steps=12, first=0, checkpoints=None, fails=None, evaluator=NOTHING, **fields):
-    """Run to the end; gives the steps that were saved."""
+    """Run to the end. Returns the saved steps."""
     checkpoints = checkpoints or Checkpoints()
     zero = jnp.zeros((), jnp.int32)
     state = State(zero + first, {"w": jnp.ones(2)}, None, zero, zero)

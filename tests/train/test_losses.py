@@ -1,4 +1,4 @@
-"""The chunked loss against optax's over all logits, on one device and divided over meshes."""
+"""The chunked loss against optax over full logits, on one device and sharded over meshes."""
 
 from functools import partial
 
@@ -57,7 +57,7 @@ def test_full_logits_never_exist(case, monkeypatch):
 
 
 def scores_of_whole_logits(hidden, head, targets, temperature):
-    """`caption_scores` from logits of the whole vocabulary."""
+    """`caption_scores` from full logits."""
     logits = hidden @ head.T / temperature
     logprobs = jax.nn.log_softmax(logits)
     chosen = jnp.take_along_axis(logprobs, targets[..., None], axis=-1)[..., 0]

@@ -1,4 +1,4 @@
-"""Every piece of the objective against its formula written out in NumPy, and the whole against TRL's values."""
+"""Each part of the objective against its formula in NumPy, and the full objective against TRL."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +19,7 @@ AGGREGATES = {"grpo": "sequence", "dapo": "token", "dr_grpo": "constant"}
 
 @pytest.fixture
 def case():
-    """Log-probabilities and ragged captions: one without any token, one of one token, one as long as can be."""
+    """Log-probabilities and ragged captions: an empty one, one of one token, one of maximum length."""
     rng = np.random.default_rng(1)
     new, old, reference, sampled = (-rng.exponential(1, (B, G, C)).astype(np.float32) for _ in range(4))
     lengths = rng.integers(1, C + 1, (B, G))
@@ -166,7 +166,7 @@ def test_loss_gradient_and_clipped_shares_equal_trl(number):
 
 
 def _trl_std(rewards):
-    """TRL adds 1e-4 to the std where we have a floor."""
+    """Standard deviation as in TRL, which adds 1e-4 where we use a floor."""
     std = rewards.std(axis=1, ddof=1, keepdims=True)
     return (std + 1e-4) / std
 

@@ -30,7 +30,7 @@ def parameters():
 
 
 def learning_rate(config, n):
-    """Of update n from 1: linear over the first W updates, then a cosine that would reach `final` at update N + 1."""
+    """Learning rate of update n (from 1): linear over W updates, then a cosine that reaches `final` at update N + 1."""
     warmup = max(1, round(config.warmup * STEPS))
     if n <= warmup:
         return config.lr * n / warmup

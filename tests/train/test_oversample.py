@@ -1,4 +1,4 @@
-"""Spare clips of a rollout in the step of a run: what is learned from, logged and kept for a resume."""
+"""Spare clips of a rollout in the steps of a run: training, logging and resumption."""
 
 import json
 from types import SimpleNamespace
@@ -25,7 +25,7 @@ START = State(jnp.int32(0), 0, None, jnp.int32(0), jnp.int32(0))
 
 
 class Positions:
-    """The plan of blocks of `together` batches and one spare batch. Batch n has the records 10 n and 10 n + 1."""
+    """A plan of blocks of `together` batches and one spare batch. Batch n has the records 10 n and 10 n + 1."""
 
     position, spare_positions, spares = Plan.position, Plan.spare_positions, 1
 
@@ -37,7 +37,7 @@ class Positions:
 
 
 class Run:
-    """The steps of a run whose phases record what they get. Clips are the numbers of their records.
+    """The steps of a run whose phases record their arguments. Clips are the numbers of their records.
 
     Args:
         lengths: by record, of its two captions; the reward is the length. By default they differ.
@@ -112,7 +112,7 @@ class Run:
         return state, found
 
     def ids(self, step):
-        """Of the lines of a step: ids of groups."""
+        """Ids of the groups in the lines of a step."""
         lines = map(json.loads, (self.folder / f"rollouts/{step}.jsonl").read_text().splitlines())
         return [int(line["id"]) for line in lines if line["group"] == 0]
 

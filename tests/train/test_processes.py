@@ -1,4 +1,4 @@
-"""Several processes: the same curve; a lost or stuck one ends the others; another number of processes resumes."""
+"""Several processes: equal loss curves, lost and hanging processes, resumption with another number."""
 
 import os
 import signal

@@ -1,4 +1,4 @@
-"""A run warns if its clips are not sampled as those of the checkpoint that it begins with."""
+"""A run warns if its clips are sampled differently from those of its initial checkpoint."""
 
 import json
 

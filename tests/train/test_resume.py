@@ -1,4 +1,4 @@
-"""Runs that are killed, stopped, refused: the same metrics to the bit, whatever happened on the way."""
+"""Runs that are killed, stopped or refused: metrics are bit-identical to those of an undisturbed run."""
 
 import json
 import random

@@ -35,7 +35,7 @@ def rewards_of(monkeypatch):
 
 
 def known_lengths(captions, references):
-    """A term of the hosts: no verdict on the second caption."""
+    """A host term without a verdict on the second caption."""
     return [None if number == 1 else float(one["seconds"]) for number, one in enumerate(references)]
 
 

@@ -1,4 +1,4 @@
-"""Several batches of one rollout: the order of the phases, and what a resume and a judge depend on."""
+"""Several batches per rollout: the order of the phases, resumption, and the judge."""
 
 import threading
 from types import SimpleNamespace
@@ -99,7 +99,7 @@ class Steps:
         return state, found
 
     def of(self, name):
-        """The arguments of each call of a phase."""
+        """Arguments of all calls of a phase."""
         return [args for called, *args in self.calls if called == name]
 
 

@@ -1,4 +1,4 @@
-"""The sampler is the trained policy: in bf16, with low-rank adapters after small updates, at temperature 0.7."""
+"""The sampler equals the trained policy in bf16, with low-rank adapters after small updates, at temperature 0.7."""
 
 from functools import partial
 from types import SimpleNamespace

@@ -1,4 +1,4 @@
-"""The SFT step: the same curve on every mesh, frozen parameters, skipped steps, what is trained."""
+"""The SFT step: equal loss curves on every mesh, frozen parameters, skipped steps, trained parameters."""
 
 import re
 from dataclasses import replace

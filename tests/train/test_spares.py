@@ -1,4 +1,4 @@
-"""Groups of equal rewards are replaced by spare ones: which, where, and with what weight."""
+"""Replacement of groups with equal rewards by spare groups: selection, position and weight."""
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,7 @@ B, G = 4, 2
 
 
 def rewards(*equal):
-    """Of clips with captions of equal rewards, or not."""
+    """Rewards of clips whose captions have equal rewards, or not."""
     return jnp.array([[0.5, 0.5 if one else 1.5] for one in equal])
 
 

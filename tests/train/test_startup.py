@@ -1,4 +1,4 @@
-"""Start-up checks: those of one host, and the comparison of all."""
+"""Start-up checks of one host, and the comparison between hosts."""
 
 import json
 import subprocess

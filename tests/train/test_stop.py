@@ -1,4 +1,4 @@
-"""Flags that all processes read at the same step, and what a signal does before and after the first step."""
+"""Flags that all processes read at the same step, and signals before and after the first step."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""Runs of other kinds: in a bucket, of adapters, traced, exported."""
+"""Other kinds of runs: in a bucket, with adapters, traced, exported."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Captions: readable English, read back without loss, and measured as they should be when they are wrong."""
+"""Captions: well-formed English, lossless parsing, and metrics of wrong captions."""
 
 import json
 import re

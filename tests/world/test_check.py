@@ -1,4 +1,4 @@
-"""The parser under any text, and the dialogue score against a search over all alignments."""
+"""The parser on arbitrary text, and the dialogue score against a search over all alignments."""
 
 import re
 from itertools import combinations

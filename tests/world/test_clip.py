@@ -1,4 +1,4 @@
-"""Files: what is in an mp4, that sound and picture meet, and the same bytes again."""
+"""Files: streams of an mp4, synchronous sound and picture, reproducible bytes."""
 
 import subprocess
 import sys
@@ -44,7 +44,7 @@ def test_files_have_one_video_and_one_audio_stream(level, tmp_path):
 
 
 def onset(samples, start):
-    """The first moment near `start` at which the sound rises out of what was before, in seconds."""
+    """The first time in seconds near `start` at which the sound rises above the level before."""
     begin = round((start - 0.15) * RATE)
     energy = np.abs(samples[begin : begin + round(0.4 * RATE)]).reshape(-1, 80).max(1)
     return start - 0.15 + np.argmax(energy > 3 * energy[:24].max() + 0.02) * 80 / RATE

@@ -1,4 +1,4 @@
-"""Drills and plain captions: true, repeatable, without what is kept for test; and the sources that read them."""
+"""Drills and plain captions: true, deterministic, without held-out combinations; and their sources."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Captions with habits: each fault where it belongs and as often as it says, nothing untrue but the loops."""
+"""Captions with faults: each fault occurs where and as often as declared; only loops are untrue."""
 
 from collections import defaultdict
 

@@ -1,4 +1,4 @@
-"""Pictures: each frame a function of its time, each shape where and how the script says."""
+"""Pictures: frames depend only on time, and shapes follow the script."""
 
 import numpy as np
 import pytest
@@ -12,7 +12,7 @@ from avocado_jax.world.vocabulary import BACKDROPS, COLORS, PLACES, SHAPES, WORD
 
 
 def stage(*events, shape="square", size="large", backdrop="white", duration=4.0):
-    """A script of level 2 with one red shape (number 0) and one blue circle (number 1) at hand."""
+    """A script of level 2 with one red shape (number 0) and one blue circle (number 1)."""
     actors = (Actor("red", shape, size, "deep", 0), Actor("blue", "circle", "small", "high", 0))
     scene = Scene(0.0, duration, backdrop, "plain")
     return Script(0, 0, "train", 2, duration, (scene,), actors, events)
@@ -23,7 +23,7 @@ def event(kind, start, end, actor=0, other=-1, **slots):
 
 
 def center(frame, color):
-    """Center of the pixels of a color (share of the width, of the height), and how many they are."""
+    """Center of the pixels of a color (share of the width, of the height), and their number."""
     near = np.abs(frame.astype(int) - INK[color]).sum(-1) < 40
     y, x = np.nonzero(near)
     return x.mean() / frame.shape[1], y.mean() / frame.shape[0], len(x)

@@ -1,4 +1,4 @@
-"""Sound: distinct effects and voices, in the right place, the same in any process."""
+"""Sound: distinct effects and voices at the right time, equal in any process."""
 
 import hashlib
 import subprocess
@@ -22,7 +22,7 @@ LINES = (
 
 
 def spectrum(wave):
-    """Energy in 32 bands of equal ratio and 8 stretches of time, in decibels: what an ear goes by."""
+    """Energy in decibels in 32 logarithmic bands and 8 intervals of time."""
     edges = np.geomspace(50, 7900, 33)
     rows = []
     for piece in np.array_split(wave, 8):

@@ -1,4 +1,4 @@
-"""The `world` command: makes, goes on after any stop, checks, and says plainly what is wrong."""
+"""The `world` command: output, resumption after stops, checks, and errors."""
 
 import json
 import os

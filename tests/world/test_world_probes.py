@@ -1,4 +1,4 @@
-"""Probes of AVWorld: one choice is true of the clip, and its captions answer them."""
+"""Probes of AVWorld: exactly one choice is true, and true captions answer them."""
 
 from collections import Counter
 
