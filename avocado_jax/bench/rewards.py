@@ -60,5 +60,7 @@ def bench_rewards(captions: int, group: int, caption_tokens: int) -> dict[str, A
     if float(terms["checklist"][:, 0].mean()) < 0.5 or float(terms["dialogue"][:, 0].mean()) < 0.5:
         raise FloatingPointError("a caption does not score against its own parts")
     distinct = references.keypoints.features.shape[-1]
-    flops = 2.0 * clips * group * (limits.words // BLOCK) * distinct * POINTS  # the matrix product of the lexical judge
-    return row("rewards", f"{clips * group} captions", seconds, 1, ids.size, flops, 4 * limits.characters, "float32")
+    blocks = -(-limits.words // BLOCK)
+    flops = 2 * 2.0 * clips * group * blocks * distinct * POINTS  # the lexical judge: words stated, words of each block
+    nbytes = sum(leaf.nbytes for leaf in jax.tree.leaves(placed))
+    return row("rewards", f"{clips * group} captions", seconds, 1, ids.size, flops, nbytes, "float32")
