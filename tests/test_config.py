@@ -96,7 +96,7 @@ def test_files_without_a_config_are_refused(tmp_path):
 
 
 def test_shipped_configs_are_found_by_name(tmp_path, monkeypatch):
-    """A name is looked up behind files of the working directory, beside the package (clone) or inside it (wheel)."""
+    """Files of the working directory take precedence over names beside the package (clone) or inside it (wheel)."""
     there = load(str(CONFIGS[0]))
     monkeypatch.chdir(tmp_path)
     for name in (CONFIGS[0].stem, CONFIGS[0].name, f"configs/{CONFIGS[0].stem}", f"configs/{CONFIGS[0].name}"):

@@ -35,7 +35,7 @@ def test_imports_are_declared():
 
 
 def test_pinned_versions_satisfy_the_declared_ranges():
-    """requirements.txt has every dependency once, at a version that pyproject.toml permits."""
+    """requirements.txt pins every dependency once, at a version that pyproject.toml permits."""
     lines = [line.split("#")[0].strip() for line in (ROOT / "requirements.txt").read_text().splitlines()]
     pins, ranges = declared(filter(None, lines)), declared(PROJECT["dependencies"])
     assert {*pins} == {*ranges}
@@ -74,7 +74,7 @@ def test_wheel_contains_the_required_files(built):
 
 
 def test_wheel_runs(built, tmp_path):
-    """Outside of the repository: commands, configs by name, the shipped captioner, prompts of the package."""
+    """Outside of the repository: commands, configs by name, the shipped captioner and the prompts of the package."""
     (wheel,) = built.glob("*.whl")
     zipfile.ZipFile(wheel).extractall(tmp_path / "site")
     env = os.environ | {"PYTHONPATH": str(tmp_path / "site")}

@@ -95,7 +95,7 @@ def test_omni_round_trip(omni, tmp_path):
 
 
 def test_tied_output_embedding(thinker, tmp_path):
-    """A checkpoint whose config says so has no output matrix of its own, and stays so; else the matrix is missing."""
+    """With a tied config there is no output matrix, also after a round trip; otherwise it is reported as missing."""
     folder = edited(thinker, tmp_path / "tied", lambda tensors: tensors.pop("lm_head.weight"))
     with pytest.raises(InputError, match=r"'lm_head\.weight' is missing"):
         open_hf(folder)
@@ -127,7 +127,7 @@ def test_to_hf_with_dtype_and_step(thinker, tmp_path):
 
 @pytest.mark.parametrize("size", SIZES)
 def test_config_is_parsed_in_every_spelling(size, thinker):
-    """Ours, the published spelling, and transformers 5's (its own file) say the same."""
+    """Our spelling, the published one and that of transformers 5 (from its file) give equal configs."""
     assert read_config(config_json(SIZES[size]), tied=False) == SIZES[size]
     assert read_config({"model_type": "qwen2_5_omni", "thinker_config": config_json(SIZES[size])}, False) == SIZES[size]
     saved = json.loads((thinker / "config.json").read_text())
@@ -216,7 +216,7 @@ def test_existing_target_and_full_disk_are_errors(thinker, tmp_path, monkeypatch
 
 
 def test_one_layer_is_in_memory_at_a_time(thinker, tmp_path):
-    """On disk no chunk holds two layers of a stack."""
+    """Each chunk on disk has one layer of a stack."""
     convert.from_hf(thinker, tmp_path / "run")
     run = open_run(tmp_path / "run")
     for entry in run.entries.values():
@@ -228,7 +228,7 @@ def test_one_layer_is_in_memory_at_a_time(thinker, tmp_path):
 
 
 def test_convert_from_a_hub_cache_snapshot(thinker, tmp_path):
-    """A snapshot of the hub's cache is a folder of links to blobs elsewhere."""
+    """A snapshot in the hub's cache is a folder of links to blobs."""
     (tmp_path / "snapshot").mkdir()
     for path in thinker.iterdir():
         (tmp_path / "snapshot" / path.name).symlink_to(path)
@@ -255,7 +255,7 @@ sys.exit(main(["convert", "from-hf", *sys.argv[3:]]))
 
 @pytest.mark.parametrize(("name", "status"), [("SIGKILL", -9), ("SIGTERM", 75)])
 def test_stopped_conversion_leaves_no_target(thinker, tmp_path, name, status):
-    """Stopped in the middle, a conversion leaves no target; the same command then finishes."""
+    """A stopped conversion leaves no target, and the same command then finishes it."""
     command = [sys.executable, "-c", KILLED, "40", name, str(thinker), str(tmp_path / "run")]
     assert subprocess.run(command, capture_output=True, check=False).returncode == status
     assert [path.name for path in tmp_path.iterdir()] == ["run.partial"]
@@ -266,7 +266,7 @@ def test_stopped_conversion_leaves_no_target(thinker, tmp_path, name, status):
 
 
 def test_existing_folder_is_not_deleted(thinker, tmp_path):
-    """`.partial` is deleted only where a conversion of ours left it."""
+    """A `.partial` folder is deleted only if one of our conversions left it."""
     (tmp_path / "run.partial").mkdir()
     (tmp_path / "run.partial" / "precious").touch()
     with pytest.raises(InputError, match="not made by this command"):
@@ -276,7 +276,7 @@ def test_existing_folder_is_not_deleted(thinker, tmp_path):
 
 @pytest.mark.parametrize("way", ["from-hf", "to-hf"])
 def test_disk_that_fills_up_leaves_no_target(thinker, tmp_path, way):
-    """A write that fails is one line and status 1, and nothing half-written keeps the target's name."""
+    """A failed write prints one line and exits with 1, and no partial output has the target's name."""
     convert.from_hf(thinker, tmp_path / "whole")
     source = thinker if way == "from-hf" else tmp_path / "whole"
     program = (
@@ -311,7 +311,7 @@ def test_damaged_run_is_refused(thinker, tmp_path):
 
 
 def test_chunks_in_memory_are_bounded(tmp_path, monkeypatch):
-    """However many leaves Orbax writes at once; and its own restore reads what was written."""
+    """The bound holds for any number of concurrent leaves, and Orbax can restore the result."""
     alive, most = [0], [0]
     monkeypatch.setattr(orbax, "WRITE_BYTES", 2 * 30 * 40 * 4)
 

@@ -98,7 +98,7 @@ def test_load_with_other_dtypes_and_models(hf):
 
 
 def test_each_process_reads_only_its_shards(hf, run, tmp_path, monkeypatch):
-    """Two processes of two devices over fsdp: each reads what its devices hold, no tensor twice.
+    """Two processes of two devices over fsdp: each reads the shards of its devices, and no tensor twice.
 
     The blocks of a process lie together in the run, not in the other folders. Of files in a bucket it requests no more
     bytes: columns are read as rows and exchanged between the processes.
@@ -178,7 +178,7 @@ def trained(folder, params, step=3):
 
 @pytest.mark.parametrize("remote", [False, True])
 def test_run_is_started_and_exported(omni, tmp_path, remote, monkeypatch):
-    """From Hugging Face to a run, from that to another one, and back: all that is not trained comes through."""
+    """From Hugging Face to a run, to a second run, and back: all untrained tensors are preserved."""
     (tmp_path / "root" / "bucket").mkdir(parents=True)
     with gcs.storage_server(tmp_path / "root") as port:
         monkeypatch.setenv("STORAGE_EMULATOR_HOST", f"http://{gcs.HOST}:{port}")
@@ -224,7 +224,7 @@ def test_adapters_are_merged_on_load(hf, tmp_path):
 
 
 def test_merged_adapters_are_rounded_once_and_the_loss_is_reported(hf, tmp_path):
-    """A bf16 base and an update of which bf16 keeps little."""
+    """A bf16 base and an update that bf16 mostly rounds away."""
     lora = Lora(rank=4, alpha=8.0)
     config = dataclasses.replace(TINY, text=dataclasses.replace(TINY.text, lora=lora))
     wanted = like(mesh_of(1, 2, 2), config)

@@ -71,7 +71,7 @@ def loaded(cls, folder: Path):
 
 @pytest.mark.slow
 def test_published_checkpoint_round_trip_from_the_hub(published, tmp_path, monkeypatch):
-    """Every tensor and side file comes back to the bit, and transformers' thinker and whole-model class load it."""
+    """Tensors and side files are bit-identical, and the thinker and full-model classes of transformers load them."""
     names = json.loads((published / "model.safetensors.index.json").read_text())["weight_map"]
     assert len(names) == 1346
     assert all(name.startswith("thinker.") for name in names)
@@ -106,7 +106,7 @@ def test_published_checkpoint_round_trip_from_the_hub(published, tmp_path, monke
 
 
 def test_training_keeps_the_prompt_settings_of_its_checkpoint(tmp_path):
-    """A run samples clips as its data does, and prompts as its checkpoint; both are in the run's `reading.json`."""
+    """`reading.json` of a run has the clip sampling of its data and the prompt settings of its checkpoint."""
     folder = write_published(tmp_path / "hf", SHALLOW)
     stated = {"fps": 1.0, "media_first": False, "prompt": "Why?", "segment_seconds": 20}
     (folder / "reading.json").write_text(json.dumps(stated))
@@ -149,7 +149,7 @@ def read_in_rounds(proxy: Proxy, read: Callable[[], Any], more: int = 1) -> Any:
 
 
 def test_reads_from_a_bucket_use_the_full_bandwidth(tmp_path, monkeypatch):
-    """A request a tensor, 32 at a time, for every way of loading."""
+    """One request per tensor, 32 at a time, for every way of loading."""
     published = write_published(tmp_path / "hf", SHALLOW)
     names = json.loads((published / "model.safetensors.index.json").read_text())["weight_map"]
     local = open_checkpoint(published)
@@ -174,7 +174,7 @@ def test_reads_from_a_bucket_use_the_full_bandwidth(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_export_from_a_bucket_uses_the_full_bandwidth(published, exported, tmp_path, monkeypatch):
-    """A request a layer and some for the index, 32 at a time."""
+    """One request per layer and some for the index, 32 at a time."""
     with proxied_bucket(tmp_path / "buckets", monkeypatch) as proxy:
         folder = uploaded(exported, "run")
         storage.write(f"{folder}/checkpoints/0/commit_success.txt", b"")
@@ -188,7 +188,7 @@ def test_export_from_a_bucket_uses_the_full_bandwidth(published, exported, tmp_p
 
 @pytest.mark.slow
 def test_round_trip_from_the_hub_to_a_bucket(published, tmp_path, monkeypatch):
-    """All 1,346 tensors; of the other files, those that a checkpoint needs."""
+    """All 1,346 tensors, and the other files that a checkpoint needs."""
     with hub_server(tmp_path / "home", monkeypatch) as hub, proxied_bucket(tmp_path / "buckets", monkeypatch):
         hub.add(NAME, published)
         assert main(["convert", "from-hf", NAME, "gs://bucket/base"]) == 0
@@ -202,7 +202,7 @@ def test_round_trip_from_the_hub_to_a_bucket(published, tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_hub_checkpoint_is_trained_and_loaded_by_transformers(tmp_path, monkeypatch):
-    """`sft --init ORG/NAME`, a GRPO step from it, `to-hf`, and the thinker class loads what was trained."""
+    """`sft --init ORG/NAME`, a GRPO step from it, `to-hf`, and the thinker class loads the result."""
     with hub_server(tmp_path / "home", monkeypatch) as hub:
         hub.add(NAME, write_published(tmp_path / "hf", SHALLOW))
         fields = ("--steps", "1", "--data.heldout", "", "--train", "captioner")
@@ -251,7 +251,7 @@ def test_training_with_every_tensor_of_the_checkpoint(published, tmp_path, monke
 
 
 def test_caption_command_loads_the_published_checkpoint(tmp_path, monkeypatch, capsys):
-    """`caption` by a public name, pinned, with prompts of a file; fewer layers compile faster."""
+    """`caption` with a pinned public name and prompts from a file; few layers, to compile fast."""
     assert main(["world", str(tmp_path / "world"), "--clips", "1", "--seed", "0", "--level", "0"]) == 0
     clip = next((tmp_path / "world").rglob("*.mp4"))
     (tmp_path / "prompts.txt").write_text("Why?\n")

@@ -114,7 +114,7 @@ def test_run_stays_at_its_commit(hub, published, tmp_path):
 
 
 def test_run_from_the_hub_has_the_copied_side_files(hub, tmp_path):
-    """They are of the commit that was opened, although the branch has moved since."""
+    """They come from the commit that was opened, although the branch has moved since."""
     repo = hub.repos["models", NAME]
     files = repo.commits[repo.refs["main"]]
     repo.commit(files | {"spk_dict.pt": b"voices", "LICENSE": b"terms"})
@@ -137,7 +137,7 @@ def test_local_folder_takes_precedence_over_the_hub(hub, published, tmp_path, mo
 
 
 def test_interrupted_download_resumes(hub, published, tmp_path, monkeypatch):
-    """A connection that ends halfway, and a process that was killed: only the rest is requested."""
+    """After a lost connection and after a kill, only the remaining bytes are requested."""
     from huggingface_hub import constants
 
     shard = f"model-00001-of-0000{SHARDS}.safetensors"
@@ -168,7 +168,7 @@ def test_interrupted_download_resumes(hub, published, tmp_path, monkeypatch):
 
 
 def test_processes_sharing_a_cache_download_once(hub):
-    """The hosts of a pod that share a disk, at the same moment; the downloads take a while."""
+    """Hosts of a pod with a shared disk start at the same time, with slow downloads."""
     hub.faults = lambda request: time.sleep(0.3 * (request.origin == "cdn")) or ""
     command = [sys.executable, "-c", f"from avocado_jax.checkpoint.references import located; print(located({NAME!r}))"]
     hosts = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
@@ -178,7 +178,7 @@ def test_processes_sharing_a_cache_download_once(hub):
 
 
 def test_damaged_download_is_refused(hub, tmp_path):
-    """Bytes that an earlier attempt has left wrong: the sum of the shard differs, and the next attempt begins anew."""
+    """Wrong bytes of an earlier attempt fail the checksum of the shard, and the next attempt starts from zero."""
     located(NAME)
     link = next((tmp_path / "home").rglob(f"model-00002-of-0000{SHARDS}.safetensors"))
     blob = link.resolve()
@@ -291,7 +291,7 @@ def test_token_is_sent_to_the_hub_only(hub, monkeypatch):
 
 @pytest.mark.slow
 def test_references_in_buckets(hub, published, tmp_path, monkeypatch):
-    """From the hub to a run in a bucket, to Hugging Face format in a bucket, which is read by ranges."""
+    """From the hub to a run in a bucket, and to Hugging Face format in a bucket, which is read by ranges."""
     theirs = load_params(open_checkpoint(NAME), "float32")
     with proxied_bucket(tmp_path / "buckets", monkeypatch) as proxy:
         from_hf(NAME, "gs://bucket/run", {"fps": 1.0})

@@ -116,7 +116,7 @@ def test_restore_from_any_mesh_to_any_other(checkpoints):
 
 
 def test_arrays_may_be_donated_during_a_save(checkpoints):
-    """The next step runs, in the same buffers, while the save goes on."""
+    """The next step runs in the same buffers during the save."""
     step = jax.jit(lambda tree: jax.tree.map(lambda x: x * 0, tree), donate_argnums=0)
     params, rest = (placed(tree, mesh_of(1, 4, 2)) for tree in values(1, rows=20_000))
     checkpoints.save(1, params, rest, {})
@@ -164,7 +164,7 @@ def test_checkpoint_of_another_model_is_refused(checkpoints):
 
 
 def test_save_to_a_full_disk_keeps_earlier_checkpoints(tmp_path):
-    """The write that fails is told in one line at the next call; what was saved before is whole, saving goes on."""
+    """The next call reports the failed write in one line; earlier checkpoints are intact, later saves work."""
     checkpoints = Checkpoints(tmp_path / "run", keep=1)
     save(checkpoints, 1)
     checkpoints.wait()
@@ -189,7 +189,7 @@ def test_save_to_a_full_disk_keeps_earlier_checkpoints(tmp_path):
 
 
 def test_start_on_a_full_disk_is_a_one_line_error(tmp_path, monkeypatch):
-    """A save that cannot fit is not begun: what is there is told, and stays."""
+    """A save that cannot fit is not started; the error names the free space, and existing files stay."""
     checkpoints = Checkpoints(tmp_path / "run", keep=1)
     save(checkpoints, 1)
     checkpoints.wait()
@@ -211,7 +211,7 @@ from test_training import *
 
 
 def test_save_killed_at_any_moment_is_restorable(tmp_path):
-    """SIGKILL while steps are saved one after the other: the newest finished one is whole, and saving goes on."""
+    """SIGKILL during consecutive saves: the newest finished step is intact, and later saves work."""
     program = """
     checkpoints = Checkpoints(sys.argv[1], keep=2)
     step = checkpoints.latest() or 0
@@ -279,7 +279,7 @@ BUCKETS_GET = "gs://bucket: no storage.buckets.get permission; grant roles/stora
 
 
 def test_second_save_needs_bucket_metadata(proxy, bucket):
-    """Why the start-up check reads it: Orbax does when it deletes a step and when it opens a folder with steps."""
+    """Orbax reads it when it deletes a step and when it opens a folder with steps; so does the start-up check."""
     proxy.denied = {"storage.buckets.get"}
     checkpoints = Checkpoints(f"{bucket}/run", keep=1)
     save(checkpoints, 1)
@@ -293,7 +293,7 @@ def test_second_save_needs_bucket_metadata(proxy, bucket):
 
 
 def test_failed_listing_is_not_an_empty_run(proxy, bucket, monkeypatch):
-    """A run that took it for one would start again from step 0."""
+    """Otherwise a run would start again from step 0."""
     checkpoints = Checkpoints(f"{bucket}/listing", keep=1)  # gcsfs keeps listings of other tests' folders
     save(checkpoints, 1)
     checkpoints.wait()
@@ -347,7 +347,7 @@ def test_storage_library_errors_become_storage_errors(monkeypatch):
 
 
 def test_other_errors_of_a_save_are_raised_unchanged(monkeypatch):
-    """A lost peer or a device without memory is not a storage fault: its own status decides about a restart."""
+    """A lost peer or a device without memory is not a storage fault: its status determines the restart."""
     monkeypatch.setattr(Checkpoints, "_manager", lambda self: None)
     checkpoints = Checkpoints("gs://b/run", keep=1)
     for error in (jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory"), TypeError("a bug")):
@@ -366,7 +366,7 @@ def test_other_errors_of_a_save_are_raised_unchanged(monkeypatch):
 
 @pytest.mark.slow
 def test_save_and_restore_with_several_processes(tmp_path):
-    """Saved by two processes of two devices, restored by one of four, and the other way round."""
+    """Saved by two processes of two devices and restored by one of four, and vice versa."""
     write = """
     checkpoints = Checkpoints(sys.argv[1], keep=2)
     save(checkpoints, int(sys.argv[2]), mesh_of(2, 2, 1))

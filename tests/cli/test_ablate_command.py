@@ -50,7 +50,7 @@ def shortness(captions, references):
 
 
 def test_arm_with_a_users_term(capsys):
-    """Arms without it have no other: not that of the config either."""
+    """Arms without a user's term have none, also if the config has one."""
     arms = ["--arm", "R_L=length", "--arm", "mine=length:0.5,host:test_ablate_command:shortness=2"]
     given = ["--rewards.extra", "host:module:other"]
     assert main(["ablate", PAPER, "--configs", "--seeds", "1", "--out", "out", *arms, *given]) == 0
@@ -91,7 +91,7 @@ def test_invalid_input_is_a_one_line_error(capsys, tmp_path):
 
 @pytest.mark.soak  # fourteen runs
 def test_killed_ablation_resumes(tmp_path):
-    """Arms of a tiny model, killed in the middle of one: the same table as undisturbed, and nothing done twice."""
+    """An ablation of a tiny model, killed within an arm, gives the undisturbed table and repeats no finished arm."""
     script = ROOT / "launch" / "random_checkpoint.py"
     subprocess.run([sys.executable, script, tmp_path / "init", "--size", "tiny"], check=True, capture_output=True)
     config = tmp_path / "small.py"

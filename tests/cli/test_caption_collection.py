@@ -113,7 +113,7 @@ def test_large_folder_is_listed_once(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("stop", [0, pytest.param(3, marks=pytest.mark.slow)])
 def test_stopped_run_resumes_to_the_same_bytes(clips, tmp_path, stub, capsys, stop):
-    """Each occurrence once, in input order, errors among the captions; the given options are those of the first."""
+    """Each occurrence has one line, in input order, including errors. A resumed run uses the options of the first."""
     given = [clips, clips / "b" / "plain.mp4", "--checkpoint", os.fspath(SHIPPED), "--seed", "7"]
     run(*given, "--out", tmp_path / "undisturbed.jsonl")
     expected = (tmp_path / "undisturbed.jsonl").read_bytes()
@@ -139,7 +139,7 @@ def test_stopped_run_resumes_to_the_same_bytes(clips, tmp_path, stub, capsys, st
 
 
 def test_captions_of_shards_and_failed_clips(clips, tmp_path, stub, capsys, monkeypatch):
-    """Two shards are one run; failed clips are captioned again only on request."""
+    """Two shards together equal one run. Failed clips are captioned again only on request."""
     given = [clips, "--checkpoint", os.fspath(SHIPPED), "--ids"]
     for shard in ("0/2", "1/2"):
         run(*given, "--out", f"{tmp_path}/parts/", "--shard", shard)
@@ -170,7 +170,7 @@ def test_captions_of_shards_and_failed_clips(clips, tmp_path, stub, capsys, monk
 
 
 def test_captions_to_a_bucket(clips, tmp_path, stub, monkeypatch, capsys):
-    """From and to a bucket, with faults of the server and a kill between two appends: the bytes of a local run."""
+    """From and to a bucket with server faults and a kill between two appends: the bytes equal those of a local run."""
     (tmp_path / "root" / "bucket").mkdir(parents=True)
     monkeypatch.setattr(appended, "INTERVAL", 0.0)
     monkeypatch.chdir(tmp_path)
@@ -244,7 +244,7 @@ def test_shard_numbers_are_detected():
 
 
 def test_options_reach_the_engine(clips, tmp_path, stub, monkeypatch):
-    """On a mesh of the test's eight devices; a resumed run has the cache size of the first."""
+    """The options reach an engine on eight devices; a resumed run has the cache size of the first."""
     engines = []
     real = stub.run
     monkeypatch.setattr(stub, "run", lambda self, requests: (engines.append(self), real(self, requests))[1])
@@ -271,7 +271,7 @@ def test_options_reach_the_engine(clips, tmp_path, stub, monkeypatch):
 
 
 def test_mesh_of_a_host(monkeypatch):
-    """The fewest devices a replica that leave room for caches; CPU devices share one machine."""
+    """The fewest devices per replica that leave memory for caches; CPU devices share one machine."""
     assert captioning_mesh(10**12) is None
     monkeypatch.setattr("avocado_jax.eval.captioner.make_mesh", lambda *sizes, devices: (*sizes, len(devices)))
     for count, size, expected in (
@@ -295,7 +295,7 @@ def test_results_are_reordered():
 
 
 def test_repeated_clips_are_counted_per_occurrence(tmp_path):
-    """Each line stands for one occurrence."""
+    """Each line of the output counts as one occurrence."""
     (tmp_path / "out.jsonl").write_text('{"clip": "a", "caption": ""}\n{"clip": "a", "error": ""}\n{"clip": "b"}\n')
     options = {"batch": None}
     with outputs.CaptionFiles(str(tmp_path / "out.jsonl"), (0, 1), options, False) as files:
@@ -306,7 +306,7 @@ def test_repeated_clips_are_counted_per_occurrence(tmp_path):
 
 
 def test_storage_failures_do_not_mark_clips_as_failed(clips, tmp_path, stub, monkeypatch):
-    """The run ends with 1, and the clip is captioned at the next start."""
+    """The run exits with 1, and the next start captions the clip."""
 
     def read(*_):
         raise storage.StorageError("gs://bucket/x: unavailable")
@@ -321,7 +321,7 @@ def test_storage_failures_do_not_mark_clips_as_failed(clips, tmp_path, stub, mon
 
 
 def test_consecutive_failures_stop_the_run(clips, tmp_path, stub, monkeypatch, capsys):
-    """More than half of the last four, unless --max-failed allows it; what was written stays."""
+    """The run stops if more than half of the last four failed, unless --max-failed allows it. The output stays."""
     monkeypatch.setattr(command, "RECENT", 4)
     out, missing = tmp_path / "out.jsonl", [f"{number}.mp4" for number in range(6)]
     given = [*missing[:2], *[clips / "b" / "plain.mp4"] * 4, *missing[2:], "--checkpoint", SHIPPED, "--out", out]
@@ -340,7 +340,7 @@ def test_consecutive_failures_stop_the_run(clips, tmp_path, stub, monkeypatch, c
 
 
 def test_compiled_programs_are_logged_and_cached(clips, tmp_path, stub, monkeypatch, capsys):
-    """With more than one clip, each before its first use. The folder is the user's."""
+    """With several clips, each program is logged before its first use. The cache is in the user's cache folder."""
     kept = []
     monkeypatch.setattr("avocado_jax.eval.captioner.use_user_cache", lambda: kept.append(1))
     real = stub.run
@@ -376,7 +376,7 @@ def test_folder_of_compiled_programs(tmp_path, monkeypatch):
 
 
 def test_missing_files_are_reported_before_the_model_loads(tmp_path, monkeypatch):
-    """Each gets a line; an empty shard is done."""
+    """Each missing file gets a line; an empty shard counts as done."""
     monkeypatch.setattr(command, "load_captioner", None)
     out = tmp_path / "out.jsonl"
     run("a.mp4", "b.mp4", "--checkpoint", SHIPPED, "--out", out)

@@ -103,7 +103,7 @@ def caption(*arguments, expect=0):
 
 
 def test_caption_of_a_real_clip_equals_the_reference(checkpoint):
-    """The issue's own command line, on Big Buck Bunny with its sound."""
+    """The command line of a user, on Big Buck Bunny with sound."""
     options = ("--dtype", "float32", "--temperature", 0, "--max-new-tokens", 24, "--json")
     (made,), errors = caption(REAL, "--checkpoint", checkpoint, *options)
     assert list(made) == ["clip", "caption", "token_ids", "prompt_ids", "seconds", "audio", "truncated"]
@@ -117,7 +117,7 @@ def test_caption_of_a_real_clip_equals_the_reference(checkpoint):
 
 
 def test_caption_several_clips_from_runs_and_to_files(checkpoint, tmp_path, capsys):
-    """Odd clips in one call: each as alone, bad ones reported in their places; a run folder says the same."""
+    """Unusual clips have the same captions as alone. Bad ones are reported in order. A run folder gives the same."""
     names = ("portrait.mp4", "no_sound.mp4", "Ünïcode 视频 🎬.mp4")
     clips = [GOOD[name](tmp_path / name) for name in names]
     (tmp_path / "zero.mp4").touch()
@@ -141,7 +141,7 @@ def test_caption_several_clips_from_runs_and_to_files(checkpoint, tmp_path, caps
 
 
 def test_caption_without_sound_and_with_sampling(checkpoint, tmp_path, capsys):
-    """--no-audio is the reference without sound; a seed repeats a draw, another changes it."""
+    """--no-audio equals the reference without sound. Equal seeds give equal samples, other seeds others."""
     clip = GOOD["plain.mp4"](tmp_path / "plain.mp4")
 
     def run(*extra):
@@ -167,7 +167,7 @@ def test_caption_without_sound_and_with_sampling(checkpoint, tmp_path, capsys):
 
 
 def test_stop_ids_come_from_the_checkpoint(checkpoint, tmp_path):
-    """generation_config.json before the tokenizer; what is no id of the vocabulary is refused."""
+    """generation_config.json takes precedence over the tokenizer; ids outside the vocabulary are refused."""
     tokenizer = load_words(checkpoint)
     assert stop_ids(checkpoint, tokenizer, 512) == tuple(STOPS)
     for stated, expected in ((7, (7,)), ([7, 9], (7, 9))):
@@ -180,7 +180,7 @@ def test_stop_ids_come_from_the_checkpoint(checkpoint, tmp_path):
 
 
 def test_late_failure_of_a_clip_does_not_fail_the_others(checkpoint, tmp_path, monkeypatch, capsys):
-    """Whatever happens to a clip after it was read."""
+    """Also if a clip fails after it was read."""
     clips = [str(GOOD[name](tmp_path / name)) for name in ("plain.mp4", "no_sound.mp4")]
     made, silent = Captioner.row, []
 

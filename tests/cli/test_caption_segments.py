@@ -61,7 +61,7 @@ def run(capsys, *arguments, status=0):
 
 
 def test_long_clips_are_segmented(clips, stub, capsys):
-    """One request a segment, each with its part of the clip and its draws; a line a clip, in input order."""
+    """One request per segment, with its part of the clip and its samples; one line per clip, in input order."""
     (long, short, broken), _ = run(capsys, clips, "--segments", 2, status=1)
     assert [one["start"] for one in long["segments"]] == [0.0, 2.0, 4.0, 6.0, 8.0]
     assert [one["end"] for one in long["segments"]] == [2.0, 4.0, 6.0, 8.0, 10.0]
@@ -88,7 +88,7 @@ def test_failed_segment_fails_its_clip(clips, stub, capsys):
 
 
 def test_clip_in_a_bucket_is_downloaded_once(clips, stub, capsys, monkeypatch, tmp_path):
-    """Its copy is there until its last segment is read."""
+    """The copy is kept until the last segment is read."""
     copies, real = [], storage.here
 
     @contextmanager

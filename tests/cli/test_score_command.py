@@ -90,7 +90,7 @@ def test_explain_describes_the_matches(scored, monkeypatch):
 
 @pytest.mark.slow
 def test_timing_and_probes_are_separate_fields(scored):
-    """On request; `null` without a reference, and what has none is told."""
+    """They are optional; `null` without a reference, which is reported."""
     events = [{"start": 0, "end": 2}, {"start": 2, "end": 4.5}]
     probe = {"question": "What rings?", "choices": ["a bell", "a horn"], "answer": "a bell"}
     lines = [
@@ -159,7 +159,7 @@ def test_users_terms_and_word_weights(scored, tmp_path):
 
 
 def test_references_are_read_from_a_manifest(tmp_path):
-    """By id or by the name of the video; not by a name that two videos have. A line keeps its own reference."""
+    """By id or by the name of the video, unless two videos have this name. References of a line take precedence."""
     clips = [
         {"id": str(number), "video": video, "caption": f"Caption {number}."}
         for number, video in enumerate(("x/a.mp4", "x/b.mp4", "y/b.mp4", "0.mp4"))
@@ -174,7 +174,7 @@ def test_references_are_read_from_a_manifest(tmp_path):
 
 
 def test_invalid_unicode_is_scored(scored):
-    """A lone surrogate, as tools write that cut an emoji in half."""
+    """A lone surrogate, from tools that split an emoji."""
     broken = "Hi \ud83d."
     caption, dialogues = f'A man says, "{broken}"', [{"speaker": "man", "text": broken}]
     reference = {"caption": caption, "dialogues": dialogues, "keypoints": [f"A man says {broken}"]}

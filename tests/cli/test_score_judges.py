@@ -31,7 +31,7 @@ def score(capsys, *arguments):
 
 @pytest.mark.slow
 def test_endpoint_as_judge(captions, tmp_path, capsys):
-    """Answers are scores and are kept; what is not answered is null, and told with its cause."""
+    """Answers become scores and are cached. Missing answers are null and reported with their cause."""
 
     def refuse(number, request):
         return (400, {}, b"too long") if "cat sleeps" in request["messages"][1]["content"] else None

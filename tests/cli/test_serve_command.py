@@ -80,7 +80,7 @@ def test_server_defaults(served, capsys):
 
 
 def test_server_options(served, tmp_path, monkeypatch, capsys):
-    """Each option reaches what it is for."""
+    """Each option reaches its consumer."""
     monkeypatch.setenv("SECRET", " word\n")
     options = {
         "host": "::",
@@ -122,7 +122,7 @@ def test_server_options(served, tmp_path, monkeypatch, capsys):
 
 
 def test_failed_device_ends_the_server(served):
-    """Its exit status is that of the error, so that a supervisor starts it again or not."""
+    """The exit status of the error tells a supervisor whether to restart."""
     served.error = RuntimeError("UNAVAILABLE: gone")
     assert main(["serve"]) == 1
     served.error = RuntimeError("INTERNAL: broken")
@@ -227,7 +227,7 @@ def test_served_captions_equal_the_caption_command(tmp_path, capsys):
 
 @pytest.mark.slow
 def test_curate_uses_the_shipped_captioner_as_endpoint(tmp_path, capsys):
-    """It cannot write JSON: the clip is rejected for its answers, and no question is without one."""
+    """It cannot write JSON, so the clip is rejected for its answers, but every question gets an answer."""
     (clip,) = make_clips(tmp_path, 1)
     capsys.readouterr()
     with serving("--max-new-tokens", 16) as (_, url, _):

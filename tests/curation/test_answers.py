@@ -184,7 +184,7 @@ def test_quiet_sound_counts_as_silent():
 
 
 def test_call_rate_is_limited(tmp_path, monkeypatch):
-    """On a clock of its own: from one call to the next there is a pause, however many ask at once."""
+    """On a fake clock: there is a pause between calls, for any number of concurrent callers."""
     clock, times = [100.0], []
 
     class Client:

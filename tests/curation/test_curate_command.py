@@ -91,7 +91,7 @@ FALSE = {  # what a server answers at a stage, where it is rejected, and why
 
 @pytest.mark.parametrize("fault", FALSE)
 def test_false_answers_are_rejected_at_the_expected_stage(curator, fault, tmp_path, capsys):
-    """One clip of two is told falsely however often it is asked about; the other is kept."""
+    """One of two clips gets false answers at every attempt and is rejected; the other is kept."""
     where, change, why = FALSE[fault]
     stage, _, rejected_at = where.partition(">")
     few = FakeCurator(curator.truths[:2])
@@ -113,7 +113,7 @@ def test_false_answers_are_rejected_at_the_expected_stage(curator, fault, tmp_pa
 
 
 def test_answers_corrected_on_retry_are_kept(curator, tmp_path, capsys):
-    """The first answer at every stage is wrong in its own way, and the model is told how."""
+    """The first answer of every stage is wrong in a different way, and the retry names the fault."""
     few = FakeCurator(curator.truths[:1])
     wrong = {
         "visual": '```json\n{"sentences": [{"start": "0", "text": "A"}]}\n```',
@@ -144,7 +144,7 @@ def test_filters_on_length_cost_no_more_calls(curator, tmp_path, capsys):
 
 
 def test_silent_clip_has_a_visual_caption_only(tmp_path, capsys):
-    """Nothing is asked about its sound, and no sentence could be lost."""
+    """No request is made about its sound."""
     path = write(tmp_path / "12:30 ä.mp4", sound=None)
     answers = {
         "visual": {"sentences": [{"start": 0.5, "text": "A white square moves over four coloured quarters."}]},
@@ -168,7 +168,7 @@ def test_silent_clip_has_a_visual_caption_only(tmp_path, capsys):
 
 
 def test_prepare_reads_the_manifest(curator, tmp_path, capsys):
-    """What was curated is what a training row holds."""
+    """Training rows have the curated fields."""
     with chat_server(curator) as server:
         _, _, manifest, _, _ = curate(capsys, curator, tmp_path / "out", server.url)
     options = ["--workers", "1", "--reading", "fewest_pixels=12544", "--reading", "asked_pixels=12544", "--json"]
@@ -214,7 +214,7 @@ def test_invalid_input_is_a_one_line_error(curator, arguments, message, tmp_path
 
 
 def test_bad_files_are_rejected_and_the_others_are_curated(curator, tmp_path, capsys):
-    """Folders are searched; files of one name are told apart by their paths."""
+    """Folders are searched recursively; files of one name are distinguished by their paths."""
     for name, data in (("a/x.mp4", b"not a video"), ("b/x.mp4", b""), ("b/notes.txt", b"not looked at")):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(data)
@@ -237,7 +237,7 @@ def test_bad_files_are_rejected_and_the_others_are_curated(curator, tmp_path, ca
 
 @pytest.mark.slow
 def test_curate_twenty_clips(tmp_path, capsys):
-    """An honest server gives the truth back; of one that lies about every other clip, the others are kept."""
+    """An honest server gives the truth. With false answers for every other clip, the others are kept."""
     many = FakeCurator(make_clips(tmp_path / "clips", [(index, index % 3) for index in range(20)]))
     with chat_server(many) as server:
         status, _, manifest, rejects, _ = curate(capsys, many, tmp_path / "honest", server.url)
@@ -261,7 +261,7 @@ def test_curate_twenty_clips(tmp_path, capsys):
 
 @pytest.mark.slow
 def test_local_checkpoint_captions_picture_and_sound(curator, tmp_path, capsys, monkeypatch):
-    """The endpoint is asked about texts alone; the model is loaded once, and not at all where all is known."""
+    """The endpoint receives text questions only. The model is loaded once, and not if all answers are cached."""
     few, out = FakeCurator(curator.truths[:1]), tmp_path / "out"
 
     def writer(number, request):

@@ -49,7 +49,7 @@ def test_transient_faults_only_cost_time(curator, fault, tmp_path, capsys):
 
 @pytest.mark.parametrize("fault", ["reset", "hang", (503, {}, b"busy"), (400, {}, b"no"), b"<html>"])
 def test_unresponsive_endpoint_ends_the_run(curator, fault, tmp_path, capsys):
-    """No clip is called bad for it, and the next run asks again."""
+    """No clip is rejected for it, and the next run repeats the calls."""
     out = tmp_path / "out"
     with chat_server(lambda *_: fault) as server:
         status, counts, manifest, rejects, errors = curate(
@@ -81,7 +81,7 @@ def test_wrong_key_or_address_is_bad_input(curator, status, tmp_path, capsys):
 
 
 def test_key_is_sent_to_the_endpoint_only(curator, tmp_path, capsys, monkeypatch):
-    """A server repeats it in errors and in answers."""
+    """The server echoes the key in errors and answers."""
     monkeypatch.setenv("MY_KEY", "sk-secret-123")
     few, stages = FakeCurator(curator.truths[:1]), []
 
@@ -123,7 +123,7 @@ def test_calls_without_an_answer_count_in_the_budget(curator, tmp_path, capsys):
 
 
 def test_token_budget_is_kept_and_estimated_by_dry_run(curator, tmp_path, capsys):
-    """With a budget of the predicted maximum of tokens a run ends; with a smaller one it stops before."""
+    """A run finishes with a budget of the predicted maximum, and stops early with a smaller one."""
     out, spent = tmp_path / "out", []
 
     def counting(number, request):
@@ -153,7 +153,7 @@ def test_token_budget_is_kept_and_estimated_by_dry_run(curator, tmp_path, capsys
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_killed_run_resumes_without_repeated_calls(curator, how, tmp_path, capsys):
-    """Only what was on its way when it was killed is asked once more."""
+    """Only calls in flight at the kill are repeated."""
     out, running = tmp_path / "out", []
 
     def deadly(number, request):

@@ -98,7 +98,7 @@ NAMES = ["videos/a.mp4#1", "b", "c", "d"]
 
 
 def test_captions_become_rows_for_grpo(manifest, tmp_path, capsys):
-    """Every field stays; a file beside the manifest is named as seen from the new one, other names stay."""
+    """Every field is kept. Relative paths are rewritten for the new manifest; other names stay."""
     out = tmp_path / "other" / "out"
     with chat_server(honest) as server:
         status, counts, lines, rejects, _ = curate(capsys, manifest, out, server.url)
@@ -118,7 +118,7 @@ def test_captions_become_rows_for_grpo(manifest, tmp_path, capsys):
 
 
 def test_all_references_are_made_by_default(manifest, tmp_path, capsys):
-    """Choices are in an order that does not depend on the model's; the right one is kept by its text."""
+    """The order of choices does not depend on the model; the right choice is identified by its text."""
     with chat_server(honest) as server:
         given = ["--out", str(tmp_path / "out"), "--url", server.url, "--model", "m", "--json"]
         assert main(["curate", "--from-captions", str(manifest), *given]) == 0
@@ -138,7 +138,7 @@ def test_all_references_are_made_by_default(manifest, tmp_path, capsys):
 
 
 def test_invalid_probes_are_requested_again(manifest, tmp_path, capsys):
-    """Answers that the caption does not state, choices that refer to others, and an answer that is no choice."""
+    """Invalid: answers that the caption does not state, choices that refer to others, answers that are not a choice."""
     wrong = [{"answer": "a purple elephant", "choices": ["a purple elephant", "a cat", "a dog", "a cow"]}]
     wrong += [{"choices": ["on a red chair", "all of the above", "on a sofa", "in a car"]}, {"answer": "nowhere"}]
 
@@ -169,7 +169,7 @@ def test_invalid_probes_are_requested_again(manifest, tmp_path, capsys):
 
 
 def test_maximum_of_calls_is_a_bound(manifest, tmp_path, capsys):
-    """Every answer is cut by its length, which servers report: three answers to a question, and no more."""
+    """Every answer is reported as truncated: three attempts per question at most."""
     truncated = json.dumps(
         {"choices": [{"message": {"content": '{"keypoints": ['}, "finish_reason": "length"}]}
     ).encode()
@@ -197,7 +197,7 @@ def test_lines_with_references_make_no_calls(tmp_path, capsys):
 
 
 def test_killed_run_resumes_without_repeated_calls(manifest, tmp_path, capsys):
-    """What kill -9 leaves of the journal at the sixth question: five answers and a part of a line."""
+    """The journal after kill -9 at the sixth question: five answers and a partial line."""
     killed = tmp_path / "killed"
 
     def spy(number, request):
@@ -217,7 +217,7 @@ def test_killed_run_resumes_without_repeated_calls(manifest, tmp_path, capsys):
 
 
 def test_wrong_answers_are_retried_and_then_listed(manifest, tmp_path, capsys):
-    """One caption's first answer invents a fact, another's answers always invent a line."""
+    """The first answer for one caption invents a fact; all answers for another invent a line."""
 
     def liar(number, request):
         caption, stage = json.loads(request["messages"][1]["content"])["caption"], stage_of(request)

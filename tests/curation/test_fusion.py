@@ -92,7 +92,7 @@ def test_sentence_inside_a_longer_one_does_not_count():
 
 
 def test_random_mixtures_are_classified_correctly():
-    """Random captions of few words, so that sentences hold each other: lost ones and no others are found."""
+    """Random captions of few words, so that sentences contain each other: exactly the lost ones are found."""
     rng = random.Random(0)
     for _ in range(200):
         words = ["red", "dog", "runs", "sits", "far", "42"]
@@ -113,7 +113,7 @@ def test_random_mixtures_are_classified_correctly():
 
 
 def test_adversarial_texts_are_checked_quickly():
-    """A hostile answer of the most words that are read."""
+    """An adversarial answer with the maximum number of words."""
     sentences = [Sentence(f"{'a ' * 20}{number}.", float(number)) for number in range(150)]
     start = time.process_time()
     fusion_faults("a " * 4_000, sentences, [])

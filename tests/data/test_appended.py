@@ -7,7 +7,7 @@ from avocado_jax.data.storage import StorageError
 
 
 def test_append_is_repeated_once_if_its_response_was_lost(monkeypatch):
-    """The lines that have come since are appended after it, once."""
+    """Later lines are appended after it, once."""
     content, lost = bytearray(), [True]
 
     def append(path, data, size):

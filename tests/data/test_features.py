@@ -186,7 +186,7 @@ def test_log_mel_of_silence():
 
 @pytest.mark.parametrize("more", [-401, -400, -399, -1, 0, 1, 50_000])
 def test_log_mel_at_the_length_limit_of_the_reference(more: int, monkeypatch: pytest.MonkeyPatch):
-    """The reference's 300 s are 4 s here: the same edges, sooner."""
+    """The limit of the reference, 300 s, is 4 s here."""
     short = WhisperFeatureExtractor(feature_size=128, chunk_length=4, n_fft=400, hop_length=160, sampling_rate=16_000)
     samples = sounds(64_000 + more)
     theirs = short(samples, sampling_rate=16_000, return_attention_mask=True, return_tensors="np")

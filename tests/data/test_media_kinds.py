@@ -96,7 +96,7 @@ def test_unusual_file_names_are_one_line_errors(tmp_path: Path, name: str, reaso
 
 
 def test_stream_that_appears_later():
-    """PyAV raises IndexError behind the last packet of such a file; no packet is lost."""
+    """PyAV raises IndexError after the last packet of such a file; no packet is lost."""
 
     def demux():
         yield from "abc"

@@ -40,7 +40,7 @@ def test_results_are_ordered_and_calls_concurrent():
 
 @pytest.mark.parametrize("memory", [0, 10, 40])
 def test_memory_in_flight_is_bounded(memory):
-    """The largest call exceeds the bound: it runs alone."""
+    """The largest call exceeds the bound, so it runs alone."""
     gauge = Gauge()
     sizes = [1 + number % 7 for number in range(100)] + [50, 1, 2]
     results = map_ordered(gauge.call, sizes, lambda item: item, memory, at_once=8)

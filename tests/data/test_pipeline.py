@@ -117,7 +117,7 @@ def test_workers_use_no_device_and_one_core(source):
 
 
 def test_the_input_side_needs_no_jax(source):
-    """Grain imports jax where it is installed; nothing of ours does, and all runs without."""
+    """Grain imports jax if it is installed. Our code does not, and works without jax."""
     folder = Path(source._folder)
     code = f"""
 import sys
@@ -220,7 +220,7 @@ def test_closing_early_ends_the_workers(source):
 
 @pytest.mark.slow
 def test_each_clip_is_read_once_for_any_number_of_hosts(tmp_path, monkeypatch):
-    """Two runs through an epoch of a bucket in pieces, each with other hosts and workers, one of them with faults."""
+    """Two runs over an epoch in a bucket with changing numbers of hosts and workers, one of them with faults."""
     (tmp_path / "clips-bucket").mkdir()
     manifest = write_manifest(tmp_path / "local", 400)
     with gcs.storage_server(tmp_path) as port:

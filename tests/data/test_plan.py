@@ -134,7 +134,7 @@ def test_steps_are_computed_independently():
 
 
 def test_padded_share_with_sixteen_shapes():
-    """The bar is a quarter; it is the share of FLOPs of whole epochs, empty rows of tails included."""
+    """The limit is a quarter of the FLOPs of full epochs, including empty rows at the end."""
     needed = sizes(realistic(1500), 150, 1024, SEVEN_B)
     shares = {}
     for group, count in ((1, 4), (1, 16), (1, 32), (8, 16)):

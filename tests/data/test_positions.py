@@ -138,7 +138,7 @@ def test_chunks_equal_the_reference(steps: list[int], length: int):
 
 
 def test_media_tokens_index_their_embeddings():
-    """Each media token's source is the token of that place in raster order; each is used once."""
+    """The source of each media token is its embedding in raster order; each is used once."""
     order = interleave((5, 3, 2), 130, 1.0, TINY)
     assert sorted(order.source.tolist()) == list(range(5 * 3 * 2 + 130))
     pictures = order.source < 30

@@ -85,7 +85,7 @@ def test_features_give_the_same_rows(clips):
 
 
 def test_killed_run_resumes_to_the_same_bytes(clips):
-    """The last shard's first clip is a pipe nobody writes to: the run hangs there for certain, and is killed."""
+    """The first clip of the last shard is a pipe without a writer, so the run hangs there and is killed."""
     lines = [json.loads(line) for line in (clips / "clips.jsonl").read_text().splitlines()]
     stuck = clips / lines[6]["video"]
     data = stuck.read_bytes()
@@ -272,7 +272,7 @@ def test_prepare_command_prints_its_result(tmp_path, capsys):
 
 
 def test_rows_without_a_prompt_get_one_from_the_prompt_file(tmp_path):
-    """By their id; a row's own prompt stays."""
+    """The id of the row selects the prompt; an existing prompt stays."""
     write_manifest(tmp_path, 4)
     lines = [json.loads(line) for line in (tmp_path / "clips.jsonl").read_text().splitlines()]
     given = {lines[0]["id"]: "What?"}
@@ -301,7 +301,7 @@ def test_stopped_command_reports_that_it_can_resume(tmp_path):
 
 
 def test_full_disk_is_a_one_line_error_and_the_run_resumes(tmp_path):
-    """A limit on the size of files stands for a disk with no room left."""
+    """A limit on file sizes simulates a full disk."""
     write_manifest(tmp_path, 2)
     arguments = ["prepare", str(tmp_path / "clips.jsonl"), str(tmp_path / "out"), "--workers", "1"]
     code = "import resource, sys; from avocado_jax.__main__ import main\nif __name__ == '__main__':\n"
@@ -324,7 +324,7 @@ def test_clips_read_equally_from_bytes_and_files(tmp_path):
 
 
 def test_checkpoint_sets_sampling_and_tokenizer(tmp_path, monkeypatch):
-    """`--checkpoint` gives the reading and the tokenizer; `--reading` and `--tokenizer` have priority."""
+    """`--checkpoint` sets the reading and the tokenizer; `--reading` and `--tokenizer` take precedence."""
     jobs = []
     monkeypatch.setattr("avocado_jax.cli.prepare.prepare", lambda job, *_: jobs.append(job))
     monkeypatch.chdir(tmp_path)  # the shipped captioner is found from any folder

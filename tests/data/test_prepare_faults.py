@@ -125,7 +125,7 @@ if __name__ == "__main__":
 
 @pytest.mark.slow
 def test_resume_after_a_kill_at_any_write_gives_the_same_bytes(published, tmp_path, in_process):
-    """SIGKILL, in the main process or a worker, while a file is written but does not have its name yet."""
+    """SIGKILL in the main process or a worker while a file is written under its temporary name."""
     script = tmp_path / "run.py"
     script.write_text(KILLED)
     environment = {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path]), "TMPDIR": str(tmp_path)}

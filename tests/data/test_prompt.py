@@ -115,7 +115,7 @@ def test_system_prompt_and_media_order(
 
 
 def test_prompt_settings_of_a_checkpoint(tokenizer: Any, tmp_path: Path):
-    """`reading.json` has prompt habits beside the sampling of clips; a row's own fields come first."""
+    """`reading.json` has prompt settings beside the sampling of clips; fields of a row take precedence."""
     assert load_habits(tmp_path) == Habits()
     (tmp_path / "reading.json").write_text('{"fps": 1.0, "system": "", "media_first": false, "prompt": "Why?"}')
     habits = load_habits(tmp_path)

@@ -74,7 +74,7 @@ def borders(segments):
 
 
 def test_segments_end_at_scene_changes(long_clip):
-    """Every border is at a scene change; lengths are near the target."""
+    """Every boundary is at a scene change, and lengths are near the target."""
     for target in (4.0, 6.0, 8.0):
         found = find_segments(long_clip, target, target * 5 / 3)
         for border in borders(found):
@@ -99,7 +99,7 @@ def test_motion_and_noise_are_not_scene_changes():
 
 
 def test_segment_boundaries_minimise_the_cost():
-    """A scene that is too long is split into equal parts; short scenes are joined; none is shorter than a sixth."""
+    """Long scenes are split into equal parts, short ones are joined, and no segment is shorter than a sixth."""
     times = np.arange(0, 300, 0.25)
     none = np.zeros(len(times))
     split = choose_borders(times, none, 300.0, 60.0, 100.0)
@@ -121,7 +121,7 @@ def test_segment_boundaries_minimise_the_cost():
 
 @pytest.mark.parametrize("kind", ["long.mp4", "long.mkv", "long.ts"])
 def test_segment_equals_that_part_of_the_clip(long_clip, tmp_path, kind):
-    """Frames and sound of each part, also where decoding starts at a key frame behind the beginning."""
+    """Frames and sound of each segment, also if decoding starts at a key frame after its begin."""
     path = long_clip if kind == "long.mp4" else remuxed(long_clip, tmp_path / kind)
     whole = read_media(path, Reading(fps=10.0, fewest_pixels=784, asked_pixels=6000, sound_seconds=60))
     for start, end in ((0.0, 7.0), (7.0, 12.0), (13.3, 19.0), (25.0, 31.1)):
@@ -142,7 +142,7 @@ def test_segment_equals_that_part_of_the_clip(long_clip, tmp_path, kind):
 
 @pytest.mark.parametrize("kind", ["long.mp4", "long.mkv"])
 def test_reading_a_segment_seeks_to_its_start(long_clip, tmp_path, monkeypatch, kind):
-    """A part at the end is read without reading the file up to there."""
+    """A segment at the end is read without reading the file before it."""
     path = long_clip if kind == "long.mp4" else remuxed(long_clip, tmp_path / kind)
     part, counts, demux = scan(path).part(25.0, 31.0), [], container._demux
 
@@ -222,7 +222,7 @@ def test_json_output_of_a_segmented_clip():
 
 
 def test_warnings_state_unused_frames_and_sound():
-    """Frames of a long clip, and a prompt that is longer than the context; nothing for an ordinary clip."""
+    """Warnings for frames of a long clip and for a prompt beyond the context; none for an ordinary clip."""
     frames = np.zeros((768, 1, 1, 3), np.uint8)
     row = Row(None, np.zeros(40_000, np.int32))
     media = Media(frames, None, 600.0, None, ("old",))
@@ -237,7 +237,7 @@ def test_warnings_state_unused_frames_and_sound():
 
 @pytest.mark.parametrize("name", ["plain.mp4", "vp9.webm", "pcm.mov", "mpeg4.avi", "turned_90.mp4"])
 def test_segment_of_the_full_clip_equals_the_clip(tmp_path, name):
-    """It is what reading the clip gives, but for the place of its sound."""
+    """It equals the clip with aligned sound."""
     path = GOOD[name](tmp_path / name)
     whole = read_media(path, replace(READING, align_sound=True))
     part = read_media(path, READING, part=scan(path).part(0.0, whole.seconds + 1))

@@ -56,7 +56,7 @@ def upload_requests(proxy):
 
 
 def test_long_upload_resumes_from_the_broken_chunk(proxy, tmp_path):
-    """Every third chunk is reset or gets 408; nothing else is sent again."""
+    """Every third chunk is reset or gets 408; only these are sent again."""
     proxy.faulty, proxy.every, proxy.faults, proxy.delay = (
         (lambda method, path: method == "PUT"),
         3,
@@ -74,7 +74,7 @@ def test_long_upload_resumes_from_the_broken_chunk(proxy, tmp_path):
 
 
 def test_upload_timeout_starts_at_the_first_failure(proxy):
-    """A request that takes longer than the patience before it breaks is sent again; not so one that goes on failing."""
+    """A request that breaks after more than the timeout is retried; a request that keeps failing is not."""
     storage.write(PATH, DATA)
     proxy.faulty, proxy.every, proxy.faults, proxy.delay = (lambda method, path: True), 2, ("reset",), 0.25
     assert storage.read(PATH) == DATA
@@ -101,7 +101,7 @@ def test_timeout_of_other_calls_starts_at_the_first_failure():
 
 
 def test_download_resumes_while_it_makes_progress(proxy):
-    """Connections that end early for longer than the patience, each after half of the bytes that were left."""
+    """Connections end early for longer than the timeout, each after half of the remaining bytes."""
     storage.write(PATH, DATA)
     healed(proxy)
     proxy.faulty, proxy.every, proxy.faults = (lambda method, path: len(proxy.requests) < 5), 1, ("truncated",)
@@ -177,7 +177,7 @@ def test_public_bucket_needs_no_credentials(real_client, proxy, monkeypatch):
 
 
 def test_invalid_named_credentials_are_an_error(real_client, monkeypatch):
-    """Not a reason to go on without them."""
+    """They are not replaced by anonymous access."""
     monkeypatch.setattr(google.auth, "default", refused)
     monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", "/nowhere.json")
     with pytest.raises(InputError, match=r"GOOGLE_APPLICATION_CREDENTIALS=/nowhere.json: none were found"):
@@ -195,7 +195,7 @@ def test_application_default_credentials_are_used(real_client, proxy, monkeypatc
 
 
 def test_object_without_md5_is_compared_by_content(proxy):
-    """As composite objects are; what `prepare` recorded still holds."""
+    """Composite objects have no MD5; the checksums that `prepare` recorded remain valid."""
     proxy.composite = True
     storage.write(PATH, DATA)
     assert storage.fingerprint(PATH) == hashlib.md5(DATA).hexdigest()
@@ -203,14 +203,14 @@ def test_object_without_md5_is_compared_by_content(proxy):
 
 
 def test_content_type_is_stored(proxy):
-    """A browser shows a report."""
+    """So that a browser displays a report."""
     storage.write("gs://bucket/report.html", b"<html>")
     blob = storage._client().bucket("bucket").get_blob("report.html")
     assert blob.content_type == "text/html"
 
 
 def test_large_range_is_read_in_concurrent_parts(proxy, monkeypatch):
-    """Each byte is requested once, by at most `REQUESTS` requests at a time, over connections that are kept."""
+    """Each byte is requested once, by at most `REQUESTS` concurrent requests over persistent connections."""
     storage.write(PATH, DATA)
     healed(proxy)
     monkeypatch.setattr(storage, "PART", 10_240)

@@ -57,7 +57,7 @@ def test_tokenizer_entries_equal_transformers(folder):
 
 @pytest.mark.parametrize("level", range(4))
 def test_captions_round_trip_with_few_tokens(folder, level):
-    """Unseen captions come back whole, with few tokens a word, and with the ids of transformers' own class."""
+    """Unseen captions round-trip, with few tokens per word and the ids of transformers."""
     ours, theirs, plain = load_tokenizer(folder), AutoTokenizer.from_pretrained(folder), load_words(folder)
     assert type(theirs).__name__.startswith("Qwen2Tokenizer")
     tokens = words = 0
@@ -82,7 +82,7 @@ def test_other_texts_round_trip(folder):
 
 @pytest.mark.slow
 def test_initial_weights_load_and_depend_on_the_seed(folder, tmp_path):
-    """transformers reads them, a conversion keeps them, another seed draws others, the same seed the same."""
+    """transformers loads them, a conversion preserves them, and they are a function of the seed."""
     load_reference(folder)
     assert open_hf(folder).config == SMALL
     assert main(["convert", "from-hf", str(folder), str(tmp_path / "run")]) == 0

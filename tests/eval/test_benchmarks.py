@@ -121,7 +121,7 @@ def test_metrics_by_type_and_duration(tmp_path, capsys):
 
 
 def test_median_round_is_reported_with_the_spread(tmp_path, capsys):
-    """Rounds that miss 1, 2, 3, 4 and 5 of ten events: what is reported is a round, not a mean of some."""
+    """Rounds miss 1, 2, 3, 4 and 5 of ten events; the result is that of one round, not a mean."""
     counts, lock = {}, threading.Lock()
 
     def rising(number, request):
@@ -140,7 +140,7 @@ def test_median_round_is_reported_with_the_spread(tmp_path, capsys):
 
 
 def test_invalid_answers_are_counted_as_missing(tmp_path, capsys):
-    """The judge never answers of one clip of three: its figures are those of the others, and the loss is told."""
+    """The judge never answers for one of three clips: metrics are those of the others, and the number is reported."""
 
     def silent(number, request):
         return "I would rather not." if "a man pours tea" in request["messages"][-1]["content"] else None

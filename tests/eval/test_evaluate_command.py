@@ -73,7 +73,7 @@ def test_captions_do_not_depend_on_the_batch(world, checkpoint, capsys, tmp_path
 
 
 def test_no_audio_and_no_picture_remove_their_input(world, checkpoint, monkeypatch):
-    """What reaches the model, clip by clip, and the number of slots; a late failure takes its clip only."""
+    """Inputs of the model for each clip, and the number of slots. A late failure fails its clip only."""
     captioner = load_captioner(load.open_checkpoint(checkpoint), "What?", "float32")
     lines = [json.loads(line) for line in (world / "clips.jsonl").read_text().splitlines()]
     items = [runner.Item(one["id"], str(world / one["video"]), {"prompt": "Which?" * i}) for i, one in enumerate(lines)]
@@ -261,7 +261,7 @@ def one_sided(checkpoint, folder):
 
 
 def test_public_benchmark_from_clips_to_metrics_offline(world, checkpoint, capsys, tmp_path):
-    """Captions by one model and answers by another, in two shards: A is right in four questions of six."""
+    """Captions by one model and answers by another, in two shards: A is right for four of six questions."""
     clips = [json.loads(line) for line in (world / "clips.jsonl").read_text().splitlines()]
     questions = [
         {

@@ -44,7 +44,7 @@ class Stub(Engine):
 
 
 def test_evaluation_in_a_bucket_from_data_to_results(world, world_clips, checkpoint, capsys, monkeypatch, tmp_path):
-    """All of a job is in a bucket: a stopped one continues, a finished one asks nothing, results equal local ones."""
+    """All files are in a bucket: a stopped run continues, a finished one makes no calls, results equal local ones."""
     monkeypatch.setattr(runner, "Engine", Stub)
     monkeypatch.setattr(appended, "INTERVAL", 0.0)
     monkeypatch.setattr(Stub, "prompts", {})
@@ -105,7 +105,7 @@ def test_evaluation_in_a_bucket_from_data_to_results(world, world_clips, checkpo
 
 
 def test_storage_failures_do_not_mark_clips_as_failed(world, checkpoint, capsys, monkeypatch):
-    """The exit status is that of a failure which a retry may fix; the launcher starts the job again."""
+    """The exit status is 1, so that a launcher restarts the job."""
     monkeypatch.setattr(runner, "Engine", Stub)
     monkeypatch.setattr(Stub, "prompts", {})
 

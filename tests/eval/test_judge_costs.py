@@ -68,7 +68,7 @@ def test_call_budget_covers_all_runs(evaluate, tmp_path):
 
 
 def test_token_budget_covers_all_runs(evaluate, tmp_path):
-    """Estimates of calls in flight do not end the run early, and what was spent is what the endpoint counted."""
+    """Estimates of calls in flight do not end the run early, and the endpoint's counts are recorded."""
     limit = ["--request", '{"max_tokens": 20}']
     with chat_server(answer) as server:
         status, result, errors = evaluate(server.url, "--budget-tokens", 750, *limit)
@@ -85,7 +85,7 @@ def test_token_budget_covers_all_runs(evaluate, tmp_path):
 
 
 def test_calls_are_recorded_before_they_are_made(evaluate, tmp_path):
-    """What a kill in the middle of a call leaves counts."""
+    """A call that was interrupted by a kill counts."""
     ledger_counts = []
 
     def look(number, request):
@@ -146,7 +146,7 @@ def test_many_consecutive_unanswered_questions_stop_the_run(evaluate, monkeypatc
 
 
 def test_unparsable_answers_do_not_stop_the_run(evaluate, monkeypatch):
-    """They are answers: the endpoint is there."""
+    """They show that the endpoint is available."""
     monkeypatch.setattr(evaluate_benchmark, "SILENCE", 2)
     with chat_server(lambda *_: "I would rather not.") as server:
         status, result, _ = evaluate(server.url)

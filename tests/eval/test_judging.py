@@ -115,7 +115,7 @@ FAULTS = ("reset", "hang", "cut", "garbage", "trickle", (500, {}, b"no"), (503, 
 
 
 def test_every_metric_is_present_after_transient_faults():
-    """The first call of every question fails, each in another way; none hangs, and none is lost."""
+    """The first call of every question fails in a different way; no question hangs or is lost."""
     records = [Record(f"c{number}", (), None, None, ["a dog", "a cat"]) for number in range(36)]
     captions = {record.id: f"{record.id}: a dog" for record in records}
     requested, lock = {}, threading.Lock()

@@ -27,7 +27,7 @@ def test_references_score_perfectly_and_other_captions_do_not():
 
 
 def test_time_iou_is_measured_if_captions_have_times():
-    """They change nothing else: true captions with times are as true as those without."""
+    """Other metrics are equal with and without times."""
     records = [record(make_script(3, i, "test", 0), timestamps=True) for i in range(4)]
     captions = [one["caption"] for one in records]
     perfect = {"event_recall": 1, "hallucination": 0, "order": 1, "dialogue_f1": 1, "repcol": 0, "length": 9}
@@ -105,7 +105,7 @@ def test_long_units_equal_exhaustive_search():
 
 
 def test_adversarial_texts_take_no_longer():
-    """Hundreds of thousands of characters that almost repeat: what grew with their square would not end."""
+    """Hundreds of thousands of characters that almost repeat: a quadratic algorithm would not finish."""
     size = 200_000
     assert collapses("a" * size)
     assert not collapses(("a" * 23 + "b") * 4 + "c" + ("ab" * 11 + "c") * 3)

@@ -240,5 +240,5 @@ def test_silent_benchmarks_request_visual_captions_only(name, tmp_path):
     ],
 )
 def test_python_dictionaries_are_parsed(text, found):
-    """Where they are asked for: a JSON object that is broken stays so."""
+    """Only where the official prompt requests them: a broken JSON object stays invalid."""
     assert objects(text, python=True) == found

@@ -189,7 +189,7 @@ def test_matches_are_highlighted(run, opened):
 
 
 def test_highlights_equal_the_matches_of_the_rewards(run):
-    """R_D worked out from the marks is that of the world's own check."""
+    """R_D computed from the highlights equals that of the AVWorld checker."""
     page_data = json.loads((run / "report.html").read_text().split('id="data">')[1].split("</script>")[0])
     known, kinds = {one["id"]: one for one in references(CLIPS)}, set()
     for group in page_data["groups"]:

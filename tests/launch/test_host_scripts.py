@@ -120,7 +120,7 @@ def test_unreadable_secret_is_an_error(secret_manager, capsys, answer, status, c
 
 
 def test_worker_reads_secrets_first(tmp_path):
-    """Where there are any."""
+    """If the job has secrets."""
     python = tmp_path / "python"
     python.write_text('#!/bin/sh\n[ "$1" = -c ] || echo "$@"\n')
     python.chmod(0o755)

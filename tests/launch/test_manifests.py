@@ -155,7 +155,7 @@ def test_fields_of_the_jobset():
 
 @pytest.mark.parametrize("stage", make_manifests.STAGES)
 def test_gke_comparison_accepts_its_own_jobset(stage):
-    """As xpk renders it: the fake of test_start_again.py is shorter."""
+    """With the JobSet as rendered by xpk; the fake of test_start_again.py is shorter."""
     words = make_manifests.JOBS["gke", stage].replace("--env WANDB_ENTITY", "")
     args = SCRIPTS["gke"].parser().parse_args(words.split())
     made = yaml.safe_load(

@@ -45,7 +45,7 @@ def quickstart(tmp_path_factory):
 
 @pytest.mark.parametrize("options", [(), ("--full",)])
 def test_commands_of_the_quickstart_are_valid(options, quickstart, monkeypatch):
-    """Every option is known, every config loads, and what is evaluated was trained or ships."""
+    """Every option exists, every config loads, and every evaluated checkpoint was trained or ships."""
     monkeypatch.chdir(ROOT)
     _, calls, _ = quickstart(*options)
     parsed, trained, captions = [], set(), set()
@@ -70,7 +70,7 @@ def test_commands_of_the_quickstart_are_valid(options, quickstart, monkeypatch):
 
 
 def test_both_trainings_start_from_the_captioner_with_faults():
-    """On data of one shape that need no reference captions of more tokens than are trained on."""
+    """Their data has one shape, and no reference caption exceeds the trained length."""
     sft, grpo = load("quickstart_sft"), load("quickstart_grpo")
     assert sft.init == grpo.init == "avocado_jax/assets/captioner_habits"
     for config in (sft, grpo):

@@ -182,7 +182,7 @@ def test_different_job_with_the_same_name_is_refused(cloud, capsys, script, old,
 
 @pytest.mark.parametrize("how", ["Completed", "Failed", "deleted"])
 def test_gke_replaces_a_jobset_that_has_ended(cloud, how):
-    """Also on another topology: the run resumes there."""
+    """Also with another topology, on which the run resumes."""
     assert cloud("gke", START["gke"].replace("4x4x4", "2x4x4 --unplanned")) == 0
     jobset = cloud.state["jobset"]
     if how == "deleted":
@@ -206,7 +206,7 @@ def test_sky_starts_a_job_that_has_ended(cloud, status):
 
 
 def test_image_contains_only_the_commit(tmp_path, monkeypatch):
-    """Files that are not committed stay here; changes that are not committed are an error."""
+    """Untracked files are not included; uncommitted changes are an error."""
 
     def git(*words):
         subprocess.run(["git", "-c", "user.name=a", "-c", "user.email=a@b", *words], cwd=tmp_path, check=True)

@@ -56,7 +56,7 @@ def test_lost_host_exits_with_75(worker):
 
 
 def test_sigterm_reaches_the_command(worker):
-    """It saves in its own time; worker.sh ends with its status, not before it."""
+    """worker.sh waits until the command has saved, and exits with its status."""
     process = worker("trap 'echo saving; exit 75' TERM; echo ready; while :; do read -rt 1 <> <(:); done")
     assert process.stdout.readline() == "ready\n"
     process.send_signal(signal.SIGTERM)
@@ -64,7 +64,7 @@ def test_sigterm_reaches_the_command(worker):
 
 
 def test_sigterm_during_the_start_of_the_command(monkeypatch):
-    """It would end the supervisor and leave the command running."""
+    """Otherwise it would end the supervisor and leave the command running."""
     real = subprocess.Popen
 
     def start(command):
@@ -116,7 +116,7 @@ except Exception as error:
 
 @pytest.mark.parametrize("failing", [0, 1])
 def test_internal_error_of_one_host_ends_the_job_with_3(worker, tmp_path, failing):
-    """The other host is aborted by jax, and must not ask for a restart."""
+    """jax aborts the other host, which must not request a restart."""
     with socket.socket() as reserved:
         reserved.bind(("127.0.0.1", 0))
         program = PEERS.replace("PORT", str(reserved.getsockname()[1])).replace("FAILING", str(failing))

@@ -116,7 +116,7 @@ KERNELS = {"splash": dict(interpret=True, blocks=SplashBlocks(128, 128, 128, 128
 @pytest.mark.parametrize("kernel", ["splash", pytest.param("cudnn", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("clip", [KEYS, pytest.param(131, marks=pytest.mark.slow)])  # one block and two; odd
 def test_kernels_equal_plain_attention(kernel, clip):
-    """Forward and gradients. The GPU's own kernel needs one: here its arguments go to the same function in XLA."""
+    """Forward pass and gradients. The GPU kernel needs a GPU: here its arguments go to the same function in XLA."""
     args = sequences(clip=clip)
     ours, theirs = outputs({"splash": splash, "cudnn": cudnn}[kernel], **KERNELS[kernel]), outputs(attention)
     for one, other in zip(jax.jit(ours)(*args), jax.jit(theirs)(*args)):
@@ -162,7 +162,7 @@ except InputError as error:
 
 @pytest.mark.slow
 def test_splash_is_sharded_over_a_mesh():
-    """Rows and heads divided; more parts of heads than key heads; a batch too small for the mesh."""
+    """Rows and heads sharded; more head shards than key heads; a batch too small for the mesh."""
     flags = dict(os.environ, XLA_FLAGS="--xla_force_host_platform_device_count=8", JAX_PLATFORMS="cpu")
     done = subprocess.run([sys.executable, "-c", MESHES], env=flags, capture_output=True, text=True, check=False)
     assert "all good" in done.stdout, done.stderr

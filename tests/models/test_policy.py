@@ -109,7 +109,7 @@ def test_remat_policy_does_not_change_gradients():
 
 
 def test_flop_counts_of_the_published_sizes():
-    """Figures of the 7B thinker, counted elsewhere: operations a token, a patch, a second of sound; cache bytes."""
+    """Independent counts of the 7B thinker: FLOPs per token, patch and second of sound; cache bytes."""
 
     def count(tokens, patches=0, windows=0, chunks=0, group=0, caption=0):
         return row_flops(SEVEN_B, (tokens, patches, windows, chunks), group, caption)
@@ -125,7 +125,7 @@ def test_flop_counts_of_the_published_sizes():
 
 
 def test_training_flops_are_the_sum_of_their_parts():
-    """The backward pass costs each part what its gradients need."""
+    """The backward pass of each part counts only the gradients that it needs."""
     shape, group, caption = (16384, 29, 40, 15), 2, 640
     row = row_flops(SEVEN_B, shape, group, caption)
     text = row.layers + row.attention + row.logits

@@ -70,7 +70,7 @@ def check(mesh, batch):
 
 @pytest.mark.parametrize("topology", SLICES)
 def test_rows_of_every_config_on_a_slice(topology):
-    """The meshes of the table of plans, where they match the number of devices and the batch."""
+    """The meshes in plans.json that match the number of devices and the batch."""
     devices, checked = devices_of(topology), []
     for planned_for, config in planned_configs():
         sizes, rows = config.mesh, config.batch * (config.split if isinstance(config, GrpoConfig) else 1)
@@ -89,7 +89,7 @@ def test_rows_of_several_slices():
 
 
 def test_rows_interleave_and_repeat():
-    """The orders that a contiguous range of rows per process cannot express."""
+    """Orders that cannot be expressed by a contiguous range of rows per process."""
     devices = devices_of("v5p:4x4x4")
     assert process_rows(make_mesh(1, 64, 1, 1, devices), 128, 0) == [0, 1, 8, 9, 32, 33, 40, 41]
     mesh = make_mesh(1, 16, 4, 1, devices)

@@ -119,7 +119,7 @@ def test_lost_peers(hosts):
 
 
 def test_resumed_host_ignores_stale_heartbeats(hosts):
-    """What it reads first may have been sent before the others ended."""
+    """The first values that it reads may have been sent before the others ended."""
     made = hosts(0.4, 0)
     until(lambda: made[0]._peers.keys() == {0, 1, 2})
     values = hosts.store.values

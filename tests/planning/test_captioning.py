@@ -28,7 +28,7 @@ TOKEN = 28 * 2 * 4 * 128 * 2  # bytes of keys and values
 
 
 def test_work_of_7b():
-    """Four devices read a quarter of the weights and of the caches each; eight, a quarter of the caches."""
+    """Each of four devices reads a quarter of the weights and caches; each of eight, a quarter of the caches."""
     model, shape = computed(SEVEN_B, "bfloat16", scan=False), Shape(16384, 30, 30, 15)
     for tensor, heads in ((1, 1), (4, 4), (8, 4)):
         assert prefill_work(model, shape, 2, tensor) == (row_flops(model, shape, 0, 0).total, WEIGHTS / tensor)
@@ -87,7 +87,7 @@ def test_estimate_of_a_collection(monkeypatch, batch, slots):
 
 @pytest.mark.slow
 def test_bench_over_a_mesh():
-    """All replicas caption; the floor is that of a device with half of the weights."""
+    """All replicas caption; the lower bound is that of a device with half of the weights."""
     one, four = (bench_caption("tiny", 2, 1024, 8, "float32", mesh) for mesh in ((1, 1), (2, 2)))
     assert (one["devices"], four["devices"]) == (1, 4)
     for result, clips in ((one, 2), (four, 4)):

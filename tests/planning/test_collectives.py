@@ -78,7 +78,7 @@ ENTRY %main (a: bf16[8,128], b: f32[32,128]) -> f32[8,128] {
 
 
 def test_asynchronous_collectives_count_once():
-    """Asynchronous collectives are written down in several places; a scattered sum sends half of a whole one."""
+    """Asynchronous collectives occur in several instructions; a reduce-scatter sends half as much as an all-reduce."""
     assert collective_bytes(STARTED) == {
         "all-gather": 32 * 128 * (2 + 4) * 3 / 4,
         "reduce-scatter": 32 * 128 * 4 * 3 / 4,

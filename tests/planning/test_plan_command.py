@@ -45,7 +45,7 @@ GRPO = [
 
 
 def test_plan_of_a_step_larger_than_this_machine(capsys, monkeypatch):
-    """The report of a step, by how much it does not fit, and advice."""
+    """The report of a step, the excess of memory, and advice."""
     monkeypatch.setattr(report, "memory_of", lambda device: 2**20)
     assert main(["plan", *TINY, "--json"]) == 1
     plan = json.loads(capsys.readouterr().out)
@@ -94,7 +94,7 @@ def test_invalid_input_is_a_one_line_error(capsys, args, complaint):
 
 
 def test_ctrl_c_ends_the_compiler(monkeypatch):
-    """At once, from a thread: the main thread is in the compiler."""
+    """A thread ends the process at once, since the main thread is in the compiler."""
     ended, statuses = threading.Event(), []
 
     def compiling(*_):
@@ -204,7 +204,7 @@ def test_plan_of_a_small_step_on_a_tpu_slice():
 
 @pytest.mark.slow
 def test_plan_of_every_grpo_phase_on_a_tpu_slice():
-    """With splash attention, heads and rows divided, and a group over two rows, as configs/grpo_7b.py has it."""
+    """With splash attention, sharded heads and rows, and two rows per group, as in configs/grpo_7b.py."""
     status, plan = of_slice(*GRPO, "--topology", "v5e:2x2", "--mesh.tensor", "2", "--split", "2", "--group", "4")
     assert (status, plan["fits"]) == (0, True)
     assert [step["name"] for step in plan["steps"]] == ["encode", "view", "rollout", "score", "update"]
@@ -225,7 +225,7 @@ def test_step_of_the_paper_fits_a_slice():
 
 @pytest.mark.slow
 def test_step_of_the_paper_does_not_fit_small_chips_by_default():
-    """The compiler refuses it before it makes any code."""
+    """The compiler refuses it before code generation."""
     status, plan = of_slice("configs/sft_7b.py", "--topology", "v5e:8x8")
     (step,) = plan["steps"]
     assert (status, plan["fits"]) == (1, False)

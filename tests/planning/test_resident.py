@@ -44,7 +44,7 @@ def test_resident_arrays_of_other_phases_count(plan):
 
 
 def test_slots_of_held_out_clips_fit_beside_a_step(plan):
-    """The caches of 64 clips, in as many devices as divide the rows of a step."""
+    """The caches of 64 clips, sharded over the devices that divide the rows of a step."""
     held_out = plan_of("--data.heldout", "heldout", "--eval_tokens", "8")
     phases, before = ({phase.name: phase for phase in one.phases} for one in (held_out, plan))
     assert phases["encode"].alive.keys() - before["encode"].alive.keys() >= {"slots", "view"}
@@ -57,7 +57,7 @@ def test_slots_of_held_out_clips_fit_beside_a_step(plan):
 
 @pytest.mark.parametrize(("steps", "spares"), [(1, 0), (3, 0), (2, 1)])
 def test_memory_of_a_step_equals_its_plan(steps, spares, tmp_path, capsys):
-    """The step of a run, with phases that only make what the real ones would return, and see what is there."""
+    """The step of a run with fake phases, which allocate the real results and measure the live arrays."""
     together, fields = steps + spares, ["--rollout_batches", str(steps), "--oversample", str(8 * spares)]
     plan = plan_of(*fields, "--objective.importance_cap", "2")
     phases = {phase.name: phase for phase in plan.phases}

@@ -42,7 +42,7 @@ def ask(client, messages=DOG, read=count, **more):
 
 
 def test_cache_in_a_bucket_is_refused(tmp_path, monkeypatch):
-    """Not kept in a local folder called `gs:`."""
+    """It is not written to a local folder called `gs:`."""
     monkeypatch.chdir(tmp_path)
     with pytest.raises(InputError, match="gs://bucket/answers: the judge's cache must be a local folder"):
         ChatClient(Endpoint("http://localhost/v1", "judge", cache=Path("gs://bucket/answers")))
@@ -154,7 +154,7 @@ def test_questions_are_drawn_lazily_with_bounded_concurrency():
 
 
 def test_queueing_does_not_count_as_patience():
-    """Of two that are asked at once, one at a time, the first is never answered; the second has its own patience."""
+    """Of two questions with a concurrency of one, the first is never answered; the second has its full patience."""
     with (
         chat_server(lambda number, _: "hang" if number == 0 else '{"dogs": 1}') as server,
         ChatClient(Endpoint(server.url, "m", concurrency=1, patience=2.0)) as client,

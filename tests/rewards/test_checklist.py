@@ -137,7 +137,7 @@ def test_wrong_order_costs_if_the_reference_gives_the_order(table):
 
 
 def test_keypoints_of_any_length_keep_their_positions(table):
-    """Short ones and long ones are read by two programs; one of more words than fit is cut."""
+    """Short and long keypoints are parsed by two programs; too long ones are truncated."""
     words = [f"{one}{other}" for one in ("bam", "dor", "fil", "gan", "hop") for other in ("ta", "mo", "ru", "ki", "pe")]
     texts = ["a dog barks", " ".join(words), "the red car", "go " * 97, "to " * 40]
     hashes, weights, truncated = _read_keypoints(table, texts, 64)

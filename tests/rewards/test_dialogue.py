@@ -91,7 +91,7 @@ def test_edit_distances_equal_rapidfuzz(table, spoken, truth):
 
 
 def test_long_lines_are_compared_in_blocks(table, monkeypatch):
-    """Lines of more words than a block has: the carries cross blocks, and blocks without a character are skipped."""
+    """Lines are longer than a block: carries cross blocks, and empty blocks are skipped."""
     monkeypatch.setattr(dialogue, "BLOCK", 4)  # 128 of 400 characters
     lines = ["ab" * 200, "a" * 129, "abc" * 43, "b" + "a" * 255]
     truth = ["ba" * 200, "a" * 128 + "b", "acb" * 42, "a" * 257, "a"]
@@ -147,9 +147,9 @@ def test_similarity_at_the_threshold_counts(table):
 
 @pytest.mark.slow
 def test_dialogue_reward_equals_the_avworld_checker():
-    """On the captions of clips R_D is what the world's own checker says; on those of others it may be kinder.
+    """On captions of the same clip R_D equals the checker's value; on captions of other clips it may be higher.
 
-    The checker asks for the very speaker, and words around a quote make a yellow star pass for a yellow diamond.
+    The checker requires the exact speaker; in R_D, words around a quote let a yellow star pass as a yellow diamond.
     In one of these clips the speaker runs into another one in the clause of the quote, and that one's words are rarer.
     """
     records = [record(make_script(5, index)) for index in range(48)]

@@ -103,7 +103,7 @@ def test_permanent_faults_give_nan_within_patience(fault, capsys):
 
 
 def test_batches_started_together_have_consecutive_patience():
-    """Those of one rollout; keypoints and probes of a batch wait at the same time."""
+    """Batches of one rollout; keypoints and probes of a batch wait at the same time."""
     with (
         chat_server(lambda *_: "hang") as server,
         RemoteJudge(Endpoint(server.url, "judge-1", patience=0.4, timeout=5.0)) as judge,
@@ -126,7 +126,7 @@ def test_invalid_answers_give_nan_after_a_few_tries(fault):
 
 
 def test_partial_answers_are_completed_by_further_calls():
-    """Only what is missing is asked for again, and its verdicts land in their own places."""
+    """Only missing verdicts are requested again, and they are put at their positions."""
 
     def half(number, request):
         statements = json.loads(request["messages"][1]["content"])["statements"]
@@ -141,7 +141,7 @@ def test_partial_answers_are_completed_by_further_calls():
 
 
 def test_nan_verdicts_are_excluded_from_the_mean():
-    """Two of four keypoints are answered for ever with nothing: R_C is the mean of the other two."""
+    """Two of four keypoints never get a verdict: R_C is the mean of the other two."""
 
     def silent(number, request):
         statements = json.loads(request["messages"][1]["content"])["statements"]
@@ -253,7 +253,7 @@ def test_batch_runs_in_the_background():
 
 
 def test_outage_delays_but_corrupts_nothing():
-    """Nobody listens when the batch starts; the server that comes up breaks for a while and is then well."""
+    """No server runs when the batch starts; later one starts, fails for a while and then recovers."""
     with socket.socket() as taken:
         taken.bind((HOST, 0))
         port = taken.getsockname()[1]

@@ -89,7 +89,7 @@ def test_unwritable_cache_loses_no_answer(tmp_path):
 
 
 def test_processes_share_a_cache(tmp_path):
-    """Four processes ask the same at once: all get the truth, files are whole, and a fifth asks nothing."""
+    """Four processes send equal questions at once: verdicts are true, cache files intact, a fifth makes no calls."""
     program = f"""
 import sys
 from avocado_jax.rewards.checklist import mean_score

@@ -36,7 +36,7 @@ def answers(url, captions=CAPTIONS, probes=PROBES, **fields):
 
 
 def test_one_call_per_caption_and_none_for_empty_captions():
-    """A caption without text answers nothing: 0, at no cost."""
+    """An empty caption scores 0 without a call."""
     with chat_server() as server:
         scores, judge = answers(server.url)
     np.testing.assert_array_equal(scores, [[1, 1], [0, np.nan], [0, 0]])
@@ -102,7 +102,7 @@ def test_letters_take_precedence_over_choices_that_look_like_letters():
 
 
 def test_most_likely_valid_letter_is_the_answer():
-    """Of a model whose logits are given: letters past the choices do not count, padding is NaN."""
+    """With given logits: letters beyond the choices are excluded, and padding is NaN."""
     label_ids = np.array([5, 3, 9, 7])
     logits = np.zeros((1, 3, 12), np.float32)
     logits[0, 0, [5, 3, 9, 7]] = [1, 3, 2, 9]  # of three choices B

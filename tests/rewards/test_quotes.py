@@ -227,5 +227,5 @@ def test_denied_and_alternative_words_are_not_claimed(table, written, claimed):
 
 @pytest.mark.parametrize("line", ["Man: Hello there.\n", "She says, 'Hello there.'\n", 'She says, "Hello there."\n'])
 def test_limits_fit_every_line(line):
-    """Lines of scripts and in single marks count as those in double marks do."""
+    """Lines of scripts and in single marks count like those in double marks."""
     assert limits_of([line * 40]).quotes == 64

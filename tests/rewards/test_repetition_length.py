@@ -48,7 +48,7 @@ def test_repcol_of_known_texts(texts, min_span):
 
 
 def test_repcol_at_the_threshold_of_each_unit_length():
-    """Of units without a period of their own: enough repetitions collapse, one character less does not."""
+    """For aperiodic units: the minimum number of repetitions collapses, one character less does not."""
     for first in range(1, 100, 9):
         units = range(first, min(first + 9, 100))
         unit = {n: "".join(map(chr, range(0x4E00, 0x4E00 + n))) for n in units}
@@ -61,7 +61,7 @@ def test_repcol_at_the_threshold_of_each_unit_length():
 
 
 def test_repcol_with_long_units():
-    """Sentences of 100 to 400 characters, three times in a row: only where they are asked for."""
+    """Sentences of 100 to 400 characters, three times in a row, count with `long_units` only."""
     unit = {n: "".join(map(chr, range(0x4E00, 0x4E00 + n))) for n in (99, 100, 146, 333, 400, 401)}
     texts = [f"a{(unit[n] * 3)[: 3 * n - less]}b" for n in unit for less in (0, 1)]
     size = 1280

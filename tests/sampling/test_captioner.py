@@ -59,7 +59,7 @@ def records():
 
 
 def test_prompt_of_a_row(tokenizer):
-    """A row's own fields, then the habits of the checkpoint."""
+    """Fields of the row, else the prompt settings of the checkpoint."""
     clip = random_media(4, 56, 84, 16000)
     captioner = captioner_of(CONFIG, {}, tokenizer, STOPS, "What?", habits=Habits(system="", media_first=False))
     for fields, expected in (

@@ -120,7 +120,7 @@ def long_and_short(one_by_one, monkeypatch):
 
 
 def test_finished_slot_is_refilled_while_others_decode(captioner, rows, long_and_short, monkeypatch):
-    """One slot decodes the long caption, the other as many short ones as take the same time."""
+    """One slot decodes the long caption, the other decodes short ones in the same time."""
     long, short, many, few = long_and_short
     dispatches = []
     advance = lane.Lane.advance
@@ -132,7 +132,7 @@ def test_finished_slot_is_refilled_while_others_decode(captioner, rows, long_and
 
 
 def test_dropped_request_frees_its_slot(captioner, rows, long_and_short, monkeypatch):
-    """One slot: the long caption is dropped after three tokens, a request that is dropped before is not prefilled."""
+    """With one slot, the long caption is dropped after three tokens. A request dropped earlier is not prefilled."""
     long, short, many, few = long_and_short
     dispatches, admitted = [], []
     advance, take = lane.Lane.advance, programs.admit
@@ -150,7 +150,7 @@ def test_dropped_request_frees_its_slot(captioner, rows, long_and_short, monkeyp
 
 
 def test_out_of_memory_halves_the_slots(captioner, rows, one_by_one, monkeypatch):
-    """With the fewest slots, only the clips of that shape fail, once each; None is an item as any other."""
+    """With the minimum of slots, only the clips of that shape fail, once each. None is a valid item."""
     real, small = programs.admit, rounded(shape_of(rows[0].clip), arrivals.SHAPE_BITS)
     failing = {4, 2}
 
@@ -183,7 +183,7 @@ def test_other_errors_of_the_devices_are_raised(captioner, rows, monkeypatch):
 
 
 def test_clips_of_other_lanes_are_served_in_bounded_time(captioner, rows, long_and_short, monkeypatch):
-    """A lane that has captioned its share admits no more, although one of its slots is still busy."""
+    """A lane that has captioned its share admits no more clips, also while one of its slots is busy."""
     monkeypatch.setattr(engine, "LANE_ROUNDS", 1)
     long, short, *_ = long_and_short
     order, other = [long, -1] + [short] * 8, captioner.row(random_media(*LARGER), {})
@@ -196,7 +196,7 @@ def test_clips_of_other_lanes_are_served_in_bounded_time(captioner, rows, long_a
 
 
 def test_rare_shapes_of_a_lane_are_served_in_bounded_time(rows, monkeypatch):
-    """Pairs of one shape are prefilled before a single, older clip of another, but only for some time."""
+    """Pairs of one shape are prefilled before a single older clip of another shape, but only for a bounded time."""
     monkeypatch.setattr(lane, "PREFILL_TOKENS", 2 * rounded(shape_of(rows[0].clip), arrivals.SHAPE_BITS).tokens)
     monkeypatch.setattr(programs, "empty", lambda *_: None)
     monkeypatch.setattr(programs, "admit", lambda *_: None)
@@ -254,7 +254,7 @@ def test_window_sizes():
 
 
 def test_no_cache_moves_between_devices(captioner, rows):
-    """Compiled for data 4 x tensor 2: what devices exchange is small beside the caches of one."""
+    """Compiled for data 4 x tensor 2: devices exchange few bytes compared with the caches of one device."""
     mesh = make_mesh(data=4, fsdp=1, tensor=2, devices=jax.devices()[:8])
     params = jax.device_put(captioner.params, shardings(captioner.params, mesh))
     shape = rounded(shape_of(rows[0].clip), arrivals.SHAPE_BITS)
@@ -276,7 +276,7 @@ def test_no_cache_moves_between_devices(captioner, rows):
     "sizes", [(1, 2, 2), *(pytest.param(one, marks=pytest.mark.slow) for one in ((2, 2, 2), (1, 4, 1)))]
 )
 def test_batch_on_the_mesh_equals_single_captions(captioner, rows, one_by_one, sizes):
-    """In two parts; rows without weight have no caption, and nothing is compiled after `batch_programs`."""
+    """In two parts; rows of zero weight get no caption, and nothing is compiled after `batch_programs`."""
     mesh = make_mesh(*sizes, devices=jax.devices()[: math.prod(sizes)])
     params = jax.device_put(captioner.params, shardings(captioner.params, mesh, over=("tensor",)))
     order, weight = [0, 2, 4, 6, 8, 0, 2, 4], np.array([1, 0, 1, 1, 0, 1, 1, 0], np.float32)
@@ -299,7 +299,7 @@ def test_batch_on_the_mesh_equals_single_captions(captioner, rows, one_by_one, s
 
 
 def test_waiting_clips_are_bounded(rows, monkeypatch):
-    """Reading goes on once clips are taken."""
+    """Reading continues when clips are consumed."""
     monkeypatch.setattr(arrivals, "WAITING_BYTES", 3 * arrivals.nbytes(rows[0]) - 1)
     read = []
 
@@ -323,7 +323,7 @@ def test_waiting_clips_are_bounded(rows, monkeypatch):
 
 
 def test_clips_are_gathered_before_a_dispatch(rows):
-    """Until there are as many, the end, or the time is up."""
+    """Gathering ends at the requested number, at the end of the requests, or at the timeout."""
     given = [(i, rows[i], i) for i in range(4)]
 
     def gathered(requests, count, seconds=30.0):
@@ -347,7 +347,7 @@ def test_clips_are_gathered_before_a_dispatch(rows):
 
 @pytest.mark.parametrize("error", [OSError("the disk is gone"), MemoryError("the disk is gone")])
 def test_error_of_the_request_iterator_is_raised(captioner, rows, one_by_one, error):
-    """Behind the captions of the clips before it; also an error that the devices could have raised."""
+    """It is raised after the captions of earlier clips, also if it looks like a device error."""
 
     def requests():
         yield 0, rows[0], 0
@@ -361,7 +361,7 @@ def test_error_of_the_request_iterator_is_raised(captioner, rows, one_by_one, er
 
 
 def test_number_of_slots_follows_memory(captioner, rows):
-    """A slot takes the keys and values of its clip and its caption in every layer."""
+    """A slot needs memory for keys and values of its clip and caption in every layer."""
     tokens, text = shape_of(rows[0].clip).tokens, CONFIG.text
     slot = 2 * text.layers * text.kv_heads * text.head * (tokens + LENGTH) * 4
     for given, expected in (
@@ -380,7 +380,7 @@ def test_number_of_slots_follows_memory(captioner, rows):
 
 
 def test_memory_for_caches(captioner, monkeypatch):
-    """What parameters leave of the usable share of a device; a CPU reports no memory."""
+    """The usable share of a device's memory minus the parameters; a CPU reports no memory."""
     assert engine.free_cache_bytes(captioner.params) is None
 
     device = SimpleNamespace(memory_stats=lambda: {"bytes_limit": 1000})

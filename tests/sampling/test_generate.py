@@ -60,7 +60,7 @@ def test_samples_do_not_depend_on_the_batch(params, rows):
 
 
 def test_sampled_log_probabilities_equal_a_parallel_pass(params, rows):
-    """What a trainer computes from the same parameters, for the whole group at once."""
+    """They equal a forward pass of training with the same parameters over the full group."""
     clip, drawn = sample(params, rows, [0, 1, 2], group=3)
     first = jnp.broadcast_to(clip.first[:, None, None], (3, 3, 1))
     inputs = jnp.concatenate([first, drawn.tokens[..., :-1]], axis=-1)
@@ -94,7 +94,7 @@ def test_captions_stop_at_the_stop_token(params, rows):
 
 
 def test_captions_do_not_depend_on_their_group(params, rows):
-    """Captions that stop late are drawn as alone, after others have stopped."""
+    """Captions that stop late equal those sampled alone, after others have stopped."""
     stops = tuple(range(0, 250, 12))
     clip, together = sample(params, rows, [0, 1, 2], group=8, stops=stops, length=64)
     lengths = np.sort(np.asarray(together.lengths), axis=1)
@@ -115,7 +115,7 @@ def test_only_allowed_ids_are_sampled(params, rows):
 
 
 def test_loop_ends_when_all_have_stopped(params, rows):
-    """With one id left and that a stop, a limit of thousands costs one step."""
+    """If only a stop id is allowed, a limit of thousands costs one step."""
     _, drawn = sample(params, rows[:1], [0], allowed=0, length=4000)
     assert (np.asarray(drawn.lengths) == 1).all()
     assert (np.asarray(drawn.tokens) == 258).all()

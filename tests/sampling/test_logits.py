@@ -29,7 +29,7 @@ def test_top_k_and_top_p_equal_transformers(top_k, top_p):
 
 
 def test_samples_follow_the_probabilities():
-    """Of 20,000 draws, each token's share is within five standard errors, and banned tokens never come."""
+    """In 20,000 samples, each token's share is within five standard errors, and banned tokens never occur."""
     logits, temperature, count = jnp.asarray(LOGITS[0, :20]), 0.7, 20_000
     banned = jnp.arange(20) % 5 == 2
     keys = jax.random.split(jax.random.key(1), count)

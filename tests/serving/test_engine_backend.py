@@ -141,7 +141,7 @@ def test_answers_equal_the_captions(stub):
 
 
 def test_disconnected_client_cancels_its_request(stub):
-    """Its request is dropped, in a slot or before; the others are answered."""
+    """Its request is cancelled, in a slot or in the queue; the others are answered."""
 
     async def work(backend):
         job, _ = await backend.prepare(chat(0, stream=True), clip(0))
@@ -164,7 +164,7 @@ def test_disconnected_client_cancels_its_request(stub):
 
 
 def test_number_of_sampling_settings_is_bounded(stub, monkeypatch):
-    """Each request gets its own; temperature 0 is the default; their number is limited."""
+    """Each request has its own sampling; temperature 0 equals the default; the number of settings is limited."""
     monkeypatch.setattr(module, "SAMPLINGS", 2)
 
     async def work(backend):
@@ -188,7 +188,7 @@ def test_number_of_sampling_settings_is_bounded(stub, monkeypatch):
 
 
 def test_default_sampling(stub):
-    """What a request does not state is the server's."""
+    """The server's defaults apply to unset fields of a request."""
     backend = EngineBackend(stub, LENGTH, 2000, Sampling(0.7, 5, 0.9))
     assert backend._sampling_of(chat(0)) == Sampling(0.7, 5, 0.9)
     assert backend._sampling_of(chat(0, top_p=0.5)) == Sampling(0.7, 5, 0.5)
@@ -224,7 +224,7 @@ def test_text_only_and_long_prompts(stub):
     [(MemoryError("no"), 400), (jax.errors.JaxRuntimeError("INTERNAL: no"), 500)],
 )
 def test_device_errors_become_responses(stub, monkeypatch, error, status):
-    """Too little memory for a clip is its error; every other one fails all requests, and the server ends."""
+    """Out of memory fails the clip only; every other error fails all requests, and the server exits."""
     monkeypatch.setattr(StubEngine, "error", error)
 
     async def work(backend):
@@ -245,7 +245,7 @@ def test_device_errors_become_responses(stub, monkeypatch, error, status):
 
 @pytest.mark.slow
 def test_backend_with_the_real_engine(captioner, rows, one_by_one):  # noqa: F811
-    """Prompts are those of `caption`, and the answers its captions, for unequal clips at once and texts alone."""
+    """Prompts and answers equal those of `caption`, for concurrent clips of unequal sizes and for texts alone."""
     expected = one_by_one[GREEDY]
 
     async def work(backend):
@@ -265,7 +265,7 @@ def test_backend_with_the_real_engine(captioner, rows, one_by_one):  # noqa: F81
 
 
 def test_default_sampling_is_always_accepted(stub, monkeypatch):
-    """Clients with other ways of sampling cannot use it up, and a request that is refused takes none."""
+    """Other sampling settings do not use up its place, and refused requests use none."""
     monkeypatch.setattr(module, "SAMPLINGS", 3)
 
     async def work(backend):

@@ -94,7 +94,7 @@ def test_streamed_answers(server):
 
 
 def test_warnings_about_a_clip(server):
-    """They are a field of the answer, and of each part of a stream."""
+    """Warnings are a field of the answer and of each chunk of a stream."""
     assert server.chat("warned").model_extra["warnings"] == ["dark"]
     assert next(server.chat("warned", stream=True)).model_extra["warnings"] == ["dark"]
     assert not server.chat("a").model_extra.get("warnings")
@@ -194,7 +194,7 @@ def test_too_large_body_is_refused(server):
 
 
 def test_curate_uses_this_server(tmp_path, monkeypatch, capsys):
-    """Frames, sound and texts arrive as `curate` means them: the truth of a clip comes back."""
+    """Frames, sound and texts of `curate` arrive unchanged: the answers equal the truth of the clip."""
     monkeypatch.syspath_prepend(Path(__file__).parents[1] / "curation")
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(Path(__file__).parents[1] / "curation"), *sys.path]))
     from fake_curator import SMALL, make_clips, unique_keypoints

@@ -63,7 +63,7 @@ def test_disallowed_urls_are_refused(server, root, name):
 
 
 def test_file_replaced_after_the_check_is_not_read(root, tmp_path, monkeypatch):
-    """What counts is the file that was opened, not what its name referred to before."""
+    """The check applies to the opened file, not to the earlier target of its name."""
     link, real = root / "changing.mp4", os.open
     link.symlink_to("within.mp4")
 
@@ -149,7 +149,7 @@ def test_no_download_without_allow_remote(server, web):
 
 
 def test_downloads_follow_the_rules(web, root):
-    """Only public addresses, also behind redirects and other ways to write them; within the limits."""
+    """Only public addresses, also after redirects and in other notations, and within the limits."""
     inner, outer = web
     with running("--remote", "--public", "127.0.0.3") as server:
         expected = stub_server.digest(read_media(root / "within.mp4", stub_server.READING))

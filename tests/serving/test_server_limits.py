@@ -16,7 +16,7 @@ from running_server import KEY, clip_part, data_url, running
 
 
 def test_excess_requests_get_429(server):
-    """Of 200 at once, as many are answered as the queue takes, and the others get 429 at once."""
+    """Of 200 concurrent requests, the queue limit determines how many are answered; the others get 429 at once."""
 
     async def ask() -> list:
         async with openai.AsyncOpenAI(**server.options) as client:
@@ -111,7 +111,7 @@ def in_threads(*calls) -> list:
 
 @pytest.mark.parametrize("grace", [10, 0.2])
 def test_sigterm_during_a_request(grace):
-    """Requests that are being answered finish; past the grace they end with an error. The exit status is 0."""
+    """Requests in progress finish, or end with an error after the grace period. The exit status is 0."""
     with running("--grace", grace) as server:
         results, threads = in_threads(lambda: server.chat("slow"), lambda: list(server.chat("slow", stream=True)))
         server.wait_for("requests_in_flight", 2)

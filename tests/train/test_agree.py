@@ -170,7 +170,7 @@ def test_judges_with_a_model_run_in_a_step_of_two_processes(two, name):
 
 @pytest.mark.parametrize("name", PROBES)
 def test_probes_are_judged_in_a_step_of_two_processes(two, name):
-    """Beside keypoints; a caption without text has no right answer."""
+    """Together with keypoints; an empty caption has no right answer."""
     (first, second), _, folder = two
     assert first[name] == second[name]
     assert first[name]["metrics"]["reward_probes_missing"] == 0

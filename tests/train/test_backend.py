@@ -93,7 +93,7 @@ def test_commands_set_gpu_memory_before_a_backend_starts(monkeypatch, tmp_path, 
 
 
 def test_references_are_built_on_the_cpu(monkeypatch):
-    """In the input thread, and in the main thread, where a mesh is in use. Here the last device stands for the CPU."""
+    """In the input thread, and in the main thread within a mesh. In this test the last device represents the CPU."""
     local, used = jax.local_devices, []
     cpu = jax.devices()[-1]
     monkeypatch.setattr(jax, "local_devices", lambda *_, backend=None: [cpu] if backend == "cpu" else local())

@@ -31,7 +31,7 @@ print(counts().compiled, counts().read, jax.config.jax_compilation_cache_dir)
 
 
 def test_second_start_compiles_nothing(tmp_path, monkeypatch):
-    """Counted by jax's own events. The directory is the run's, unless the user names one."""
+    """Counted by jax's events. The cache folder is in the run, unless the user sets one."""
     (first,) = several(CACHED, 1, 1, tmp_path)
     count, read, where = first.split()
     assert int(count) > 0 == int(read)
@@ -70,7 +70,7 @@ print(counts().compiled, counts().read)
 
 @pytest.mark.slow
 def test_all_processes_read_the_cache_that_process_0_wrote_to_a_bucket(tmp_path, monkeypatch):
-    """Programs of all devices. One of a single device has the device in its key, and process 0 alone writes."""
+    """Programs for all devices. The key of a single-device program contains the device, and only process 0 writes."""
     (tmp_path / "bucket").mkdir()
     with storage_server(tmp_path) as port:
         monkeypatch.setenv("STORAGE_EMULATOR_HOST", f"http://127.0.0.1:{port}")
@@ -139,7 +139,7 @@ def test_compilations_are_logged_once_the_programs_are_compiled(monkeypatch):
 
 
 def test_programs_compile_concurrently(sharding, monkeypatch):
-    """Two compilations meet; no more than THREADS do."""
+    """Compilations overlap, at most THREADS of them."""
     both, running, most = threading.Barrier(2, timeout=60), [], []
 
     class Lowered:

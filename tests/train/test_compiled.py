@@ -61,7 +61,7 @@ def experience(params, program):
 def test_gradient_takes_one_tree_and_two_gathers_per_weight():
     """A weight is gathered in the forward and in the backward pass; its gradient is reduced once.
 
-    Memory is that of temporaries and result. The optimizer is left out: XLA copies donated arguments on CPU.
+    Memory is that of temporaries and result. The optimizer is excluded, since XLA copies donated arguments on CPU.
     """
     mesh = make_mesh(1, DEVICES, 1)
     with jax.set_mesh(mesh):
@@ -81,7 +81,7 @@ def test_gradient_takes_one_tree_and_two_gathers_per_weight():
 
 @pytest.mark.parametrize(("sizes", "parts"), [((1, 8, 1), 8), ((1, 4, 2), 4)])
 def test_the_loss_gathers_the_output_matrix_once(sizes, parts, monkeypatch):
-    """However many chunks it takes, forward and backward pass together; its gradient is reduced once."""
+    """Once in forward and backward pass together, for any number of chunks; its gradient is reduced once."""
     vocabulary, width, tokens = 512, 64, 40
     monkeypatch.setattr(losses, "LOGITS_BYTES", 4 * vocabulary * 10)
     mesh = make_mesh(*sizes)

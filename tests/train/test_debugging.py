@@ -67,6 +67,6 @@ def test_the_first_nan_ends_the_run(runs):
 
 @pytest.mark.slow
 def test_debug_nans_allows_nan_rewards_without_a_reference(grpo_runs):
-    """Their terms are NaN on purpose. Bits are those of the run without the flag."""
+    """Their terms are NaN by design. Results are bit-identical to those without the flag."""
     grpo_runs.finish("checked", "--steps", "3", "--data.train", "world:0:train:0:20", "--debug-nans")
     assert len(grpo_runs.lines("checked")) == 3

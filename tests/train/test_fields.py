@@ -232,7 +232,7 @@ def test_a_field_has_its_effect(runs, kind, field):
 
 @pytest.mark.parametrize("kind", FIELDS)
 def test_checkpoints_are_ranked_by_the_held_out_metric(runs, kind):
-    """Lower is better: the lowest loss, the highest reward."""
+    """The lowest loss or the highest reward is best."""
     rank = runs(kind).train[0].job.rank
     if kind == "SftConfig":
         assert rank({"heldout_loss": 1.0}) < rank({"heldout_loss": 2.0})
@@ -242,7 +242,7 @@ def test_checkpoints_are_ranked_by_the_held_out_metric(runs, kind):
 
 
 def test_held_out_clips_are_captioned_in_one_batch(runs, monkeypatch):
-    """One row each, 64 or more at a time where there are so many, in parts of the rows of a training step."""
+    """One row each, at least 64 at a time if available, in parts with the rows of a training step."""
     calls = runs("GrpoConfig")
     many = Clips()
     many.index = Index(*(np.tile(column, 40) if isinstance(column, np.ndarray) else column for column in index()))
@@ -257,7 +257,7 @@ def test_held_out_clips_are_captioned_in_one_batch(runs, monkeypatch):
 
 
 def test_the_plan_of_grpo_does_not_depend_on_reference_captions(runs, monkeypatch):
-    """Nor on fields that may change when a run is resumed."""
+    """It does not depend on fields that may change when a run is resumed, either."""
     calls = runs("GrpoConfig")
     setup = run.set_up(calls.config, 2)
     longer = Clips()

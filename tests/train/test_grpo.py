@@ -94,7 +94,7 @@ OBJECTIVES = {
     ],
 )
 def test_group_row_equals_separate_rows(name, encoded):
-    """Loss, gradient and sums, over 8 devices; in parts too."""
+    """Loss, gradient and sums over 8 devices, also with microbatches."""
     params, batch = random_params(MODEL), experience()
     if encoded:
         batch = batch._replace(encoded=encoded_clip(params, batch.clip))
@@ -118,7 +118,7 @@ def test_group_row_equals_separate_rows(name, encoded):
 
 
 def test_equal_rewards_and_empty_captions_give_zero_gradients():
-    """Without rewards that differ the policy's term has no gradient at all; without tokens nothing is NaN."""
+    """With equal rewards the policy term has zero gradient; with empty captions nothing is NaN."""
     params, batch, config = random_params(MODEL), experience(), replace(CONFIG, objective=OBJECTIVES["dapo"])
     batch = batch._replace(encoded=encoded_clip(params, batch.clip))
     equal = np.asarray(advantages(np.full((B, G), 0.3, np.float32), config.objective))
@@ -133,7 +133,7 @@ def test_equal_rewards_and_empty_captions_give_zero_gradients():
 @pytest.mark.slow
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_narrower_rollout_has_the_same_gradient(name):
-    """What a column without captions costs is saved; what captions count by the limit stays."""
+    """Columns without tokens are not computed; weights that depend on the limit are unchanged."""
     config, params, batch = replace(CONFIG, objective=OBJECTIVES[name]), random_params(MODEL), experience()
     lengths = np.minimum(batch.rollout.lengths, C // 2)
     captions = batch.rollout.captions._replace(valid=np.arange(C) < lengths[..., None])
@@ -164,7 +164,7 @@ def update_flops(rows, group, attention):
 
 @pytest.mark.parametrize("attention", ["plain", pytest.param("splash", marks=pytest.mark.slow)])
 def test_group_row_costs_a_fifth_of_separate_rows(attention):
-    """7B, 8 captions: counted from the traced program, and near what the shapes say."""
+    """For the 7B and 8 captions, counted from the traced program and close to the counts from shapes."""
     together, model = update_flops(1, 8, attention)
     separate_rows, _ = update_flops(8, 1, attention)
     print(f"{together / 1e12:.1f} TFLOP against {separate_rows / 1e12:.1f}: {separate_rows / together:.2f} times")

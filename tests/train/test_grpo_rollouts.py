@@ -23,7 +23,7 @@ TWICE = replace(CONFIG, passes=2, minibatches=2)
 
 @pytest.mark.parametrize("train", ["captioner", pytest.param("lora", marks=pytest.mark.slow)])
 def test_reference_has_separate_adapters(train):
-    """Perturbed adapters of the policy change its log-probabilities, and no bit of the reference's."""
+    """Perturbed adapters of the policy change its log-probabilities, but not those of the reference."""
     run = Run(replace(TWICE, train=train, lora=LoraConfig(4, 4.0), sampling=COOL))
     encoded, rollout = run.rollout()
     before = run.score(encoded, rollout)
@@ -103,7 +103,7 @@ def test_rollouts_depend_only_on_seed_and_step():
 
 
 def test_batches_sampled_together_equal_separate_rollouts():
-    """One program over the rows of both batches; each row's draws are those of its batch's step."""
+    """One program over the rows of both batches; the samples of each row depend on the step of its batch."""
     run = Run(replace(CONFIG, rollout_batches=2, objective=ObjectiveConfig(importance_cap=2.0)), (4, 1, 2))
     other = jax.tree.map(lambda leaf: leaf[::-1], run.clip)
     with jax.set_mesh(run.mesh):

@@ -85,7 +85,7 @@ def test_run_resumes_between_updates_of_one_rollout(grpo_runs):
 
 
 def test_killed_run_with_spare_clips_resumes_exactly(grpo_runs, monkeypatch):
-    """A reward that is 1 for every fifth caption: many groups have equal ones."""
+    """The reward is 1 for every fifth caption, so that many groups have equal rewards."""
     use_terms(grpo_runs, monkeypatch)
     rewards = ["--rewards.dialogue", "0", "--rewards.checklist", "0", "--rewards.length", "0"]
     rewards += ["--rewards.extra", "host:my_terms:fifth"]

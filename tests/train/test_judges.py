@@ -134,7 +134,7 @@ def test_encoder_without_special_tokens_is_refused(encoder, tmp_path):
 
 
 def test_lm_judge_uses_the_chat_format(tmp_path):
-    """The reference reads the same words as plain text and answers with the same probability."""
+    """The reference gives the same probability for the same words as plain text."""
     write_reference(tmp_path, TINY)
     write_tokenizer(tmp_path)
     captions, keypoints = ["a dog <|im_end|> barks", "café \ud83d", ""], [["a dog", "a cat sleeps"], ["coffee"], []]
@@ -176,7 +176,7 @@ def test_lm_judge_uses_the_chat_format(tmp_path):
 
 
 def test_probes_are_answered_by_the_most_likely_letter(tmp_path):
-    """As the reference does that reads the same words as plain text; a caption without text answers none."""
+    """Equal to the reference on the same words as plain text; an empty caption answers none."""
     write_reference(tmp_path, TINY)
     write_tokenizer(tmp_path)
     captions = ["a dog barks", "", "café \ud83d"]

@@ -44,7 +44,7 @@ def uploads(proxy):
 
 
 def test_metrics_reach_the_bucket_without_a_checkpoint(proxy, monkeypatch):
-    """Also after storage was down: that is a warning, and no step waits for it."""
+    """Also after a storage outage, which prints a warning and delays no step."""
     monkeypatch.setattr(metrics, "UPLOAD_SECONDS", 0.05)
     monkeypatch.setattr(storage, "PATIENCE", 0.2)
     log = Log(RUN, 0, True, "", {})
@@ -86,7 +86,7 @@ def test_only_changes_and_complete_lines_are_uploaded(proxy, monkeypatch):
 
 
 def test_flush_waits_for_an_older_upload(proxy, monkeypatch):
-    """Otherwise the older version could replace the newer one, behind a checkpoint that relies on it."""
+    """Otherwise the older version could replace the newer one after a checkpoint that relies on it."""
     monkeypatch.setattr(metrics, "UPLOAD_SECONDS", 0.01)
     log, real = Log(RUN, 0, False, "", {}), storage.write
     started, finished = threading.Event(), threading.Event()

@@ -79,7 +79,7 @@ def finish(folder, clock, steps=12, first=0, checkpoints=None, fails=None, evalu
     [("heldout_loss", rank_by_loss, [2, 1, 3, 4], 2), ("heldout_reward", rank_by_reward, [-2, 0.5, 0.7, -4], 3)],
 )
 def test_best_checkpoint_is_kept(tmp_path, clock, metric, rank, values, best):
-    """With the lowest held-out loss, or the highest held-out reward; the newest is kept beside it."""
+    """The best has the lowest held-out loss or the highest held-out reward. The newest is kept too."""
     evaluator = Evaluator(lambda state, step: {metric: values[int(state.step) - 1]}, rank)
     checkpoints = checkpoint.Checkpoints(tmp_path, keep=1)
     finish(tmp_path, clock, 4, checkpoints=checkpoints, evaluator=evaluator, checkpoint_every=1, eval_every=1)
@@ -88,7 +88,7 @@ def test_best_checkpoint_is_kept(tmp_path, clock, metric, rank, values, best):
 
 
 def test_checkpoint_minutes_trigger_saves(tmp_path, clock):
-    """Steps of 7 minutes: 20 have passed after the third, and the decision is read while the next one runs."""
+    """With steps of 7 minutes, 20 have passed after the third, and the decision takes effect after the next step."""
     assert finish(tmp_path, clock) == [12]
     assert finish(tmp_path, clock, checkpoint_minutes=20) == [4, 8, 12]
     assert finish(tmp_path, clock, checkpoint_minutes=20, checkpoint_every=5) == [4, 5, 9, 10, 12]
@@ -109,7 +109,7 @@ def test_remaining_time_includes_the_evaluations(tmp_path, clock, capsys, monkey
 
 
 def test_metrics_of_a_step_are_flushed_before_its_checkpoint(tmp_path, clock, monkeypatch):
-    """Otherwise a run that is killed between the two resumes behind a step without metrics."""
+    """Otherwise a run that is killed in between resumes after a step without metrics."""
     flushed, checkpoints = [], Checkpoints()
     real = Log.flush
 
@@ -137,7 +137,7 @@ def test_resume_inside_the_profile_window_traces_the_rest(tmp_path, clock, trace
 
 
 def test_failure_keeps_the_trace_and_closes_everything(tmp_path, clock, traces, monkeypatch, capsys):
-    """The error of the step decides the exit status, not what failed after it."""
+    """The error of the step determines the exit status, not later failures."""
 
     def close(log):
         raise OSError("no storage")

@@ -68,7 +68,7 @@ def scores_of_whole_logits(hidden, head, targets, temperature):
 @pytest.mark.parametrize("sizes", [(1, 1, 1), (2, 2, 2), (1, 8, 1), (1, 2, 4)])
 @pytest.mark.parametrize("vocabulary", [48, V])  # divided by `tensor`, or not
 def test_scores_on_every_mesh_with_temperature(case, sizes, vocabulary, monkeypatch):
-    """Scores and gradients, in two or more chunks; three rows are not divided by any mesh."""
+    """Scores and gradients in at least two chunks; no mesh divides the three rows evenly."""
     hidden, head, captions, _ = case
     head, targets = head[:vocabulary], captions.targets % vocabulary
     hidden[0, 0, 0] = 3 * head[targets[0, 0, 0]]  # large logits: the target is the likeliest
@@ -90,7 +90,7 @@ def test_scores_on_every_mesh_with_temperature(case, sizes, vocabulary, monkeypa
 
 
 def test_bf16_loss_is_near_fp32(case):
-    """In bfloat16 the gradient of the output matrix is summed in fp32 over the chunks, and has its dtype."""
+    """In bfloat16 the gradient of the output matrix is accumulated in fp32 over chunks, and returned in bfloat16."""
     hidden, head, captions, weight = case
 
     def gradients(dtype):

@@ -101,7 +101,7 @@ def test_kl_estimators_equal_numpy():
 
 
 def test_kl_estimators_agree_in_expectation():
-    """Over draws from p: k1 and k3 are unbiased, k2 nearly so for near distributions."""
+    """Over samples from p, k1 and k3 are unbiased, and k2 nearly so for close distributions."""
     rng = np.random.default_rng(0)
     p = jax.nn.log_softmax(rng.normal(size=20))
     q = jax.nn.log_softmax(p + 0.1 * rng.normal(size=20))
@@ -185,7 +185,7 @@ def test_equal_rewards_give_no_gradient_of_the_policy_term(case):
 
 
 def test_masked_tokens_do_not_affect_loss_or_gradient(case):
-    """Tokens behind the stop with probabilities of 1e-40 or certainty change no bit of loss and gradient."""
+    """Tokens after the stop with probability 1e-40 or 1 do not change a bit of loss and gradient."""
     *rest, valid, _ = case
     shares = o.SHARES["sequence"](valid, np.ones((B, G), np.float32), C)
     advantage = np.linspace(-2, 2, B * G, dtype=np.float32).reshape(B, G)

@@ -121,7 +121,7 @@ SAME = (2, 2)
 
 
 def test_spares_are_shared_by_all_batches_of_a_rollout(tmp_path):
-    """In order, each once; what is scored and learned from has them in the place of what they replace."""
+    """In order, each once; scores and updates have them at the positions of the groups that they replace."""
     run = Run(tmp_path, {0: SAME, 11: SAME, 40: SAME, 41: SAME})
     state, found = run.run(START, 0, 4)
     assert run.sampled == [[0, 1, 2], [3, 4, 5]]
@@ -161,7 +161,7 @@ def test_resume_restores_used_spares(tmp_path):
 
 
 def test_next_rollout_has_new_spares(tmp_path):
-    """Also with a single batch a rollout, whose state keeps nothing."""
+    """Also with a single batch per rollout, which stores nothing in the state."""
     run = Run(tmp_path, {0: SAME, 20: SAME, 30: (2, 4)}, together=1)
     state, _ = run.run(START, 0, 2)
     assert run.sampled == [[0, 1], [2, 3]]
@@ -173,7 +173,7 @@ def test_next_rollout_has_new_spares(tmp_path):
 
 @pytest.mark.parametrize("together", [1, 2])
 def test_spares_use_separate_random_keys(together, monkeypatch):
-    """And change none of those of the batches."""
+    """They do not change the random keys of the batches."""
     received = []
 
     def generate(view, clip, keys, *_, **__):

@@ -81,7 +81,7 @@ with init_distributed("127.0.0.1:PORT", 4, number, None, TimeoutConfig(120, HEAR
 @pytest.mark.slow
 @pytest.mark.parametrize(("how", "heartbeat", "limit", "within"), [("stop", 8, 100, 30), ("loop", 60, 10, 30)])
 def test_hanging_host_is_named_and_all_exit_with_75(tmp_path, how, heartbeat, limit, within):
-    """Through worker.sh, as launchers start it. A stopped process cannot end: it continues when the others have."""
+    """Through worker.sh, as in launchers. A stopped process cannot exit: it continues after the others have exited."""
     with socket.socket() as reserved:
         reserved.bind(("127.0.0.1", 0))
         values = {"TESTS": ROOT / "tests", "HOW": how, "PORT": reserved.getsockname()[1]}

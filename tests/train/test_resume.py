@@ -73,7 +73,7 @@ def test_resume_with_another_config_or_data_is_refused(runs):
 @pytest.mark.soak
 @pytest.mark.parametrize("cached", [True, False])
 def test_run_killed_at_random_moments_is_bit_identical(runs, cached):
-    """SIGKILL and SIGTERM at moments drawn over the time of a run: in start-up, compilation, loop and saves."""
+    """SIGKILL and SIGTERM at random times of a run: in start-up, compilation, loop and saves."""
     kills = 10
     draw, name, done = random.Random(kills + cached), f"killed-{cached}", 0
     start = time.monotonic()

@@ -44,7 +44,7 @@ def wrong(captions, references):
 
 
 def test_users_term_is_combined_by_its_weight(rewards_of, monkeypatch):
-    """A value without a verdict has the mean of its group; weight 0 only logs the term."""
+    """A caption without a verdict gets the mean of its group; weight 0 only logs the term."""
     extra = ("host:test_rewarded:known_lengths=0.5", "host:test_rewarded:wrong=0")
     monkeypatch.setattr(run_rewards, "caption_text", lambda setup, stops, ids: f"{len(ids)}")
     _, rewards = rewards_of(GrpoConfig(rewards=RewardConfig(extra=extra)))
@@ -68,7 +68,7 @@ def test_users_term_is_combined_by_its_weight(rewards_of, monkeypatch):
 
 @pytest.mark.parametrize("normalize", [False, True])
 def test_held_out_rewards_are_plain_weighted_sums(rewards_of, normalize):
-    """Also where training normalises each term in its group: greedy captions have no group."""
+    """Also if training normalises each term in its group, since greedy captions have no group."""
     weights = dict(checklist=1.0, dialogue=2.0, length=0.5, repetition=1.0)
     _, rewards = rewards_of(GrpoConfig(rewards=RewardConfig(normalize=normalize, **weights)))
     values = np.random.default_rng(0).random((4, 5, 1)).astype(np.float32)
@@ -93,7 +93,7 @@ def test_training_normalises_terms_if_configured(rewards_of):
 
 
 def test_weights_of_clips_with_several_rows(rewards_of):
-    """Three clips of two rows; the middle one was lost, and nothing of it is in the metrics."""
+    """Three clips of two rows; the middle clip was lost and does not affect the metrics."""
     config = GrpoConfig(batch=3, group=4, split=2)
     setup, rewards = rewards_of(config)
     rows = rows_sharding(setup.mesh)

@@ -179,7 +179,7 @@ def test_resume_restores_captions_from_the_state(tmp_path):
 
 
 def test_record_lost_at_sampling_stays_excluded_after_a_resume(tmp_path):
-    """Its captions are those of an empty clip, although a later start can read it. A row lost later does not count."""
+    """Its captions were sampled without the clip, although a later start can read it. Rows lost later are excluded too."""
     lost = jnp.array([0.0, 1.0])
     steps = Steps(tmp_path, rollout_batches=2)
     state, _ = steps.run(start(), 0, 2, stop=1, weights={1: lost})
@@ -210,7 +210,7 @@ def test_single_batch_has_no_staleness_and_stores_nothing(tmp_path):
 
 
 def test_only_the_first_update_warns_about_the_sampler_gap(tmp_path, capsys):
-    """Later the gap includes what the policy has learned since."""
+    """In later updates the gap includes the change of the policy."""
     steps = Steps(tmp_path, rollout_batches=2)
     steps.gaps = {2: 0.3, 3: 0.3, 4: 0.3}
     steps.run(start(), 0, 4)

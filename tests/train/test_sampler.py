@@ -66,7 +66,7 @@ def policy():
 
 
 def test_sampler_weights_keep_small_updates(policy):
-    """The update that the sampler's weights hold is the trained one; merged into bf16 most of it would be lost."""
+    """The sampler's weights contain the trained update; merged into bf16, most of it would be rounded away."""
     program, params = policy
     weights, flat = flatten_dict(program.view(params)), flatten_dict(params)
     modules = [path[:-1] for path in flat if path[-1] == "lora_a"]
@@ -86,7 +86,7 @@ def test_sampler_weights_keep_small_updates(policy):
 
 @pytest.mark.parametrize(("large", "bound"), [(False, 0.02), (True, SAMPLER_GAP)])
 def test_sampler_and_trainer_agree_in_bf16(policy, large, bound):
-    """Mean difference in nats with the adapters after 20 small updates, and with ones that change every logit."""
+    """Mean difference in nats, with adapters after 20 small updates and with adapters that change every logit."""
     program, params = policy
     if large:
         flat = flatten_dict(params)

@@ -104,7 +104,7 @@ def test_frozen_parameters_are_bit_identical_and_have_no_moments(alone):
 
 
 def test_frozen_encoders_have_no_backward_pass():
-    """The derivative of a tower's layer would have its products transposed: counted in the traced program."""
+    """The backward pass of an encoder layer would add transposed matmuls, which are counted in the traced program."""
     flops = {}
     for train in ("captioner", "all"):
         mesh = make_mesh(1, 1, 1, devices=jax.devices()[:1])

@@ -51,7 +51,7 @@ def test_spares_are_used_in_order():
 
 
 def test_groups_of_equal_rewards_are_replaced(replaced):
-    """Not by spares that are spent, or equal, or lost; a lost clip is not replaced."""
+    """Used, equal and lost spares are not taken; a lost clip is not replaced."""
     batch, reward = sampled(0, (1, 1, 0, 1)), rewards(True, False, True, True)
     spares = sampled(10, (1, 0, 1, 1)), sampled(20)
     spare_rewards = rewards(False, False, True, False), rewards(False, False, False, False)

@@ -106,7 +106,7 @@ def test_the_code_digest_depends_on_sources_and_versions(tmp_path, monkeypatch):
 
 
 def test_hosts_compare_the_commit_of_init(tmp_path, monkeypatch):
-    """Each host resolves a branch of the hub by itself."""
+    """Each host resolves a branch of the hub independently."""
     reports = []
     monkeypatch.setattr(startup.jax, "process_count", lambda: 2)
     monkeypatch.setattr(startup, "gather", lambda host: reports.append(host) or [host])

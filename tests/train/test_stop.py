@@ -11,7 +11,7 @@ TESTS = str(Path(__file__).parents[1])
 
 
 def test_flags_are_equal_on_every_process():
-    """Process 1 gets SIGTERM, process 0's clock asks for a save, process 1's clock does not count."""
+    """Process 1 gets SIGTERM, the clock of process 0 triggers a save, and the clock of process 1 is ignored."""
     program = """
     import os, signal, sys
     from avocado_jax.parallel.mesh import make_mesh
@@ -53,7 +53,7 @@ print("running", bool(flags.dispatch(save=False)[0]))
 
 @pytest.mark.parametrize(("where", "saved"), [("evaluate", "[3]"), ("skipped_in_row", "[4]")])
 def test_stop_during_an_evaluation_or_a_step_saves(where, saved):
-    """During an evaluation its step is saved. During the dispatch of a step, the one after it runs already."""
+    """During an evaluation its step is saved. During the dispatch of a step, the next one is already running."""
     program = f"""
 import os, signal, sys, time
 sys.path.insert(0, {TESTS!r})

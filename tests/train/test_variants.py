@@ -24,7 +24,7 @@ def avocado(*arguments, expect=0):
 
 @pytest.mark.slow
 def test_run_in_a_bucket_resumes_after_kills(runs, tmp_path, monkeypatch):
-    """Refused without the role; with it, killed after three saves and finished with the metrics of a local run."""
+    """Refused without the role. With it, killed after three saves and finished with the metrics of a local run."""
     with gcs.proxied_bucket(tmp_path / "root", monkeypatch) as proxy:
         monkeypatch.setattr(runs, "folder", "gs://bucket")
         monkeypatch.setattr(runs, "logs", tmp_path)

@@ -173,7 +173,7 @@ def test_unknown_text_counts_one_claim_per_sentence():
 
 
 def test_any_wrong_slot_is_detected():
-    """One slot of one claim at a time is changed: the claim is missed, and what is told is not true."""
+    """One slot of one claim is changed at a time: the claim is missed, and the statement is a hallucination."""
     changed = 0
     for index in range(10):
         made = record(make_script(7, index, "train", 3))

@@ -51,7 +51,7 @@ def onset(samples, start):
 
 
 def test_sound_and_picture_are_synchronous(tmp_path):
-    """A color changes and a bell or the like rings: both are found in the decoded file within a frame."""
+    """A color changes while a sound begins: in the decoded file both times agree within a frame."""
     found = 0
     for index in range(60):
         script = make_script(9, index, "train", 0)

@@ -47,7 +47,7 @@ def test_repeated_command_writes_only_missing_files(world, tmp_path):
 
 
 def test_world_with_times_in_captions(world, tmp_path, capsys):
-    """The same clips; each caption has the times of all its events, and --check reads it."""
+    """The clips are the same; captions have the times of all events, and --check parses them."""
     out = tmp_path / "timed"
     assert main(["world", str(out), *MADE, "--timestamps"]) == 0
     plain, timed = (

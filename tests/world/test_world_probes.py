@@ -14,7 +14,7 @@ from avocado_jax.world.probes import FIRST, MOST
 
 @pytest.mark.parametrize("level", range(4))
 def test_only_true_captions_answer_the_probes(level):
-    """Right for every reference caption; an empty or another clip's caption stays far below chance."""
+    """Reference captions answer all probes; empty captions and those of other clips stay far below chance."""
     categories, places, other = Counter(), Counter(), []
     for index in range(12):
         script = make_script(7, index, "train", level)
