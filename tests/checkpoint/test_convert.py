@@ -89,7 +89,7 @@ def test_omni_round_trip(omni, tmp_path):
     assert len(list((tmp_path / "back").glob("*.safetensors"))) > 2
     for name in ("spk_dict.pt", "config.json", "tokenizer.json", "generation_config.json"):
         assert (tmp_path / "back" / name).read_bytes() == (omni / name).read_bytes()
-    load = PreTrainedModel.from_pretrained.__func__  # Omni's own cannot report what it found
+    load = PreTrainedModel.from_pretrained.__func__  # the full-model class does not report missing tensors
     _, report = load(Qwen2_5OmniForConditionalGeneration, tmp_path / "back", output_loading_info=True)
     assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
 
@@ -112,7 +112,7 @@ def test_to_hf_with_dtype_and_step(thinker, tmp_path):
     convert.from_hf(thinker, tmp_path / "run")
     steps = tmp_path / "run" / "checkpoints"
     shutil.copytree(steps / "0", steps / "7")
-    (steps / "9" / "params").mkdir(parents=True)  # begun, never finished
+    (steps / "9" / "params").mkdir(parents=True)  # never finished
     assert convert.to_hf(tmp_path / "run", tmp_path / "bf16", dtype="bfloat16").step == 7
     for name, tensor in all_tensors(tmp_path / "bf16").items():
         if "audio_bos_eos" not in name:
@@ -336,7 +336,7 @@ def test_chunks_in_memory_are_bounded(tmp_path, monkeypatch):
     rng = np.random.default_rng(0)
     tree = {"layers": {name: rng.standard_normal((12, 30, 40)).astype(np.float32) for name in "abcdefgh"}}
     save_pieces(tmp_path / "params", {"layers": {name: pieces(value) for name, value in tree["layers"].items()}})
-    assert 2 <= most[0] <= 4  # two that are written, one that is made, and one that a thread has not released yet
+    assert 2 <= most[0] <= 4  # two being written, one being made, and one that a thread has not released yet
     restored = ocp.PyTreeCheckpointer().restore(tmp_path / "params")
     for name, value in tree["layers"].items():
         np.testing.assert_array_equal(restored["layers"][name], value)

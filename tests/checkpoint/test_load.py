@@ -82,7 +82,7 @@ def test_load_onto_any_mesh(hf, run, sizes):
         params = load_sharded(checkpoint, wanted)
         same(params, stacked(checkpoint))
         jax.tree.map(lambda leaf, shape: (leaf.sharding == shape.sharding) or pytest.fail("elsewhere"), params, wanted)
-    # What devices hold in common was read once: no device may write into it.
+    # Replicated values are read once and shared between devices, so no device may write into them.
     doubled = jax.jit(lambda tree: jax.tree.map(lambda x: 2 * x, tree), donate_argnums=0)
     same(doubled(params), jax.tree.map(lambda x: 2 * x, stacked(checkpoint)))
 
@@ -187,7 +187,7 @@ def test_run_is_started_and_exported(omni, tmp_path, remote, monkeypatch):
         first, second = f"{base}/first", f"{base}/second"
         wanted = like(mesh_of(1, 4, 2))
         begin_run(omni, first)
-        begin_run(omni, first)  # once more, as after a kill
+        begin_run(omni, first)  # repeated, as after a kill
         params = load_sharded(open_checkpoint(omni), wanted)
         trained(first, jax.tree.map(lambda leaf: leaf + 1, params))
         begin_run(first, second)
@@ -212,7 +212,7 @@ def test_adapters_are_merged_on_load(hf, tmp_path):
     base = load_sharded(open_checkpoint(hf), wanted)
     params = add_adapters(base, wanted, seed=0)
     trained(tmp_path / "run", params, 1)
-    same(stacked(open_checkpoint(tmp_path / "run")), jax.tree.map(np.asarray, base))  # fresh ones change nothing
+    same(stacked(open_checkpoint(tmp_path / "run")), jax.tree.map(np.asarray, base))  # fresh adapters are the identity
     params = jax.tree.map(lambda leaf: leaf + 0.01, params)
     trained(tmp_path / "run", params, 2)
     plain = merge(params, 2.0)

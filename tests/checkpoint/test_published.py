@@ -39,7 +39,7 @@ from avocado_jax.parallel.rules import shardings
 from avocado_jax.train.run import open_folder, set_up
 
 NAME = "AVoCaDO-Captioner/AVoCaDO"
-SHALLOW = replace(  # compiles faster
+SHALLOW = replace(  # for fast compilation
     PUBLISHED,
     audio=replace(PUBLISHED.audio, layers=1),
     vision=replace(PUBLISHED.vision, layers=2, full_layers=(1,)),
@@ -264,7 +264,7 @@ def test_caption_command_loads_the_published_checkpoint(tmp_path, monkeypatch, c
             capsys.readouterr()
             command = ["caption", str(clip), "--checkpoint", name, "--max-new-tokens", "2", "--json"]
             assert main([*command, "--prompt-file", str(tmp_path / "prompts.txt")]) == 0
-            assert "spk_dict.pt" not in hub.fetched()  # only conversion and training copy it
+            assert "spk_dict.pt" not in hub.fetched()  # only conversion and training copy this file
             ids[name[:3]] = json.loads(capsys.readouterr().out)["prompt_ids"]
     words = load_words(tmp_path / "hf")
     start, end = (special_id(words, token) for token in ("<|im_start|>", "<|im_end|>"))

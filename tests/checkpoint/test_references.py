@@ -142,7 +142,7 @@ def test_interrupted_download_resumes(hub, published, tmp_path, monkeypatch):
 
     shard = f"model-00001-of-0000{SHARDS}.safetensors"
     interrupted = []
-    monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 1000)  # a chunk that does not arrive in full is dropped
+    monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 1000)  # an incomplete chunk is discarded
 
     def fault(request):
         if request.origin == "cdn" and shard in request.path and not interrupted:
@@ -285,7 +285,7 @@ def test_hub_and_storage_errors_are_one_line(hub, published, tmp_path, monkeypat
 def test_token_is_sent_to_the_hub_only(hub, monkeypatch):
     hub.repos["models", NAME].access = "private"
     monkeypatch.setenv("HF_TOKEN", TOKEN)
-    located(NAME)  # the server of large files asserts that it has no token
+    located(NAME)  # the CDN asserts that it receives no token
     assert all(request.token == TOKEN for request in hub.requests if "/resolve/" in request.path)
 
 
@@ -308,7 +308,7 @@ def test_references_in_buckets(hub, published, tmp_path, monkeypatch):
         assert identity(checkpoint) == identity(open_checkpoint("gs://bucket/hf"))
         assert open_language_model("gs://bucket/hf").entries.keys() < checkpoint.entries.keys()
         assert tokenizer_folder("gs://bucket/hf").joinpath("tokenizer.json").is_file()
-        # A part of a parameter: of a table some rows are requested, not the tensor.
+        # For part of a parameter, only some rows of the table are requested.
         entry = checkpoint.entries["model.embed_tokens.weight"]
         calls = []
         monkeypatch.setattr(storage, "read_into", counted(storage.read_into, calls))

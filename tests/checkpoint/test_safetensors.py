@@ -38,7 +38,7 @@ def test_reads_files_of_the_library(tmp_path):
 def test_library_reads_our_files(tmp_path):
     values = {name: value for name, value in tensors().items() if not name.startswith("F8")}  # not in numpy
     specs = [Spec(name, value.dtype, value.shape) for name, value in values.items()]
-    # A tensor comes whole or in pieces of rows; an empty one not at all.
+    # A tensor is written in one piece or in blocks of rows; an empty tensor has no piece.
     halves = {name: (value[:1], value[1:]) if value.ndim else (value,) for name, value in values.items() if value.size}
     write_shards(tmp_path, specs, (piece for pieces in halves.values() for piece in pieces))
     (path,) = tmp_path.glob("*")

@@ -130,7 +130,7 @@ def test_arrays_may_be_donated_during_a_save(checkpoints):
 
 def test_newest_and_best_checkpoints_are_kept(tmp_path):
     run = tmp_path / "run"
-    for first in (1, 4):  # a run goes on where another process left it
+    for first in (1, 4):  # a run resumes from another process's checkpoints
         checkpoints = Checkpoints(run, keep=2)
         for step in range(first, first + 3):
             save(checkpoints, step, metric={1: 9.0, 2: 1.0, 3: 5.0, 4: None, 5: 1.5, 6: float("inf")}[step])
@@ -263,7 +263,7 @@ def test_checkpoints_in_a_bucket(bucket, tmp_path):
     restores(checkpoints, 2, mesh_of(2, 2, 2))
     save(checkpoints, 3)
     checkpoints.close()
-    # In a bucket nothing is renamed: what was killed lies under its final name without the mark of the finished.
+    # Buckets have no rename: a killed save has its final name, but no commit_success.txt.
     (tmp_path / "root" / "bucket" / "runs" / "a" / "checkpoints" / "3" / "commit_success.txt").unlink()
     assert finished_steps(run) == []
     checkpoints = Checkpoints(run, keep=1)
@@ -312,9 +312,9 @@ def test_failed_listing_is_not_an_empty_run(proxy, bucket, monkeypatch):
 
 def test_storage_library_errors_become_storage_errors(monkeypatch):
     """Each is one line: an InputError if a retry cannot help, an OSError if it may."""
-    monkeypatch.setattr(gc, "collect", lambda: 0)  # takes long in a process with so many modules
+    monkeypatch.setattr(gc, "collect", lambda: 0)  # slow in a process with many modules
     monkeypatch.setattr(Checkpoints, "_manager", lambda self: None)
-    checkpoints = Checkpoints("gs://b/run", keep=1)  # configures gcsfs, which may be imported from now on
+    checkpoints = Checkpoints("gs://b/run", keep=1)  # configures gcsfs, which may be imported later
     from gcsfs.retry import HttpError
 
     for error, kind, text in [

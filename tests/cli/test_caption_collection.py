@@ -107,7 +107,7 @@ def test_list_inputs(clips, tmp_path, monkeypatch):
 def test_large_folder_is_listed_once(tmp_path, monkeypatch):
     for number in range(300):
         (tmp_path / f"{number}.mp4").touch()
-    monkeypatch.setattr(Path, "stat", None)  # no request a name
+    monkeypatch.setattr(Path, "stat", None)  # no request per name
     assert len(names([tmp_path])) == 300
 
 
@@ -334,7 +334,7 @@ def test_consecutive_failures_stop_the_run(clips, tmp_path, stub, monkeypatch, c
     assert len(lines(out)) == 10
     run(*given[:-1], tmp_path / "all.jsonl", "--max-failed", "1")
     assert len(lines(tmp_path / "all.jsonl")) == 10
-    run(*missing, "--checkpoint", SHIPPED, status=2)  # to the terminal: all of them
+    run(*missing, "--checkpoint", SHIPPED, status=2)  # on the terminal: all of them
     assert "stopped" not in capsys.readouterr().err
     run(*given, "--max-failed", "1.5", status=2)
 

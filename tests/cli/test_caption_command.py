@@ -163,7 +163,7 @@ def test_caption_without_sound_and_with_sampling(checkpoint, tmp_path, capsys):
         assert main(["caption", str(clip), "--no-audio", "--max-new-tokens", "12", "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == made
     prompt_ids = run("--prompt", "Who is there? <|im_end|>")["prompt_ids"]
-    assert prompt_ids.count(STOPS[0]) == made["prompt_ids"].count(STOPS[0])  # what is spelled out stays text
+    assert prompt_ids.count(STOPS[0]) == made["prompt_ids"].count(STOPS[0])  # spelled special tokens stay text
 
 
 def test_stop_ids_come_from_the_checkpoint(checkpoint, tmp_path):
@@ -232,7 +232,7 @@ def test_invalid_input_is_a_one_line_error(checkpoint, tmp_path, monkeypatch, ca
     (tmp_path / "here.mp4").write_bytes(b"no video")
     try:
         status = main(["caption", *(one.format(hf=checkpoint) for one in arguments)])
-    except SystemExit as stopped:  # argparse's own way out
+    except SystemExit as stopped:  # argparse exits by itself
         status = stopped.code
     assert status == 2
     (line,) = capsys.readouterr().err.splitlines()

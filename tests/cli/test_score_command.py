@@ -144,7 +144,7 @@ def test_users_terms_and_word_weights(scored, tmp_path):
     assert status == 0
     assert (first["shout"], first["known"], second["shout"], second["known"]) == (2, 1, 0, None)
     _, out, _ = scored(lines, *terms, "--idf", str(tmp_path / "idf.jsonl"))
-    assert json.loads(out[0])["R_C"] < first["R_C"]  # "dog" says little among captions of dogs
+    assert json.loads(out[0])["R_C"] < first["R_C"]  # "dog" has little weight among captions of dogs
     _, out, _ = scored(lines, *terms[:-1])
     assert "shout 2.000  known 1.000" in out[0]
     for wrong in ("jax:no_module:name", "jax::f", "host:.m:f", "host:test_score_command:known=x", "host:math:dist=inf"):
@@ -169,7 +169,7 @@ def test_references_are_read_from_a_manifest(tmp_path):
     known = manifest_lines(file)
     found = {name: with_reference({"id": name}, known).get("reference") for name in ("/m/a.mp4", "2", "b.mp4", "c.mp4")}
     assert found == {"/m/a.mp4": clips[0], "2": clips[2], "b.mp4": None, "c.mp4": None}
-    assert with_reference({"id": "0"}, known)["reference"] == clips[0]  # ids come first
+    assert with_reference({"id": "0"}, known)["reference"] == clips[0]  # ids take precedence
     assert with_reference({"id": "0", "reference": {}}, known)["reference"] == {}
 
 

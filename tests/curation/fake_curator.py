@@ -149,7 +149,7 @@ class FakeCurator:
             try:
                 stage, truth = stage_of(request), self.truth_of(request)
                 made = change(stage, truth, self.answer(stage, truth), len(request["messages"]) // 2)
-            except Exception as error:  # else the client would ask again and again
+            except Exception as error:  # otherwise the client would retry
                 return 400, {}, repr(error).encode()
             return json.dumps(made) if isinstance(made, dict) else made
 

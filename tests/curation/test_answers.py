@@ -39,7 +39,7 @@ AUDIO = [Sentence('The man shouts, "Wait for me!"', 1.0)]
 CAPTION = 'A man in a red coat waves. The man shouts, "Wait for me!" Then a bus drives past him.'
 POINTS = [{"text": "A man waves.", "dimension": "dynamic"}, {"text": "A bus drives past.", "dimension": "dynamic"}]
 LINES = [{"speaker": "the man", "text": "Wait for me!"}]
-STAGES = {  # the true answer, its reader, what it means
+STAGES = {  # the true answer, its parser, the expected result
     "visual": (
         {"sentences": [one._asdict() for one in VISUAL]},
         partial(read_caption, seconds=5.0, least=1),
@@ -68,7 +68,7 @@ def mutated(rng, answer):
     """An answer with a corruption that is typical for models."""
     text = json.dumps(answer, ensure_ascii=rng.random() < 0.5)
     kind = rng.randrange(8)
-    if kind == 0:  # cut
+    if kind == 0:  # truncated
         return text[: rng.randrange(len(text))]
     if kind == 1:  # in prose
         return f"{rng.choice(WORDS)}\n{text}\n{rng.choice(WORDS)}"
@@ -85,7 +85,7 @@ def mutated(rng, answer):
         (name,) = answer
         entries = answer[name] if isinstance(answer[name], list) else [answer[name]]
         return json.dumps({name: [*entries, rng.choice([None, 1, {}, {"text": 1}, {"text": ""}, {"start": "0"}])]})
-    index = rng.randrange(len(text))  # with a letter of the syntax gone
+    index = rng.randrange(len(text))  # with a character of the syntax removed
     index = next((k for k in range(index, len(text)) if text[k] in '{}[]"'), 0)
     return text[:index] + text[index + 1 :]
 

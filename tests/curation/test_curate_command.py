@@ -45,7 +45,7 @@ def swapped(caption):
     return f"{last}. {'. '.join(first)}."
 
 
-FALSE = {  # what a server answers at a stage, where it is rejected, and why
+FALSE = {  # false answer of a stage, the stage that rejects it, and the reason
     "drops a sentence": ("fusion", lambda t, a: {"caption": without(separate_sentence(t), t["caption"])}, "missing"),
     "drops what is said": (
         "fusion",
@@ -282,6 +282,6 @@ def test_local_checkpoint_captions_picture_and_sound(curator, tmp_path, capsys, 
         monkeypatch.setattr(command, "load_captioner", None)
         assert curate(capsys, few, out, server.url, *options)[2] == manifest
     assert len(server.requests) == 4
-    assert measure(manifest[0]["caption"], few.truths[0]).recall > 0  # it knows its own question best
+    assert measure(manifest[0]["caption"], few.truths[0]).recall > 0  # its own question works best
     kept = [json.loads(line)["stage"] for line in (out / "answers.jsonl").read_text().splitlines()]
     assert kept[:2] == ["local_visual", "local_audio"]

@@ -17,7 +17,7 @@ from avocado_jax.remote import chat as module
 pytestmark = pytest.mark.usefixtures("short_pauses")
 
 
-FAULTS = {  # of the first time that a question is asked
+FAULTS = {  # for the first attempt of a question
     "reset": "reset",
     "cut": "garbage",
     "slow": "hang",

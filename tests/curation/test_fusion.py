@@ -57,8 +57,8 @@ def test_faults_of_the_fused_caption_are_named(before, after, faults):
 
 def test_moved_sentence_is_reported_as_misplaced():
     moved = "An engine roars. " + GOOD.replace("Finally an engine roars as the", "The")
-    assert len(fusion_faults(moved, VISUAL, AUDIO).misplaced) == 5  # all that it was put before
-    near = [sentence._replace(start=0.5) for sentence in VISUAL]  # times are rough
+    assert len(fusion_faults(moved, VISUAL, AUDIO).misplaced) == 5  # all sentences after it
+    near = [sentence._replace(start=0.5) for sentence in VISUAL]  # times are approximate
     assert fusion_faults("He waves at the bus, smiling. " + VISUAL[0].text, [near[2], VISUAL[0]], []) == NONE
 
 

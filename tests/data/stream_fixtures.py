@@ -17,7 +17,7 @@ from avocado_jax.data.words import Words
 from avocado_jax.errors import InputError
 from avocado_jax.models.config import TINY
 
-READING = Reading(fewest_pixels=28 * 28, most_pixels=4 * 28 * 28, clip_pixels=400 * 28 * 28)  # frames of a few cells
+READING = Reading(fewest_pixels=28 * 28, most_pixels=4 * 28 * 28, clip_pixels=400 * 28 * 28)  # frames of a few patches
 
 
 def byte_tokenizer() -> Tokenizer:

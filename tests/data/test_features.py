@@ -35,7 +35,7 @@ def noise(*shape: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, shape, np.uint8)
 
 
-# Frame choice
+# Frame selection
 
 
 @settings(max_examples=300)

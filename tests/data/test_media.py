@@ -22,7 +22,7 @@ Clip = Callable[[str], Path]
 WIDE, TALL = (280, 392), (392, 280)  # 96x64 and 64x96 at the fewest pixels
 PACKET = 1024  # samples of AAC: the last packet of a stream is filled up
 
-# name: frames read, size, seconds, seconds of sound
+# name: number of frames, size, seconds, seconds of sound
 READ = {
     "plain.mp4": (4, WIDE, 2.0, 2.0),
     "no_sound.mp4": (4, WIDE, 2.0, None),
@@ -93,7 +93,7 @@ def test_sound_is_the_mean_of_its_channels(clip: Clip):
     sound = clips.tone(2, 48_000, 6)
     mono = librosa.resample(sound.mean(axis=0), orig_sr=48_000, target_sr=16_000, res_type="soxr_hq")
     assert np.abs(read_media(clip("five_one.mkv")).samples - mono).max() < 1e-4
-    sound[3] = 0  # AAC keeps nothing of a tone of 550 Hz in the channel for deep sounds
+    sound[3] = 0  # AAC removes a tone of 550 Hz from the low-frequency channel
     mono = librosa.resample(sound.mean(axis=0), orig_sr=48_000, target_sr=16_000, res_type="soxr_hq")
     assert np.corrcoef(read_media(clip("five_one.mp4")).samples[: len(mono)], mono)[0, 1] > 0.98
 
@@ -127,7 +127,7 @@ def test_titles_in_another_encoding_are_ignored(tmp_path: Path, clip: Clip):
     assert len(read_media(tmp_path / "latin.mkv").frames) == 4
 
 
-# What the reference reads
+# Comparison with the reference
 
 
 def reference(path: Path, **budget: int) -> np.ndarray:

@@ -153,7 +153,7 @@ def test_captions_end_with_the_stop_token_and_are_truncated_to_the_bucket(source
                     truncated += 1
                     assert any(text.startswith(tokenizer.decode(kept)) for text in known)
             assert truncated == batch.truncated[row]
-            assert len(texts) + truncated == len(known)  # two captions for three places: one has no targets
+            assert len(texts) + truncated == len(known)  # two captions for three rows: one row has no targets
             assert set(texts) <= set(known)
             assert batch.weight[row] == bool(record)
 
@@ -197,7 +197,7 @@ def test_unreadable_record_becomes_a_row_of_zero_weight(source, workers):
             else:
                 assert two.weight[row] == 0
                 assert not two.captions.valid[row].any()
-                assert two.clip.length[row] > 0  # enough of a clip for finite numbers
+                assert two.clip.length[row] > 0  # enough data for finite numbers
                 assert two.clip.patch_valid[row].any()
 
 

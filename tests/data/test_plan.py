@@ -109,7 +109,7 @@ def test_leftovers_fill_larger_buckets():
     big, small = Bucket(Shape(8, 8, 8, 8), 8), Bucket(Shape(4, 4, 4, 4), 4)
     plan = Plan((big, small), np.array([2.0, 1.0]), np.array([0] * 5 + [1] * 6), np.ones(11), batch=4, seed=0)
     steps = [plan.step(number) for number in range(plan.epoch_steps)]
-    assert plan.epoch_steps == 3  # 11 records in batches of 4: one place is empty
+    assert plan.epoch_steps == 3  # 11 records in batches of 4: one row is empty
     assert sum((step.records < 0).sum() for step in steps) == 1
     assert sorted(step.padded for step in steps) == [0.0, 0.5, 0.625]  # all small, all large, and the mixed one
 

@@ -107,8 +107,8 @@ def test_ids_and_positions_equal_the_reference(grid: tuple[int, int, int], mel: 
     st.integers(0, 30),
     st.integers(1, 30),
 )
-@example((1, 1, 1), 6000, 1.0, 0, 1)  # sound that goes on long after the picture
-@example((40, 1, 1), 3, 4.0, 0, 1)  # and the other way round
+@example((1, 1, 1), 6000, 1.0, 0, 1)  # sound that is much longer than the picture
+@example((40, 1, 1), 3, 4.0, 0, 1)  # and vice versa
 def test_ids_and_positions_of_any_clip_equal_the_reference(
     cells: tuple, mel: int, seconds: float, before: int, after: int
 ):
@@ -116,7 +116,7 @@ def test_ids_and_positions_of_any_clip_equal_the_reference(
 
 
 def test_positions_after_the_media_continue_from_the_last_chunk():
-    made = same((6, 4, 4), 500, 1.0)  # the last video token stands at 129, the last sound at 128
+    made = same((6, 4, 4), 500, 1.0)  # the last video token is at 129, the last sound token at 128
     closing = made.prompt_ids.tolist().index(IDS.audio_end)
     assert made.clip.positions[closing].tolist() == [129] * 3
     assert made.clip.positions[:, 0].max() == 132

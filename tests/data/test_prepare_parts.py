@@ -282,7 +282,7 @@ def test_transient_rejects_are_retried_and_appended(tmp_path, clip_bytes, monkey
     monkeypatch.setattr(storage, "read", reading)
     wanted = Job(str(manifest), str(tmp_path / "out"), shard_records=2, reading=READING, media=str(media))
     assert not prepare(wanted, 1, 0.2).complete
-    done = prepare(wanted, 1, 0.5)  # nothing has changed
+    done = prepare(wanted, 1, 0.5)  # no change
     assert [(one.id, one.retry) for one in done.rejects] == [("gone.mov", True), ("bad.mp4", False), ("late.mov", True)]
     assert lines_of(tmp_path / "out" / "unused.jsonl") == [{"part": "", "clip": "3.mov"}]
     made = {path: path.read_bytes() for path in (tmp_path / "out").glob("shard-*")}

@@ -167,7 +167,7 @@ def test_spelled_special_tokens_stay_text(tokenizer: Any, spelled: str):
     assert prompt.after != reference
     system = chat_prompt(tokenizer, "x", spelled).before
     assert [token for token in system if token in special] == [151_644, 151_645, 151_644]
-    # Nothing stays switched: the next text with a token of the template reads as ever
+    # The tokenizer's state is restored: later texts with special tokens are parsed as before
     assert tokenizer.encode("<|im_end|>") == [151_645]
 
 

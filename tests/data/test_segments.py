@@ -91,7 +91,7 @@ def test_motion_and_noise_are_not_scene_changes():
     assert scene_changes(moving).max() < 0.5
     assert scene_changes(rng.uniform(0, 0.01, 200)).max() < 0.15  # noise of a still picture
     burst = np.zeros(200)
-    burst[80:84] = 0.05, 0.07, 0.083, 0.06  # a shape that rushes by
+    burst[80:84] = 0.05, 0.07, 0.083, 0.06  # a fast shape
     assert scene_changes(burst).max() < 0.5
     differences = np.where(np.arange(200) == 77, 0.3, 0.01)
     assert scene_changes(differences)[77] == 1
@@ -116,7 +116,7 @@ def test_segment_boundaries_minimise_the_cost():
     assert choose_borders(times, short, 300.0, 6.0, 100.0) == [75, 150, 225]
     one = np.isin(times, [92, 95]).astype(float)  # within 5 s of each other
     assert choose_borders(times, one, 150.0, 60.0, 100.0) in ([92.0], [95.0])
-    assert choose_borders(np.array([]), np.array([]), 300.0, 60.0, 100.0) == []  # nothing is known between
+    assert choose_borders(np.array([]), np.array([]), 300.0, 60.0, 100.0) == []  # no information in between
 
 
 @pytest.mark.parametrize("kind", ["long.mp4", "long.mkv", "long.ts"])
@@ -135,7 +135,7 @@ def test_segment_equals_that_part_of_the_clip(long_clip, tmp_path, kind):
             np.testing.assert_array_equal(frame, whole.frames[at])
         first, count = round(start * 16000), len(media.samples)
         assert abs(count - 16000 * min(media.seconds, 9)) < 800
-        # Codecs start a little differently where they start later; the pitch tells parts from each other.
+        # Codecs differ slightly after a seek; the pitch identifies the segments.
         expected = whole.samples[first : first + count]
         assert np.abs(media.samples[2000:-2000] - expected[2000 : count - 2000]).mean() < 0.03
 
@@ -243,5 +243,5 @@ def test_segment_of_the_full_clip_equals_the_clip(tmp_path, name):
     part = read_media(path, READING, part=scan(path).part(0.0, whole.seconds + 1))
     np.testing.assert_array_equal(part.frames, whole.frames)
     np.testing.assert_array_equal(part.times, whole.times)
-    assert 0 <= len(whole.samples) - len(part.samples) < 1024  # codecs fill up their last block
+    assert 0 <= len(whole.samples) - len(part.samples) < 1024  # codecs pad their last block
     assert np.abs(part.samples - whole.samples[: len(part.samples)]).max() < 1e-6

@@ -139,7 +139,7 @@ def test_invalid_folders_are_refused(bucket, tmp_path):
 
 
 def test_unresponsive_storage_times_out(monkeypatch):
-    with socket.create_server(("127.0.0.1", 0)) as silent:  # takes connections and says nothing
+    with socket.create_server(("127.0.0.1", 0)) as silent:  # accepts connections and never responds
         monkeypatch.setenv("STORAGE_EMULATOR_HOST", f"http://127.0.0.1:{silent.getsockname()[1]}")
         monkeypatch.setattr(storage, "TIMEOUT", (0.5, 0.5))
         monkeypatch.setattr(storage, "PATIENCE", 1.0)

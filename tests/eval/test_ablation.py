@@ -60,7 +60,7 @@ def test_differences_are_paired_by_seed():
     assert unpaired.mean == pytest.approx(0.1)
     assert not unpaired.shown
     assert difference([{"m": 0.3}, {"m": 0.5}], [{"m": 0.1}], "m").mean == pytest.approx(0.3)  # one base for all
-    assert difference([{"m": 0.3}], [{"m": 0.1}], "m")[1:] == (None, False)  # one seed shows nothing
+    assert difference([{"m": 0.3}], [{"m": 0.1}], "m")[1:] == (None, False)  # one seed has no standard error
 
 
 def test_table_shows_the_effect_of_each_arm():

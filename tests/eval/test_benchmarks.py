@@ -52,7 +52,7 @@ PERFECT = {
     "probes": {"accuracy": 100, "unknown": 0},
 }
 PLAIN = {"dialogue_f1": None, "repcol": 0, "length": 7}
-# Captions that leave things out, get one wrong, and invent: 3 of 10 events are told.
+# Captions with omissions, one error and one invention: 3 of 10 events are stated.
 PARTIAL = {"one": "a red kite rises. no a dog barks twice. a unicorn sings", "two": "a bell rings", "three": "nothing"}
 PARTIAL_FIGURES = {
     # missed: the wind; tea; all five of three. 7 of 10; told wrongly: the dog; invented: one.
@@ -233,7 +233,7 @@ def test_wrong_data_file_is_a_one_line_error(name, tmp_path, capsys):
     if name not in ("daily-omni", "worldsense"):
         del wrong["no letter"]
     if name == "worldsense" or name == "ugc-videocap":
-        del wrong["twice"]  # in an object the last counts
+        del wrong["twice"]  # in an object the last value counts
     if name == "ugc-videocap":
         del wrong["null"]
     for what, content in wrong.items():
@@ -287,7 +287,7 @@ def test_invalid_input_is_a_one_line_error(tmp_path, capsys):
         assert errors.count("\n") == 1
 
 
-@pytest.mark.slow  # compiles for seconds what tests/rewards test
+@pytest.mark.slow  # takes seconds to compile; tests/rewards test it
 def test_dialogue_is_scored_if_references_have_dialogue(monkeypatch):
     monkeypatch.undo()
     other = "He says “we stay until nightfall comes”."

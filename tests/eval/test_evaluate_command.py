@@ -19,7 +19,7 @@ from avocado_jax.eval.captioner import load_captioner
 from avocado_jax.eval.local_judge import LocalJudge
 from avocado_jax.sampling.engine import Engine
 
-# The command, killed by the system as its second batch begins.
+# The command, killed by SIGKILL at its second batch.
 KILLED = """
 import os, signal, sys
 from avocado_jax.__main__ import main
@@ -53,7 +53,7 @@ def test_evaluate_from_clips_to_metrics(world, checkpoint, capsys, monkeypatch):
     assert result["metrics"]["length"] == sum(lengths) / CLIPS
     assert len(captions) == CLIPS
 
-    # All is there: no model is loaded; the captions are a file that --captions reads, elsewhere too.
+    # All captions exist: no model is loaded. The file can be passed to --captions, also elsewhere.
     monkeypatch.setattr("avocado_jax.cli.evaluate_captions.load_captioner", None)
     assert evaluate(capsys, world, "--checkpoint", checkpoint)[0] == result
     assert evaluate(capsys, world, "--captions", file)[0] == result
@@ -150,7 +150,7 @@ def test_failed_clips_are_listed_and_too_many_stop_the_run(world, world_clips, c
     assert result["metrics"]["length"] == sum(line["tokens"] for line in kept(world)[1].values()) / CLIPS
     (world / "clips" / clips[-1].name).unlink()
     (world / "clips" / clips[-1].name).symlink_to(clips[-1])
-    assert "failed" not in evaluate(capsys, world, "--checkpoint", checkpoint)[0]  # it is tried again
+    assert "failed" not in evaluate(capsys, world, "--checkpoint", checkpoint)[0]  # it is retried
 
 
 def test_clip_past_its_timeout_fails(world, checkpoint, capsys):
@@ -168,7 +168,7 @@ def test_evaluate_captions_of_other_tools(world, checkpoint, capsys, tmp_path):
     (tmp_path / "captions-0-of-1.jsonl").write_text(lines)  # as `avocado caption --manifest` writes them
     assert evaluate(capsys, world, "--captions", tmp_path / "captions-0-of-1.jsonl")[0]["metrics"] == perfect
     result, _ = evaluate(capsys, world, "--captions", file, "--checkpoint", checkpoint)
-    assert result["metrics"]["length"] == sum(len(r["caption"].encode()) for r in records) / CLIPS  # a byte a token
+    assert result["metrics"]["length"] == sum(len(r["caption"].encode()) for r in records) / CLIPS  # one byte per token
     file.write_text("\n".join(json.dumps({"id": r["id"], "caption": r["caption"]}) for r in records[1:]))
     assert f"no caption of 1 of {CLIPS} clips" in evaluate(capsys, world, "--captions", file, status=3)[1]
     result, _ = evaluate(capsys, world, "--captions", file, "--max-failed", 0.2)
@@ -283,7 +283,7 @@ def test_public_benchmark_from_clips_to_metrics_offline(world, checkpoint, capsy
     assert [len(path.read_text().splitlines()) for path in sorted(out.iterdir())] == [3, 3]
     judge = ["--judge-model", str(one_sided(checkpoint, tmp_path / "judge"))]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(runner, "_captioned", None)  # what the shards made is all there is to make
+        patch.setattr(runner, "_captioned", None)  # the shards made all captions
         assert main([*command, *judge]) == 0
     result = json.loads(capsys.readouterr().out)
     assert (result["n"], result["asked"], result["missing"], result["failed"]) == (CLIPS, CLIPS, 0, [])
@@ -293,7 +293,7 @@ def test_public_benchmark_from_clips_to_metrics_offline(world, checkpoint, capsy
         patch.setattr(LocalJudge, "_answers", None)  # answers are kept
         assert main([*command, *judge]) == 0
     assert json.loads(capsys.readouterr().out) == result
-    # A model that babbles gives no answer that could be read: all are missing, and the run has failed.
+    # A random model gives no parsable answer: all are missing, and the run fails.
     assert main([*command, "--limit", "1", "--judge-model", str(checkpoint)]) == 1
     captured = capsys.readouterr()
     assert json.loads(captured.out)["missing"] == 1

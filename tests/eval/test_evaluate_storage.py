@@ -94,7 +94,7 @@ def test_evaluation_in_a_bucket_from_data_to_results(world, world_clips, checkpo
         result = json.loads(capsys.readouterr().out)
         assert (result["n"], result["missing"], result["metrics"]["accuracy"]) == (CLIPS, 0, 100)
         assert len(judge.requests) == CLIPS
-        assert main(command) == 0  # no clip is captioned again, and no question is asked again
+        assert main(command) == 0  # no clip is captioned again, and no question is repeated
         assert (len(judge.requests), len(Stub.prompts)) == (CLIPS, CLIPS)
         assert json.loads(capsys.readouterr().out) == result == json.loads(storage.read("gs://bucket/out/result.json"))
         assert {"table.md", "items.jsonl", "page.html", "answers.jsonl"} < {*storage.names("gs://bucket/out")}

@@ -64,7 +64,7 @@ def test_call_budget_covers_all_runs(evaluate, tmp_path):
             assert not (tmp_path / "out" / "result.json").exists()
         status, result, _ = evaluate(server.url, "--budget-calls", 10)
         assert (status, result["metrics"]["accuracy"], len(server.requests)) == (0, 100, 10)
-        assert evaluate(server.url, "--budget-calls", 0)[0] == 0  # all is there: nothing is asked
+        assert evaluate(server.url, "--budget-calls", 0)[0] == 0  # all answers are cached: no call
 
 
 def test_token_budget_covers_all_runs(evaluate, tmp_path):

@@ -154,7 +154,7 @@ def test_killed_run_does_not_repeat_judged_items(tmp_path, capsys):
     running = []
 
     def kill(number, request):
-        if number == 19:  # sixteen are asked at once: the first answers have come back
+        if number == 19:  # sixteen calls at once: the first answers have arrived
             os.kill(running[0].pid, signal.SIGKILL)
         return honest(request)
 

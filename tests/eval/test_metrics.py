@@ -37,7 +37,7 @@ def test_time_iou_is_measured_if_captions_have_times():
     assert "time_iou" not in world_metrics(["A bell rings."] * 4, [9] * 4, records)
 
 
-UNIT = "".join(map(chr, range(0x4E00, 0x4E00 + 120)))  # 120 characters, none twice
+UNIT = "".join(map(chr, range(0x4E00, 0x4E00 + 120)))  # 120 distinct characters
 
 
 @pytest.mark.parametrize(
@@ -112,7 +112,7 @@ def test_adversarial_texts_take_no_longer():
     rng = random.Random(1)
     near = "".join("a" * rng.randint(1, 23) + rng.choice("bc") for _ in range(size // 12))
     collapses(near)
-    bits, word = [], 0  # a de Bruijn sequence of 17 bits: every pattern of that length, none of them twice
+    bits, word = [], 0  # a de Bruijn sequence of 17 bits: every pattern of that length once
     states = {0}
     for _ in range(2**17):
         for bit in (1, 0):

@@ -79,7 +79,7 @@ def test_curves_are_selected_and_show_values(run, opened):
     assert set(page.texts(".chart b")) == {*first, "lr"}
     page.click("#names button:nth-child(9)")
     assert page.texts(".chart b") == first
-    # What is not finite is a gap: the line is drawn in two pieces.
+    # A value that is not finite is a gap: the line is drawn in two pieces.
     assert (
         page.evaluate("document.querySelector('[data-curve=loss] .raw').getAttribute('d').split('M').length - 1") == 2
     )
@@ -183,7 +183,7 @@ def test_matches_are_highlighted(run, opened):
         "[...node.querySelectorAll('.quote.none')].map(one => one.textContent), "
         "[...node.querySelectorAll('.point')].map(one => one.textContent)])"
     ):
-        assert row[0] in captions  # all of it, emoji before what is marked
+        assert row[0] in captions  # complete, with emoji before the highlights
         assert row[1] == ["Not in there."]
         assert all(word.replace("-", "").isalnum() for word in row[2])
 
@@ -214,7 +214,7 @@ def test_untrusted_text_is_escaped(tmp_path, opened):
     folder = tmp_path / "<img src=x onerror=window.hacked=4>"
     write_run(folder, 5, 1, clips=len(HOSTILE), group=1)
     lines = lines_of(folder, 5)
-    allowed = [text.replace("\ud83d ", "") for text in HOSTILE]  # a manifest holds no half of a surrogate pair
+    allowed = [text.replace("\ud83d ", "") for text in HOSTILE]  # manifests have no lone surrogates
     names = [f"{number} {text}" for number, text in enumerate(allowed)]
     for line, text, name in zip(lines, HOSTILE, names):
         line |= {"caption": text, "id": name, "rewards": {text: 1.0}}
@@ -244,7 +244,7 @@ def test_untrusted_text_is_escaped(tmp_path, opened):
     assert page.evaluate("document.querySelectorAll('img, b:not(.tile b, .chart b), i, u, svg[onload]').length") == 0
     assert page.evaluate("document.querySelectorAll('script').length") == 2
 
-    # The same page without the escape, and without its policy, is broken into: this test can fail.
+    # Without the escape and the policy the page is exploited, so this test can fail.
     broken = text.replace("\\u003c", "<").replace("Content-Security-Policy", "none")
     (tmp_path / "broken.html").write_text(broken)
     page.open((tmp_path / "broken.html").as_uri())
@@ -285,7 +285,7 @@ def test_fine_tuning_shows_heldout_captions(tmp_path, opened, capsys):
     assert page.texts(".row .clip") == ["clip1", "clip2"] * 2
     page.click(".row:nth-child(4)")
     assert page.texts(".caption") == ["It is 2.", "At 10."]
-    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")  # a telephone's width
+    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")  # the width of a phone
     assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(20, 23, 26)"
 
 

@@ -143,7 +143,7 @@ def test_gcloud_stop_then_start(cloud):
     assert {host["active"] for host in cloud.state["hosts"]} == {"failed"}
     assert cloud("gcloud", START["gcloud"]) == 0
     assert {host["active"] for host in cloud.state["hosts"]} == {"active"}
-    assert cloud.state["hosts"][0]["job"] != first  # another launch: earlier failures are not read
+    assert cloud.state["hosts"][0]["job"] != first  # another launch ignores earlier failures
     assert cloud.state["creates"] == 1
 
 

@@ -127,7 +127,7 @@ def test_internal_error_of_one_host_ends_the_job_with_3(worker, tmp_path, failin
     assert [status for status, _, _ in ends] == [3, 3], ends
     assert ends[failing][2].splitlines()[-1] == "avocado sft: KeyError: 'a bug'"
     assert f"host {socket.gethostname()} ended with status 3" in ends[1 - failing][2]
-    # A host that is started again in this launch ends at once; a later launch does not look at the record.
+    # A host that is restarted in this launch exits at once; a later launch ignores the record.
     assert finished(worker("exit 0"))[0] == 3
     assert finished(worker("exit 0", launch="second"))[0] == 0
 
@@ -172,7 +172,7 @@ def test_50_starts_without_a_new_step_exit_with_3(worker, tmp_path):
     assert finished(worker("exit 75"))[0] == 75  # the 50th
     status, _, err = finished(worker("exit 75"))
     assert (status, err) == (3, f"launch: {run}: 50 starts without a newly finished step; their logs have the reason\n")
-    assert finished(worker("exit 75", host="1"))[0] == 3  # the other hosts too, wherever they are
+    assert finished(worker("exit 75", host="1"))[0] == 3  # the other hosts too
     assert finished(worker("exit 75", launch="second"))[0] == 75  # the user has started it again
 
 
@@ -187,7 +187,7 @@ def test_newly_finished_step_resets_the_count(tmp_path):
     assert count() == 3
     write_metrics(tmp_path, 7)  # finished a second time: nothing new
     assert count() == 4
-    assert count(host="1") == 1  # each host counts for itself
+    assert count(host="1") == 1  # each host has its own count
     write_metrics(tmp_path, 8)
     assert count() == 1
     assert count() == 2

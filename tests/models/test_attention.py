@@ -71,7 +71,7 @@ def test_plain_attention_equals_the_formula(monkeypatch, causal, masked, score_b
 def test_parts_merge_into_one_softmax():
     q, k, v = draws()
     parts = [attend(q, k[:, :, part], v[:, :, part]) for part in (slice(0, 31), slice(31, 32), slice(32, None))]
-    nothing = attend(q, k, v, jnp.zeros((ROWS, KEYS), bool))  # has no weight, and is finite
+    nothing = attend(q, k, v, jnp.zeros((ROWS, KEYS), bool))  # has zero weight and is finite
     assert np.isfinite(nothing[0]).all()
     np.testing.assert_allclose(merge([*parts, nothing]), plain(q, k, v)[0], atol=2e-6)
 

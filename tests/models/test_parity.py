@@ -184,7 +184,7 @@ def test_logits_positions_and_greedy_tokens(reference, name):
     np.testing.assert_array_equal(ours.tokens[:, 0, : produced.shape[1]], produced)
     logits = np.stack([step.numpy() for step in theirs.logits], axis=1)
 
-    # The same logits again, from all of the caption's tokens at once.
+    # The same logits from all tokens of the caption in one pass.
     given = np.concatenate([np.asarray(clip.first)[:, None], produced[:, :-1]], axis=1)[:, None]
     close(caption_logits(params, clip, jnp.asarray(given))[:, 0], logits, 1e-4)
     logprobs = torch.log_softmax(torch.tensor(logits), -1).numpy()

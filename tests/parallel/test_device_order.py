@@ -61,7 +61,7 @@ def check(mesh, batch):
         assert sharding_impls.local_to_global_shape(mine, (len(rows), 3)) == (batch, 3)
         holders.update(rows)
     assert sorted(holders) == list(range(batch))
-    # A row's devices are those of its position on data and fsdp: their processes hold it, and no others.
+    # The devices of a row are those of its position on data and fsdp; exactly their processes load it.
     parts = mesh.devices.reshape(-1, mesh.shape["tensor"])
     for row in range(batch):
         devices = parts[row * len(parts) // batch]

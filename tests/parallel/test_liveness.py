@@ -65,7 +65,7 @@ def test_slowest_host_is_named_and_all_exit_with_75(hosts, capfd):
     assert set(hosts.ended) == {75}
     output = capfd.readouterr().err
     warnings = [line for line in output.splitlines() if "(timeouts.step 3): stuck: host 1 (" in line]
-    assert len(warnings) == 3  # each host names it once, long before it ends
+    assert len(warnings) == 3  # each host reports it once, long before it exits
     assert all("input of step 7, outside the package" in line for line in warnings)
     assert "Current thread" in output  # stacks
     assert "host 2" not in output
@@ -91,7 +91,7 @@ def test_host_without_heartbeats_is_named(hosts, capfd):
     assert silent.count("host 0") == 1  # host 2
     assert "host 2" not in silent
     assert all("no heartbeat for" in line for line in output)
-    assert not hosts.ended  # this is left to jax
+    assert not hosts.ended  # jax handles this
 
 
 @pytest.mark.parametrize("what", ["progress", "compilation"])

@@ -63,7 +63,7 @@ def test_memory_of_a_step_equals_its_plan(steps, spares, tmp_path, capsys):
     phases = {phase.name: phase for phase in plan.phases}
     runs = {"encode": together / steps, "view": 1 / steps, "rollout": 1 / steps}
     assert {name: runs_per_step(plan, phase) for name, phase in phases.items()} == dict.fromkeys(phases, 1.0) | runs
-    assert batches_of(plan, phases["rollout"]) == together  # spare ones too
+    assert batches_of(plan, phases["rollout"]) == together  # including spare batches
     alive = phases["rollout"].alive | phases["update"].alive
     rollout, scored = alive["captions"][1][0], phases["update"].args[1].scored
     before, measured = bytes_per_device(jax.live_arrays()), {}
@@ -114,10 +114,10 @@ def test_memory_of_a_step_equals_its_plan(steps, spares, tmp_path, capsys):
         _, _, finish = step(state, batch)
         finish()
     warned = "step 1: warning: sampler_gap 0.300" in capsys.readouterr().err
-    assert warned == (spares == 0)  # all captions have the same reward, so nothing is learned from
+    assert warned == (spares == 0)  # all captions have the same reward, so no group is used
     del waiting
     assert list(measured) == [name for name in phases if name != "spares"]  # made by the step itself
     for name, measured_bytes in measured.items():
         assert abs(measured_bytes - bytes_per_device(phases[name].alive)) < SMALL * together, name
-    # what comes and goes is larger than what is overlooked
+    # temporaries are larger than the tolerance
     assert min(bytes_per_device(alive[part]) for part in ("encoded", "view", "reference")) > 2 * SMALL * together

@@ -179,7 +179,7 @@ def test_resume_restores_captions_from_the_state(tmp_path):
 
 
 def test_record_lost_at_sampling_stays_excluded_after_a_resume(tmp_path):
-    """Its captions were sampled without the clip, although a later start can read it. Rows lost later are excluded too."""
+    """Its captions were sampled without the clip, although a later start can read it. Later losses count too."""
     lost = jnp.array([0.0, 1.0])
     steps = Steps(tmp_path, rollout_batches=2)
     state, _ = steps.run(start(), 0, 2, stop=1, weights={1: lost})
