@@ -51,7 +51,7 @@ VERSIONS = ("avocado-jax", "jax", "jaxlib", "libtpu", "flax", "transformers")
 
 
 def versions() -> str:
-    """The versions that a report of a fault needs; packages that are not installed are left out."""
+    """The versions for a bug report; packages that are not installed are omitted."""
     python = f"python {platform.python_version()}"
     found = []
     for name in VERSIONS:
@@ -61,17 +61,17 @@ def versions() -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command. Returns its exit status, as in `STATUSES`."""
+    """Run a command. Returns its exit status (see `STATUSES`)."""
     argv = sys.argv[1:] if argv is None else argv
     try:
         return _run(argv)
-    except KeyboardInterrupt:  # also while the command is imported
+    except KeyboardInterrupt:  # also during the import of the command
         print(f"avocado {argv[0]}: stopped", file=sys.stderr)
         return 130
 
 
 def _run(argv: list[str]) -> int:
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it would say that torch is absent
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # suppress the warning that torch is missing
     parser = Parser(
         prog="avocado",
         description="Audiovisual captioners in JAX.",
@@ -95,7 +95,7 @@ def _run(argv: list[str]) -> int:
         command = commands.add_parser(
             name, help=summary, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
         )
-        if argv[:1] == [name]:  # only the command that runs is imported: `bench` works where `av` is absent
+        if argv[:1] == [name]:  # import only the selected command: `bench` works without `av`
             try:
                 module = importlib.import_module(f"avocado_jax.cli.{name}")
             except Exception as error:  # a broken installation
@@ -104,14 +104,14 @@ def _run(argv: list[str]) -> int:
             module.add_arguments(command)
             command.set_defaults(run=module.run)
     args, rest = parser.parse_known_args(argv)
-    if rest and not hasattr(args, "fields"):  # commands that take a config take its fields too
+    if rest and not hasattr(args, "fields"):  # commands with a config accept its fields
         commands.choices[args.command].error(f"unrecognized arguments: {' '.join(rest)}")
     args.fields = rest
-    # At once: no file has its final name before it is complete, and the same command resumes or starts again.
+    # Immediate exit is safe: files get their final names when complete, and the same command resumes or starts again.
     signal.signal(signal.SIGTERM, lambda *_: os._exit(75))
     try:
         return args.run(args)
-    except BrokenPipeError:  # the reader of our output has left
+    except BrokenPipeError:  # the reader of stdout has closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except Exception as error:

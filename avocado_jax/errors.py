@@ -1,11 +1,11 @@
-"""Which exit status a failure has: 1 a retry may help, 2 bad input, 3 a retry fails in the same way."""
+"""Exit statuses of failures: 1 a retry may help, 2 bad input, 3 a retry fails in the same way."""
 
 import re
 import sys
 import traceback
 
-# JAX raises errors of its runtime as JaxRuntimeError, and some as ValueError or RuntimeError: the message begins with
-# the code. The first three come from a lost peer or a busy service.
+# JAX raises runtime errors as JaxRuntimeError, and some as ValueError or RuntimeError. The message begins with the
+# status code. The transient codes come from a lost peer or a busy service.
 TRANSIENT = ("UNAVAILABLE", "DEADLINE_EXCEEDED", "ABORTED")
 CODES = re.compile(
     "(UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED|CANCELLED|UNKNOWN|INVALID_ARGUMENT|NOT_FOUND|ALREADY_EXISTS|PERMISSION_DENIED"
@@ -14,16 +14,16 @@ CODES = re.compile(
 
 
 class InputError(Exception):
-    """Bad input from outside: the message is one line that names the problem and its place.
+    """Bad input from outside. The message is one line that names the problem and its location.
 
-    The command line prints it to stderr and exits with status 2; it is never a traceback.
+    The command line prints it to stderr without a traceback and exits with status 2.
     """
 
 
 def exit_status(error: BaseException) -> int:
     """The exit status of a command that ends with `error`.
 
-    Libraries are looked up, not imported: an error of a library exists only where the library is imported already.
+    Libraries are looked up in `sys.modules`, not imported: without the import, their errors cannot occur.
     """
     if isinstance(error, InputError):
         return 2
@@ -39,20 +39,20 @@ def exit_status(error: BaseException) -> int:
 
 
 def runtime_code(error: BaseException) -> str | None:
-    """The status code of an error of the JAX runtime, such as "INTERNAL"; None for all other errors."""
+    """The status code of a JAX runtime error, such as "INTERNAL"; None for other errors."""
     found = CODES.match(str(error)) if isinstance(error, RuntimeError | ValueError) else None
     return found[1] if found else None
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's text, or its type."""
+    """The first line of an error message, or the error's type if the message is empty."""
     return (str(error).splitlines() or [type(error).__name__])[0][:500]
 
 
 def report(error: BaseException, command: str) -> int:
-    """Print an error to stderr, its name and message in the last line. Returns its exit status.
+    """Print an error to stderr and return its exit status. The last line has its type and message.
 
-    The traceback comes first, unless the message alone is sufficient.
+    The traceback is printed first, unless the message alone is sufficient.
     """
     status = exit_status(error)
     if isinstance(error, InputError | OSError | FloatingPointError):

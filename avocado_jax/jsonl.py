@@ -1,4 +1,4 @@
-"""JSON lines: validation of external files, and appending that survives a killed process."""
+"""JSON lines: validation of input files, and appending that is robust to a killed process."""
 
 import fcntl
 import json
@@ -15,10 +15,10 @@ NAMES = {str: "a string", list: "a list", dict: "an object", int: "a whole numbe
 
 
 def read_lines(path: Path, fields: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The lines of a file, as `parse_lines` gives them.
+    """Yield the lines of a file as `parse_lines` does.
 
     Raises:
-        InputError: the file cannot be read, or as `parse_lines`.
+        InputError: the file cannot be read, is empty, or has an invalid line.
     """
     try:
         data = path.read_bytes()
@@ -28,9 +28,9 @@ def read_lines(path: Path, fields: Mapping[str, Any]) -> Iterator[tuple[str, dic
 
 
 def read_captions(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Lines with "id" and "caption". In lines that `caption` has written, "clip" becomes the id.
+    """Yield lines with "id" and "caption". In the output of `avocado caption`, "clip" is the id.
 
-    Lines about clips that failed are left out.
+    Lines of failed clips are skipped.
 
     Raises:
         InputError: as `read_lines`.
@@ -47,7 +47,7 @@ def read_captions(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def parse_lines(data: bytes, name: str, fields: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Each JSON object of a file's content with its "name:line", checked to have the fields, of these types.
+    """Yield ("name:line", object) for each line, after checking that it has `fields` with these types.
 
     Raises:
         InputError: the file is empty, or a line is invalid.
@@ -72,10 +72,10 @@ def parse_lines(data: bytes, name: str, fields: Mapping[str, Any]) -> Iterator[t
 
 
 def check_entries(where: str, line: Mapping[str, Any], entries: Mapping[str, Mapping[str, Any]]) -> None:
-    """Check lists of objects in a line: `entries` maps a list's name to the fields of each object in it.
+    """Check lists of objects in a line. `entries`: by list name, the field types of each object.
 
     Raises:
-        InputError: one of them is not so.
+        InputError: an object has a missing or wrong field.
     """
     for name, wants in entries.items():
         for entry in line[name]:
@@ -88,10 +88,10 @@ def check_entries(where: str, line: Mapping[str, Any], entries: Mapping[str, Map
 
 @contextmanager
 def appending(path: Path) -> Iterator[BinaryIO]:
-    """A file to read and append whole lines to, which is this process's alone; what a kill left of a last one is cut.
+    """Context manager: open and lock a file for reading and appending lines. A partial last line is removed.
 
     Raises:
-        InputError: it cannot be written, or another process appends to it.
+        InputError: the file cannot be written, or another process has locked it.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

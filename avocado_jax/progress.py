@@ -1,4 +1,4 @@
-"""Progress on long work: a bar on a terminal, a plain line now and then elsewhere. Always on stderr."""
+"""Progress of long work on stderr: a bar on a terminal, occasional lines otherwise."""
 
 import sys
 import time
@@ -11,7 +11,7 @@ T = TypeVar("T")
 
 
 def progress(items: Iterable[T], what: str, total: int | None = None, every: float = 10.0) -> Iterator[T]:
-    """Pass `items` through, saying how far it is: a bar on a terminal, else a line every `every` seconds."""
+    """Yield `items` and report progress: a bar on a terminal, else a line every `every` seconds."""
     if total is None and hasattr(items, "__len__"):
         total = len(items)
     if sys.stderr.isatty():

@@ -1,1 +1,1 @@
-"""Measurements of the hot paths and of the machine's ceilings. Imports jax, flax and numpy only."""
+"""Benchmarks of the hot paths and of the machine's peak rates. Imports jax, flax and numpy only."""

@@ -1,4 +1,4 @@
-"""The captioning engine in its steady state with random weights: all slots decode, finished ones are refilled."""
+"""Benchmark the captioning engine in its steady state with random weights: finished slots are refilled."""
 
 import time
 from contextlib import nullcontext
@@ -21,14 +21,14 @@ from avocado_jax.sampling.logits import GREEDY
 def bench_caption(
     size: str, slots: int, clip_tokens: int, caption_tokens: int, dtype: str, sizes: tuple[int, int] = (1, 1)
 ) -> dict[str, Any]:
-    """Caption as many clips as there are slots: one prefill a clip, spread evenly over the decoding steps.
+    """Caption one clip per slot; the prefills are spread evenly over the decode steps.
 
-    The floor is the time of the prefill FLOPs and of the bytes that the decoding steps read, at the measured ceilings
-    of one device. Rates of FLOPs and bytes are those of one device.
+    `floor_seconds` is the time of the prefill FLOPs and of the bytes read by the decode steps, at the measured peak
+    rates of one device. FLOPs and bytes are per device.
 
     Args:
-        slots: of each data replica.
-        sizes: data replicas, and devices of each.
+        slots: per data replica.
+        sizes: (data replicas, devices per replica).
     """
     data, tensor = sizes
     mesh = make_mesh(data, 1, tensor, devices=jax.devices()[: data * tensor]) if data * tensor > 1 else None

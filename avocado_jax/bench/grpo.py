@@ -1,4 +1,4 @@
-"""One step of GRPO with random weights, phase by phase, on all devices of this machine."""
+"""Benchmark the phases of a GRPO step with random weights, on all devices of this machine."""
 
 import statistics
 import sys
@@ -29,11 +29,11 @@ REPEATS = 3
 def bench_grpo(
     size: str, group: int, clip_tokens: int, caption_tokens: int, dtype: str, remat: str, train: str, clips: int = 1
 ) -> dict[str, Any]:
-    """The paper's step (frozen encoders, AdamW in fp32, one update a rollout), `clips` clips a device.
+    """Measure the paper's step (frozen encoders, AdamW in fp32, one update per rollout), `clips` clips per device.
 
-    Nothing stops a caption before `caption_tokens`: the most that a step can take. `step_ms` is the sum of the phases;
-    `prefill` is a rollout of one token, `decode` what a whole one takes more. FLOPs are the model's own, without what
-    is recomputed; bytes those that decoding must read.
+    All captions have `caption_tokens` tokens, the worst case. `step_ms` is the sum of the phases; `prefill` is a
+    rollout of one token, `decode` the additional time of a full rollout. FLOPs are model FLOPs, without
+    rematerialization; bytes are those that decoding reads.
     """
     devices = jax.device_count()
     config = GrpoConfig(
@@ -51,7 +51,7 @@ def bench_grpo(
     clip = random_clip(model, clip_tokens, FRAMES.get(size, FRAME))
     shape = (clip_tokens, clip.patches.shape[1], clip.patches.shape[2], clip.mel.shape[1])
     repeated = jax.tree.map(lambda leaf: np.repeat(np.asarray(leaf), config.batch, 0), clip)
-    stop = jnp.arange(model.text.vocab) == 0  # the one id that ends a caption: banned, or all others are
+    stop = jnp.arange(model.text.vocab) == 0  # mask of the stop token: bans it, or (inverted) all other tokens
     times: dict[str, list[float]] = {phase: [] for phase in PHASES}
     with jax.set_mesh(mesh):
         program = grpo_program(config, model, mesh, 1000, (0,))
@@ -64,17 +64,17 @@ def bench_grpo(
             begun = time.perf_counter()
             result = jax.block_until_ready(run())
             times[phase].append(time.perf_counter() - begun)
-            # Said as it is measured: a later phase may not fit this machine.
+            # Printed immediately: a later phase may run out of memory.
             print(f"{phase}: {times[phase][-1]:.3f} s", file=sys.stderr, flush=True)
             return result
 
-        for step in range(1 + REPEATS):  # the first compiles
+        for step in range(1 + REPEATS):  # the first step compiles
             number = jnp.int32(step)
             encoded = timed("encode", lambda: program.encode(state.params, rows))  # noqa: B023
             view = timed("view", lambda: program.view(state.params))  # noqa: B023
             timed("prefill", lambda: program.roll_out(view, (rows,), (encoded,), number, ~stop))  # noqa: B023
             (rollout,) = timed("decode", lambda: program.roll_out(view, (rows,), (encoded,), number, stop))  # noqa: B023
-            del view  # its memory is the update's
+            del view  # free memory for the update
             captions = rollout.captions
             scored = timed("reference", lambda: program.score(state.params, reference, rows, encoded, captions))  # noqa: B023
             rewards = jax.random.uniform(jax.random.key(step), (config.batch, group))
@@ -85,7 +85,7 @@ def bench_grpo(
             if not bool(jnp.isfinite(metrics["loss"])):
                 raise FloatingPointError("the loss of random weights is not finite")
         gap, length = float(metrics["sampler_gap"]), float(metrics["length"])
-        del state, reference, encoded, rollout, scored, experience, rows  # the ceilings take memory of their own
+        del state, reference, encoded, rollout, scored, experience, rows  # free memory for the peak-rate measurement
 
     seconds = {phase: statistics.median(each[1:]) for phase, each in times.items()}
     seconds["decode"] -= seconds["prefill"]
@@ -104,7 +104,7 @@ def bench_grpo(
 
 
 def _random(shapes: Any) -> Any:
-    """Small random parameters, leaf by leaf: `init` would hold all of them twice."""
+    """Small random parameters, created leaf by leaf: `init` would need twice the memory."""
     leaves, tree = jax.tree.flatten(shapes)
     keys = jax.random.split(jax.random.key(0), len(leaves))
 
@@ -116,7 +116,7 @@ def _random(shapes: Any) -> Any:
 
 
 def _copy_unshared(params: Any, shapes: Any) -> Any:
-    """The reference's own copy of what it does not share."""
+    """Copy the parameters that the reference does not share with the policy."""
     flat = flatten_dict(params)
     copy = {path: jnp.array(flat[path], leaf.dtype, copy=True) for path, leaf in flatten_dict(shapes).items()}
     return unflatten_dict(copy)

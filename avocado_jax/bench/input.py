@@ -1,4 +1,4 @@
-"""The input pipeline alone: rows per second of one core, and the time of each stage."""
+"""Benchmark the input pipeline: rows per second of one core, and the time of each stage."""
 
 import time
 from typing import Any
@@ -11,18 +11,18 @@ from avocado_jax.data.sources import open_shards
 from avocado_jax.models.config import SIZES
 
 STAGES = ("read", "decode", "features", "pad")
-PROMPT = Prompt([0] * 60, [0] * 60)  # its words do not matter here, its length does
+PROMPT = Prompt([0] * 60, [0] * 60)  # only the length matters
 
 
 def bench_input(folder: str, size: str, reading: Reading, most: int = 64) -> dict[str, Any]:
-    """Read at most `most` records of a prepared folder one after the other, as one worker does.
+    """Read up to `most` records of a prepared folder sequentially, as one worker does.
 
-    Returns seconds by stage, and rows and bytes a second of processor time: other work on the machine, and a
-    decoder's threads, do not flatter or hurt it.
+    Returns the seconds of each stage, and rows and bytes per second of CPU time, which other processes and the
+    decoder's threads do not distort.
     """
     config, source = SIZES[size], open_shards(folder, reading)
     stages, count, nbytes = dict.fromkeys(STAGES, 0.0), min(most, len(source)), 0
-    make_row(decoded(source[0], reading), PROMPT, config, reading)  # what is slow at first only
+    make_row(decoded(source[0], reading), PROMPT, config, reading)  # warm-up
     begun, used = time.perf_counter(), time.process_time()
     for number in range(count):
         marks = [time.perf_counter()]

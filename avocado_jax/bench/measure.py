@@ -1,4 +1,4 @@
-"""Timing, and the ceilings of this machine in the same run."""
+"""Timing, and measured peak rates of this machine."""
 
 import statistics
 import time
@@ -10,14 +10,14 @@ import jax.numpy as jnp
 
 
 class Ceilings(NamedTuple):
-    """What this machine reached today."""
+    """Measured peak rates of this machine."""
 
-    flops: float  # a second, in a large matrix product of the dtype
-    bytes: float  # a second: the faster of a large copy (read and written) and a large sum (read)
+    flops: float  # FLOP/s of a large matrix product in the dtype
+    bytes: float  # bytes/s: the faster of a large copy (read and write) and a large sum (read)
 
 
 def seconds_of(run: Callable[[], Any], repeats: int = 3) -> float:
-    """The median time of `run` once compiled, until its results are ready."""
+    """The median seconds of `run` after a first, compiling call; waits for the results."""
     jax.block_until_ready(run())
     times = []
     for _ in range(repeats):
@@ -31,7 +31,7 @@ def ceilings(dtype: str) -> Ceilings:
     """Measure a matrix product, a copy and a sum, sized for the device."""
     cpu = jax.default_backend() == "cpu"
     width, length = (1024, 2**24) if cpu else (8192, 2**29)
-    a = jax.random.normal(jax.random.key(0), (width, width), dtype)  # constants cost less power and run faster
+    a = jax.random.normal(jax.random.key(0), (width, width), dtype)  # constants draw less power and run faster
     product = jax.jit(lambda a: a @ a)
     x = jnp.ones(length, jnp.float32)
     copy, total = jax.jit(lambda x: -x), jax.jit(jnp.sum)
@@ -42,8 +42,8 @@ def ceilings(dtype: str) -> Ceilings:
 def row(
     what: str, size: str, seconds: float, steps: int, tokens: float, flops: float, nbytes: float, dtype: str
 ) -> dict[str, Any]:
-    """One result: a run of `steps` steps that took `seconds`, with the floors that its work implies."""
-    stats = jax.local_devices()[0].memory_stats() or {}  # before the ceilings take memory of their own
+    """The result of `steps` steps that took `seconds`, with its rates and the peak rates of the machine."""
+    stats = jax.local_devices()[0].memory_stats() or {}  # before the peak-rate measurement allocates memory
     top = ceilings(dtype)
     return {
         "what": what,

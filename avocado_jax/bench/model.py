@@ -1,4 +1,4 @@
-"""Prefill and decoding of one clip with random weights."""
+"""Benchmark prefill and decode of one clip with random weights."""
 
 from functools import partial
 from typing import Any
@@ -16,12 +16,12 @@ from avocado_jax.models.thinker import Thinker, init
 from avocado_jax.parallel.rules import shardings
 from avocado_jax.typing import Clip
 
-FRAMES = {"tiny": (4, 8)}  # merged cells of a frame, rows and columns
+FRAMES = {"tiny": (4, 8)}  # merged patches of a frame: rows, columns
 FRAME = (16, 30)  # 448x840 pixels: a 30 s clip of 720p under AVoCaDO's budget
 
 
 def random_clip(config: ThinkerConfig, tokens: int, cells: tuple[int, int]) -> Clip:
-    """A clip of `tokens` tokens in the proportions of a real one: a frame pair and 25 tokens of sound a second."""
+    """A random clip of `tokens` tokens in realistic proportions: a frame pair and 25 sound tokens per second."""
     vision, (rows, columns) = config.vision, cells
     window = vision.window_cells
     windows, slots = -(-rows // window) * -(-columns // window), (window * vision.merge) ** 2
@@ -48,13 +48,13 @@ def random_clip(config: ThinkerConfig, tokens: int, cells: tuple[int, int]) -> C
 
 
 def random_policy(size: str, dtype: str, mesh: Mesh | None = None) -> tuple[ThinkerConfig, Any]:
-    """A model of a size with separate layers, and small random weights; over a mesh sharded over `tensor`."""
+    """A model with unrolled layers and small random weights; with a mesh, they are sharded over `tensor`."""
     config = computed(SIZES[size], dtype, scan=False)
     shapes = jax.eval_shape(partial(init, config), jax.random.key(0))
     leaves, tree = jax.tree.flatten(shapes)
     where = jax.tree.leaves(shardings(shapes, mesh, over=("tensor",))) if mesh else [None] * len(leaves)
 
-    # Small random weights, made leaf by leaf: `init` itself would hold all of them twice in fp32.
+    # Leaf by leaf: `init` would need twice the memory, in fp32.
     @partial(jax.jit, static_argnums=(1, 2))
     def make(key: jax.Array, leaf: jax.ShapeDtypeStruct, sharding: NamedSharding | None) -> jax.Array:
         made = 0.02 * jax.random.normal(key, leaf.shape, leaf.dtype)
@@ -65,7 +65,7 @@ def random_policy(size: str, dtype: str, mesh: Mesh | None = None) -> tuple[Thin
 
 
 def bench_prefill(size: str, tokens: int, dtype: str) -> dict[str, Any]:
-    """Encode one clip and fill its cache."""
+    """Encode one clip and prefill its cache."""
     config, params = random_policy(size, dtype)
     clip = random_clip(config, tokens, FRAMES.get(size, FRAME))
     prefill = jax.jit(partial(Thinker(config).apply, method="prefill"))
@@ -76,7 +76,7 @@ def bench_prefill(size: str, tokens: int, dtype: str) -> dict[str, Any]:
 
 
 def bench_decode(size: str, group: int, clip_tokens: int, caption_tokens: int, dtype: str) -> dict[str, Any]:
-    """Decode a group of captions of one clip whose cache is full, step by step as `generate` does."""
+    """Decode a group of captions of one clip with a filled cache, step by step as `generate` does."""
     config, params = random_policy(size, dtype)
     text = config.text
     shape = (1, text.kv_heads, clip_tokens, text.head)

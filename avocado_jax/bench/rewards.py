@@ -1,4 +1,4 @@
-"""The rewards of a batch of captions, as they run beside the policy."""
+"""Benchmark the rewards of a batch of captions, as they run on the training devices."""
 
 import json
 from typing import Any
@@ -12,12 +12,12 @@ from avocado_jax.rewards.combine import make_references, score_captions
 from avocado_jax.rewards.text import limits_for
 from avocado_jax.rewards.vocabulary import make_table
 
-LINES, POINTS = 12, 40  # lines of dialogue and keypoints of a clip
+LINES, POINTS = 12, 40  # lines of dialogue and keypoints per clip
 VOCABULARY = 4096
 
 
 def bench_rewards(captions: int, group: int, caption_tokens: int) -> dict[str, Any]:
-    """R_D, R_L, RepCol and the lexical R_C of `captions` captions, `group` of each clip, that hold 12 lines each."""
+    """Compute R_D, R_L, RepCol and the lexical R_C of `captions` captions, `group` per clip, with 12 lines each."""
     random = np.random.default_rng(0)
     alphabet = np.array(list("abcdefghijklmnopqrstuvwxyz"))
     words = ["".join(random.choice(alphabet, random.integers(2, 10))) for _ in range(VOCABULARY)]
@@ -27,7 +27,7 @@ def bench_rewards(captions: int, group: int, caption_tokens: int) -> dict[str, A
     table = make_table(json.dumps({"model": {"type": "BPE", "vocab": vocab}, "decoder": {"type": "ByteLevel"}}))
     clips = max(1, captions // group)
     ids = random.integers(0, verb, (clips, group, caption_tokens))
-    ids[..., ::3] = 0  # as often as function words stand in sentences
+    ids[..., ::3] = 0  # about the frequency of function words
     ids[..., 13::13] = stop
     quoted = caption_tokens // (2 * LINES)
     places = 1 + np.arange(LINES) * 2 * quoted
@@ -38,7 +38,7 @@ def bench_rewards(captions: int, group: int, caption_tokens: int) -> dict[str, A
     def say(tokens: np.ndarray) -> str:
         return " ".join(names[one] for one in tokens)
 
-    known = [  # lines and keypoints are parts of the first caption of each clip, so that there is much to align
+    known = [  # lines and keypoints are parts of the first caption of each clip, so that many words align
         {
             "dialogues": [
                 {"speaker": say(caption[max(at - 4, 0) : at]), "text": say(caption[at + 1 : at + quoted - 1])}

@@ -1,4 +1,4 @@
-"""One step of supervised fine-tuning with random weights, on all devices of this machine."""
+"""Benchmark a step of supervised fine-tuning with random weights, on all devices of this machine."""
 
 from functools import partial
 from typing import Any
@@ -19,9 +19,9 @@ from avocado_jax.typing import Captions
 
 
 def bench_sft(size: str, group: int, clip_tokens: int, caption_tokens: int, dtype: str, remat: str) -> dict[str, Any]:
-    """The paper's step (frozen encoders, AdamW in fp32), one clip of `group` captions a device.
+    """Measure the paper's step (frozen encoders, AdamW in fp32) with one clip of `group` captions per device.
 
-    Tokens are those of clips and captions; FLOPs are the model's own, without what is recomputed.
+    Tokens are those of clips and captions; FLOPs are model FLOPs, without rematerialization.
     """
     devices = jax.device_count()
     config = SftConfig(batch=devices, dtype=dtype, frozen_dtype=dtype, remat=remat)
@@ -38,7 +38,7 @@ def bench_sft(size: str, group: int, clip_tokens: int, caption_tokens: int, dtyp
     with jax.set_mesh(mesh):
         shapes, step, start = sft_program(config, model, mesh, 1000)
         leaves, tree = jax.tree.flatten(shapes.params)
-        # Leaf by leaf: `init` would hold all of them twice.
+        # Leaf by leaf: `init` would need twice the memory.
         make = [
             jax.jit(partial(jax.random.normal, shape=leaf.shape, dtype=leaf.dtype), out_shardings=leaf.sharding)
             for leaf in leaves
@@ -48,7 +48,7 @@ def bench_sft(size: str, group: int, clip_tokens: int, caption_tokens: int, dtyp
         placed = jax.device_put(batch, rows_sharding(mesh))
 
         def run() -> Any:
-            state[0], metrics = step(state[0], *placed)  # the step takes its state's memory over
+            state[0], metrics = step(state[0], *placed)  # the step donates the state's buffers
             return metrics
 
         seconds = seconds_of(run)
@@ -57,5 +57,5 @@ def bench_sft(size: str, group: int, clip_tokens: int, caption_tokens: int, dtyp
     tokens = devices * (clip_tokens + group * caption_tokens)
     flops = devices * train_flops(model, shape, group, caption_tokens, config.train)
     nbytes = sum(leaf.nbytes for leaf in jax.tree.leaves(state[0]))
-    del state[0], placed  # the ceilings take memory of their own
+    del state[0], placed  # free memory for the peak-rate measurement
     return row("sft", size, seconds, 1, tokens, flops / devices, nbytes, dtype)

@@ -1,1 +1,1 @@
-"""Parameters on disk: Hugging Face folders and Orbax runs, one tensor (one layer) in memory at a time."""
+"""Checkpoints: Hugging Face folders and Orbax runs, streamed one tensor or layer at a time."""

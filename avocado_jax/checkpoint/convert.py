@@ -1,4 +1,4 @@
-"""Hugging Face folder to run folder and back, streaming: one tensor, one layer of a stack, in memory at a time."""
+"""Convert a Hugging Face folder to a run folder and back, streaming one tensor or layer at a time."""
 
 import json
 import math
@@ -29,22 +29,22 @@ from avocado_jax.errors import InputError
 from avocado_jax.models.config import Lora
 from avocado_jax.progress import progress
 
-MARK = ".being-converted"  # in a folder that may be deleted
-MADE = ".made-from.json"  # in a folder of `to_hf`: the run, the step and the dtype
+MARK = ".being-converted"  # marks an unfinished folder, which may be deleted
+MADE = ".made-from.json"  # written by `to_hf`: the run, the step and the dtype
 COMMITTED = "checkpoints/0/commit_success.txt"
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 
 
 def from_hf(source: str | os.PathLike, target: str | os.PathLike, reading: Mapping[str, Any] = {}) -> None:
-    """Make the run folder `target`, at step 0, of a checkpoint in Hugging Face format; dtypes are kept.
+    """Convert a checkpoint in Hugging Face format to the run folder `target`, at step 0. Keeps the dtypes.
 
     Args:
         source: a model reference (references.py).
         target: local or gs://.
-        reading: how the checkpoint's clips are sampled, added to its `reading.json`.
+        reading: properties of the checkpoint's reading, added to its `reading.json`.
 
     Raises:
-        InputError: `source` is not a sound checkpoint, or `target` exists.
+        InputError: `source` is not a valid checkpoint, or `target` exists.
         StorageError: storage failed, or the hub cannot be reached.
     """
     checkpoint = open_hf(located(source, "copies"), copies=True)
@@ -54,16 +54,16 @@ def from_hf(source: str | os.PathLike, target: str | os.PathLike, reading: Mappi
     with _appearing(str(target), nbytes) as folder, library_errors(str(target)):
         _write_beside(checkpoint, folder, reading)
         save_pieces(run_path(folder) / "checkpoints" / "0" / "params", stacks)
-        storage.write(storage.join(folder, COMMITTED), b"")  # Orbax's mark of a finished step in a bucket
+        storage.write(storage.join(folder, COMMITTED), b"")  # Orbax's marker of a finished step in a bucket
 
 
 class Exported(NamedTuple):
     """The result of `to_hf`.
 
     Attributes:
-        step: the step that was written.
-        rounding: what rounding to the written dtype loses of the updates of adapters: |rounded - exact| / |update|,
-            Frobenius norms over all merged kernels. None without adapters, and if an earlier target was kept.
+        step: the exported step.
+        rounding: relative rounding error of the adapters' updates in the exported dtype: |rounded - exact| / |update|,
+            Frobenius norms over all merged kernels. None without adapters, or if an earlier target was kept.
     """
 
     step: int
@@ -78,17 +78,17 @@ def to_hf(
     shard_bytes: int = SHARD_BYTES,
     keep: bool = False,
 ) -> Exported:
-    """Write step `step` of a run (the newest finished one) as a checkpoint that transformers loads.
+    """Export step `step` of a run (default: the newest finished one) as a checkpoint for transformers.
 
-    Tensors keep the dtype they are stored in, or take `dtype`; what was carried through is not touched. Low-rank
-    adapters are merged in fp32 before the cast.
+    Tensors are written in their stored dtype, or in `dtype`. Tensors that are not modelled are copied unchanged.
+    Low-rank adapters are merged in fp32 before the cast.
 
     Args:
         target: local or gs://.
-        keep: a target that an earlier call has made of the same step and dtype is left as it is.
+        keep: keep an existing target of an earlier call with the same step and dtype.
 
     Raises:
-        InputError: no such run or step, or `target` exists.
+        InputError: the run or step does not exist, or `target` exists.
     """
     run = open_run(source, step, copies=True)
     prefix, carried = _beside(run)
@@ -126,7 +126,7 @@ def to_hf(
                 storage.upload(path, storage.join(folder, path.name))
 
             write_shards(Path(local), specs, values(), shard_bytes, upload if remote else lambda path: None)
-        # config.json comes last: without it a folder in a bucket is no checkpoint.
+        # config.json is written last: without it a folder in a bucket is not a checkpoint.
         for path in sorted(copied_files(run.config_folder), key=lambda path: path.name == "config.json"):
             data = path.read_bytes()
             if dtype and path.name == "config.json":
@@ -138,15 +138,15 @@ def to_hf(
 
 
 def push(folder: Path, name: str) -> str:
-    """Upload a folder of `to_hf` to the repository `name` on the hub, which is created if it does not exist.
+    """Upload a folder of `to_hf` to the repository `name` on the hub, which is created if needed.
 
-    Repeating it uploads what is missing. Weights that an earlier push left under other names are removed.
+    A repeated call uploads only missing files. Weights of earlier pushes with other file names are removed.
 
     Returns:
-        The address of the commit.
+        The URL of the commit.
 
     Raises:
-        InputError: no token, or no permission.
+        InputError: the token or the permission is missing.
         StorageError: the hub cannot be reached or is busy.
     """
     from huggingface_hub import HfApi
@@ -170,22 +170,22 @@ def begin_run(
     lora: Lora | None = None,
     reading: Mapping[str, Any] = {},
 ) -> None:
-    """Write the side files and carried tensors of `init` into a training run.
+    """Write the side files and unmodelled tensors of `init` to a training run.
 
-    Existing files are written again, so that a start which was killed is repeated. One process calls it, before the
+    Existing files are overwritten, so that an interrupted start can be repeated. One process calls this before the
     first checkpoint is saved.
 
     Args:
-        init: the model reference that training starts from.
-        folder: of the run, local or gs://.
-        lora: the adapters that will be trained.
-        reading: how the clips of training are sampled, added to the `reading.json` of `init`.
+        init: the model reference of the initial checkpoint.
+        folder: the run folder, local or gs://.
+        lora: the adapters to train.
+        reading: properties of the training clips' reading, added to the `reading.json` of `init`.
     """
     _write_beside(open_checkpoint(init, copies=True), str(folder), reading, lora)
 
 
 def _write_beside(checkpoint: Checkpoint, folder: str, reading: Mapping[str, Any], lora: Lora | None = None) -> None:
-    """Write everything of a run folder but its checkpoints."""
+    """Write all files of a run folder except its checkpoints."""
     prefix, carried = _beside(checkpoint)
     remote = storage.is_remote(folder)
     scratch = Path(tempfile.mkdtemp()) if remote else Path(folder, ".beginning")
@@ -213,7 +213,7 @@ def _write_beside(checkpoint: Checkpoint, folder: str, reading: Mapping[str, Any
 
 
 def _beside(checkpoint: Checkpoint) -> tuple[str, dict[str, Tensor]]:
-    """The prefix of the modelled tensors' names in Hugging Face format, and the tensors that are not modelled."""
+    """The name prefix of the modelled tensors in Hugging Face format, and the unmodelled tensors."""
     if isinstance(checkpoint, HfCheckpoint):
         return checkpoint.prefix, checkpoint.carried
     with library_errors(str(checkpoint.folder)):
@@ -231,10 +231,10 @@ def _beside(checkpoint: Checkpoint) -> tuple[str, dict[str, Tensor]]:
 
 @contextmanager
 def _appearing(target: str, nbytes: int) -> Iterator[str]:
-    """A folder to fill. A local one takes the name `target` when the block ends well.
+    """Provide a folder for writing `target`. A local folder is renamed to `target` when the block succeeds.
 
-    A bucket has no renames: there, a mark shows that the folder is unfinished, and the caller writes the file by which
-    the checkpoint is recognised last.
+    Buckets have no renames. There, a marker file shows that the folder is unfinished, and the caller must write the
+    file that identifies a checkpoint last.
     """
     if storage.is_remote(target):
         with library_errors(target):
@@ -242,7 +242,7 @@ def _appearing(target: str, nbytes: int) -> Iterator[str]:
             if path.exists():
                 if not storage.exists(storage.join(target, MARK)):
                     raise InputError(f"{target}: already exists")
-                path.rmtree()  # what a killed conversion left
+                path.rmtree()  # left by a killed conversion
             storage.write(storage.join(target, MARK), b"")
             yield target
             storage.delete(storage.join(target, MARK))
@@ -257,7 +257,7 @@ def _appearing(target: str, nbytes: int) -> Iterator[str]:
     partial = final.with_name(final.name + ".partial")
     if partial.exists() and not (partial / MARK).exists():
         raise InputError(f"{partial}: already exists and was not made by this command")
-    shutil.rmtree(partial, ignore_errors=True)  # what a killed conversion left
+    shutil.rmtree(partial, ignore_errors=True)  # left by a killed conversion
     partial.mkdir()
     try:
         (partial / MARK).touch()
@@ -278,7 +278,7 @@ def _pieces_of(tensors: Iterable[Tensor]) -> Iterator[np.ndarray]:
 
 
 def _stacks(checkpoint: HfCheckpoint, on_tensor: Callable[[], object]) -> dict:
-    """The tree of our parameters as `Pieces` that read theirs."""
+    """The tree of this package's parameters as `Pieces` that read the checkpoint's tensors."""
     stacks: dict[tuple[str, ...], list[Entry]] = {}
     for entry in checkpoint.entries.values():
         stacks.setdefault(entry.path, []).append(entry)
@@ -292,7 +292,7 @@ def _stacks(checkpoint: HfCheckpoint, on_tensor: Callable[[], object]) -> dict:
 
 
 def _stack(checkpoint: HfCheckpoint, entries: list[Entry], on_tensor: Callable[[], object]) -> Pieces:
-    """One of our parameters: a stack with a layer a piece, or a single tensor."""
+    """One parameter of this package: a stack with one piece per layer, or a single tensor."""
     first = entries[0]
     tensors = [checkpoint.tensors[entry.name] for entry in entries]
     for entry, tensor in zip(entries, tensors):
@@ -301,7 +301,7 @@ def _stack(checkpoint: HfCheckpoint, entries: list[Entry], on_tensor: Callable[[
                 f"{tensor.file}: '{entry.name}' is {tensor.dtype.name} but '{first.name}' is "
                 f"{tensors[0].dtype.name}: the layers of a stack share one dtype"
             )
-    one = first.change.ours(np.broadcast_to(np.int8(0), first.shape)).shape
+    shape = first.change.ours(np.broadcast_to(np.int8(0), first.shape)).shape
 
     def layers() -> Iterator[tuple[int, np.ndarray]]:
         values = map_ordered(checkpoint.read, entries, lambda entry: _nbytes(checkpoint.tensors[entry.name]))
@@ -313,23 +313,23 @@ def _stack(checkpoint: HfCheckpoint, entries: list[Entry], on_tensor: Callable[[
         yield from zip(row_slices(first.shape, tensors[0].dtype.itemsize), _pieces_of(tensors[:1]))
         on_tensor()
 
-    def whole() -> Iterator[tuple[slice, np.ndarray]]:
+    def converted() -> Iterator[tuple[slice, np.ndarray]]:
         yield slice(None), checkpoint.read(first)
         on_tensor()
 
     if first.layer is not None:
-        return Pieces((len(entries), *one), tensors[0].dtype, layers)
-    return Pieces(one, tensors[0].dtype, rows if first.change is SAME else whole)
+        return Pieces((len(entries), *shape), tensors[0].dtype, layers)
+    return Pieces(shape, tensors[0].dtype, rows if first.change is SAME else converted)
 
 
 class _Part(NamedTuple):
-    """A tensor to be written, or some rows of a big table."""
+    """A tensor to write, or some rows of a large table."""
 
     entry: Entry
-    rows: slice | None  # None: all of a tensor whose layout changes, or that is a layer of a stack
+    rows: slice | None  # None: a complete tensor, if its layout changes or it is a layer of a stack
 
     def exported(self, run: RunCheckpoint, dtype: np.dtype) -> tuple[np.ndarray, float, float]:
-        """Values in their layout and `dtype`; the squared norms of what rounding loses, and of the adapter's update."""
+        """Values in the exported layout and dtype; squared norms of the rounding error and of the adapter's update."""
         value = run.read_part(self.entry, () if self.rows is None else (self.rows,))
         cast = value.astype(dtype)
         lost = total = 0.0
@@ -345,5 +345,5 @@ class _Part(NamedTuple):
 
 
 def _row_slices(entry: Entry) -> Iterable[slice | None]:
-    """The pieces of a tensor: the big tables that keep their layout come in runs of rows."""
+    """The pieces of a tensor: row ranges for large tables without a layout change."""
     return row_slices(entry.shape, 4) if entry.layer is None and entry.change is SAME else [None]

@@ -1,4 +1,4 @@
-"""Qwen2.5-Omni checkpoints in Hugging Face format: one bijective table of names, read tensor by tensor."""
+"""Qwen2.5-Omni checkpoints in Hugging Face format: a bijective table of names, read one tensor at a time."""
 
 import json
 import os
@@ -21,12 +21,12 @@ from avocado_jax.models.thinker import init
 
 
 class Change(NamedTuple):
-    """A layout change and its inverse; each is a view of numpy's where it can be."""
+    """A layout change and its inverse, as numpy views if possible. "theirs" is the Hugging Face layout."""
 
     ours: Callable[[np.ndarray], np.ndarray]
-    theirs: Callable[[np.ndarray, tuple[int, ...]], np.ndarray]  # also given the shape on their side
-    shape: Callable[[tuple[int, ...], ThinkerConfig], tuple[int, ...]]  # their shape from ours
-    rows: int  # our axis that is their first: a range of their rows is a range of it
+    theirs: Callable[[np.ndarray, tuple[int, ...]], np.ndarray]  # (values, their shape) -> their layout
+    shape: Callable[[tuple[int, ...], ThinkerConfig], tuple[int, ...]]  # our shape -> their shape
+    rows: int  # our axis that corresponds to their first axis
 
 
 SAME = Change(lambda x: x, lambda x, _: x, lambda shape, _: shape, 0)
@@ -50,7 +50,7 @@ CONV3D = Change(  # [out, channels, frames, rows, columns] -> [patch, out]: stri
 WEIGHT, BIAS = ("kernel", "weight", LINEAR), ("bias", "bias", SAME)
 SCALE = ("scale", "weight", SAME)
 
-# (our module, their module, parameters); '*' stands for the layer's number.
+# (our module, their module, parameters); '*' is the layer index.
 MODULES = (
     ("audio/conv1", "audio_tower.conv1", (("kernel", "weight", CONV1D), BIAS)),
     ("audio/conv2", "audio_tower.conv2", (("kernel", "weight", CONV1D), BIAS)),
@@ -90,22 +90,22 @@ MODULES = (
     ("text/norm", "model.norm", (SCALE,)),
     ("", "lm_head", (("head", "weight", SAME),)),
 )
-UNUSED = "audio_tower.audio_bos_eos_token.weight"  # in every checkpoint, read by no model
-NOT_MODELLED = ("talker.", "token2wav.")  # the speaking half of Omni
+UNUSED = "audio_tower.audio_bos_eos_token.weight"  # in every checkpoint, but unused
+NOT_MODELLED = ("talker.", "token2wav.")  # the speech generation of Omni
 
 
 class Entry(NamedTuple):
-    """One tensor of theirs and where it lives with us."""
+    """A tensor of the checkpoint and its location in the parameter tree."""
 
-    name: str  # theirs, without the "thinker." of full checkpoints
-    path: tuple[str, ...]  # ours, in the tree of stacked layers
-    layer: int | None  # index into the stack
+    name: str  # tensor name, without the "thinker." of full checkpoints
+    path: tuple[str, ...]  # path in the tree of stacked layers
+    layer: int | None  # index in the stack
     change: Change
-    shape: tuple[int, ...]  # theirs
+    shape: tuple[int, ...]  # shape in the checkpoint
 
 
 def table(config: ThinkerConfig) -> dict[str, Entry]:
-    """Every modelled tensor by its name. Its entries cover each parameter, each layer of a stack, once."""
+    """Map names to all modelled tensors. The entries cover each parameter, and each layer of a stack, exactly once."""
     plain = replace(config, scan=True, text=replace(config.text, lora=None))
     tree = jax.eval_shape(lambda: init(plain, jax.random.key(0)))
     leaves = {
@@ -115,40 +115,40 @@ def table(config: ThinkerConfig) -> dict[str, Entry]:
     for ours, theirs, parameters in MODULES:
         for parameter, their_parameter, change in parameters:
             path = (*(part for part in ours.split("/") if part not in ("", "*")), parameter)
-            if path not in leaves:  # a tied model has no output matrix
+            if path not in leaves:  # tied models have no output matrix
                 continue
             shape = leaves.pop(path)
             layers = range(shape[0]) if "*" in ours else (None,)
             for layer in layers:
                 name = f"{theirs}.{their_parameter}".replace("*", str(layer))
-                one = shape if layer is None else shape[1:]
-                entries[name] = Entry(name, path, layer, change, change.shape(one, config))
+                layer_shape = shape if layer is None else shape[1:]
+                entries[name] = Entry(name, path, layer, change, change.shape(layer_shape, config))
     assert not leaves, f"parameters without a name in Hugging Face format: {sorted(leaves)}"
     return entries
 
 
 def without_towers(entries: Mapping[str, Entry]) -> dict[str, Entry]:
-    """Those of the language model."""
+    """The entries of the language model."""
     return {name: entry for name, entry in entries.items() if entry.path[0] not in ("audio", "vision")}
 
 
 class HfCheckpoint(NamedTuple):
-    """An opened folder, local or gs://: nothing is read but headers and side files."""
+    """An opened folder, local or gs://. Only headers and side files are read on opening."""
 
     folder: PurePath
     config: ThinkerConfig
     entries: dict[str, Entry]
-    tensors: dict[str, Tensor]  # modelled, by entry name
-    carried: dict[str, Tensor]  # everything else, by its full name in the file
+    tensors: dict[str, Tensor]  # modelled tensors by entry name
+    carried: dict[str, Tensor]  # unmodelled tensors by their full name
     prefix: str  # "thinker." in a full checkpoint
     config_folder: Path  # the local folder of config.json, the tokenizer and generation settings
 
     def read(self, entry: Entry) -> np.ndarray:
-        """One parameter, or one layer of a stacked one, in our layout."""
+        """Read a parameter, or a layer of a stacked parameter, in our layout."""
         return entry.change.ours(self.tensors[entry.name].read())
 
     def read_part(self, entry: Entry, where: tuple[slice, ...]) -> np.ndarray:
-        """A block of what `read` gives; only the pages that hold it are read, or in a bucket the rows."""
+        """Read a block of the result of `read`. Reads only its pages from local files, and its rows from a bucket."""
         tensor = self.tensors[entry.name]
         if not is_remote(tensor.file):
             return np.ascontiguousarray(entry.change.ours(tensor.mapped())[where])
@@ -164,10 +164,10 @@ def is_hf(folder: str | os.PathLike) -> bool:
 
 
 def read_json(path: PurePath) -> Any:
-    """The object in a JSON file.
+    """Read a JSON file.
 
     Raises:
-        InputError: missing, or not JSON.
+        InputError: the file is missing, or not JSON.
     """
     if not storage.exists(str(path)):
         raise InputError(f"{path}: no such file")
@@ -178,15 +178,15 @@ def read_json(path: PurePath) -> Any:
 
 
 def open_hf(folder: str | os.PathLike, text_only: bool = False, copies: bool = False) -> HfCheckpoint:
-    """Open a checkpoint of the thinker alone or of full Omni, with or without an index.
+    """Open a checkpoint of the thinker or of full Omni, with or without an index.
 
     Args:
-        text_only: the checkpoint is a language model alone (Qwen2), which has no towers.
-        copies: of a bucket, download side files too that are only copied.
+        text_only: the checkpoint is a text model (Qwen2) without encoders.
+        copies: also download side files that are only copied, from a bucket.
 
     Raises:
-        InputError: a missing, unknown, doubled or misshapen tensor, by name; a config that does not fit;
-            remote code, pickles or paths that leave the folder.
+        InputError: a tensor is missing, unknown, duplicate or has the wrong shape; the config is invalid; or the folder
+            has remote code, pickles, or paths outside the folder.
     """
     folder = run_path(folder) if storage.is_remote(str(folder)) else Path(folder)
     refuse_names(folder)
@@ -223,7 +223,7 @@ def open_hf(folder: str | os.PathLike, text_only: bool = False, copies: bool = F
 
 
 def refuse_names(folder: PurePath) -> None:
-    """Refuse a folder, local or gs://, with modules to import or pickles to run (`spk_dict.pt` is only copied)."""
+    """Reject a folder, local or gs://, with Python modules or pickles (`spk_dict.pt` is only copied)."""
     for name in storage.names(str(folder)):
         path = folder / name
         if path.suffix == ".py":
@@ -233,7 +233,7 @@ def refuse_names(folder: PurePath) -> None:
 
 
 def refuse_code(folder: Path) -> None:
-    """Refuse a local folder that brings code, or whose configs name code to load."""
+    """Reject a local folder with code, or with configs that refer to code."""
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder")
     refuse_names(folder)
@@ -245,7 +245,7 @@ def refuse_code(folder: Path) -> None:
 
 
 def read_tensors(folder: PurePath) -> dict[str, Tensor]:
-    """All tensors of the shards of a folder, local or gs://, by name."""
+    """Map names to all tensors of the shards of a folder, local or gs://."""
     index, present = folder / INDEX, storage.names(str(folder))
     where: Mapping[str, str] | None = None
     if INDEX in present:
@@ -279,7 +279,7 @@ def read_tensors(folder: PurePath) -> dict[str, Tensor]:
 
 
 def copied_files(folder: Path) -> Iterator[Path]:
-    """The files beside the weights (configs, tokenizer, speakers): copied through a conversion as they are."""
+    """Yield the files other than weights (configs, tokenizer, speakers), which conversions copy unchanged."""
     for path in sorted(folder.iterdir()):
         if path.is_file() and ".safetensors" not in path.name and not path.name.startswith("."):
             yield path

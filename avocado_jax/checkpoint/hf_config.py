@@ -1,4 +1,4 @@
-"""config.json of a Qwen2.5-Omni checkpoint, in the spellings of transformers 4 and 5, to `ThinkerConfig`."""
+"""Convert the config.json of a Qwen2.5-Omni checkpoint, in the format of transformers 4 or 5, to `ThinkerConfig`."""
 
 import json
 from collections.abc import Mapping
@@ -13,7 +13,7 @@ TEXT_MODEL = "qwen2"
 
 
 class _Section:
-    """One object of config.json; a field that is missing or of the wrong kind is named with its path."""
+    """An object of config.json. Errors about missing or invalid fields contain the path."""
 
     def __init__(self, fields: Any, path: str):
         if not isinstance(fields, Mapping):
@@ -21,7 +21,7 @@ class _Section:
         self.fields, self.path = fields, path
 
     def get(self, *names: str, kind: type | tuple[type, ...] = int, default: Any = None) -> Any:
-        """The field under the first of its spellings that is there."""
+        """The value of the first existing name."""
         for name in names:
             value = self.fields.get(name)
             if value is not None:
@@ -34,7 +34,7 @@ class _Section:
 
     @staticmethod
     def _sound(value: Any) -> bool:
-        """Sizes are positive (an id may be 0), lists hold whole numbers."""
+        """Check that numbers are not negative and lists contain non-negative integers."""
         if isinstance(value, list | tuple):
             return all(type(item) is int and item >= 0 for item in value)
         return isinstance(value, bool | str) or value >= 0
@@ -45,13 +45,15 @@ class _Section:
 
 
 def read_config(config: Any, tied: bool) -> ThinkerConfig:
-    """Read a config.json, of a full Omni checkpoint or of a thinker alone.
+    """Read the config.json of a full Omni checkpoint or of a thinker.
 
-    Fields that older files leave out take the values that all published checkpoints share; sizes are
-    always read. `tied` comes from the tensors: whether the checkpoint has no output matrix of its own.
+    Fields that older files omit default to the values of all published checkpoints; sizes are required.
+
+    Args:
+        tied: whether the checkpoint has no separate output matrix, determined from its tensors.
 
     Raises:
-        InputError: a field is missing, of the wrong kind, or has a value that is not implemented.
+        InputError: a field is missing, has the wrong type, or has a value that is not implemented.
     """
     if not isinstance(config, Mapping):
         raise InputError("config.json: not an object")
@@ -76,10 +78,10 @@ def read_config(config: Any, tied: bool) -> ThinkerConfig:
 
 
 def read_text_config(config: Any, tied: bool) -> ThinkerConfig:
-    """Read the config.json of a language model alone (Qwen2): a thinker whose towers are not used.
+    """Read the config.json of a text model (Qwen2) as a thinker without encoders.
 
     Raises:
-        InputError: as `read_config`.
+        InputError: see `read_config`.
     """
     section = _Section(config, "config")
     if section.fields.get("model_type") != TEXT_MODEL:
@@ -97,7 +99,7 @@ def _activation(section: _Section, name: str, known: str) -> None:
 
 
 def says_tied(config: Any) -> bool:
-    """Whether a config.json allows a checkpoint without an output matrix of its own."""
+    """Whether a config.json declares tied embeddings, so that the output matrix may be missing."""
     sections = [config]
     for name in ("thinker_config", "text_config"):
         sections += [section[name] for section in sections if isinstance(section, dict) and name in section]
@@ -134,7 +136,7 @@ def _vision(vision: _Section) -> VisionConfig:
 
 
 def _text(text: _Section, tied: bool, line: bool = False) -> TextConfig:
-    """`line`: positions are numbers, the same on all axes, and every frequency may turn with the first."""
+    """`line`: a text model with 1D positions, for which all frequencies use the first axis."""
     kinds = text.fields.get("layer_types") or []
     if text.get("use_sliding_window", kind=bool, default=False) or "sliding_attention" in kinds:
         raise InputError("config.json: sliding window attention is not implemented")
@@ -165,7 +167,7 @@ def _text(text: _Section, tied: bool, line: bool = False) -> TextConfig:
 
 
 def _rope(section: _Section) -> Mapping[str, Any]:
-    """transformers 5 writes `rope_parameters`; 4, and every published checkpoint, `rope_scaling`."""
+    """The rope parameters: `rope_parameters` in transformers 5, `rope_scaling` in 4 and all published checkpoints."""
     rope = section.fields.get("rope_parameters") or section.fields.get("rope_scaling") or {}
     if not isinstance(rope, Mapping):
         raise InputError(f"config.json: {section.path} has rope parameters that are not an object")
@@ -185,10 +187,10 @@ def _tokens(thinker: _Section) -> TokenIds:
 
 
 def stop_ids(folder: Path, tokenizer: Any, vocab: int) -> tuple[int, ...]:
-    """The ids that end a caption: of generation_config.json, else the tokenizer's end of turn and of text.
+    """The stop ids from generation_config.json, else the tokenizer's end of turn and end of text.
 
     Raises:
-        InputError: neither names any, or one is not below `vocab`.
+        InputError: no stop ids are found, or an id is not below `vocab`.
     """
     try:
         stated = json.loads((folder / "generation_config.json").read_text()).get("eos_token_id")
@@ -205,7 +207,7 @@ def stop_ids(folder: Path, tokenizer: Any, vocab: int) -> tuple[int, ...]:
 
 
 def config_json(config: ThinkerConfig) -> dict[str, Any]:
-    """The config.json, in today's published spelling, of a thinker that was never in Hugging Face format."""
+    """Write a config, for example of a model trained from scratch, in the format of published config.json files."""
     audio, vision, text, ids = config.audio, config.vision, config.text, config.tokens
     return {
         "architectures": ["Qwen2_5OmniThinkerForConditionalGeneration"],
@@ -262,7 +264,7 @@ def config_json(config: ThinkerConfig) -> dict[str, Any]:
 
 
 def declare_dtype(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
-    """A config.json that says its thinker's tensors are `dtype`, in the spelling it uses."""
+    """Set the dtype of the thinker in a config.json, under the field names that it uses."""
     spelled = [name for name in ("dtype", "torch_dtype") if name in config] or ["torch_dtype"]
     nested = {
         name: declare_dtype(value, dtype)

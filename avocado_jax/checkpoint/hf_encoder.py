@@ -1,4 +1,4 @@
-"""Sentence encoders in Hugging Face format: BERT, pooled by mean or by the first token, from safetensors."""
+"""Load sentence encoders in Hugging Face format: BERT with mean or first-token pooling, from safetensors."""
 
 from dataclasses import replace
 from functools import partial
@@ -24,14 +24,15 @@ LINEARS = {
 }
 NORMS = {"attention_norm": "attention.output.LayerNorm", "mlp_norm": "output.LayerNorm"}
 TABLES = {"words": "word_embeddings", "places": "position_embeddings", "kinds": "token_type_embeddings"}
-UNUSED = ("pooler.", "embeddings.position_ids", "cls.")  # heads of BERT's own training, and a constant
+UNUSED = ("pooler.", "embeddings.position_ids", "cls.")  # heads of BERT's pretraining, and a constant
 
 
 def read_encoder(folder: Path) -> tuple[EncoderConfig, dict[str, Any]]:
-    """The sizes and parameters of `Encoder` in a folder of sentence-transformers or transformers, in fp32.
+    """Read the config and the fp32 parameters of `Encoder` from a sentence-transformers or transformers folder.
 
     Raises:
-        InputError: it is not one, or of a kind that is not implemented; a tensor is missing, unknown or misshapen.
+        InputError: the folder has no encoder, or an unsupported one; or a tensor is missing, unknown or has the wrong
+            shape.
     """
     config = _config(folder)
     shapes = jax.eval_shape(
@@ -56,7 +57,7 @@ def read_encoder(folder: Path) -> tuple[EncoderConfig, dict[str, Any]]:
 
 
 def _name(path: tuple[str, ...]) -> str:
-    """Their name of one of our parameters."""
+    """The checkpoint's name of a parameter path."""
     if len(path) == 1:
         return f"embeddings.{TABLES[path[0]]}.weight"
     *module, parameter = path
@@ -93,7 +94,7 @@ def _config(folder: Path) -> EncoderConfig:
 
 
 def _pooling(folder: Path) -> str:
-    """How sentence-transformers pools; the mean where its files are not there."""
+    """The pooling of sentence-transformers; "mean" without its config files."""
     modules, pooling = folder / "modules.json", folder / "1_Pooling" / "config.json"
     layers = read_json(modules) if modules.is_file() else []
     modes = read_json(pooling) if pooling.is_file() else {"pooling_mode_mean_tokens": True}

@@ -1,4 +1,4 @@
-"""Parameters onto devices, from either kind of folder: whole for decoding, or in parts over a mesh."""
+"""Load parameters from Hugging Face or run folders to devices: unsharded for decoding, or sharded over a mesh."""
 
 import hashlib
 import itertools
@@ -23,19 +23,19 @@ from avocado_jax.data.ordered import map_ordered
 from avocado_jax.errors import InputError
 from avocado_jax.progress import progress
 
-MEMORY = 2**30  # bytes of tensors that are read ahead
+MEMORY = 2**30  # bytes of prefetched tensors
 SHIPPED = Path(__file__).parents[1] / "assets" / "captioner"
-Checkpoint = HfCheckpoint | RunCheckpoint  # both read one parameter, or one layer of it, at a time
+Checkpoint = HfCheckpoint | RunCheckpoint  # both read one parameter or layer at a time
 
 
 def open_checkpoint(reference: str | os.PathLike, copies: bool = False) -> Checkpoint:
     """Open a model reference (references.py): a folder in Hugging Face format, or a run at its newest finished step.
 
     Args:
-        copies: download side files too that are only copied.
+        copies: also download side files that are only copied.
 
     Raises:
-        InputError: neither, or not sound.
+        InputError: the reference is not a checkpoint, or an invalid one.
         StorageError: storage failed, or the hub cannot be reached.
     """
     folder = located(reference, "copies" if copies else "model")
@@ -52,10 +52,10 @@ def open_checkpoint(reference: str | os.PathLike, copies: bool = False) -> Check
 
 
 def open_language_model(reference: str | os.PathLike) -> Checkpoint:
-    """The language model of a reference: that of a thinker, its towers left out, or a text model (Qwen2).
+    """Open the language model of a reference: a thinker without its encoders, or a text model (Qwen2).
 
     Raises:
-        InputError, StorageError: as `open_checkpoint`.
+        InputError, StorageError: see `open_checkpoint`.
     """
     folder = located(reference)
     if not is_run(folder) and is_hf(folder):
@@ -67,10 +67,10 @@ def open_language_model(reference: str | os.PathLike) -> Checkpoint:
 
 
 def shipped_checkpoint() -> Path:
-    """The folder of the small captioner that comes with this package.
+    """The folder of the small captioner that is shipped with this package.
 
     Raises:
-        InputError: this copy of the package has none.
+        InputError: this copy of the package has no captioner.
     """
     if not is_hf(SHIPPED):
         raise InputError("no checkpoint comes with this copy of the package: name one with --checkpoint REF")
@@ -78,35 +78,35 @@ def shipped_checkpoint() -> Path:
 
 
 def named_checkpoint(given: str | None) -> Checkpoint:
-    """The checkpoint of a user's reference, or the shipped one.
+    """Open the checkpoint of a reference, or the shipped one.
 
     Raises:
-        InputError: as `open_checkpoint`; or none is named and none is shipped.
+        InputError: see `open_checkpoint` and `shipped_checkpoint`.
     """
     return open_checkpoint(given or shipped_checkpoint())
 
 
 def identity(checkpoint: Checkpoint) -> str:
-    """A digest of a checkpoint's content, the same wherever it is stored in one format."""
+    """A digest of a checkpoint's content, independent of its location."""
     digest = hashlib.sha256()
-    if isinstance(checkpoint, RunCheckpoint):  # Orbax names its files by random numbers: names tell the contents
+    if isinstance(checkpoint, RunCheckpoint):  # Orbax uses random file names, so that names identify the content
         names = sorted(f"/{file.name}" for file in storage.listing(str(checkpoint.params)))
         digest.update("\n".join(names).encode())
-    whole = [path for path in checkpoint.config_folder.iterdir() if path.suffix in (".json", ".safetensors")]
-    for path in progress(sorted(whole), "reading the checkpoint's identity"):
+    files = [path for path in checkpoint.config_folder.iterdir() if path.suffix in (".json", ".safetensors")]
+    for path in progress(sorted(files), "reading the checkpoint's identity"):
         with path.open("rb") as file:
             digest.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
-    if isinstance(checkpoint, HfCheckpoint) and is_remote(checkpoint.folder):  # by the checksums of the service
+    if isinstance(checkpoint, HfCheckpoint) and is_remote(checkpoint.folder):  # use the checksums of the service
         for path in sorted({tensor.file for tensor in checkpoint.tensors.values()}):
             digest.update(f"{path.name} {storage.fingerprint(str(path))}".encode())
     return digest.hexdigest()
 
 
 def load_params(checkpoint: Checkpoint, dtype: str, shardings: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """Every parameter in `dtype`, with separate layers (`ThinkerConfig.scan` false).
+    """Load all parameters in `dtype`, with separate layers (`ThinkerConfig.scan` false).
 
     Args:
-        shardings: of the same tree; None: on the default device.
+        shardings: tree of shardings; None: load to the default device.
     """
     params: dict[str, Any] = {}
     places = flatten_dict(shardings or {})
@@ -122,16 +122,16 @@ def load_params(checkpoint: Checkpoint, dtype: str, shardings: Mapping[str, Any]
 
 
 def load_sharded(checkpoint: Checkpoint, like: Mapping[str, Any], whole: bool = True) -> dict[str, Any]:
-    """Stacked parameters, created sharded: each process reads the parts that its devices hold, once.
+    """Load stacked parameters, created sharded. Each process reads only the shards of its devices, once.
 
-    Host memory holds the local part of one leaf, and `MEMORY` bytes of layers that are read ahead.
+    Host memory contains the local shards of one leaf, and `MEMORY` bytes of prefetched layers.
 
     Args:
-        like: the tree of ShapeDtypeStructs with shardings and the dtypes that are wanted.
+        like: tree of ShapeDtypeStructs with shardings and the requested dtypes.
         whole: check that the checkpoint has no other parameters.
 
     Returns:
-        The same tree of arrays, without adapters (`lora_a`, `lora_b`): a checkpoint is read with them merged.
+        The tree of arrays, without adapters (`lora_a`, `lora_b`), which are merged when a checkpoint is read.
 
     Raises:
         InputError: the checkpoint is of another model, or its files are damaged.
@@ -151,7 +151,7 @@ def load_sharded(checkpoint: Checkpoint, like: Mapping[str, Any], whole: bool = 
         for entry in stacks[path]
         for box in boxes[path]
     ]
-    values = map_ordered(lambda one: one.of(checkpoint), reads, _Read.nbytes, MEMORY)
+    values = map_ordered(lambda read: read.values(checkpoint), reads, _Read.nbytes, MEMORY)
     leaves = {}
     for path, leaf in progress(list(layouts.items()), "loading parameters"):
         array = _assembled(leaf, boxes[path], stacks[path], values)
@@ -164,13 +164,13 @@ Block = tuple[tuple[int, int], ...]  # (begin, end) of each axis
 
 
 class _Read(NamedTuple):
-    """A block of one entry, in our layout, that this process needs."""
+    """A block of an entry, in our layout, that this process reads."""
 
     entry: Entry
     block: Block
     dtype: np.dtype
 
-    def of(self, checkpoint: Checkpoint) -> np.ndarray:
+    def values(self, checkpoint: Checkpoint) -> np.ndarray:
         value = checkpoint.read_part(self.entry, tuple(slice(*axis) for axis in self.block))
         return value.astype(self.dtype, copy=False)
 
@@ -179,15 +179,15 @@ class _Read(NamedTuple):
 
 
 def _nbytes(entry: Entry) -> int:
-    """The bytes of an entry's values, which have at most four each."""
+    """An upper bound of the bytes of an entry: four per value."""
     return 4 * math.prod(entry.shape)
 
 
 def _by_rows(entry: Entry, like: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-    """The layout in which a leaf is read from files in a bucket by several processes.
+    """The sharding with which several processes read a leaf from a bucket.
 
-    Ranges of a file are whole rows of a tensor. So rows are divided over all mesh axes that divide the leaf, and the
-    devices exchange their parts. Otherwise each process would read nearly all of a leaf whose columns are divided.
+    Byte ranges of a file are complete rows of a tensor. So the rows are sharded over all mesh axes of the leaf, and the
+    devices reshard afterwards. Otherwise each process would read almost all of a leaf with sharded columns.
     """
     mesh, axis = like.sharding.mesh, entry.change.rows + (entry.layer is not None)
     over = tuple(
@@ -204,7 +204,7 @@ def _identity(array: jax.Array) -> jax.Array:
 
 
 def _local_blocks(like: jax.ShapeDtypeStruct) -> dict[jax.Device, Block]:
-    """The block of a leaf on each device of this process."""
+    """The block of a leaf for each device of this process."""
     indices = like.sharding.addressable_devices_indices_map(like.shape)
     return {
         device: tuple(part.indices(size)[:2] for part, size in zip(index, like.shape))
@@ -213,7 +213,7 @@ def _local_blocks(like: jax.ShapeDtypeStruct) -> dict[jax.Device, Block]:
 
 
 def _boxes(like: jax.ShapeDtypeStruct) -> list[Block]:
-    """What this process reads of a leaf: one block if those of its devices fill it, otherwise each of them."""
+    """The blocks of a leaf that this process reads: their bounding box if they fill it, otherwise each block."""
     blocks = list(dict.fromkeys(_local_blocks(like).values()))
     around = tuple((min(begin for begin, _ in axis), max(end for _, end in axis)) for axis in zip(*blocks))
     return [around] if _size(around) == sum(map(_size, blocks)) else blocks
@@ -226,7 +226,7 @@ def _size(block: Block) -> int:
 def _assembled(
     like: jax.ShapeDtypeStruct, boxes: Sequence[Block], entries: Sequence[Entry], values: Iterator[np.ndarray]
 ) -> jax.Array:
-    """One parameter, all layers of a stacked one, from the values of its entries and boxes."""
+    """Assemble a parameter, with all layers if stacked, from the values of its entries and boxes."""
     stacked = int(entries[0].layer is not None)
     blocks = _local_blocks(like)
     parts = {block: np.empty([end - begin for begin, end in block], like.dtype) for block in blocks.values()}

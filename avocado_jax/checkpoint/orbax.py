@@ -1,12 +1,12 @@
-"""Run folders: `checkpoints/STEP/params` in Orbax format, each layer of a stack in chunks of its own.
+"""Run folders: `checkpoints/STEP/params` in Orbax format, with separate chunks for each layer of a stack.
 
-RUN/hf/            config.json, tokenizer and other side files of the checkpoint it came from, verbatim
-RUN/carried/       tensors that we do not model (talker, token2wav, ...), as safetensors
+RUN/hf/            config.json, tokenizer and other side files of the initial checkpoint, unchanged
+RUN/carried/       tensors that are not modelled (talker, token2wav, ...), as safetensors
 RUN/checkpoints/STEP/params/    the parameters, stacked over layers
 
-RUN/lora.json      where adapters were trained, their rank and alpha; `lora_a` and `lora_b` lie beside the kernels
+RUN/lora.json      rank and alpha of adapters in a LoRA run; `lora_a` and `lora_b` are next to the kernels
 
-RUN is local or gs://. Parameters are read with adapters merged.
+RUN is local or gs://. Adapters are merged when parameters are read.
 """
 
 import json
@@ -36,13 +36,13 @@ from avocado_jax.models.config import Lora, ThinkerConfig
 from avocado_jax.models.lora import update_of
 
 CHUNK_BYTES = 64 * 2**20
-WRITE_BYTES = 256 * 2**20  # of pieces that are written at once
-INDEX_BYTES = 64 * 2**20  # of memory, at most, for the index of a step that is read
+WRITE_BYTES = 256 * 2**20  # maximum bytes of pieces written concurrently
+INDEX_BYTES = 64 * 2**20  # maximum memory for the index of a step
 
 
 @dataclass(frozen=True)
 class Pieces:
-    """An array that is never whole: its pieces, along the first axis, are made when they are written."""
+    """An array that is never complete in memory. Its pieces, along the first axis, are created when written."""
 
     shape: tuple[int, ...]
     dtype: np.dtype
@@ -55,14 +55,14 @@ class Pieces:
 
 
 class _PiecesHandler(ocp.type_handlers.NumpyHandler):
-    """Writes `Pieces` as Orbax writes a numpy array, a few pieces in memory at a time."""
+    """Writes `Pieces` like numpy arrays, with a few pieces in memory at a time."""
 
     def __init__(self) -> None:
         super().__init__(deepcopy_host_arrays=False)
 
     async def _open_and_write(self, value: Pieces, tspec: dict[str, Any], ts_context: ts.Context) -> None:
-        # Orbax starts all leaves at once; nothing is awaited here, so that they go one after the other. Several pieces
-        # of a leaf are written at once: the format commits together what is written meanwhile.
+        # Orbax starts all leaves concurrently. This function awaits nothing, so that leaves are written sequentially.
+        # Several pieces of a leaf are written concurrently, because the format commits concurrent writes together.
         try:
             array = ts.open(ts.Spec(tspec), create=True, open=True, context=ts_context).result()
 
@@ -71,12 +71,12 @@ class _PiecesHandler(ocp.type_handlers.NumpyHandler):
 
             for _ in map_ordered(write, value.pieces(), lambda piece: piece[1].nbytes, WRITE_BYTES):
                 pass
-        except ValueError as error:  # tensorstore raises this for a full disk
+        except ValueError as error:  # raised by tensorstore for a full disk
             raise OSError(" ".join(str(error).split())[:300]) from error
 
 
 def row_slices(shape: tuple[int, ...], itemsize: int) -> Iterator[slice]:
-    """The rows of an array in equal runs of at most CHUNK_BYTES: the chunks in which Orbax stores a large table."""
+    """Equal ranges of rows of at most CHUNK_BYTES: the chunks in which Orbax stores a large table."""
     rows = shape[0] if shape else 1
     most = max(1, CHUNK_BYTES // max(1, int(np.prod(shape[1:])) * itemsize))
     run = next(run for run in range(min(rows, most), 0, -1) if rows % run == 0) if rows else 1
@@ -84,12 +84,12 @@ def row_slices(shape: tuple[int, ...], itemsize: int) -> Iterator[slice]:
 
 
 def save_args(stacked: bool) -> ocp.SaveArgs:
-    """How a leaf is laid out on disk: where layers are stacked, no chunk holds two."""
+    """The storage layout of a leaf. Chunks of stacked layers contain only one layer."""
     return ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES, shard_axes=(0,) if stacked else ())
 
 
 def save_pieces(folder: PurePath, tree: Mapping[str, Any]) -> None:
-    """Write a tree of `Pieces` as an Orbax checkpoint, local or gs://. A local `folder` appears when it is complete."""
+    """Write a tree of `Pieces` as an Orbax checkpoint, local or gs://. A local `folder` is created atomically."""
     registry = ocp.type_handlers.create_type_handler_registry(
         (Pieces, _PiecesHandler()), (jax.Array, ocp.type_handlers.ArrayHandler())
     )
@@ -100,41 +100,41 @@ def save_pieces(folder: PurePath, tree: Mapping[str, Any]) -> None:
 
 
 class RunCheckpoint(NamedTuple):
-    """One finished step of a run folder: nothing is read but metadata."""
+    """A finished step of a run folder. Only metadata are read on opening."""
 
-    folder: epath.Path  # of the run
+    folder: epath.Path  # run folder
     step: int
     config: ThinkerConfig
     entries: dict[str, Entry]
     config_folder: Path  # the local folder of config.json, the tokenizer and generation settings
-    lora: Lora | None  # adapters that lie beside the kernels of the language model
+    lora: Lora | None  # adapters of the language model's kernels
     arrays: "_Arrays"
 
     @property
     def params(self) -> epath.Path:
-        """Where the parameters lie."""
+        """The folder of the parameters."""
         return self.folder / "checkpoints" / str(self.step) / "params"
 
     def open(self, entry: Entry) -> ts.TensorStore:
-        """The stored array that holds `entry`: all layers of a stacked parameter."""
+        """Open the stored array of `entry`, with all layers of a stacked parameter."""
         array = self._stored(entry, entry.path[-1])
-        layers, one = (None, array.shape) if entry.layer is None else (array.shape[0], array.shape[1:])
+        layers, shape = (None, array.shape) if entry.layer is None else (array.shape[0], array.shape[1:])
         known = None if layers is None else sum(other.path == entry.path for other in self.entries.values())
-        if layers != known or entry.change.shape(one, self.config) != entry.shape:
+        if layers != known or entry.change.shape(shape, self.config) != entry.shape:
             raise InputError(f"{self.params}: {'/'.join(entry.path)} has shape {list(array.shape)}")
         return array
 
     def _stored(self, entry: Entry, name: str) -> ts.TensorStore:
-        """The stored array of a parameter, or of one beside it."""
+        """Open the stored array `name` in the module of a parameter."""
         with self.damage(entry):
             return self.arrays.open(".".join((*entry.path[:-1], name)))
 
     @contextmanager
     def damage(self, entry: Entry) -> Iterator[None]:
-        """Raise tensorstore's errors as one line: an InputError for files that are gone or damaged, or no permission.
+        """Convert tensorstore's errors: to InputError for missing or damaged files, or missing permission.
 
         Raises:
-            StorageError: storage failed, and a retry may work.
+            StorageError: storage failed; a retry may succeed.
         """
         try:
             with library_errors(str(self.params)):
@@ -144,11 +144,11 @@ class RunCheckpoint(NamedTuple):
             raise InputError(f"{self.params}: {'/'.join(entry.path)} cannot be read: {reason}") from error
 
     def read(self, entry: Entry) -> np.ndarray:
-        """One parameter, or one layer of a stacked one, in our layout."""
+        """Read a parameter, or a layer of a stacked parameter, in our layout."""
         return self.read_part(entry, ())
 
     def read_part(self, entry: Entry, where: tuple[slice, ...]) -> np.ndarray:
-        """A block of what `read` returns; only its chunks are read. The sum of a kernel and its update is fp32."""
+        """Read a block of the result of `read`; reads only its chunks. Kernels with merged adapters are fp32."""
         array = self.open(entry)
         with self.damage(entry):
             value = (array if entry.layer is None else array[entry.layer])[where].read().result()
@@ -159,7 +159,7 @@ class RunCheckpoint(NamedTuple):
         return self.lora is not None and entry.path[:2] == ("text", "layers") and entry.path[-1] == "kernel"
 
     def update(self, entry: Entry, where: tuple[slice, ...] = ()) -> np.ndarray:
-        """A block of the fp32 update that the adapter adds to its kernel, in our layout."""
+        """A block of the fp32 update of a kernel by its adapter, in our layout."""
         rows, columns = where or (slice(None), slice(None))
         with self.damage(entry):
             a = self._stored(entry, "lora_a")[entry.layer, rows].read().result()
@@ -168,7 +168,7 @@ class RunCheckpoint(NamedTuple):
 
 
 class _Arrays:
-    """The stored arrays of a step. Each is opened once, and the index of the step is read once."""
+    """The stored arrays of a step. Opens each array once, and reads the index of the step once."""
 
     def __init__(self, params: epath.Path) -> None:
         self._base = f"{params}/" if is_remote(params) else f"file://{params}/"
@@ -182,25 +182,25 @@ class _Arrays:
         self._lock = threading.Lock()
 
     def open(self, path: str) -> ts.TensorStore:
-        """The array of a parameter.
+        """Open the array of a parameter.
 
         Raises:
-            ValueError: it is gone or damaged.
+            ValueError: the array is missing or damaged.
         """
         with self._lock:
             if path not in self._opened:
                 kvstore = {"driver": "ocdbt", "base": self._base, "path": path, "cache_pool": "cache_pool#index"}
-                # A finished step does not change: what is cached since it was opened is not checked again.
+                # A finished step does not change, so cached data are not rechecked.
                 spec = {"driver": "zarr", "kvstore": kvstore, "recheck_cached_data": "open"}
                 self._opened[path] = ts.open(spec, read=True, context=self._context)
         return self._opened[path].result()
 
 
 def finished_steps(folder: str | os.PathLike) -> list[int]:
-    """Steps that Orbax has committed, oldest first: by a rename on disk, by `commit_success.txt` in a bucket.
+    """The steps that Orbax has committed, oldest first: by a rename on disk, by `commit_success.txt` in a bucket.
 
     Raises:
-        InputError: no permission. (gcsfs would report that there are no steps, and a run would start again from 0.)
+        InputError: permission is missing. (gcsfs would report no steps, and a run would restart from 0.)
         StorageError: storage failed.
     """
     steps = str(run_path(folder) / "checkpoints")
@@ -214,13 +214,13 @@ def finished_steps(folder: str | os.PathLike) -> list[int]:
 
 
 def open_run(folder: str | os.PathLike, step: int | None = None, copies: bool = False) -> RunCheckpoint:
-    """Open a run at `step`, or at its newest finished one.
+    """Open a run at `step`, by default its newest finished step.
 
     Args:
-        copies: of a bucket, download side files too that are only copied.
+        copies: also download side files that are only copied, from a bucket.
 
     Raises:
-        InputError: no such step, or no finished one; no config beside the parameters; no permission.
+        InputError: the step does not exist, the run has no finished step or no config, or permission is missing.
         StorageError: storage failed.
     """
     path = run_path(folder)

@@ -1,11 +1,11 @@
 """Model references: a local folder, `gs://BUCKET/PATH`, or `ORG/NAME[@REVISION]` on the Hugging Face hub.
 
-Files of the hub are downloaded into the cache of `huggingface_hub`, so HF_ENDPOINT, HF_TOKEN, HF_HOME and
-HF_HUB_OFFLINE apply, and other programs find them there. Only the files that are needed are downloaded.
+Hub files are downloaded to the cache of `huggingface_hub`, so HF_ENDPOINT, HF_TOKEN, HF_HOME and HF_HUB_OFFLINE apply,
+and other programs can use them. Only needed files are downloaded.
 
-Shards are downloaded by `_download`, not by `snapshot_download`, which deletes an unfinished file: a shard of 5 GB
-resumes after the process was killed, and its SHA-256 sum is checked. Processes that share a cache, the hosts of a pod
-among them, download each shard once: the library's lock protects it.
+Shards are downloaded by `_download` instead of `snapshot_download`, which deletes unfinished files: a shard of 5 GB
+resumes after the process was killed, and its SHA-256 checksum is verified. Processes that share a cache, such as the
+hosts of a pod, download each shard once, protected by the library's lock.
 """
 
 import atexit
@@ -33,30 +33,30 @@ HUB = re.compile(r"(?P<name>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision
 INDEX = "model.safetensors.index.json"
 TOKENIZER = ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "reading.json"]
 PACKAGE = Path(__file__).parents[1]
-# Side files of a checkpoint that are read. Modules and pickles are not among them.
+# Side files of a checkpoint, without Python modules and pickles.
 MODEL = ["*.json", "*.jinja", "merges.txt", "vocab.txt", "question.txt"]
-COPIES = ["spk_dict.pt", "LICENSE*", "NOTICE*"]  # that conversion and training only copy
-POOLING = "1_Pooling/config.json"  # of a sentence encoder: the only side file in a subfolder
-DOWNLOADS = 4  # shards at a time
+COPIES = ["spk_dict.pt", "LICENSE*", "NOTICE*"]  # side files that conversion and training only copy
+POOLING = "1_Pooling/config.json"  # config of a sentence encoder, the only side file in a subfolder
+DOWNLOADS = 4  # concurrent downloads of shards
 
 
 def is_hub(reference: str | os.PathLike) -> bool:
-    """Whether a reference names a model on the hub: `ORG/NAME[@REVISION]`, and no local path of that name exists."""
+    """Whether a reference has the form `ORG/NAME[@REVISION]` and is not an existing local path."""
     text = str(reference)
     return HUB.fullmatch(text) is not None and not os.path.exists(text)
 
 
 def located(reference: str | os.PathLike, needed: str = "model") -> str:
-    """The folder of a model's files, local or gs://. Files of the hub are downloaded first, if they are not cached.
+    """The folder of a model's files, local or gs://. Hub files are downloaded if they are not cached.
 
-    A process resolves a reference once: a branch that moves meanwhile does not mix two commits.
+    A process resolves a reference once, so that it never mixes two commits of a branch.
 
     Args:
-        needed: of a model on the hub: "tokenizer", "model", or "copies" (`COPIES` too).
+        needed: files of a hub model: "tokenizer", "model", or "copies" (including `COPIES`).
 
     Raises:
-        InputError: there is no such model or revision on the hub, access is denied, or offline mode is set and it is
-            not in the cache.
+        InputError: the model or revision does not exist on the hub, access is denied, or offline mode is set and the
+            model is not cached.
         StorageError: the hub cannot be reached or is busy.
     """
     text = str(reference)
@@ -66,9 +66,9 @@ def located(reference: str | os.PathLike, needed: str = "model") -> str:
 
 
 def pinned(reference: str, run: str) -> str:
-    """A model reference at the commit with which the run in folder `run` was begun.
+    """Pin a hub reference to the commit stored in the folder `run`.
 
-    A branch on the hub may have moved since, and the reference model of GRPO is read at every start.
+    The branch may have moved since the first start, and the reference model of GRPO is loaded at every start.
     """
     source = storage.join(run, "source.json")
     if not is_hub(reference) or not storage.exists(source):
@@ -78,11 +78,11 @@ def pinned(reference: str, run: str) -> str:
 
 
 def run_path(folder: str | os.PathLike) -> epath.Path:
-    """A folder as a path, local and absolute or in a bucket (`STORAGE_EMULATOR_HOST` is honoured)."""
+    """Convert a folder to a path, absolute if local. Supports `STORAGE_EMULATOR_HOST` for buckets."""
     path = epath.Path(folder)
     if not is_remote(path):
         return path.absolute()
-    # gcsfs would wait for minutes on a probe; tensorstore has another variable for the emulator.
+    # gcsfs would wait minutes for a probe; tensorstore uses another variable for the emulator.
     os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
     if host := os.environ.get("STORAGE_EMULATOR_HOST"):
         os.environ.setdefault("TENSORSTORE_GCS_HTTP_URL", host)
@@ -90,7 +90,7 @@ def run_path(folder: str | os.PathLike) -> epath.Path:
 
 
 def is_run(folder: str | os.PathLike) -> bool:
-    """Whether `folder` looks like a run."""
+    """Whether `folder` looks like a run folder."""
     steps = run_path(folder) / "checkpoints"
     return bool(storage.folders(str(steps))) if is_remote(steps) else steps.is_dir()
 
@@ -101,14 +101,14 @@ def is_remote(path: PurePath) -> bool:
 
 
 def fetched(folder: PurePath, weights: bool = True, copies: bool = False) -> Path:
-    """A local folder with the files of `folder`: itself, or a copy that lives as long as the process.
+    """A local folder with the files of `folder`: itself, or a copy that is deleted at exit.
 
     Args:
-        weights: download files of tensors too.
-        copies: download `COPIES` too.
+        weights: include tensor files.
+        copies: include `COPIES`.
 
     Raises:
-        InputError: there are no such files in the bucket, or no permission to read them.
+        InputError: the folder is missing or empty, or access is denied.
         StorageError: storage failed.
     """
     if not is_remote(folder):
@@ -125,17 +125,17 @@ def fetched(folder: PurePath, weights: bool = True, copies: bool = False) -> Pat
 
 
 def tokenizer_folder(reference: str | os.PathLike) -> Path:
-    """The local folder of the tokenizer, and of `reading.json`, of a model reference; weights are not downloaded.
+    """A local folder with the tokenizer and `reading.json` of a model reference, without weights.
 
     Raises:
-        InputError, StorageError: as `load.open_checkpoint`.
+        InputError, StorageError: see `load.open_checkpoint`.
     """
     folder = run_path(located(reference, "tokenizer"))
     return fetched(folder / "hf" if is_run(folder) else folder, weights=False)
 
 
 def commit_of(folder: str | os.PathLike) -> str:
-    """`ORG/NAME@COMMIT` of a folder in the hub's cache; empty for every other folder."""
+    """`ORG/NAME@COMMIT` of a folder in the hub's cache; empty for other folders."""
     parts = Path(folder).parts[-3:]
     if len(parts) < 3 or parts[1] != "snapshots" or not parts[0].startswith("models--"):
         return ""
@@ -144,8 +144,8 @@ def commit_of(folder: str | os.PathLike) -> str:
 
 @lru_cache
 def _snapshot(reference: str, needed: str) -> str:
-    """The snapshot of `ORG/NAME[@REVISION]` in the cache, with the files that are needed."""
-    import huggingface_hub  # slow to import, and needed only here
+    """The cached snapshot of `ORG/NAME[@REVISION]`, with the needed files."""
+    import huggingface_hub  # slow to import
 
     quiet()
     found = HUB.fullmatch(reference)
@@ -175,11 +175,11 @@ def _snapshot(reference: str, needed: str) -> str:
     return str(download(shards, folder.name))
 
 
-_commits: dict[str, str] = {}  # of the references that this process has resolved
+_commits: dict[str, str] = {}  # resolved references of this process
 
 
 def _indexed(index: Path) -> list[str]:
-    """The shards that an index names. `hf.read_tensors` checks it."""
+    """The shards in an index, which `hf.read_tensors` validates later."""
     try:
         return sorted(set(json.loads(index.read_text())["weight_map"].values()))
     except (ValueError, KeyError, TypeError, AttributeError):
@@ -187,13 +187,13 @@ def _indexed(index: Path) -> list[str]:
 
 
 def _download_all(reference: str, name: str, folder: Path, shards: list[str]) -> None:
-    """Download the shards of a snapshot that are not in the cache yet."""
+    """Download the shards of a snapshot that are not cached."""
     from huggingface_hub import get_cached_repo_tree
     from huggingface_hub.errors import CachedRepoTreeNotFoundError
 
     try:
         tree = {file.path: file.size for file in get_cached_repo_tree(name, revision=folder.name)}
-    except CachedRepoTreeNotFoundError:  # the hub was out of reach: the snapshot is what an earlier program cached
+    except CachedRepoTreeNotFoundError:  # the hub is not reachable: use the shards cached by an earlier program
         return
     if shards == ["*.safetensors"]:
         shards = sorted(path for path in tree if path.endswith(".safetensors") and "/" not in path)
@@ -205,7 +205,7 @@ def _download_all(reference: str, name: str, folder: Path, shards: list[str]) ->
         size = sum(tree[shard] for shard in missing) / 1e9
         print(f"{name}@{folder.name}: downloading {len(missing)} shards, {size:.2f} GB", file=sys.stderr, flush=True)
 
-    def one(shard: str) -> None:
+    def download(shard: str) -> None:
         def once() -> None:
             with hub_errors(reference):
                 _download(name, folder, shard)
@@ -213,13 +213,13 @@ def _download_all(reference: str, name: str, folder: Path, shards: list[str]) ->
         retried(once, f"{reference}: {shard}", (Busy,), storage.PATIENCE)
 
     with ThreadPoolExecutor(DOWNLOADS) as pool:
-        list(pool.map(one, missing))
+        list(pool.map(download, missing))
 
 
 def _download(name: str, folder: Path, shard: str) -> None:
-    """Download a file of the snapshot `folder` into the cache's blobs, from where an earlier attempt has ended.
+    """Download a file of the snapshot `folder` to the cache's blobs, resuming an earlier attempt.
 
-    `snapshot_download` then links it.
+    `snapshot_download` links the blob afterwards.
     """
     import httpx2
     from huggingface_hub import get_hf_file_metadata, hf_hub_url
@@ -231,10 +231,10 @@ def _download(name: str, folder: Path, shard: str) -> None:
     cache = folder.parents[1]
     blob = cache / "blobs" / str(about.etag)
     part = blob.with_name(f"{blob.name}.part")
-    lock = cache.parent / ".locks" / cache.name / f"{about.etag}.lock"  # the library's own
+    lock = cache.parent / ".locks" / cache.name / f"{about.etag}.lock"  # the library's lock file
     for path in (blob, lock):
         path.parent.mkdir(parents=True, exist_ok=True)
-    # The address in a content delivery network is signed: the token is for the hub only.
+    # URLs of the content delivery network are signed. Send the token only to the hub.
     same = httpx2.URL(about.location).netloc == httpx2.URL(url).netloc
     headers = build_hf_headers() if same else build_hf_headers(token=False)
     with WeakFileLock(lock):

@@ -1,8 +1,8 @@
-"""The safetensors format, read and written one tensor at a time.
+"""Read and write the safetensors format one tensor at a time.
 
-The safetensors library maps whole shards into memory and writes only from a complete dictionary; a
-conversion that must stay small needs neither. The format is a header (8 bytes of length, JSON) and bytes;
-the library is the oracle in the tests. Headers come from strangers: every field is checked.
+The safetensors library maps complete shards into memory and writes only complete dictionaries, which does not suit
+streaming conversions. The format is a header (8 bytes of length, JSON) followed by the data. Tests compare with the
+library. Headers are untrusted: every field is validated.
 """
 
 import json
@@ -36,23 +36,23 @@ DTYPES = {
     "F64": np.float64,
 }
 NAMES = {np.dtype(dtype): name for name, dtype in DTYPES.items()}
-HEADER_LIMIT = 100 * 2**20  # the library's own
+HEADER_LIMIT = 100 * 2**20  # the library's limit
 SHARD_BYTES = 5 * 10**9
 
 
 class Tensor(NamedTuple):
-    """Where one tensor lies."""
+    """The location of a tensor."""
 
     file: PurePath  # local, or in a bucket
     dtype: np.dtype
     shape: tuple[int, ...]
-    offset: int  # of its first byte in the file
+    offset: int  # offset of its first byte in the file
 
     def read(self, rows: slice = slice(None)) -> np.ndarray:
-        """Its values, or those of a range of rows of its first axis: only they are read.
+        """Read the values, or only those of a range of the first axis.
 
         Raises:
-            InputError: the file is gone, or ends in the middle of them.
+            InputError: the file is missing or truncated.
             StorageError: storage failed.
         """
         if self.shape:
@@ -68,12 +68,12 @@ class Tensor(NamedTuple):
         return values
 
     def mapped(self) -> np.ndarray:
-        """Its values where they lie in a local file: read when they are touched."""
+        """The memory-mapped values of a local file."""
         return np.memmap(self.file, self.dtype, "r", self.offset, self.shape)
 
 
 def _pairs(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    """A JSON object, refusing a name that stands twice."""
+    """Build a JSON object and reject duplicate names."""
     out = dict(pairs)
     if len(out) < len(pairs):
         names = [name for name, _ in pairs]
@@ -82,11 +82,11 @@ def _pairs(pairs: list[tuple[str, object]]) -> dict[str, object]:
 
 
 def read_header(path: PurePath) -> dict[str, Tensor]:
-    """The tensors of one file.
+    """Read the tensors of one file.
 
     Raises:
-        InputError: naming the file and what is wrong with it: cut short, not JSON, a name twice, an
-            unknown dtype, offsets that overlap, leave the file or do not fit the shape.
+        InputError: the file is truncated, its header is not JSON or has duplicate names or unknown dtypes, or offsets
+            overlap, exceed the file or do not match the shape. The message names the file and the error.
     """
     size = storage.size(str(path))
     length = int.from_bytes(storage.read_range(str(path), 0, min(8, size)), "little")
@@ -127,7 +127,7 @@ def _tensor(path: PurePath, name: str, entry: object, base: int, size: int) -> T
 
 
 class Spec(NamedTuple):
-    """A tensor to be written."""
+    """A tensor to write."""
 
     name: str
     dtype: np.dtype
@@ -135,7 +135,7 @@ class Spec(NamedTuple):
 
     @property
     def nbytes(self) -> int:
-        """Its size on disk."""
+        """The size in bytes."""
         return math.prod(self.shape) * self.dtype.itemsize
 
 
@@ -146,14 +146,14 @@ def write_shards(
     shard_bytes: int = SHARD_BYTES,
     on_file: Callable[[Path], object] = lambda path: None,
 ) -> None:
-    """Write `model*.safetensors` of at most `shard_bytes` each, with an index where there are several.
+    """Write `model*.safetensors` of at most `shard_bytes` each, with an index if there are several.
 
     Args:
-        folder: exists; files of the same names are replaced.
-        specs: what will come, in order.
-        values: the tensors' values in the same order, each as one array or several pieces of whole rows:
-            as many elements as its spec says. Drawn one at a time and never kept.
-        on_file: called with each file when it is complete; it may move the file away.
+        folder: an existing folder; files with the same names are overwritten.
+        specs: the tensors in order.
+        values: the values of the tensors in the same order, each as one array or several arrays of complete rows.
+            Consumed one at a time and not kept in memory.
+        on_file: called with each complete file; may move the file.
     """
     shards: list[list[Spec]] = [[]]
     used = 0
@@ -197,6 +197,6 @@ def _write_shard(path: Path, specs: list[Spec], values: Iterator[np.ndarray]) ->
                     raise ValueError(f"'{spec.name}': values do not fit {spec}")
                 file.write(piece.reshape(-1).view(np.uint8).data)
                 left -= piece.nbytes
-            # The pages are written out now: they must not pile up in a small machine's memory.
+            # Flush after each tensor, so that dirty pages do not fill the memory of a small machine.
             file.flush()
         os.fsync(file.fileno())

@@ -1,15 +1,15 @@
-"""Checkpoints of a training run: saved asynchronously, sharded, restored onto any mesh and host count.
+"""Checkpoints of a training run: saved asynchronously and sharded, restored to any mesh and number of hosts.
 
 RUN/checkpoints/STEP/params/    the parameters, in the format of `orbax.py`
 RUN/checkpoints/STEP/rest/      optimizer state and counters
 RUN/checkpoints/STEP/position/  the state of the run as JSON: step, batch plan, config, ...
-RUN/checkpoints/STEP/metrics/   the metric that ranks the checkpoint
+RUN/checkpoints/STEP/metrics/   the metric for ranking the checkpoint
 
-Orbax commits a step when all of it is written: by a rename on disk, by `commit_success.txt` in a bucket. RUN is local
-(on a disk that all hosts share) or gs://.
+Orbax commits a step after writing all of it: by a rename on disk, by `commit_success.txt` in a bucket. RUN is local
+(on a disk shared by all hosts) or gs://.
 
-In a bucket, Orbax calls storage.buckets.get when it opens a folder that has steps and when it deletes an old step. The
-start-up check requires that permission (train/startup.py).
+In a bucket, Orbax calls storage.buckets.get when it opens a folder with steps and when it deletes an old step. The
+start-up check requires this permission (train/startup.py).
 """
 
 import gc
@@ -33,18 +33,18 @@ from avocado_jax.data import storage
 from avocado_jax.errors import InputError
 
 METRIC = "metric"
-UNFINISHED = ".orbax-checkpoint-tmp"  # in the name of a step until Orbax commits it
-RESTORE_GB = 32  # limit on a host's memory during a restore; larger than any device's part of a parameter
-TIMEOUT = 600  # seconds that hosts wait for each other in a save
+UNFINISHED = ".orbax-checkpoint-tmp"  # part of the folder name of an uncommitted step
+RESTORE_GB = 32  # limit of a host's memory during a restore; larger than any device's shard of a parameter
+TIMEOUT = 600  # timeout of hosts waiting for each other in a save, in seconds
 
 
 class Checkpoints:
     """The checkpoints of one run. Every process creates one and calls its methods in the same order.
 
     Args:
-        folder: the run's folder. Unfinished saves of earlier processes are removed from it.
+        folder: the run folder. Unfinished saves of earlier processes are removed.
         keep: number of newest steps to keep.
-        keep_best: number of further steps to keep, those with the lowest metric.
+        keep_best: number of steps with the lowest metric to keep in addition.
 
     Raises:
         InputError: access to the bucket is denied.
@@ -52,7 +52,7 @@ class Checkpoints:
     """
 
     def __init__(self, folder: str | os.PathLike, keep: int, keep_best: int = 1) -> None:
-        logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs tracebacks of errors that we report
+        logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs tracebacks of errors that are raised here
         self.folder = run_path(folder)
         self._keep, self._keep_best = keep, keep_best
         self._opened: ocp.CheckpointManager | None = None
@@ -60,7 +60,7 @@ class Checkpoints:
             self._manager()
 
     def _manager(self) -> ocp.CheckpointManager:
-        """Orbax's manager. A new one is created after a failure; it removes unfinished saves."""
+        """Orbax's manager. It is recreated after a failure, which removes unfinished saves."""
         if self._opened is None:
             rank = itemgetter(METRIC)
             best = BestN(get_metric_fn=rank, reverse=True, n=self._keep_best, keep_checkpoints_without_metrics=False)
@@ -82,14 +82,14 @@ class Checkpoints:
         return self._opened
 
     def save(self, step: int, params: Any, rest: Any, position: dict[str, Any], metric: float | None = None) -> None:
-        """Start to save a step. Returns when the arrays are copied off the devices, so that they may be donated.
+        """Start saving a step. Returns when the arrays are copied to the host, so that they may be donated.
 
-        Waits for the previous save first. Does nothing if the step is already saved.
+        Waits for the previous save first. A no-op if the step is already saved.
 
         Args:
             params, rest: trees of `jax.Array`; each process writes its shards.
             position: JSON, the same on every process.
-            metric: ranks the step, lower is better; None: the step is not ranked.
+            metric: value for ranking the step, lower is better; None: unranked.
 
         Raises:
             InputError: access to the bucket is denied.
@@ -100,7 +100,7 @@ class Checkpoints:
         with self._errors(f"step {step} cannot be saved"):
             if step in self._manager().all_steps():
                 return
-            needed = sum(leaf.nbytes for leaf in jax.tree.leaves((params, rest)))  # at most: they are compressed
+            needed = sum(leaf.nbytes for leaf in jax.tree.leaves((params, rest)))  # an upper bound: compressed on disk
             free = needed if is_remote(self.folder) else shutil.disk_usage(self.folder).free
             if free < needed:
                 raise OSError(
@@ -122,7 +122,7 @@ class Checkpoints:
         return max(finished_steps(self.folder), default=None)
 
     def restore(self, step: int, params_like: Any, rest_like: Any) -> tuple[Any, Any, dict[str, Any]]:
-        """The parameters, the rest and the position of a finished step.
+        """Restore the parameters, the rest and the position of a finished step.
 
         Args:
             params_like, rest_like: trees of `jax.ShapeDtypeStruct` with shardings, on any mesh. Each process reads
@@ -139,9 +139,9 @@ class Checkpoints:
             differences = [line for name, like in trees.items() for line in self._differences(step, name, like)]
             if not differences:
                 got = self._manager().restore(step, args=ocp.args.Composite(**items, position=ocp.args.JsonRestore()))
-        except jax.errors.JaxRuntimeError:  # a lost peer, or no memory: not the checkpoint's fault
+        except jax.errors.JaxRuntimeError:  # a lost peer, or out of memory: not caused by the checkpoint
             raise
-        except Exception as error:  # Orbax raises a bare Exception for damaged files
+        except Exception as error:  # Orbax raises Exception for damaged files
             failed = storage.failure(str(self.folder), error) if is_remote(self.folder) else None
             raise failed or InputError(f"{self.folder}: step {step} cannot be restored: {_one_line(error)}") from error
         if differences:
@@ -150,20 +150,20 @@ class Checkpoints:
         return got.params, got.rest, got.position
 
     def wait(self) -> None:
-        """Wait for the save in progress. Raises as `save` does."""
+        """Wait for the save in progress. Raises as `save`."""
         if self._opened is not None:
             with self._errors("a checkpoint was not saved"):
                 self._opened.wait_until_finished()
 
     def close(self) -> None:
-        """Wait for the save in progress and stop the threads. Raises as `save` does."""
+        """Wait for the save in progress and stop the threads. Raises as `save`."""
         if self._opened is not None:
             with self._errors("a checkpoint was not saved"):
                 self._opened.close()
             self._opened = None
 
     def _differences(self, step: int, name: str, like: Any) -> list[str]:
-        """Differences between the stored tree `name` and the requested one, one line per leaf."""
+        """List the differences between the stored tree `name` and the requested one, one line per leaf."""
         stored = _shapes(ocp.PyTreeCheckpointHandler().metadata(self.folder / "checkpoints" / str(step) / name).tree)
         wanted = _shapes(like)
         return [
@@ -174,11 +174,11 @@ class Checkpoints:
 
     @contextmanager
     def _errors(self, action: str) -> Iterator[None]:
-        """Raise errors of Orbax and the storage libraries as one line, and discard the manager."""
+        """Convert errors of Orbax and the storage libraries to one line, and discard the manager."""
         failed: Exception | None = None
         try:
             yield
-        except jax.errors.JaxRuntimeError:  # a lost peer, or no memory: the caller decides by its status
+        except jax.errors.JaxRuntimeError:  # a lost peer, or out of memory: handled by the caller
             raise
         except Exception as error:
             failed = storage.failure(str(self.folder), error) if is_remote(self.folder) else None
@@ -191,17 +191,17 @@ class Checkpoints:
             raise failed
 
     def _discard_manager(self) -> None:
-        """Drop the manager of a failed save, and what it has written."""
+        """Discard the manager of a failed save, and the files that it has written."""
         failed, self._opened = self._opened, None
         if failed is not None:
             with suppress(Exception):
                 failed.close()
         del failed
-        logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # each unfinished write would log its own error
+        logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # each unfinished write would log an error
         gc.collect()
         if is_remote(self.folder) or jax.process_index() != 0:
             return
-        for _ in range(20):  # free the space of a full disk; writes in flight may create files for a moment longer
+        for _ in range(20):  # free the space of a full disk; pending writes may still create files
             leftovers = list((self.folder / "checkpoints").glob(f"*{UNFINISHED}"))
             if not leftovers:
                 break
@@ -211,7 +211,7 @@ class Checkpoints:
 
 
 def _one_line(error: BaseException) -> str:
-    """The reason of an error in one line. tensorstore surrounds the system's reason with pages of detail."""
+    """The reason of an error in one line, without the details that tensorstore adds to a system error."""
     text = " ".join(str(error).split())
     system = re.search(r": ([^:]+) \[os_error_code", text)
     return system[1] if system else text[:300] or type(error).__name__

@@ -36,20 +36,20 @@ from avocado_jax.parallel.compiled import use_cache
 from avocado_jax.rewards.combine import TERMS
 from avocado_jax.rewards.extra import Term, load_terms
 
-TOGETHER = 25  # held-out clips that are captioned at once
+TOGETHER = 25  # held-out clips per batch
 
 
 class Job(NamedTuple):
-    """One arm with one seed."""
+    """The run of an arm with a seed."""
 
     arm: Arm
     seed: int
     folder: str
-    fields: list[str]  # what it changes of the config
+    fields: list[str]  # overridden config fields
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the command; what it does not know are fields of the config."""
+    """Declare the arguments; unknown ones are config fields."""
     parser.add_argument(
         "config", metavar="CONFIG", help="a Python file that defines a GrpoConfig, or the name of one in configs/"
     )
@@ -62,7 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Train, caption and measure what has not been, then compare. Returns the exit status."""
+    """Run all unfinished runs, then compare the arms. Returns the exit status."""
     use_gpu_memory()
     config = load(args.config, args.fields)
     if not isinstance(config, GrpoConfig):
@@ -88,7 +88,7 @@ def run(args: argparse.Namespace) -> int:
     if not config.init:
         raise InputError("init: no checkpoint to begin with")
     open_checkpoint(config.init)  # report a mistake before the config is written to the folder
-    _begun(config, args.out)
+    _open_folder(config, args.out)
     measured: dict[str, list[dict[str, Any]]] = {arm.name: [] for arm in arms}
     for number, job in enumerate(jobs, start=1):
         where = storage.join(job.folder, "heldout.json")
@@ -97,12 +97,12 @@ def run(args: argparse.Namespace) -> int:
             mine = load(args.config, [*args.fields, *job.fields])
             if status := _train(job, mine):
                 return status
-            result = _measured(mine, config.init if job.arm.stage == "init" else job.folder)
+            result = _evaluate(mine, config.init if job.arm.stage == "init" else job.folder)
             storage.write(where, json.dumps(result, ensure_ascii=False).encode())
-            jax.clear_caches()  # the next run has other programs
+            jax.clear_caches()  # the next run uses other programs
         measured[job.arm.name].append(json.loads(storage.read(where)))
     if terms:
-        _add_means(terms, config, [one for each in measured.values() for one in each])
+        _add_means(terms, config, [result for results in measured.values() for result in results])
     rows = _write(args.out, arms, jobs, measured)
     print(json.dumps({"arms": rows}) if args.json else table(rows), end="\n" if args.json else "")
     return 0
@@ -117,12 +117,12 @@ def _job(arm: Arm, seed: int, out: str) -> Job:
 
 
 def extra_of(arm: Arm) -> list[str]:
-    """The user's terms of an arm, as in `rewards.extra`."""
+    """The user terms of an arm, in the format of `rewards.extra`."""
     return [f"{term}={weight:g}" for term, weight in arm.weights.items() if term not in TERMS]
 
 
-def _begun(config: GrpoConfig, out: str) -> None:
-    """Begin the folder, or see that it is this config's; programs that are compiled once serve all its runs."""
+def _open_folder(config: GrpoConfig, out: str) -> None:
+    """Create the folder, or check that it belongs to this config. Compiled programs are shared by its runs."""
     where = storage.join(out, "ablation.json")
     if storage.exists(where):
         refuse_another(config, json.loads(storage.read(where)), out)
@@ -132,7 +132,7 @@ def _begun(config: GrpoConfig, out: str) -> None:
 
 
 def _train(job: Job, config: GrpoConfig) -> int:
-    """The run of a job: start, resume or finish it. Returns its exit status."""
+    """Start, resume or finish the run of a job. Returns its exit status."""
     from avocado_jax.train.run import sft
     from avocado_jax.train.run_grpo import grpo
 
@@ -141,8 +141,8 @@ def _train(job: Job, config: GrpoConfig) -> int:
     return grpo(config, job.folder) if job.arm.stage == "grpo" else sft(as_sft(config), job.folder)
 
 
-def _measured(config: GrpoConfig, checkpoint: str) -> dict[str, Any]:
-    """Metrics of the likeliest captions of all held-out clips, and the captions."""
+def _evaluate(config: GrpoConfig, checkpoint: str) -> dict[str, Any]:
+    """Caption all held-out clips greedily. Returns the metrics and the captions."""
     from avocado_jax.eval.captioner import load_captioner
     from avocado_jax.eval.metrics import world_metrics
     from avocado_jax.sampling.engine import caption_records
@@ -154,26 +154,27 @@ def _measured(config: GrpoConfig, checkpoint: str) -> dict[str, Any]:
     captions = caption_records(captioner, records, config.sampling.tokens, TOGETHER)
     lengths = [len(captioner.tokenizer.encode(caption)) for caption in captions]
     metrics = world_metrics(captions, lengths, [record.fields for record in records])
-    return {"metrics": metrics, "captions": {one.fields["id"]: caption for one, caption in zip(records, captions)}}
+    by_id = {record.fields["id"]: caption for record, caption in zip(records, captions)}
+    return {"metrics": metrics, "captions": by_id}
 
 
 def _add_means(terms: list[Term], config: GrpoConfig, measured: list[dict[str, Any]]) -> None:
-    """Add the means of a user's terms to the metrics of all runs, whether they were trained with them or not."""
+    """Add the means of user terms to the metrics of all runs, including runs trained without them."""
     from avocado_jax.eval.rewarded import mean_values
     from avocado_jax.train.inputs import open_source
 
     source, _ = open_source(config.data.heldout, replace(config.data, references=0))
     fields = {name: source[number].fields for number, name in enumerate(source.index.ids)}
-    for one in measured:
-        references = [fields[name] for name in one["captions"]]
-        one["metrics"] |= mean_values(terms, list(one["captions"].values()), references)
+    for result in measured:
+        references = [fields[name] for name in result["captions"]]
+        result["metrics"] |= mean_values(terms, list(result["captions"].values()), references)
 
 
 def _write(out: str, arms: list[Arm], jobs: list[Job], measured: dict[str, list[dict[str, Any]]]) -> list[dict]:
-    """What came out, as files; returns the summary."""
+    """Write the result files; return the summary."""
     from avocado_jax.eval.plots import arms_plot, curves_plot
 
-    results = {name: [one["metrics"] for one in each] for name, each in measured.items()}
+    results = {name: [run["metrics"] for run in runs] for name, runs in measured.items()}
     curves: dict[str, list[list[dict[str, Any]]]] = {}
     for job in jobs:
         if job.arm.stage == "grpo":

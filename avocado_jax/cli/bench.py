@@ -30,7 +30,7 @@ from avocado_jax.parallel.mesh import parse_mesh
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the command."""
+    """Declare the arguments."""
     parser.add_argument("what", choices=("prefill", "decode", "sft", "grpo", "rewards", "caption", "input"))
     parser.add_argument("--size", choices=tuple(SIZES), default="tiny", help="default: %(default)s")
     parser.add_argument("--group", type=int, default=8, metavar="G", help="captions of the clip (default: %(default)s)")
@@ -56,7 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measure one path."""
+    """Measure one path and print the result."""
     use_gpu_memory()
     if min(args.group, args.caption_tokens, args.clips, args.slots) < 1 or args.clip_tokens < 1024:
         raise InputError(
@@ -65,7 +65,7 @@ def run(args: argparse.Namespace) -> int:
     dtype = args.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
     use_exact_fp32(dtype)
     if args.what == "input":
-        from avocado_jax.bench.input import bench_input  # the other paths must run without what this one needs
+        from avocado_jax.bench.input import bench_input  # needs packages that the other paths do not need
         from avocado_jax.data.media import Reading
 
         if not args.data:

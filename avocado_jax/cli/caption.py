@@ -60,16 +60,16 @@ from avocado_jax.sampling.logits import Sampling
 from avocado_jax.sampling.outputs import CaptionFiles
 from avocado_jax.sampling.segments import Segment, Segments, caption_fields, digest, group_by_clip, read_segments
 
-LONGEST_CLIP = 100.0  # seconds: captions degrade for longer clips, which `--segments auto` cuts
-LONGEST_SEGMENT = 5 / 3  # of the target length
-SHOWN = 20  # failed clips that are printed one by one with --out
-GATHER = 1.0  # seconds that decoding waits for more clips on a CPU, whose cores read them too
-FLUSH_SECONDS = 20.0  # after a signal, to append the last captions to a bucket
-RECENT = 100  # clips over which the share of failed ones is computed
+LONGEST_CLIP = 100.0  # seconds; captions degrade for longer clips, which `--segments auto` splits
+LONGEST_SEGMENT = 5 / 3  # maximum length of a segment, relative to the target
+SHOWN = 20  # maximum number of failed clips printed individually with --out
+GATHER = 1.0  # seconds that decoding on CPU waits for more clips, because the same cores read them
+FLUSH_SECONDS = 20.0  # maximum time after a signal to append the last captions to a bucket
+RECENT = 100  # number of recent clips for the share of failed ones
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the command."""
+    """Declare the arguments."""
     parser.add_argument("inputs", nargs="*", metavar="INPUT", help="video files, folders, globs, gs://, shards")
     parser.add_argument("--manifest", metavar="FILE", help='JSONL with "video" in each line, local or gs://')
     parser.add_argument("--checkpoint", metavar="REF", help="the model (see above; default: the one that is shipped)")
@@ -129,7 +129,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Caption every clip; one that cannot be read gets an error in its place. Returns the exit status."""
+    """Caption every clip. Clips that cannot be read get an error. Returns the exit status."""
     opened: list[CaptionFiles] = []
     restore = on_signal((signal.SIGINT, signal.SIGTERM), lambda number: _stop(number, opened))
     try:
@@ -139,7 +139,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _stop(number: int, opened: list[CaptionFiles]) -> None:
-    """End the process at once, in a thread: the main thread may be in the compiler for minutes."""
+    """Exit immediately. Called in a thread, because the main thread may be in the compiler for minutes."""
     status = 130 if number == signal.SIGINT else 75
     print(f"avocado caption: stopped{'; the same command resumes' if opened else ''}", file=sys.stderr, flush=True)
     timer = threading.Timer(FLUSH_SECONDS, os._exit, (status,))
@@ -158,7 +158,7 @@ def _run(args: argparse.Namespace, opened: list[CaptionFiles]) -> int:
     checkpoint, shard, dtype = named_checkpoint(args.checkpoint), parse_shard(args.shard), computing_dtype(args.dtype)
     reading = load_reading(checkpoint.config_folder)
     reading = replace(reading, align_sound=reading.align_sound or args.align_sound)
-    # By name, so that a file that is added between two starts does not move the others to other shards.
+    # Sharded by name, so that an added file does not move other clips to other shards.
     clips = [one for one in list_clips(args.inputs, args.manifest, reading) if digest(one.name) % shard[1] == shard[0]]
     with ExitStack() as stack:
         files = None
@@ -176,7 +176,7 @@ def _run(args: argparse.Namespace, opened: list[CaptionFiles]) -> int:
                 _print_estimate(args, captioner, left, mesh, prompts)
             return 0
         engine = None
-        if any(clip.may_exist() for _, clip in left):  # else no model is loaded
+        if any(clip.may_exist() for _, clip in left):  # otherwise do not load the model
             captioner = load_captioner(checkpoint, args.prompt, dtype, mesh)._replace(reading=reading)
             memory = free_cache_bytes(captioner.params)
             memory = files.keep("cache_bytes", memory) if files else memory
@@ -186,14 +186,15 @@ def _run(args: argparse.Namespace, opened: list[CaptionFiles]) -> int:
             more = dict(report=report, gather=gather)
             engine = Engine(captioner, args.max_new_tokens, sampling, args.seed, batch, memory, **more)
         reader = stack.enter_context(ClipReader(READERS, args.clip_seconds))
-        how = Segments(reading, reader, not args.no_audio, prompts, _segment_lengths(args.segments, reading), _warn)
-        requests = read_segments(left, engine and engine.captioner, how)
+        lengths = _segment_lengths(args.segments, reading)
+        settings = Segments(reading, reader, not args.no_audio, prompts, lengths, _warn)
+        requests = read_segments(left, engine and engine.captioner, settings)
         results = engine.run(requests) if engine else ((request, error) for request, error, _ in requests)
         return _write(_in_order(group_by_clip(results), [number for number, _ in left]), engine, args, files, len(left))
 
 
 def _check(args: argparse.Namespace) -> Sampling:
-    """The way of sampling; raises InputError for options that are wrong or exclude each other."""
+    """Validate the options and return the sampling settings. Raises InputError."""
     try:
         sampling = Sampling(args.temperature, args.top_k, args.top_p)
     except ValueError as error:
@@ -219,7 +220,7 @@ def _check(args: argparse.Namespace) -> Sampling:
 
 
 def _segment_lengths(given: str | None, reading: Reading) -> tuple[float, float] | None:
-    """The lengths of segments in seconds: about the first, at most the second."""
+    """The target and maximum length of segments in seconds."""
     if given is None:
         return None
     if given == "auto":
@@ -244,12 +245,12 @@ def _print_estimate(
     mesh: tuple[int, int] | None,
     prompts: tuple[str, ...],
 ) -> None:
-    from avocado_jax.planning.estimate import SAMPLED, estimate_clips, estimate_line  # imports what training needs
+    from avocado_jax.planning.estimate import SAMPLED, estimate_clips, estimate_line  # imports training code
 
     count = min(SAMPLED, len(clips))
     some = [clips[number * len(clips) // count] for number in range(count)]
     with ClipReader(READERS, args.clip_seconds) as reader:
-        how = Segments(
+        settings = Segments(
             captioner.reading,
             reader,
             not args.no_audio,
@@ -257,7 +258,7 @@ def _print_estimate(
             _segment_lengths(args.segments, captioner.reading),
             _warn,
         )
-        rows = read_segments(some, captioner, how)
+        rows = read_segments(some, captioner, settings)
         estimate = estimate_clips(captioner.config, rows, count, args.max_new_tokens, args.batch, mesh)
     line = estimate_line(estimate, len(clips)) if estimate else f"no estimate: none of {count} clips can be read"
     print(line, file=sys.stderr)
@@ -270,7 +271,7 @@ def _report(program: str) -> None:
 def _options(
     args: argparse.Namespace, sampling: Sampling, prompts: tuple[str, ...], checkpoint: Checkpoint, dtype: str
 ) -> dict[str, Any]:
-    """What decides the captions; `batch` is None where it follows from the devices."""
+    """The settings that determine the captions. `batch` is None if it follows from the devices."""
     return {
         "checkpoint": identity(checkpoint)[:16],
         "prompt": args.prompt,
@@ -289,7 +290,7 @@ def _options(
 
 
 def _in_order(results: Iterator[tuple[list[Segment], Any]], numbers: list[int]) -> Iterator[tuple[list[Segment], Any]]:
-    """Results in the order of `numbers`."""
+    """Yield results in the order of `numbers`."""
     early: dict[int, tuple[list[Segment], Any]] = {}
     order = iter(numbers)
     awaited = next(order)
@@ -307,12 +308,12 @@ def _write(
     files: CaptionFiles | None,
     total: int,
 ) -> int:
-    """Write every result, and report them. Returns the exit status."""
+    """Write all results and print a summary. Returns the exit status."""
     reasons, captions, tokens, begun = Counter[str](), 0, 0, time.monotonic()
     recent, stopped = deque[bool](maxlen=RECENT), False
     for segments, result in progress(made, "clips", total) if total > 1 else made:
         name = segments[0].clip.name
-        if isinstance(result, StorageError):  # it may pass: no verdict on the clip
+        if isinstance(result, StorageError):  # may be temporary: not a failure of the clip
             raise result
         if isinstance(result, Exception):
             reason = str(result) if isinstance(result, InputError) else f"{printable(name)}: {first_line(result)}"
@@ -349,16 +350,16 @@ def _write(
 def _record(
     captioner: Captioner, segments: list[Segment], tokens: list[Any], ids: bool, in_segments: bool
 ) -> dict[str, Any]:
-    """The output of a clip. Its caption and its ids are those of its segments, in order."""
-    captions = [words(captioner, one) for one in tokens]
+    """The output of a clip. Captions and ids of its segments are joined in order."""
+    captions = [words(captioner, sequence) for sequence in tokens]
     with_ids = {"token_ids": np.concatenate(tokens).tolist()} if ids else {}
-    with_ids |= {"prompt_ids": np.concatenate([one.prompt_ids for one in segments]).tolist()} if ids else {}
+    with_ids |= {"prompt_ids": np.concatenate([segment.prompt_ids for segment in segments]).tolist()} if ids else {}
     return {
         "clip": segments[0].clip.name,
         "caption": "\n\n".join(caption for caption in captions if caption),
         **with_ids,
         **(caption_fields(segments, captions) if in_segments else segments[0].record),
-        "truncated": any(int(one[-1]) not in captioner.stops for one in tokens),
+        "truncated": any(int(sequence[-1]) not in captioner.stops for sequence in tokens),
     }
 
 

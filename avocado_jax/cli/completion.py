@@ -17,10 +17,10 @@ FIELDS: Mapping[str, RunConfig] = {
 
 
 def completion(parser: argparse.ArgumentParser, commands: Mapping[str, str], given: Sequence[str]) -> str:
-    """The script.
+    """Return the completion script.
 
     Args:
-        given: the name of the shell, alone. Others end the process with status 2.
+        given: arguments: the name of the shell. Other arguments exit with status 2.
     """
     if len(given) != 1 or given[0] not in shtab.SUPPORTED_SHELLS:
         parser.error(f"--print-completion takes one of {', '.join(shtab.SUPPORTED_SHELLS)}")

@@ -22,7 +22,7 @@ from avocado_jax.errors import InputError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the command."""
+    """Declare the arguments."""
     ways = parser.add_subparsers(dest="way", required=True, metavar="from-hf|to-hf")
     there = ways.add_parser("from-hf", help="a checkpoint in Hugging Face format to a run folder, at step 0")
     back = ways.add_parser("to-hf", help="a run folder to a checkpoint that transformers loads")
@@ -45,8 +45,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Convert."""
-    logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs tracebacks of errors that we report
-    jax.config.update("jax_platforms", "cpu")  # nothing is computed: an accelerator in use is left alone
+    logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs tracebacks of errors that are printed here
+    jax.config.update("jax_platforms", "cpu")  # no computation: do not occupy an accelerator
     if args.way == "from-hf":
         from_hf(args.source, args.target, parse_reading(args.reading, habits=True))
         print(args.target)

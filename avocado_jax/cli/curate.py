@@ -45,11 +45,11 @@ from avocado_jax.checkpoint.load import Checkpoint, identity, named_checkpoint
 from avocado_jax.checkpoint.references import tokenizer_folder
 from avocado_jax.curation.asking import Asker
 from avocado_jax.curation.captions import MAKE, add_references, read_captions
-from avocado_jax.curation.estimate import expected, expected_references
+from avocado_jax.curation.estimate import estimate_clips, estimate_references
 from avocado_jax.curation.journal import Journal, open_journal
 from avocado_jax.curation.local import local_captions
 from avocado_jax.curation.pipeline import Captions, Settings
-from avocado_jax.curation.run import clips_of, curate, curate_clips, write_outcome
+from avocado_jax.curation.run import curate, curate_clips, find_clips, write_outcome
 from avocado_jax.data.media import Reading, load_reading
 from avocado_jax.data.words import load_words
 from avocado_jax.errors import InputError
@@ -57,11 +57,11 @@ from avocado_jax.eval.captioner import computing_dtype, load_captioner
 from avocado_jax.remote.chat import ChatClient, Endpoint, request_fields
 
 UNLIMITED = 10**9  # calls
-SILENCE = 8  # questions in a row without an answer that end a run, or as many as there are at once
+SILENCE = 8  # minimum consecutive questions without an answer that stop a run; at least the concurrency
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the command."""
+    """Declare the arguments."""
     add = parser.add_argument
     add("videos", nargs="*", type=Path, metavar="VIDEO", help="files, or folders of them")
     add("--from-captions", type=Path, metavar="FILE", help="a manifest whose captions get references")
@@ -119,20 +119,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Curate, write, print. Returns the exit status."""
+    """Curate, write the files and print the counts. Returns the exit status."""
     check(args)
     wanted = args.references.split(",")
     captions, bad_lines = read_captions(args.from_captions) if args.from_captions else ([], [])
-    clips = captions or clips_of(args.videos)
+    clips = captions or find_clips(args.videos)
     checkpoint = named_checkpoint(args.checkpoint) if args.checkpoint else None
     tokenizer = load_words(tokenizer_folder(args.tokenizer)) if args.tokenizer else None
     settings = Settings(reading_of(args, checkpoint), args.fewest_tokens, args.most_tokens, tokenizer)
     options = request_fields(args.request, {"temperature": 0, "max_tokens": args.answer_tokens})
     if args.dry_run:
         if args.from_captions:
-            print_counts(expected_references(captions, settings, args.answer_tokens, wanted), args.json)
+            print_counts(estimate_references(captions, settings, args.answer_tokens, wanted), args.json)
         else:
-            print_counts(expected(clips, settings, args.answer_tokens, bool(checkpoint)), args.json)
+            print_counts(estimate_clips(clips, settings, args.answer_tokens, bool(checkpoint)), args.json)
         return 0
     with open_journal(args.out / "answers.jsonl") as journal, ChatClient(endpoint(args, journal, options)) as client:
         asker = Asker(client, journal, 60 / args.per_minute, max(SILENCE, args.concurrency))
@@ -153,7 +153,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def check(args: argparse.Namespace) -> None:
-    """Raises InputError where a number makes no sense."""
+    """Validate the options. Raises InputError."""
     above = ("fps", "per_minute", "timeout", "patience")
     least = dict.fromkeys(("frames", "pixels", "most_tokens", "answer_tokens", "concurrency"), 1)
     for name in (*above, *least, "fewest_tokens", "budget_calls", "budget_tokens"):
@@ -176,7 +176,7 @@ def check(args: argparse.Namespace) -> None:
 
 
 def reading_of(args: argparse.Namespace, checkpoint: Checkpoint | None) -> Reading:
-    """How clips are sampled: a checkpoint's own way, or as the command says."""
+    """How clips are sampled: the checkpoint's reading, or the command's options."""
     if checkpoint:
         return replace(load_reading(checkpoint.config_folder), align_sound=True)
     fewest = min(Reading.fewest_pixels, args.pixels)
@@ -185,7 +185,7 @@ def reading_of(args: argparse.Namespace, checkpoint: Checkpoint | None) -> Readi
 
 
 def endpoint(args: argparse.Namespace, journal: Journal, options: dict[str, Any]) -> Endpoint:
-    """The endpoint with what is left of the folder's budget."""
+    """The endpoint with the remaining budget of the folder."""
     tokens = None if args.budget_tokens is None else max(0, args.budget_tokens - journal.before["tokens"])
     return Endpoint(
         args.url,
@@ -194,7 +194,7 @@ def endpoint(args: argparse.Namespace, journal: Journal, options: dict[str, Any]
         concurrency=args.concurrency,
         timeout=args.timeout,
         patience=args.patience,
-        tries=1,  # `Asker` asks again, with what was wrong
+        tries=1,  # `Asker` retries with a description of the error
         blanks=3,
         max_calls=max(0, args.budget_calls - journal.before["calls"]),
         max_tokens=tokens,
@@ -204,7 +204,7 @@ def endpoint(args: argparse.Namespace, journal: Journal, options: dict[str, Any]
 
 
 def local(args: argparse.Namespace, checkpoint: Checkpoint | None, journal: Journal) -> Captions | None:
-    """The checkpoint as the captioner of picture and sound, if there is one."""
+    """The captioner of picture and sound from the checkpoint; None without a checkpoint."""
     if checkpoint is None:
         return None
     dtype = computing_dtype(args.dtype)

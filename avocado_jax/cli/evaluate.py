@@ -75,7 +75,7 @@ from avocado_jax.errors import InputError
 from avocado_jax.eval.benchmarks import BENCHMARKS
 from avocado_jax.eval.captioner import computing_dtype
 from avocado_jax.eval.metrics import world_metrics
-from avocado_jax.eval.runner import How, TooManyFailed, Videos
+from avocado_jax.eval.runner import CaptionOptions, TooManyFailed, Videos
 from avocado_jax.world.truth import read_truth
 
 JUDGED = ("videos", "judge", "judge_model", "prompts", "official", "request", "budget_calls", "budget_tokens")
@@ -84,7 +84,7 @@ NO_FIELDS = "{}"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the command."""
+    """Declare the arguments."""
     names = ("world", *BENCHMARKS)
     parser.add_argument("benchmark", choices=names, metavar="BENCHMARK", help=", ".join(names))
     parser.add_argument(
@@ -174,7 +174,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Caption, measure, print. Returns the exit status."""
+    """Caption, evaluate and print. Returns the exit status."""
     for name in ("max_new_tokens", "batch", "limit", "rounds"):
         if (value := getattr(args, name)) is not None and value < 1:
             raise InputError(f"--{name.replace('_', '-')} is {value}: it must be at least 1")
@@ -201,14 +201,17 @@ def _world(args: argparse.Namespace) -> int:
     else:
         videos, prompts = Videos(folder_of(args.data)), clip_prompts(args)
         items = []
-        for one in records.values():
+        for record in records.values():
+            video = storage.join(videos.folder, record["video"])
             try:
-                items.append(make_item(videos, prompts, one["id"], storage.join(videos.folder, one["video"]), one))
+                items.append(make_item(videos, prompts, record["id"], video, record))
             except InputError as error:
-                raise InputError(f"{args.data}: {one['id']}: {error}") from error
-        how = How(args.max_new_tokens, computing_dtype(args.dtype), not args.no_audio, not args.no_picture)
+                raise InputError(f"{args.data}: {record['id']}: {error}") from error
+        options = CaptionOptions(
+            args.max_new_tokens, computing_dtype(args.dtype), not args.no_audio, not args.no_picture
+        )
         outcome = make_captions(
-            args, items, how, lambda known: args.out or storage.join(videos.folder, f"captions-{known}.jsonl")
+            args, items, options, lambda known: args.out or storage.join(videos.folder, f"captions-{known}.jsonl")
         )
     captions = [outcome.captions.get(name, EMPTY) for name in records]
     texts, lengths = zip(*captions)

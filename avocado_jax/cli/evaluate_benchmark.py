@@ -31,25 +31,25 @@ from avocado_jax.eval.captioner import computing_dtype
 from avocado_jax.eval.judging import DryJudge, Judge, JudgeEnded, Prompt, judge_captions, read_prompts
 from avocado_jax.eval.local_judge import LocalJudge
 from avocado_jax.eval.public import find_video, results, write
-from avocado_jax.eval.runner import Caption, How, Outcome, Videos
+from avocado_jax.eval.runner import Caption, CaptionOptions, Outcome, Videos
 from avocado_jax.eval.tables import result_table
 from avocado_jax.remote.chat import ChatClient, Endpoint, request_fields
 from avocado_jax.remote.ledger import Ledger
 
 DEFAULTS = {"temperature": 0}  # fields of every request
-SILENCE = 16  # questions in a row without an answer that end a run
+SILENCE = 16  # consecutive questions without an answer that stop a run
 UNLIMITED = 10**9  # calls
 
 
 def run_benchmark(args: argparse.Namespace, benchmark: Benchmark) -> int:
-    """Caption, judge, measure, print. Returns the exit status."""
+    """Caption, judge, compute the figures and print. Returns the exit status."""
     _check(args, benchmark)
     prompt_folder = args.prompts and fetched(
         run_path(args.prompts) if storage.is_remote(args.prompts) else Path(args.prompts)
     )
     prompts = read_prompts(benchmark, prompt_folder or None)
     options = request_fields(args.request, DEFAULTS)
-    if args.judge:  # a mistake ends the command before hours of captioning
+    if args.judge:  # detect mistakes before hours of captioning
         ChatClient(Endpoint(args.judge, args.judge_model)).close()
     elif args.judge_model:
         open_language_model(args.judge_model)
@@ -57,13 +57,13 @@ def run_benchmark(args: argparse.Namespace, benchmark: Benchmark) -> int:
     records = every[: args.limit]
     video_folder = args.videos or (folder_of(args.data) if benchmark.beside else None)
     videos = Videos(video_folder) if video_folder and not args.dry_run else None
-    places = {one.id: find_video(videos, one) for one in records} if videos else {}
+    places = {record.id: find_video(videos, record) for record in records} if videos else {}
     if args.dry_run:
         return _dry_run(args, benchmark, every, records, prompts, options)
     decoding = None
     if args.captions:
         folder, model = _given_folder(args, benchmark), PurePosixPath(args.captions).stem
-        outcome = given_captions(args, {one.id: one for one in every}, [one.id for one in records])
+        outcome = given_captions(args, {record.id: record for record in every}, [record.id for record in records])
         model = model.encode(errors="replace").decode()
     else:
         outcome, folder, decoding = _captioned(args, benchmark, records, videos, places)
@@ -71,7 +71,7 @@ def run_benchmark(args: argparse.Namespace, benchmark: Benchmark) -> int:
         if args.shard:
             return 0
     print_failed(outcome, len(records))
-    captions = {one.id: outcome.captions.get(one.id, EMPTY) for one in records}
+    captions = {record.id: outcome.captions.get(record.id, EMPTY) for record in records}
     rounds, about = [], None
     if args.judge_model:
         with ExitStack() as stack:
@@ -114,7 +114,7 @@ def _check(args: argparse.Namespace, benchmark: Benchmark) -> None:
 def _about(
     args: argparse.Namespace, benchmark: Benchmark, prompts: dict[str, Prompt], options: dict[str, Any]
 ) -> dict[str, Any]:
-    """What decides the judge's answers."""
+    """The settings that determine the judge's answers."""
     return {
         "model": args.judge_model,
         "prompts": args.prompts or "our own",
@@ -132,13 +132,13 @@ def _answers(
     judge: Judge,
     prompts: dict[str, Prompt],
 ) -> list[list[Any]]:
-    """The answers of all rounds. Their records are the benchmark's own, whatever the judge was shown of them."""
+    """The answers of all rounds. Official preprocessing applies only to the texts that the judge receives."""
     texts = {name: caption.text for name, caption in captions.items()}
     shown = list(records)
     if args.official:
         text = benchmark.official.text
         texts = {name: text(caption) for name, caption in texts.items()}
-        shown = [replace(one, reference=one.reference and text(one.reference)) for one in records]
+        shown = [replace(record, reference=record.reference and text(record.reference)) for record in records]
     rounds = args.rounds or (benchmark.rounds if args.judge else 1)
     return judge_captions(benchmark, shown, texts, judge, prompts, rounds, not args.prompts, args.dry_run)
 
@@ -146,13 +146,13 @@ def _answers(
 def _captioned(
     args: argparse.Namespace, benchmark: Benchmark, records: Sequence[Record], videos: Videos, places: dict[str, str]
 ) -> tuple[Outcome, str, dict[str, Any]]:
-    """Captions of the checkpoint, those that other hosts made among them, their folder, and how they are decoded."""
+    """Captions of the checkpoint, including those of other hosts; their folder; and the decoding settings."""
     sound = benchmark.sound and not args.no_audio
-    how = How(args.max_new_tokens, computing_dtype(args.dtype), sound, not args.no_picture)
+    options = CaptionOptions(args.max_new_tokens, computing_dtype(args.dtype), sound, not args.no_picture)
     prompts = clip_prompts(args)
     items = [
-        make_item(videos, prompts, one.id, places[one.id], {"prompt": one.prompt} if one.prompt else {})
-        for one in records
+        make_item(videos, prompts, record.id, places[record.id], {"prompt": record.prompt} if record.prompt else {})
+        for record in records
     ]
     part, parts = parse_shard(args.shard)
     name = f"captions.{part}-of-{parts}.jsonl" if args.shard else "captions.jsonl"
@@ -162,8 +162,8 @@ def _captioned(
         made.append(args.out or storage.join(folder_of(args.data), f"{benchmark.name}-{known}"))
         return storage.join(made[0], name)
 
-    outcome = make_captions(args, items[part::parts], how, file, benchmark.frames)
-    return outcome, made[0], {"temperature": 0, **vars(how), "frames": benchmark.frames}
+    outcome = make_captions(args, items[part::parts], options, file, benchmark.frames)
+    return outcome, made[0], {"temperature": 0, **vars(options), "frames": benchmark.frames}
 
 
 def _given_folder(args: argparse.Namespace, benchmark: Benchmark) -> str:
@@ -173,7 +173,7 @@ def _given_folder(args: argparse.Namespace, benchmark: Benchmark) -> str:
 def _judge(
     args: argparse.Namespace, folder: str, options: dict[str, Any], stack: ExitStack
 ) -> AbstractContextManager[ChatClient | LocalJudge]:
-    """The judge: the endpoint, or a checkpoint here. Its answers and costs are kept in the folder."""
+    """Open the judge: the endpoint or a local checkpoint. Its answers and costs are stored in the folder."""
     remote = storage.is_remote(folder)
     cache = AnswerLog(storage.join(folder, "answers.jsonl"), stack) if remote else Path(folder, "answers")
     if not args.judge:
@@ -204,16 +204,19 @@ def _dry_run(
     prompts: dict[str, Prompt],
     options: dict[str, Any],
 ) -> int:
-    """Print how many calls and tokens the judge would take. Captions that are not given count as the longest."""
+    """Print the calls and tokens of the judge. Missing captions are assumed to have the maximum length."""
     captions, folder = {}, args.out
     if args.captions:
         folder = _given_folder(args, benchmark)
-        captions = given_captions(args, {one.id: one for one in every}, [one.id for one in records]).captions
+        by_id = {record.id: record for record in every}
+        captions = given_captions(args, by_id, [record.id for record in records]).captions
     else:
-        captions = {one.id: Caption(one.id + " so" * args.max_new_tokens, args.max_new_tokens) for one in records}
+        longest = " so" * args.max_new_tokens
+        captions = {record.id: Caption(record.id + longest, args.max_new_tokens) for record in records}
     cache = Path(folder, "answers") if folder and not storage.is_remote(folder) else None
     judge = DryJudge(Endpoint(args.judge, args.judge_model, cache=cache, options=options))
-    _answers(args, benchmark, records, {one.id: captions.get(one.id, EMPTY) for one in records}, judge, prompts)
+    complete = {record.id: captions.get(record.id, EMPTY) for record in records}
+    _answers(args, benchmark, records, complete, judge, prompts)
     tries = Endpoint(args.judge, args.judge_model).tries
     counts = {"clips": len(records), **judge.counts, "calls_at_most": tries * judge.counts["calls"]}
     if args.json:

@@ -1,4 +1,4 @@
-"""Captions that `avocado evaluate` measures: made by a checkpoint, or given in a file."""
+"""Captions for `avocado evaluate`: made by a checkpoint, or read from a file."""
 
 import argparse
 import sys
@@ -17,7 +17,7 @@ from avocado_jax.errors import InputError
 from avocado_jax.eval.captioner import load_captioner
 from avocado_jax.eval.runner import (
     Caption,
-    How,
+    CaptionOptions,
     Item,
     Outcome,
     TooManyFailed,
@@ -32,7 +32,7 @@ EMPTY = Caption("", 0)
 
 
 def read_file(path: str, read: Callable[[Path], T]) -> T:
-    """What `read` makes of a file, local or gs://."""
+    """Apply `read` to a file, local or gs://."""
     with storage.here(path) as local:
         try:
             return read(local)
@@ -51,10 +51,10 @@ def clip_prompts(args: argparse.Namespace) -> tuple[str, ...]:
 
 
 def make_item(videos: Videos, prompts: tuple[str, ...], name: str, video: str, fields: Mapping[str, Any]) -> Item:
-    """A clip with the fields that decide its prompt.
+    """Build an item from a clip and the fields of its prompt.
 
     Raises:
-        InputError: one of the fields has another type.
+        InputError: a field has the wrong type.
     """
     stated = prompt_fields(fields)
     if prompts and not stated.get("prompt"):
@@ -63,19 +63,23 @@ def make_item(videos: Videos, prompts: tuple[str, ...], name: str, video: str, f
 
 
 def make_captions(
-    args: argparse.Namespace, items: list[Item], how: How, file: Any, frames: int | None = None
+    args: argparse.Namespace, items: list[Item], options: CaptionOptions, file: Any, frames: int | None = None
 ) -> Outcome:
-    """Captions of the checkpoint, kept in `file(digest of what makes them)`; clips of so many frames at most."""
+    """Caption items with the checkpoint. Captions are stored in `file(digest)`, with a digest of all settings.
+
+    Args:
+        frames: maximum frames of a clip; None: no additional limit.
+    """
     if items and all(item.bytes is None for item in items):
         raise InputError(f"{items[0].video}: no such file, nor any other video of {args.data}")
     checkpoint = named_checkpoint(args.checkpoint)
     known = identity(checkpoint)
     if frames:
         known = f"{known} {frames}"
-    target = file(digest([known, vars(how)])[:8])
+    target = file(digest([known, vars(options)])[:8])
 
     def load():
-        captioner = load_captioner(checkpoint, None, how.dtype)
+        captioner = load_captioner(checkpoint, None, options.dtype)
         reading = captioner.reading
         most = min(reading.most_frames, frames or reading.most_frames)
         return captioner._replace(reading=replace(reading, most_frames=most))
@@ -84,20 +88,21 @@ def make_captions(
     beside = storage.names(folder) if args.benchmark != "world" else []
     kept = [name for name in beside if name.startswith("captions") and name.endswith(".jsonl")]
     others = [path for path in (storage.join(folder, name) for name in kept) if path != target]
-    return caption_items(items, load, known, how, target, args.batch, args.max_failed, others, args.clip_seconds)
+    return caption_items(items, load, known, options, target, args.batch, args.max_failed, others, args.clip_seconds)
 
 
 def given_captions(args: argparse.Namespace, every: dict[str, Any], wanted: list[str]) -> Outcome:
-    """Captions made elsewhere."""
+    """Read captions from --captions."""
     captions = read_file(args.captions, lambda file: read_captions(file, every))
     tokenizer = load_words(tokenizer_folder(args.checkpoint)) if args.checkpoint else None
     if tokenizer:
 
-        def tokens(one: Caption) -> int:  # tokenizers refuse lone surrogates
-            return len(tokenizer.encode(one.text.encode(errors="replace").decode()))
+        def tokens(caption: Caption) -> int:  # tokenizers reject lone surrogates
+            return len(tokenizer.encode(caption.text.encode(errors="replace").decode()))
 
         captions = {
-            name: Caption(one.text, tokens(one) if one.tokens is None else one.tokens) for name, one in captions.items()
+            name: Caption(caption.text, tokens(caption) if caption.tokens is None else caption.tokens)
+            for name, caption in captions.items()
         }
     failed = {name: "no caption" for name in wanted if name not in captions}
     if len(failed) > args.max_failed * len(wanted):
@@ -109,7 +114,7 @@ def given_captions(args: argparse.Namespace, every: dict[str, Any], wanted: list
 
 
 def print_failed(outcome: Outcome, count: int) -> None:
-    """Print how many of `count` clips have no caption."""
+    """Print the number of clips without a caption."""
     if outcome.failed:
         message = f"{len(outcome.failed)} of {count} clips failed; their captions count as empty"
         print(f"avocado evaluate: {message}", file=sys.stderr)

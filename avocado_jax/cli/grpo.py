@@ -23,7 +23,7 @@ from avocado_jax.parallel.processes import init_distributed
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the command: that of `sft` with the fields of a GRPO config."""
+    """Declare the arguments of `sft`, with the fields of a GRPO config."""
     sft.add_arguments(parser, GrpoConfig())
 
 

@@ -47,7 +47,7 @@ STOPPED = 75
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the options."""
+    """Declare the arguments."""
     cores = available_cores()
     parser.add_argument("source", metavar="SOURCE", help="manifest, WebDataset or Parquet: a path, gs:// or hub:")
     parser.add_argument("out", metavar="OUT", help="folder, local or gs://")
@@ -98,7 +98,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Prepare. Returns 0, 1 where storage failed, 3 where too many lines were rejected, or 75 where it was stopped."""
+    """Prepare. Returns 0, 1 if storage failed, 3 if too many lines were rejected, or 75 after a signal."""
     before = signal.signal(signal.SIGTERM, _stop)
     model = tokenizer_folder(args.checkpoint) if args.checkpoint else None
     counted = tokenizer_folder(args.tokenizer) if args.tokenizer else model

@@ -21,13 +21,13 @@ from avocado_jax.eval.tables import ablation_table
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the command."""
+    """Declare the arguments."""
     parser.add_argument("folders", nargs="+", metavar="FOLDER", help="folder with results, or one result file")
     parser.add_argument("--json", action="store_true", help="one JSON object a model")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Read, sort by model, print."""
+    """Read the results and print them by model."""
     files: dict[str, None] = {}
     for folder in args.folders:
         if not (found := _results(folder)):
@@ -36,13 +36,13 @@ def run(args: argparse.Namespace) -> int:
     results = [read_result(path) for path in files]
     models: dict[str, dict] = {}
     for path, result in zip(files, results):
-        of_model = models.setdefault(result["model"], {})
-        if result["benchmark"] in of_model:
+        figures = models.setdefault(result["model"], {})
+        if result["benchmark"] in figures:
             raise InputError(f"{path}: a second result of {result['model']!r:.80} on {result['benchmark']}")
-        of_model[result["benchmark"]] = result["metrics"]
+        figures[result["benchmark"]] = result["metrics"]
     if args.json:
-        for model, of_model in models.items():
-            print(json.dumps({"model": model, "results": of_model}))
+        for model, figures in models.items():
+            print(json.dumps({"model": model, "results": figures}))
         return 0
     print(ablation_table(results), end="")
     judges = {(result["judge"] or {}).get("model") for result in results if isinstance(result.get("judge"), dict)}
@@ -53,7 +53,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _results(given: str) -> list[str]:
-    """The files of results in a folder, or the file that is given."""
+    """The result files in a folder, or the given file."""
     if given.endswith(".json") or not (storage.is_remote(given) or os.path.isdir(given)):
         return [given]
     folder = given if storage.is_remote(given) else os.path.realpath(given)

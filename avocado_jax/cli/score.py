@@ -56,7 +56,7 @@ EXTRA = ("timing", "probes")  # terms with a field only if they are among --term
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the command."""
+    """Declare the arguments."""
     parser.add_argument("file", type=Path, metavar="FILE", help="captions with their references, JSON lines")
     parser.add_argument(
         "--manifest",
@@ -104,7 +104,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Read, score, print."""
+    """Read the captions, score them and print the results."""
     terms = args.terms.split(",")
     if unknown := [name for name in terms if name not in TERMS]:
         raise InputError(f'--terms: no term "{unknown[0]}"; there are {", ".join(TERMS)}')
@@ -114,38 +114,38 @@ def run(args: argparse.Namespace) -> int:
     extra = load_terms(args.extra, (*TERMS, *FIXED))
     captions, references = [line["caption"] for line in lines], [line["reference"] for line in lines]
     host = {term.name: term.values(captions, references) for term in extra if term.kind == "host"}
-    use_user_cache()  # a shape of texts takes seconds to compile
+    use_user_cache()  # each shape of texts takes seconds to compile
     answers = judge_scores(args, lines)
     warn_of_missing(lines, terms, tokenizer)
     table = make_table(None, word_weights(caption_texts(args.idf)) if args.idf else None)
     on_device = [term for term in extra if term.kind == "jax"]
-    texts = (caption.encode(errors="replace").decode() for caption in captions)  # tokenizers refuse lone surrogates
+    texts = (caption.encode(errors="replace").decode() for caption in captions)  # tokenizers reject lone surrogates
     lengths = [float(len(tokenizer.encode(text))) if tokenizer else math.nan for text in texts]
     results: dict[int, dict[str, Any]] = {}
     timing = "timing" in terms
-    for one in scores(table, captions, references, lengths, answers, args.merge, extra=on_device, timing=timing):
-        line = lines[one.number]
-        results[one.number] = row(line, terms, one)
+    for entry in scores(table, captions, references, lengths, answers, args.merge, extra=on_device, timing=timing):
+        line = lines[entry.number]
+        results[entry.number] = row(line, terms, entry)
         for name in (term.name for term in extra):
-            value = float(host[name][one.number] if name in host else one.scored.terms[name])
-            results[one.number][name] = None if math.isnan(value) else value
+            value = float(host[name][entry.number] if name in host else entry.scored.terms[name])
+            results[entry.number][name] = None if math.isnan(value) else value
         if args.explain:
             points = line["reference"].get("keypoints") or ()
-            spoken = as_compared(table, [line["reference"]], one.limits)[0]["dialogues"] or ()
-            results[one.number]["explain"] = explain(one.caption, one.reference, one.scored, points, spoken)
+            spoken = as_compared(table, [line["reference"]], entry.limits)[0]["dialogues"] or ()
+            results[entry.number]["explain"] = explain(entry.caption, entry.reference, entry.scored, points, spoken)
     for number in range(len(lines)):
         show(results[number], args.json)
-    if truncated := sum(one["truncated"] for one in results.values()):
+    if truncated := sum(result["truncated"] for result in results.values()):
         print(f"avocado score: {truncated} of {len(lines)} captions or references were truncated", file=sys.stderr)
     return 0
 
 
 def judge_scores(args: argparse.Namespace, lines: list[dict[str, Any]]) -> dict[str, np.ndarray]:
-    """Scores of a judge for the terms that need one, [n, most keypoints or probes], NaN without an answer."""
+    """Query the judge: term -> scores [n, most keypoints or probes], NaN without an answer."""
     terms = args.terms.split(",")
     items = {}
     if "checklist" in terms and args.judge != "lexical":
-        items["checklist"] = [[one["text"] for one in line["reference"]["keypoints"] or ()] for line in lines]
+        items["checklist"] = [[point["text"] for point in line["reference"]["keypoints"] or ()] for line in lines]
     if "probes" in terms:
         if args.judge not in PROBE_JUDGES:
             raise InputError(f"--terms probes: --judge {args.judge} is not one of {', '.join(PROBE_JUDGES)}")
@@ -154,18 +154,19 @@ def judge_scores(args: argparse.Namespace, lines: list[dict[str, Any]]) -> dict[
         return {}
     if not args.judge_model:
         raise InputError(f"--judge {args.judge} needs --judge-model")
-    from avocado_jax.train.judges import open_judge  # models and network: the lexical judge needs neither
+    from avocado_jax.train.judges import open_judge  # imports models, which the lexical judge does not need
 
     endpoint = Endpoint(
         args.judge_url, args.judge_model, args.judge_key, args.judge_cache, patience=args.judge_patience
     )
     answers = {}
     with open_judge(args.judge, args.judge_model, computing_dtype(None), endpoint) as judge:
-        for term, each in items.items():
-            scores = (judge if term == "checklist" else judge.probes)([line["caption"] for line in lines], each)()
+        for term, questions in items.items():
+            ask = judge if term == "checklist" else judge.probes
+            scores = ask([line["caption"] for line in lines], questions)()
             answers[term] = np.full((len(lines), max(1, scores.shape[1])), np.nan, np.float32)
             answers[term][:, : scores.shape[1]] = scores
-            total = sum(map(len, each))
+            total = sum(map(len, questions))
             if missing := total - int((~np.isnan(scores)).sum()):
                 noun = "keypoints" if term == "checklist" else "probes"
                 print(f"avocado score: {missing} of {total} {noun} have no answer", file=sys.stderr)
@@ -173,10 +174,10 @@ def judge_scores(args: argparse.Namespace, lines: list[dict[str, Any]]) -> dict[
 
 
 def manifest_lines(path: Path) -> dict[str, dict[str, Any]]:
-    """The lines of a manifest by id, and by the name of the video without folder and suffix, where it is the only one.
+    """Map ids, and unique video names without folder and suffix, to the lines of a manifest.
 
     Raises:
-        InputError: as `read_lines`.
+        InputError: see `read_lines`.
     """
     lines = [line for _, line in read_lines(path, {"id": str, "video": str})]
     names = Counter(Path(line["video"]).stem for line in lines)
@@ -185,56 +186,56 @@ def manifest_lines(path: Path) -> dict[str, dict[str, Any]]:
 
 
 def with_reference(line: dict[str, Any], known: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """The line; if it has no reference, that of its clip in `known`, where there is one."""
-    name = next((one for one in (line["id"], Path(line["id"]).stem) if one in known), None)
+    """Add the reference of the clip in `known` to a line without one."""
+    name = next((name for name in (line["id"], Path(line["id"]).stem) if name in known), None)
     return line if "reference" in line or name is None else line | {"reference": known[name]}
 
 
 def checked(where: str, line: dict[str, Any]) -> dict[str, Any]:
-    """The line with a reference whose parts are as they must be; keypoints may be strings."""
+    """Validate and normalise the reference of a line. Keypoints may be strings."""
     reference = line.get("reference") or {}
     if not isinstance(reference, dict) or not isinstance(reference.get("caption") or "", str):
         raise InputError(f'{where}: "reference" must be an object, and its "caption" a string')
-    made = {**reference, "caption": reference.get("caption")}  # a user's term may read other fields
+    made = {**reference, "caption": reference.get("caption")}  # user terms may read other fields
     for name, fields in (("dialogues", ("speaker", "text")), ("keypoints", ("text",))):
         entries = reference.get(name)
         if entries is not None and not isinstance(entries, list):
             raise InputError(f'{where}: "reference.{name}" must be a list')
         if name == "keypoints" and entries is not None:
-            entries = [{"text": one} if isinstance(one, str) else one for one in entries]
-        for one in entries or ():
-            if not isinstance(one, dict) or not all(isinstance(one.get(field), str) for field in fields):
+            entries = [{"text": entry} if isinstance(entry, str) else entry for entry in entries]
+        for entry in entries or ():
+            if not isinstance(entry, dict) or not all(isinstance(entry.get(field), str) for field in fields):
                 raise InputError(f'{where}: each of "reference.{name}" must have {" and ".join(fields)}, strings')
         made[name] = entries
     made["events"] = checked_events(where, reference.get("events"))
     try:
         probes = reference.get("probes")
-        made["probes"] = None if probes is None else [read_probe(one) for one in listed(where, "probes", probes)]
+        made["probes"] = None if probes is None else [read_probe(probe) for probe in listed(where, "probes", probes)]
     except InputError as error:
         raise InputError(str(error) if str(error).startswith(where) else f"{where}: {error}") from None
     return {"id": line["id"], "caption": line["caption"], "reference": made}
 
 
 def listed(where: str, name: str, value: Any) -> list[Any]:
-    """A part of a reference that must be a list."""
+    """Check that a part of a reference is a list, and return it."""
     if not isinstance(value, list):
         raise InputError(f'{where}: "reference.{name}" must be a list')
     return value
 
 
 def checked_events(where: str, value: Any) -> list[dict[str, Any]] | None:
-    """Events with their times; None without a list."""
+    """Check that events have times; None without events."""
     if value is None:
         return None
-    for one in listed(where, "events", value):
-        times = [one.get(field) for field in ("start", "end")] if isinstance(one, dict) else [None]
-        if not all(isinstance(time, NUMBER) and abs(time) < 1e9 for time in times):  # NaN is not
+    for event in listed(where, "events", value):
+        times = [event.get(field) for field in ("start", "end")] if isinstance(event, dict) else [None]
+        if not all(isinstance(time, NUMBER) and abs(time) < 1e9 for time in times):  # False for NaN
             raise InputError(f'{where}: each of "reference.events" must have start and end in seconds')
     return value
 
 
 def warn_of_missing(lines: list[dict[str, Any]], terms: list[str], tokenizer: Words | None) -> None:
-    """Say on stderr which terms have no reference, and for how many clips."""
+    """Print the terms without a reference, with the number of captions."""
     without = {
         "checklist": [line["id"] for line in lines if not line["reference"]["keypoints"]],
         "dialogue": [
@@ -253,25 +254,25 @@ def warn_of_missing(lines: list[dict[str, Any]], terms: list[str], tokenizer: Wo
             print(f"avocado score: {message}", file=sys.stderr)
 
 
-def row(line: dict[str, Any], terms: list[str], one: Entry) -> dict[str, Any]:
-    """The result of one caption."""
-    scored, reference = one.scored, one.reference
+def row(line: dict[str, Any], terms: list[str], entry: Entry) -> dict[str, Any]:
+    """The output of one caption."""
+    scored, reference = entry.scored, entry.reference
 
     def value(term: str) -> float | None:
         number = float(scored.terms[term])
         return None if term not in terms or math.isnan(number) else number
 
-    answers = [float(one) for one in scored.keypoints[: max(int(reference.keypoints.count), 0)]]
+    answers = [float(score) for score in scored.keypoints[: max(int(reference.keypoints.count), 0)]]
     return {
         "id": line["id"],
         "R_C": value("checklist"),
         "R_D": value("dialogue"),
         "R_L": value("length"),
         "repcol": bool(scored.terms["repetition"] < 0) if "repetition" in terms else None,
-        "keypoints": [None if math.isnan(one) else one for one in answers]
+        "keypoints": [None if math.isnan(score) else score for score in answers]
         if "checklist" in terms and answers
         else None,
-        "truncated": bool(scored.terms["truncated"] > 0) or one.truncated,
+        "truncated": bool(scored.terms["truncated"] > 0) or entry.truncated,
         **{term: value(term) for term in EXTRA if term in terms},
     }
 
@@ -282,9 +283,9 @@ def show(result: dict[str, Any], as_json: bool) -> None:
         print(json.dumps(result, ensure_ascii=False).encode(errors="replace").decode())
         return
     numbers = ("unknown" if result[name] is None else f"{result[name]:.3f}" for name in ("R_C", "R_D", "R_L"))
-    more = {name: value for name, value in result.items() if name not in FIXED}  # terms that were chosen, a user's too
+    more = {name: value for name, value in result.items() if name not in FIXED}  # optional and user terms
     extra = [f"{name} {'unknown' if number is None else f'{number:.3f}'}" for name, number in more.items()]
     marks = [*extra, *(name for name in ("repcol", "truncated") if result[name])]
-    named = [f"{name} {one}" for name, one in zip(("R_C", "R_D", "R_L"), numbers)]
-    for line in ("  ".join([result["id"], *named, *marks]), *(f"    {one}" for one in result.get("explain", ()))):
+    named = [f"{name} {number}" for name, number in zip(("R_C", "R_D", "R_L"), numbers)]
+    for line in ("  ".join([result["id"], *named, *marks]), *(f"    {text}" for text in result.get("explain", ()))):
         print(line.encode(errors="replace").decode())

@@ -50,12 +50,12 @@ from avocado_jax.serving.engine import EngineBackend
 from avocado_jax.serving.run import serve
 from avocado_jax.serving.sources import Sources
 
-CLOSING_SECONDS = 10.0  # for the engine's thread to end; a compilation cannot be interrupted
+CLOSING_SECONDS = 10.0  # time to wait for the engine's thread; a compilation cannot be interrupted
 DOWNLOAD_SECONDS = 60.0
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the command."""
+    """Declare the arguments."""
     add = parser.add_argument
     add("--checkpoint", metavar="REF", help="as for `avocado caption` (default: the one that is shipped)")
     add("--host", default="127.0.0.1", help="address to listen on (default: %(default)s: this machine only)")
@@ -144,13 +144,13 @@ def run(args: argparse.Namespace) -> int:
     ended = backend.close(CLOSING_SECONDS)
     if backend.error is not None:
         raise backend.error
-    if not ended:  # in a compilation, during which the interpreter cannot shut down
+    if not ended:  # the interpreter cannot shut down during a compilation
         os._exit(0)
     return 0
 
 
 def _check(args: argparse.Namespace) -> Sampling:
-    """The default way of sampling. Raises InputError where a number makes no sense."""
+    """Validate the options and return the default sampling settings. Raises InputError."""
     for name in ("max_requests", "max_megabytes", "max_clip_seconds", "max_new_tokens", "max_prompt_tokens", "timeout"):
         if not getattr(args, name) > 0:
             raise InputError(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be positive")
@@ -165,7 +165,7 @@ def _check(args: argparse.Namespace) -> Sampling:
 
 
 def _key(variable: str | None) -> str | None:
-    """The API key in an environment variable."""
+    """Read the API key from an environment variable."""
     if variable is None:
         return None
     if not (key := os.environ.get(variable, "").strip()):
@@ -181,7 +181,7 @@ def _is_loopback(host: str) -> bool:
 
 
 def _name(reference: str | None) -> str:
-    """The name of the model: that of a folder without the folders above it, a name of the hub as it is."""
+    """The name of the model: the last component of a folder, or a hub name unchanged."""
     if reference is None:
         return "avocado"
     is_folder = reference.startswith("gs://") or os.path.isdir(reference)

@@ -37,7 +37,7 @@ CONFIG_HELP = "a Python file that defines `config`, or the name of one in config
 
 
 def add_arguments(parser: argparse.ArgumentParser, fields: RunConfig = SftConfig()) -> None:  # noqa: B008
-    """Declare the command; what it does not know are fields of the config."""
+    """Declare the arguments; unknown ones are config fields."""
     parser.epilog = field_help(fields)
     parser.add_argument("config", metavar="CONFIG", help=CONFIG_HELP)
     parser.add_argument("--workdir", metavar="RUN", help="folder of the run, local or gs:// (required)")
@@ -56,7 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser, fields: RunConfig = SftConfig
 
 
 def configure_jax(args: argparse.Namespace) -> None:
-    """Configure jax for training, before a backend is initialised: XLA reads its environment once."""
+    """Configure jax for training. Call this before a backend is initialised: XLA reads its environment once."""
     use_gpu_memory()
     if args.deterministic:
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_deterministic_ops=true".lstrip()
@@ -64,10 +64,10 @@ def configure_jax(args: argparse.Namespace) -> None:
 
 
 def folder_of_run(args: argparse.Namespace, config: RunConfig) -> str:
-    """The folder of the run; empty where --print-config has printed the config instead.
+    """The run folder; empty if --print-config has printed the config instead.
 
     Raises:
-        InputError: neither is given.
+        InputError: neither option is given.
     """
     if args.print_config:
         print(json.dumps(as_json(config), indent=2))

@@ -36,7 +36,7 @@ from avocado_jax.parallel.compiled import use_user_cache
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the command."""
+    """Declare the arguments."""
     parser.add_argument("folder", metavar="RUN", help="folder of a run of `sft` or `grpo`, local or gs://")
     parser.add_argument("--out", metavar="FILE_OR_DIR", help="default: report.html in RUN")
     parser.add_argument("--data", action="append", metavar="FILE", help="a manifest; may be repeated")
@@ -44,11 +44,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Write the page and print where it is."""
+    """Write the page and print its path."""
     if args.last < 1:
         raise InputError(f"--last is {args.last}, must be at least 1")
     jax.config.update("jax_platforms", "cpu")  # a run may be using the accelerator
-    use_user_cache()  # the marks of keypoints take the programs of the lexical judge
+    use_user_cache()  # the marks of keypoints use the programs of the lexical judge
     target = args.out or storage.join(args.folder, "report.html")
     if Path(target).is_dir() or not target.endswith(".html"):
         target = storage.join(target, "report.html")
@@ -63,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 class _Manifests:
-    """Clips by the lines of manifests, videos where they lie."""
+    """Clips from the lines of manifests, with videos at their location."""
 
     def __init__(self, files: list[str], target: str) -> None:
         self._clips: dict[str, tuple[dict[str, Any], str]] = {}
@@ -77,7 +77,7 @@ class _Manifests:
 
     @property
     def notes(self) -> list[str]:
-        """What could not be found."""
+        """Messages about missing clips and videos."""
         counts = {"clips are in no manifest": self._missing, "videos are not where the manifest says": self._lacking}
         return [f"{count} {what}" for what, count in counts.items() if count]
 
@@ -94,10 +94,10 @@ class _Manifests:
 
 
 class _Sources:
-    """Clips from the data that a run's config names, written beside the page."""
+    """Clips from the data of a run's config. Their files are written to a folder next to the page."""
 
     def __init__(self, run: str, target: str) -> None:
-        self.notes: list[str] = []  # what could not be read
+        self.notes: list[str] = []  # messages about clips that could not be read
         self._folder, self._sources = target.removesuffix(".html") + "_clips", {}
         where = storage.join(run, "config.json")
         self._config = json.loads(storage.read(where))["data"] if storage.exists(where) else None
@@ -127,7 +127,7 @@ class _Sources:
         return where, source, {name: number for number, name in enumerate(source.index.ids)}
 
     def _written(self, where: str, record: Record) -> str:
-        """The address of a clip's file, which is written unless it is there."""
+        """The URL of a clip's file, which is written if it is missing."""
         encoded = isinstance(record.clip, bytes)
         suffix = Path(record.name).suffix[1:9] if encoded else "mp4"
         key = hashlib.sha256(f"{where} {record.fields['id']}".encode(errors="surrogatepass")).hexdigest()[:20]
@@ -139,7 +139,7 @@ class _Sources:
 
 
 def _encoded(media: Any) -> bytes:
-    """Frames and sound as the model is given them, as an mp4 file."""
+    """Encode the frames and sound that the model receives as an mp4 file."""
     import tempfile
 
     from avocado_jax.world.clip import write_mp4
@@ -153,5 +153,5 @@ def _encoded(media: Any) -> bytes:
 
 
 def _address(path: str) -> str:
-    """A path relative to the page as an address that no browser takes for anything else."""
+    """Convert a path relative to the page to an unambiguous relative URL."""
     return "./" + quote(path)

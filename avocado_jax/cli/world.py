@@ -75,14 +75,14 @@ def run(args: argparse.Namespace) -> int:
 
 
 def make(args: argparse.Namespace, workers: int) -> int:
-    """Make the clips that are missing, then the manifest. Returns the exit status."""
+    """Write the missing clips, then the manifest. Returns the exit status."""
     try:
         (args.out / "clips").mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"cannot make {args.out / 'clips'}: {error.strerror}") from None
     what = (args.out, args.seed, args.split, args.level, args.references, args.timestamps)
     previous = signal.signal(signal.SIGTERM, lambda *_: sys.exit(STOPPED))
-    # Spawned, not forked: the speech library and the encoders start from the same state in every worker.
+    # Spawn the workers, so that the speech library and the encoders start from the same state in each.
     pool = ProcessPoolExecutor(min(workers, args.clips), multiprocessing.get_context("spawn"))
     try:
         jobs = [pool.submit(_make, index, *what) for index in range(args.clips)]
@@ -101,7 +101,7 @@ def make(args: argparse.Namespace, workers: int) -> int:
 
 
 def _make(index: int, out: Path, seed: int, split: str, level: int, references: int, timestamps: bool) -> str:
-    """Make one clip unless it is there, in a worker. Returns its line of the manifest."""
+    """Write one clip in a worker, unless it exists. Returns its manifest line."""
     script = make_script(seed, index, split, level)
     made = record(script, references, timestamps)
     if not (out / made["video"]).exists():
@@ -110,10 +110,10 @@ def _make(index: int, out: Path, seed: int, split: str, level: int, references: 
 
 
 def check(captions: Path, truth: Path) -> int:
-    """Print how true each caption is."""
+    """Print the metrics of each caption."""
     records = read_truth(truth)
     for where, line in read_captions(captions):
-        name = next((one for one in (line["id"], Path(line["id"]).stem) if one in records), None)  # an id, or a file
+        name = next((name for name in (line["id"], Path(line["id"]).stem) if name in records), None)  # an id or file
         if name is None:
             raise InputError(f"{where}: {truth} has no clip {json.dumps(line['id'])}")
         scores = measure(line["caption"], records[name])

@@ -16,12 +16,12 @@ from avocado_jax.remote.answers import read_object
 from avocado_jax.remote.call import Malformed
 from avocado_jax.world.check import split_sentences
 
-LATE = 1.0  # seconds past the end of the clip that a time may lie
-LENGTH_FACTOR = 1.5  # times the words of both captions that a fused one may have, and some more
-KEYPOINT_WORDS = 60  # of one keypoint, at most
-GROUNDED = 0.6  # least share of the words of a keypoint, or of a probe's answer, that stand in the caption
-MOST_PROBES = 20  # of a caption
-OTHERS = re.compile(  # a choice that means nothing in another order
+LATE = 1.0  # seconds: tolerance for times past the end of the clip
+LENGTH_FACTOR = 1.5  # limits the words of a fused caption, relative to its two source captions (plus a constant)
+KEYPOINT_WORDS = 60  # maximum of a keypoint
+GROUNDED = 0.6  # minimum share of the words of a keypoint or of a probe's answer that the caption contains
+MOST_PROBES = 20  # maximum per caption
+OTHERS = re.compile(  # choices that refer to other choices, so that their order matters
     r"\b(?:all|none|both|neither|any|either) of (?:the )?(?:above|below|others?|these|choices|options)\b"
     r"|^\W*[A-J]\W*(?:and|or)\W*[A-J]\W*$",
     re.I,
@@ -31,7 +31,7 @@ Text = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1, max
 
 
 class Faulty(Malformed):
-    """An answer of the right shape that is not true to what it was made from. `stage` is where it is rejected."""
+    """A well-formed answer with invalid content. `stage`: the stage named in rejects.jsonl."""
 
     def __init__(self, what: str, stage: str = "") -> None:
         super().__init__(what)
@@ -60,7 +60,7 @@ class FusedCaption(BaseModel):
 class Completeness(BaseModel):
     """How much of both captions the fused one holds."""
 
-    score: int = Field(ge=1, le=5)  # strictly: a Literal would take true for 1
+    score: int = Field(ge=1, le=5)  # a Literal would accept `true` as 1
 
 
 class Keypoint(BaseModel):
@@ -105,10 +105,10 @@ class Probes(BaseModel):
 
 
 def read_caption(text: str, seconds: float, least: int) -> list[Sentence]:
-    """The sentences of a visual or audio caption by their times, at least so many.
+    """Return the sentences of a visual or audio caption, sorted by time.
 
     Raises:
-        Malformed: it is none, or has a time outside the clip.
+        Malformed: invalid, fewer sentences than `least`, repetition, or a time outside the clip.
     """
     sentences = read_object(text, TimedCaption).sentences
     if len(sentences) < least:
@@ -122,10 +122,10 @@ def read_caption(text: str, seconds: float, least: int) -> list[Sentence]:
 
 
 def read_plain_caption(text: str) -> list[Sentence]:
-    """The sentences of a caption in plain words, in order; their times are not known.
+    """Return the sentences of a plain-text caption in order, without times.
 
     Raises:
-        Malformed: there is none.
+        Malformed: no sentences, or repetition.
     """
     if collapses(text):
         raise Faulty("the caption repeats itself over and over", "repetition")
@@ -136,10 +136,10 @@ def read_plain_caption(text: str) -> list[Sentence]:
 
 
 def read_fused(text: str, visual: Sequence[Sentence], audio: Sequence[Sentence]) -> str:
-    """The fused caption, if it keeps every sentence of both.
+    """Return the fused caption; it must contain every sentence of the two captions.
 
     Raises:
-        Malformed: it is none, or does not; says which sentences.
+        Malformed: invalid, or lists the sentences that are missing, changed or misplaced.
     """
     caption = read_object(text, FusedCaption).caption
     if collapses(caption):
@@ -153,15 +153,15 @@ def read_fused(text: str, visual: Sequence[Sentence], audio: Sequence[Sentence])
 
 
 def read_score(text: str) -> int:
-    """How complete a fused caption is, 1 to 5. Raises Malformed where it does not say."""
+    """Return the completeness score of a fused caption, 1 to 5. Raises Malformed if the answer has no score."""
     return read_object(text, Completeness).score
 
 
 def read_keypoints(text: str, caption: str) -> list[dict[str, str]]:
-    """Keypoints of a caption, each once.
+    """Return the keypoints of a caption without duplicates.
 
     Raises:
-        Malformed: there are none, or one is not atomic or not in the caption.
+        Malformed: no keypoints, or a keypoint is not atomic or not in the caption.
     """
     found: dict[tuple[str, ...], dict[str, str]] = {}
     known = set(words_of(caption))
@@ -179,10 +179,10 @@ def read_keypoints(text: str, caption: str) -> list[dict[str, str]]:
 
 
 def read_dialogues(text: str, caption: str) -> list[dict[str, str]]:
-    """Lines of dialogue of a caption and who speaks them, in order.
+    """Return the lines of dialogue of a caption in order, with their speakers.
 
     Raises:
-        Malformed: it is no such list, or a line is not in the caption, or not in this place.
+        Malformed: invalid, or a line is not in the caption or out of order.
     """
     lines, words, position = [], Words(caption), -1
     for one in read_object(text, Dialogues).dialogues:
@@ -197,13 +197,13 @@ def read_dialogues(text: str, caption: str) -> list[dict[str, str]]:
 
 
 def read_probes(text: str, caption: str) -> list[dict[str, Any]]:
-    """Probes of a caption, each question once, at most MOST_PROBES, with their choices in an order of our own.
+    """Return up to MOST_PROBES probes of a caption, without duplicate questions.
 
-    Models tend to put the right answer first; the order of the choices depends on their text alone.
+    Models tend to list the correct answer first, so the choices are reordered by a hash of their text.
 
     Raises:
-        Malformed: there are none, or one has choices that are invalid, refer to each other, or whose right one the
-            caption does not state.
+        Malformed: no probes, or a probe whose choices are invalid or refer to each other, or whose answer the caption
+            does not state.
     """
     found: dict[tuple[str, ...], dict[str, Any]] = {}
     known = set(words_of(caption))

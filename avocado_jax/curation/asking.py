@@ -20,15 +20,15 @@ from avocado_jax.remote.call import Malformed
 from avocado_jax.remote.chat import ChatClient
 
 T = TypeVar("T")
-TRIES = 3  # answers to a question until one can be used
-REPEATED = 20_000  # characters of a bad answer that the model is shown again
-SHORT = 8  # characters of a key that may be a word of an answer
-SPENT = "the budget of"  # prefix of the client's error when a call would exceed it
+TRIES = 3  # answers requested before a question is rejected
+REPEATED = 20_000  # maximum characters of an invalid answer that are sent back
+SHORT = 8  # shorter keys are not redacted: they may be words of an answer
+SPENT = "the budget of"  # prefix of the client's error for a call over the budget
 AGAIN = "This answer cannot be used: {}. Answer again, in full and in the same form, with this put right."
 
 
 class Rejected(Exception):
-    """A clip does not become a training caption: at which stage, and why."""
+    """The clip does not become a training example. `stage`: where it was rejected."""
 
     def __init__(self, stage: str, reason: str) -> None:
         super().__init__(reason)
@@ -36,7 +36,7 @@ class Rejected(Exception):
 
 
 class Unanswered(Exception):
-    """The endpoint gave no answer: the clip may do better in another run."""
+    """The endpoint did not answer; another run may succeed."""
 
     def __init__(self, stage: str, reason: str) -> None:
         super().__init__(reason)
@@ -44,17 +44,17 @@ class Unanswered(Exception):
 
 
 class Stopped(Exception):
-    """The run ends before this clip is done."""
+    """The run ended before this clip was processed."""
 
 
 @dataclass(frozen=True)
 class Question(Generic[T]):
-    """What is asked at a stage.
+    """The request of a stage.
 
     Attributes:
-        about: plain data that decides the answer, beside the prompt of the stage.
-        content: makes what the model is shown; called only where it is asked, and may take its time.
-        read: an answer to what is used of it; raises Malformed where it cannot be used.
+        about: JSON data that identifies the content, for the key of the answer.
+        content: builds the content of the user message; called only if the answer is not in the journal.
+        read: parses an answer; raises Malformed if it is invalid.
     """
 
     stage: str
@@ -65,33 +65,33 @@ class Question(Generic[T]):
 
 
 class Asker:
-    """Asks for clips, all on the client's loop.
+    """Sends the requests of all clips, on the client's event loop.
 
     Attributes:
-        why: the reason why the run ends; empty while it continues.
-        exhausted: whether it ends because the next call would exceed the budget.
+        why: why the run ended early; empty while it continues.
+        exhausted: whether the reason is the budget.
     """
 
     def __init__(self, client: ChatClient, journal: Journal, pause: float, patience: int) -> None:
-        """`pause`: seconds from one call to the next, at least; `patience`: clips in a row without an answer."""
+        """`pause`: minimum seconds between calls; `patience`: stop after this many clips in a row without answers."""
         self.client, self.journal = client, journal
         self.why, self.exhausted = "", False
         self._pause, self._patience = pause, patience
-        self._next = 0.0  # on the loop's clock, when the next call may be made
-        self._silent = 0  # clips in a row that had no answer
+        self._next = 0.0  # time of the next call, by the loop's clock
+        self._silent = 0  # clips in a row without an answer
         key = os.environ.get(client.endpoint.key_variable, "").strip()
         self._key = key if len(key) >= SHORT else ""
 
     async def ask(self, clip: str, question: Question[T]) -> T:
-        """What is read of the first answer that can be used.
+        """Return the parsed value of the first valid answer.
 
         Raises:
-            Rejected: no answer of TRIES can be used.
-            Unanswered: the endpoint did not answer, though it was asked as long as it allows.
-            Stopped: the budget would be exceeded, or the endpoint answers nobody.
+            Rejected: all TRIES answers are invalid.
+            Unanswered: the endpoint did not answer.
+            Stopped: the call would exceed the budget, or the endpoint does not answer any clip.
         """
         options = response_format(question.schema)
-        earlier: list[dict[str, str]] = []  # answers that could not be used, and what was wrong with each
+        earlier: list[dict[str, str]] = []  # invalid answers and their faults
         for attempt in range(1, TRIES + 1):
             key = self._key_of(question, earlier)
             answer = self.journal.get(key)
@@ -115,16 +115,16 @@ class Asker:
         raise Rejected(stage, f"{fault} (after {TRIES} answers)")
 
     def knows(self, question: Question[Any]) -> bool:
-        """Whether a question has been answered before."""
+        """Whether the journal has an answer to the question."""
         return self.journal.get(self._key_of(question, [])) is not None
 
     def note_spent(self) -> None:
-        """Put down what calls have cost that had no answer, for the budget of later runs."""
+        """Record the cost of calls without an answer, for the budget of later runs."""
         if self.spent() != self.journal.spent:
             self.journal.put("", "", "end", 0, "", **self.spent())
 
     def spent(self) -> dict[str, int]:
-        """What the folder has cost so far, earlier runs included."""
+        """The cost of the folder, earlier runs included."""
         before = self.journal.before
         return {
             "calls": before["calls"] + self.client.counts["calls"],
@@ -132,13 +132,13 @@ class Asker:
         }
 
     def _key_of(self, question: Question[Any], earlier: list[dict[str, str]]) -> str:
-        """A digest of all that decides an answer, without a look at the clip."""
+        """A digest of all inputs of an answer; the clip is not decoded for it."""
         endpoint = self.client.endpoint
         about = [question.schema.model_json_schema(), question.about, earlier]
         return digest([prompt(question.stage), endpoint.model, dict(endpoint.options), about])
 
     async def _answer(self, stage: str, messages: list[Mapping[str, Any]], options: Mapping[str, Any]) -> str:
-        """The raw answer of the endpoint, without the key, which servers like to repeat."""
+        """The raw answer of the endpoint, with the API key redacted: some servers echo it."""
         if self.why:
             raise Stopped
         now = self.client.now()
@@ -146,7 +146,7 @@ class Asker:
         await asyncio.sleep(self._next - self._pause - now)
         reply = await self.client.ask(messages, lambda text: text, options=options)
         text = reply.text.replace(self._key, "***") if self._key else reply.text
-        if text or reply.value is not None:  # also a truncated one: it is kept, and cannot be read
+        if text or reply.value is not None:  # a truncated answer too: it is recorded as invalid
             self._silent = 0
             return text
         if reply.why.startswith(SPENT):
@@ -165,5 +165,5 @@ def prompt(stage: str) -> str:
 
 
 def digest(value: Any) -> str:
-    """A digest of plain data."""
+    """A digest of JSON data."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:32]

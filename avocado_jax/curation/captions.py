@@ -1,4 +1,4 @@
-"""Keypoints, dialogues and probes for captions that exist: lines of a manifest become rows for GRPO."""
+"""Add keypoints, dialogues and probes to the captions of a manifest, for GRPO."""
 
 import os
 from collections.abc import Sequence
@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from avocado_jax.curation.asking import Asker, Rejected
-from avocado_jax.curation.pipeline import Settings, dialogues_of, keypoints_of, probes_of, within
+from avocado_jax.curation.pipeline import Settings, check_length, dialogues_of, keypoints_of, probes_of
 from avocado_jax.data import storage
 from avocado_jax.data.manifest import parse_manifest
 from avocado_jax.errors import InputError
@@ -16,12 +16,12 @@ from avocado_jax.eval.metrics import collapses
 
 @dataclass(frozen=True)
 class Captioned:
-    """A line of a manifest.
+    """A manifest line with a caption.
 
     Attributes:
-        name: the video, as the line names it.
-        folder: of the manifest.
-        fields: the others: caption, prompt, ...
+        name: the video path in the line.
+        folder: the folder of the manifest.
+        fields: the other fields: caption, prompt, ...
     """
 
     id: str
@@ -30,10 +30,10 @@ class Captioned:
     fields: dict[str, Any]
 
     def video(self, out: Path) -> str:
-        """The video as a manifest in `out` names it.
+        """The video path for a manifest in `out`.
 
-        A file beside the old manifest is named as seen from `out`. Other names stay as they are: absolute and gs://
-        paths, and names inside the media of `prepare --media`.
+        The path of a file beside the old manifest becomes relative to `out`. Other names do not change: absolute and
+        gs:// paths, and names inside the media of `prepare --media`.
         """
         if storage.is_remote(self.name) or os.path.isabs(self.name):
             return self.name
@@ -41,7 +41,7 @@ class Captioned:
         return os.path.relpath(path.resolve(), out.resolve()) if os.path.exists(path) else self.name
 
     def missing(self, wanted: Sequence[str]) -> list[str]:
-        """The wanted references that the line lacks. An empty list of dialogues is one: nobody speaks."""
+        """The wanted references that the line lacks. An empty list of dialogues is not missing: nobody speaks."""
 
         def lacks(name: str) -> bool:
             value = self.fields.get(name)
@@ -51,10 +51,10 @@ class Captioned:
 
 
 def read_captions(path: Path) -> tuple[list[Captioned], list[dict[str, Any]]]:
-    """The lines of a manifest, in its own or in ms-swift's format, and rejects of the stage "line".
+    """Read a manifest in our own or in ms-swift's format; return its lines and the rejects of the stage "line".
 
     Raises:
-        InputError: it cannot be read, or has no lines.
+        InputError: the file cannot be read or has no lines.
     """
     entries, bad = parse_manifest(storage.read(str(path)))
     if not entries and not bad:
@@ -74,16 +74,16 @@ MAKE = {"keypoints": keypoints_of, "dialogues": dialogues_of, "probes": probes_o
 
 
 async def add_references(asker: Asker, settings: Settings, wanted: Sequence[str], line: Captioned) -> dict[str, Any]:
-    """Make the references of MAKE that are wanted and that a line lacks.
+    """Return the wanted references that a line lacks.
 
     Raises:
-        Rejected: the caption is too short, too long or repeats itself, or no answer can be used.
+        Rejected: the caption is too short, too long or repeats itself, or no answer is valid.
         Unanswered, Stopped: as `Asker.ask`.
     """
     missing, caption = line.missing(wanted), line.fields["caption"]
     if not missing:
         return {}
-    within(settings, caption, "the caption")
+    check_length(settings, caption, "the caption")
     if collapses(caption):
         raise Rejected("repetition", "the caption repeats itself over and over")
     return {name: await MAKE[name](asker, line.id, caption) for name in missing}

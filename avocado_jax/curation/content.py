@@ -1,4 +1,4 @@
-"""A clip as content parts of the OpenAI chat protocol: frames as JPEG images, sound as WAV."""
+"""Encode a clip as content parts of the OpenAI chat protocol: frames as JPEG images, sound as WAV."""
 
 import base64
 import io
@@ -13,13 +13,13 @@ import numpy as np
 from avocado_jax.data.media import Media, Reading
 from avocado_jax.typing import Array, Float, Shaped
 
-SILENT = 1e-3  # of full scale: what is never louder says nothing
-QUALITY = 3  # of JPEG's quantiser, 1 (best) to 31
+SILENT = 1e-3  # peak level below which a clip counts as silent, relative to full scale
+QUALITY = 3  # JPEG quantiser scale, 1 (best) to 31
 Parts = list[dict[str, Any]]
 
 
 def picture_parts(media: Media) -> Parts:
-    """The frames of a clip, each after its time."""
+    """The frames of a clip; a text part with the time precedes each."""
     times = frame_times(len(media.frames), media.seconds) if media.times is None else media.times
     parts = [text_part(json.dumps({"seconds": round(media.seconds, 2), "frames": len(times)}))]
     for time, frame in zip(times, media.frames):
@@ -29,29 +29,29 @@ def picture_parts(media: Media) -> Parts:
 
 
 def sound_parts(media: Media, reading: Reading) -> Parts:
-    """The sound of a clip that is not silent."""
+    """The sound of a clip; it must have some."""
     data = base64.b64encode(wav(media.samples, reading.sound_rate)).decode()
     duration = text_part(json.dumps({"seconds": round(media.seconds, 2)}))
     return [duration, {"type": "input_audio", "input_audio": {"data": data, "format": "wav"}}]
 
 
 def text_part(text: str) -> dict[str, Any]:
-    """A text among pictures and sounds."""
+    """A text part."""
     return {"type": "text", "text": text}
 
 
 def silent(media: Media) -> bool:
-    """Whether there is nothing to hear."""
+    """Whether a clip has no sound, or only silence."""
     return media.samples is None or not len(media.samples) or float(np.abs(media.samples).max()) < SILENT
 
 
 def frame_times(count: int, seconds: float) -> list[float]:
-    """Seconds at which the chosen frames stand, evenly from the first to the last; within one frame of the file."""
+    """Times of the sampled frames in seconds, evenly spaced; accurate to one frame of the file."""
     return [seconds * number / max(1, count - 1) for number in range(count)]
 
 
 def jpeg(frame: Shaped[Array, "h w 3"]) -> bytes:
-    """One picture (uint8 RGB) as a JPEG file; the same picture gives the same bytes."""
+    """Encode a picture (uint8 RGB) as JPEG, deterministically."""
     codec = av.CodecContext.create("mjpeg", "w")
     codec.height, codec.width = frame.shape[:2]
     codec.pix_fmt, codec.time_base, codec.thread_count = "yuvj420p", Fraction(1, 25), 1
@@ -61,7 +61,7 @@ def jpeg(frame: Shaped[Array, "h w 3"]) -> bytes:
 
 
 def wav(samples: Float[Array, "n"], rate: int) -> bytes:
-    """Mono sound (-1..1) as a WAV file of 16 bits."""
+    """Encode mono sound (-1..1) as 16-bit WAV."""
     file = io.BytesIO()
     with wave.open(file, "wb") as out:
         out.setparams((1, 2, rate, 0, "NONE", ""))

@@ -1,4 +1,4 @@
-"""An estimate of the calls and tokens of curating clips, as the client counts them, without any request."""
+"""Estimate the calls and tokens of a curation run, as the client counts them, without any request."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -16,7 +16,7 @@ from avocado_jax.errors import InputError
 from avocado_jax.progress import progress
 from avocado_jax.remote.chat import AUDIO_BYTES, estimate
 
-# Tokens of an ordinary answer (the paper's captions have at most 1,437 on average), and what each stage reads of them.
+# Tokens of a typical answer (the longest captions of the paper have 1,437 on average), and the inputs of each stage.
 ANSWERS = {
     "visual": 900,
     "audio": 450,
@@ -34,16 +34,16 @@ READS = {
     "probes": ("fusion",),
 }
 OF_CLIPS = tuple(stage for stage in ANSWERS if stage != "probes")  # stages of `curate VIDEO...`
-OF_SOUND = ("audio", "fusion", "completeness", "dialogues")  # stages that a clip without sound does not have
+OF_SOUND = ("audio", "fusion", "completeness", "dialogues")  # stages that are skipped for a clip without sound
 PICTURE = {"type": "image_url"}
 
 
-def expected(clips: Sequence[Clip], settings: Settings, limit: int, local: bool) -> dict[str, int]:
-    """Calls and tokens of clips that pass every stage at the first answer, and the most they can come to.
+def estimate_clips(clips: Sequence[Clip], settings: Settings, limit: int, local: bool) -> dict[str, int]:
+    """Estimate calls and tokens: expected (every first answer is valid), and maximum.
 
     Args:
-        limit: tokens of an answer.
-        local: a local model captions picture and sound, not the endpoint.
+        limit: maximum tokens of an answer.
+        local: a local model, not the endpoint, makes the visual and audio captions.
     """
 
     def look(clip: Clip) -> Probe | None:
@@ -66,14 +66,10 @@ def expected(clips: Sequence[Clip], settings: Settings, limit: int, local: bool)
     return dict(total)
 
 
-def expected_references(
+def estimate_references(
     captions: Sequence[Captioned], settings: Settings, limit: int, wanted: Sequence[str]
 ) -> dict[str, int]:
-    """The same for the wanted references that captions lack.
-
-    Args:
-        limit: tokens of an answer.
-    """
+    """Estimate calls and tokens for the wanted references that captions lack; `limit` as in `estimate_clips`."""
     total = Counter(captions=len(captions), complete=0, calls=0, tokens=0, calls_at_most=0, tokens_at_most=0)
     for line in captions:
         total["complete"] += not line.missing(wanted)
@@ -91,16 +87,16 @@ def _add(
     longest: Mapping[str, int],
     limit: int,
 ) -> None:
-    """Count a question: one call with captions of these lengths, or `TRIES` calls with the longest ones."""
+    """Add a question: expected, one call with captions of `lengths`; maximum, `TRIES` calls with the longest ones."""
     total["calls"] += 1
     total["calls_at_most"] += TRIES
     total["tokens"] += _tokens(stage, probe, lengths, ANSWERS[stage])
     most = _tokens(stage, probe, longest, limit)
-    total["tokens_at_most"] += TRIES * most + TRIES * (TRIES - 1) // 2 * limit  # bad answers are sent again
+    total["tokens_at_most"] += TRIES * most + TRIES * (TRIES - 1) // 2 * limit  # invalid answers are sent back
 
 
 def _tokens(stage: str, probe: Probe | None, lengths: Mapping[str, int], answer: int) -> int:
-    """Tokens of one call, by the client's own estimate. `probe` is that of the clip, for picture and sound."""
+    """Tokens of one call, as the client estimates them. `probe`: of the clip, for stages with pictures or sound."""
     sound = 0
     if stage == "visual" and probe:
         parts: list[dict[str, Any]] = [text_part(" " * 32), *[text_part("0.00 s"), PICTURE] * probe.frames]

@@ -1,7 +1,7 @@
 """Check that a fused caption keeps every sentence of its source captions, in chronological order.
 
-A sentence is kept if its words are consecutive in the fused caption; each position counts once. Punctuation and case
-may change, so that two sentences can become one. Only words that connect sentences in time may be between them.
+A sentence is kept if its words are consecutive in the fused caption; a position belongs to one sentence. Punctuation
+and case may change, so that two sentences can be joined. Only words that connect sentences in time may be between them.
 """
 
 import re
@@ -12,9 +12,9 @@ from typing import NamedTuple
 
 from avocado_jax.curation.words import Sentence, Words, words_of
 
-ALIKE = 0.6  # share of a sentence's words, in order, by which it is altered rather than lost
-SLACK = 1.0  # seconds by which the order of two sentences may be wrong: captioners tell times roughly
-LINK = 8  # words between two sentences, at most
+ALIKE = 0.6  # a sentence with this share of its words, in order, is altered; with fewer it is lost
+SLACK = 1.0  # seconds: tolerance for the order of two sentences, since captioners' times are approximate
+LINK = 8  # maximum words between two sentences
 LINKS = frozenset(
     words_of(
         "a after afterward afterwards again all along also and as at before beneath briefly but during end "
@@ -24,11 +24,11 @@ LINKS = frozenset(
         "throughout time together until when where while which with"
     )
 )
-SHOWN = 5  # most faults of a kind in a message
+SHOWN = 5  # maximum faults of a kind in a message
 
 
 class Faults(NamedTuple):
-    """What is wrong with a fused caption."""
+    """The faults of a fused caption."""
 
     lost: list[str]  # sentences
     altered: list[str]
@@ -53,7 +53,7 @@ class Faults(NamedTuple):
 
 
 class _Kept(NamedTuple):
-    """A sentence and the words of the fused caption that are it: first and end."""
+    """A sentence and its words in the fused caption, [first, end)."""
 
     first: int
     end: int
@@ -63,7 +63,7 @@ class _Kept(NamedTuple):
 
 
 def fusion_faults(fused: str, *sources: Sequence[Sentence]) -> Faults:
-    """Compare a fused caption with the captions it was made from, each in its own order."""
+    """Compare a fused caption with its source captions, each in its own order."""
     text = Words(fused)
     kept, missing = _found(text, sources)
     kept.sort()
@@ -80,9 +80,9 @@ def fusion_faults(fused: str, *sources: Sequence[Sentence]) -> Faults:
 
 
 def _found(text: Words, sources: Sequence[Sequence[Sentence]]) -> tuple[list[_Kept], list[Sentence]]:
-    """Where the sentences stand, and those that stand nowhere. Longer ones choose first, since they may hold others.
+    """Locate the sentences in the fused caption; return those found and those missing.
 
-    A sentence that both captions have may stand once for both.
+    Longer sentences are matched first, since they may contain shorter ones. A sentence of both captions may occur once.
     """
     alike: dict[tuple[str, ...], list[tuple[int, int, Sentence]]] = defaultdict(list)
     for source, sentences in enumerate(sources):
@@ -112,7 +112,7 @@ def _found(text: Words, sources: Sequence[Sequence[Sentence]]) -> tuple[list[_Ke
 
 
 def _gaps(text: Words, kept: Sequence[_Kept]) -> list[tuple[int, int]]:
-    """Stretches of words that are no kept sentence's: first and end of each."""
+    """The word ranges [first, end) outside the kept sentences."""
     gaps, reached = [], 0
     for one in kept:
         if one.first > reached:
@@ -128,7 +128,7 @@ def _alike(words: Sequence[str], stretch: Sequence[str]) -> float:
 
 
 def _added(text: Words, first: int, end: int) -> str:
-    """What a stretch between kept sentences adds beyond connecting them; empty where it only connects."""
+    """The text of a range between kept sentences; empty if it only connects them."""
     stretch = text.text[text.spans[first][0] : text.spans[end - 1][1]]
     connects = (
         end < len(text.words)  # something follows
@@ -140,7 +140,7 @@ def _added(text: Words, first: int, end: int) -> str:
 
 
 def _misplaced(kept: Sequence[_Kept]) -> list[str]:
-    """Sentences that come after later ones: by their times, else by their places in their own caption."""
+    """Sentences that follow later ones: by time, or without times by their order in their own caption."""
     wrong, latest = [], 0.0
     last: dict[int, int] = defaultdict(int)
     for one in kept:

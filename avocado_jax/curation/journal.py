@@ -1,4 +1,4 @@
-"""The raw answers of a folder, appended as they arrive: a request whose answer is stored is never repeated.
+"""The raw answers of a folder, appended as they arrive. A request with a stored answer is not repeated.
 
 A line is {"key", "clip", "stage", "attempt", "answer", "calls", "tokens"}: `key` is a digest of all inputs
 of the answer; the last two are the total cost of the folder. A line of the stage "end" has only the cost.
@@ -18,11 +18,11 @@ FIELDS = {"key": str, "clip": str, "stage": str, "attempt": int, "answer": str, 
 
 
 class Journal:
-    """Answers by key; only their places are held in memory. For one thread.
+    """Answers by key; only their file offsets are in memory. Not thread-safe.
 
     Attributes:
-        before: "calls" and "tokens" that the folder had cost when it was opened.
-        spent: the same now.
+        before: cost of the folder ("calls", "tokens") when it was opened.
+        spent: current cost.
     """
 
     def __init__(self, file: BinaryIO, name: str) -> None:
@@ -37,14 +37,14 @@ class Journal:
         self.before = dict(self.spent)
 
     def get(self, key: str) -> str | None:
-        """The answer to a question, if it was given."""
+        """The answer to a question, or None."""
         if (extent := self._places.get(key)) is None:
             return None
         first, size = extent
         return json.loads(os.pread(self._file.fileno(), size, first))["answer"]
 
     def put(self, key: str, clip: str, stage: str, attempt: int, answer: str, calls: int, tokens: int) -> None:
-        """Keep an answer. Raises OSError where the disk is full; what was kept before stays."""
+        """Append an answer. Raises OSError if the disk is full; earlier answers stay."""
         line = dict(zip(FIELDS, (key, clip, stage, attempt, answer, calls, tokens)))
         raw = json.dumps(line).encode() + b"\n"
         self._file.write(raw)
@@ -69,10 +69,10 @@ def _checked(raw: bytes, where: str) -> dict[str, Any]:
 
 @contextmanager
 def open_journal(path: Path) -> Iterator[Journal]:
-    """The journal of a folder, while the block runs; what a kill left of a last line is cut.
+    """Context manager: open the journal of a folder. A partial last line (the process was killed) is removed.
 
     Raises:
-        InputError: it cannot be written, is in use, or holds other things.
+        InputError: the file cannot be written, is in use, or is not a journal.
     """
     with appending(path) as file:
         yield Journal(file, str(path))

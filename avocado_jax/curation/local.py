@@ -1,4 +1,4 @@
-"""A local thinker as the captioner of picture and sound, instead of an endpoint."""
+"""Visual and audio captions by a local thinker instead of an endpoint."""
 
 import asyncio
 import threading
@@ -22,20 +22,20 @@ GREY = 128
 
 
 def local_captions(load: Callable[[], Captioner], identity: str, length: int, journal: Journal) -> Captions:
-    """Captions by a model, which is loaded when the first one is needed; kept in the journal as an endpoint's are.
+    """Visual and audio captions by a model, which is loaded on first use. They are stored in the journal.
 
     Args:
-        identity: of the checkpoint and of what it computes in.
-        length: tokens of a caption, at most.
+        identity: identifies the checkpoint and its compute dtype.
+        length: maximum tokens of a caption.
     """
     lock, loaded = threading.Lock(), []
 
     def write(media: Media, stage: str) -> str:
         if stage == "local_visual":
             media = media._replace(samples=None)
-        else:  # it listens without looking
+        else:  # the audio caption must not depend on the picture
             media = media._replace(frames=np.full_like(media.frames, GREY))
-        with lock:  # one model, one clip at a time
+        with lock:  # the model captions one clip at a time
             if not loaded:
                 loaded.append(load())
             captioner = loaded[0]
@@ -44,7 +44,7 @@ def local_captions(load: Callable[[], Captioner], identity: str, length: int, jo
                 ((_, tokens),) = Engine(captioner, length, slots=1).run([(None, row, 0)])
                 if isinstance(tokens, Exception):
                     raise tokens
-            except FAILURES as error:  # of this clip: the others are still captioned
+            except FAILURES as error:  # this clip fails; the others continue
                 raise Unanswered(stage.removeprefix("local_"), first_line(error)) from error
         return words(captioner, tokens)
 

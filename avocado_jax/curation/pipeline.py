@@ -1,4 +1,4 @@
-"""All stages of one clip: visual and audio captions, fusion, filters, score, references (paper, Figure 1)."""
+"""All stages of one clip: visual and audio captions, fusion, filters, completeness, references (paper, Figure 1)."""
 
 import asyncio
 import hashlib
@@ -34,37 +34,37 @@ from avocado_jax.data.words import Words
 from avocado_jax.errors import InputError
 
 T = TypeVar("T")
-COMPLETE = 4  # of 5: the least score that is kept
-BYTES = 3  # of text to a token, where there is no tokenizer
+COMPLETE = 4  # minimum completeness score, of 5
+BYTES = 3  # bytes of text per token, without a tokenizer
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What is kept, and how clips are looked at."""
+    """How clips are decoded, and the length limits of captions."""
 
     reading: Reading
-    fewest: int  # tokens of a caption
-    most: int
+    fewest: int  # minimum tokens of a caption
+    most: int  # maximum
     tokenizer: Words | None = None
 
     def tokens(self, text: str) -> int:
-        """The length of a text."""
+        """The length of a text in tokens."""
         return len(self.tokenizer.encode(text)) if self.tokenizer else len(text.encode()) // BYTES
 
 
-# Captions of a clip's picture and of its sound by a local model, instead of the endpoint.
+# Makes the visual and audio captions of a clip with a local model instead of the endpoint.
 Captions = Callable[["Source"], Awaitable[tuple[list[Sentence], list[Sentence]]]]
 
 
 class Source:
-    """A clip's file. It is decoded once, and not before something must be shown. All raise Rejected: it is damaged."""
+    """A clip file, decoded once, when its content is first needed. All methods raise Rejected for a damaged file."""
 
     def __init__(self, name: str, path: Path, reading: Reading, reader: ClipReader) -> None:
         self.name, self.path, self.reading, self._reader = name, path, reading, reader
         self._media: asyncio.Task[Media] | None = None
 
     async def probe(self) -> Probe:
-        """What the file says of itself."""
+        """The metadata of the file."""
         probe = await self._read(self._reader.probe, self.path, self.reading)
         if probe.sound and probe.seconds > self.reading.sound_seconds:
             limit = f"the limit of clips with sound is {self.reading.sound_seconds} s"
@@ -72,30 +72,30 @@ class Source:
         return probe
 
     async def digest(self) -> str:
-        """Of the file's bytes."""
+        """The SHA-256 of the file."""
 
-        def of_file() -> str:
+        def file_digest() -> str:
             with self.path.open("rb") as file:
                 return hashlib.file_digest(file, "sha256").hexdigest()
 
-        return await self._read(of_file)
+        return await self._read(file_digest)
 
     async def media(self) -> Media:
-        """The clip in memory."""
+        """The decoded clip."""
         if self._media is None:
             self._media = asyncio.create_task(self._read(self._reader.read, self.path, self.reading))
         return await self._media
 
     async def pictures(self) -> Parts:
-        """What is shown of it."""
+        """The frames as content parts."""
         return await asyncio.to_thread(picture_parts, await self.media())
 
     async def sound(self) -> Parts:
-        """What is heard of it."""
+        """The sound as content parts."""
         return await asyncio.to_thread(sound_parts, await self.media(), self.reading)
 
     def forget(self) -> None:
-        """Let go of what was decoded."""
+        """Release the decoded clip."""
         self._media = None
 
     async def _read(self, call: Callable[..., T], *args: Any) -> T:
@@ -108,19 +108,19 @@ class Source:
 
 
 async def curate_clip(asker: Asker, source: Source, settings: Settings, local: Captions | None) -> dict[str, Any]:
-    """Caption, keypoints and dialogues of a clip: its manifest line, but for "id" and "video".
+    """Make the caption, keypoints and dialogues of a clip: its manifest line without "id" and "video".
 
     Raises:
-        Rejected: it is no training clip.
+        Rejected: the clip is not used for training.
         Unanswered, Stopped: as `Asker.ask`.
     """
     visual, audio = await (local(source) if local else visual_and_audio(asker, source))
     source.forget()
-    within(settings, as_text([*visual, *audio]), "the visual and the audio caption", most_only=True)
-    caption = await fused(asker, source.name, visual, audio) if audio else as_text(visual)
-    within(settings, caption, "the fused caption")
-    if audio:  # else nothing could be lost
-        captions = both(visual, audio) | {"fused": caption}
+    check_length(settings, as_text([*visual, *audio]), "the visual and the audio caption", most_only=True)
+    caption = await fuse(asker, source.name, visual, audio) if audio else as_text(visual)
+    check_length(settings, caption, "the fused caption")
+    if audio:  # without audio nothing was fused
+        captions = caption_fields(visual, audio) | {"fused": caption}
         score = await asker.ask(source.name, question("completeness", captions, Completeness, read_score))
         if score < COMPLETE:
             raise Rejected("completeness", f"completeness {score} of 5, the minimum is {COMPLETE}")
@@ -130,7 +130,7 @@ async def curate_clip(asker: Asker, source: Source, settings: Settings, local: C
 
 
 async def visual_and_audio(asker: Asker, source: Source) -> tuple[list[Sentence], list[Sentence]]:
-    """The visual and the audio caption by the endpoint; the second is empty where there is nothing to hear."""
+    """Get the visual and audio captions from the endpoint; the audio caption of a silent clip is empty."""
     probe, known = await source.probe(), await source.digest()
     about = [known, reading_fields(replace(source.reading, align_sound=False))]
     read = partial(read_caption, seconds=probe.seconds)
@@ -142,32 +142,32 @@ async def visual_and_audio(asker: Asker, source: Source) -> tuple[list[Sentence]
     return visual_sentences, await asker.ask(source.name, audio)
 
 
-async def fused(asker: Asker, name: str, visual: Sequence[Sentence], audio: Sequence[Sentence]) -> str:
-    """Both captions as one, in the order of time, with every sentence of both."""
+async def fuse(asker: Asker, name: str, visual: Sequence[Sentence], audio: Sequence[Sentence]) -> str:
+    """Merge the two captions in chronological order, with every sentence of both."""
     read = partial(read_fused, visual=visual, audio=audio)
-    return await asker.ask(name, question("fusion", both(visual, audio), FusedCaption, read))
+    return await asker.ask(name, question("fusion", caption_fields(visual, audio), FusedCaption, read))
 
 
 async def keypoints_of(asker: Asker, name: str, caption: str) -> list[dict[str, str]]:
-    """The atomic facts of a caption, each once. Raises as `Asker.ask`."""
+    """The atomic facts of a caption, without duplicates. Raises as `Asker.ask`."""
     read = partial(read_keypoints, caption=caption)
     return await asker.ask(name, question("keypoints", {"caption": caption}, Keypoints, read))
 
 
 async def dialogues_of(asker: Asker, name: str, caption: str) -> list[dict[str, str]]:
-    """The lines of dialogue of a caption, as it quotes them. Raises as `Asker.ask`."""
+    """The lines of dialogue of a caption, as quoted there. Raises as `Asker.ask`."""
     read = partial(read_dialogues, caption=caption)
     return await asker.ask(name, question("dialogues", {"caption": caption}, Dialogues, read))
 
 
 async def probes_of(asker: Asker, name: str, caption: str) -> list[dict[str, Any]]:
-    """Questions with choices that the caption answers. Raises as `Asker.ask`."""
+    """Multiple-choice questions that the caption answers. Raises as `Asker.ask`."""
     read = partial(read_probes, caption=caption)
     return await asker.ask(name, question("probes", {"caption": caption}, Probes, read))
 
 
-def both(visual: Sequence[Sentence], audio: Sequence[Sentence]) -> dict[str, Any]:
-    """Both captions as fields of a question."""
+def caption_fields(visual: Sequence[Sentence], audio: Sequence[Sentence]) -> dict[str, Any]:
+    """The two captions as fields of a question."""
 
     def entries(sentences: Sequence[Sentence]) -> list[dict[str, Any]]:
         return [{"text": text} | ({} if start is None else {"start": start}) for text, start in sentences]
@@ -176,7 +176,7 @@ def both(visual: Sequence[Sentence], audio: Sequence[Sentence]) -> dict[str, Any
 
 
 def question(stage: str, texts: dict[str, Any], schema: Any, read: Callable[[str], Any]) -> Question:
-    """A question about texts, which are sent as JSON so that no text can pass for another or for the question."""
+    """A question about texts. They are sent as JSON, so that their content cannot be mistaken for instructions."""
 
     async def content() -> str:
         return json.dumps(texts, ensure_ascii=False, indent=1)
@@ -184,8 +184,8 @@ def question(stage: str, texts: dict[str, Any], schema: Any, read: Callable[[str
     return Question(stage, texts, content, schema, read)
 
 
-def within(settings: Settings, text: str, what: str, most_only: bool = False) -> None:
-    """Raises Rejected where a text is too long, or too short."""
+def check_length(settings: Settings, text: str, what: str, most_only: bool = False) -> None:
+    """Raise Rejected if a text is too long or too short."""
     length = settings.tokens(text)
     if length > settings.most:
         raise Rejected("length", f"{what} has {length} tokens, the maximum is {settings.most}")

@@ -16,7 +16,7 @@ from avocado_jax.data.reader import ClipReader, available_cores
 from avocado_jax.errors import InputError
 from avocado_jax.progress import progress
 
-SUFFIXES = (".mp4", ".mkv", ".webm", ".mov", ".avi", ".m4v")  # of videos in a folder
+SUFFIXES = (".mp4", ".mkv", ".webm", ".mov", ".avi", ".m4v")  # of the videos searched for in a folder
 
 
 @dataclass(frozen=True)
@@ -25,10 +25,10 @@ class Clip:
 
     id: str
     path: Path
-    fields: ClassVar[dict[str, Any]] = {}  # of its manifest line that are known before
+    fields: ClassVar[dict[str, Any]] = {}  # of its manifest line, known before curation
 
     def video(self, out: Path) -> str:
-        """The video as a manifest in `out` names it."""
+        """The video path for a manifest in `out`."""
         return os.path.relpath(self.path.resolve(), out.resolve())
 
 
@@ -37,30 +37,30 @@ Item = TypeVar("Item", Clip, Captioned)
 
 @dataclass
 class Curated:
-    """What became of the clips.
+    """The results of a run.
 
     Attributes:
-        lines: fields that were made, by clip.
-        rejects: {"stage", "reason", "final"} by clip; what is not final may do better in another run.
+        lines: new manifest fields, by clip.
+        rejects: {"stage", "reason", "final"} by clip; a clip that is not final is tried again in another run.
     """
 
     lines: dict[str, dict[str, Any]] = field(default_factory=dict)
     rejects: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def stages(self) -> dict[str, int]:
-        """How many clips were rejected for good at each stage."""
+        """The number of final rejects, by stage."""
         return dict(Counter(one["stage"] for one in self.rejects.values() if one["final"]))
 
     def unanswered(self) -> int:
-        """How many clips the endpoint did not answer for."""
+        """The number of clips without an answer of the endpoint."""
         return sum(not one["final"] for one in self.rejects.values())
 
 
-def clips_of(given: Sequence[Path]) -> list[Clip]:
-    """The videos that are named, and those in the folders that are named. An id is the file's name, where it is alone.
+def find_clips(given: Sequence[Path]) -> list[Clip]:
+    """List the videos given as files or in folders. A clip's id is its file stem if unique, else its path.
 
     Raises:
-        InputError: one does not exist, a folder holds no video, or a video is given twice.
+        InputError: a path does not exist, a folder contains no video, or a video is given twice.
     """
     paths: list[Path] = []
     for path in given:
@@ -88,29 +88,29 @@ def clips_of(given: Sequence[Path]) -> list[Clip]:
 def curate_clips(
     asker: Asker, clips: Sequence[Clip], settings: Settings, local: Captions | None, at_once: int
 ) -> Curated:
-    """Take clips through all stages, `at_once` at a time. Ends and raises as `curate`."""
+    """Curate clips, `at_once` at a time. Ends and raises as `curate`."""
     with ClipReader(min(at_once, available_cores())) as reader:
 
-        async def one(clip: Clip) -> dict[str, Any]:
+        async def work(clip: Clip) -> dict[str, Any]:
             return await curate_clip(asker, Source(clip.id, clip.path, settings.reading, reader), settings, local)
 
-        return curate(asker, clips, one, at_once)
+        return curate(asker, clips, work, at_once)
 
 
 def curate(
     asker: Asker, items: Sequence[Item], work: Callable[[Item], Awaitable[dict[str, Any]]], at_once: int
 ) -> Curated:
-    """Run `work` on all items, `at_once` at a time, until all are done or `asker.why` says why not.
+    """Run `work` on all items, `at_once` at a time, until all are done or `asker.why` is set.
 
     Args:
-        work: makes fields of the item's manifest line; raises Rejected, Unanswered or Stopped.
+        work: returns fields of the item's manifest line; raises Rejected, Unanswered or Stopped.
 
     Raises:
-        InputError: the endpoint has never answered, and refuses for a reason that is the caller's.
+        InputError: the endpoint refuses the first request (key, model or address).
     """
     done = Curated()
 
-    async def one(item: Item) -> None:
+    async def process(item: Item) -> None:
         try:
             done.lines[item.id] = await work(item)
         except (Rejected, Unanswered) as error:
@@ -123,9 +123,9 @@ def curate(
         for item in items:
             if asker.why:
                 return
-            yield one(item)
+            yield process(item)
 
-    for _ in progress(asker.client.each(works(), at_once), "curate: clips", len(items)):
+    for _ in progress(asker.client.run_all(works(), at_once), "curate: clips", len(items)):
         pass
     asker.note_spent()
     return done
@@ -134,10 +134,10 @@ def curate(
 def write_outcome(
     out: Path, items: Sequence[Clip | Captioned], done: Curated, bad_lines: Sequence[dict[str, Any]] = ()
 ) -> None:
-    """Write manifest.jsonl and rejects.jsonl, in the order of the items; videos as seen from the folder.
+    """Write manifest.jsonl and rejects.jsonl in the order of the items; video paths are relative to the folder.
 
     Args:
-        bad_lines: more rejects.
+        bad_lines: additional rejects.
     """
     lines, rejects = [], list(bad_lines)
     for item in items:

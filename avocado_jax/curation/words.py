@@ -1,4 +1,4 @@
-"""Texts as words with their positions, and the positions of one text's words in another."""
+"""The words of a text with their positions, and search for a sequence of words."""
 
 import re
 import unicodedata
@@ -10,32 +10,32 @@ WORD = re.compile(r"\w+(?:['’]\w+)*")
 
 
 class Sentence(NamedTuple):
-    """One sentence of a caption; `start` in seconds, None where it is not known."""
+    """A sentence of a caption. `start`: seconds, None if unknown."""
 
     text: str
     start: float | None = None
 
 
 class Words:
-    """The words of a text, compared without regard to case, spacing and marks.
+    """The words of a text; case, spacing and punctuation are ignored.
 
     Attributes:
-        text: the text itself.
-        words: its words, folded.
+        text: the original text.
+        words: the normalized words.
         spans: (first, end) of each word in the text.
     """
 
     def __init__(self, text: str) -> None:
         found = list(WORD.finditer(text))
         self.text = text
-        self.words = [folded(match[0]) for match in found]
+        self.words = [normalize(match[0]) for match in found]
         self.spans = [match.span() for match in found]
         self._places: dict[str, list[int]] = defaultdict(list)
         for position, word in enumerate(self.words):
             self._places[word].append(position)
 
     def places(self, words: Sequence[str]) -> list[int]:
-        """Every place where these words stand one after another."""
+        """Every position at which these words are consecutive."""
         if not words:
             return []
         size = len(words)
@@ -46,16 +46,16 @@ class Words:
         ]
 
 
-def folded(word: str) -> str:
-    """A word as it is compared."""
+def normalize(word: str) -> str:
+    """Normalize a word for comparison."""
     return unicodedata.normalize("NFKC", word).casefold().replace("’", "'")
 
 
 def words_of(text: str) -> list[str]:
-    """The folded words of a text."""
-    return [folded(match[0]) for match in WORD.finditer(text)]
+    """The normalized words of a text."""
+    return [normalize(match[0]) for match in WORD.finditer(text)]
 
 
 def as_text(sentences: Sequence[Sentence]) -> str:
-    """Sentences as one text."""
+    """Join sentences into one text."""
     return " ".join(sentence.text for sentence in sentences)

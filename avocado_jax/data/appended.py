@@ -30,7 +30,7 @@ class LocalLines:
         self._file.flush()
 
     def flush(self) -> None:
-        """Lines are in the file already."""
+        """A no-op: `append` flushes."""
 
 
 class RemoteLines:

@@ -1,4 +1,4 @@
-"""The pictures of the README: `avocado view` of a GRPO run, and the table of eval/README.md as bars.
+"""Make the pictures of the README: `avocado view` of a GRPO run, and a bar chart of the table in eval/README.md.
 
   avocado grpo grpo_world --init avocado_jax/assets/captioner --steps 4 --group 4 --data.heldout "" --workdir RUN
   python avocado_jax/docs/make_pictures.py RUN
@@ -27,7 +27,7 @@ PANELS = {"event recall": 1, "hallucination": 2, "Dlg.F1": 4, "RepCol": 5}  # co
 
 
 def view_picture(run: str) -> bytes:
-    """The first clip of the newest step of a run and its captions, as the page shows them."""
+    """A screenshot of the first clip of a run's last step, with its captions."""
     assert main(["view", run, "--last", "1"]) == 0
     with browser() as page, TemporaryDirectory() as folder:
         page.open((Path(run).resolve() / "report.html").as_uri(), width=1280, height=838)
@@ -48,7 +48,7 @@ def view_picture(run: str) -> bytes:
 
 
 def ablation_plot() -> bytes:
-    """Means and standard deviations of the first table of eval/README.md behind "Measured"."""
+    """Plot means and standard deviations of the first table under "Measured" in eval/README.md."""
     text = (HERE.parent / "eval" / "README.md").read_text().split("## Measured")[1]
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in re.findall(r"^\|.*\|$", text, re.M)]
     arms = rows[2 : next(index for index, row in enumerate(rows[1:], 1) if row[0] == "" and index > 2)]
@@ -69,7 +69,7 @@ def ablation_plot() -> bytes:
 
 
 def save(picture: bytes, name: str) -> None:
-    """Write a picture with 256 colours."""
+    """Write a picture with a palette of 256 colors."""
     Image.open(io.BytesIO(picture)).convert("RGB").quantize(256).save(HERE / name, optimize=True)
     print(HERE / name, (HERE / name).stat().st_size)
 

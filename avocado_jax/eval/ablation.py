@@ -1,7 +1,7 @@
-"""The ablation of the reward terms: its arms, their results, and differences between arms.
+"""The ablation of the reward terms: arms, their results, and differences between arms.
 
-An arm is a way of training a captioner after its fine-tuning. Each arm is run with the same seeds, and so with the same
-clips in the same order: arms are compared seed by seed.
+An arm is a way of training a captioner after its fine-tuning. All arms run with the same seeds, and so with the same
+clips in the same order. Arms are compared seed by seed.
 """
 
 import re
@@ -22,7 +22,7 @@ PAPER = (  # the rows of the paper's ablation
     "R_D + R_C=dialogue,checklist",
     "R_D + R_C + R_L=dialogue,checklist,length",
 )
-METRICS = {  # as `evaluate world` names them, and as they are headed
+METRICS = {  # metric of `evaluate world` -> column title
     "event_recall": "event recall",
     "hallucination": "hallucination",
     "order": "order",
@@ -30,17 +30,17 @@ METRICS = {  # as `evaluate world` names them, and as they are headed
     "repcol": "RepCol",
     "length": "length",
 }
-IN_SOME = {"time_iou": "time IoU"}  # only where captions have timed scenes; 0 in arms without. Others: a user's terms
-ERRORS = 2.0  # standard errors of a mean difference beyond which it is shown
-Results = Mapping[str, Sequence[Mapping[str, float]]]  # of each arm, metrics by seed; of one that has no seeds, once
+IN_SOME = {"time_iou": "time IoU"}  # optional metrics besides user terms: only if captions have timed scenes, else 0
+ERRORS = 2.0  # standard errors above which a mean difference is significant
+Results = Mapping[str, Sequence[Mapping[str, float]]]  # arm -> metrics by seed; one entry for an arm without seeds
 
 
 class Arm(NamedTuple):
-    """What follows on the fine-tuning.
+    """The training after the initial fine-tuning.
 
     Attributes:
-        stage: "init": nothing; "sft": more of it, on the same clips; "grpo".
-        weights: of GRPO's reward terms; a user's term is KIND:MODULE:FUNCTION.
+        stage: "init": no training; "sft": more fine-tuning on the same clips; "grpo".
+        weights: weights of GRPO's reward terms; user terms are named KIND:MODULE:FUNCTION.
     """
 
     name: str
@@ -49,15 +49,15 @@ class Arm(NamedTuple):
 
     @property
     def slug(self) -> str:
-        """The name as a folder."""
+        """The name as a folder name."""
         return re.sub(r"[^a-z0-9]+", "_", self.name.lower()).strip("_")
 
 
 def parse_arms(texts: Sequence[str]) -> list[Arm]:
-    """Arms from `NAME=init`, `NAME=sft` or `NAME=TERM[:WEIGHT],...`; a user's term is KIND:MODULE:FUNCTION[=WEIGHT].
+    """Parse arms: `NAME=init`, `NAME=sft` or `NAME=TERM[:WEIGHT],...`; a user term is KIND:MODULE:FUNCTION[=WEIGHT].
 
     Raises:
-        InputError: one is not so, or two would share a folder.
+        InputError: a text has another form, or two arms have the same folder.
     """
     arms = [_parse(text) for text in texts]
     slugs = [arm.slug for arm in arms]
@@ -89,19 +89,19 @@ def _parse(text: str) -> Arm:
 
 
 def base_of(arm: Arm, arms: Sequence[Arm]) -> Arm | None:
-    """The arm that this one adds to: the latest before it with fewer of its terms and no others."""
-    before = [one for one in arms[: arms.index(arm)] if one.stage != "sft"]
+    """The arm to compare with: the last previous arm whose terms are a proper subset."""
+    before = [earlier for earlier in arms[: arms.index(arm)] if earlier.stage != "sft"]
     if arm.stage == "grpo":
-        before = [one for one in before if one.weights.items() < arm.weights.items()]
+        before = [earlier for earlier in before if earlier.weights.items() < arm.weights.items()]
     return before[-1] if before else None
 
 
 class Difference(NamedTuple):
-    """Of an arm to the one it adds to, the mean over seeds.
+    """The mean difference of an arm to its base arm over seeds.
 
     Attributes:
-        error: of the mean; None with a single seed.
-        shown: whether the mean is beyond two standard errors.
+        error: standard error of the mean; None with a single seed.
+        shown: whether the mean exceeds two standard errors.
     """
 
     mean: float
@@ -110,7 +110,7 @@ class Difference(NamedTuple):
 
 
 def difference(arm: Sequence[Mapping[str, float]], base: Sequence[Mapping[str, float]], metric: str) -> Difference:
-    """Paired by seed; a base without seeds stands against each."""
+    """Compare an arm with its base by seed. A base without seeds is compared with each seed."""
     differences = np.array(
         [one.get(metric, 0.0) - base[seed % len(base)].get(metric, 0.0) for seed, one in enumerate(arm)]
     )
@@ -121,15 +121,18 @@ def difference(arm: Sequence[Mapping[str, float]], base: Sequence[Mapping[str, f
 
 
 def summary(arms: Sequence[Arm], results: Results) -> list[dict[str, Any]]:
-    """Of each arm its mean and standard deviation over seeds, and its differences to the arm it adds to."""
+    """Summarize each arm: mean and standard deviation over seeds, and differences to its base arm."""
     rows = []
-    metrics = list(dict.fromkeys([*METRICS, *(name for each in results.values() for one in each for name in one)]))
+    measured = (name for runs in results.values() for run in runs for name in run)
+    metrics = list(dict.fromkeys([*METRICS, *measured]))
     for arm in arms:
         values, base = results[arm.name], base_of(arm, arms)
         row: dict[str, Any] = {"arm": arm.name, "stage": arm.stage, "weights": arm.weights, "runs": len(values)}
-        each = {metric: np.array([one.get(metric, 0.0) for one in values]) for metric in metrics}
-        row["mean"] = {metric: float(value.mean()) for metric, value in each.items()}
-        row["std"] = {metric: float(value.std(ddof=1)) if len(value) > 1 else None for metric, value in each.items()}
+        by_metric = {metric: np.array([run.get(metric, 0.0) for run in values]) for metric in metrics}
+        row["mean"] = {metric: float(value.mean()) for metric, value in by_metric.items()}
+        row["std"] = {
+            metric: float(value.std(ddof=1)) if len(value) > 1 else None for metric, value in by_metric.items()
+        }
         if base:
             row["over"] = base.name
             found = {metric: difference(values, results[base.name], metric) for metric in metrics}
@@ -139,7 +142,7 @@ def summary(arms: Sequence[Arm], results: Results) -> list[dict[str, Any]]:
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Markdown: the arms, then what each adds; bold where it is shown."""
+    """Format a Markdown table: the arms, then the differences; significant ones are bold."""
 
     def line(cells: Sequence[str]) -> str:
         return "| " + " | ".join(cells) + " |"

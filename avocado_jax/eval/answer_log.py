@@ -1,4 +1,4 @@
-"""A judge's answers in a bucket: lines of one object, which one process appends to."""
+"""A cache of a judge's answers in a bucket: lines of one object, with one writing process."""
 
 import json
 import threading
@@ -10,14 +10,14 @@ from avocado_jax.jsonl import parse_lines
 
 
 class AnswerLog:
-    """A cache of answers (`remote.cache.Answers`): they are read when it is opened, and held in memory.
+    """A cache of answers (`remote.cache.Answers`). All answers are read on opening and kept in memory.
 
     Args:
         path: the object. Its lines are {"key", "model", "answer", "tokens", "returned"}.
-        stack: its end appends what has not been appended yet.
+        stack: flushes pending lines when closed.
 
     Raises:
-        InputError: it has other lines, or access is denied.
+        InputError: the object has other lines, or access is denied.
         StorageError: storage failed.
     """
 
@@ -28,14 +28,14 @@ class AnswerLog:
         self._lock = threading.Lock()
 
     def get(self, name: str) -> dict[str, Any] | None:
-        """The entry stored under a name; None if there is none."""
+        """The entry of a name; None if missing."""
         return self._answers.get(name)
 
     def put(self, name: str, entry: dict[str, Any]) -> None:
         """Store an answer.
 
         Raises:
-            StorageError: it could not be appended; it is tried again with the next one.
+            StorageError: the append failed; the next `put` retries it.
         """
         with self._lock:
             self._answers[name] = entry

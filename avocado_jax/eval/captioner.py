@@ -21,24 +21,22 @@ from avocado_jax.parallel.programs import bound_compiled_programs
 from avocado_jax.parallel.rules import shardings
 from avocado_jax.sampling.captioner import Captioner, captioner_of
 
-PARAMETERS = 0.5  # of a device's memory, at most; the rest is for caches and prefill
-QUESTION = "question.txt"  # in a checkpoint's folder: the only question that the model was trained on
+PARAMETERS = 0.5  # maximum share of a device's memory for parameters; the rest is for caches and prefill
+QUESTION = "question.txt"  # file of a checkpoint's folder with the only question of its training
 
 
 def load_captioner(
     checkpoint: Checkpoint, text: str | None, dtype: str, mesh: tuple[int, int] | None = None
 ) -> Captioner:
-    """Load an opened checkpoint onto the local devices, computing in `dtype`, with `text` as the question.
-
-    Compiled programs are kept in the user's cache folder.
-
-    Without a text it is the checkpoint's own (`question.txt` in its folder), else AVoCaDO's first.
+    """Load an opened checkpoint onto the local devices. Compiled programs are cached in the user's cache folder.
 
     Args:
-        mesh: data replicas, and devices of each; None: replicas of the fewest devices that hold the parameters.
+        text: the question; None: the checkpoint's question (`question.txt` in its folder), else AVoCaDO's first one.
+        dtype: compute dtype.
+        mesh: (data replicas, devices per replica); None: replicas of the fewest devices that fit the parameters.
 
     Raises:
-        InputError: as `open_captioner`, or the mesh has more devices than there are.
+        InputError: see `open_captioner`; or the mesh is larger than the number of devices.
     """
     bound_compiled_programs()
     use_user_cache()
@@ -49,15 +47,15 @@ def load_captioner(
 
 
 def parameter_shapes(config: ThinkerConfig) -> Any:
-    """The parameters of a model as shapes."""
+    """The shapes of a model's parameters."""
     return jax.eval_shape(partial(init, config), jax.random.key(0))
 
 
 def open_captioner(checkpoint: Checkpoint, text: str | None, dtype: str) -> Captioner:
-    """The captioner of an opened checkpoint without parameters: it makes rows of clips.
+    """The captioner of an opened checkpoint without parameters, for building rows of clips.
 
     Raises:
-        InputError: it has no tokenizer, no stop ids, or a tokenizer of another vocabulary.
+        InputError: the checkpoint has no tokenizer, no stop ids, or a tokenizer with another vocabulary.
     """
     folder = checkpoint.config_folder
     tokenizer = load_words(folder)
@@ -74,16 +72,16 @@ def open_captioner(checkpoint: Checkpoint, text: str | None, dtype: str) -> Capt
 
 
 def captioning_mesh(size: int, sizes: tuple[int, int] | None = None) -> Mesh | None:
-    """The mesh of the local devices for parameters of `size` bytes; None where there is one device.
+    """The mesh of the local devices for parameters of `size` bytes; None for a single device.
 
     Args:
-        sizes: data and tensor; None: the smallest `tensor` with which parameters take half of a device's memory.
+        sizes: (data, tensor); None: the smallest `tensor` for which parameters take at most half of a device's memory.
 
     Raises:
-        InputError: there are not that many devices.
+        InputError: the mesh is larger than the number of devices.
     """
     devices = jax.local_devices()
-    if sizes is None and devices[0].platform == "cpu":  # they share one machine's cores
+    if sizes is None and devices[0].platform == "cpu":  # CPU devices share the cores of the machine
         return None
     if sizes is None:
         limit = (devices[0].memory_stats() or {}).get("bytes_limit") or float("inf")
@@ -97,13 +95,13 @@ def captioning_mesh(size: int, sizes: tuple[int, int] | None = None) -> Mesh | N
 
 
 def fewest_devices(size: int, count: int, limit: float) -> int:
-    """The fewest of `count` devices of `limit` bytes that hold parameters of `size` bytes in half of their memory."""
+    """The fewest of `count` devices of `limit` bytes that fit parameters of `size` bytes in half of their memory."""
     powers = [1 << power for power in range(count.bit_length()) if count % (1 << power) == 0]
     return next((tensor for tensor in powers if size / tensor <= PARAMETERS * limit), powers[-1])
 
 
 def computing_dtype(name: str | None) -> str:
-    """The compute dtype: `name`, else bfloat16 on accelerators and float32 on a CPU. Makes float32 products exact."""
+    """The compute dtype: `name`, else bfloat16 on accelerators and float32 on CPU. Configures exact fp32 products."""
     dtype = name or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
     use_exact_fp32(dtype)
     return dtype

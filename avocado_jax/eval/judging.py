@@ -1,4 +1,4 @@
-"""Judging of captions: prompts from files, rounds of questions, and validated answers."""
+"""Judge captions: prompts from files, rounds of questions, and validated answers."""
 
 import asyncio
 import hashlib
@@ -15,14 +15,14 @@ from avocado_jax.errors import InputError
 from avocado_jax.eval.benchmarks.benchmark import Benchmark, Judged, Record, Unit
 from avocado_jax.progress import progress
 from avocado_jax.remote.answers import read_object, response_format
-from avocado_jax.remote.cache import opened
+from avocado_jax.remote.cache import open_cache
 from avocado_jax.remote.call import Malformed
 from avocado_jax.remote.chat import Endpoint, Reply, estimate, request
 
 PROMPTS = Path(__file__).parent / "prompts"
 PARTED = re.compile(r"^---\s*$", re.MULTILINE)
 PLACEHOLDER = re.compile(r"\{\{(\w+)\}\}")
-FIELDS = {  # that a prompt may name
+FIELDS = {  # allowed placeholders of each prompt
     "video-salmonn-2": {"events", "caption"},
     "ugc-videocap": {"reference", "caption"},
     "multiple-choice": {"caption", "question", "choices"},
@@ -35,18 +35,18 @@ FIELDS = {  # that a prompt may name
 
 
 class Prompt(NamedTuple):
-    """The text of one question, with placeholders for fields."""
+    """A prompt template with placeholders for fields."""
 
     system: str  # may be empty
     user: str
 
     @property
     def digest(self) -> str:
-        """A hash of the words."""
+        """A hash of the text."""
         return hashlib.sha256(json.dumps(self).encode()).hexdigest()[:16]
 
     def messages(self, fields: Mapping[str, Any]) -> list[dict[str, str]]:
-        """The messages with fields substituted for placeholders. Text of a field is never read as a placeholder."""
+        """Substitute fields for placeholders. Placeholders in the text of a field are not substituted."""
         material = json.dumps(fields, ensure_ascii=False, indent=1)
         texts = {
             name: value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, indent=1)
@@ -61,14 +61,14 @@ class Prompt(NamedTuple):
 
 
 class JudgeEnded(Exception):
-    """The judge answers no more questions: its budget is exhausted, or it is gone."""
+    """The judge has stopped: its budget is exhausted, or it does not respond."""
 
 
 class Judge(Protocol):
-    """Who answers: an endpoint (`remote.chat.ChatClient`) or a model here (`eval.local_judge.LocalJudge`).
+    """The interface of endpoints (`remote.chat.ChatClient`) and local models (`eval.local_judge.LocalJudge`).
 
     Attributes:
-        ended: why it answers no more questions; empty: it does.
+        ended: the reason why it has stopped; empty: it has not.
     """
 
     ended: str
@@ -83,15 +83,15 @@ class Judge(Protocol):
     ) -> Reply[Any]:
         """Ask one question."""
 
-    def each(self, works: Iterable[Coroutine]) -> Iterator[tuple[int, Any]]:
-        """Run many that ask; (number, result) of each as it ends."""
+    def run_all(self, works: Iterable[Coroutine]) -> Iterator[tuple[int, Any]]:
+        """Run coroutines that ask questions; yield (index, result) of each on completion."""
 
 
 def read_prompts(benchmark: Benchmark, folder: Path | None) -> dict[str, Prompt]:
-    """The prompts of a benchmark's judge, our own or those of a folder.
+    """Read the prompts of a benchmark's judge: the built-in ones, or those in a folder.
 
     Raises:
-        InputError: one is not there, or names a field that there is not, or none.
+        InputError: a prompt is missing, or has an unknown placeholder or none.
     """
     prompts = {}
     for name in benchmark.prompts:
@@ -107,7 +107,7 @@ def read_prompts(benchmark: Benchmark, folder: Path | None) -> dict[str, Prompt]
         known = FIELDS[name] | {"material"}
         if not user or not placeholders or not placeholders <= known:
             problem = f"names {{{{{sorted(placeholders - known)[0]}}}}}" if placeholders - known else "names no field"
-            raise InputError(f"{path}: {problem}; there are {', '.join(f'{{{{{one}}}}}' for one in sorted(known))}")
+            raise InputError(f"{path}: {problem}; there are {', '.join(f'{{{{{name}}}}}' for name in sorted(known))}")
         prompts[name] = Prompt(system, user)
     return prompts
 
@@ -122,20 +122,20 @@ def judge_captions(
     structured: bool = True,
     dry: bool = False,
 ) -> list[list[Judged]]:
-    """The judge's answers on each record's caption, [rounds][records].
+    """Judge each record's caption. Returns the answers [rounds][records].
 
     Args:
-        structured: request answers of our own form by `response_format`. Other prompts may ask for another form.
-        dry: the judge answers nothing (`DryJudge`); questions that depend on an answer follow a typical one.
+        structured: request the built-in answer format with `response_format`. Other prompts may use another format.
+        dry: the judge gives no answers (`DryJudge`); questions that depend on an answer use a typical answer.
 
     Raises:
-        InputError: as the judge.
-        JudgeEnded: the judge answers no more questions; answers are kept.
+        InputError: see the judge.
+        JudgeEnded: the judge has stopped. Its answers are cached.
     """
 
     ended: list[str] = []
 
-    async def one(number: int, record: Record) -> list[Unit]:
+    async def judge_record(number: int, record: Record) -> list[Unit]:
         async def ask(
             prompt: str,
             fields: Mapping[str, Any],
@@ -158,11 +158,11 @@ def judge_captions(
 
         return await benchmark.judge(record, captions[record.id], ask)
 
-    works = (one(number, record) for number in range(rounds) for record in records)
+    works = (judge_record(number, record) for number in range(rounds) for record in records)
     units: dict[int, list[Unit]] = {}
-    for index, found in progress(judge.each(works), "captions judged", rounds * len(records)):
+    for index, found in progress(judge.run_all(works), "captions judged", rounds * len(records)):
         units[index] = found
-    if ended:  # only now: the calls in flight were still answered
+    if ended:  # checked after the loop, so that pending calls are still answered
         raise JudgeEnded(ended[0])
     every = [Judged(record, []) for _ in range(rounds) for record in records]
     answered = [judged._replace(units=units[index]) for index, judged in enumerate(every)]
@@ -170,17 +170,17 @@ def judge_captions(
 
 
 class DryJudge:
-    """Counts what an endpoint would be asked, and asks nothing. Answers that are cached are read.
+    """Counts the calls to an endpoint without sending them. Uses cached answers.
 
     Attributes:
-        counts: "calls"; "tokens" by estimate; "cached" answers.
+        counts: "calls", "tokens" (estimated) and "cached" answers.
     """
 
     ended = ""
 
     def __init__(self, endpoint: Endpoint):
         self.counts = {"calls": 0, "tokens": 0, "cached": 0}
-        self._endpoint, self._cache = endpoint, opened(endpoint.cache)
+        self._endpoint, self._cache = endpoint, open_cache(endpoint.cache)
         self._known: set[str] = set()
 
     async def ask(
@@ -191,7 +191,7 @@ class DryJudge:
         options: Mapping[str, Any] | None = None,
         sample: int = 0,
     ) -> Reply[Any]:
-        """As `ChatClient.ask`: the cached answer, else none."""
+        """Like `ChatClient.ask`, but returns only cached answers."""
         name, body = request(self._endpoint, messages, options, sample)
         if known := self._cache.get(name):
             try:
@@ -200,13 +200,13 @@ class DryJudge:
                 return Reply(value, known["answer"])
             except Malformed:
                 pass
-        if name not in self._known:  # equal questions are one call
+        if name not in self._known:  # count equal questions once
             self._known.add(name)
             self.counts["calls"] += 1
             self.counts["tokens"] += estimate(body)
         return Reply(None, why="a dry run")
 
-    def each(self, works: Iterable[Coroutine]) -> Iterator[tuple[int, Any]]:
-        """Run all, one after another."""
+    def run_all(self, works: Iterable[Coroutine]) -> Iterator[tuple[int, Any]]:
+        """Run the coroutines sequentially."""
         for number, work in enumerate(works):
             yield number, asyncio.run(work)

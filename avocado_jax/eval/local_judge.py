@@ -1,4 +1,4 @@
-"""A local checkpoint as the judge, instead of an endpoint; its answers are stored too."""
+"""Use a local checkpoint as the judge instead of an endpoint. Its answers are cached too."""
 
 import asyncio
 import hashlib
@@ -14,7 +14,7 @@ from avocado_jax.checkpoint.load import identity, open_language_model
 from avocado_jax.data.prompt import chat_prompt
 from avocado_jax.data.rows import Row, Shape, rounded, shape_of, text_row
 from avocado_jax.eval.captioner import load_captioner
-from avocado_jax.remote.cache import Answers, opened
+from avocado_jax.remote.cache import Answers, open_cache
 from avocado_jax.remote.call import Malformed
 from avocado_jax.remote.chat import Reply
 from avocado_jax.sampling.captioner import Captioner, words
@@ -22,7 +22,7 @@ from avocado_jax.sampling.engine import Engine
 
 T = TypeVar("T")
 ANSWER_TOKENS = 512
-QUIET = 3  # turns of the loop without a new question after which those that wait are answered
+QUIET = 3  # iterations of the event loop without a new question before the waiting ones are answered
 
 
 class _Waiting(NamedTuple):
@@ -31,19 +31,19 @@ class _Waiting(NamedTuple):
 
 
 class LocalJudge:
-    """Any text or thinker checkpoint, asked in Qwen's chat format through the product's own sampler, greedily.
+    """A text or thinker checkpoint, prompted in Qwen's chat format and decoded greedily with the captioning engine.
 
-    Questions that wait together are answered in batches of one shape. Where an answer cannot be read there is none
-    to be had by asking again: decoding is greedy. The round of a question makes no difference for the same reason.
+    Waiting questions are answered in batches of one shape. Because decoding is deterministic, malformed answers are
+    not retried, and the answers do not depend on the round.
 
     Attributes:
         counts: "calls", "cached" and "malformed" answers.
-        trouble: the latest malformed answer, in words.
-        ended: empty: it answers as long as it is asked.
-        returned: empty: there is no endpoint that names a model.
+        trouble: error message of the latest malformed answer.
+        ended: always empty: a local judge does not stop.
+        returned: always empty: no endpoint returns model names.
 
     Raises:
-        InputError: the folder holds no language model, or no tokenizer of its vocabulary.
+        InputError: the folder has no language model, or no tokenizer of its vocabulary.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class LocalJudge:
         self.returned: Counter[str] = Counter()
         self._length, self._batch = length, batch
         self._identity = identity(checkpoint)
-        self._cache = opened(cache)
+        self._cache = open_cache(cache)
         self._dtype = dtype
         self._checkpoint, self._model = checkpoint, None
         self._waiting: list[_Waiting] = []
@@ -69,7 +69,7 @@ class LocalJudge:
         options: Mapping[str, Any] | None = None,
         sample: int = 0,
     ) -> Reply[T]:
-        """As `remote.chat.ChatClient.ask`; `options` and `sample` change nothing."""
+        """Like `remote.chat.ChatClient.ask`; `options` and `sample` are ignored."""
         key = [self._identity, self._dtype, self._length, list(messages)]
         name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
         if (known := self._cache.get(name)) is not None:
@@ -93,8 +93,8 @@ class LocalJudge:
             self.counts["malformed"] += 1
             return Reply(None, text, self.trouble)
 
-    def each(self, works: Iterable[Coroutine[Any, Any, T]]) -> Iterator[tuple[int, T]]:
-        """Run many that ask, a few batches' worth at once; (number, result) of each as it ends."""
+    def run_all(self, works: Iterable[Coroutine[Any, Any, T]]) -> Iterator[tuple[int, T]]:
+        """Run coroutines that ask questions, a few batches concurrently; yield (index, result) of each."""
         loop = asyncio.new_event_loop()
         running: dict[asyncio.Task[T], int] = {}
         waiting = enumerate(works)
@@ -122,7 +122,7 @@ class LocalJudge:
         pass
 
     def _row(self, messages: Sequence[Mapping[str, Any]]) -> Row:
-        texts = {one["role"]: one["content"].encode(errors="replace").decode() for one in messages}
+        texts = {message["role"]: message["content"].encode(errors="replace").decode() for message in messages}
         prompt = chat_prompt(self._captioner().tokenizer, texts["user"], texts.get("system", ""))
         return text_row([*prompt.before, *prompt.after])
 
@@ -132,29 +132,29 @@ class LocalJudge:
         return self._model
 
     def _settle(self, known: int, turns: int) -> None:
-        """Answer what waits once no more has come for a few turns, so that batches are full."""
+        """Answer the waiting questions once no new one has arrived for a few iterations, so that batches are full."""
         loop = asyncio.get_running_loop()
         if turns < QUIET:
             count = len(self._waiting)
             loop.call_soon(self._settle, count, turns + 1 if count == known else 0)
             return
         shapes: dict[Shape, list[_Waiting]] = {}
-        for one in self._waiting:
-            shapes.setdefault(rounded(shape_of(one.row.clip), 2), []).append(one)
-        shape = max(shapes, key=lambda each: len(shapes[each]))
+        for question in self._waiting:
+            shapes.setdefault(rounded(shape_of(question.row.clip), 2), []).append(question)
+        shape = max(shapes, key=lambda shape: len(shapes[shape]))
         part = shapes[shape][: self._batch]
-        taken = {id(one) for one in part}
-        self._waiting = [one for one in self._waiting if id(one) not in taken]
+        taken = {id(question) for question in part}
+        self._waiting = [question for question in self._waiting if id(question) not in taken]
         if self._waiting:
             loop.call_soon(self._settle, len(self._waiting), 0)
         try:
-            texts = self._answers([one.row for one in part], shape)
-        except Exception as error:  # of any kind: the waiting caller receives it, or would wait for ever
-            for one in part:
-                one.answer.set_exception(error)
+            texts = self._answers([question.row for question in part], shape)
+        except Exception as error:  # pass any exception to the callers, which would otherwise wait forever
+            for question in part:
+                question.answer.set_exception(error)
             return
-        for one, text in zip(part, texts):
-            one.answer.set_result(text)
+        for question, text in zip(part, texts):
+            question.answer.set_result(text)
 
     def _answers(self, rows: list[Row], shape: Shape) -> list[str]:
         captioner = self._captioner()

@@ -1,4 +1,4 @@
-"""What the rewards matched between captions and references, as positions in the caption."""
+"""Positions in captions that the rewards matched with references."""
 
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -18,24 +18,24 @@ from avocado_jax.rewards.vocabulary import Table, code_points, make_table, word_
 
 T = TypeVar("T")
 REFERENCE_FIELDS = ("caption", "dialogues", "keypoints")
-BATCH = 32  # captions at once
-ALPHABET, FEATURES = 512, 1024  # most distinct characters of a clip's lines, and most features of its keypoints
+BATCH = 32  # captions per batch
+ALPHABET, FEATURES = 512, 1024  # maximum distinct characters of a clip's lines, and features of its keypoints
 
 
 def as_compared(table: Table, references: Sequence[Mapping[str, Any]], limits: Limits) -> list[dict[str, Any]]:
-    """References with the lines of dialogue that R_D compares: those that hold words, or are quoted in the caption."""
-    made = [{name: one.get(name) for name in REFERENCE_FIELDS} for one in references]
-    unread = [one for one in made if one["dialogues"] is None and one["caption"] is not None]
+    """Return references with the lines of dialogue that R_D compares: lines with words, or quotes of the caption."""
+    made = [{name: reference.get(name) for name in REFERENCE_FIELDS} for reference in references]
+    unread = [reference for reference in made if reference["dialogues"] is None and reference["caption"] is not None]
     if unread:
-        read = read_texts(table, [one["caption"] for one in unread], limits)
-        for number, one in enumerate(unread):
+        read = read_texts(table, [reference["caption"] for reference in unread], limits)
+        for number, reference in enumerate(unread):
             caption = jax.tree.map(lambda leaf, n=number: leaf[n], read)
             spans = zip(caption.quote_start[: caption.quotes], caption.quote_end[: caption.quotes])
             texts = ["".join(map(chr, caption.points[first:last])) for first, last in spans]
-            one["dialogues"] = [{"speaker": "", "text": text} for text in texts]
-    for one in made:
-        one["dialogues"] = one["dialogues"] and [
-            line for line in one["dialogues"] if len(word_characters(line["text"]))
+            reference["dialogues"] = [{"speaker": "", "text": text} for text in texts]
+    for reference in made:
+        reference["dialogues"] = reference["dialogues"] and [
+            line for line in reference["dialogues"] if len(word_characters(line["text"]))
         ]
     return made
 
@@ -43,33 +43,35 @@ def as_compared(table: Table, references: Sequence[Mapping[str, Any]], limits: L
 def mark(
     captions: Sequence[str], owners: Sequence[int], references: Sequence[Mapping[str, Any]]
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """What each caption says of its reference, and the references as they were compared (`as_compared`).
+    """Match each caption with its reference. Also returns the compared references (`as_compared`).
 
     Args:
-        captions: composed (NFC).
-        owners: of each caption, the number of its reference.
+        captions: composed texts (NFC).
+        owners: the index of each caption's reference.
         references: {"caption"?, "dialogues"?, "keypoints"?} of clips.
 
     Returns:
         For each caption {"quotes": [[first, end, line or -1, similarity, same speaker]], "points": [[score, covered
-        share, first, end, ...]]}: places are code points; of a keypoint they are its words in the window where the
-        lexical judge found it. Either is None without a reference.
+        share, first, end, ...]]}. Positions are code points. The positions of a keypoint are its words in the window
+        with the best score of the lexical judge. Both are None without a reference.
     """
-    known = [k for k, of in enumerate(owners) if any(references[of].get(name) is not None for name in REFERENCE_FIELDS)]
+    has_reference = [any(reference.get(name) is not None for name in REFERENCE_FIELDS) for reference in references]
+    known = [k for k, owner in enumerate(owners) if has_reference[owner]]
     table = make_table()
-    texts = [*(captions[k] for k in known), *(one.get("caption") or "" for one in references)]
-    limits = limits_of(texts, ([line["text"] for line in one.get("dialogues") or ()] for one in references))
+    texts = [*(captions[k] for k in known), *(reference.get("caption") or "" for reference in references)]
+    lines = ([line["text"] for line in reference.get("dialogues") or ()] for reference in references)
+    limits = limits_of(texts, lines)
     compared = as_compared(table, references, limits)
     marks = [{"quotes": None, "points": None} for _ in captions]
     if known:
-        limit = _rounded(max(16, *(len(one["keypoints"] or ()) for one in compared)))
+        limit = _rounded(max(16, *(len(reference["keypoints"] or ()) for reference in compared)))
         made, _ = make_references(table, _filled(references), limits, limit, FEATURES, ALPHABET)
     for first in progress(range(0, len(known), BATCH), "captions compared, in batches"):
         part = known[first : first + BATCH]
         full = _filled(part)
         points, sizes = code_points([captions[k] for k in full], limits.characters)
-        of = np.array([owners[k] for k in full])
-        selected = jax.tree.map(lambda leaf, of=of: leaf[of], made)
+        rows = np.array([owners[k] for k in full])
+        selected = jax.tree.map(lambda leaf, rows=rows: leaf[rows], made)
         read, scored, words = jax.tree.map(np.asarray, _score(table, points, sizes, selected, limits))
         for number, k in enumerate(part):
             marks[k] = _marks(*jax.tree.map(lambda leaf, n=number: leaf[n], (read, selected, scored, words)))
@@ -77,7 +79,7 @@ def mark(
 
 
 def _filled(items: Sequence[T]) -> list[T]:
-    """The items and copies of the last, up to whole batches: one program serves any number of them."""
+    """Pad items with copies of the last one to complete batches, so that one program suffices."""
     return [*items, *items[-1:] * (-len(items) % BATCH)]
 
 
@@ -89,12 +91,12 @@ def _rounded(number: int) -> int:
 def _score(table: Table, points: jax.Array, sizes: jax.Array, references: References, limits: Limits) -> Any:
     """(Caption, Scored, hashes of each word) of captions."""
 
-    def one(points: jax.Array, size: jax.Array, reference: References) -> Any:
+    def score_one(points: jax.Array, size: jax.Array, reference: References) -> Any:
         caption = parse(table, points, size, limits)
         hashes, weights, places = features(caption.stems, caption.weights, caption.unstated)
         return caption, score(caption, size, reference), (hashes[0], weights[0], places)
 
-    return jax.vmap(one)(points, sizes, references)
+    return jax.vmap(score_one)(points, sizes, references)
 
 
 def _marks(caption: Caption, reference: References, scored: Scored, words: tuple) -> dict[str, Any]:
@@ -119,7 +121,7 @@ def _quotes(caption: Caption, scored: Scored, quotes: int, lines: int) -> list[l
 
 
 def _point(caption: Caption, reference: References, scored: Scored, words: tuple, number: int) -> list[float]:
-    """Score and covered share of a keypoint, and the places of its words where it was found."""
+    """Score and covered share of a keypoint, and the positions of its words in the best window."""
     verdict, (hashes, weights, order) = scored.verdict, words
     entry = [round(float(scored.keypoints[number]), 3), round(float(verdict.coverage[number]), 3)]
     if entry[0] <= 0:
@@ -133,7 +135,7 @@ def _point(caption: Caption, reference: References, scored: Scored, words: tuple
 
 
 def _word(caption: Caption, word: int) -> tuple[int, int]:
-    """Where a word begins and ends: at what is no letter, or at the next word."""
+    """The span of a word, up to the first character that is not a letter, or the next word."""
     first = int(caption.word_start[word])
     end = int(caption.word_start[word + 1]) if word + 1 < caption.words else int(caption.length)
     last = first + 1

@@ -1,4 +1,4 @@
-"""Metrics of captions that need their texts only."""
+"""Metrics of caption texts."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -9,23 +9,23 @@ import numpy as np
 from avocado_jax.world.timing import scenes, time_iou
 from avocado_jax.world.truth import mean_scores
 
-MIN_SPAN = 24  # characters of a stretch that counts: good captions hold "00000" and "mmmmm"
+MIN_SPAN = 24  # minimum characters of a repeated stretch: good captions contain "00000" and "mmmmm"
 LONGEST_UNIT = 99
 
 
 def collapses(text: str, min_span: int = MIN_SPAN) -> bool:
-    """Whether a caption falls into repetition (RepCol; facts of the paper's official cleaning rule).
+    """Whether a caption falls into repetition (RepCol, by the paper's official cleaning rule).
 
-    It does where a unit of 1-49 characters stands five times in a row or more, or one of 50-99 characters four
-    times or more, and the stretch has at least `min_span` characters. Characters are code points, line ends among
-    them. Takes 99 passes over the text, whatever is in it.
+    True if a unit of 1-49 characters is repeated at least five times in a row, or one of 50-99 characters at least
+    four times, and the stretch has at least `min_span` characters. Characters are code points, including line ends.
+    Takes 99 passes over any text.
     """
     points = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)
     for unit in range(1, LONGEST_UNIT + 1):
         span = max((5 if unit < 50 else 4) * unit, min_span)
         if span > len(points):
             continue
-        # A stretch of `span` characters with this period: as many equal to what follows a unit later, less one unit.
+        # In a stretch of `span` characters with this period, `span - unit` characters equal the one a unit later.
         differ = np.flatnonzero(points[unit:] != points[:-unit])
         borders = np.concatenate([[-1], differ, [len(points) - unit]])
         if np.diff(borders).max() - 1 >= span - unit:
@@ -34,10 +34,10 @@ def collapses(text: str, min_span: int = MIN_SPAN) -> bool:
 
 
 def remove_repetitions(text: str) -> str:
-    """The text with each repetition cut to one unit (the cleaning rule of the official video-SALMONN-2 evaluation).
+    """Replace each repetition by one unit (the cleaning rule of the official video-SALMONN-2 evaluation).
 
-    A repetition is a unit of 1-49 characters five times in a row or more, or one of 50-99 four times or more, within
-    a line; at most 201 units of it are cut.
+    A repetition is a unit of 1-49 characters at least five times in a row, or one of 50-99 at least four times, within
+    a line. At most 201 units are replaced.
     """
     for unit in range(1, LONGEST_UNIT + 1):
         more = 4 if unit < 50 else 3
@@ -46,9 +46,9 @@ def remove_repetitions(text: str) -> str:
 
 
 def text_metrics(captions: Sequence[str], lengths: Sequence[int | None]) -> dict[str, float | None]:
-    """Measures that need no reference: `repcol`, the share of captions that collapse, and `length`, mean tokens.
+    """Metrics without references: `repcol`, the share of captions that collapse, and `length`, mean tokens.
 
-    `length` is None where the length of any caption is not known.
+    `length` is None if the length of any caption is unknown.
     """
     known = [length for length in lengths if length is not None]
     return {
@@ -60,9 +60,9 @@ def text_metrics(captions: Sequence[str], lengths: Sequence[int | None]) -> dict
 def world_metrics(
     captions: Sequence[str], lengths: Sequence[int | None], records: Sequence[Mapping[str, Any]]
 ) -> dict[str, float | None]:
-    """The metrics of `evaluate world`: means over the captions of AVWorld's clips, whose truth is `records`.
+    """The metrics of `evaluate world`: means over captions of AVWorld clips with known truth `records`.
 
-    `time_iou` is among them if any caption has timed scenes.
+    Includes `time_iou` if any caption has timed scenes.
     """
     metrics = mean_scores(captions, records) | text_metrics(captions, lengths)
     if any(map(scenes, captions)):

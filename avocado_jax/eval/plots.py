@@ -1,4 +1,4 @@
-"""Plots of an ablation, as PNG."""
+"""Plots of an ablation in PNG format."""
 
 import io
 from collections.abc import Mapping, Sequence
@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from avocado_jax.eval.ablation import METRICS, Arm, Results
 
 COLORS = ("#4c566a", "#8fa3bf", "#3b7dd8", "#2a9d6f", "#d9822b", "#b5485d", "#7a5ea8", "#8a7f4f")
-SMOOTHED = 10  # steps
+SMOOTHED = 10  # steps of the moving average
 CURVES = {
     "reward_dialogue": "R_D",
     "reward_checklist": "R_C",
@@ -22,11 +22,11 @@ CURVES = {
 
 
 def arms_plot(arms: Sequence[Arm], results: Results) -> bytes:
-    """Each metric in a panel: a bar for an arm's mean, a dot for each seed."""
+    """Plot one panel per metric, with a bar for each arm's mean and a dot for each seed."""
     figure = Figure(figsize=(11, 5.6), layout="constrained")
     for axes, (metric, title) in zip(figure.subplots(2, 3).flat, METRICS.items()):
         for index, arm in enumerate(arms):
-            values = [one[metric] for one in results[arm.name]]
+            values = [run[metric] for run in results[arm.name]]
             axes.barh(index, np.mean(values), color=COLORS[index % len(COLORS)], alpha=0.55, height=0.65)
             axes.plot(values, [index] * len(values), "o", color="black", markersize=3, alpha=0.6)
         axes.set_yticks(range(len(arms)), [arm.name for arm in arms], fontsize=8)
@@ -37,10 +37,10 @@ def arms_plot(arms: Sequence[Arm], results: Results) -> bytes:
 
 
 def curves_plot(arms: Sequence[Arm], runs: Mapping[str, Sequence[Sequence[Mapping[str, Any]]]]) -> bytes:
-    """Sampled captions over the steps of training: the mean of an arm's seeds, and what lies between them.
+    """Plot metrics of sampled captions over training steps: the mean and the range of each arm's seeds.
 
     Args:
-        runs: of each arm that was trained with rewards, the lines of `metrics.jsonl` by seed.
+        runs: arm trained with rewards -> lines of `metrics.jsonl` by seed.
     """
     figure = Figure(figsize=(11, 5.6), layout="constrained")
     panels = figure.subplots(2, 3).flat
@@ -50,7 +50,7 @@ def curves_plot(arms: Sequence[Arm], runs: Mapping[str, Sequence[Sequence[Mappin
                 continue
             values = np.array([[line[name] for line in lines] for lines in runs[arm.name]], float)
             width = min(SMOOTHED, values.shape[1])
-            smooth = np.array([np.convolve(one, np.ones(width) / width, "valid") for one in values])
+            smooth = np.array([np.convolve(series, np.ones(width) / width, "valid") for series in values])
             steps = np.arange(width, values.shape[1] + 1)
             color = COLORS[index % len(COLORS)]
             axes.plot(steps, smooth.mean(0), color=color, label=arm.name)

@@ -1,4 +1,4 @@
-"""A public benchmark, from captions to results: figures, the judge's answers for each clip, and an HTML page."""
+"""Results of a public benchmark: figures, the judge's answers for each clip, and an HTML page."""
 
 import json
 import os
@@ -20,13 +20,13 @@ from avocado_jax.eval.tables import notes, result_table
 
 SUFFIXES = (".mp4", ".mkv", ".webm", ".mov", ".avi")
 PARTS = Path(__file__).parents[1] / "assets" / "evaluate"
-REASONS = 5  # why answers are missing: the most frequent ones
+REASONS = 5  # number of reported reasons for missing answers, most frequent first
 
 
 def find_video(videos: Videos, record: Record) -> str:
-    """Where a clip is: under one of its names, with or without folders, with any suffix if it has none.
+    """Find the file of a clip by its names, with or without folders, and with any video suffix if it has none.
 
-    Where there is none of these, the first of them. Names that lead out of the folder are not followed.
+    Returns the first candidate if no file exists. Names that lead out of the folder are skipped.
     """
     paths = []
     for name in record.videos:
@@ -50,22 +50,22 @@ def results(
     model: str,
     decoding: Mapping[str, Any] | None = None,
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """The figures of a benchmark and a line for each clip.
+    """Compute the figures of a benchmark and a line for each clip.
 
     Args:
-        captions: of each record.
-        failed: records whose clip has no caption: theirs are empty.
-        rounds: what the judge said, [rounds][records]; empty where none was asked.
-        judge: "model" and "prompts", whose they are; perhaps more.
-        model: what the captions are of.
-        decoding: settings by which the captions were made; None: they were made elsewhere.
+        captions: record id -> caption.
+        failed: ids of records without a caption; their captions are empty.
+        rounds: the judge's answers [rounds][records]; empty without a judge.
+        judge: description of the judge: "model", "prompts" and optional fields.
+        model: the model of the captions.
+        decoding: decoding settings of the captions; None for captions from a file.
     """
     texts = [captions[record.id].text for record in records]
     dialogue = dialogue_scores(texts, [record.reference for record in records])
     known = [value for value in dialogue if value is not None]
     plain = text_metrics(texts, [captions[record.id].tokens for record in records])
     measured = [benchmark.measure(judged) for judged in rounds]
-    chosen = _median([one[benchmark.headline] for one in measured]) if rounds else None
+    chosen = _median([figures[benchmark.headline] for figures in measured]) if rounds else None
     metrics = dict(measured[chosen]) if rounds else {}
     metrics["dialogue_f1"] = 100 * sum(known) / len(known) if known else None
     metrics |= {"repcol": 100 * plain["repcol"], "length": plain["length"]}
@@ -80,7 +80,7 @@ def results(
         "failed": list(failed),
     }
     if rounds:
-        units = [unit for judged in rounds for one in judged for unit in one.units]
+        units = [unit for judged in rounds for answers in judged for unit in answers.units]
         why = Counter(unit["why"] for unit in units if "why" in unit)
         result |= {
             "asked": len(units),
@@ -93,12 +93,12 @@ def results(
             result["spread"] = {
                 name: [min(values), max(values)]
                 for name in measured[0]
-                if (values := [one[name] for one in measured if one[name] is not None])
+                if (values := [figures[name] for figures in measured if figures[name] is not None])
             }
     lines = []
     for number, (record, text, score) in enumerate(zip(records, texts, dialogue)):
-        of_record = [judged[number] for judged in rounds]
-        figure = benchmark.measure([of_record[chosen]])[benchmark.headline] if rounds else None
+        answers = [judged[number] for judged in rounds]
+        figure = benchmark.measure([answers[chosen]])[benchmark.headline] if rounds else None
         lines.append(
             {
                 "id": record.id,
@@ -110,7 +110,7 @@ def results(
                 "repcol": collapses(text),
                 "failed": record.id in result["failed"],
                 "chosen": chosen,
-                "rounds": [one.units for one in of_record],
+                "rounds": [judged.units for judged in answers],
             }
         )
     return result, lines
@@ -119,17 +119,17 @@ def results(
 def by_group(
     measure: Callable[[Sequence[Judged]], dict[str, float | None]], judged: Sequence[Judged]
 ) -> dict[str, dict[str, dict[str, float | None]]]:
-    """{kind: {group: {"n", ...measures}}}: clips by their groups, questions by their type; n questions."""
+    """Figures by group: {kind: {group: {"n" (questions), ...}}}, for groups of clips and types of questions."""
     parts: dict[str, dict[str, list[Judged]]] = {}
-    for one in judged:
-        for kind, group in one.record.groups.items():
-            parts.setdefault(kind, {}).setdefault(group, []).append(one)
-        for group in dict.fromkeys(unit["type"] for unit in one.units if "type" in unit):
-            subset = one._replace(units=[unit for unit in one.units if unit["type"] == group])
+    for answers in judged:
+        for kind, group in answers.record.groups.items():
+            parts.setdefault(kind, {}).setdefault(group, []).append(answers)
+        for group in dict.fromkeys(unit["type"] for unit in answers.units if "type" in unit):
+            subset = answers._replace(units=[unit for unit in answers.units if unit["type"] == group])
             parts.setdefault("type", {}).setdefault(group, []).append(subset)
     return {
         kind: {
-            group: {"n": sum(len(one.units) for one in members), **measure(members)}
+            group: {"n": sum(len(member.units) for member in members), **measure(members)}
             for group, members in sorted(groups.items())
         }
         for kind, groups in parts.items()
@@ -164,10 +164,10 @@ def write(
 
 
 def read_result(path: str) -> dict[str, Any]:
-    """A result as `write` wrote it.
+    """Read a result of `write`.
 
     Raises:
-        InputError: it is none.
+        InputError: the file is not a result.
         StorageError: storage failed.
     """
     try:
@@ -183,13 +183,13 @@ def read_result(path: str) -> dict[str, Any]:
 
 
 def _median(values: Sequence[float | None]) -> int:
-    """The round of the median, the lower of two; of those without any figure the first."""
+    """The index of the median (the lower one of two); 0 if all values are missing."""
     known = [value for value in values if value is not None]
     return values.index(statistics.median_low(known)) if known else 0
 
 
 def _address(video: str, folder: str) -> str | None:
-    """The address of a clip in the page, relative to the folder; None unless both are on this disk."""
+    """The URL of a clip relative to the folder; None unless both are local."""
     if storage.is_remote(folder) or not os.path.isfile(video):
         return None
     return "./" + quote(os.path.relpath(os.path.realpath(video), os.path.realpath(folder)))

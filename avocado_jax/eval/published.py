@@ -9,8 +9,8 @@ def _rows(*names: str, values: tuple[tuple[float, ...], ...]) -> dict[str, dict[
     return {system: dict(zip(names, row, strict=True)) for system, row in zip(SYSTEMS, values, strict=True)}
 
 
-# Of each benchmark: what a system reached, under the names of our measures. All are of a hundred, but VDC's score.
-# Later systems (to August 2026) are behind the paper's.
+# Published figures of systems for each benchmark, with our metric names, in percent except for VDC's score. The systems
+# of the paper come first, then later ones (until August 2026).
 PUBLISHED: Mapping[str, Mapping[str, Mapping[str, float]]] = {
     "video-salmonn-2": _rows(
         "miss",
@@ -52,10 +52,10 @@ PUBLISHED: Mapping[str, Mapping[str, Mapping[str, float]]] = {
     },
     "vdc": {"Qwen2.5-Omni-7B": {"accuracy": 39.7, "score": 2.2}, "AVoCaDO": {"accuracy": 47.4, "score": 2.5}},
     "dream-1k": {"Qwen2.5-Omni-7B": {"f1": 31.6}, "AVoCaDO": {"f1": 35.9}, "Tarsier2-7B": {"f1": 42.0}},
-    "probes": {},  # questions of a user's own
+    "probes": {},  # user-defined questions
 }
 
-# The paper's ablation (Table 4): of these benchmarks, the measure by the judge, Dlg.F1 and RepCol.
+# The paper's ablation (Table 4): for each benchmark the judge's metric, Dlg.F1 and RepCol.
 ABLATION_COLUMNS = (("video-salmonn-2", "total", "Total"), ("daily-omni", "accuracy", "Acc."))
 ABLATION: Mapping[str, tuple[float, ...]] = {
     "Qwen2.5-Omni": (57.1, 7.1, 7.1, 13.4, 16.9, 8.1),

@@ -1,7 +1,7 @@
-"""A self-contained HTML page of a run: its curves, and its captions beside their references.
+"""A self-contained HTML page of a run: its curves, and its captions with their references.
 
-External text is embedded as JSON that cannot close the script element, and is inserted into the document as text only.
-The content security policy of the page allows only the page's script, and only files beside the page.
+External text is embedded as JSON that cannot close the script element, and is inserted into the document only as text.
+The content security policy of the page allows only the page's script and files in the page's folder.
 """
 
 import base64
@@ -20,10 +20,10 @@ from avocado_jax.jsonl import NUMBER, parse_lines
 from avocado_jax.rewards.combine import TERMS
 
 PARTS = Path(__file__).parents[1] / "assets" / "view"
-POINTS = 1000  # of a curve at most: more are averaged
+POINTS = 1000  # maximum points of a curve; more are averaged
 ROLLOUT = {"step": int, "id": str, "group": int, "caption": str, "length": int, "rewards": dict}
 SAMPLE = {"step": int, "id": str, "caption": str, "reference": str}
-# Curves that are shown at first, those that there are.
+# Curves that are selected initially, if they exist.
 SHOWN = ("reward", "heldout_reward", "reward_checklist", "reward_dialogue", "reward_length", "reward_timing")
 SHOWN += ("reward_probes", "length", "kl", "entropy")
 SHOWN += ("loss", "heldout_loss", "accuracy", "heldout_accuracy", "lr", "gradient_norm")
@@ -31,22 +31,22 @@ FIRST = 8
 
 
 class Clip(NamedTuple):
-    """What is known of a clip beside its captions."""
+    """The reference and video of a clip."""
 
-    fields: Mapping[str, Any]  # "caption", "dialogues", "keypoints": each may be absent
-    video: str | None  # address as seen from the page
+    fields: Mapping[str, Any]  # "caption", "dialogues", "keypoints"; each may be missing
+    video: str | None  # URL relative to the page
 
 
 def report(run: str, last: int, clips: Callable[[str, str], Clip | None]) -> dict[str, Any]:
-    """What the page of a run shows.
+    """Collect the data of a run's page.
 
     Args:
-        run: its folder, local or gs://.
-        last: of how many steps, counted from the newest, rollouts are shown; so for held-out captions.
-        clips: (kind: "rollouts" or "samples", id) -> what is known of the clip.
+        run: the run folder, local or gs://.
+        last: number of newest steps whose rollouts are shown, and of those whose held-out captions are shown.
+        clips: (kind: "rollouts" or "samples", id) -> the clip, or None if unknown.
 
     Raises:
-        InputError: it is no run, or a file of it is damaged.
+        InputError: the folder is not a run, or a file is damaged.
     """
     lines = metrics(run)
     kinds = {"rollouts": (ROLLOUT, _rollouts), "samples": (SAMPLE, _samples)}
@@ -91,21 +91,21 @@ def weights(config: Mapping[str, Any]) -> dict[str, float]:
 
 
 def metrics(run: str) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl; the last may be half written and is left out then.
+    """Read the lines of metrics.jsonl. An incomplete last line is skipped.
 
     Raises:
-        InputError: there are none, or one is damaged.
+        InputError: the file is missing, or a line is damaged.
     """
     where = storage.join(run, "metrics.jsonl")
     text = storage.read(where)
-    whole = text[: text.rfind(b"\n") + 1]
-    return [line for _, line in parse_lines(whole, where, {"step": int})]
+    complete = text[: text.rfind(b"\n") + 1]
+    return [line for _, line in parse_lines(complete, where, {"step": int})]
 
 
 def curves(lines: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """{"name", "steps", "values", "mean" (steps in a point), "shown"} of every scalar, in the order of the lines.
+    """The curve of every scalar: {"name", "steps", "values", "mean" (steps per point), "shown"}.
 
-    What is not finite is null. More than POINTS values are averaged, consecutive ones together.
+    Values that are not finite become null. More than POINTS values are averaged in consecutive groups.
     """
     series: dict[str, list[tuple[int, float | None]]] = {}
     for line in lines:
@@ -123,7 +123,7 @@ def _thinned(points: list[tuple[int, float | None]]) -> dict[str, Any]:
     steps, values = [], []
     for start in range(0, len(points), many):
         part = points[start : start + many]
-        known = [value for _, one in part if (value := _number(one)) is not None]
+        known = [number for _, value in part if (number := _number(value)) is not None]
         steps.append(part[-1][0])
         values.append(float(f"{sum(known) / len(known):.7g}") if known else None)
     return {"steps": steps, "values": values, "mean": many}
@@ -134,7 +134,7 @@ def _number(value: Any) -> float | None:
 
 
 def _newest(run: str, kind: str, steps: Sequence[int], last: int) -> tuple[list[int], bool]:
-    """The newest `last` finished steps that have a file of this kind, in order; whether there are more."""
+    """The newest `last` finished steps with a file of this kind, in order; and whether there are more."""
     there = set(storage.names(storage.join(run, kind)))
     found = [step for step in steps if f"{step}.jsonl" in there]
     return found[-last:], len(found) > last
@@ -145,7 +145,7 @@ def _steps(steps: Sequence[int]) -> str:
 
 
 def _rollouts(lines: Iterator[tuple[str, dict[str, Any]]]) -> Iterator[dict[str, Any]]:
-    """Groups of captions of one clip. A group's captions are counted from 0 and stand together."""
+    """Yield groups of captions of one clip. The captions of a group are consecutive lines, numbered from 0."""
     group: dict[str, Any] = {}
     for where, line in lines:
         values = [*line["rewards"].values(), line.get("reward"), line.get("advantage")]
@@ -164,7 +164,7 @@ def _rollouts(lines: Iterator[tuple[str, dict[str, Any]]]) -> Iterator[dict[str,
 
 
 def _samples(lines: Iterator[tuple[str, dict[str, Any]]]) -> Iterator[dict[str, Any]]:
-    """A held-out caption is a group of one, and brings its reference."""
+    """Yield held-out captions as groups of one, with their references."""
     for _, line in lines:
         caption = {"number": 0, "text": _composed(line["caption"]), "values": {}}
         yield {"id": line["id"], "step": line["step"], "captions": [caption], "reference": line["reference"]}
@@ -175,7 +175,7 @@ def _composed(text: str) -> str:
 
 
 def _marked(groups: list[dict[str, Any]], known: Sequence[Clip]) -> list[dict[str, Any]]:
-    """Put marks into the captions of `groups`; the references as they were compared."""
+    """Add marks to the captions of `groups`. Returns the compared references."""
     references = [
         {name: _checked(name, clip.fields.get(name)) for name in ("caption", "dialogues", "keypoints")}
         for clip in known
@@ -184,25 +184,31 @@ def _marked(groups: list[dict[str, Any]], known: Sequence[Clip]) -> list[dict[st
         reference = references[group["clip"]]
         reference["caption"] = reference["caption"] or group.pop("reference", None)
     captions = [(group["clip"], caption) for group in groups for caption in group["captions"]]
-    marks, compared = mark([one["text"] for _, one in captions], [clip for clip, _ in captions], references)
+    marks, compared = mark([caption["text"] for _, caption in captions], [clip for clip, _ in captions], references)
     for (_, caption), marked in zip(captions, marks):
         caption |= marked
     return compared
 
 
 def _checked(name: str, value: Any) -> Any:
-    """A field of a manifest line as marks take it; None where it is not as it must be."""
+    """Validate a field of a manifest line for `mark`; None if it is invalid."""
     if name == "caption":
         return value if isinstance(value, str) else None
     wanted = {"dialogues": ("speaker", "text"), "keypoints": ("text",)}[name]
     if not isinstance(value, list):
         return None
-    whole = [one for one in value if isinstance(one, dict) and all(isinstance(one.get(key), str) for key in wanted)]
-    return [{key: one[key] for key in (*wanted, "dimension") if isinstance(one.get(key), str)} for one in whole]
+
+    def is_valid(item: Any) -> bool:
+        return isinstance(item, dict) and all(isinstance(item.get(key), str) for key in wanted)
+
+    return [
+        {key: item[key] for key in (*wanted, "dimension") if isinstance(item.get(key), str)}
+        for item in filter(is_valid, value)
+    ]
 
 
 def page(data: Mapping[str, Any], parts: Path = PARTS) -> str:
-    """The page of which `parts` holds html, css and js. No text of `data` can end its script, or become markup."""
+    """Build the page from the html, css and js in `parts`. Text in `data` cannot close the script or become markup."""
     html, style, script = ((parts / f"page.{kind}").read_text(encoding="utf-8") for kind in ("html", "css", "js"))
     hashed = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     embedded = json.dumps(data, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")

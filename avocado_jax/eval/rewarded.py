@@ -1,4 +1,4 @@
-"""Scores of any number of captions, in batches of similar sizes and few shapes, so that cost follows text length.
+"""Score captions in batches of similar sizes and few shapes, so that the cost is proportional to the text length.
 
 B  captions of a batch
 """
@@ -18,18 +18,18 @@ from avocado_jax.rewards.limits import limits_of
 from avocado_jax.rewards.text import Caption, Limits, read_texts
 from avocado_jax.rewards.vocabulary import Table, make_table
 
-BATCH, CHARACTERS = 32, 2**16  # captions of a batch at most, and their characters
-MOST_SCENES = 512  # of a caption, and events of its reference; the rest is truncated
-POINTS, FEATURES, ALPHABET = 32, 256, 64  # least capacity: keypoints, their features, characters of the lines
+BATCH, CHARACTERS = 32, 2**16  # maximum captions of a batch, and maximum characters
+MOST_SCENES = 512  # maximum scenes of a caption and events of its reference; more are truncated
+POINTS, FEATURES, ALPHABET = 32, 256, 64  # minimum capacities: keypoints, their features, characters of the lines
 
 
 class Entry(NamedTuple):
-    """One caption scored, as numpy arrays.
+    """The result of one caption, as numpy arrays.
 
     Attributes:
-        number: its index among the captions.
-        limits: what was read of it and its reference.
-        truncated: something of its reference did not fit.
+        number: index of the caption.
+        limits: limits of the caption and its reference.
+        truncated: whether the reference was truncated.
     """
 
     number: int
@@ -51,16 +51,17 @@ def scores(
     extra: Sequence[Term] = (),
     timing: bool = False,
 ) -> Iterator[Entry]:
-    """The scores of captions, in batches of similar size: not in their order.
+    """Yield the scores of captions in batches of similar size, in arbitrary order.
 
     Args:
-        references: of each, "caption", "dialogues" and "keypoints", as `make_references` takes them.
-        tokens: the length of each caption for R_L, NaN where it is not known.
-        answers: a judge's scores by term, [n, most items]: "checklist", or the lexical judge scores it, and "probes".
-        merge: consecutive lines of one speaker are one line.
-        thresholds: of the terms.
-        extra: further terms, of kind "jax".
-        timing: whether to compute the term `timing`.
+        references: mappings for `make_references`.
+        tokens: the length of each caption for R_L; NaN if unknown.
+        answers: term -> a judge's scores [n, most items], for "probes" and "checklist". Without the latter, the
+            lexical judge is used.
+        merge: merge consecutive lines of one speaker.
+        thresholds: parameters of the terms.
+        extra: user terms of kind "jax".
+        timing: whether to compute the `timing` term.
     """
     limits = [_limits(*pair, merge) for pair in zip(captions, references)]
     order = sorted(range(len(captions)), key=lambda number: (limits[number], len(captions[number])))
@@ -87,25 +88,23 @@ def scores(
 def mean_values(
     terms: Sequence[Term], captions: Sequence[str], references: Sequence[Mapping[str, Any]]
 ) -> dict[str, float]:
-    """The mean of each of a user's terms over the captions for which it has a verdict; NaN if there are none."""
+    """The mean of each user term over the captions with a verdict; NaN without verdicts."""
     values = {term.name: term.values(captions, references) for term in terms if term.kind == "host"}
     if on_device := [term for term in terms if term.kind == "jax"]:
         entries = list(scores(make_table(), captions, references, [math.nan] * len(captions), extra=on_device))
-        values |= {term.name: np.array([one.scored.terms[term.name] for one in entries]) for term in on_device}
-    return {
-        name: float(np.mean(each[~np.isnan(each)])) if (~np.isnan(each)).any() else math.nan
-        for name, each in values.items()
-    }
+        values |= {term.name: np.array([entry.scored.terms[term.name] for entry in entries]) for term in on_device}
+    known = {name: array[~np.isnan(array)] for name, array in values.items()}
+    return {name: float(np.mean(array)) if len(array) else math.nan for name, array in known.items()}
 
 
 def _rows(limits: Limits) -> int:
-    """Captions of a batch: fewer where they are long, so that time and memory are bounded."""
+    """Captions per batch: fewer for long captions, which bounds time and memory."""
     return max(1, min(BATCH, CHARACTERS // limits.characters))
 
 
 def _limits(caption: str, reference: Mapping[str, Any], merge: bool) -> Limits:
-    """Of a caption and its reference."""
-    lines = [one["text"] for one in reference.get("dialogues") or ()]
+    """The limits of a caption and its reference."""
+    lines = [line["text"] for line in reference.get("dialogues") or ()]
     return limits_of([caption, reference.get("caption") or ""], [lines])._replace(merge=merge)
 
 
@@ -120,15 +119,15 @@ def _batch(
     terms: tuple,
     numbers: Sequence[int],
 ) -> Iterator[Entry]:
-    given = (len(one.get("events") or ()) for one in references)
-    events = min(MOST_SCENES, max(8, *given, *(text.count("[") for text in captions)))
+    counts = (len(reference.get("events") or ()) for reference in references)
+    events = min(MOST_SCENES, max(8, *counts, *(text.count("[") for text in captions)))
     made, truncated = make_references(table, references, limits, events=1 << (events - 1).bit_length() if timing else 0)
     made = _padded(made)
     if "checklist" in answers:
         limit = made.keypoints.index.shape[1]
         padded = np.pad(answers["checklist"], ((0, 0), (0, limit)), constant_values=np.nan)[:, :limit]
         answers = {**answers, "checklist": padded}
-    read = read_texts(table, captions, limits)  # the program that reads the reference captions
+    read = read_texts(table, captions, limits)  # the same program as for reference captions
     found = read, made, jax.tree.map(np.asarray, _score(read, tokens, made, answers, terms))
     for row, number in enumerate(numbers):
         caption, reference, scored = jax.tree.map(lambda leaf, row=row: leaf[row], found)
@@ -136,20 +135,20 @@ def _batch(
 
 
 def _padded(made: References) -> References:
-    """Pad references to powers of two, so that there are few shapes."""
+    """Pad references to powers of two, for few shapes."""
 
-    def grown(values: np.ndarray, axis: int, least: int, fill: float) -> np.ndarray:
+    def pad(values: np.ndarray, axis: int, least: int, fill: float) -> np.ndarray:
         size = max(least, 1 << (values.shape[axis] - 1).bit_length())
         widths = [(0, size - values.shape[axis]) if dimension == axis else (0, 0) for dimension in range(values.ndim)]
         return np.pad(values, widths, constant_values=fill)
 
     points = made.keypoints
     points = points._replace(
-        features=grown(points.features, 1, FEATURES, 0xFFFFFFFF),
-        **{name: grown(getattr(points, name), 1, POINTS, 0) for name in ("index", "weight", "telling")},
-        **{name: grown(getattr(points, name), 1, POINTS, -1) for name in ("dimension", "block")},
+        features=pad(points.features, 1, FEATURES, 0xFFFFFFFF),
+        **{name: pad(getattr(points, name), 1, POINTS, 0) for name in ("index", "weight", "telling")},
+        **{name: pad(getattr(points, name), 1, POINTS, -1) for name in ("dimension", "block")},
     )
-    alphabet = grown(made.dialogue.alphabet, 1, ALPHABET, np.iinfo(np.int32).max)
+    alphabet = pad(made.dialogue.alphabet, 1, ALPHABET, np.iinfo(np.int32).max)
     return made._replace(keypoints=points, dialogue=made.dialogue._replace(alphabet=alphabet))
 
 
@@ -163,8 +162,8 @@ def _score(
 ) -> Scored:
     thresholds, extra = terms
 
-    def one(caption: Caption, length: jax.Array, reference: References, judged: dict[str, jax.Array]) -> Scored:
-        given = judged.get("checklist"), judged.get("probes")
-        return score(caption, length, reference, thresholds, *given, extra)
+    def score_one(caption: Caption, length: jax.Array, reference: References, judged: dict[str, jax.Array]) -> Scored:
+        answers = judged.get("checklist"), judged.get("probes")
+        return score(caption, length, reference, thresholds, *answers, extra)
 
-    return jax.vmap(one)(captions, tokens, references, answers)
+    return jax.vmap(score_one)(captions, tokens, references, answers)

@@ -1,4 +1,4 @@
-"""Captions of a benchmark's clips, appended to a file as they are made, so that a killed run resumes.
+"""Caption the clips of a benchmark. Captions are appended to a file, so that a killed run resumes.
 
 A line of the file is {"id", "caption", "tokens", "key"}; `key` is a digest of all inputs of the caption;
 lines with another key are ignored. Failed clips are not stored: the next run retries them.
@@ -30,20 +30,20 @@ from avocado_jax.sampling.engine import Engine
 
 KEPT = {"id": str, "caption": str, "tokens": int, "key": str}
 GREY = 128
-FAILURES = (InputError, MemoryError, jax.errors.JaxRuntimeError)  # of one clip: the others are still captioned
+FAILURES = (InputError, MemoryError, jax.errors.JaxRuntimeError)  # errors of one clip, which do not stop the run
 
 
 class Item(NamedTuple):
-    """One clip to caption."""
+    """A clip to caption."""
 
     id: str
     video: str  # local or gs://
-    prompt: Mapping[str, Any] = {}  # `prompt`, `system` and `media_first`, where they are not the captioner's
-    bytes: int | None = 0  # of the file; None: there is none
+    prompt: Mapping[str, Any] = {}  # `prompt`, `system` and `media_first` that differ from the captioner's
+    bytes: int | None = 0  # size of the file; None: the file is missing
 
 
 class Videos:
-    """Which files there are in a folder, local or gs://. A bucket is listed once."""
+    """The files of a folder, local or gs://. A bucket is listed once."""
 
     def __init__(self, folder: str) -> None:
         self.folder = folder
@@ -51,71 +51,72 @@ class Videos:
         self._bytes = {storage.join(folder, file.name): file.bytes for file in remote}
 
     def size(self, path: str) -> int | None:
-        """The bytes of a file; None if there is none. 0 for an object outside of the folder, which is not listed."""
+        """The size of a file in bytes: None if it is missing, 0 for unlisted objects (outside the folder)."""
         if storage.is_remote(path):
             return self._bytes.get(path) if path.startswith(f"{self.folder.rstrip('/')}/") else 0
         return os.path.getsize(path) if os.path.isfile(path) else None
 
 
 @dataclass(frozen=True)
-class How:
-    """What decides the captions beside the checkpoint."""
+class CaptionOptions:
+    """The settings that determine captions, in addition to the checkpoint."""
 
-    tokens: int  # at most
+    tokens: int  # maximum tokens of a caption
     dtype: str
     sound: bool = True
-    picture: bool = True  # else every frame is grey, of the same size
+    picture: bool = True  # False: replace all frames by grey ones
 
 
 class Caption(NamedTuple):
-    """One caption."""
+    """A caption."""
 
     text: str
-    tokens: int | None  # its length without the stop id, where it is known
+    tokens: int | None  # length without the stop id; None if unknown
 
 
 class Outcome(NamedTuple):
-    """Captions by id, and why the others have none."""
+    """Captions by id, and the errors of clips without a caption."""
 
     captions: dict[str, Caption]
     failed: dict[str, str]
 
 
 class TooManyFailed(Exception):
-    """More clips could not be captioned than the run allows."""
+    """More clips failed than the run allows."""
 
 
 def caption_items(
     items: Sequence[Item],
     load: Callable[[], Captioner],
     identity: str,
-    how: How,
+    options: CaptionOptions,
     file: str,
     slots: int,
     max_failed: float,
     others: Sequence[str] = (),
     clip_seconds: float = CLIP_SECONDS,
 ) -> Outcome:
-    """Greedy captions of all items, those that `file` holds among them.
+    """Caption all items greedily, except those with a caption in `file` or `others`.
 
     Args:
-        load: makes the captioner; not called where nothing is left to do.
-        identity: of the checkpoint.
-        slots: clips that are decoded together.
-        max_failed: share of the items.
-        others: more files that hold captions, such as those of other hosts; they are only read.
-        clip_seconds: to read one clip, which then counts as failed.
+        load: loads the captioner; called only if captions are missing.
+        identity: identity of the checkpoint.
+        file: captions are appended to this file.
+        slots: number of clips decoded together.
+        max_failed: maximum share of failed items.
+        others: further files with captions, such as those of other hosts; read only.
+        clip_seconds: timeout for reading one clip.
 
     Raises:
-        InputError: `file` cannot be written, is in use or holds other things.
-        StorageError: storage failed; the captions made so far are kept.
-        TooManyFailed: more than `max_failed` of the items failed; those made so far are kept.
+        InputError: `file` cannot be written, is in use, or has other content.
+        StorageError: storage failed. Finished captions are kept.
+        TooManyFailed: more than `max_failed` of the items failed. Finished captions are kept.
     """
-    keys = {item.id: caption_key(item, identity, how) for item in items}
+    keys = {item.id: caption_key(item, identity, options) for item in items}
     with ExitStack() as stack:
         out, data = open_lines(file, stack)
         lines = _parsed(data, file)
-        every = [*(line for other in others for line in _whole(other)), *lines]
+        every = [*(line for other in others for line in _complete_lines(other)), *lines]
         made = {
             line["id"]: Caption(line["caption"], line["tokens"])
             for line in every
@@ -128,14 +129,14 @@ def caption_items(
         if len(left) < len(items):
             print(f"captions: {len(items) - len(left)} of {len(items)} are in {file} already", file=sys.stderr)
 
-        captioned = _captioned(load(), left, how, slots, clip_seconds)
+        captioned = _captioned(load(), left, options, slots, clip_seconds)
         for item, caption in progress(captioned, "captions", len(left)):
             if isinstance(caption, Caption):
                 made[item.id] = caption
                 line = dict(id=item.id, caption=caption.text, tokens=caption.tokens, key=keys[item.id])
                 out.append(json.dumps(line, ensure_ascii=False).encode() + b"\n")
                 continue
-            if isinstance(caption, storage.StorageError):  # it may pass: no verdict on the clip
+            if isinstance(caption, storage.StorageError):  # may be temporary: not a failure of the clip
                 raise caption
             failed[item.id] = reason = first_line(caption)
             print(f"{item.id}: {reason}", file=sys.stderr)
@@ -147,9 +148,9 @@ def caption_items(
     return Outcome(made, failed)
 
 
-def caption_key(item: Item, identity: str, how: How) -> str:
-    """A digest of what decides an item's caption: the checkpoint, the options, the question and the clip."""
-    return digest([identity, asdict(how), dict(item.prompt), item.video.rpartition("/")[2], item.bytes or 0])
+def caption_key(item: Item, identity: str, options: CaptionOptions) -> str:
+    """A digest of all inputs of an item's caption: the checkpoint, the options, the question and the clip."""
+    return digest([identity, asdict(options), dict(item.prompt), item.video.rpartition("/")[2], item.bytes or 0])
 
 
 def digest(value: Any) -> str:
@@ -157,8 +158,8 @@ def digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _whole(file: str) -> list[dict[str, Any]]:
-    """The lines of a file of captions that another run may be writing to."""
+def _complete_lines(file: str) -> list[dict[str, Any]]:
+    """The complete lines of a captions file that another run may be writing."""
     data = storage.read(file)
     return _parsed(data[: data.rfind(b"\n") + 1], file)
 
@@ -168,21 +169,21 @@ def _parsed(data: bytes, file: str) -> list[dict[str, Any]]:
 
 
 def _captioned(
-    captioner: Captioner, items: Sequence[Item], how: How, slots: int, clip_seconds: float
+    captioner: Captioner, items: Sequence[Item], options: CaptionOptions, slots: int, clip_seconds: float
 ) -> Iterator[tuple[Item, Caption | Exception]]:
-    """Every item with its caption, or with the reason why it has none, as they finish."""
+    """Yield every item with its caption or error, on completion."""
 
     def row(item: Item) -> Row:
-        media, _ = ClipSource(item.video, item.video).read(reader, captioner.reading, how.sound)
+        media, _ = ClipSource(item.video, item.video).read(reader, captioner.reading, options.sound)
         for warning in media.warnings:
             print(f"{item.id}: warning: {warning}", file=sys.stderr)
-        if not how.picture:
+        if not options.picture:
             media = media._replace(frames=np.full_like(media.frames, GREY))
         return captioner.row(media, item.prompt)
 
     with ClipReader(READERS, clip_seconds) as reader:
         requests = ((item, made, 0) for item, made in read_ahead(items, row, READERS, 2 * READERS))
-        for item, tokens in Engine(captioner, how.tokens, slots=slots).run(requests):
+        for item, tokens in Engine(captioner, options.tokens, slots=slots).run(requests):
             if isinstance(tokens, Exception):
                 yield item, tokens
                 continue
@@ -191,13 +192,13 @@ def _captioned(
 
 
 def read_captions(file: Path, known: Mapping[str, Any]) -> dict[str, Caption]:
-    """Captions made elsewhere: lines {"id", "caption"}, or {"clip", "caption"} of `avocado caption --manifest`.
+    """Read captions from a file: lines {"id", "caption"}, or {"clip", "caption"} of `avocado caption --manifest`.
 
     Args:
-        known: the benchmark's ids.
+        known: the ids of the benchmark.
 
     Raises:
-        InputError: a line is not so, an id is not known or has two captions.
+        InputError: a line has another form, or an id is unknown or has two captions.
     """
     captions: dict[str, Caption] = {}
     for where, line in read_lines(file, {"caption": str}):

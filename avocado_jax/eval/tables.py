@@ -1,4 +1,4 @@
-"""Results as Markdown tables: one result beside published figures, or several in the layout of the paper's ablation."""
+"""Markdown tables of results: one result with published figures, or several in the layout of the paper's ablation."""
 
 import html
 import re
@@ -11,26 +11,26 @@ SHARED = {"dialogue_f1": "Dlg.F1", "repcol": "RepCol"}
 
 
 def result_table(result: Mapping[str, Any]) -> str:
-    """A benchmark's result under the published ones, its spread over rounds, and its figures by group."""
+    """A benchmark's result below the published ones, with its spread over rounds and its figures by group."""
     metrics, published = result["metrics"], PUBLISHED[result["benchmark"]]
     lines = [f"# {_safe(result['title'])}", ""]
-    rows = [[f"{name} (published)", *(_number(row.get(one)) for one in metrics)] for name, row in published.items()]
+    rows = [[f"{name} (published)", *(_number(row.get(key)) for key in metrics)] for name, row in published.items()]
     rows.append([f"**{_safe(result['model'])}**", *map(_number, metrics.values())])
     if spread := result.get("spread"):
         ends = [spread.get(name) for name in metrics]
-        ranges = [f"{_number(two[0])} to {_number(two[1])}" if two else "" for two in ends]
+        ranges = [f"{_number(pair[0])} to {_number(pair[1])}" if pair else "" for pair in ends]
         rows.append([f"over {len(result['rounds'])} rounds", *ranges])
     lines += _table(["", *metrics], rows)
     for kind, groups in result.get("by", {}).items():
         names = list(next(iter(groups.values())))
-        rows = [[_safe(group), *(_number(of[name]) for name in names)] for group, of in groups.items()]
+        rows = [[_safe(group), *(_number(figures[name]) for name in names)] for group, figures in groups.items()]
         lines += ["", *_table([f"by {kind}", *names], rows)]
     lines += ["", *(f"- {_safe(note)}" for note in notes(result))]
     return "\n".join(lines) + "\n"
 
 
 def notes(result: Mapping[str, Any]) -> list[str]:
-    """What figures do not say."""
+    """Notes on how the figures were obtained."""
     judge, lines = result["judge"], [f"{result['n']} clips"]
     if judge is None:
         lines.append("no judge was asked")
@@ -50,7 +50,7 @@ def notes(result: Mapping[str, Any]) -> list[str]:
 
 
 def ablation_table(results: Sequence[Mapping[str, Any]]) -> str:
-    """Results by model in the layout of the paper's Table 4, its own rows above."""
+    """Results by model in the layout of the paper's Table 4, below the rows of the paper."""
     header = ["model"]
     for benchmark, _, title in ABLATION_COLUMNS:
         header += [f"{benchmark} {title}", *SHARED.values()]
@@ -60,7 +60,7 @@ def ablation_table(results: Sequence[Mapping[str, Any]]) -> str:
 
 
 def ablation_rows(results: Sequence[Mapping[str, Any]]) -> dict[str, list[float | None]]:
-    """The figures of Table 4 for each model, None where there is no result."""
+    """The figures of Table 4 for each model; None for missing results."""
     models = list(dict.fromkeys(result["model"] for result in results))
     found = {(result["model"], result["benchmark"]): result["metrics"] for result in results}
     return {
@@ -74,7 +74,7 @@ def ablation_rows(results: Sequence[Mapping[str, Any]]) -> dict[str, list[float 
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """Lines of a Markdown table."""
+    """The lines of a Markdown table."""
     return [f"| {' | '.join(row)} |" for row in (header, ["---"] * len(header), *rows)]
 
 
@@ -83,6 +83,6 @@ def _number(value: float | None) -> str:
 
 
 def _safe(text: str) -> str:
-    """A text that Markdown and HTML show as it is, in one line."""
+    """Escape a text for Markdown and HTML, in one line."""
     escaped = html.escape(" ".join(text.split()), quote=False)
     return re.sub(r"([\\`*_\[\]|~#])", r"\\\1", escaped)

@@ -1,4 +1,4 @@
-"""The sound encoder: chunks of 200 mel frames that do not attend to each other, two tokens a pooled pair."""
+"""The audio encoder: independent chunks of 200 mel frames, pooled to 50 tokens per chunk."""
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -37,7 +37,7 @@ class AudioLayer(nn.Module):
 
 
 class AudioTower(nn.Module):
-    """Log-mel chunks to tokens of the language model's width, 25 a second (Qwen2.5-Omni, 2.2)."""
+    """Encodes log-mel chunks to tokens of the language model's width, 25 per second (Qwen2.5-Omni, 2.2)."""
 
     config: ThinkerConfig
 
@@ -45,19 +45,19 @@ class AudioTower(nn.Module):
         self.proj = nn.Dense(self.config.audio.out, **self.config.dtypes)
 
     def __call__(self, mel: Float[Array, "N 200 M"], length: Int[Array, "N"]) -> Float[Array, "N U D"]:
-        """Encode N chunks. `length` counts the valid frames of each; frames past it must be zero.
+        """Encode N chunks. `length` is the number of valid frames of each; frames past it must be zero.
 
-        Returns 50 tokens a chunk, of which ((length - 1) // 2 + 1) // 2 mean something.
+        Returns 50 tokens per chunk, of which the first ((length - 1) // 2 + 1) // 2 are valid.
         """
         return self.adapt(self.encode(mel, length))
 
     def adapt(self, features: Float[Array, "N U Y"]) -> Float[Array, "N U D"]:
-        """Features to tokens: the adapter, which is trained where the encoder is frozen."""
+        """Apply the adapter, which is trained even if the encoder is frozen."""
         return self.proj(features)
 
     @nn.compact
     def encode(self, mel: Float[Array, "N 200 M"], length: Int[Array, "N"]) -> Float[Array, "N U Y"]:
-        """Features of 50 positions a chunk, before the adapter."""
+        """Features of 50 positions per chunk, before the adapter."""
         audio, dtypes = self.config.audio, self.config.dtypes
         dtype = dtypes["dtype"]
         conv = dict(kernel_size=(3,), padding=1, **dtypes)
@@ -75,5 +75,5 @@ class AudioTower(nn.Module):
 
 
 def layer_norm(module: AudioLayer, name: str) -> nn.LayerNorm:
-    """LayerNorm in the dtypes of the module that holds it."""
+    """LayerNorm in the dtypes of its parent module."""
     return nn.LayerNorm(1e-5, use_fast_variance=False, dtype=module.dtype, param_dtype=module.param_dtype, name=name)

@@ -1,4 +1,4 @@
-"""Keys and values kept between calls: they go in and come out, nothing is stored in a module."""
+"""KV caches. They are passed in and out of calls; modules store no state."""
 
 from typing import Any, NamedTuple
 
@@ -10,25 +10,25 @@ from avocado_jax.typing import Array, Bool, Float, Int
 
 
 class KV(NamedTuple):
-    """Rotated keys, and values, by head: a decoding step reads each head's in one run."""
+    """Rotated keys, and values. The head axis is first, so that a decoding step reads each head contiguously."""
 
     k: Float[Array, "... K S E"]
     v: Float[Array, "... K S E"]
 
     def write(self, new: "KV", step: Int[Array, ""]) -> "KV":
-        """The cache with the keys and values of one more token a caption, [B G K 1 E], at `step`."""
+        """Write the keys and values of one token per caption, [B G K 1 E], at `step`."""
         return KV(*(jax.lax.dynamic_update_slice_in_dim(old, x, step, axis=3) for old, x in zip(self, new)))
 
 
 class Growing(NamedTuple):
-    """A caption cache of rows that are at different steps, while they all decode some tokens.
+    """A caption cache of rows at different steps, for decoding a few tokens of all rows.
 
-    New tokens are written at one index of all rows: a write at an index of each row is a scatter, which costs more than
-    the attention of a token.
+    New tokens are written at the same index of all rows. Writing at a different index per row is a scatter, which costs
+    more than the attention of a token.
 
     Attributes:
-        old: the first `begun` tokens of each row; only read.
-        new: the tokens since, up to `count`.
+        old: the first `begun` tokens of each row; read only.
+        new: the following `count` tokens of each row.
     """
 
     old: KV
@@ -38,11 +38,11 @@ class Growing(NamedTuple):
 
 
 class ClipCache(NamedTuple):
-    """What decoding reads of a clip, shared by its G captions.
+    """The KV cache of a clip, shared by its G captions.
 
     Attributes:
-        layers: keys and values: one KV with a leading axis of layers where they are scanned, else a tuple of KV.
-        valid: the clip tokens that are attended to.
+        layers: keys and values: one KV with a leading layer axis for scanned layers, else a tuple of KV.
+        valid: mask of the clip tokens that captions attend to.
         start: the position of the first input of every caption.
     """
 
@@ -52,7 +52,7 @@ class ClipCache(NamedTuple):
 
 
 def caption_cache(config: ThinkerConfig, rows: int, captions: int, length: int) -> Any:
-    """Empty caches for `length` tokens of each of `captions` captions a row, in the layout of the layers."""
+    """Allocate caches for `length` tokens of each of `captions` captions per row, in the layout of the layers."""
     text = config.text
     shape = (rows, captions, text.kv_heads, length, text.head)
     if config.scan:

@@ -1,4 +1,4 @@
-"""Sizes of the thinker. Plain data: no jax here, so that input workers and the converter may import it."""
+"""Model configs of the thinker. Imports no jax, so that input workers and the converter can import this module."""
 
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 @dataclass(frozen=True)
 class AudioConfig:
-    """The sound encoder: a Whisper-like tower over chunks of `2 * window` mel frames."""
+    """The audio encoder: a Whisper-like transformer over chunks of `2 * window` mel frames."""
 
     width: int = 1280
     layers: int = 32
@@ -19,7 +19,7 @@ class AudioConfig:
 
 @dataclass(frozen=True)
 class VisionConfig:
-    """The picture encoder: window attention inside one temporal patch, full attention in a few layers."""
+    """The vision encoder: window attention inside a temporal patch, full attention in some layers."""
 
     width: int = 1280
     layers: int = 32
@@ -28,39 +28,35 @@ class VisionConfig:
     channels: int = 3
     patch: int = 14  # pixels
     temporal_patch: int = 2  # frames
-    merge: int = 2  # patches a side that become one token
-    window: int = 112  # pixels a side of an attention window
+    merge: int = 2  # side of the square of patches that becomes one token
+    window: int = 112  # side of an attention window in pixels
     full_layers: tuple[int, ...] = (7, 15, 23, 31)
     rope_theta: float = 10000.0
     out: int = 3584
-    pixel_mean: tuple[float, ...] = (
-        0.48145466,
-        0.4578275,
-        0.40821073,
-    )  # of CLIP, in units of full brightness
+    pixel_mean: tuple[float, ...] = (0.48145466, 0.4578275, 0.40821073)  # of CLIP, for pixels in [0, 1]
     pixel_std: tuple[float, ...] = (0.26862954, 0.26130258, 0.27577711)
 
     @property
     def patch_size(self) -> int:
-        """Numbers in one flattened patch."""
+        """Values of a flattened patch."""
         return self.channels * self.temporal_patch * self.patch**2
 
     @property
     def window_cells(self) -> int:
-        """Merged cells a side of a window."""
+        """Side of a window in merged cells."""
         return self.window // self.patch // self.merge
 
 
 @dataclass(frozen=True)
 class Lora:
-    """Low-rank adapters beside the kernels of the language model's layers."""
+    """Low-rank adapters of the language model's layers."""
 
     rank: int = 16
     alpha: float = 16.0
 
     @property
     def scale(self) -> float:
-        """What the output of an adapter is multiplied with."""
+        """The factor of an adapter's output."""
         return self.alpha / self.rank
 
 
@@ -77,14 +73,14 @@ class TextConfig:
     head: int = 128
     rms_eps: float = 1e-6
     rope_theta: float = 1e6
-    mrope_sections: tuple[int, ...] = (16, 24, 24)  # frequencies that turn with time, height, width
-    tied: bool = False  # the embedding is the output matrix too
-    lora: Lora | None = None  # of a run that trains adapters; a checkpoint is read with them merged
+    mrope_sections: tuple[int, ...] = (16, 24, 24)  # number of rotary frequencies for time, height and width
+    tied: bool = False  # whether the output matrix is the embedding
+    lora: Lora | None = None  # adapters of a LoRA run; checkpoints are loaded with merged adapters
 
 
 @dataclass(frozen=True)
 class TokenIds:
-    """Media placeholder ids; a checkpoint's config.json carries them."""
+    """Media placeholder ids, from a checkpoint's config.json."""
 
     audio: int = 151646
     image: int = 151655
@@ -96,7 +92,7 @@ class TokenIds:
 
 
 class SplashBlocks(NamedTuple):
-    """Queries and keys that one step of the "splash" kernel computes, at most; multiples of 128."""
+    """Maximum block sizes (queries and keys per step) of the "splash" kernel; multiples of 128."""
 
     q: int = 512
     kv: int = 512
@@ -107,20 +103,20 @@ class SplashBlocks(NamedTuple):
 class Kernel(NamedTuple):
     """An attention kernel and its block sizes."""
 
-    name: str  # of ATTENTION
+    name: str  # one of ATTENTION
     blocks: SplashBlocks = SplashBlocks()
 
 
-# The platform's kernel ("splash" on TPU, "cudnn" on GPU in half precision, "plain" elsewhere), or one by name.
+# "auto" selects the platform's kernel: "splash" on TPU, "cudnn" on GPU in half precision, "plain" elsewhere.
 ATTENTION = ("auto", "plain", "splash", "cudnn")
-# What a layer keeps for the backward pass: everything; its input only; its input and products with weights; its
-# input only, and that in the host's memory.
+# Saved for the backward pass of a layer: everything; its input only; its input and weight products; its input only, in
+# host memory.
 REMAT = ("none", "full", "dots", "offload")
 
 
 @dataclass(frozen=True)
 class ThinkerConfig:
-    """One thinker: three towers, how they are computed, and what their checkpoint says about prompts."""
+    """The config of a thinker: encoders and language model, computation settings, and placeholder ids."""
 
     audio: AudioConfig = field(default_factory=AudioConfig)
     vision: VisionConfig = field(default_factory=VisionConfig)
@@ -128,21 +124,21 @@ class ThinkerConfig:
     tokens: TokenIds = field(default_factory=TokenIds)
     positions_per_second: int = 25
     seconds_per_chunk: int | float = 2
-    dtype: str = "float32"  # of activations; reductions are fp32 whatever it is
+    dtype: str = "float32"  # dtype of activations; reductions are always fp32
     param_dtype: str = "float32"
-    scan: bool = True  # one stacked layer under a scan (training), or separate layers (decoding)
-    attention: str = "auto"  # of whole sequences: see ATTENTION
+    scan: bool = True  # stacked layers under a scan (training), or separate layers (decoding)
+    attention: str = "auto"  # attention kernel of training and prefill: see ATTENTION
     splash: SplashBlocks = field(default_factory=SplashBlocks)
-    remat: str = "full"  # what the backward pass computes again: see REMAT
+    remat: str = "full"  # rematerialization: see REMAT
 
     @property
     def kernel(self) -> Kernel:
-        """The attention kernel, as layers take it."""
+        """The attention kernel with its block sizes."""
         return Kernel(self.attention, self.splash)
 
     @property
     def dtypes(self) -> dict[str, str]:
-        """The two dtypes, as the keywords that every module takes."""
+        """The dtypes as keyword arguments of modules."""
         return {"dtype": self.dtype, "param_dtype": self.param_dtype}
 
     def __post_init__(self) -> None:
@@ -175,12 +171,12 @@ TINY = ThinkerConfig(
     text=TextConfig(vocab=512, width=64, ffn=160, layers=2, heads=4, kv_heads=2, head=32, mrope_sections=(4, 6, 6)),
     tokens=TokenIds(
         audio=259, image=264, video=265, vision_start=262, vision_end=263, audio_start=260, audio_end=261
-    ),  # of data/tokenizer.py
+    ),  # ids of data/tokenizer.py
 )
 SMALL = ThinkerConfig(
-    # Trains on AVWorld from scratch on a CPU. Few wide heads cost least there. The base of the rope is small, so that a
-    # head turns by a third of a radian and more from one column of the picture to the next: the columns take the
-    # slowest frequencies, with Qwen's base less than 1e-4, and nothing else tells where in the picture a token is.
+    # Trained from scratch on AVWorld on a CPU, where few wide heads are fastest. The rope base is small, so that heads
+    # rotate by at least a third of a radian between adjacent columns. Columns use the lowest frequencies, which would
+    # be less than 1e-4 with Qwen's base, and the position of a token in the frame is not encoded otherwise.
     audio=AudioConfig(width=96, layers=2, heads=2, ffn=288, out=128),
     vision=VisionConfig(width=64, layers=2, heads=2, ffn=128, full_layers=(1,), out=128),
     text=TextConfig(
@@ -196,11 +192,11 @@ SMALL = ThinkerConfig(
     ),
     tokens=TokenIds(
         audio=1273, image=1278, video=1279, vision_start=1276, vision_end=1277, audio_start=1274, audio_end=1275
-    ),  # of launch/small_checkpoint.py
+    ),  # ids of launch/small_checkpoint.py
 )
 SIZES = {"7b": SEVEN_B, "3b": THREE_B, "small": SMALL, "tiny": TINY}
 
 
 def computed(config: ThinkerConfig, dtype: str, scan: bool, remat: str = "none") -> ThinkerConfig:
-    """The same model computed and kept in `dtype`, with stacked (`scan`) or separate layers."""
+    """The same model with activations and parameters in `dtype`, and stacked (`scan`) or separate layers."""
     return replace(config, dtype=dtype, param_dtype=dtype, scan=scan, remat=remat)

@@ -1,4 +1,4 @@
-"""A sentence encoder: BERT (Devlin et al., 2019), its last layer pooled to one unit vector a text (Sentence-BERT)."""
+"""A sentence encoder: BERT (Devlin et al., 2019) with the last layer pooled to a unit vector (Sentence-BERT)."""
 
 from dataclasses import dataclass
 
@@ -19,16 +19,16 @@ class EncoderConfig:
     ffn: int = 1536
     layers: int = 6
     heads: int = 12
-    positions: int = 512  # tokens of a text at most
-    kinds: int = 2  # kinds of segments in training; a text is of the first
+    positions: int = 512  # maximum tokens of a text
+    kinds: int = 2  # segment types; texts use type 0
     eps: float = 1e-12
-    pool: str = "mean"  # of the valid tokens; "first": the first of them
+    pool: str = "mean"  # "mean": mean of the valid tokens; "first": the first token
     dtype: str = "float32"
     param_dtype: str = "float32"
 
 
 class EncoderLayer(nn.Module):
-    """Post-norm transformer layer: all valid tokens see each other."""
+    """Post-norm transformer layer with bidirectional attention over valid tokens."""
 
     config: EncoderConfig
 
@@ -45,19 +45,19 @@ class EncoderLayer(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Texts to unit vectors, whose inner products say how near their meanings are."""
+    """Encodes texts to unit vectors, whose inner products measure semantic similarity."""
 
     config: EncoderConfig
 
     @nn.compact
     def __call__(self, tokens: Int[Array, "B S"], valid: Bool[Array, "B S"]) -> Float[Array, "B D"]:
-        """Encode B texts, the marks of begin and end included. A text without a valid token gives zeros."""
+        """Encode B texts, including start and end tokens. A text without a valid token gives zeros."""
         config = self.config
         words, places, kinds = (
             self.param(name, nn.initializers.normal(0.02), (rows, config.width), jnp.dtype(config.param_dtype))
             for name, rows in (("words", config.vocab), ("places", config.positions), ("kinds", config.kinds))
         )
-        index = jnp.minimum(jnp.arange(tokens.shape[1]), config.positions - 1)  # only padding may lie beyond
+        index = jnp.minimum(jnp.arange(tokens.shape[1]), config.positions - 1)  # only padding exceeds the maximum
         x = (words[tokens] + places[index][None] + kinds[:1, None]).astype(config.dtype)
         x = layer_norm(config, "norm")(x)
         for layer in range(config.layers):

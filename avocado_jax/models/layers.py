@@ -1,4 +1,4 @@
-"""Building blocks shared by the towers, and the two layouts of a stack of layers."""
+"""Building blocks of the encoders and the decoder, and the two layouts of a stack of layers."""
 
 from collections.abc import Callable, Mapping
 from operator import itemgetter
@@ -48,23 +48,23 @@ class GatedMLP(nn.Module):
 
 
 def dense(module: Any, features: int, name: str, bias: bool = True, lora: Lora | None = None) -> nn.Module:
-    """A linear layer in the dtypes of the module that holds it, with an adapter where `lora` is given."""
-    given = dict(use_bias=bias, dtype=module.dtype, param_dtype=module.param_dtype, name=name)
-    return nn.Dense(features, **given) if lora is None else LoraDense(features, **given, lora=lora)
+    """A linear layer in the dtypes of its parent module, with an adapter if `lora` is given."""
+    settings = dict(use_bias=bias, dtype=module.dtype, param_dtype=module.param_dtype, name=name)
+    return nn.Dense(features, **settings) if lora is None else LoraDense(features, **settings, lora=lora)
 
 
 def gelu(x: Array) -> Array:
-    """The exact (erf) GELU: the checkpoints were trained with it."""
+    """The exact (erf) GELU, as in the training of the checkpoints."""
     return nn.gelu(x, approximate=False)
 
 
 def layer_input(x: Array) -> Array:
-    """What enters a layer: divided by rows, and under the name that `remat = "offload"` moves to the host's memory."""
+    """Shard the input of a layer by rows, and name it for `remat = "offload"`, which moves it to host memory."""
     return checkpoint_name(constrain(x, "rows"), LAYER_INPUT)
 
 
-def _kept(remat: str) -> Callable | None:
-    """The policy of `config.REMAT`: what is kept of a layer besides its input."""
+def _remat_policy(remat: str) -> Callable | None:
+    """The checkpoint policy of an entry of `config.REMAT`."""
     policies = jax.checkpoint_policies
     if remat == "dots":
         return policies.checkpoint_dots_with_no_batch_dims
@@ -81,23 +81,23 @@ def _kept(remat: str) -> Callable | None:
 def stack_of(
     module: nn.Module, layer: type[nn.Module], sizes: Mapping[str, Any], count: int, config: ThinkerConfig
 ) -> Callable:
-    """`count` layers applied in turn: `run(x, per_layer, *shared) -> (x, outputs of each layer)`.
+    """Build a stack of `count` layers: `run(x, per_layer, *shared) -> (x, outputs of each layer)`.
 
     `layer(**sizes)` is called as `(x, inputs, *shared) -> (x, output)`.
 
-    With `config.scan` the parameters are stacked under `layers` and scanned; leaves of `per_layer` and of the outputs
+    With `config.scan` the parameters are stacked under `layers` and scanned. Leaves of `per_layer` and of the outputs
     have a leading axis of `count`.
 
-    Without, layer i has its own parameters `layers_{i}` and the outputs are a tuple. If `per_layer` is a list of
-    `count` entries, as in decoding, the layers are unrolled, so that a step reads each weight in place. Otherwise one
-    layer is compiled for all and selects its parameters by index: this copies each weight once, which is cheap for a
-    sequence of many tokens, and the program does not grow with the number of layers.
+    Without `config.scan`, layer i has the parameters `layers_{i}` and the outputs are a tuple. If `per_layer` is a list
+    of `count` entries, as in decoding, the layers are unrolled, so that a step reads each weight in place. Otherwise
+    one compiled layer selects its parameters by index. This copies each weight once, which is cheap for long sequences,
+    and the program size does not depend on the number of layers.
 
     Args:
-        module: the module that the layers belong to.
+        module: the parent module of the layers.
     """
     if config.remat != "none":
-        layer = nn.remat(layer, prevent_cse=not config.scan, policy=_kept(config.remat))
+        layer = nn.remat(layer, prevent_cse=not config.scan, policy=_remat_policy(config.remat))
 
     def scanned(x: Array, per_layer: Any, *shared: Any) -> tuple[Array, Any]:
         stack = nn.scan(

@@ -1,6 +1,7 @@
 """Low-rank adapters: y = x W + (alpha / rank) (x A) B in the language model's linear maps (Hu et al., 2021).
 
-A and B lie beside W as `lora_a` and `lora_b`. B begins at zero, so that a fresh adapter changes nothing.
+A and B are the parameters `lora_a` and `lora_b` next to `kernel`. B is initialised to zero, so that a new adapter is a
+no-op.
 """
 
 from collections.abc import Callable, Mapping
@@ -16,13 +17,13 @@ from avocado_jax.typing import Array, Float
 
 
 def init_a(key: Array, shape: tuple[int, ...], dtype: Any) -> Array:
-    """A of one layer, or of a stack: uniform in +-1 / sqrt(inputs), as the reference implementations begin."""
+    """Initialise A of a layer or a stack: uniform in +-1 / sqrt(inputs), as in the reference implementations."""
     bound = shape[-2] ** -0.5
     return jax.random.uniform(key, shape, dtype, -bound, bound)
 
 
 class LoraDense(nn.Module):
-    """`nn.Dense` with an adapter beside its kernel."""
+    """`nn.Dense` with a low-rank adapter."""
 
     features: int
     use_bias: bool
@@ -45,17 +46,17 @@ class LoraDense(nn.Module):
 
 
 def update_of(a: Array, b: Array, lora: Lora) -> Array:
-    """The update that an adapter adds to its kernel, (alpha / rank) A B, in fp32; leading axes are stacked layers."""
+    """The update of a kernel by its adapter, (alpha / rank) A B, in fp32. Leading axes are stacked layers."""
     return lora.scale * (a.astype("float32") @ b.astype("float32"))
 
 
 def add_adapters(params: Mapping[str, Any], like: Any, seed: int) -> dict[str, Any]:
-    """Parameters without adapters, and fresh ones made where they live.
+    """Add newly initialised, sharded adapters to parameters.
 
     Args:
-        params: arrays; what they lack of `like` must be adapters.
-        like: the whole tree of ShapeDtypeStructs with shardings.
-        seed: of the draws; the same on every process and mesh.
+        params: arrays of all parameters except adapters.
+        like: the complete tree of ShapeDtypeStructs with shardings.
+        seed: seed of the initialisation; the result does not depend on processes and mesh.
     """
     flat, wanted = flatten_dict(params), flatten_dict(like)
     missing = sorted(path for path in wanted if path not in flat)

@@ -1,4 +1,4 @@
-"""The language model. One layer serves prefill, training on [clip; captions], and decoding."""
+"""The language model. The same layer is used in prefill, training on [clip; captions], and decoding."""
 
 from typing import Any
 
@@ -17,8 +17,8 @@ class TextLayer(nn.Module):
     """One decoder layer of Qwen2.5: q, k and v with bias, o without.
 
     Attributes:
-        captions: (G, C) in training, where a row is the P tokens of a clip and then the C tokens of each of its G
-            captions. None in prefill (the clip alone) and in decoding (one token of each caption).
+        captions: (G, C) in training, where a row has the P tokens of a clip followed by the C tokens of each of its G
+            captions. None in prefill (clip tokens only) and in decoding (one token per caption).
     """
 
     text: TextConfig
@@ -39,13 +39,13 @@ class TextLayer(nn.Module):
         """Clip tokens attend causally to the clip; a caption attends to its valid clip tokens and causally to itself.
 
         Args:
-            x: the Q tokens of a row; every matrix product covers all of them at once.
-            caches: in decoding, keys and values of the clip, [B K P E], and of the captions so far, [B G K S E].
-            step: in decoding, the index of the new token of each caption; the same for all unless caches are `Growing`.
+            x: the Q tokens of a row, processed together in every matrix product.
+            caches: in decoding, keys and values of the clip, [B K P E], and of previous caption tokens, [B G K S E].
+            step: in decoding, the index of the new token of each caption; a scalar unless the cache is `Growing`.
 
         Returns:
-            The output, and the keys and values to keep: of the clip (prefill), of the captions (decoding; those of
-            `Growing.new`), or None.
+            The output, and keys and values to keep: of the clip (prefill), of the captions (decoding; those of
+            `Growing.new`), or None (training).
         """
         text, (rows, tokens, _) = self.text, x.shape
         norms = dict(eps=text.rms_eps, dtype=self.dtype, param_dtype=self.param_dtype)
@@ -74,7 +74,7 @@ class TextLayer(nn.Module):
         v: Float[Array, "B Q K E"],
         clip_valid: Bool[Array, "B P"] | None,
     ) -> tuple[Float[Array, "B Q H E"], KV | None]:
-        """Attention of whole sequences. The clip's keys and values are returned only if there are no captions."""
+        """Attention in training and prefill. Returns the clip's keys and values only in prefill."""
         kernel = backend(self.kernel, self.dtype)
         rows, (group, length) = len(q), self.captions or (0, 0)
         end = q.shape[1] - group * length
@@ -97,7 +97,7 @@ def _decode(
     clip_valid: Bool[Array, "B P"],
     step: Int[Array, "B"] | Int[Array, ""],
 ) -> tuple[Float[Array, "B G H E"], KV]:
-    """Attention of one token of each caption, and the captions' cache with that token written."""
+    """Attention of one token per caption. Also returns the captions' cache with this token."""
     token = KV(k[..., None, :], v[..., None, :])
     if isinstance(captions, Growing):
         kept = captions.new.write(token, captions.count)
@@ -114,7 +114,7 @@ def _until(step: Int[Array, ""], kv: KV) -> Bool[Array, "1 S"]:
 
 
 class TextModel(nn.Module):
-    """The stack of decoder layers between embeddings and the final norm."""
+    """The decoder layers and the final norm."""
 
     config: ThinkerConfig
 
@@ -128,9 +128,9 @@ class TextModel(nn.Module):
         caches: tuple[Any, Any] | None = None,
         step: Int[Array, "B"] | Int[Array, ""] | None = None,
     ) -> tuple[Float[Array, "B Q D"], Any]:
-        """Normed hidden states, and what `TextLayer` returns of each layer, in the layout of `ClipCache.layers`.
+        """Normed hidden states, and the keys and values of all layers, in the layout of `ClipCache.layers`.
 
-        The arguments are those of `TextLayer`, with the caches of all layers.
+        For the arguments see `TextLayer`; `caches` are those of all layers.
         """
         config, text = self.config, self.config.text
         rope = text_rope(positions, text.head, text.rope_theta, text.mrope_sections)

@@ -1,4 +1,4 @@
-"""The thinker: encoders, the clip's tokens and its captions. Logits exist at caption positions only."""
+"""The thinker: encoders and language model over a clip and its captions. Logits only at caption positions."""
 
 from typing import Any, NamedTuple
 
@@ -17,7 +17,7 @@ from avocado_jax.typing import Array, Bool, Captions, Clip, Float, Int
 class Encoded(NamedTuple):
     """Encoder outputs before the adapters. Pass them to skip the encoders."""
 
-    vision: Float[Array, "B T S Y"]  # slots of each temporal patch
+    vision: Float[Array, "B T S Y"]  # features of the slots of each temporal patch
     audio: Float[Array, "B A U Y"] | None  # None without sound
 
 
@@ -43,8 +43,8 @@ class Thinker(nn.Module):
     def __call__(self, clip: Clip, captions: Captions, encoded: Encoded | None = None) -> Float[Array, "B G C D"]:
         """Normed hidden states at the captions' inputs; their logits predict the targets.
 
-        Clip and captions pass through the layers together, so that each weight is gathered once in each direction
-        and its gradient is one array.
+        Clip and captions pass through the layers together, so that each weight is gathered once per pass and its
+        gradient is computed once.
         """
         rows, clip_tokens = clip.tokens.shape
         inputs = captions.inputs
@@ -59,7 +59,7 @@ class Thinker(nn.Module):
         return x[:, clip_tokens:].reshape(*inputs.shape, -1)
 
     def encode(self, clip: Clip) -> Encoded:
-        """Run the encoders: the part of the model that is frozen in both stages of the paper."""
+        """Run the encoders, which are frozen in both stages of the paper."""
         rows, patches = clip.tokens.shape[0], clip.patches.shape[1]
         per_frame = (
             jnp.repeat(part[:, None], patches, axis=1).reshape(rows * patches, *part.shape[1:])
@@ -67,7 +67,7 @@ class Thinker(nn.Module):
         )
         vision = self.vision.encode(clip.patches.reshape(rows * patches, *clip.patches.shape[2:]), *per_frame)
         audio = None
-        if clip.mel.shape[1]:  # a batch without any sound has no chunk to encode
+        if clip.mel.shape[1]:  # a batch without sound has no chunks
             chunks = clip.mel.reshape(-1, *clip.mel.shape[2:])
             audio = self.audio.encode(chunks, clip.mel_length.reshape(-1))
         return jax.tree.map(lambda part: part.reshape(rows, -1, *part.shape[1:]), Encoded(vision, audio))
@@ -89,7 +89,7 @@ class Thinker(nn.Module):
         return placed if inputs is None else jnp.concatenate([placed, words[:, clip_tokens:]], axis=1)
 
     def prefill(self, clip: Clip, encoded: Encoded | None = None) -> ClipCache:
-        """What decoding reads of the clip, shared by any number of captions."""
+        """Compute the KV cache of the clip, shared by any number of captions."""
         _, kv = self.text(self.embed(clip, encoded), clip.positions)
         return ClipCache(kv, _valid(clip), clip.start)
 
@@ -98,7 +98,8 @@ class Thinker(nn.Module):
     ) -> tuple[Float[Array, "B G V"], Any]:
         """Logits (fp32) of the next token of every caption, and the caption cache with `inputs` written at `step`.
 
-        Captions are at one step; or each row at its own, if `caption_kv` are `Growing`, of which `new` is returned.
+        All captions are at the same step, or each row at its own step if the caches are `Growing`; then their `new` is
+        returned.
         """
         index = jnp.broadcast_to(step[..., None, None], (*inputs.shape, 1))
         positions = caption_positions(cache.start, index)[:, :, 0]
@@ -108,7 +109,7 @@ class Thinker(nn.Module):
         return self.logits(x), caption_kv
 
     def logits(self, hidden: Float[Array, "... D"], ids: Int[Array, "V"] | None = None) -> Float[Array, "... V"]:
-        """Logits of the next token in fp32, for the whole vocabulary or for `ids` only."""
+        """Logits of the next token in fp32, for the full vocabulary or for `ids`."""
         head = self.head if ids is None else self.head[ids]
         return jnp.einsum("...D,VD->...V", hidden, head.astype(self.config.dtype), preferred_element_type=jnp.float32)
 
@@ -117,7 +118,7 @@ class Thinker(nn.Module):
 
 
 def output_matrix(config: ThinkerConfig, params: Any) -> Float[Array, "V D"]:
-    """The parameter that `Thinker.logits` multiplies with."""
+    """The output matrix of `Thinker.logits`."""
     return params["embedding" if config.text.tied else "head"]
 
 
@@ -126,7 +127,7 @@ def _valid(clip: Clip) -> Bool[Array, "B P"]:
 
 
 def caption_positions(start: Int[Array, "B"], index: Int[Array, "B G Q"]) -> Int[Array, "B G Q 3"]:
-    """TMRoPE ids of caption inputs by index: they continue from the last prompt token, on all three axes."""
+    """TMRoPE ids of caption inputs by index. They continue from the last prompt token on all three axes."""
     return jnp.repeat((start[:, None, None] + index)[..., None], 3, axis=-1)
 
 
@@ -137,10 +138,10 @@ def example(
     shape: tuple[int, int, int, int] = (2, 1, 1, 1),
     caption: int = 1,
 ) -> tuple[Clip, Captions]:
-    """A batch as shapes and dtypes. The default sizes are enough for `init` and `eval_shape`.
+    """A batch as ShapeDtypeStructs. The default sizes suffice for `init` and `eval_shape`.
 
     Args:
-        shape: sizes of the clips as `data.rows.Shape` has them: tokens, temporal patches, windows, chunks of sound.
+        shape: sizes of the clips as in `data.rows.Shape`: tokens, temporal patches, windows, audio chunks.
         caption: tokens of each of the `group` captions.
     """
     vision, audio = config.vision, config.audio
@@ -168,6 +169,6 @@ def example(
 
 
 def init(config: ThinkerConfig, key: jax.Array) -> Any:
-    """Random parameters of `config`; under `jax.eval_shape`, their shapes at no cost."""
+    """Random parameters of `config`; only their shapes under `jax.eval_shape`."""
     clip, captions = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), example(config))
     return Thinker(config).init(key, clip, captions)["params"]

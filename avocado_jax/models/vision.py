@@ -1,4 +1,4 @@
-"""The picture encoder: dense blocks of one window or one temporal patch; nothing attends across time."""
+"""The vision encoder: dense attention in a window or a temporal patch, without attention across time."""
 
 import flax.linen as nn
 import jax
@@ -13,7 +13,7 @@ from avocado_jax.typing import Array, Bool, Float, Int, Shaped
 
 
 class VisionLayer(nn.Module):
-    """Pre-norm layer over windows of slots; where `full`, all windows of a temporal patch are one block."""
+    """Pre-norm layer with attention over windows of slots or, if `full`, over all slots of a temporal patch."""
 
     width: int
     heads: int
@@ -48,7 +48,7 @@ class VisionLayer(nn.Module):
             kernel = backend(self.kernel, self.dtype, w * u)
             return kernel.attend_block(*blocks, valid.reshape(n, w * u)).reshape(q.shape)
 
-        if isinstance(full, jax.Array):  # under a scan the layer's number is traced
+        if isinstance(full, jax.Array):  # traced under a scan
             mixed = jax.lax.cond(full, over_frames, over_windows, q, k, v)
         else:
             mixed = (over_frames if full else over_windows)(q, k, v)
@@ -58,7 +58,7 @@ class VisionLayer(nn.Module):
 
 
 class VisionTower(nn.Module):
-    """Temporal patches (two frames each) in window order to tokens, one for four slots."""
+    """Encodes temporal patches (two frames each) in window order to tokens, one per four slots."""
 
     config: ThinkerConfig
 
@@ -72,14 +72,14 @@ class VisionTower(nn.Module):
         grid: Int[Array, "N W U 2"],
         valid: Bool[Array, "N W U"],
     ) -> Float[Array, "N Z D"]:
-        """Encode N temporal patches of uint8 pixels; `grid` has each slot's row and column, `valid` the real ones.
+        """Encode N temporal patches of uint8 pixels. `grid` has the row and column of each slot, `valid` masks padding.
 
-        Returns W * U / 4 tokens a temporal patch, in slot order; those of padding slots mean nothing.
+        Returns W * U / 4 tokens per temporal patch, in slot order; tokens of padding slots are undefined.
         """
         return self.adapt(self.encode(patches, grid, valid))
 
     def adapt(self, features: Float[Array, "N S Y"]) -> Float[Array, "N Z D"]:
-        """Features of slots to tokens: the adapter, which is trained where the encoder is frozen."""
+        """Apply the adapter, which is trained even if the encoder is frozen."""
         return self.merger(features)
 
     @nn.compact
@@ -91,7 +91,7 @@ class VisionTower(nn.Module):
     ) -> Float[Array, "N S Y"]:
         """Features of all slots, before the adapter."""
         vision, dtypes = self.config.vision, self.config.dtypes
-        # Pixels travel as bytes and are normalised here: a quarter of the traffic to the device.
+        # Pixels are transferred as bytes and normalised on the device: a quarter of the traffic.
         mean, std = (
             np.repeat(np.float32(part) * 255, vision.patch_size // vision.channels)[None, None, None]
             for part in (vision.pixel_mean, vision.pixel_std)
@@ -109,7 +109,7 @@ class VisionTower(nn.Module):
 
 
 class Merger(nn.Module):
-    """The adapter: each run of `cells` slots becomes one token of the language model's width."""
+    """The adapter: `cells` consecutive slots become one token of the language model's width."""
 
     cells: int
     out: int

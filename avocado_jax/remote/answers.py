@@ -1,4 +1,4 @@
-"""Structured answers: one declaration gives the JSON schema of the request and parses the answer."""
+"""Structured answers: a pydantic model gives the JSON schema of the request and parses the answer."""
 
 import ast
 import json
@@ -10,28 +10,28 @@ from pydantic import BaseModel, ValidationError
 from avocado_jax.remote.call import Malformed
 
 A = TypeVar("A", bound=BaseModel)
-ATTEMPTS = 256  # openings of an object that are tried: a hostile answer may hold a million
-LITERAL, DEPTH = 20_000, 16  # characters and nested braces of a Python dictionary
-ESCAPE = re.compile(r"""\\(?:\\\\)*[^\\'"nrtu]""")  # that Python would warn of, or read as something else
+ATTEMPTS = 256  # maximum number of "{" that are tried: a hostile answer may contain a million
+LITERAL, DEPTH = 20_000, 16  # maximum characters and nesting of a Python dictionary
+ESCAPE = re.compile(r"""\\(?:\\\\)*[^\\'"nrtu]""")  # escapes that Python warns about or reads differently
 TOKEN = re.compile(r"""'(?:[^'\\\n]|\\.)*'|"(?:[^"\\\n]|\\.)*"|[{}]""")
 
 
 def response_format(schema: type[BaseModel]) -> dict[str, Any]:
-    """The field of a request that constrains the answer to this schema."""
+    """The request field that constrains the answer to this schema."""
     named = {"name": schema.__name__, "schema": _closed(schema.model_json_schema()), "strict": True}
     return {"response_format": {"type": "json_schema", "json_schema": named}}
 
 
 def read_object(text: str, schema: type[A], python: bool = False) -> A:
-    """The last JSON object in what a model wrote that is of this shape, types strictly so.
+    """Return the last JSON object in an answer that matches the schema; types are checked strictly.
 
-    Words, fences and other objects around it are ignored, and so are fields that were not requested.
+    Text, code fences and other objects around it are ignored, and so are additional fields.
 
     Args:
-        python: read Python dictionaries too (`objects`).
+        python: accept Python dictionaries too (`objects`).
 
     Raises:
-        Malformed: there is none.
+        Malformed: no object matches.
     """
     why = "no JSON object"
     for found in reversed(objects(text, python)):
@@ -44,10 +44,10 @@ def read_object(text: str, schema: type[A], python: bool = False) -> A:
 
 
 def objects(text: str, python: bool = False) -> list[dict[str, Any]]:
-    """The JSON objects in a text, outermost ones, in order. One that names a field twice is none.
+    """The outermost JSON objects in a text, in order. Objects with a duplicate field are skipped.
 
     Args:
-        python: read Python dictionaries too: single quotes, True, False, None and trailing commas.
+        python: accept Python dictionaries too: single quotes, True, False, None and trailing commas.
     """
     decoder = json.JSONDecoder(object_pairs_hook=_fields)
     found, position = [], 0
@@ -67,7 +67,7 @@ def objects(text: str, python: bool = False) -> list[dict[str, Any]]:
 
 
 def _closing(text: str, start: int) -> int:
-    """The end of the object that begins at `start`, 0 if there is none near."""
+    """The end of the object that begins at `start`; 0 if not found within the limits."""
     depth = 0
     for token in TOKEN.finditer(text, start, start + LITERAL):
         depth += {"{": 1, "}": -1}.get(token[0], 0)
@@ -79,7 +79,7 @@ def _closing(text: str, start: int) -> int:
 
 
 def _literal(text: str) -> Any:
-    """The value of a Python dictionary of plain values; None if it is not one or names a field twice."""
+    """Parse a Python dictionary of literals; None if it is invalid or has a duplicate field."""
     if ESCAPE.search(text):
         return None
     try:
@@ -95,14 +95,14 @@ def _literal(text: str) -> Any:
 
 
 def last_words(text: str) -> list[str]:
-    """What a model answered in plain text: all of it without its thoughts and fences, and its last line."""
+    """Candidate plain-text answers: the text without reasoning and code fences, and its last line."""
     answer = text.rpartition("</think>")[2]
     lines = [line.strip() for line in answer.splitlines() if line.strip() and not line.strip().startswith("```")]
     return list(dict.fromkeys(["\n".join(lines), *lines[-1:]]))
 
 
 def _closed(schema: Any) -> Any:
-    """The schema with no field but its own in any object, as strict endpoints require; answers may have more."""
+    """The schema with additionalProperties false in every object, as strict endpoints require."""
     if isinstance(schema, list):
         return [_closed(one) for one in schema]
     if not isinstance(schema, dict):

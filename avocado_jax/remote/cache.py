@@ -1,4 +1,4 @@
-"""Caches of a model's raw answers, by a hash of the request. Any number of processes may share a folder."""
+"""Caches of raw answers, keyed by a hash of the request. Any number of processes may share a folder."""
 
 import json
 import os
@@ -13,15 +13,14 @@ class Answers(Protocol):
     """A cache."""
 
     def get(self, name: str) -> dict[str, Any] | None:
-        """The entry stored under a name, its "answer" a text; None if there is none."""
+        """The entry stored under a name, or None. Its "answer" is a string."""
 
     def put(self, name: str, entry: dict[str, Any]) -> None:
         """Store an answer: {"model", "answer", "tokens", "returned"}."""
 
 
 class Cache:
-    """Answers as files FOLDER/ab/abcdef....json: {"model", "answer", "tokens", "returned"}. Without a folder it stores
-    nothing.
+    """Answers as files FOLDER/ab/abcdef....json: {"model", "answer", "tokens", "returned"}. Without a folder, a no-op.
 
     Raises:
         InputError: the folder is in a bucket.
@@ -34,7 +33,7 @@ class Cache:
         self.folder = folder
 
     def get(self, name: str) -> dict[str, Any] | None:
-        """The entry stored under a name, its "answer" a text; None if there is no file or it is damaged."""
+        """The entry stored under a name; None if the file is missing or damaged. Its "answer" is a string."""
         if self.folder is None:
             return None
         try:
@@ -44,10 +43,10 @@ class Cache:
         return entry if isinstance(entry, dict) and isinstance(entry.get("answer"), str) else None
 
     def put(self, name: str, entry: dict[str, Any]) -> None:
-        """Store an answer atomically: other processes may read at any moment.
+        """Store an answer atomically, since other processes may read at any time.
 
         Raises:
-            OSError: it cannot be written.
+            OSError: the file cannot be written.
         """
         if self.folder is None:
             return
@@ -65,6 +64,6 @@ class Cache:
         return self.folder / name[:2] / f"{name}.json"
 
 
-def opened(cache: Path | Answers | None) -> Answers:
-    """The cache of a folder, or the one that is given."""
+def open_cache(cache: Path | Answers | None) -> Answers:
+    """Open the cache of a folder; an open cache is returned unchanged."""
     return Cache(cache) if cache is None or isinstance(cache, Path) else cache

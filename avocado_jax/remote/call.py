@@ -1,4 +1,4 @@
-"""One call over HTTP: the text of the answer, or an error that states whether a retry may help."""
+"""One HTTP call: the text of the answer, or an error that states whether a retry may help."""
 
 import json
 from email.utils import parsedate_to_datetime
@@ -9,12 +9,12 @@ from urllib.request import getproxies, proxy_bypass
 
 import aiohttp
 
-ANSWER_BYTES = 2**20  # a longer answer is not read on
+ANSWER_BYTES = 2**20  # maximum size of an answer
 TRUNCATED = ("length", "content_filter")  # finish reasons of an incomplete answer
 
 
 class Malformed(ValueError):
-    """An invalid answer. `text` is the model's output, if there is any."""
+    """An invalid answer. `text`: the model's output, if any."""
 
     def __init__(self, what: str, text: str = ""):
         super().__init__(what)
@@ -22,16 +22,16 @@ class Malformed(ValueError):
 
 
 class Passing(Exception):
-    """An error that may pass, and the seconds that the server asks to wait."""
+    """A transient error. `wait`: seconds until the server accepts a retry."""
 
     def __init__(self, what: str, wait: float = 0.0, late: bool = False):
         super().__init__(what)
         self.wait = wait
-        self.late = late  # the server had the question, and may have worked on it
+        self.late = late  # the server received the request and may have processed it
 
 
 class Final(Exception):
-    """An error that asking again does not change, and its status, if a server gave one."""
+    """A permanent error. `status`: the HTTP status, 0 if none."""
 
     def __init__(self, what: str, status: int = 0):
         super().__init__(what)
@@ -39,9 +39,9 @@ class Final(Exception):
 
 
 def proxy_for(url: str) -> str | None:
-    """The proxy for a URL by HTTP_PROXY, HTTPS_PROXY and NO_PROXY; none for this machine's loopback addresses.
+    """The proxy for a URL by HTTP_PROXY, HTTPS_PROXY and NO_PROXY; None for loopback addresses.
 
-    The netrc file, which aiohttp's `trust_env` would read too, is ignored: it would replace the API key.
+    aiohttp's `trust_env` is not used: it also reads the netrc file, which would replace the API key.
     """
     parts = urlsplit(url)
     host = parts.hostname or ""
@@ -51,10 +51,10 @@ def proxy_for(url: str) -> str | None:
 
 
 async def call(session: aiohttp.ClientSession, url: str, body: dict[str, Any], timeout: float) -> bytes:
-    """Post one request and return the body of the answer.
+    """Post a request and return the body of the answer.
 
     Raises:
-        Passing, Final, Malformed: there is none.
+        Passing, Final, Malformed: no answer.
     """
     try:
         async with session.post(
@@ -79,10 +79,10 @@ async def call(session: aiohttp.ClientSession, url: str, body: dict[str, Any], t
 
 
 def content(raw: bytes) -> str:
-    """The text in an answer of the chat protocol.
+    """The text of a chat completion.
 
     Raises:
-        Malformed: it is not a valid answer, or the server reports it as incomplete.
+        Malformed: the answer is invalid, or the server reports it as incomplete.
     """
     try:
         choice = json.loads(raw)["choices"][0]
@@ -97,7 +97,7 @@ def content(raw: bytes) -> str:
 
 
 def usage(raw: bytes) -> int | None:
-    """The tokens that an answer says it took, question included; None if it does not say."""
+    """The reported tokens of prompt and answer; None if not reported."""
     try:
         total = json.loads(raw)["usage"]["total_tokens"]
     except (ValueError, LookupError, TypeError, RecursionError):
@@ -106,7 +106,7 @@ def usage(raw: bytes) -> int | None:
 
 
 def model_of(raw: bytes) -> str:
-    """The model that answered, as the endpoint names it; empty if it does not say."""
+    """The reported name of the model; empty if not reported."""
     try:
         name = json.loads(raw)["model"]
     except (ValueError, LookupError, TypeError, RecursionError):
@@ -115,7 +115,7 @@ def model_of(raw: bytes) -> str:
 
 
 def retry_after(header: str) -> float:
-    """Seconds of a Retry-After header: a number, or a date; 0 if it is neither."""
+    """Seconds of a Retry-After header, a number or a date; 0 if it is invalid."""
     try:
         return max(0.0, float(header))
     except ValueError:

@@ -19,68 +19,68 @@ from urllib.parse import urlsplit
 import aiohttp
 
 from avocado_jax.errors import InputError
-from avocado_jax.remote.cache import Answers, opened
+from avocado_jax.remote.cache import Answers, open_cache
 from avocado_jax.remote.call import Final, Malformed, Passing, call, content, model_of, proxy_for, usage
 from avocado_jax.remote.ledger import Ledger
 
 T = TypeVar("T")
-Messages = Sequence[Mapping[str, Any]]  # "content" is a text, or a list of the protocol's parts
-FIRST_PAUSE, LAST_PAUSE = 0.5, 30.0  # seconds between calls that failed; each pause is twice the one before
-ANSWER_TOKENS = 1024  # of an answer, where the request does not limit it and the endpoint does not tell
-IMAGE_TOKENS = 1024  # of a picture
-AUDIO_BYTES = 4096  # of sound in base64 to a token: 16 kHz, 16 bits, ten tokens a second
+Messages = Sequence[Mapping[str, Any]]  # "content": a text, or a list of content parts
+FIRST_PAUSE, LAST_PAUSE = 0.5, 30.0  # seconds between retries: exponential backoff
+ANSWER_TOKENS = 1024  # assumed tokens of an answer, if the request has no limit and the endpoint reports no usage
+IMAGE_TOKENS = 1024  # assumed tokens of a picture
+AUDIO_BYTES = 4096  # base64 bytes of sound per token: 16 kHz, 16 bits, ten tokens a second
 
 
 @dataclass(frozen=True)
 class Endpoint:
-    """Who is asked, and how long, how often and at what cost."""
+    """The address of an endpoint, and the limits of time, retries and cost."""
 
     url: str  # of the API: https://api.openai.com/v1
     model: str
-    key_variable: str = "OPENAI_API_KEY"  # the environment variable that holds the key; unset or empty: none is sent
-    cache: Path | Answers | None = None  # a folder that any number of processes may share, or an opened cache
-    concurrency: int = 16  # calls at once
-    timeout: float = 60.0  # seconds that a call may take, to its last byte
-    patience: float = 600.0  # seconds, once its turn has come, after which a question without a deadline is given up
-    tries: int = 3  # answers taken to a question until one can be read
-    blanks: int | None = None  # of them without any text, counted separately; None: as the others
-    max_calls: int = 1_000_000  # of one client, or of all that wrote the ledger
-    max_tokens: int | None = None  # the same, questions and answers together
-    ledger: Ledger | None = None  # adds up calls and tokens over all runs
-    breaker: int | None = None  # questions in a row without an answer after which no more are asked
-    options: Mapping[str, Any] = field(default_factory=lambda: {"temperature": 0})  # more fields of every request
-    name: str = "judge"  # what messages on stderr call it
+    key_variable: str = "OPENAI_API_KEY"  # environment variable of the API key; if unset or empty, no key is sent
+    cache: Path | Answers | None = None  # a folder that any number of processes may share, or an open cache
+    concurrency: int = 16  # concurrent calls
+    timeout: float = 60.0  # seconds per call, to its last byte
+    patience: float = 600.0  # seconds per question without a deadline, from its first call
+    tries: int = 3  # answers per question until one is valid
+    blanks: int | None = None  # separate limit for answers without text; None: they count as tries
+    max_calls: int = 1_000_000  # of this client, or of all runs in the ledger
+    max_tokens: int | None = None  # the same for tokens, of prompts and answers
+    ledger: Ledger | None = None  # sums of calls and tokens over all runs
+    breaker: int | None = None  # after this many questions in a row without an answer, all further ones are refused
+    options: Mapping[str, Any] = field(default_factory=lambda: {"temperature": 0})  # additional fields of each request
+    name: str = "judge"  # in messages on stderr
 
 
 @dataclass(frozen=True)
 class Reply(Generic[T]):
-    """What became of a question."""
+    """The result of a question."""
 
-    value: T | None  # what was read; None: nothing was
-    text: str = ""  # the answer it was read from, else the last one that could not be read
-    why: str = ""  # there is no value
+    value: T | None  # the parsed answer; None: no valid answer
+    text: str = ""  # the raw answer: the valid one, or the last invalid one
+    why: str = ""  # the error, if there is no value
 
 
 class ChatClient:
-    """Asks an endpoint on a thread of its own.
+    """A client of an endpoint; its event loop runs in a separate thread.
 
-    A valid answer is requested once: the raw answer is cached by the hash of all that decides it,
-    and equal questions in flight are one. What may pass (429, 5xx, time-outs, lost connections) is tried again with
-    pauses that grow, as long as Retry-After says and patience lasts. The key is sent in the header and nowhere else.
+    Raw answers are cached by a hash of the request, and equal questions in flight share one call. Transient errors
+    (429, 5xx, timeouts, lost connections) are retried with exponential backoff or after Retry-After, until the
+    question's deadline. The API key is sent in the header only.
 
     Attributes:
-        counts: "calls"; "cached" answers; "passing" errors, after which the call was made again; "malformed" answers;
-            "refused" calls, which are not made again, and those over budget; questions given up as "late"; answers
-            "not cached" for want of space.
-        tokens: taken so far, as the endpoint says, else as `estimate` does; calls that were given up by estimate.
-        returned: answers by the name of the model, as the endpoint gives it.
-        ended: why no more questions are asked: the budget is exhausted, or the endpoint does not answer. Empty: not.
-        exhausted: it is the budget.
+        counts: "calls"; "cached" answers; "passing" (transient) errors; "malformed" answers; "refused" calls, by the
+            endpoint or over the budget; "late" questions, which passed their deadline; answers "not cached" because
+            the disk is full.
+        tokens: total, as reported by the endpoint; `estimate` for answers without usage and for cancelled calls.
+        returned: number of answers by reported model name.
+        ended: why further questions are refused: the budget, or an endpoint that does not answer. Empty: they are not.
+        exhausted: whether the reason is the budget.
         trouble: the latest error message. The first of each kind is printed on stderr.
 
     Raises:
-        InputError: the URL is none; or, from a question, the endpoint has never answered, and refuses for a reason
-            that is the caller's (key, model or address).
+        InputError: the URL is invalid; from a question: the endpoint refuses the first request (key, model or
+            address).
     """
 
     def __init__(self, endpoint: Endpoint):
@@ -94,7 +94,7 @@ class ChatClient:
         self.trouble = self.ended = ""
         self.exhausted = False
         self._key = os.environ.get(endpoint.key_variable, "").strip()
-        self._cache = opened(endpoint.cache)
+        self._cache = open_cache(endpoint.cache)
         self._ledger = endpoint.ledger or Ledger()
         self._proxy = proxy_for(endpoint.url)
         self._silent = 0  # questions in a row without an answer
@@ -102,10 +102,10 @@ class ChatClient:
         self._asking: dict[str, asyncio.Task[Reply]] = {}
         self._reserved = 0  # tokens of the calls in flight
         self._answered = False
-        self._unformatted = False  # the endpoint does not know `response_format`
+        self._unformatted = False  # the endpoint does not support `response_format`
         self._session: aiohttp.ClientSession | None = None
         self._slots = asyncio.Semaphore(endpoint.concurrency)  # calls
-        self._turns = asyncio.Semaphore(endpoint.concurrency)  # questions without a deadline of their own
+        self._turns = asyncio.Semaphore(endpoint.concurrency)  # questions without a deadline
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name=endpoint.name, daemon=True)
         self._thread.start()
@@ -119,15 +119,15 @@ class ChatClient:
         sample: int = 0,
         deadline: float | None = None,
     ) -> Reply[T]:
-        """Ask one question; to be awaited on the client's loop, by what `start` or `each` run there.
+        """Ask a question. Must be awaited on the client's loop, in a coroutine that `start` or `run_all` runs.
 
         Args:
-            messages: of the chat protocol, with any content parts: text, image_url, input_audio.
-            read: the answer's text to a value, which is not None; raises Malformed if it is invalid.
-                The request is then repeated, up to `tries` times.
-            options: more fields of this request, such as `answers.response_format`.
-            sample: the same question with another number is another question: for repeated measurements.
-            deadline: of the loop's clock; default: `patience` from when the question's turn has come.
+            messages: chat messages with any content parts: text, image_url, input_audio.
+            read: parses the text of the answer to a value other than None; raises Malformed if it is invalid. The
+                request is then repeated, up to `tries` times.
+            options: additional fields of this request, such as `answers.response_format`.
+            sample: distinguishes repetitions of the same question, for repeated measurements.
+            deadline: by the loop's clock; default: `patience` seconds from the first call of the question.
         """
         name, body = request(self.endpoint, messages, options, sample)
         task = self._asking.get(name)
@@ -139,7 +139,7 @@ class ChatClient:
                     self.returned[known.get("returned") or ""] += 1
                     return Reply(value, known["answer"])
                 except Malformed:
-                    pass  # another reader took it; ours asks again
+                    pass  # another reader accepted it; this one asks again
             if self.ended:
                 return Reply(None, why=self.count("refused", self.ended))
             task = self._asking[name] = asyncio.create_task(self._complete(name, body, read, deadline))
@@ -147,13 +147,14 @@ class ChatClient:
         return await task
 
     def start(self, work: Coroutine[Any, Any, T]) -> Future[T]:
-        """Run something that asks on the client's loop; it must not block there (`asyncio.to_thread`)."""
+        """Run a coroutine on the client's loop; it must not block (use `asyncio.to_thread`)."""
         return asyncio.run_coroutine_threadsafe(work, self._loop)
 
-    def each(self, works: Iterable[Coroutine[Any, Any, T]], at_once: int | None = None) -> Iterator[tuple[int, T]]:
-        """Run many and give (number, result) of each as it ends; `works` is drawn from as places become free.
+    def run_all(self, works: Iterable[Coroutine[Any, Any, T]], at_once: int | None = None) -> Iterator[tuple[int, T]]:
+        """Run coroutines concurrently and yield (index, result) as each ends; `works` is consumed lazily.
 
-        At once run as many as there may be calls, unless said otherwise. What raises ends all; so does leaving early.
+        `at_once` limits how many run at once; default: `concurrency`. An exception, or leaving the iterator early,
+        cancels all.
         """
         running: dict[Future[T], int] = {}
         waiting = enumerate(works)
@@ -170,11 +171,11 @@ class ChatClient:
                 future.cancel()
 
     def now(self) -> float:
-        """The loop's clock, for deadlines."""
+        """The time of the loop's clock, for deadlines."""
         return self._loop.time()
 
     def count(self, kind: str, error: object) -> str:
-        """Count an error, tell the first of its kind on stderr, and return its words: one line, without the key."""
+        """Count an error, print the first of its kind on stderr, and return its message as one line without the key."""
         self.trouble = self._redacted(f"{error}")
         if not self.counts[kind]:
             print(f"{self.endpoint.name}: {kind}: {self.trouble}", file=sys.stderr)
@@ -182,7 +183,7 @@ class ChatClient:
         return self.trouble
 
     def close(self) -> None:
-        """Give up what is under way and end the thread."""
+        """Cancel all running questions and stop the thread."""
         asyncio.run_coroutine_threadsafe(self._end(), self._loop).result()
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
@@ -203,9 +204,9 @@ class ChatClient:
             await self._session.close()
 
     async def _complete(self, name: str, body: dict, read: Callable[[str], T], deadline: float | None) -> Reply[T]:
-        """Ask until an answer can be read, or nothing more is to be had."""
+        """Repeat the call until an answer is valid or a limit is reached."""
         if deadline is None:
-            async with self._turns:  # waiting for the others is no reason to be given up
+            async with self._turns:  # time spent in the queue does not count against `patience`
                 return await self._complete(name, body, read, self._loop.time() + self.endpoint.patience)
         tries, blanks, pause, text, why = 0, 0, FIRST_PAUSE, "", ""
         try:
@@ -242,11 +243,11 @@ class ChatClient:
         return Reply(None, text, why)
 
     async def _call(self, body: dict[str, Any]) -> tuple[str, int, str]:
-        """One call: the text that the model answers, the tokens it took, and the name of the model.
+        """Make one call; return the text of the answer, its tokens, and the reported model name.
 
         Raises:
-            Passing, Final, Malformed: it did not.
-            InputError: the endpoint has never answered, and refuses the request.
+            Passing, Final, Malformed: no valid answer.
+            InputError: the endpoint has never answered and refuses the request.
         """
         endpoint = self.endpoint
         url = endpoint.url.rstrip("/") + "/chat/completions"
@@ -255,7 +256,7 @@ class ChatClient:
         expected = estimate(body)
         async with self._slots:
             await self._reserve(expected)
-            spent = expected  # by a call that is cancelled or given up: the server had it
+            spent = expected  # if the call is cancelled: the server received it
             try:
                 raw = await call(self._connected(), url, body, endpoint.timeout)
                 reported = usage(raw)
@@ -266,7 +267,7 @@ class ChatClient:
             except Final as error:
                 spent = 0
                 if error.status in (400, 422) and "response_format" in body and "response_format" in str(error):
-                    self._unformatted = True  # the prompt states the form too, and the answer is validated anyway
+                    self._unformatted = True  # the prompt states the format too, and the answer is validated anyway
                     raise Passing(str(error)) from None
                 if error.status in (401, 403, 404) and not self._answered:
                     raise InputError(self._redacted(str(error))) from None
@@ -282,7 +283,7 @@ class ChatClient:
         return text, spent, model_of(raw)
 
     async def _reserve(self, expected: int) -> None:
-        """Take a call of about `expected` tokens from the budget; wait while calls in flight may leave room for it.
+        """Reserve the budget for a call of about `expected` tokens; wait while calls in flight may free some.
 
         Raises:
             Final: the budget is exhausted.
@@ -313,30 +314,30 @@ class ChatClient:
         return self._session
 
     def _redacted(self, words: str) -> str:
-        """One line without the key, which servers like to repeat."""
+        """`words` on one line, with the API key redacted: some servers echo it."""
         words = " ".join(words.split())
         return words.replace(self._key, "***") if self._key else words
 
     def _keep(self, name: str, kept: dict[str, Any]) -> None:
         try:
             self._cache.put(name, kept)
-        except OSError as error:  # the answer is good all the same
+        except OSError as error:  # the answer is valid nevertheless
             self.count("not cached", error)
 
 
 def request(
     endpoint: Endpoint, messages: Messages, options: Mapping[str, Any] | None, sample: int
 ) -> tuple[str, dict[str, Any]]:
-    """The body of a question, and the hash by which its answer is cached."""
+    """The cache key and the body of a request."""
     body = {"model": endpoint.model, "messages": list(messages), **endpoint.options, **(options or {})}
     return hashlib.sha256(json.dumps([body, sample], sort_keys=True).encode()).hexdigest(), body
 
 
 def request_fields(text: str, defaults: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of every request, from the JSON object of --request; null removes one of the defaults.
+    """Merge the JSON object of --request into `defaults`; null removes a default.
 
     Raises:
-        InputError: it is not a JSON object, or sets a field that the client sets.
+        InputError: the text is not a JSON object, or has a field that the client sets.
     """
     try:
         more = json.loads(text)
@@ -350,7 +351,7 @@ def request_fields(text: str, defaults: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def estimate(body: Mapping[str, Any]) -> int:
-    """About how many tokens a request and its answer take: before it is made, and where the endpoint does not tell."""
+    """Estimate the tokens of a request and its answer, before the call or if the endpoint reports no usage."""
     limit = body.get("max_completion_tokens", body.get("max_tokens"))
     total = limit if isinstance(limit, int) else ANSWER_TOKENS
     for message in body["messages"]:

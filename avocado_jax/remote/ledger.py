@@ -1,4 +1,4 @@
-"""The cost of a folder's calls over all runs: each call is appended before it is made."""
+"""The cost of a folder's calls over all runs. Each call is recorded before it is made."""
 
 import json
 from collections.abc import Callable
@@ -7,21 +7,21 @@ from avocado_jax.errors import InputError
 
 
 class Ledger:
-    """Sums of calls and tokens.
+    """Totals of calls and tokens.
 
-    A call is added with its estimated tokens before it is made, and corrected afterwards: a killed process leaves the
-    estimate.
+    A call is recorded with its estimated tokens before it is made, and corrected afterwards. If the process is killed,
+    the estimate remains.
 
     Args:
-        append: appends a line to the file; None: there is no file.
-        data: the lines that the file has.
-        name: of the file, for messages.
+        append: appends a line to the file; None: no file.
+        data: the content of the file.
+        name: the name of the file, for messages.
 
     Attributes:
-        calls, tokens: of all runs.
+        calls, tokens: totals of all runs.
 
     Raises:
-        InputError: there are other lines.
+        InputError: the file has invalid lines.
     """
 
     def __init__(self, append: Callable[[bytes], None] | None = None, data: bytes = b"", name: str = ""):
@@ -35,7 +35,7 @@ class Ledger:
                 raise InputError(f"{name}:{number}: not a line of calls and tokens") from error
 
     def add(self, calls: int, tokens: int) -> None:
-        """Add to the sums. Raises OSError if the line cannot be written."""
+        """Add to the totals. Raises OSError if the line cannot be written."""
         self.calls, self.tokens = self.calls + calls, self.tokens + tokens
         if self._append:
             self._append(json.dumps([calls, tokens]).encode() + b"\n")

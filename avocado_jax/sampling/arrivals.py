@@ -1,4 +1,4 @@
-"""The clips that wait for a slot: read in a thread within a bound on their bytes, by shape and in order of arrival."""
+"""The queue of clips that wait for a slot, by shape and in order of arrival, with a limit on their bytes."""
 
 import queue
 import threading
@@ -11,16 +11,17 @@ import numpy as np
 
 from avocado_jax.data.rows import Row, Shape, rounded, shape_of
 
-SHAPE_BITS = 2  # of each size that clips are padded to: few shapes, so few programs
-WAITING_BYTES = 4 * 2**30  # of clips that are read and wait for a slot
+SHAPE_BITS = 2  # leading bits of each padded size: few shapes, and so few programs
+WAITING_BYTES = 4 * 2**30  # maximum bytes of waiting clips
 
 
 class Request(NamedTuple):
-    """A clip to caption, or why it cannot be read.
+    """A clip to caption, or an error.
 
     Attributes:
-        item: what to return with the caption.
-        number: decides the draws, with the seed.
+        item: returned with the caption.
+        row: the clip, or the error from reading it.
+        number: determines the random draws, together with the seed.
     """
 
     item: Any
@@ -29,19 +30,19 @@ class Request(NamedTuple):
 
 
 class Arrivals:
-    """Requests by the shape that their clips are padded to.
+    """Requests by the padded shape of their clips.
 
     Args:
-        requests: tuples as `Request`. A sequence is taken at once, all else in a thread.
-        shape: of all clips; None: each clip's sizes, rounded up.
+        requests: tuples with the fields of `Request`. A sequence is read immediately, other iterables in a thread.
+        shape: padded shape of all clips; None: each clip's sizes, rounded up.
     """
 
     def __init__(self, requests: Iterable[tuple[Any, Row | Exception, int]], shape: Shape | None) -> None:
         self._queue: queue.SimpleQueue = queue.SimpleQueue()
         self._shape, self._closed, self._ended = shape, threading.Event(), False
-        self._error: BaseException | None = None  # of the iterable
+        self._error: BaseException | None = None  # exception of the iterable
         self._errors: list[tuple[Any, Exception]] = []
-        self._waiting: dict[Shape, deque[Request]] = {}  # in the order of the oldest clip of each
+        self._waiting: dict[Shape, deque[Request]] = {}  # ordered by the oldest clip of each shape
         self._bytes, self._fewer = 0, threading.Condition()
         if isinstance(requests, Sequence):
             self._read(requests)
@@ -62,11 +63,11 @@ class Arrivals:
                     while bounded and self._bytes > WAITING_BYTES and not self._closed.is_set():
                         self._fewer.wait(1.0)
             self._queue.put(None)
-        except BaseException as error:  # raised in the consumer's thread, behind the captions of earlier clips
+        except BaseException as error:  # raised in the consumer's thread, after the captions of earlier clips
             self._queue.put(error)
 
     def receive(self, block: bool = False) -> None:
-        """Sort what has arrived; with `block`, wait for something to arrive or the end."""
+        """Sort new arrivals. With `block`, wait for an arrival or the end."""
         while not self._ended:
             try:
                 arrived = self._queue.get(block=block)
@@ -81,7 +82,7 @@ class Arrivals:
                 self._waiting.setdefault(self._shape_of(arrived), deque()).append(arrived)
 
     def gather(self, count: int, seconds: float) -> None:
-        """Let `count` clips arrive, in at most some seconds."""
+        """Wait up to `seconds` until `count` clips have arrived."""
         end = time.monotonic() + seconds
         while not self._ended and self._bytes <= WAITING_BYTES and time.monotonic() < end:
             if sum(map(self.waiting, self._waiting)) >= count:
@@ -93,7 +94,7 @@ class Arrivals:
         return self._shape or rounded(shape_of(request.row.clip), SHAPE_BITS)
 
     def next_clip(self) -> bool:
-        """Wait for a clip, an error or the end. Returns whether it is not the end. Raises the error of the iterable."""
+        """Wait for a clip, an error or the end. Returns False at the end. Raises the exception of the iterable."""
         self.receive(block=not self._waiting)
         if self._waiting or self._errors or not self._ended:
             return True
@@ -102,22 +103,22 @@ class Arrivals:
         return False
 
     def shapes(self, tokens: int | None = None) -> list[Shape]:
-        """The shapes of the waiting clips of so many padded tokens (None: of all), that of the oldest first."""
+        """The shapes of waiting clips with `tokens` padded tokens (None: any), ordered by their oldest clip."""
         return [shape for shape in self._waiting if tokens is None or shape.tokens == tokens]
 
     def others(self, tokens: int) -> bool:
-        """Whether clips of another number of padded tokens wait."""
+        """Whether clips with another number of padded tokens are waiting."""
         return len(self.shapes(tokens)) < len(self._waiting)
 
     def waiting(self, shape: Shape) -> int:
-        """Number of waiting clips of a shape."""
+        """The number of waiting clips of a shape."""
         return len(self._waiting.get(shape, ()))
 
     def take(self, shape: Shape, count: int) -> list[Request]:
-        """Remove the oldest clips of a shape."""
+        """Remove and return the oldest clips of a shape."""
         clips = self._waiting.pop(shape, deque())
         taken = [clips.popleft() for _ in range(min(count, len(clips)))]
-        if clips:  # behind the other shapes, whose oldest clips are older than most of these
+        if clips:  # move to the end: the oldest clips of other shapes are older than most of these
             self._waiting[shape] = clips
         with self._fewer:
             self._bytes -= sum(nbytes(request.row) for request in taken)
@@ -125,22 +126,22 @@ class Arrivals:
         return taken
 
     def put_back(self, requests: Sequence[Request]) -> None:
-        """Let clips wait again."""
+        """Return clips to the front of the queue."""
         for request in reversed(requests):
             self._waiting.setdefault(self._shape_of(request), deque()).appendleft(request)
         with self._fewer:
             self._bytes += sum(nbytes(request.row) for request in requests)
 
     def failed(self) -> list[tuple[Any, Exception]]:
-        """The requests without a clip that have arrived since the last call."""
+        """The failed requests that have arrived since the last call."""
         failed, self._errors = self._errors, []
         return failed
 
     def close(self) -> None:
-        """End the thread that reads."""
+        """Stop the reading thread."""
         self._closed.set()
 
 
 def nbytes(row: Row) -> int:
-    """Bytes of a row's arrays."""
+    """The bytes of a row's arrays."""
     return sum(np.asarray(leaf).nbytes for leaf in row.clip)

@@ -1,4 +1,4 @@
-"""A policy, its tokenizer and a question, ready to caption clips; from parameters in memory too."""
+"""A captioner: parameters, tokenizer, question and sampling of clips."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -16,16 +16,16 @@ from avocado_jax.models.config import ThinkerConfig, computed
 from avocado_jax.sampling.weights import decoding_weights
 from avocado_jax.typing import Array, Bool, Int
 
-CONTEXT = 32_768  # tokens of a prompt that Qwen2.5-Omni was trained with
+CONTEXT = 32_768  # maximum prompt tokens in the training of Qwen2.5-Omni
 
 
 class Captioner(NamedTuple):
-    """Everything that captioning needs."""
+    """The inputs of captioning."""
 
     config: ThinkerConfig
-    params: Any  # of `config`, on the default device or over a mesh
+    params: Any  # parameters of `config`, on the default device or sharded over a mesh
     tokenizer: Words
-    prompt: Prompt  # the question, where a clip brings none of its own
+    prompt: Prompt  # the prompt of clips without their own question
     stops: tuple[int, ...]
     banned: Bool[Array, "V"]
     reading: Reading  # how the model's clips are sampled
@@ -33,7 +33,7 @@ class Captioner(NamedTuple):
     habits: Habits
 
     def row(self, media: Media, fields: Mapping[str, Any] = {}) -> Row:
-        """A clip with its prompt: `prompt`, `system` and `media_first` of its manifest fields, else the captioner's."""
+        """Build the row of a clip. `prompt`, `system` and `media_first` default to the captioner's."""
         prompt = record_prompt(self.tokenizer, fields, self.question, self.habits)
         return make_row(media, prompt, self.config, self.reading)
 
@@ -47,10 +47,10 @@ def captioner_of(
     reading: Reading = Reading(),
     habits: Habits = Habits(),
 ) -> Captioner:
-    """A captioner of parameters in the layout of `config`.
+    """Build a captioner from parameters in the layout of `config`.
 
     Raises:
-        InputError: the tokenizer makes ids that the vocabulary does not have.
+        InputError: the tokenizer has ids outside the vocabulary.
     """
     prompt = record_prompt(tokenizer, {}, text, habits)
     if (largest := max([*prompt.before, *prompt.after])) >= config.text.vocab:
@@ -69,22 +69,22 @@ def captioner_in_training(
     reading: Reading = Reading(),
     habits: Habits = Habits(),
 ) -> Captioner:
-    """A captioner of a training state's parameters: a copy in `dtype` with separate layers, sharded like them.
+    """Build a captioner from the parameters of a training state: a copy in `dtype` with separate layers.
 
-    All processes call this, and then `caption_records` with the same rows.
+    All processes must call this, and then `caption_records` with the same records.
     """
     weights = decoding_weights(params, dtype, _mesh(params))
     return captioner_of(computed(config, dtype, scan=False), weights, tokenizer, stops, text, reading, habits)
 
 
 def _mesh(params: Any) -> Mesh | None:
-    """The mesh that parameters lie over, if they do."""
+    """The mesh of the parameters; None for parameters on one device."""
     sharding = jax.tree.leaves(params)[0].sharding
     return sharding.mesh if isinstance(sharding, NamedSharding) else None
 
 
 def banned_ids(config: ThinkerConfig, tokenizer: Words, stops: tuple[int, ...]) -> Bool[Array, "V"]:
-    """Ids that a caption can never hold: media placeholders, special tokens, rows that are no token; not the stops."""
+    """Mask of ids excluded from captions: media placeholders, special tokens except the stops, and unused ids."""
     banned = np.ones(config.text.vocab, bool)
     banned[[i for i in tokenizer.known_ids() if i < config.text.vocab]] = False
     ids = config.tokens
@@ -95,7 +95,7 @@ def banned_ids(config: ThinkerConfig, tokenizer: Words, stops: tuple[int, ...]) 
 
 
 def clip_warnings(media: Media, row: Row, reading: Reading) -> list[str]:
-    """What of a clip is lost or not used, and what the model was not trained with."""
+    """Warnings about lost or unused parts of a clip, and about prompts longer than those of training."""
     warnings, frames, tokens = list(media.warnings), len(media.frames), len(row.prompt_ids)
     if frames >= reading.most_frames and media.seconds * reading.fps > frames + reading.fps:
         skipped = 1 - frames / (media.seconds * reading.fps)

@@ -1,9 +1,9 @@
-"""The captioning engine: a fixed number of slots decode together, and a finished slot takes the next clip.
+"""The captioning engine: continuous batching with a fixed number of slots. A finished slot is refilled.
 
-Clips of one number of padded tokens share a lane. One lane exists at a time: the next one is that of the oldest waiting
-clip. A caption depends on its clip, its number and the seed, not on the clips beside it.
+Clips with the same number of padded tokens share a lane. One lane exists at a time; the next lane is that of the oldest
+waiting clip. A caption depends on its clip, its number and the seed, not on the other clips in the slots.
 
-Over a mesh, slots are sharded over the data axes and each clip is prefilled where its slot is.
+Over a mesh, slots are sharded over the data axes, and each clip is prefilled on the devices of its slot.
 """
 
 import contextlib
@@ -31,28 +31,27 @@ from avocado_jax.sampling.logits import GREEDY, Sampling
 from avocado_jax.typing import Array, Int
 
 T = TypeVar("T")
-CPU_SLOTS, MOST_SLOTS = 16, 64  # of a data shard
+CPU_SLOTS, MOST_SLOTS = 16, 64  # default on CPU and maximum slots of a data shard
 USABLE = 0.7  # share of a device's memory for parameters and caches; the rest is for prefill and fragmentation
-LANE_ROUNDS = 8  # clips that a slot captions, on average, while clips of other lanes wait
+LANE_ROUNDS = 8  # mean number of clips per slot before a lane yields to waiting clips of other lanes
 
 
 class Engine(Generic[T]):
-    """Captions clips as they come.
+    """Captions a stream of clips.
 
     Args:
-        captioner: with parameters on one device, or over a mesh of the local devices.
+        captioner: captioner with parameters on one device, or over a mesh of the local devices.
         length: maximum number of tokens of a caption.
-        seed: of the draws.
-        slots: how many captions are decoded at once; it is rounded up to a multiple of the data shards of the mesh.
-        cache_bytes: without `slots`: as many are decoded on each data shard as have caches of so many bytes on one
-            device, at most `MOST_SLOTS`. None: `CPU_SLOTS`.
-        shape: what all clips are padded to; None: each to its own sizes, rounded up.
-        drop: called with every request before it is admitted, and after each dispatch with those whose caption is
-            unfinished, and with the tokens so far. Where it returns True, nothing is yielded for this request, and its
-            slot is free.
-        report: called with the name of each program when it is first used, before it is compiled.
-        gather: seconds to wait for clips, before each dispatch, while there are fewer than for half of the slots. For
-            devices that share their cores with what reads the clips: a dispatch costs the same for any number of them.
+        seed: seed of the random draws.
+        slots: number of captions decoded together, rounded up to a multiple of the mesh's data shards.
+        cache_bytes: bytes of a device for caches, which determine the slots of each data shard (at most `MOST_SLOTS`)
+            if `slots` is None. None: `CPU_SLOTS`.
+        shape: padded shape of all clips; None: each clip's sizes, rounded up.
+        drop: (item, tokens so far) -> whether to drop a request. Called before admission, and after each dispatch for
+            unfinished captions. Nothing is yielded for a dropped request, and its slot is freed.
+        report: called with the name of each program before its first use.
+        gather: seconds to wait for clips before each dispatch while less than half of the slots can be filled. For
+            CPUs, whose cores also read the clips: the cost of a dispatch does not depend on the number of clips.
     """
 
     def __init__(
@@ -78,19 +77,18 @@ class Engine(Generic[T]):
     def run(
         self, requests: Iterable[tuple[T, Row | Exception, int]]
     ) -> Iterator[tuple[T, Int[Array, "N"] | Exception]]:
-        """Caption clips, and yield each as it finishes.
+        """Caption clips and yield each on completion.
 
         Args:
-            requests: (what to return with the caption; the clip, or why it cannot be read; the number that with the
-                seed decides its draws). Iterated in a thread while captions are decoded. A sequence is taken at
-                once: all processes of a training job must schedule alike.
+            requests: (item to return, clip or error, number for the random draws). Iterated in a thread during
+                decoding. A sequence is read immediately: all processes of a training job must schedule identically.
 
         Yields:
-            What was requested, and the caption's tokens with the stop id if it was reached, or the error: of the
-            request, or of a clip for which the devices have too little memory.
+            The item, and the caption's tokens including a stop id, or the error: of the request, or because the
+            devices have too little memory for the clip.
 
         Raises:
-            JaxRuntimeError: the devices failed otherwise.
+            JaxRuntimeError: other errors of the devices.
         """
         arrivals = Arrivals(requests, self._shape)
         with contextlib.closing(arrivals):
@@ -101,17 +99,17 @@ class Engine(Generic[T]):
             yield from arrivals.failed()
 
     def _run_lane(self, tokens: int, slots: int, arrivals: Arrivals) -> Iterator[tuple[T, Any]]:
-        """Caption the waiting clips of a lane until there are none, or clips of another lane have waited long.
+        """Caption the clips of a lane until none are waiting, or clips of other lanes have waited long.
 
-        If the devices have too little memory, the lane gets half of the slots. With the fewest, the clips of the shape
-        that was prefilled last get the error.
+        If the devices run out of memory, the lane is restarted with half of the slots. With the minimum, the clips of
+        the last prefilled shape get the error.
         """
         lane: Lane[T] | None = None
         finished, most = [], LANE_ROUNDS * slots
-        how = Decoding(self.captioner, self.mesh, self.shards, self.length, self.sampling, self.seed, self._drop)
+        decoding = Decoding(self.captioner, self.mesh, self.shards, self.length, self.sampling, self.seed, self._drop)
         try:
             with self._on_mesh():
-                lane = Lane(how, tokens, slots, self._announce)
+                lane = Lane(decoding, tokens, slots, self._announce)
             while lane.busy or (most > 0 and (lane.requests or arrivals.shapes(tokens))):
                 if self._gather:
                     arrivals.gather(slots // 2 - len(lane.requests), self._gather)
@@ -130,7 +128,7 @@ class Engine(Generic[T]):
         except (jax.errors.JaxRuntimeError, MemoryError) as error:
             if not isinstance(error, MemoryError) and runtime_code(error) != "RESOURCE_EXHAUSTED":
                 raise
-            failed = error.with_traceback(None)  # its frames hold the caches
+            failed = error.with_traceback(None)  # its frames reference the caches
         else:
             yield from finished
             arrivals.put_back(lane.requests)
@@ -154,7 +152,7 @@ class Engine(Generic[T]):
         return jax.set_mesh(self.mesh) if self.mesh else contextlib.nullcontext()
 
     def slots(self, tokens: int) -> int:
-        """Slots of a lane of clips of so many padded tokens."""
+        """The number of slots of a lane of clips with `tokens` padded tokens."""
         if self._slots is not None:
             return -(-self._slots // self.shards) * self.shards
         if self._cache_bytes is None:
@@ -164,22 +162,22 @@ class Engine(Generic[T]):
 
 
 def slots_in(cache_bytes: int, config: ThinkerConfig, tokens: int, length: int, tensor: int) -> int:
-    """Slots of a data shard with caches of so many bytes on each of its `tensor` devices.
+    """The number of slots of a data shard with `cache_bytes` on each of its `tensor` devices.
 
     Args:
-        tokens: of a padded clip.
+        tokens: tokens of a padded clip.
         length: maximum number of tokens of a caption.
     """
-    of_slot = kv_bytes(config, jnp.dtype(config.dtype).itemsize) * (tokens + length)
+    slot_bytes = kv_bytes(config, jnp.dtype(config.dtype).itemsize) * (tokens + length)
     if config.text.kv_heads % tensor == 0:
-        of_slot //= tensor
-    return int(np.clip(cache_bytes // of_slot, 1, MOST_SLOTS))
+        slot_bytes //= tensor
+    return int(np.clip(cache_bytes // slot_bytes, 1, MOST_SLOTS))
 
 
 def free_cache_bytes(params: Any) -> int | None:
-    """Bytes of a device's memory for the caches of slots beside these parameters; None on a CPU.
+    """The bytes of a device's memory available for caches in addition to these parameters; None on CPU.
 
-    It depends on the kind of device and the parameters only, so that a resumed run has the same slots.
+    Depends only on the device kind and the parameters, so that a resumed run has the same slots.
     """
     leaves = jax.tree.leaves(params)
     memory = leaves[0].addressable_shards[0].device.memory_stats() or {}
@@ -190,10 +188,10 @@ def free_cache_bytes(params: Any) -> int | None:
 
 
 def caption_records(captioner: Captioner, records: Sequence[Record], length: int, slots: int) -> list[str | None]:
-    """The greedy caption of each record's clip with the record's own prompt; None for a clip that cannot be read.
+    """Caption each record's clip greedily with the record's prompt; None for clips that cannot be read.
 
-    All processes of a training job call this with the same records. A clip that one of them cannot read has no
-    caption on any.
+    All processes of a training job must call this with the same records. A clip that one process cannot read has no
+    caption on any process.
     """
     rows: list[Row | None] = [None] * len(records)
     for number, record in enumerate(records):
@@ -206,7 +204,7 @@ def caption_records(captioner: Captioner, records: Sequence[Record], length: int
     requests = [(number, rows[number], 0) for number in np.flatnonzero(read).tolist()]
     if not requests:
         return captions
-    shape = rounded(fit([shape_of(row.clip) for _, row, _ in requests]))  # one: the programs are compiled once
+    shape = rounded(fit([shape_of(row.clip) for _, row, _ in requests]))  # one shape, so that programs compile once
     for number, tokens in Engine(captioner, length, slots=slots, shape=shape).run(requests):
         if isinstance(tokens, Exception):
             raise tokens

@@ -1,4 +1,4 @@
-"""A lane: the slots of clips of one number of padded tokens, and the requests in them."""
+"""A lane: slots for clips with the same number of padded tokens, and their requests."""
 
 from collections.abc import Callable
 from typing import Any, Generic, NamedTuple, TypeVar
@@ -16,26 +16,26 @@ from avocado_jax.sampling.logits import Sampling
 from avocado_jax.typing import Array, Clip, Int
 
 T = TypeVar("T")
-PREFILL_TOKENS = 1024  # of the clips that are prefilled together on one data shard: more reach no higher MFU
+PREFILL_TOKENS = 1024  # tokens of the clips prefilled together on one data shard; more do not increase the MFU
 NO_TOKENS = np.zeros(0, np.int32)
-PATIENCE = 4  # dispatches until fewer clips are prefilled than could be together
+PATIENCE = 4  # dispatches before an incomplete prefill batch is admitted
 
 
 def prefilled_together(tokens: int, slots: int) -> int:
-    """Clips of so many padded tokens that a data shard prefills at once.
+    """The number of clips that a data shard prefills together.
 
-    At most a quarter of its slots: more would have to wait for each other's ends.
+    At most a quarter of its slots, because clips prefilled together must wait for free slots.
     """
     return int(np.clip(PREFILL_TOKENS // max(1, tokens), 1, max(1, slots // 4)))
 
 
 class Decoding(NamedTuple):
-    """How a lane decodes.
+    """Settings of a lane.
 
     Attributes:
         length: maximum number of tokens of a caption.
         shards: data shards of the mesh.
-        drop: as in `Engine`.
+        drop: see `Engine`.
     """
 
     captioner: Captioner
@@ -48,11 +48,11 @@ class Decoding(NamedTuple):
 
 
 class _Prepared(NamedTuple):
-    """Clips of one shape that wait on the devices for free slots."""
+    """Clips of one shape on the devices that wait for free slots."""
 
     shape: Shape
-    oldest: bool  # no clip of the lane has waited longer
-    requests: list[Request | None]  # by row: each data shard has as many rows as it prefills together
+    oldest: bool  # whether the clips are the oldest of the lane
+    requests: list[Request | None]  # by row; the rows of each data shard are the clips that it prefills together
     clips: Clip | None = None
 
 
@@ -60,9 +60,9 @@ class Lane(Generic[T]):
     """The slots of a lane.
 
     Args:
-        tokens: of the padded clips.
-        slots: a multiple of the data shards.
-        announce: called with the name of each program before it is dispatched.
+        tokens: tokens of the padded clips.
+        slots: number of slots, a multiple of the data shards.
+        announce: called with the name of each program before its dispatch.
     """
 
     def __init__(self, decoding: Decoding, tokens: int, slots: int, announce: Callable[[str], None]) -> None:
@@ -71,27 +71,27 @@ class Lane(Generic[T]):
         self._shards, self._per_shard = decoding.shards, slots // decoding.shards
         self._together = prefilled_together(tokens, self._per_shard)
         self._patience, self._next = PATIENCE, None
-        self._steps = np.zeros(slots, np.int32)  # tokens of each caption
-        self.shape: Shape | None = None  # of the clips that were prefilled last, or are being stacked
+        self._steps = np.zeros(slots, np.int32)  # number of tokens of each caption
+        self.shape: Shape | None = None  # shape of the clips prefilled last, or being stacked
         self._where = decoding.captioner.config, decoding.mesh
         self._slots = programs.empty(*self._where, tokens, slots, decoding.length)
 
     @property
     def requests(self) -> list[Request]:
-        """The requests in slots, and those that wait for one on the devices."""
+        """The requests in slots, and those waiting on the devices."""
         waiting = self._next.requests if self._next else []
         return [request for request in (*self._in_slots, *waiting) if request is not None]
 
     @property
     def busy(self) -> bool:
-        """Whether a slot decodes a caption."""
+        """Whether any slot is decoding."""
         return any(request is not None for request in self._in_slots)
 
     def prepare(self, arrivals: Arrivals, fewer: bool = False) -> None:
-        """Stack the next clips of one shape and transfer them to the devices, which decode meanwhile.
+        """Stack the next clips of one shape and transfer them to the devices during decoding.
 
         Args:
-            fewer: also fewer than are prefilled together.
+            fewer: allow an incomplete prefill batch.
         """
         shapes, places = arrivals.shapes(self._tokens), self._together * self._shards
         if self._next is not None or not shapes:
@@ -109,16 +109,16 @@ class Lane(Generic[T]):
         for number, request in enumerate(taken):
             requests[shards[number % self._shards] * self._together + number // self._shards] = request
         self._next = _Prepared(shape, shape == shapes[0], requests)
-        clips = [(request or taken[0]).row.clip for request in requests]  # one number of rows, so one program
+        clips = [(request or taken[0]).row.clip for request in requests]  # pad rows, so that there is one program
         before, self.shape = self.shape, shape
         self._next = self._next._replace(clips=self._transfer(stack(clips, shape)))
         self.shape = before
 
     def admit(self, arrivals: Arrivals) -> int:
-        """Prefill the next clips into free slots. Returns how many.
+        """Prefill the next clips into free slots. Returns their number.
 
-        As many are prefilled together as the program can: fewer cost the same. But clips that have waited longest are
-        prefilled after `PATIENCE` dispatches, or admissions of others, and at once if no slot decodes.
+        Prefill batches are complete if possible, since smaller ones cost the same. The oldest clips are prefilled after
+        at most `PATIENCE` dispatches or admissions of other clips, and immediately if no slot is decoding.
         """
         if not any(free := self._free()):
             return 0
@@ -129,7 +129,7 @@ class Lane(Generic[T]):
             return 0
         requests, drop = self._next.requests, self._decoding.drop
         for row, request in enumerate(requests):
-            if drop and request is not None and drop(request.item, NO_TOKENS):  # since they were stacked
+            if drop and request is not None and drop(request.item, NO_TOKENS):  # dropped after stacking
                 requests[row] = None
         index = np.full((self._shards, self._together), self._per_shard, np.int32)  # past the last slot
         numbers = np.zeros(index.size, np.int32)
@@ -166,19 +166,19 @@ class Lane(Generic[T]):
         return len(rows)
 
     def advance(self) -> None:
-        """Dispatch some decoding steps of all slots."""
+        """Dispatch up to `slots.STEPS` decoding steps of all slots."""
         captioner, length = self._decoding.captioner, self._decoding.length
         decoding = [step for step, request in zip(self._steps, self._in_slots) if request is not None]
         window = programs.window_of(length, int(max(decoding, default=0)))
         self._announce(f"decoding of {len(self._steps)} captions behind {window} tokens")
-        how = self._decoding.sampling, captioner.stops, window
-        self._slots = programs.advance(self._slots, captioner.params, captioner.banned, *self._where, *how)
+        static = (*self._where, self._decoding.sampling, captioner.stops, window)
+        self._slots = programs.advance(self._slots, captioner.params, captioner.banned, *static)
 
     def finished(self) -> list[tuple[T, Int[Array, "N"]]]:
-        """The captions that have stopped; their slots become free, and those of requests that are dropped."""
+        """Return the finished captions, and free their slots and those of dropped requests."""
         stopped, steps = jax.device_get((self._slots.stopped, self._slots.step))
-        self._steps, drop = steps.copy(), self._decoding.drop  # arrays of the devices are read-only
-        occupied = [(slot, one) for slot, one in enumerate(self._in_slots) if one is not None]
+        self._steps, drop = steps.copy(), self._decoding.drop  # device arrays are read-only
+        occupied = [(slot, request) for slot, request in enumerate(self._in_slots) if request is not None]
         if not drop and not any(stopped[slot] for slot, _ in occupied):
             return []
         tokens, done = jax.device_get(self._slots.tokens), []
@@ -192,14 +192,14 @@ class Lane(Generic[T]):
         return done
 
     def _free(self) -> list[list[int]]:
-        """The free slots of each data shard, by their number in it."""
+        """The free slots of each data shard, by index in the shard."""
         return [
             [slot for slot in range(self._per_shard) if self._in_slots[shard * self._per_shard + slot] is None]
             for shard in range(self._shards)
         ]
 
     def _transfer(self, clips: Clip) -> Clip:
-        """The rows of each data shard on its devices. All processes have all rows."""
+        """Transfer the rows of each data shard to its devices. All processes have all rows."""
         if self._decoding.mesh is None:
             return jax.device_put(clips)
         rows = NamedSharding(self._decoding.mesh, PartitionSpec(ROWS))

@@ -1,4 +1,4 @@
-"""From logits to a token: bans, temperature, top-k, top-p."""
+"""Draw tokens from logits: banned ids, temperature, top-k, top-p."""
 
 from dataclasses import dataclass
 
@@ -7,14 +7,14 @@ import jax.numpy as jnp
 
 from avocado_jax.typing import Array, Bool, Float, Int
 
-NEVER = -1e30  # of a banned token: finite, so that no arithmetic makes NaN
+NEVER = -1e30  # logit of a banned token; finite, so that arithmetic gives no NaN
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are drawn. Static: a change compiles anew, so no old value lingers in a compiled step."""
+    """Sampling settings. Static: a change recompiles the program."""
 
-    temperature: float = 1.0  # 0 takes the most probable token
+    temperature: float = 1.0  # 0: greedy
     top_k: int = 0  # 0: all
     top_p: float = 1.0
 
@@ -28,9 +28,9 @@ GREEDY = Sampling(temperature=0.0)
 
 
 def truncate(logits: Float[Array, "... V"], sampling: Sampling) -> Float[Array, "... V"]:
-    """Keep the `top_k` largest logits, then the fewest of those whose probability reaches `top_p`.
+    """Keep the `top_k` largest logits, then the smallest set of these with a total probability of at least `top_p`.
 
-    Ties with the last one kept are kept too.
+    Ties with the smallest kept logit are also kept.
     """
     if not sampling.top_k and sampling.top_p == 1:
         return logits
@@ -50,10 +50,10 @@ def truncate(logits: Float[Array, "... V"], sampling: Sampling) -> Float[Array, 
 def draw(
     logits: Float[Array, "V"], banned: Bool[Array, "V"], key: jax.Array, sampling: Sampling
 ) -> tuple[Int[Array, ""], Float[Array, ""]]:
-    """One token of one caption, and its log-probability under the policy at this temperature.
+    """Draw one token of one caption; also return its log-probability under the policy at this temperature.
 
-    The log-probability is taken before bans and truncation (at temperature 0, at temperature 1): it is what
-    a trainer computes from the same logits, so that their difference measures numerics alone.
+    The log-probability excludes bans and truncation, and uses temperature 1 for greedy decoding. The trainer computes
+    the same value from the same logits, so that the difference measures only numerics.
     """
     scaled = logits.astype(jnp.float32) / (sampling.temperature or 1.0)
     allowed = jnp.where(banned, NEVER, scaled)

@@ -1,4 +1,4 @@
-"""Caption files: one JSON line a clip, appended in input order, resumed after a kill at any moment."""
+"""Caption files: one JSON line per clip, appended in input order. Resumable after a kill at any time."""
 
 import json
 import os
@@ -13,18 +13,18 @@ from avocado_jax.errors import InputError
 
 
 class CaptionFiles:
-    """The output of one process. A context manager: leaving it appends what is buffered.
+    """The output of one process. A context manager that flushes on exit.
 
     Args:
-        out: a file, which gets captions and errors; or a folder (an existing one, or a name that ends with "/") or a
-            gs:// prefix, which gets captions-I-of-N.jsonl and rejects-I-of-N.jsonl.
+        out: a file for captions and errors; or a folder (an existing one, or a name that ends with "/") or gs://
+            prefix for captions-I-of-N.jsonl and rejects-I-of-N.jsonl.
         shard: I and N.
-        options: what decides the captions. Kept beside the output; a resumed run must have the same.
-        retry_failed: caption failed clips again: their lines are removed first.
-        dry_run: only read what is there.
+        options: the settings that determine the captions. Stored next to the output; a resumed run must have the same.
+        retry_failed: remove the lines of failed clips, so that they are captioned again.
+        dry_run: only read existing files.
 
     Raises:
-        InputError: the output cannot be written, belongs to other options or is in use.
+        InputError: the output cannot be written, has other options, or is in use.
         StorageError: storage failed.
     """
 
@@ -57,7 +57,7 @@ class CaptionFiles:
                 storage.write(self._beside, json.dumps(options, indent=1).encode())
             return options
         kept = json.loads(storage.read(self._beside))
-        if options["batch"] is None:  # the number of slots can change a near tie in bf16
+        if options["batch"] is None:  # the number of slots may change near ties in bf16
             options["batch"] = kept.get("batch")
         if differ := sorted(name for name, value in options.items() if kept.get(name) != value):
             was = ", ".join(f"{name} {json.dumps(kept.get(name))} (now {json.dumps(options[name])})" for name in differ)
@@ -65,14 +65,14 @@ class CaptionFiles:
         return kept
 
     def keep(self, name: str, value: Any) -> Any:
-        """Record an option that is known only now. Returns what the first start recorded."""
+        """Store an option that is determined at run time. Returns the value of the first start."""
         if name not in self.options:
             self.options[name] = value
             storage.write(self._beside, json.dumps(self.options, indent=1).encode())
         return self.options[name]
 
     def take(self, clip: str) -> bool:
-        """Whether the output has this occurrence of a clip already; each line stands for one occurrence."""
+        """Whether the output already has this occurrence of a clip. Each line counts for one occurrence."""
         if not self._done[clip]:
             return False
         self._done[clip] -= 1
@@ -84,7 +84,7 @@ class CaptionFiles:
         (self._rejects if "error" in record else self._captions).append(line)
 
     def flush(self) -> None:
-        """Append what is buffered; from any thread."""
+        """Append the buffered lines. Thread-safe."""
         for file in filter(None, (self._captions, self._rejects)):
             file.flush()
 
@@ -96,7 +96,7 @@ class CaptionFiles:
 
 
 def _clips(data: bytes, name: str, retry_failed: bool) -> tuple[Counter[str], bytes]:
-    """The clips of a file's lines, by occurrences, and the lines; with `retry_failed` without those of errors."""
+    """Count the clips of a file's lines; also return the lines, without errors if `retry_failed`."""
     clips, kept = Counter[str](), []
     for line in data.splitlines(keepends=True):
         try:

@@ -1,4 +1,4 @@
-"""Clips to the requests of the engine, long ones in segments, and captions of segments to captions of clips."""
+"""Convert clips to engine requests, with long clips in segments, and join the captions of segments."""
 
 import os
 import zlib
@@ -18,13 +18,13 @@ from avocado_jax.typing import Array, Int
 
 
 class Segment(NamedTuple):
-    """A clip or a part of one: what the engine returns with its caption.
+    """A clip or a segment of a clip: the item of an engine request.
 
     Attributes:
-        number: of the clip, in the order of the output.
-        part: which part; None: all of the clip.
-        index, count: which segment of the clip it is, and how many there are.
-        prompt_ids, record: once it is read: the prompt, and the fields of the output that describe what was read.
+        number: index of the clip in the output.
+        part: the packets of the segment; None: the whole clip.
+        index, count: index of the segment, and number of segments of the clip.
+        prompt_ids, record: the prompt, and output fields that describe the media. Set after reading.
     """
 
     number: int
@@ -37,13 +37,13 @@ class Segment(NamedTuple):
 
 
 class Segments(NamedTuple):
-    """How clips are read.
+    """Settings for reading clips.
 
     Attributes:
-        sound: whether it is used.
-        prompts: of which the name of a clip selects one; empty: the captioner's.
-        lengths: of segments of long clips, in seconds: about the first, at most the second. None: clips are not cut.
-        warn: called with a clip and what is lost of it.
+        sound: whether to use the sound.
+        prompts: prompts, one of which is selected by the name of a clip; empty: the captioner's.
+        lengths: target and maximum length of the segments of long clips, in seconds. None: clips are not split.
+        warn: called with a clip and a warning.
     """
 
     reading: Reading
@@ -55,25 +55,25 @@ class Segments(NamedTuple):
 
 
 def read_segments(
-    clips: Iterable[tuple[int, ClipSource]], captioner: Captioner | None, how: Segments
+    clips: Iterable[tuple[int, ClipSource]], captioner: Captioner | None, settings: Segments
 ) -> Iterator[tuple[Segment, Row | Exception, int]]:
-    """Read numbered clips, several at once, and make their rows: the requests of `Engine.run`."""
+    """Read numbered clips concurrently and yield their rows as requests for `Engine.run`."""
 
     def read(item: tuple[Segment, Exception | None, ExitStack]) -> tuple[Row, dict[str, Any]]:
         segment, error, _ = item
         if error:
             raise error
         clip = segment.clip
-        media, fields = clip.read(how.reader, how.reading, how.sound, segment.part)
-        if how.prompts:
-            fields = {"prompt": choose_prompt(how.prompts, clip.name), **fields}
+        media, fields = clip.read(settings.reader, settings.reading, settings.sound, segment.part)
+        if settings.prompts:
+            fields = {"prompt": choose_prompt(settings.prompts, clip.name), **fields}
         row = captioner.row(media, fields)
         prefix = "from {:.0f} to {:.0f} s: ".format(*_times(segment.part)) if segment.part else ""
-        for warning in clip_warnings(media, row, how.reading):
-            how.warn(clip, prefix + warning)
+        for warning in clip_warnings(media, row, settings.reading):
+            settings.warn(clip, prefix + warning)
         return row, {"seconds": round(media.seconds, 3), "audio": bool(len(row.clip.mel))}
 
-    for (segment, _, copy), made in read_ahead(_segments(clips, how), read, READERS, 2 * READERS):
+    for (segment, _, copy), made in read_ahead(_segments(clips, settings), read, READERS, 2 * READERS):
         if segment.index + 1 == segment.count:
             copy.close()
         if isinstance(made, Exception):
@@ -85,20 +85,20 @@ def read_segments(
 
 
 def _segments(
-    clips: Iterable[tuple[int, ClipSource]], how: Segments
+    clips: Iterable[tuple[int, ClipSource]], settings: Segments
 ) -> Iterator[tuple[Segment, Exception | None, ExitStack]]:
-    """The segments of each clip, or why it cannot be cut, and what ends its local copy."""
-    if how.lengths is None:
+    """Yield the segments of each clip, or an error; with an exit stack that deletes the local copy."""
+    if settings.lengths is None:
         yield from ((Segment(number, clip), None, ExitStack()) for number, clip in clips)
         return
 
     def find(numbered: tuple[int, ClipSource]) -> tuple[list[Segment], ExitStack]:
         number, clip = numbered
-        if not clip.path:  # of prepared shards
+        if not clip.path:  # a record of prepared shards
             return [Segment(number, clip)], ExitStack()
         with ExitStack() as stack:
             here = str(stack.enter_context(storage.here(clip.path)))
-            parts = clip._replace(path=here).segments(how.reader, *how.lengths)
+            parts = clip._replace(path=here).segments(settings.reader, *settings.lengths)
             parts = parts or [None]
             clip = clip._replace(path=here)
             found = [Segment(number, clip, part, index, len(parts)) for index, part in enumerate(parts)]
@@ -114,7 +114,7 @@ def _segments(
 def group_by_clip(
     results: Iterable[tuple[Segment, Int[Array, "N"] | Exception]],
 ) -> Iterator[tuple[list[Segment], list[Int[Array, "N"]] | Exception]]:
-    """The segments of each clip with their captions, once all of them are there; or its first error."""
+    """Yield the segments of each clip with their captions once all are finished, or with the first error."""
     waiting: dict[int, list[tuple[Segment, Any]]] = {}
     for segment, made in results:
         found = waiting.setdefault(segment.number, [])
@@ -126,8 +126,8 @@ def group_by_clip(
 
 
 def caption_fields(segments: Sequence[Segment], captions: Sequence[str]) -> dict[str, Any]:
-    """The fields of the output of a clip that was captioned in segments."""
-    ends = [_times(one.part) if one.part else (0.0, one.record["seconds"]) for one in segments]
+    """The output fields of a clip that was captioned in segments."""
+    ends = [_times(segment.part) if segment.part else (0.0, segment.record["seconds"]) for segment in segments]
     return {
         "segments": [
             {"start": round(start, 3), "end": round(end, 3), "caption": caption}
@@ -143,5 +143,5 @@ def _times(part: Packets) -> tuple[float, float]:
 
 
 def digest(name: str) -> int:
-    """Decides the draws of a clip, and its prompt, whatever its place in the list."""
+    """A hash of a clip's name that selects its random draws and its prompt, independent of its position in a list."""
     return zlib.crc32(os.fsencode(name))

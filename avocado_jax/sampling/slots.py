@@ -1,4 +1,4 @@
-"""The programs of the captioning engine: allocate slots, prefill clips into them, decode all of them."""
+"""The programs of the captioning engine: allocate slots, prefill clips into slots, decode all slots."""
 
 from functools import partial
 from typing import Any, NamedTuple
@@ -15,44 +15,44 @@ from avocado_jax.sampling.generate import caption_keys, draw_tokens
 from avocado_jax.sampling.logits import Sampling
 from avocado_jax.typing import Array, Bool, Clip, Int
 
-STEPS = 16  # decoded in one dispatch: a slot that finishes waits for half of them on average
-WINDOW = 256  # the smallest part of the caption caches that a dispatch reads; the others are twice as large each
+STEPS = 16  # decoding steps per dispatch; a finished slot waits for half of them on average
+WINDOW = 256  # smallest window of the caption caches read by a dispatch; larger windows are doublings of it
 
 
 class Slots(NamedTuple):
-    """S slots. A slot that decodes nothing has `stopped` set."""
+    """The state of S slots. An empty slot has `stopped` set."""
 
     cache: ClipCache
     caption_kv: Any  # the captions' keys and values
     keys: Array  # data of a random key for each slot, [S 1 ...]
-    step: Int[Array, "S"]  # tokens of the caption
+    step: Int[Array, "S"]  # number of tokens of the caption
     last: Int[Array, "S 1"]  # the newest token
     stopped: Bool[Array, "S"]
     tokens: Int[Array, "S C"]
 
 
 def slot_shardings(slots: Slots, mesh: Mesh) -> Slots:
-    """A sharding for each leaf: caches by slots, and by heads over `tensor`; what the host reads is replicated.
+    """The shardings of the slots: caches are sharded by slots, and by heads over `tensor`; other leaves are replicated.
 
-    They have the form of those that XLA returns, without axes of size 1. Otherwise arrays that a program returns would
-    not have the shardings that the next one was compiled for.
+    The specs omit axes of size 1, as XLA does. Otherwise the arrays that a program returns would not have the shardings
+    for which the next program was compiled.
     """
     rows = tuple(axis for axis in ROWS if mesh.shape[axis] > 1)
     rows = rows[0] if len(rows) == 1 else rows or None
 
-    def by(*axes: Any) -> NamedSharding:
+    def sharding(*axes: Any) -> NamedSharding:
         while axes and axes[-1] is None:
             axes = axes[:-1]
         return NamedSharding(mesh, PartitionSpec(*axes))
 
     def heads(leaf: Any, axis: int) -> NamedSharding:
         divided = mesh.shape["tensor"] > 1 and leaf.shape[axis] % mesh.shape["tensor"] == 0
-        return by(rows, *[None] * (axis - 1), "tensor" if divided else None)
+        return sharding(rows, *[None] * (axis - 1), "tensor" if divided else None)
 
     return Slots(
-        ClipCache(jax.tree.map(partial(heads, axis=1), slots.cache.layers), by(rows), by(rows)),
+        ClipCache(jax.tree.map(partial(heads, axis=1), slots.cache.layers), sharding(rows), sharding(rows)),
         jax.tree.map(partial(heads, axis=2), slots.caption_kv),
-        *(by() for _ in slots[2:]),
+        *(sharding() for _ in slots[2:]),
     )
 
 
@@ -62,7 +62,7 @@ def _sharded(slots: Slots, mesh: Mesh | None) -> Slots:
 
 @partial(jax.jit, static_argnames=("config", "mesh", "clip_tokens", "slots", "length"))
 def empty(config: ThinkerConfig, mesh: Mesh | None, clip_tokens: int, slots: int, length: int) -> Slots:
-    """Slots for clips of `clip_tokens` tokens and captions of `length` tokens."""
+    """Allocate slots for clips of `clip_tokens` tokens and captions of `length` tokens."""
     kv = caption_cache(config, slots, 1, clip_tokens)
     return _sharded(
         Slots(
@@ -71,7 +71,7 @@ def empty(config: ThinkerConfig, mesh: Mesh | None, clip_tokens: int, slots: int
                 jnp.zeros((slots, clip_tokens), bool),
                 jnp.zeros(slots, jnp.int32),
             ),
-            caption_cache(config, slots, 1, -(-length // STEPS) * STEPS),  # whole dispatches
+            caption_cache(config, slots, 1, -(-length // STEPS) * STEPS),  # a multiple of the steps per dispatch
             jax.random.key_data(caption_keys(jax.random.key(0), jnp.zeros(slots, jnp.int32), 1)),
             jnp.zeros(slots, jnp.int32),
             jnp.zeros((slots, 1), jnp.int32),
@@ -83,7 +83,7 @@ def empty(config: ThinkerConfig, mesh: Mesh | None, clip_tokens: int, slots: int
 
 
 def slot_shapes(config: ThinkerConfig, mesh: Mesh, clip_tokens: int, slots: int, length: int) -> Slots:
-    """What `empty` returns, as shapes with shardings."""
+    """The result of `empty` as shapes with shardings."""
 
     def shape(leaf: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
@@ -107,10 +107,10 @@ def admit(
     """Prefill N = D x M clips and insert them.
 
     Args:
-        clips: over a mesh, sharded by rows: clip d M + m is on data shard d, and goes to slot `index[d, m]` of it.
-        encoded: encoder outputs of the clips; None: the encoders run here.
-        seed: of the draws, with the clip's entry of `numbers`.
-        index: a number past the last slot of a shard inserts nothing.
+        clips: clips sharded by rows over a mesh. Clip d M + m is on data shard d and enters its slot `index[d, m]`.
+        encoded: encoder outputs of the clips; None: run the encoders.
+        seed: seed of the random draws, combined with each clip's entry of `numbers`.
+        index: slot of each clip in its shard; clips with an index past the last slot are not inserted.
     """
     cache = Thinker(config).apply({"params": params}, clips, encoded, method="prefill")
     keys = jax.random.key_data(caption_keys(jax.random.key(seed), numbers, 1))
@@ -119,8 +119,8 @@ def admit(
     def by_shard(leaf: Array) -> Array:
         return leaf.reshape(shards, len(leaf) // shards, *leaf.shape[1:])
 
-    def one(old: Array, new: Array, at: Array) -> Array:
-        """One clip into a shard's slots. Written with an index that exists: scatters over a mesh do not drop others."""
+    def insert(old: Array, new: Array, at: Array) -> Array:
+        """Insert one clip into a shard's slots. The index is clipped, because scatters over a mesh do not drop any."""
         slot = jnp.minimum(at, len(old) - 1)
         kept = jnp.where(at < len(old), new, jax.lax.dynamic_index_in_dim(old, slot, keepdims=False))
         return jax.lax.dynamic_update_index_in_dim(old, kept, slot, 0)
@@ -129,14 +129,14 @@ def admit(
     new = cache, keys, jnp.zeros_like(numbers), clips.first[:, None], jnp.zeros_like(numbers, bool)
     inserted, divided = (jax.tree.map(by_shard, tree) for tree in (now, new))
     for row in range(together):
-        put = jax.vmap(one)
+        put = jax.vmap(insert)
         inserted = jax.tree.map(lambda old, new: put(old, new[:, row], index[:, row]), inserted, divided)  # noqa: B023
     inserted = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), inserted)
     return _sharded(Slots(inserted[0], slots.caption_kv, *inserted[1:], slots.tokens), mesh)
 
 
 def window_of(length: int, step: int) -> int:
-    """The part of caption caches of `length` tokens that a dispatch reads if captions have up to `step` tokens."""
+    """The window of caption caches of `length` tokens for a dispatch if captions have up to `step` tokens."""
     window = WINDOW
     while window < step:
         window *= 2
@@ -157,7 +157,7 @@ def advance(
     """Decode up to `STEPS` tokens of every slot that has not stopped.
 
     Args:
-        window: `window_of` the longest caption. The cache behind it is not read.
+        window: `window_of` the longest caption. The cache after the window is not read.
     """
     decode = partial(Thinker(config).apply, {"params": params}, method="decode")
     rows, length = jnp.arange(len(slots.step)), slots.tokens.shape[1]

@@ -24,36 +24,36 @@ from avocado_jax.serving.protocol import Answer, ApiError, Chat, Replies, parse_
 from avocado_jax.serving.sources import Sources, is_remote
 
 T = TypeVar("T")
-PARSED_AT_ONCE = 2  # bodies in memory: each takes a few times its size
-MEMORY_BYTES = 2**20  # of a body that is not kept on disk while it arrives
-BODY_SECONDS = 60.0  # for a body to arrive
+PARSED_AT_ONCE = 2  # bodies parsed at the same time, since parsing takes a multiple of their size in memory
+MEMORY_BYTES = 2**20  # larger bodies are spooled to disk
+BODY_SECONDS = 60.0  # timeout for receiving a body
 DISCONNECTED = 499
-OPEN_PATHS = ("/health", "/metrics")  # need no key
+OPEN_PATHS = ("/health", "/metrics")  # do not require the API key
 
 
 class Backend(Protocol):
-    """What answers chats. Both methods raise ApiError."""
+    """Answers chat requests. Both methods raise ApiError."""
 
-    failed: asyncio.Event  # is set once it can answer no more
+    failed: asyncio.Event  # set after a permanent failure
 
     async def prepare(self, chat: Chat, media: Media | None) -> tuple[Any, list[str]]:
-        """Check a chat, and make of it what `answers` takes, without the media; and warnings about its clip."""
+        """Validate a chat; return the input of `answers`, and warnings about the clip."""
         ...
 
     def answers(self, prepared: Any) -> AsyncGenerator[Answer, None]:
-        """The answer so far, each time that it has grown (for streams), and in the end the complete one."""
+        """Yield partial answers (for streams) as they grow, and finally the complete one."""
         ...
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What a server accepts.
+    """The limits of a server.
 
     Attributes:
-        requests: that are answered at once, waiting ones included; more are refused with status 429.
-        body_bytes: of a request.
-        seconds: for a request.
-        clip_seconds: the length of a clip.
+        requests: maximum concurrent requests, waiting ones included; further ones are refused with status 429.
+        body_bytes: maximum size of a request.
+        seconds: timeout of a request.
+        clip_seconds: maximum duration of a clip.
     """
 
     requests: int = 64
@@ -66,13 +66,12 @@ class Server:
     """The server of one model.
 
     Args:
-        name: of the model.
-        reader: reads clips in other processes.
-        reading: how clips are sampled.
-        habits: the question of requests without text, and the system message of requests without one.
-        key: that requests must send; None: none.
-        hosts: names of this server that requests may use; None: any. It protects a local server without a key from
-            web pages whose host name was bound to this machine's address.
+        name: model name.
+        reader: decodes clips in subprocesses.
+        reading: how frames and sound are sampled.
+        habits: default question and system message of the checkpoint.
+        key: required API key; None: no key is required.
+        hosts: allowed Host names; None: any. This protects a local server without a key from DNS rebinding.
     """
 
     def __init__(
@@ -90,7 +89,7 @@ class Server:
         self.backend, self.name, self.limits, self.metrics = backend, name, limits, Metrics()
         self._reader, self._reading, self._habits, self._sources = reader, reading, habits, sources
         self._key, self._hosts = key.encode() if key else None, hosts
-        self._active: set[asyncio.Timeout] = set()  # of requests that are being answered
+        self._active: set[asyncio.Timeout] = set()  # deadlines of the requests in flight
         self._parsing = asyncio.Semaphore(PARSED_AT_ONCE)
         self._created, self._stopping = int(time.time()), False
 
@@ -109,7 +108,7 @@ class Server:
         return app
 
     def stop(self) -> None:
-        """End the requests that are being answered, with status 503."""
+        """End the requests in flight with status 503."""
         self._stopping = True
         self._reader.close()
         for deadline in self._active:
@@ -120,7 +119,7 @@ class Server:
     async def _errors(
         self, request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
     ) -> web.StreamResponse:
-        """Check the key, and put every error into the protocol's form."""
+        """Check host and key, and convert all errors to the protocol's format."""
         try:
             if self._hosts is not None and request.url.host not in self._hosts:
                 raise ApiError(403, "the Host of the request is not this server")
@@ -131,7 +130,7 @@ class Server:
             return await handler(request)
         except ApiError as error:
             return _error_response(error)
-        except web.HTTPException as error:  # of the router
+        except web.HTTPException as error:  # raised by the router
             return _error_response(ApiError(error.status, f"{request.method} {request.path}: {error.reason}"))
 
     async def _health(self, _: web.Request) -> web.Response:
@@ -166,11 +165,11 @@ class Server:
         except ApiError as error:
             status = error.status
             raise
-        finally:  # a cancelled handler has a client that disconnected
+        finally:  # the handler is cancelled if the client disconnects
             self.metrics.finished(status, time.monotonic() - begun)
 
     async def _admit(self, request: web.Request) -> web.StreamResponse:
-        """Answer a chat within the limits of number and time."""
+        """Answer a chat within the limits of concurrency and time."""
         if len(self._active) >= self.limits.requests:
             raise ApiError(429, f"{self.limits.requests} requests are being answered; try again", "queue_full")
         stream = web.StreamResponse(headers={"Content-Type": "text/event-stream", "Cache-Control": "no-cache"})
@@ -187,14 +186,14 @@ class Server:
             self._active.discard(deadline)
         if not stream.prepared:
             raise error
-        stream["status"] = error.status  # in the metrics; the client has a status already
+        stream["status"] = error.status  # for the metrics; the client already received status 200
         await _send(stream, error.body())
         await stream.write_eof()
         return stream
 
     async def _answer(self, request: web.Request, stream: web.StreamResponse) -> web.StreamResponse:
-        """Answer a chat, as a stream if that is what it wants. A stream starts with the first tokens."""
-        chat, prepared, warnings = await self._received(request)
+        """Answer a chat, streaming if requested. A stream starts with the first tokens."""
+        chat, prepared, warnings = await self._receive_chat(request)
         replies, sent, answer = Replies(uuid.uuid4().hex, self.name, warnings), "", Answer("", 0)
         async with aclosing(self.backend.answers(prepared)) as answers:
             async for answer in answers:
@@ -218,7 +217,7 @@ class Server:
         return stream
 
     def _error_of(self, raised: Exception) -> ApiError:
-        """The error for the client. It has no traceback, whose frames refer to clips in memory."""
+        """The error for the client, without its traceback, whose frames would keep clips in memory."""
         if isinstance(raised, ApiError):
             return raised.with_traceback(None)
         if isinstance(raised, TimeoutError):
@@ -227,23 +226,23 @@ class Server:
         traceback.print_exception(raised)
         return ApiError(500, "internal error")
 
-    async def _received(self, request: web.Request) -> tuple[Chat, Any, list[str]]:
-        """The chat of a request, what the backend made of it, and warnings about its clip."""
+    async def _receive_chat(self, request: web.Request) -> tuple[Chat, Any, list[str]]:
+        """Receive a chat; return it, the prepared input of the backend, and warnings about the clip."""
         async with AsyncExitStack() as files:
             with tempfile.SpooledTemporaryFile(MEMORY_BYTES) as body:
                 await self._receive(request, body)
                 async with self._parsing:
-                    chat = await asyncio.to_thread(self._parsed, body)
-                    paths = await self._opened(chat.urls, False, files)
+                    chat = await asyncio.to_thread(self._parse, body)
+                    paths = await self._open(chat.urls, False, files)
                     video, sound = bool(chat.video), bool(chat.sound)
                     chat = chat._replace(video=None, images=(), sound=None)  # data URLs are large
-            paths = await self._opened(paths, True, files)
+            paths = await self._open(paths, True, files)
             media = await _completed(asyncio.to_thread(self._read, paths, video, sound)) if paths else None
         return chat, *await self.backend.prepare(chat, media)
 
     async def _receive(self, request: web.Request, body: IO[bytes]) -> None:
-        """Write the body of a request into a file."""
-        if request.content_type != "application/json":  # web pages cannot send it to another origin
+        """Write the body of a request to a file."""
+        if request.content_type != "application/json":  # browsers cannot send it cross-origin without a preflight
             raise ApiError(415, "Content-Type must be application/json")
         limit, size = self.limits.body_bytes, request.content_length or 0
         try:
@@ -261,22 +260,22 @@ class Server:
             raise ApiError(413, f"the request has more than {limit} bytes", "request_too_large")
         body.seek(0)
 
-    def _parsed(self, body: IO[bytes]) -> Chat:
+    def _parse(self, body: IO[bytes]) -> Chat:
         chat = parse_chat(body.read(), self._habits.prompt, self._habits.system, self._habits.media_first)
         self._check_model(chat.request.model)
         if len(chat.images) > self._reading.most_frames:
             raise ApiError(400, f"more than {self._reading.most_frames} images")
         return chat
 
-    async def _opened(self, urls: list[str], remote: bool, files: AsyncExitStack) -> list[str]:
-        """The URLs, those of one kind replaced by paths of open files."""
+    async def _open(self, urls: list[str], remote: bool, files: AsyncExitStack) -> list[str]:
+        """Open the remote or the other URLs and replace them by the paths of the open files."""
         return [
             await files.enter_async_context(self._sources.open(url)) if is_remote(url) == remote else url
             for url in urls
         ]
 
     def _read(self, paths: list[str], video: bool, sound: bool) -> Media:
-        """Read a clip in another process."""
+        """Decode a clip in a subprocess."""
         try:
             if not video:
                 pictures = paths[: len(paths) - sound]
@@ -287,7 +286,7 @@ class Server:
             return self._reader.read(paths[0], self._reading)
         except InputError as error:
             message = str(error)
-            for path in sorted(paths, key=len, reverse=True):  # one may begin another
+            for path in sorted(paths, key=len, reverse=True):  # a path can be a prefix of another
                 message = message.replace(printable(path), "the clip")
             raise ApiError(400, message, "invalid_clip") from None
 
@@ -298,13 +297,13 @@ class Server:
 
 
 def grown(answer: Answer, sent: str) -> str:
-    """What an answer has beyond the text that is sent. A character whose bytes are not complete is held back."""
+    """The text of an answer after `sent`. Incomplete UTF-8 characters are withheld."""
     text = answer.text if answer.complete else answer.text.rstrip("\ufffd").rstrip()
     return text[len(sent) :] if text.startswith(sent) or answer.complete else ""
 
 
 async def _completed(work: Coroutine[Any, Any, T]) -> T:
-    """Await work that uses open files. Cancelled, it is still awaited: a thread cannot be interrupted."""
+    """Await work that uses open files, even when cancelled: its thread cannot be interrupted."""
     task = asyncio.ensure_future(work)
     try:
         return await asyncio.shield(task)

@@ -1,4 +1,4 @@
-"""Downloads of clips that clients name: from public addresses only, within limits of size and time."""
+"""Download clips from URLs in requests: from public addresses only, with limits of size and time."""
 
 import asyncio
 import errno
@@ -17,7 +17,7 @@ REDIRECT_STATUSES = (301, 302, 303, 307, 308)
 
 
 def is_public(address: str) -> bool:
-    """Whether an IP address is one of the public internet; also of the address that an IPv6 address embeds."""
+    """Whether an IP address is public; an IPv4 address embedded in an IPv6 address must be public too."""
     found = ipaddress.ip_address(address.partition("%")[0])
     if isinstance(found, ipaddress.IPv6Address):
         embedded = found.ipv4_mapped or found.sixtofour or (found.teredo and found.teredo[1])
@@ -29,9 +29,9 @@ def is_public(address: str) -> bool:
 
 
 def _public_socket(info: tuple[Any, ...]) -> socket.socket:
-    """A socket for a connection to an address that is public.
+    """Create a socket for a connection to a public address.
 
-    The check is here, behind the resolution of names: a name cannot resolve to another address afterwards.
+    The address is checked after name resolution, so that the name cannot resolve to another address later.
     """
     family, kind, protocol, _, address = info
     if not is_public(address[0]):
@@ -49,12 +49,12 @@ class _Refused(OSError):
 
 
 async def download(url: str, file: IO[bytes], limit: int, seconds: float) -> None:
-    """Write what a URL returns into a file.
+    """Download a URL into a file.
 
     Raises:
-        ApiError: the address is not public, the answer is not 200, or it exceeds the limits.
+        ApiError: the address is not public, the status is not 200, or a limit is exceeded.
     """
-    # Environment proxies and cookies are not used, and an answer is not decompressed: `limit` bounds what arrives.
+    # No proxies of the environment, no cookies. No decompression, so that `limit` is the size on disk.
     connector = aiohttp.TCPConnector(socket_factory=_public_socket, use_dns_cache=False, force_close=True)
     options = dict(cookie_jar=aiohttp.DummyCookieJar(), headers={"Accept-Encoding": "identity"}, auto_decompress=False)
     try:

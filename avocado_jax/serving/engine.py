@@ -1,4 +1,4 @@
-"""Answers of the captioning engine, which runs in a thread for as long as the server does."""
+"""The backend that answers chats with the captioning engine, which runs in a thread."""
 
 import asyncio
 import secrets
@@ -19,12 +19,12 @@ from avocado_jax.sampling.logits import Sampling
 from avocado_jax.serving.protocol import Answer, ApiError, Chat
 from avocado_jax.typing import Array, Int
 
-CHARACTERS = 32  # of a token, at most on average: longer texts are not tokenized
-SAMPLINGS = 8  # combinations of temperature, top-p and top-k: each one is compiled
+CHARACTERS = 32  # assumed maximum per token on average: longer texts are refused without tokenizing them
+SAMPLINGS = 8  # maximum combinations of temperature, top-p and top-k, since each is compiled
 
 
 class _Job:
-    """A request of the engine. The engine's thread writes, the event loop reads."""
+    """A request. The engine's thread puts results, the event loop gets them."""
 
     def __init__(self, row: Row, sampling: Sampling, number: int, limit: int, stream: bool) -> None:
         self.row: Row | None = row
@@ -34,12 +34,12 @@ class _Job:
         self._loop = asyncio.get_running_loop()
 
     def put(self, news: tuple[Int[Array, "N"], bool] | Exception) -> None:
-        """Pass on the tokens so far and whether they are all, or an error."""
-        with suppress(RuntimeError):  # the loop is closed: nobody waits
+        """Send (tokens so far, whether complete), or an error."""
+        with suppress(RuntimeError):  # the loop is closed, so nothing waits for the result
             self._loop.call_soon_threadsafe(self._news.put_nowait, news)
 
     async def get(self) -> tuple[Int[Array, "N"], bool]:
-        """The next tokens. Raises the error."""
+        """Receive the next (tokens, complete). Raises the error if one was sent."""
         news = await self._news.get()
         if isinstance(news, Exception):
             raise news
@@ -47,18 +47,18 @@ class _Job:
 
 
 class EngineBackend:
-    """Answers chats about clips.
+    """Answers chats about clips with the engine.
 
-    Requests of one way of sampling are decoded together; those of another one wait until these have finished.
+    Requests with the same sampling settings are decoded together; others wait until these have finished.
 
     Args:
-        length: maximum number of tokens of an answer.
-        prompt_tokens: maximum number of tokens of a prompt with its media.
-        sampling: of requests that state none.
+        length: maximum tokens of an answer.
+        prompt_tokens: maximum tokens of a prompt with its media.
+        sampling: default sampling settings.
         seed, slots, cache_bytes: as for `Engine`.
 
     Attributes:
-        failed: is set, and `error` states why, once the devices have failed and no request can be answered.
+        failed: set after a failure of the devices; `error` is the exception.
     """
 
     def __init__(
@@ -73,9 +73,9 @@ class EngineBackend:
     ) -> None:
         self._captioner, self._length, self._prompt_tokens = captioner, length, prompt_tokens
         self._sampling = sampling
-        self._samplings = {sampling if sampling.temperature else Sampling(0.0)}  # the default has a place
+        self._samplings = {sampling if sampling.temperature else Sampling(0.0)}  # the default is always allowed
         self._options = dict(seed=seed, slots=slots, cache_bytes=cache_bytes, drop=self._drop)
-        self._jobs: set[_Job] = set()  # that are not finished
+        self._jobs: set[_Job] = set()  # unfinished requests
         self._waiting: deque[_Job] = deque()
         self._changed, self._closed = threading.Condition(), False
         self.failed, self.error = asyncio.Event(), None
@@ -83,12 +83,12 @@ class EngineBackend:
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     def start(self) -> None:
-        """Start the thread. Call this in the event loop that `answers` is used in."""
+        """Start the thread. Must be called in the event loop that uses `answers`."""
         self._loop = asyncio.get_running_loop()
         self._thread.start()
 
     def close(self, seconds: float) -> bool:
-        """Drop what is not finished. Returns whether the thread has ended in time."""
+        """Drop unfinished requests. Returns whether the thread ended in time."""
         with self._changed:
             self._closed = True
             for job in self._jobs:
@@ -98,9 +98,9 @@ class EngineBackend:
         return not self._thread.is_alive()
 
     async def prepare(self, chat: Chat, media: Media | None) -> tuple["_Job", list[str]]:
-        """The features of a clip and its prompt, and warnings. Raises ApiError if they are too large."""
+        """Compute the features of clip and prompt; return the job and warnings. Raises ApiError if too large."""
         row = await asyncio.to_thread(self._row, chat, media)
-        sampling = self._sampling_of(chat)  # last: a request that is refused takes no place
+        sampling = self._sampling_of(chat)  # last: a refused request must not use one of the SAMPLINGS combinations
         limit = min(chat.limit or self._length, self._length)
         seed = chat.request.seed
         number = secrets.randbits(31) if seed is None else zlib.crc32(str(seed).encode()) >> 1
@@ -108,12 +108,12 @@ class EngineBackend:
         return _Job(row, sampling, number, limit, chat.request.stream), warnings
 
     async def answers(self, job: "_Job") -> AsyncGenerator[Answer, None]:
-        """The answer so far, each time that it has grown (for streams), and in the end the complete one.
+        """Yield partial answers (for streams) as they grow, and finally the complete one.
 
-        Closing the generator drops the request: its slot is free after the next dispatch.
+        Closing the generator drops the request; its slot is freed after the next dispatch.
 
         Raises:
-            ApiError: the devices cannot answer it.
+            ApiError: the clip does not fit in memory, the devices failed, or the server is stopping.
         """
         prompt = len(job.row.prompt_ids)
         with self._changed:
@@ -134,12 +134,12 @@ class EngineBackend:
                 self._jobs.discard(job)
 
     def _sampling_of(self, chat: Chat) -> Sampling:
-        """How the tokens of a request are drawn."""
+        """The sampling settings of a request."""
         request, default = chat.request, self._sampling
         temperature = default.temperature if request.temperature is None else request.temperature
         top_k = default.top_k if request.top_k is None else request.top_k
         top_p = default.top_p if request.top_p is None else request.top_p
-        try:  # with temperature 0 the others change nothing
+        try:  # with temperature 0 the other settings have no effect
             requested = Sampling(temperature, top_k, top_p) if temperature else Sampling(0.0)
         except ValueError as error:
             raise ApiError(400, str(error), param="temperature") from None
@@ -165,12 +165,12 @@ class EngineBackend:
             except InputError as error:
                 raise ApiError(400, str(error)) from error
         if (tokens := len(row.prompt_ids)) > most:
-            message = f"the prompt has {tokens} tokens with its media; {most} are the most (--max-prompt-tokens)"
+            message = f"the prompt has {tokens} tokens with its media; the maximum is {most} (--max-prompt-tokens)"
             raise ApiError(400, message, "context_length_exceeded")
         return row
 
     def _run(self) -> None:
-        """Caption until closed: one engine after the other, each for the oldest request's way of sampling."""
+        """Answer requests until closed. Each engine uses the sampling settings of the oldest waiting request."""
         try:
             while True:
                 with self._changed:
@@ -191,7 +191,7 @@ class EngineBackend:
                 self._loop.call_soon_threadsafe(self.failed.set)
 
     def _requests(self, sampling: Sampling) -> Iterator[tuple[_Job, Row, int]]:
-        """The waiting requests, and those that arrive, until one has another way of sampling."""
+        """Yield waiting and arriving requests, up to the first one with other sampling settings."""
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._closed or self._waiting)
@@ -201,10 +201,10 @@ class EngineBackend:
                 row, job.row = job.row, None
             if not job.cancelled:
                 yield job, row, job.number
-            del job, row  # they are not kept while this waits
+            del job, row  # free their memory while waiting
 
     def _drop(self, job: _Job, tokens: Int[Array, "N"]) -> bool:
-        """Whether an unfinished answer ends here. Called in the engine's thread after each dispatch."""
+        """Whether to end an unfinished answer. Called in the engine's thread after each dispatch."""
         if job.cancelled:
             return True
         if len(tokens) >= job.limit:
@@ -217,5 +217,5 @@ class EngineBackend:
 
 
 def _error(error: Exception) -> ApiError:
-    """An error of one clip: a request of its shape fails again."""
+    """The error of a single clip. It is permanent: a clip of this shape fails again."""
     return ApiError(400, f"the devices have too little memory for this clip ({type(error).__name__})", "clip_too_large")

@@ -1,4 +1,4 @@
-"""Counters of the server in Prometheus' text format."""
+"""Metrics of the server in the Prometheus text format."""
 
 from bisect import bisect_left
 from collections import Counter
@@ -7,7 +7,7 @@ BUCKETS = (0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 60.0, 120.0, 300.0, 600.0)  # upper b
 
 
 class Metrics:
-    """What requests came to."""
+    """Counters of requests, tokens and latencies."""
 
     def __init__(self) -> None:
         self.prompt_tokens = self.completion_tokens = 0
@@ -16,13 +16,13 @@ class Metrics:
         self._total = 0.0
 
     def finished(self, status: int, seconds: float) -> None:
-        """Count a request. Status 499: the client disconnected."""
+        """Record a finished request. Status 499: the client disconnected."""
         self._statuses[status] += 1
         self._seconds[bisect_left(BUCKETS, seconds)] += 1
         self._total += seconds
 
     def text(self, in_flight: int) -> str:
-        """All values, as a page to scrape."""
+        """All metrics as text."""
         lines = ["# HELP avocado_requests_total Chat requests by HTTP status; 499: the client disconnected."]
         lines += ["# TYPE avocado_requests_total counter"]
         lines += [f'avocado_requests_total{{status="{one}"}} {n}' for one, n in sorted(self._statuses.items())]

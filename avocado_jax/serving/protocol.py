@@ -1,4 +1,4 @@
-"""The OpenAI chat protocol: requests and their validation, answers, errors."""
+"""The OpenAI chat protocol: validation of requests, and bodies of answers and errors."""
 
 import math
 import time
@@ -10,20 +10,20 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from avocado_jax.data.prompt import Turn
 
 MOST_MESSAGES = 64
-MOST_COMMAS = 200_000  # of a body: the values of JSON take many times its size in memory; base64 has no comma
+MOST_COMMAS = 200_000  # maximum of a body: bounds the memory of its JSON values (base64 has no commas)
 SYSTEM_ROLES = ("system", "developer")
 TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
 
 
 class ApiError(Exception):
-    """A request that fails: its HTTP status, and a message for the client."""
+    """An error for the client: HTTP status and message."""
 
     def __init__(self, status: int, message: str, code: str | None = None, param: str | None = None) -> None:
         super().__init__(message)
         self.status, self.code, self.param = status, code, param
 
     def body(self) -> dict[str, Any]:
-        """The error in the protocol's form."""
+        """The error as a JSON body."""
         kind = TYPES.get(self.status) or ("invalid_request_error" if self.status < 500 else "server_error")
         return {"error": {"message": str(self), "type": kind, "param": self.param, "code": self.code}}
 
@@ -39,7 +39,7 @@ class Url(_Model):
 
 
 class Sound(_Model):
-    """A sound file in base64."""
+    """A base64 sound file."""
 
     data: str
     format: Literal["wav", "mp3"]
@@ -77,24 +77,24 @@ Part = Annotated[TextPart | VideoPart | ImagePart | SoundPart, Field(discriminat
 
 
 class Message(_Model):
-    """One turn of a chat."""
+    """A message of a chat."""
 
     role: Literal["system", "developer", "user", "assistant"]
     content: str | list[Part]
 
     def parts(self) -> list[Any]:
-        """The content as parts."""
+        """The content as a list of parts."""
         return [TextPart(type="text", text=self.content)] if isinstance(self.content, str) else self.content
 
 
 class StreamOptions(_Model):
-    """What a stream contains beside the text."""
+    """Options of a stream."""
 
     include_usage: bool = False
 
 
 class ChatRequest(_Model):
-    """The body of a request. Fields that are not listed are ignored."""
+    """The body of a request. Unknown fields are ignored."""
 
     model: str
     messages: list[Message] = Field(min_length=1, max_length=MOST_MESSAGES)
@@ -106,7 +106,7 @@ class ChatRequest(_Model):
     top_p: float | None = Field(None, gt=0, le=1)
     top_k: int | None = Field(None, ge=0)
     seed: int | None = None
-    # Accepted only with a value that changes nothing.
+    # Not supported: accepted only with a neutral value.
     n: Any = None
     stop: Any = None
     tools: Any = None
@@ -132,15 +132,15 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
 
 
 class Chat(NamedTuple):
-    """A request whose media are not read yet.
+    """A validated request; its media are not loaded.
 
     Attributes:
-        turns: its messages; one of them has the media, if there are any.
-        video: URL of the clip, if it is given as one.
-        images: URLs of the frames of the clip, if it is given in parts.
-        sound: data URL of the sound of the clip, if it is given in parts.
-        limit: maximum number of tokens of the answer; None: the server's.
-        request: the fields of the request beside its messages.
+        turns: the messages; at most one has media.
+        video: URL of the clip, if given as a video.
+        images: URLs of the frames, if the clip is given in parts.
+        sound: data URL of the sound, if the clip is given in parts.
+        limit: maximum tokens of the answer; None: the server's limit.
+        request: the other fields of the request.
     """
 
     turns: tuple[Turn, ...]
@@ -152,7 +152,7 @@ class Chat(NamedTuple):
 
     @property
     def urls(self) -> list[str]:
-        """The URLs of the media: of the clip; or of its frames, and of its sound."""
+        """The URLs of the media: the video, or the frames and the sound."""
         return [url for url in (self.video, *self.images, self.sound) if url is not None]
 
 
@@ -160,11 +160,12 @@ def parse_chat(body: bytes, question: str, system: str, media_first: bool = True
     """Validate the body of a request.
 
     Args:
-        question: the text of a user message with media and without text; behind the media, or before them.
-        system: the system message where there is none. An empty one removes it, here and in a request.
+        question: default text of a user message that has media only.
+        system: default system message. An empty system message is removed, here and in a request.
+        media_first: whether `question` follows the media or precedes them.
 
     Raises:
-        ApiError: it is not a valid request, or contains what this server does not support.
+        ApiError: the request is invalid or not supported.
     """
     if body.count(b",") > MOST_COMMAS:
         raise ApiError(400, "the request has too many parts")
@@ -172,8 +173,8 @@ def parse_chat(body: bytes, question: str, system: str, media_first: bool = True
         request = ChatRequest.model_validate_json(body)
     except ValidationError as error:
         found = error.errors(include_input=False, include_url=False)
-        first = max(found, key=lambda one: len(one["loc"]))  # of the alternatives of a field, that which fits best
-        field = ".".join(str(one) for one in first["loc"] if "[" not in str(one))  # without names of types
+        first = max(found, key=lambda one: len(one["loc"]))  # the deepest: of the best match in a union
+        field = ".".join(str(one) for one in first["loc"] if "[" not in str(one))  # without type names
         raise ApiError(400, f"{field}: {first['msg']}" if field else first["msg"], param=field or None) from None
     for name, values in NEUTRAL.items():
         if getattr(request, name) not in values:
@@ -196,7 +197,7 @@ def parse_chat(body: bytes, question: str, system: str, media_first: bool = True
 
 
 def _turns(request: ChatRequest, question: str, system: str, media_first: bool) -> Iterator[Turn]:
-    """The messages as turns. The media stand where the first of them does; text parts are joined by newlines."""
+    """Convert messages to turns. All media are at the position of the first; text parts are joined by newlines."""
     if not any(message.role in SYSTEM_ROLES for message in request.messages):
         yield Turn("system", system)
     placed = False
@@ -223,36 +224,36 @@ def _turns(request: ChatRequest, question: str, system: str, media_first: bool) 
 
 
 class Answer(NamedTuple):
-    """The answer of the model, complete or so far."""
+    """A complete or partial answer of the model."""
 
     text: str
     tokens: int
-    truncated: bool = False  # the token limit came before the end
+    truncated: bool = False  # ended by the token limit
     prompt_tokens: int = 0
     complete: bool = False
 
 
 class Replies:
-    """The bodies of the answers to one request."""
+    """Builds the response bodies of a request."""
 
     def __init__(self, number: str, model: str, warnings: Sequence[str] = ()) -> None:
         self._fields = {"id": f"chatcmpl-{number}", "created": math.floor(time.time()), "model": model}
         self._warnings = {"warnings": list(warnings)} if warnings else {}
 
     def completion(self, answer: Answer) -> dict[str, Any]:
-        """The complete answer."""
+        """A complete answer."""
         message = {"role": "assistant", "content": answer.text}
         choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": _finish(answer)}
         fields = {"choices": [choice], "usage": _usage(answer)}
         return {**self._fields, "object": "chat.completion", **fields, **self._warnings}
 
     def chunk(self, delta: dict[str, str], finished: Answer | None = None) -> dict[str, Any]:
-        """A part of a stream."""
+        """A chunk of a stream."""
         choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finished and _finish(finished)}
         return {**self._fields, "object": "chat.completion.chunk", "choices": [choice], **self._warnings}
 
     def usage(self, answer: Answer) -> dict[str, Any]:
-        """The last part of a stream, with the number of tokens."""
+        """The last chunk of a stream, with the token usage."""
         return {**self._fields, "object": "chat.completion.chunk", "choices": [], "usage": _usage(answer)}
 
 

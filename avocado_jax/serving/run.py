@@ -1,4 +1,4 @@
-"""The life of a server: it listens, and stops on a signal or when the devices fail."""
+"""Run a server until a signal arrives or the devices fail."""
 
 import asyncio
 import signal
@@ -11,25 +11,25 @@ from avocado_jax.data.reader import READERS
 from avocado_jax.errors import InputError
 from avocado_jax.serving.app import Server
 
-OTHER_THREADS = 8  # beside those that wait for clips
-AFTER = 5.0  # seconds for requests to end once they are stopped
+OTHER_THREADS = 8  # threads besides those that wait for clip readers
+AFTER = 5.0  # seconds for requests to end after `Server.stop`
 
 
 async def serve(server: Server, host: str, port: int, grace: float, listening: Callable[[int], None]) -> int:
     """Serve until SIGTERM or SIGINT, or until the backend fails.
 
-    New connections are then refused, and the requests that are being answered have `grace` seconds to finish. They
-    end with status 503 after that, and at once on a second signal.
+    New connections are then refused, and requests in flight have `grace` seconds to finish. After that, or on a
+    second signal, they end with status 503.
 
     Args:
-        port: 0: a free one.
-        listening: is called with the port once requests are accepted.
+        port: 0: any free port.
+        listening: called with the port when the server accepts requests.
 
     Returns:
-        The number of the signal; 0: the backend failed.
+        The signal number; 0: the backend failed.
 
     Raises:
-        InputError: the address cannot be listened on.
+        InputError: the server cannot listen on the address.
     """
     loop, received, stopped = asyncio.get_running_loop(), [], asyncio.Event()
     loop.set_default_executor(ThreadPoolExecutor(READERS + OTHER_THREADS))

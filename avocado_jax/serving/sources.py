@@ -1,7 +1,7 @@
-"""The media of a request as open files: of data URLs, of files below a root, and of the web where that is allowed.
+"""Open the media of a request: data URLs, files below a root folder, and web URLs if allowed.
 
-Readers get the name of an open descriptor, so that the file that was checked is the file that is read. Copies are
-files without a name: nothing is left of them, whatever happens to the process.
+Readers get the path of an open descriptor, so that they read the file that was checked. Copies are unnamed temporary
+files, which disappear with the process.
 """
 
 import asyncio
@@ -24,10 +24,10 @@ class Sources:
     """Opens the media of requests.
 
     Args:
-        root: the folder below which file URLs are read; None: they are refused.
-        remote: whether http and https URLs are downloaded; otherwise they are refused.
-        limit: bytes of a download.
-        seconds: for a download.
+        root: root folder of file URLs; None: they are refused.
+        remote: whether http and https URLs are allowed.
+        limit: maximum bytes of a download.
+        seconds: timeout of a download.
     """
 
     def __init__(self, root: Path | None, remote: bool, limit: int, seconds: float) -> None:
@@ -36,20 +36,20 @@ class Sources:
 
     @asynccontextmanager
     async def open(self, url: str) -> AsyncIterator[str]:
-        """The path of an open file with the content of a URL.
+        """Context manager: the path of an open file with the content of a URL.
 
         Raises:
-            ApiError: it is refused, does not exist or is too large.
+            ApiError: the URL is refused, missing or too large.
         """
         scheme = url[:8].partition(":")[0].lower()
         if scheme == "data":
-            file = await asyncio.to_thread(_decoded, url)
+            file = await asyncio.to_thread(_decode, url)
         elif scheme == "file":
             file = await asyncio.to_thread(self._local, url)
         elif is_remote(url):
             if not self._remote:
                 raise ApiError(403, "http and https URLs are refused: the server runs without --allow-remote")
-            file = _unnamed()
+            file = _temporary_file()
             try:
                 await download(url, file, self._limit, self._seconds)
             except BaseException:
@@ -63,8 +63,8 @@ class Sources:
     def _local(self, url: str) -> IO[bytes]:
         """Open the file of an absolute file URL.
 
-        What the descriptor refers to is compared with the root, after all links are followed: a path that is replaced
-        between the check and the use is of no use.
+        The root check uses the open descriptor, with all links resolved, so that replacing the path after the check
+        has no effect.
         """
         if self._root is None:
             raise ApiError(403, "file URLs are refused: the server runs without --media-root")
@@ -75,15 +75,15 @@ class Sources:
             raise ApiError(400, "not a file URL") from None
         if parts.netloc not in ("", "localhost") or parts.query or parts.fragment or not path.startswith("/"):
             raise ApiError(400, "not an absolute file URL: file:///FOLDER/FILE, special characters as %XX")
-        outside = ApiError(403, "the file is not below --media-root, or does not exist")  # does not state which
+        outside = ApiError(403, "the file is not below --media-root, or does not exist")  # does not reveal which
         if ".." in path.split("/") or "\0" in path:
             raise outside
         try:
             if not Path(path).resolve(strict=True).is_relative_to(self._root):
                 raise outside
-            # Without O_NONBLOCK, opening a pipe waits for its writer.
+            # Without O_NONBLOCK, opening a pipe blocks until it has a writer.
             descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-        except (OSError, RuntimeError):  # missing, no permission, a loop of links
+        except (OSError, RuntimeError):  # missing, no permission, symlink loop
             raise outside from None
         opened = Path(f"/proc/self/fd/{descriptor}").resolve()
         if not opened.is_relative_to(self._root) or not stat.S_ISREG(os.fstat(descriptor).st_mode):
@@ -93,17 +93,17 @@ class Sources:
 
 
 def is_remote(url: str) -> bool:
-    """Whether a URL is downloaded."""
+    """Whether a URL is an http or https URL."""
     return url[:8].lower().startswith(("http:", "https:"))
 
 
 def descriptor_path(file: IO[bytes]) -> str:
-    """A path by which other processes of this user can open an open file."""
+    """A path for opening an open file from other processes of this user."""
     return f"/proc/{os.getpid()}/fd/{file.fileno()}"
 
 
-def _decoded(url: str) -> IO[bytes]:
-    """A file with the content of a data URL."""
+def _decode(url: str) -> IO[bytes]:
+    """Decode a data URL into a temporary file."""
     head, comma, data = url.partition(",")
     if not comma or not head.lower().endswith(";base64"):
         raise ApiError(400, "not a data URL in base64: data:video/mp4;base64,...")
@@ -111,7 +111,7 @@ def _decoded(url: str) -> IO[bytes]:
         content = base64.b64decode(data, validate=True)
     except (binascii.Error, ValueError):
         raise ApiError(400, "the media are not valid base64") from None
-    file = _unnamed()
+    file = _temporary_file()
     try:
         file.write(content)
         file.flush()
@@ -121,7 +121,7 @@ def _decoded(url: str) -> IO[bytes]:
     return file
 
 
-def _unnamed() -> IO[bytes]:
+def _temporary_file() -> IO[bytes]:
     try:
         return tempfile.TemporaryFile(prefix="avocado-serve-")
     except OSError as error:

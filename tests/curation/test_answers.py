@@ -27,7 +27,7 @@ from avocado_jax.curation.answers import (
 from avocado_jax.curation.asking import Asker, Question
 from avocado_jax.curation.content import jpeg, silent, wav
 from avocado_jax.curation.journal import open_journal
-from avocado_jax.curation.run import clips_of
+from avocado_jax.curation.run import find_clips
 from avocado_jax.curation.words import Sentence
 from avocado_jax.data.media import Media
 from avocado_jax.errors import InputError
@@ -234,4 +234,4 @@ def test_journal_keeps_complete_answers_and_locks_the_folder(tmp_path):
 def test_non_utf8_names_are_refused_before_any_call(tmp_path):
     (tmp_path / os.fsdecode(b"bad\xff.mp4")).write_bytes(b"x")
     with pytest.raises(InputError, match="not UTF-8"):
-        clips_of([tmp_path])
+        find_clips([tmp_path])

@@ -87,7 +87,11 @@ def test_no_audio_and_no_picture_remove_their_input(world, checkpoint, monkeypat
                 yield item, MemoryError() if number == 1 else np.array([72, 73, 258], np.int32)
 
     monkeypatch.setattr(runner, "Engine", Fake)
-    for how in (runner.How(9, "float32"), runner.How(9, "float32", sound=False), runner.How(9, "float32", True, False)):
+    for how in (
+        runner.CaptionOptions(9, "float32"),
+        runner.CaptionOptions(9, "float32", sound=False),
+        runner.CaptionOptions(9, "float32", True, False),
+    ):
         made = {item.id: caption for item, caption in runner._captioned(captioner, items, how, 2, 60.0)}
         assert list(made) == [item.id for item in items]
         assert isinstance(made.pop(items[1].id), MemoryError)
@@ -116,7 +120,11 @@ def test_killed_evaluation_resumes_to_the_same_result(world, checkpoint, capsys,
 
 def test_captions_of_another_checkpoint_or_question_are_not_reused(world, checkpoint, tmp_path):
     items = [runner.Item("a", str(world / "clips.jsonl"), {"prompt": text}) for text in ("What?", "Who?")]
-    hows = [runner.How(5, "float32"), runner.How(6, "float32"), runner.How(5, "bfloat16")]
+    hows = [
+        runner.CaptionOptions(5, "float32"),
+        runner.CaptionOptions(6, "float32"),
+        runner.CaptionOptions(5, "bfloat16"),
+    ]
     keys = {runner.caption_key(item, name, how) for item in items for name in "xy" for how in hows}
     assert len(keys) == 12
     opened = load.open_checkpoint(checkpoint)

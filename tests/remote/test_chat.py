@@ -104,7 +104,7 @@ def test_token_budget_is_never_exceeded():
         server_saying(json.dumps(answer).encode()) as server,
         ChatClient(Endpoint(server.url, "m", max_tokens=1000, options={"max_tokens": 290})) as client,
     ):
-        replies = dict(client.each(client.ask(DOG, count, sample=number) for number in range(20)))
+        replies = dict(client.run_all(client.ask(DOG, count, sample=number) for number in range(20)))
         assert [replies[number].value for number in range(20)].count(1) == 3
         assert client.tokens == 900
         assert "budget of 1000 tokens" in client.trouble
@@ -144,7 +144,7 @@ def test_questions_are_drawn_lazily_with_bounded_concurrency():
         return request["messages"][0]["content"]
 
     with chat_server(echo) as server, ChatClient(Endpoint(server.url, "m", concurrency=4)) as client:
-        each = client.each(works(client))
+        each = client.run_all(works(client))
         next(each)
         assert len(drawn) < 10
         rest = list(each)
@@ -159,7 +159,7 @@ def test_queueing_does_not_count_as_patience():
         chat_server(lambda number, _: "hang" if number == 0 else '{"dogs": 1}') as server,
         ChatClient(Endpoint(server.url, "m", concurrency=1, patience=2.0)) as client,
     ):
-        replies = dict(client.each((client.ask(DOG, count, sample=number) for number in range(2)), at_once=2))
+        replies = dict(client.run_all((client.ask(DOG, count, sample=number) for number in range(2)), at_once=2))
     assert sorted(reply.value is None for reply in replies.values()) == [False, True]
     assert client.counts["late"] == 1
 

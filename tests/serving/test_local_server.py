@@ -52,5 +52,5 @@ def test_no_file_descriptors_are_left(monkeypatch):
 
     monkeypatch.setattr(sources.tempfile, "TemporaryFile", fail)
     with pytest.raises(ApiError, match="cannot be stored") as error:
-        sources._decoded("data:video/mp4;base64,AAAA")
+        sources._decode("data:video/mp4;base64,AAAA")
     assert error.value.status == 503

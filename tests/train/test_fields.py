@@ -132,7 +132,7 @@ FIELDS = {
         "passes": (5, updates("passes", "minibatches")),
         "minibatches": (3, updates("minibatches", "passes")),
         "reference_dtype": ("float32", reference_dtypes),
-        "eval_tokens": (7, "batch_programs.how.length"),
+        "eval_tokens": (7, "batch_programs.settings.length"),
         "sampling.tokens": (
             10,
             on_rollouts("tokens"),

@@ -1,4 +1,4 @@
-"""The six public benchmarks and a user's own probes, a file each behind one interface (benchmark.py)."""
+"""The six public benchmarks and user-defined probes, one file each, with a common interface (benchmark.py)."""
 
 from avocado_jax.eval.benchmarks import daily_omni, dream1k, probes, ugc_videocap, vdc, video_salmonn2, worldsense
 

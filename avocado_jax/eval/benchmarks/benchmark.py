@@ -1,4 +1,4 @@
-"""The interface of a benchmark: records from its official file, questions to a judge, and figures from the answers."""
+"""The interface of benchmarks: records from the official file, questions to a judge, and figures from the answers."""
 
 import json
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
@@ -13,19 +13,19 @@ from avocado_jax.jsonl import NAMES
 from avocado_jax.remote.chat import Reply
 
 A = TypeVar("A", bound=BaseModel)
-Unit = dict[str, Any]  # one question to the judge: its result, or "why" there is no valid answer; perhaps its "type"
+Unit = dict[str, Any]  # one question to the judge: its result, or "why" it has no valid answer; optionally its "type"
 
 
 @dataclass(frozen=True)
 class Record:
-    """One clip of a benchmark."""
+    """A clip of a benchmark."""
 
-    id: str  # as the official file has it
-    videos: tuple[str, ...]  # file names under which the clip may lie; without a suffix: any
+    id: str  # id in the official file
+    videos: tuple[str, ...]  # possible file names of the clip; names without a suffix match any suffix
     prompt: str | None  # the captioner's prompt; None: its default
-    reference: str | None  # a caption, if the benchmark has any
-    truth: Any  # what the judge compares with
-    groups: Mapping[str, str] = field(default_factory=dict)  # such as its duration: figures are given for each
+    reference: str | None  # the reference caption, if the benchmark has one
+    truth: Any  # the reference data for the judge
+    groups: Mapping[str, str] = field(default_factory=dict)  # kind -> group, such as the duration, for figures by group
 
 
 class Judged(NamedTuple):
@@ -36,7 +36,7 @@ class Judged(NamedTuple):
 
 
 class Ask(Protocol):
-    """Asks the judge in the words of a prompt's file."""
+    """Asks the judge with a prompt template."""
 
     def __call__(
         self,
@@ -49,21 +49,21 @@ class Ask(Protocol):
         """Ask one question.
 
         Args:
-            schema: the form of the answer that our prompts request.
-            check: an answer to what is used of it; raises Malformed if it is invalid.
-            read: the answer's text to what `check` gets, in any form that official prompts ask for; by default an
-                object of `schema`. Raises Malformed.
+            schema: the answer format of the built-in prompts.
+            check: converts an answer to the used value; raises Malformed if it is invalid.
+            read: parses the answer's text for `check`, including the formats of official prompts. Default: an object of
+                `schema`. Raises Malformed.
         """
 
 
 @dataclass(frozen=True)
 class Official:
-    """The official treatment of a benchmark where ours differs (`evaluate --official`).
+    """The official rules of a benchmark that differ from the default (`evaluate --official`).
 
     Attributes:
-        notes: the differences, a sentence each; eval/README.md lists them.
-        text: applied to captions and references before they are judged.
-        treat: a record's units to those that the official measure counts.
+        notes: the differences, one sentence each; eval/README.md lists them.
+        text: preprocessing of captions and references before judging.
+        treat: maps a record's units to the units of the official measure.
     """
 
     notes: tuple[str, ...] = ()
@@ -73,28 +73,30 @@ class Official:
 
 @dataclass(frozen=True)
 class Benchmark:
-    """One benchmark."""
+    """A benchmark."""
 
     name: str
     title: str
-    prompts: tuple[str, ...]  # the judge's, files of eval/prompts
-    read: Callable[[Path], list[Record]]  # the official file; InputError: it is not
+    prompts: tuple[str, ...]  # the judge's prompts in eval/prompts
+    read: Callable[[Path], list[Record]]  # reads the official file; raises InputError
     judge: Callable[[Record, str, Ask], Awaitable[list[Unit]]]
-    measure: Callable[[Sequence[Judged]], dict[str, float | None]]  # answers that are not valid left out
-    headline: str  # the measure by which the median round is chosen
+    measure: Callable[[Sequence[Judged]], dict[str, float | None]]  # figures from the valid answers
+    headline: str  # the figure that selects the median round
     rounds: int = 1  # rounds of judging, as published
     sound: bool = True
-    frames: int | None = None  # of a clip at most, where that is less than usual
+    frames: int | None = None  # maximum frames of a clip, if lower than usual
     official: Official = Official()
-    typical: Mapping[str, Any] = field(default_factory=dict)  # by prompt: answers that a dry run assumes
-    beside: bool = False  # clips are named relative to the file
+    typical: Mapping[str, Any] = field(default_factory=dict)  # prompt -> assumed answer in a dry run
+    beside: bool = False  # clip names are relative to the folder of the file
 
 
 def officially(benchmark: Benchmark) -> Benchmark:
-    """The benchmark with the official measure."""
+    """Return the benchmark with the official measure."""
 
     def measure(judged: Sequence[Judged]) -> dict[str, float | None]:
-        return benchmark.measure([one._replace(units=benchmark.official.treat(one.units)) for one in judged])
+        return benchmark.measure(
+            [answers._replace(units=benchmark.official.treat(answers.units)) for answers in judged]
+        )
 
     return replace(benchmark, measure=measure)
 
@@ -114,10 +116,10 @@ class Answer(BaseModel):
 
 
 def read_json(path: Path, kind: type) -> Any:
-    """The JSON value of a file.
+    """Read the JSON value of a file.
 
     Raises:
-        InputError: the file cannot be read, is cut or otherwise no JSON, or holds another kind of value.
+        InputError: the file cannot be read, is not valid JSON, or has another type of value.
     """
     try:
         value = json.loads(path.read_bytes())
@@ -131,10 +133,10 @@ def read_json(path: Path, kind: type) -> Any:
 
 
 def checked(where: str, entry: Any, fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Check that an object of an official file has these fields of these types ([T]: a list of T); return it.
+    """Check that an object of an official file has these fields with these types ([T]: a list of T), and return it.
 
     Raises:
-        InputError: it is not so.
+        InputError: a field is missing or has another type.
     """
     if not isinstance(entry, dict):
         raise InputError(f"{where}: not an object")
@@ -148,10 +150,10 @@ def checked(where: str, entry: Any, fields: Mapping[str, Any]) -> dict[str, Any]
 
 
 def all_different(path: Path, records: Iterator[Record]) -> list[Record]:
-    """The records of a file, which are some and have ids of their own.
+    """Check that the records of a file have unique ids and are not empty.
 
     Raises:
-        InputError: they do not.
+        InputError: two records have the same id, or there are no records.
     """
     found: dict[str, Record] = {}
     for record in records:
@@ -165,19 +167,19 @@ def all_different(path: Path, records: Iterator[Record]) -> list[Record]:
 
 def valid(judged: Sequence[Judged]) -> list[Unit]:
     """All units with a valid answer."""
-    return [unit for one in judged for unit in one.units if "why" not in unit]
+    return [unit for answers in judged for unit in answers.units if "why" not in unit]
 
 
 def answered(unit: Unit, **answer: Any) -> Unit:
-    """A unit without a valid answer, with this one."""
+    """Set the answer of a unit without a valid answer."""
     return {name: value for name, value in unit.items() if name != "why"} | answer
 
 
 def percent(part: float, whole: float) -> float | None:
-    """Of a hundred; None of nothing."""
+    """100 * part / whole; None if `whole` is 0."""
     return 100 * part / whole if whole else None
 
 
 def mean(values: Sequence[float]) -> float | None:
-    """None of nothing."""
+    """The mean; None without values."""
     return sum(values) / len(values) if values else None

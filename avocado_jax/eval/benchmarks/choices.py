@@ -19,19 +19,19 @@ class Choice(Answer):
 
 
 class Question(NamedTuple):
-    """One question of a clip."""
+    """A question about a clip."""
 
     text: str
-    choices: Mapping[str, str]  # by their letters
+    choices: Mapping[str, str]  # letter -> choice
     answer: str  # the right letter
     type: str
 
 
 def question(where: str, text: str, choices: Sequence[str], answer: str, kind: str) -> Question:
-    """A question whose choices may or may not begin with their letters.
+    """Build a question. Its choices may begin with their letters.
 
     Raises:
-        InputError: the right answer is none of them.
+        InputError: the right answer is not one of the letters.
     """
     lettered = {}
     for letter, choice in zip(CHOICE_LABELS, choices):
@@ -43,31 +43,31 @@ def question(where: str, text: str, choices: Sequence[str], answer: str, kind: s
 
 
 def read_choice(text: str, choices: Mapping[str, str]) -> str:
-    """The letter that an answer selects, or UNKNOWN: a JSON object with "answer", or plain text (`letter_of`).
+    """Parse the letter that an answer selects, or UNKNOWN, from a JSON object with "answer" or text (`letter_of`).
 
     Raises:
-        Malformed: it selects nothing.
+        Malformed: the answer selects no choice.
     """
     try:
         texts = [read_object(text, Choice, python=True).answer]
     except Malformed:
         texts = last_words(text)
-    for one in texts:
-        if letter := letter_of(one, choices):
+    for answer in texts:
+        if letter := letter_of(answer, choices):
             return letter
     raise Malformed(f"{text.strip()[-80:]!r} is none of {', '.join(choices)} or {UNKNOWN}", text)
 
 
 async def judge(record: Record, caption: str, ask: Ask) -> list[Unit]:
-    """A unit a question: {"question", "choices", "truth", "answer" (a letter or N/A), "type"}."""
+    """One unit per question: {"question", "choices", "truth", "answer" (a letter or N/A), "type"}."""
 
-    async def one(item: Question) -> Unit:
+    async def ask_one(item: Question) -> Unit:
         unit = {"question": item.text, "choices": dict(item.choices), "truth": item.answer, "type": item.type}
         fields = {"caption": caption, "question": item.text, "choices": dict(item.choices)}
         reply = await ask("multiple-choice", fields, Choice, read=lambda text: read_choice(text, item.choices))
         return unit | ({"why": reply.why} if reply.value is None else {"answer": reply.value})
 
-    return list(await asyncio.gather(*map(one, record.truth)))
+    return list(await asyncio.gather(*map(ask_one, record.truth)))
 
 
 def _wrong(units: list[Unit]) -> list[Unit]:
@@ -78,7 +78,7 @@ OFFICIAL = Official(("A question without a valid answer counts as wrong.",), tre
 
 
 def measure(judged: Sequence[Judged]) -> dict[str, float | None]:
-    """Of a hundred questions that were answered: `accuracy`; `unknown`, those answered N/A, which are not right."""
+    """Percentages of answered questions: `accuracy`, and `unknown`, the share of N/A, which is counted as wrong."""
     units = valid(judged)
     right = sum(unit["answer"] == unit["truth"] for unit in units)
     unknown = sum(unit["answer"] == UNKNOWN for unit in units)

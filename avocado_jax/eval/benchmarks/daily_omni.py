@@ -1,4 +1,4 @@
-"""Daily-Omni: questions about picture and sound together, answered from the caption alone."""
+"""Daily-Omni: audiovisual questions, answered from the caption alone."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,7 +8,7 @@ from avocado_jax.eval.benchmarks.choices import OFFICIAL, judge, measure, questi
 
 
 def read(path: Path) -> list[Record]:
-    """The official file: a list of {"video_id", "video_duration", "questions": [{"Question", "Choice", "Answer"}]}."""
+    """Read the official file: [{"video_id", "video_duration", "questions": [{"Question", "Choice", "Answer"}]}]."""
     return all_different(path, _records(path))
 
 
@@ -16,14 +16,14 @@ def _records(path: Path) -> Iterator[Record]:
     fields = {"Question": str, "Choice": [str], "Answer": str, "Type": str}
     for number, entry in enumerate(read_json(path, list), start=1):
         where = f"{path}: clip {number}"
-        one = checked(where, entry, {"video_id": str, "video_duration": str, "questions": [dict]})
+        clip = checked(where, entry, {"video_id": str, "video_duration": str, "questions": [dict]})
         questions = [
             question(where, item["Question"], item["Choice"], item["Answer"], item["Type"])
-            for item in (checked(where, item, fields) for item in one["questions"])
+            for item in (checked(where, item, fields) for item in clip["questions"])
         ]
-        name = one["video_id"]
+        name = clip["video_id"]
         paths = (name, f"{name}/{name}_video.mp4")
-        yield Record(name, paths, None, None, questions, {"duration": one["video_duration"]})
+        yield Record(name, paths, None, None, questions, {"duration": clip["video_duration"]})
 
 
 BENCHMARK = Benchmark(

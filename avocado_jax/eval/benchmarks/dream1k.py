@@ -1,4 +1,4 @@
-"""DREAM-1K: events of the reference that a caption entails, and events of the caption that the reference entails."""
+"""DREAM-1K: recall of reference events that the caption entails, and precision of the caption's events."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
@@ -23,7 +23,7 @@ from avocado_jax.jsonl import read_lines
 from avocado_jax.remote.answers import read_object
 from avocado_jax.remote.call import Malformed
 
-MOST = 10  # events of a caption that count
+MOST = 10  # maximum events of a caption
 VERDICTS = ("entailment", "neutral", "contradiction")
 
 
@@ -59,7 +59,7 @@ class Relationships(Answer):
 
 
 def read(path: Path) -> list[Record]:
-    """The official file: lines {"messages": [user, assistant], "dataset", "extra_info": {"events"}}."""
+    """Read the official file: lines {"messages": [user, assistant], "dataset", "extra_info": {"events"}}."""
     return all_different(path, _records(path))
 
 
@@ -83,7 +83,7 @@ def _records(path: Path) -> Iterator[Record]:
 
 
 async def judge(record: Record, caption: str, ask: Ask) -> list[Unit]:
-    """Two units, {"what": "recall" or "precision", "events", "verdicts"}: the shares are over the events of each."""
+    """Two units, for recall and precision: {"what": "recall" or "precision", "events", "verdicts"}."""
     units = [await _entailed(ask, "recall", record.truth, caption)]
     reply = await ask("dream-1k-events", {"caption": caption}, Told)
     if reply.value is None:
@@ -117,19 +117,19 @@ async def _entailed(ask: Ask, what: str, events: Sequence[str], text: str) -> Un
 
 
 def measure(judged: Sequence[Judged]) -> dict[str, float | None]:
-    """Means of both shares over the clips of a subset, then over the subsets, of a hundred; and the F1 of these means.
+    """Mean precision and recall in percent, over the clips of a subset and then over subsets; and the F1 of the means.
 
-    As published, a reference without events has a recall of 1, and a caption without events a precision of 1.
+    As published, recall is 1 for a reference without events, and precision is 1 for a caption without events.
     """
     shares: dict[str, dict[str, list[float]]] = {"precision": {}, "recall": {}}
-    for one in judged:
-        for unit in one.units:
+    for answers in judged:
+        for unit in answers.units:
             if "why" in unit:
                 continue
             verdicts = unit["verdicts"]
             share = 100 * verdicts.count("entailment") / len(verdicts) if verdicts else 100.0
-            shares[unit["what"]].setdefault(one.record.groups.get("subset", ""), []).append(share)
-    precision, recall = (mean([mean(each) for each in shares[name].values()]) for name in ("precision", "recall"))
+            shares[unit["what"]].setdefault(answers.record.groups.get("subset", ""), []).append(share)
+    precision, recall = (mean(list(map(mean, shares[name].values()))) for name in ("precision", "recall"))
     f1 = None
     if precision is not None and recall is not None:
         f1 = 2 * precision * recall / (precision + recall) if precision + recall else 0.0

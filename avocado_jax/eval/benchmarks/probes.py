@@ -1,4 +1,4 @@
-"""Probes: a user's own questions with choices, which a judge answers from the caption alone, all in one call."""
+"""Probes: user-defined multiple-choice questions. A judge answers all questions of a caption in one call."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -29,7 +29,7 @@ class Choices(Answer):
 
 
 def read(path: Path) -> list[Record]:
-    """Lines {"id", "probes": [{"question", "choices", "answer", "category"?}], "video"?, "prompt"?, "caption"?}."""
+    """Read lines {"id", "probes": [{"question", "choices", "answer", "category"?}], "video"?, "prompt"?, ...}."""
     return all_different(path, _records(path))
 
 
@@ -49,7 +49,7 @@ def _records(path: Path) -> Iterator[Record]:
 
 
 async def judge(record: Record, caption: str, ask: Ask) -> list[Unit]:
-    """A unit a question, as `choices.judge`; the type is the category. A caption without text answers nothing."""
+    """One unit per question, as `choices.judge`. The type is the category. All answers of an empty caption are N/A."""
     probes: Sequence[Probe] = record.truth
     units = [
         {
@@ -72,8 +72,8 @@ async def judge(record: Record, caption: str, ask: Ask) -> list[Unit]:
             answers = read_object(text, Choices, python=True).answers
             by_number = {one.number: one.answer for one in answers}
             if len(by_number) < len(answers):
-                by_number = {}  # a number twice: neither answer counts
-        except Malformed:  # {"1": "A", ...} is an answer too
+                by_number = {}  # duplicate numbers: reject the answer
+        except Malformed:  # also accept {"1": "A", ...}
             last = next(reversed(objects(text, python=True)), {})
             by_number = {int(name): str(answer) for name, answer in last.items() if name.isdecimal() and len(name) < 6}
         found = {

@@ -35,25 +35,25 @@ class Grades(Answer):
 
 
 def read(path: Path) -> list[Record]:
-    """The official file: {"question", "samples": [{"video_id", "path", "answer"}]}."""
+    """Read the official file: {"question", "samples": [{"video_id", "path", "answer"}]}."""
     content = checked(str(path), read_json(path, dict), {"question": str, "samples": list})
     return all_different(path, _records(path, content))
 
 
 def _records(path: Path, content: dict) -> Iterator[Record]:
     for number, sample in enumerate(content["samples"], start=1):
-        one = checked(f"{path}: sample {number}", sample, {"video_id": str, "answer": str})
-        yield Record(one["video_id"], (one["video_id"],), content["question"].strip(), one["answer"], None)
+        clip = checked(f"{path}: sample {number}", sample, {"video_id": str, "answer": str})
+        yield Record(clip["video_id"], (clip["video_id"],), content["question"].strip(), clip["answer"], None)
 
 
 async def judge(record: Record, caption: str, ask: Ask) -> list[Unit]:
-    """One unit: the three grades."""
+    """One unit with the three grades."""
     reply = await ask("ugc-videocap", {"reference": record.reference, "caption": caption}, Grades)
     return [{"why": reply.why} if reply.value is None else reply.value.model_dump()]
 
 
 def measure(judged: Sequence[Judged]) -> dict[str, float | None]:
-    """The mean of each grade as a share of 5, of a hundred, and the mean of the three."""
+    """The mean of each grade in percent of 5, and the mean of the three."""
     units = valid(judged)
     means = {name: mean([20.0 * unit[name] for unit in units]) for name in GRADES}
     return {**means, "average": mean(list(means.values())) if units else None}

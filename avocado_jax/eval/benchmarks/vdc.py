@@ -1,4 +1,4 @@
-"""VDC detailed: questions on a silent clip, answered from the caption and graded against the truth."""
+"""VDC detailed: questions about a silent clip, answered from the caption and graded against the truth."""
 
 import asyncio
 from collections.abc import Iterator, Sequence
@@ -25,7 +25,7 @@ from avocado_jax.jsonl import read_lines
 from avocado_jax.remote.answers import last_words, read_object
 from avocado_jax.remote.call import Malformed
 
-LONGEST = 10_000  # characters of an answer
+LONGEST = 10_000  # maximum characters of an answer
 
 
 class Told(Answer):
@@ -50,7 +50,7 @@ QUESTION = "Describe in full detail all that can be seen in the video."  # visua
 
 
 def read(path: Path) -> list[Record]:
-    """The official file: lines {video id: [{"question", "answer", "category"}]}."""
+    """Read the official file: lines {video id: [{"question", "answer", "category"}]}."""
     return all_different(path, _records(path))
 
 
@@ -60,14 +60,14 @@ def _records(path: Path) -> Iterator[Record]:
             if not isinstance(questions, list) or not questions:
                 raise InputError(f"{where}: {name[:80]!r} must be a list of questions")
             fields = {"question": str, "answer": str, "category": str}
-            yield Record(name, (name,), QUESTION, None, [checked(where, one, fields) for one in questions])
+            yield Record(name, (name,), QUESTION, None, [checked(where, item, fields) for item in questions])
 
 
 def read_answer(text: str) -> str:
-    """The answer in a JSON object, else, in the official form, the text itself.
+    """Parse the answer from a JSON object, or plain text in the official format.
 
     Raises:
-        Malformed: there is none.
+        Malformed: the text has no answer.
     """
     try:
         return read_object(text, Told, python=True).answer
@@ -79,9 +79,9 @@ def read_answer(text: str) -> str:
 
 
 async def judge(record: Record, caption: str, ask: Ask) -> list[Unit]:
-    """A unit a question: {"question", "truth", "answer", "correct", "score", "type"}."""
+    """One unit per question: {"question", "truth", "answer", "correct", "score", "type"}."""
 
-    async def one(item: dict[str, str]) -> Unit:
+    async def ask_one(item: dict[str, str]) -> Unit:
         unit = {"question": item["question"], "truth": item["answer"], "type": item["category"]}
         reply = await ask("vdc-answer", {"caption": caption, "question": item["question"]}, Told, read=read_answer)
         if reply.value is None:
@@ -93,18 +93,18 @@ async def judge(record: Record, caption: str, ask: Ask) -> list[Unit]:
             return unit | {"why": graded.why}
         return unit | {"correct": graded.value.pred == "yes", "score": graded.value.score}
 
-    return list(await asyncio.gather(*map(one, record.truth)))
+    return list(await asyncio.gather(*map(ask_one, record.truth)))
 
 
 def measure(judged: Sequence[Judged]) -> dict[str, float | None]:
-    """Means over a clip's questions, then over clips: `accuracy` of a hundred, `score` from 0 to 5.
+    """Means over a clip's questions and then over clips: `accuracy` in percent, `score` in [0, 5].
 
-    As published, a clip whose accuracy or score is zero is left out of these two; `zero_clips` counts these,
-    and `accuracy_all` and `score_all` hold them too.
+    As published, clips with zero accuracy or score are excluded; `zero_clips` is their number. `accuracy_all` and
+    `score_all` include them.
     """
     clips = []
-    for one in judged:
-        units = [unit for unit in one.units if "why" not in unit]
+    for answers in judged:
+        units = [unit for unit in answers.units if "why" not in unit]
         if units:
             clips.append((mean([100.0 * unit["correct"] for unit in units]), mean([unit["score"] for unit in units])))
     some = [clip for clip in clips if all(clip)]

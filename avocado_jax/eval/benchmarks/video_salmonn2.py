@@ -25,7 +25,7 @@ from avocado_jax.eval.metrics import remove_repetitions
 from avocado_jax.remote.answers import read_object
 from avocado_jax.remote.call import Malformed
 
-MOST = 500  # inventions of a caption: more is no count
+MOST = 500  # maximum hallucinations of a caption; larger counts are invalid
 Count = Annotated[int, Field(ge=0)]
 
 
@@ -52,28 +52,28 @@ class AnyEvents(Answer):
 
 
 def read(path: Path) -> list[Record]:
-    """The official file: a list of {"video", "conversations": [human, gpt], "events"}."""
+    """Read the official file: [{"video", "conversations": [human, gpt], "events"}]."""
     return all_different(path, _records(path))
 
 
 def _records(path: Path) -> Iterator[Record]:
     for number, entry in enumerate(read_json(path, list), start=1):
         where = f"{path}: clip {number}"
-        one = checked(where, entry, {"video": str, "conversations": [dict], "events": [str]})
+        clip = checked(where, entry, {"video": str, "conversations": [dict], "events": [str]})
         turns = {
             turn["from"]: turn["value"]
-            for turn in (checked(where, turn, {"from": str, "value": str}) for turn in one["conversations"])
+            for turn in (checked(where, turn, {"from": str, "value": str}) for turn in clip["conversations"])
         }
-        if not {"human", "gpt"} <= turns.keys() or not one["events"]:
+        if not {"human", "gpt"} <= turns.keys() or not clip["events"]:
             raise InputError(
                 f'{where}: "conversations" must have a turn of "human" and of "gpt", and "events" an event'
             )
         prompt = turns["human"].replace("<image>\n", "").replace("<video>\n", "").strip()
-        yield Record(one["video"], (one["video"],), prompt, turns["gpt"], one["events"])
+        yield Record(clip["video"], (clip["video"],), prompt, turns["gpt"], clip["events"])
 
 
 async def judge(record: Record, caption: str, ask: Ask) -> list[Unit]:
-    """One unit: {"events" (how many), "missed", "incorrect", "hallucination"}, each as the judge gave it."""
+    """One unit: {"events" (count), "missed", "incorrect", "hallucination"}, from the judge's answer."""
     events = record.truth
     numbered = {str(number): text for number, text in enumerate(events, start=1)}
 
@@ -95,12 +95,12 @@ async def judge(record: Record, caption: str, ask: Ask) -> list[Unit]:
 
 
 def count(part: list[Any] | int) -> int:
-    """How many, of a count or a list."""
+    """The count of a list, or the count itself."""
     return part if isinstance(part, int) else len(part)
 
 
 def measure(judged: Sequence[Judged]) -> dict[str, float | None]:
-    """Sums over sums: events missed; events told wrongly and inventions; both together, per hundred events."""
+    """Per hundred events over all clips: missed events; incorrect events and hallucinations; and their sum."""
     units = valid(judged)
     events = sum(unit["events"] for unit in units)
     missed, wrong, invented = (

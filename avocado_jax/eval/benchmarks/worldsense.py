@@ -1,4 +1,4 @@
-"""WorldSense: questions on clips of the real world, answered from the caption alone."""
+"""WorldSense: questions about real-world clips, answered from the caption alone."""
 
 import re
 from collections.abc import Iterator
@@ -12,23 +12,23 @@ FIELDS = {"task_type": str, "question": str, "answer": str, "candidates": [str]}
 
 
 def read(path: Path) -> list[Record]:
-    """The official file: {video id: {..., "task0": {"task_type", "question", "answer", "candidates"}, "task1"?}}."""
+    """Read the official file: {video id: {..., "task0": {"task_type", "question", "answer", "candidates"}, ...}}."""
     return all_different(path, _records(path))
 
 
 def _records(path: Path) -> Iterator[Record]:
     for name, entry in read_json(path, dict).items():
         where = f"{path}: clip {name[:80]!r}"
-        one = checked(where, entry, {})
-        tasks = [checked(where, one[key], FIELDS) for key in one if re.fullmatch(r"task\d+", key)]
+        clip = checked(where, entry, {})
+        tasks = [checked(where, clip[key], FIELDS) for key in clip if re.fullmatch(r"task\d+", key)]
         if not tasks:
             raise InputError(f'{where}: no "task0"')
         questions = [
             question(where, task["question"], task["candidates"], task["answer"], task["task_type"]) for task in tasks
         ]
-        # Either field may be there; the first is a class of lengths, the second a length.
-        known = [one[key] for key in ("duration", "video_duration") if isinstance(one.get(key), str)]
-        caption = one.get("video_caption")
+        # Either field may exist; the first is a class of durations, the second a duration.
+        known = [clip[key] for key in ("duration", "video_duration") if isinstance(clip.get(key), str)]
+        caption = clip.get("video_caption")
         groups = {"duration": known[0]} if known else {}
         yield Record(name, (name,), None, caption if isinstance(caption, str) else None, questions, groups)
 

@@ -1,6 +1,6 @@
-"""Attention of whole sequences, by platform: three modules with the same three functions.
+"""Attention kernels for training and prefill, by platform: three modules with the same functions.
 
-`attend_clip`, `attend_captions` and `attend_block` of `plain`, `splash` (TPU) and `cudnn` (GPU) compute the same.
+`attend_clip`, `attend_captions` and `attend_block` of `plain`, `splash` (TPU) and `cudnn` (GPU) are equivalent.
 """
 
 import importlib
@@ -11,7 +11,7 @@ import jax
 
 from avocado_jax.models.config import Kernel
 
-MIN_KERNEL_BLOCK = 512  # slots; shorter blocks of a tower use plain attention
+MIN_KERNEL_BLOCK = 512  # slots; shorter blocks of the encoders use plain attention
 
 
 FUNCTIONS = ("attend_clip", "attend_captions", "attend_block")
@@ -20,11 +20,11 @@ FUNCTIONS = ("attend_clip", "attend_captions", "attend_block")
 def backend(kernel: Kernel, dtype: str, block: int | None = None) -> ModuleType | SimpleNamespace:
     """The functions of the kernel that `ThinkerConfig` selects for activations of `dtype`.
 
-    "auto" is the kernel of the platform that jax uses by default, in the dtypes it takes; a program for another
-    platform (`plan` compiles for a TPU on a machine without one) must name its own.
+    "auto" selects the kernel of jax's default platform, if it supports the dtype. Programs for another platform (`plan`
+    compiles for TPU on machines without one) must name the kernel.
 
     Args:
-        block: slots of a tower's block; short ones are plain everywhere.
+        block: slots of an encoder's block; short blocks use "plain" on every platform.
     """
     attention = kernel.name
     if attention == "auto":
@@ -32,7 +32,7 @@ def backend(kernel: Kernel, dtype: str, block: int | None = None) -> ModuleType 
         attention = {"tpu": "splash", "gpu": "cudnn" if half else "plain"}.get(jax.default_backend(), "plain")
     if block is not None and block < MIN_KERNEL_BLOCK:
         attention = "plain"
-    # Imported on demand: other platforms need not load a kernel's dependencies.
+    # Imported on demand, so that other platforms do not need the kernel's dependencies.
     module = importlib.import_module(f"avocado_jax.models.attention.{attention}")
     if attention != "splash":
         return module

@@ -1,8 +1,8 @@
-"""Fused attention of NVIDIA GPUs, in half precision.
+"""Fused attention on NVIDIA GPUs, in half precision.
 
 Each caption is a separate row of the kernel over [clip; caption], with a mask. The clip's keys are broadcast over the
-group inside the layer: 3.7 times faster than a row of the model per caption. The kernel's log-sum-exp cannot be
-differentiated, so this is one call, not two that are merged.
+group in the layer, which is 3.7 times faster than a row of the model per caption. The kernel's log-sum-exp is not
+differentiable, so a single call is used instead of two merged ones.
 """
 
 import jax
@@ -13,7 +13,7 @@ from avocado_jax.typing import Array, Bool, Float
 
 
 def attend_clip(q: Float[Array, "B P H E"], kv: KV, implementation: str = "cudnn") -> Float[Array, "B P H E"]:
-    """As `splash.attend_clip`. `implementation` "xla" computes the same on any platform, for tests."""
+    """See `splash.attend_clip`. `implementation` "xla" is equivalent on any platform, for tests."""
     k, v = (part.swapaxes(1, 2) for part in kv)
     return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation=implementation)
 
@@ -25,7 +25,7 @@ def attend_captions(
     clip_valid: Bool[Array, "B P"],
     implementation: str = "cudnn",
 ) -> Float[Array, "B G C H E"]:
-    """As `splash.attend_captions`: a row per caption, keys [clip; caption], and one mask for the captions of a row."""
+    """See `splash.attend_captions`. Uses a kernel row per caption with keys [clip; caption]."""
     rows, group, length, *heads = q.shape
     pad = -(clip_valid.shape[1] + length) % 2  # a mask of odd length has no backward pass
 
@@ -51,7 +51,7 @@ def attend_block(
     valid: Bool[Array, "B S"],
     implementation: str = "cudnn",
 ) -> Float[Array, "B S H E"]:
-    """As `splash.attend_block`; S is even."""
+    """See `splash.attend_block`. S must be even."""
     mask = jnp.broadcast_to(valid[:, None, None], (len(q), 1, q.shape[1], q.shape[1]))
     return _masked(q, k, v, mask, implementation)
 

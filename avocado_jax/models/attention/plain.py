@@ -1,7 +1,7 @@
-"""Plain attention as parts that merge: every part returns its log-sum-exp beside its output.
+"""Plain attention in mergeable parts: every part returns its output and its log-sum-exp.
 
-A caption attends to its clip and to itself. Computing the two softmaxes separately and merging
-them means that the clip's keys are read once for all G captions and never broadcast.
+A caption attends to its clip and to itself. The two softmaxes are computed separately and merged, so that the clip's
+keys are read once for all G captions and never broadcast.
 """
 
 import math
@@ -14,8 +14,8 @@ from avocado_jax.models.cache import KV
 from avocado_jax.parallel.mesh import parts_of
 from avocado_jax.typing import Array, Bool, Float
 
-SCORE_BYTES = 256 * 2**20  # fp32 scores alive at once on a device; more queries than fit are taken in chunks
-MASKED = -1e30  # finite: a query with no valid key must not make NaN
+SCORE_BYTES = 256 * 2**20  # maximum bytes of fp32 scores on a device; more queries are processed in chunks
+MASKED = -1e30  # score of masked keys; finite, so that a query without a valid key gives no NaN
 
 
 def attend(
@@ -28,13 +28,13 @@ def attend(
     """softmax(q k' / sqrt(E)) v over the valid keys, and the fp32 log-sum-exp of the scores.
 
     Args:
-        q, k, v: queries of H heads, keys and values of K heads; H is a multiple of K, and query head h
-            reads key head h // (H / K). Keys lie by head, as a decoding step reads them.
-        valid: keys that may be seen; all if None. A query that sees none gives a finite, meaningless
-            output with a log-sum-exp of about -1e30, which `merge` gives no weight.
-        causal: query i sees keys up to i.
+        q, k, v: queries of H heads, keys and values of K heads. H is a multiple of K, and query head h uses key head
+            h // (H / K). The head axis of keys precedes the sequence axis, as in the caches.
+        valid: mask of keys; None: all. The output of a query without valid keys is finite but undefined, with a
+            log-sum-exp of about -1e30, so that its weight in `merge` is 0.
+        causal: query i attends to keys up to i.
 
-    Softmax runs in fp32; its weights are cast to the dtype of `v`, as in the reference.
+    The softmax is computed in fp32; its weights are cast to the dtype of `v`, as in the reference.
     """
     batch, queries, heads, width = q.shape
     kv_heads, keys = k.shape[1:3]
@@ -60,7 +60,7 @@ def attend(
         blocks = jnp.moveaxis(padded.reshape(batch, chunks, chunk, *q.shape[2:]), 1, 0)
         out, lse = jax.lax.map(
             lambda item: jax.checkpoint(block)(*item), (blocks, jnp.arange(chunks) * chunk)
-        )  # each chunk's scores are recomputed in the backward pass, never kept
+        )  # the scores of each chunk are recomputed in the backward pass
         out, lse = (
             jnp.moveaxis(part, 0, 1).reshape(batch, chunks * chunk, *part.shape[3:])[:, :queries] for part in (out, lse)
         )
@@ -68,7 +68,7 @@ def attend(
 
 
 def attend_clip(q: Float[Array, "B P H E"], kv: KV) -> Float[Array, "B P H E"]:
-    """Causal attention of a clip's tokens; its padding is at the end. `kv` is [B K P E]."""
+    """Causal attention of clip tokens, with padding at the end. `kv` is [B K P E]."""
     return attend(q, *kv, causal=True)[0]
 
 
@@ -81,7 +81,7 @@ def attend_captions(
     """Captions attend to their clip's valid tokens, [B K P E], and causally to `captions`, [B G K S E]."""
     rows, group, queries = q.shape[:3]
     itself, itself_lse = attend(*(part.reshape(rows * group, *part.shape[2:]) for part in (q, *captions)), causal=True)
-    # The captions of a row are one long list of queries: its clip's keys are read once for all.
+    # The captions of a row form one sequence of queries, so that the clip's keys are read once.
     listed, lse = attend(q.reshape(rows, group * queries, *q.shape[3:]), *clip, clip_valid)
     parts = [(itself, itself_lse), (listed, lse)]
     return merge([(out.reshape(q.shape), lse.reshape(q.shape[:-1])) for out, lse in parts])
@@ -98,9 +98,9 @@ def attend_step(
     Computes one softmax over all parts without concatenating them. The clip's keys are read once for all captions.
 
     Args:
-        captions: parts of the caption cache, [B G K S E], each with the positions that are attended to, the same for
-            all captions of a row.
-        clip_valid: the clip tokens that are attended to.
+        captions: parts of the caption cache, [B G K S E], each with a mask of its positions, shared by all captions of
+            a row.
+        clip_valid: mask of the clip tokens.
     """
     kv_heads, width = clip.k.shape[1], q.shape[-1]
     heads = q.reshape(*q.shape[:2], kv_heads, -1, width)
@@ -114,9 +114,9 @@ def attend_step(
     largest = reduce(jnp.maximum, (jnp.max(part, axis=-1, keepdims=True) for part in scores))
     weights = [jnp.exp(part - largest) for part in scores]
     total = sum(jnp.sum(part, axis=-1, keepdims=True) for part in weights)
-    of_clip, *of_captions = (part.astype(q.dtype) for part in weights)
-    mixed = jnp.einsum("BGKRP,BKPE->BGKRE", of_clip, clip.v, preferred_element_type=jnp.float32)
-    for part, (kv, _) in zip(of_captions, captions):
+    clip_weights, *caption_weights = (part.astype(q.dtype) for part in weights)
+    mixed = jnp.einsum("BGKRP,BKPE->BGKRE", clip_weights, clip.v, preferred_element_type=jnp.float32)
+    for part, (kv, _) in zip(caption_weights, captions):
         mixed = mixed + jnp.einsum("BGKRS,BGKSE->BGKRE", part, kv.v, preferred_element_type=jnp.float32)
     return (mixed / total).astype(q.dtype).reshape(q.shape)
 
@@ -127,14 +127,14 @@ def attend_block(
     v: Float[Array, "B S H E"],
     valid: Bool[Array, "B S"],
 ) -> Float[Array, "B S H E"]:
-    """All valid tokens of a block see each other, as in the towers."""
+    """Bidirectional attention over the valid tokens of a block, for the encoders."""
     return attend(q, k.swapaxes(1, 2), v.swapaxes(1, 2), valid)[0]
 
 
 def merge(
     parts: list[tuple[Float[Array, "... H E"], Float[Array, "... H"]]],
 ) -> Float[Array, "... H E"]:
-    """One softmax from its parts: sum_i exp(lse_i - lse) out_i with lse = log sum_i exp(lse_i)."""
+    """Merge the parts of a softmax: sum_i exp(lse_i - lse) out_i with lse = log sum_i exp(lse_i)."""
     if len(parts) == 1:
         return parts[0][0]
     total = jax.nn.logsumexp(jnp.stack([lse for _, lse in parts]), axis=0)

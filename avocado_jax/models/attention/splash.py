@@ -1,15 +1,15 @@
-"""Fused attention of TPU: scores never leave the chip's own memory.
+"""Fused attention on TPU: scores stay in on-chip memory.
 
-A row's captions are one list of queries over [captions; clip], with a mask that skips other captions' blocks: the
-clip's keys are shared by all. The kernel's log-sum-exp cannot be differentiated, so this is one call, not two that are
-merged. Lengths are padded to the kernel's blocks, and outputs cut to their length. Rows are sharded over the mesh's
-rows, heads over `tensor`.
+The captions of a row form one sequence of queries over [captions; clip], with a mask that skips the blocks of other
+captions. All captions share the clip's keys. The kernel's log-sum-exp is not differentiable, so a single call is used
+instead of two merged ones. Lengths are padded to the kernel's blocks, and outputs are truncated. Rows are sharded over
+the mesh's row axes, heads over `tensor`.
 
-Block sizes are fields of the config (`splash`). A compiler without a chip can only refuse what exceeds the vector
-memory. Compiled alone, for 28,032 clip tokens and captions of 4,096, forward and backward, 1,024 queries by 1,024 keys
-fit v5e, v5p and v6e, and 2,048 fit v6e only. In the step of `sft_7b` on v5p, 1,024 in the backward pass exceed the
-kernel's 16 MiB by 1.1 MiB, so the default is 512. On v6e a larger `splash.q` is worth measuring: a block of q queries
-computes q operations per byte of keys and values, and 512 is below the chip's ratio of 560.
+Block sizes are fields of the config (`splash`). A compiler without a chip only rejects blocks that exceed the vector
+memory. Compiled separately, for 28,032 clip tokens and captions of 4,096, forward and backward, 1,024 queries by 1,024
+keys fit v5e, v5p and v6e, and 2,048 fit only v6e. In the step of `sft_7b` on v5p, 1,024 in the backward pass exceed the
+kernel's 16 MiB by 1.1 MiB, so the default is 512. On v6e a larger `splash.q` should be measured: a block of q queries
+computes q FLOPs per byte of keys and values, and 512 is below the chip's ratio of 560.
 """
 
 import math
@@ -31,7 +31,7 @@ from avocado_jax.models.config import SplashBlocks
 from avocado_jax.parallel.mesh import ROWS, parts_of
 from avocado_jax.typing import Array, Bool, Float
 
-LANES = 128  # of the vector unit: blocks are multiples
+LANES = 128  # lanes of the vector unit; block sizes are multiples
 VISIBLE, HIDDEN = 0, 1  # segment ids: queries attend to keys of the same id
 
 
@@ -41,9 +41,9 @@ DEFAULT = SplashBlocks()
 def attend_clip(
     q: Float[Array, "B P H E"], kv: KV, interpret: bool = False, blocks: SplashBlocks = DEFAULT
 ) -> Float[Array, "B P H E"]:
-    """Causal attention of a clip's tokens; `kv` is [B K P E].
+    """Causal attention of clip tokens; `kv` is [B K P E].
 
-    Only padding attends to padding at the end, so it needs no mask.
+    Padding is at the end, so only padding attends to padding and no mask is needed.
     """
     return _splash("causal", q, kv, None, interpret, blocks)
 
@@ -73,18 +73,18 @@ def attend_block(
     interpret: bool = False,
     blocks: SplashBlocks = DEFAULT,
 ) -> Float[Array, "B S H E"]:
-    """All valid tokens of a block see each other. A block without any gives finite, meaningless output."""
+    """Bidirectional attention over the valid tokens of a block. Without any, the output is finite but undefined."""
     return _splash("full", q, KV(k.swapaxes(1, 2), v.swapaxes(1, 2)), valid, interpret, blocks)
 
 
 def _splash(kind: str, q: Array, kv: KV, valid: Array | None, interpret: bool, blocks: SplashBlocks) -> Array:
-    """One call of the kernel a row and a key head, in parts over the mesh: rows over its rows, heads over `tensor`."""
+    """Call the kernel for each row and key head, sharded over the mesh: rows over its row axes, heads over `tensor`."""
     rows, queries, heads, width = q.shape
     kv_heads, keys = kv.k.shape[1:3]
     over, tensor = parts_of("rows"), parts_of("tensor")
     if heads % tensor or (tensor % kv_heads and kv_heads % tensor):
         raise InputError(f"mesh.tensor {tensor} does not divide {heads} query heads and {kv_heads} key heads evenly")
-    if tensor > kv_heads:  # each chip holds a copy of the one key head that its queries read
+    if tensor > kv_heads:  # replicate each key head to the chips whose queries use it
         kv = KV(*(jnp.repeat(part, tensor // kv_heads, axis=1) for part in kv))
 
     q = jnp.einsum("BQHE->BHQE", q) * jnp.asarray(1 / math.sqrt(width), q.dtype)
@@ -104,32 +104,32 @@ def _splash(kind: str, q: Array, kv: KV, valid: Array | None, interpret: bool, b
         return jax.vmap(kernel)(q, k, v, segments)
 
     if over * tensor > 1:
-        by_row = ROWS if rows % over == 0 else None  # a batch too small to be divided is computed everywhere
-        spec, whole = PartitionSpec(by_row, "tensor"), PartitionSpec(by_row)
-        specs = (spec, spec, spec, segments and splash.SegmentIds(whole, whole))
-        # The kernel does not say how its output varies over the mesh.
+        by_row = ROWS if rows % over == 0 else None  # a batch that is not divisible is replicated
+        spec, segment_spec = PartitionSpec(by_row, "tensor"), PartitionSpec(by_row)
+        specs = (spec, spec, spec, segments and splash.SegmentIds(segment_spec, segment_spec))
+        # The kernel has no information on how its output varies over the mesh.
         run = jax.shard_map(run, in_specs=specs, out_specs=spec, check_vma=False)
     return jnp.einsum("BHQE->BQHE", run(q, *kv, segments)[:, :, :queries])
 
 
 def _block(length: int, most: int) -> int:
-    """The block size of at most `most` that covers `length` with the fewest steps and little padding."""
+    """The block size up to `most` that covers `length` with the fewest steps and little padding."""
     steps = -(-length // most)
     return -(-length // (steps * LANES)) * LANES
 
 
 def _divisor(length: int, most: int) -> int:
-    """The largest block size of at most `most` that divides `length`, a multiple of LANES."""
+    """The largest block size up to `most` that divides `length`, a multiple of LANES."""
     return max(size for size in range(LANES, max(most, LANES) + 1, LANES) if length % size == 0)
 
 
 def _padded(x: Array, axis: int, unit: int) -> Array:
-    """`x` with zeros (no tokens) up to a multiple of `unit` along an axis."""
+    """Pad `x` with zeros (masked tokens) to a multiple of `unit` along an axis."""
     return jnp.pad(x, [(0, -x.shape[i] % unit if i == axis else 0) for i in range(x.ndim)])
 
 
 class _CaptionMask(masks.Mask):
-    """Queries [G captions of C tokens], keys [the same captions; clip]: see the module's docstring."""
+    """Mask of queries [G captions of C tokens] over keys [the same captions; clip]; see the module's docstring."""
 
     def __init__(self, shape: tuple[int, int], group: int, length: int) -> None:
         self.sizes = (*shape, group, length)
@@ -154,7 +154,7 @@ class _CaptionMask(masks.Mask):
 
 @lru_cache(maxsize=64)
 def _kernel(kind: str, queries: int, keys: int, blocks: SplashBlocks, heads: int, interpret: bool) -> Callable:
-    """The compiled-in form of one mask; making it costs seconds at full length, and layers share it."""
+    """Build the kernel of a mask. This takes seconds at full length; layers share the result."""
     name, *sizes = kind.split()
     mask: masks.Mask = {
         "causal": lambda: masks.CausalMask((queries, keys)),
@@ -171,7 +171,7 @@ def _kernel(kind: str, queries: int, keys: int, blocks: SplashBlocks, heads: int
     )
     heads_mask = masks.MultiHeadMask([mask] * heads)
     make = partial(splash.make_splash_mha, block_sizes=sizes, head_shards=1, q_seq_shards=1, interpret=interpret)
-    # It computes with jax at once: in a separate thread neither a trace nor a mesh is in use.
+    # The construction runs jax computations: a separate thread has no active trace or mesh.
     with ThreadPoolExecutor(1) as executor:
         kernel = executor.submit(make, heads_mask).result()
-    return jax.tree.map(np.asarray, kernel)  # constants of whatever program they are used in
+    return jax.tree.map(np.asarray, kernel)  # become constants of the programs that use them
