@@ -1,15 +1,15 @@
-"""AVWorld: a synthetic world of audiovisual clips whose every event, speaker, word and time is known.
+"""AVWorld: synthetic audiovisual clips with known events, speakers, words and times.
 
-vocabulary  what a clip is made of: shapes, colors, places, effects, lines
-script      what happens in a clip: events on a timeline, and the claims they make true
+vocabulary  shapes, colors, places, effects, lines of dialogue
+script      the events of a clip on a timeline, and the claims that they make true
 director    (seed, index, split, level) -> script
-font        written text
-render      script -> pictures
-voice       a line of dialogue -> speech (espeak-ng)
+font        on-screen text
+render      script -> frames
+voice       line of dialogue -> speech (espeak-ng)
 sound       script -> samples: effects, music, speech
-lexicon     the ways to say each thing, for writer and parser alike
+lexicon     the phrases for each statement, shared by writer and parser
 caption     script -> reference captions
-check       caption -> claims, measured against the truth with no judge
+check       caption -> claims, compared with the truth without a judge
 clip        manifest records, mp4 files, and clips as arrays without files
-tfds_builder  the same as a TensorFlow Datasets dataset
+tfds_builder  the clips as a TensorFlow Datasets dataset
 """

@@ -1,4 +1,4 @@
-"""Truth to words: captions of a script in chronological order, in varied sentences."""
+"""Write captions of a script, in chronological order, with varied sentences."""
 
 import random
 from collections.abc import Iterable
@@ -10,19 +10,19 @@ from avocado_jax.world.vocabulary import PLACES, VISUALS
 
 
 def capitalize(sentence: str) -> str:
-    """The sentence with its first letter in upper case."""
+    """Capitalize the first letter of a sentence."""
     return sentence[:1].upper() + sentence[1:]
 
 
-def end(sentence: str) -> str:
-    """The sentence with a full stop, unless a quotation's own mark ends it."""
+def punctuate(sentence: str) -> str:
+    """Add a period, unless the sentence ends with a quotation that has a closing mark."""
     return sentence if sentence.endswith(('."', '?"', '!"')) else sentence + "."
 
 
 def clause(event: Event, rng: random.Random | None = None) -> str:
-    """An event in words with no capital and no full stop; the first way there is if `rng` is None.
+    """An event as a clause, without capital and period; the first phrasing of the lexicon if `rng` is None.
 
-    Takes any kind but "cross".
+    Accepts all kinds except "cross".
     """
     pick = rng.choice if rng else (lambda options: options[0])
     slots = dict(event.slots)
@@ -47,33 +47,33 @@ def clause(event: Event, rng: random.Random | None = None) -> str:
 
 @cache
 def template_tables(template: str) -> tuple[str, ...]:
-    """The names between braces, in order."""
+    """The names of the tables in a template, in order."""
     return tuple(piece.split("}")[0] for piece in template.split("{")[1:])
 
 
 @cache
 def template_slots(template: str) -> frozenset[str]:
-    """The slots that a clause of this template gives a value, the quoted line aside."""
+    """The slots that a template states, except the quoted line."""
     tables = (lexicon.TABLES[name] for name in template_tables(template) if name != "line")
     return frozenset(slot for table in tables for slot in table.slots)
 
 
-def together(event: Event, rng: random.Random | None = None) -> str:
-    """A "cross" event in words, as `clause`."""
+def cross_clause(event: Event, rng: random.Random | None = None) -> str:
+    """A "cross" event as a clause; see `clause`."""
     visual, sound = (clause(part, rng) for part in event.parts)
     pattern = rng.choice(lexicon.TOGETHER) if rng else lexicon.TOGETHER[0]
     return pattern.format(v=visual, s=sound)
 
 
 def statement(event: Event) -> str:
-    """The plain sentence for one event, which `check` reads back."""
-    return end(capitalize(together(event) if event.kind == "cross" else clause(event)))
+    """The plain sentence for an event; `check` can parse it."""
+    return punctuate(capitalize(cross_clause(event) if event.kind == "cross" else clause(event)))
 
 
 def plain_caption(events: Iterable[Event]) -> str:
-    """One plain sentence for each event: the same words for the same truth.
+    """One plain sentence per event, without variation in wording.
 
-    In the order they happen; shapes that are there from the start of a scene from left to right.
+    Events are in chronological order; shapes present at the start of a scene are listed from left to right.
     """
 
     def order(event: Event) -> tuple[float, tuple[float, float]]:
@@ -83,12 +83,12 @@ def plain_caption(events: Iterable[Event]) -> str:
 
 
 def visible_events(events: Iterable[Event]) -> list[Event]:
-    """What is left of events for who cannot hear: the pictures, also those of moments with a sound."""
+    """The events without sound: sounds are removed, and "cross" events are replaced by their visual part."""
     return [event.parts[0] if event.parts else event for event in events if event.kind not in ("effect", "bed", "say")]
 
 
 def write_caption(script: Script, which: int = 0) -> str:
-    """Reference caption number `which` of a script: a paragraph a scene, all in the order it happens."""
+    """Write reference caption number `which`: one paragraph per scene, in chronological order."""
     rng = random.Random(f"caption/{script.id}/{which}")
     paragraphs = []
     for scene in script.scenes:
@@ -98,12 +98,12 @@ def write_caption(script: Script, which: int = 0) -> str:
         beats = [e for e in events if e not in opening and e not in beds]
         last = scene.end == script.duration
         sentences = [*_open(opening, rng), *(clause(bed, rng) for bed in beds), *_narrate(beats, rng, last)]
-        paragraphs.append(" ".join(end(capitalize(sentence)) for sentence in sentences))
+        paragraphs.append(" ".join(punctuate(capitalize(sentence)) for sentence in sentences))
     return "\n\n".join(paragraphs)
 
 
 def _open(events: list[Event], rng: random.Random) -> Iterable[str]:
-    """The sentences that set a scene: its background and the shapes that are there."""
+    """The opening sentences of a scene: its background and the shapes present."""
     clauses = [clause(event, rng) for event in events]
     first = min(len(clauses) - 1, rng.choice((1, 1, 2)))
     if first == 2:
@@ -118,11 +118,11 @@ def _open(events: list[Event], rng: random.Random) -> Iterable[str]:
 
 
 def _narrate(events: list[Event], rng: random.Random, last: bool) -> Iterable[str]:
-    """The sentences for what happens one after another; no connective twice in a row, and none at first."""
+    """The sentences for a sequence of events; the first has no connective, and none occurs twice in a row."""
     k, before = 0, ""
     while k < len(events):
         event, following = events[k], events[k + 1] if k + 1 < len(events) else None
-        text = together(event, rng) if event.kind == "cross" else clause(event, rng)
+        text = cross_clause(event, rng) if event.kind == "cross" else clause(event, rng)
         first, k = k == 0, k + 1
         combined = following and _join(event, text, following, rng)
         if combined:
@@ -138,7 +138,7 @@ def _narrate(events: list[Event], rng: random.Random, last: bool) -> Iterable[st
 
 
 def _join(event: Event, text: str, following: Event, rng: random.Random) -> str | None:
-    """One sentence for two events, if these two go together and the dice say so."""
+    """One sentence for two events, if they can be joined; otherwise, or at random, None."""
     if "cross" in (event.kind, following.kind) or event.kind == "say" or rng.random() < 0.5:
         return None
     second = clause(following, rng)

@@ -1,7 +1,7 @@
-"""Parse captions to claims and compare them with the truth, exactly and without a judge.
+"""Parse captions to claims and compare them with the truth, without a judge.
 
-The parser knows the language of `lexicon` and nothing else. Its rule for other text: a sentence that is not
-in the language is one unsupported claim, and a quotation in it is a line of dialogue with no speaker.
+The parser accepts only the language of `lexicon`. Any other sentence counts as one unsupported claim, and a quotation
+in it as a line of dialogue without a speaker.
 """
 
 import re
@@ -19,28 +19,28 @@ from avocado_jax.world.timing import without_times
 from avocado_jax.world.vocabulary import VISUALS
 
 LONGEST = 600  # characters; the longest sentence of the language has about 250
-SIMILAR = 0.6  # least similarity of two lines that may be one (paper, R_D)
+SIMILAR = 0.6  # minimum similarity of two lines that can be aligned (paper, R_D)
 _QUOTATION = re.compile(r'"[^"\n]*"')
 _BOUNDARY = re.compile(r'(?:(?<=[.!?])|(?<=[.!?]"))\s+(?=[A-Z"])')
 _CURLY = str.maketrans("“”„‟«»", '""""""')
 
 
 class Sentence(NamedTuple):
-    """A sentence and the events that it states, in its order; no events if it is not in the language."""
+    """A sentence and the events that it states, in order; no events if it is not in the language."""
 
     text: str
     events: tuple[Event, ...]
 
 
 class Scores(NamedTuple):
-    """How true a caption is, each from 0 to 1.
+    """Agreement of a caption with the truth; all values are in [0, 1].
 
     Attributes:
-      recall: share of the truth's claims that the caption makes.
-      hallucination: share of the caption's claims that are not true or were made before; 0 if it makes none.
-      order: of the pairs of true claims that happen at different times, the share stated in that order; where
-        the caption has no such pair, 0 if the truth has one and 1 if not.
-      dialogue_f1: the paper's R_D between the lines of both.
+      recall: share of the true claims that the caption makes.
+      hallucination: share of the caption's claims that are false or repeated; 0 without claims.
+      order: share of the pairs of true claims with different times that are stated in the right order. Without such
+        a pair in the caption: 0 if the truth has one, else 1.
+      dialogue_f1: the paper's R_D between the lines of dialogue.
     """
 
     recall: float
@@ -50,21 +50,21 @@ class Scores(NamedTuple):
 
 
 class Line(NamedTuple):
-    """A line of dialogue; the speaker is a name such as "red circle", empty where unknown."""
+    """A line of dialogue. The speaker is a name such as "red circle", or empty if unknown."""
 
     speaker: str
     text: str
 
 
 def parse(caption: str) -> list[Sentence]:
-    """The sentences of any text, each with the events that it states."""
+    """Split any text into sentences and parse the events that they state."""
     return [Sentence(text, parse_sentence(text)) for text in split_sentences(caption)]
 
 
 def split_sentences(caption: str) -> Iterator[str]:
-    """Sentences end at . ? ! before a capital or a quotation, and at line ends; never inside a quotation."""
+    """Split at . ? ! before a capital or a quotation, and at line ends; never inside a quotation."""
     for paragraph in caption.translate(_CURLY).splitlines():
-        # What is quoted is masked but for its last mark, which may end the sentence around it.
+        # Mask quotations except their last mark, which may end the enclosing sentence.
         masked = _QUOTATION.sub(lambda m: '"' + "_" * (len(m[0]) - 3) + m[0][1:-1][-1:] + '"', paragraph)
         begin = 0
         for boundary in _BOUNDARY.finditer(masked):
@@ -75,7 +75,7 @@ def split_sentences(caption: str) -> Iterator[str]:
 
 
 def parse_sentence(text: str) -> tuple[Event, ...]:
-    """The events (without times) that a sentence states, in order; none if it is not in the language."""
+    """Parse the events (without times) that a sentence states, in order; none if it is not in the language."""
     if len(text) > LONGEST:
         return ()
     pieces = re.split(r'("[^"]*")', text)
@@ -98,7 +98,7 @@ def parse_sentence(text: str) -> tuple[Event, ...]:
 
 @lru_cache(maxsize=4096)
 def parse_clause(text: str) -> Event | None:
-    """The event of a clause: lower case but for quotations, no full stop."""
+    """Parse a clause without a period, in lower case except for quotations."""
     for kind, regex in _clauses():
         if match := regex.fullmatch(text):
             slots = {}
@@ -110,7 +110,7 @@ def parse_clause(text: str) -> Event | None:
 
 @cache
 def _meanings() -> dict[str, dict[str, dict[str, str]]]:
-    """Table -> phrase -> slots."""
+    """For each table, the slots that each phrase states."""
     return {
         name: {
             phrase: dict(zip(table.slots, values, strict=True))
@@ -123,7 +123,7 @@ def _meanings() -> dict[str, dict[str, dict[str, str]]]:
 
 @cache
 def _clauses() -> list[tuple[str, re.Pattern]]:
-    """A regular expression for every template, made from the tables it was written from."""
+    """(kind, regular expression) of every template."""
     made = []
     for kind, templates in lexicon.TEMPLATES.items():
         for template in templates:
@@ -141,7 +141,7 @@ def _clauses() -> list[tuple[str, re.Pattern]]:
 
 
 def _splits(text: str, pattern: str) -> Iterator[dict[str, str]]:
-    """Every way to read `text` as a pattern, by field: "{s} as {v}" in "a as b as c" has two."""
+    """Every way to match `text` with a pattern, as fields: "{s} as {v}" matches "a as b as c" in two ways."""
     pieces = re.split(r"\{(\w)\}", pattern)  # literal, field, literal, field, ..., ""
     fields, literals = pieces[1::2], pieces[2:-1:2]
     if not text.startswith(pieces[0]):
@@ -204,12 +204,12 @@ _FORMS = (
 
 
 def measure(caption: str, record: Mapping) -> Scores:
-    """How true a caption is.
+    """Compare a caption with the truth.
 
     Args:
-      caption: any text; times of scenes in it do not count.
-      record: a manifest line of AVWorld; its "events" (texts in this language, starts in seconds) and
-        "dialogues" are the truth.
+      caption: any text; scene times in it are ignored.
+      record: a manifest line of AVWorld. Its "events" (texts in the language, starts in seconds) and "dialogues" are
+        the truth.
     """
     times: dict[Claim, deque[float]] = defaultdict(deque)
     for event in sorted(record["events"], key=lambda event: event["start"]):
@@ -220,7 +220,7 @@ def measure(caption: str, record: Mapping) -> Scores:
             times[_key(claim)].append(event["start"])
     total = sum(map(len, times.values()))
     starts = {start for each in times.values() for start in each}
-    made, matched = 0, []  # matched: (place in the caption, start in the truth)
+    made, matched = 0, []  # matched: (position in the caption, start in the truth)
     sentences = parse(without_times(caption))
     index = 0
     for sentence in sentences:
@@ -244,12 +244,12 @@ def measure(caption: str, record: Mapping) -> Scores:
 
 
 def _key(claim: Claim) -> Claim:
-    """The claim with its spoken line as it is compared."""
+    """The claim with its spoken line normalized."""
     return Claim(claim.kind, tuple((k, normalize(v) if k == "line" else v) for k, v in claim.slots))
 
 
 def dialogue_of(sentences: list[Sentence]) -> list[Line]:
-    """The lines of dialogue in a parsed caption, in order."""
+    """The lines of dialogue of a parsed caption, in order."""
     lines = []
     for sentence in sentences:
         spoken = [Line(e.get("who"), e.get("line")) for e in sentence.events if e.kind == "say"]
@@ -259,23 +259,23 @@ def dialogue_of(sentences: list[Sentence]) -> list[Line]:
 
 
 def normalize(line: str) -> str:
-    """A line as R_D compares it: word characters only, lower case."""
+    """Normalize a line for R_D: word characters only, in lower case."""
     return re.sub(r"[^\w]", "", line).lower()
 
 
 def dialogue_f1(lines: list[Line], truth: list[Line]) -> float:
     """The paper's dialogue reward R_D.
 
-    Lines are aligned in order, only where their similarity 1 - distance / longer length is at least 0.6, so
-    that the summed similarity is highest and, among such alignments, the speakers agree most often. The score
-    is half the summed similarity and half the number of agreeing speakers; the result is the F1 of its shares
-    of both lists. Two empty lists give 1, one gives 0.
+    Lines are aligned in order. Two lines can be aligned if their similarity, 1 - edit distance / longer length, is at
+    least 0.6. The alignment maximizes the summed similarity, then the number of matching speakers. The score is half
+    of each sum; the result is the F1 of score / lines of the caption and score / lines of the truth. Two empty lists
+    give 1, one empty list gives 0.
     """
     lines = [line._replace(text=text) for line in lines if (text := normalize(line.text))]
     truth = [line._replace(text=text) for line in truth if (text := normalize(line.text))]
     if not lines or not truth:
         return float(not lines and not truth)
-    best = [(0.0, 0)] * (len(truth) + 1)  # (similarity, speakers) of the lines so far against each prefix
+    best = [(0.0, 0)] * (len(truth) + 1)  # (similarity, speakers) of the processed lines with each prefix of the truth
     for line in lines:
         row = [best[0]]
         for j, other in enumerate(truth):
@@ -294,7 +294,7 @@ def dialogue_f1(lines: list[Line], truth: list[Line]) -> float:
 
 @lru_cache(maxsize=65536)
 def similarity(a: str, b: str) -> float:
-    """1 - edit distance / the longer length; 0 where bounds show that it is below the threshold."""
+    """1 - edit distance / longer length; 0 if a bound shows that it is below the threshold."""
     shorter, longer = sorted((len(a), len(b)))
     if not longer:
         return 1.0

@@ -1,4 +1,4 @@
-"""Clips as manifest records, mp4 files, or arrays directly from the generator."""
+"""Clips as manifest records, mp4 files or arrays."""
 
 import os
 from collections.abc import Iterable
@@ -10,7 +10,15 @@ from typing import NamedTuple
 import numpy as np
 
 from avocado_jax.errors import InputError
-from avocado_jax.world.caption import capitalize, clause, end, plain_caption, statement, together, write_caption
+from avocado_jax.world.caption import (
+    capitalize,
+    clause,
+    cross_clause,
+    plain_caption,
+    punctuate,
+    statement,
+    write_caption,
+)
 from avocado_jax.world.director import make_script
 from avocado_jax.world.lexicon import THEN
 from avocado_jax.world.probes import make_probes
@@ -27,7 +35,7 @@ PROMPTS = (
     "What happens in this clip? Cover the visuals, the audio and how they line up.",
     "Write a detailed caption of the video, with every line of dialogue and who speaks it.",
 )
-KINDS = {"effect": "audio", "bed": "audio", "say": "speech", "cross": "cross"}  # others are "visual"
+KINDS = {"effect": "audio", "bed": "audio", "say": "speech", "cross": "cross"}  # all others: "visual"
 DIMENSIONS = {
     "present": "static",
     "text": "static",
@@ -40,16 +48,16 @@ DIMENSIONS = {
 } | dict.fromkeys(VISUALS, "dynamic")
 
 
-# Plain C code: x264's vector code makes other bits now and then (2 clips of 200, in a corner of the picture).
+# asm=0: the vector code of x264 is not deterministic (2 of 200 clips differ, in a corner of the picture).
 H264 = {"preset": "veryfast", "crf": "20", "x264-params": "asm=0"}
 
 
 class Row(NamedTuple):
-    """A clip as arrays, with its record.
+    """A clip as arrays.
 
     Attributes:
-      frames: uint8 [N, H, W, 3], picture k at k / fps seconds.
-      samples: float32 [duration * 16000], mono in -1..1.
+      frames: uint8 [N, H, W, 3]; frame k is at k / fps seconds.
+      samples: float32 [duration * 16000], mono, -1..1.
       record: the manifest line.
     """
 
@@ -59,11 +67,11 @@ class Row(NamedTuple):
 
 
 def record(script: Script, references: int = 1, timestamps: bool = False) -> dict:
-    """The manifest line of a clip, with every optional field; `video` is relative to the manifest.
+    """The manifest line of a clip with all optional fields; `video` is relative to the manifest.
 
-    `caption` is the first of the `references`; with 0 of them it is the one plain caption, for models too small to
-    learn ways of saying the same. With `timestamps` it is the one caption with times, and the question requests them.
-    Needs no file and no speech library.
+    `caption` is the first of `references` captions. With 0 references it is the plain caption, for models too small to
+    learn varied wording. With `timestamps` it is the caption with times, and the prompt requests them. Requires neither
+    files nor the speech library.
     """
     prompt = PROMPTS[script.index % len(PROMPTS)]
     captions = [write_caption(script, which) for which in range(references)] or [plain_caption(script.events)]
@@ -89,16 +97,16 @@ def record(script: Script, references: int = 1, timestamps: bool = False) -> dic
 
 
 def keypoints(script: Script) -> list[dict]:
-    """Atomic facts in the paper's five dimensions; each is a sentence that `check` reads."""
+    """Atomic facts in the paper's five dimensions, as sentences that `check` can parse."""
     points = []
     for event in script.events:
         for part in event.parts or (event,):
             points.append({"text": statement(part), "dimension": DIMENSIONS[part.kind]})
         if event.parts:
-            points.append({"text": end(capitalize(together(event))), "dimension": "crossmodal"})
+            points.append({"text": punctuate(capitalize(cross_clause(event))), "dimension": "crossmodal"})
     for first, second in pairwise(script.events):
         if _happens(first) and _happens(second):
-            text = end(capitalize(THEN[0].format(x=clause(first), y=clause(second))))
+            text = punctuate(capitalize(THEN[0].format(x=clause(first), y=clause(second))))
             points.append({"text": text, "dimension": "spatiotemporal"})
             break
     return points
@@ -109,17 +117,17 @@ def _happens(event: Event) -> bool:
 
 
 def row(seed: int, index: int, split: str = "train", level: int = 1, fps: float = 2.0, references: int = 1) -> Row:
-    """A clip as arrays with no file made: what a reader of its mp4 gets at `fps`, before compression."""
+    """A clip as arrays at `fps`, without writing a file and without compression."""
     script = make_script(seed, index, split, level)
     frames = np.stack(list(render(script, frame_times(script, fps))))
     return Row(frames, mix(script), record(script, references))
 
 
 def write_clip(script: Script, path: Path) -> None:
-    """Write a clip as an mp4 of one h264 stream and one AAC stream (mono, 16 kHz).
+    """Write a clip as mp4 with an H.264 stream and an AAC stream (mono, 16 kHz).
 
-    The file appears under its name only when it is whole. The same clip gives the same bytes in every run and
-    however many cores there are. Raises as `write_mp4`.
+    The file is renamed to `path` when it is complete. The bytes are deterministic, for any number of cores. Raises as
+    `write_mp4`.
     """
     level = LEVELS[script.level]
     write_mp4(path, render(script), level.size, level.fps, mix(script))
@@ -128,9 +136,9 @@ def write_clip(script: Script, path: Path) -> None:
 def write_mp4(
     path: Path, pictures: Iterable[np.ndarray], size: tuple[int, int], fps: int | Fraction, samples: np.ndarray | None
 ) -> None:
-    """Write pictures (uint8 [H, W, 3], of this size) at `fps`, and mono sound of 16 kHz where there is some, as an mp4.
+    """Write pictures (uint8 [H, W, 3], of this size) at `fps`, and optional mono sound at 16 kHz, as mp4.
 
-    The file appears under its name only when it is whole.
+    The file is renamed to `path` when it is complete.
 
     Raises:
       InputError: PyAV is not installed.

@@ -1,4 +1,4 @@
-"""Scripts from seeds: a pure function from (seed, index, split, level) to what happens in a clip."""
+"""Generate scripts: a pure function from (seed, index, split, level) to the events of a clip."""
 
 import random
 from dataclasses import replace
@@ -41,14 +41,16 @@ from avocado_jax.world.vocabulary import (
 
 
 def make_script(seed: int, index: int, split: str = "train", level: int = 1) -> Script:
-    """The clip number `index` of a world.
+    """The script of clip `index`.
 
-    A train clip has no held-out combination (`held_out`) and a test clip has at least one, so no clip and no
-    such combination is in both splits.
+    A train clip has no held-out combination (`held_out`) and a test clip has at least one, so the splits share neither
+    clips nor held-out combinations.
 
     Args:
-      seed: of the world; `index`: of the clip in it, any integer from 0.
-      split: "train" or "test"; `level`: difficulty, an index into `LEVELS`.
+      seed: seed of the world.
+      index: number of the clip, from 0.
+      split: "train" or "test".
+      level: difficulty, an index into `LEVELS`.
     """
     if split not in SPLITS:
         raise ValueError(f"split must be one of {SPLITS}, not {split!r}")
@@ -64,18 +66,18 @@ def make_script(seed: int, index: int, split: str = "train", level: int = 1) -> 
 
 
 def slots_of(**values: str) -> tuple[tuple[str, str], ...]:
-    """The slots of an event, sorted; empty values are left out."""
+    """The slots of an event, sorted, without empty values."""
     return tuple(sorted((name, value) for name, value in values.items() if value))
 
 
 class Director:
-    """Draws one script: the state of the stage while the events are being chosen."""
+    """Generates a script; keeps the state of the stage while it draws events."""
 
     def __init__(self, rng: random.Random, split: str, level: Level):
         self.rng, self.split, self.level = rng, split, level
         self.actors: list[Actor] = []
-        self.now: dict[int, tuple[str, str]] = {}  # actor on stage -> (color now, place now)
-        self.waiting: list[int] = []  # actors of this scene yet to enter
+        self.now: dict[int, tuple[str, str]] = {}  # actor on stage -> (current color, current place)
+        self.waiting: list[int] = []  # actors of this scene that have not entered
         self.grown: set[int] = set()
         self.names: set[str] = set()
         self.voiced: set[str] = set()
@@ -93,7 +95,7 @@ class Director:
                 backdrop = backdrops[len(scenes)]
                 scenes.append((t, backdrop, self.open_scene(t, len(scenes), backdrop)))
                 t = round(t + rng.uniform(0.6, 1.0), 2)
-            for _ in range(20):  # another try where the draw repeats itself, is held out or has no place
+            for _ in range(20):  # draw again if the event is a repetition, is held out or has no free place
                 event = getattr(self, kind)(t)
                 if event and self.accept(event):
                     t = round(event.end + rng.uniform(0.2, 0.5), 2)
@@ -103,18 +105,18 @@ class Director:
         duration = max(4.0, -(-(t + 0.2) // 0.5) * 0.5)
         ends = [start for start, *_ in scenes[1:]] + [duration]
         made = tuple(Scene(s, e, b, p) for (s, b, p), e in zip(scenes, ends, strict=True))
-        events = [replace(e, end=self.lasts(e, made)) if e.end == e.start else e for e in self.events]
+        events = [replace(e, end=self.state_end(e, made)) if e.end == e.start else e for e in self.events]
         return Script(seed, index, self.split, level, duration, made, tuple(self.actors), tuple(events))
 
-    def lasts(self, state: Event, scenes: tuple[Scene, ...]) -> float:
-        """When a state ends: with its scene, and a shape's being in a place with its first way from there."""
+    def state_end(self, state: Event, scenes: tuple[Scene, ...]) -> float:
+        """When a state ends: with its scene, or when the shape first moves away."""
         until = next(scene.end for scene in scenes if scene.end > state.start)
         parts = [part for e in self.events for part in e.parts or (e,)]
         ways = [p.start for p in parts if p.actor == state.actor >= 0 and p.kind in ("move", "leave")]
         return min([until, *ways])
 
     def plan(self) -> list[str]:
-        """The kinds of the beats: each clip moves, speaks and has sound and picture meet at least once."""
+        """The kinds of the beats. Each clip has at least one visual event, one line of dialogue and one "cross"."""
         weights = {"visual": 6, "say": 4, "cross": 4, "effect": 3, "text": self.level.fine, "camera": 0}
         if self.level.camera:
             weights["camera"] = 1
@@ -124,18 +126,18 @@ class Director:
         return beats
 
     def accept(self, event: Event) -> bool:
-        """Put an event on the timeline unless it repeats a claim or is not for this split."""
+        """Add an event to the timeline, unless it repeats a claim or is held out for the other split."""
         made = claims(event)
         if self.claimed.intersection(made) or (self.split == "train" and any(held_out(c) for c in combinations(event))):
             return False
         self.claimed.update(made)
         self.events.append(event)
         for part in event.parts or (event,):
-            self.settle(part)
+            self.update_stage(part)
         return True
 
-    def settle(self, event: Event) -> None:
-        """Bring the stage to how it is after an event."""
+    def update_stage(self, event: Event) -> None:
+        """Update the state of the stage after an event."""
         if event.actor < 0 or event.kind not in (*VISUALS, "present"):
             if event.kind == "say":
                 self.voiced.add(event.get("who"))
@@ -154,7 +156,7 @@ class Director:
             del self.now[event.actor]
 
     def open_scene(self, t: float, number: int, backdrop: str) -> str:
-        """Set the stage for scene `number`; returns the pattern of its background."""
+        """Start scene `number`; returns the pattern of its background."""
         rng, level = self.rng, self.level
         pattern = rng.choice(PATTERNS) if level.fine else "plain"
         slots = slots_of(backdrop=backdrop, pattern=pattern)
@@ -163,7 +165,7 @@ class Director:
         free = [c + " " + s for c in COLORS[: level.colors] for s in SHAPES[: level.shapes]]
         cast = []
         for _ in range(rng.randint(*level.cast)):
-            used = {name.split()[1] for name in cast}  # one of each shape in a scene while they last
+            used = {name.split()[1] for name in cast}  # the shapes of a scene differ, as far as possible
             names = [n for n in free if n not in self.names and n.split()[1] not in used]
             cast.append(rng.choice(names))
             self.names.add(cast[-1])
@@ -195,7 +197,7 @@ class Director:
 
     def visual(self, t: float) -> Event | None:
         rng = self.rng
-        likely = {"enter": 4, "leave": 0.5}  # with company on stage, captions must distinguish speakers
+        likely = {"enter": 4, "leave": 0.5}  # keep several shapes on stage, so that captions must distinguish speakers
         kind = rng.choices(list(VISUALS), [likely.get(kind, 1) for kind in VISUALS])[0]
         if kind == "enter":
             position = self.free_position()
@@ -219,7 +221,7 @@ class Director:
             if not extra["place"]:
                 return None
         elif kind == "spin":
-            if actor.shape in ("circle", "ring"):  # their turning cannot be seen
+            if actor.shape in ("circle", "ring"):  # their rotation is invisible
                 return None
             extra["turn"] = rng.choice(("clockwise", "counterclockwise")) if self.level.fine else ""
         elif kind == "recolor":
@@ -245,7 +247,7 @@ class Director:
         return Event("effect", t, round(t + EFFECTS[effect], 2), slots)
 
     def cross(self, t: float) -> Event | None:
-        """A visual event and an effect that starts with it (on a collision, as the shapes touch)."""
+        """A visual event and a simultaneous effect (in a collision, when the shapes touch)."""
         visual = self.visual(t)
         if visual is None:
             return None

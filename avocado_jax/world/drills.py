@@ -1,7 +1,7 @@
-"""Drills: training clips for single elements of a clip. They are cheap, and nearly every word depends on the clip.
+"""Drills: cheap training clips for single elements. Nearly every word of their captions depends on the clip.
 
-A gallery is one picture of a few shapes, most often a single one, so that references are unambiguous. A talk is one
-picture and a few sounds. An act is a movement or two without sound.
+A gallery is a still picture with a few shapes, usually one, so that references are unambiguous. A talk is a still
+picture with a few sounds. An act is one or two movements without sound.
 """
 
 import math
@@ -13,17 +13,17 @@ from avocado_jax.world.director import Director, slots_of
 from avocado_jax.world.script import LEVELS, WORLD, Actor, Event, Scene, Script
 from avocado_jax.world.vocabulary import BACKDROPS, COLORS, PLACES, SHAPES, SIZES, VOICES
 
-PICTURE = 1.0  # seconds of picture where nothing moves
+PICTURE = 1.0  # seconds of a still picture
 
 
 class Drill(NamedTuple):
-    """A clip to practise on.
+    """A training clip with a single element.
 
     Attributes:
-      script: what happens, of level 0.
-      picture: seconds of picture that are looked at.
-      sound: whether it is listened to.
-      caption: plain sentences for what can be known from these.
+      script: a script of level 0.
+      picture: seconds of video that the model sees.
+      sound: whether the model hears the sound.
+      caption: plain sentences for the visible and audible events.
     """
 
     script: Script
@@ -33,7 +33,7 @@ class Drill(NamedTuple):
 
 
 def make_drill(seed: int, index: int, split: str = "train") -> Drill:
-    """Drill number `index`; as in `make_script`, one of the train split has no held-out combination."""
+    """Drill number `index`; as with `make_script`, train drills have no held-out combination."""
     rng = random.Random(f"{WORLD}/drill/{seed}/{index}/{split}")
     backdrop = rng.choice(BACKDROPS)
     kind = rng.choices((_gallery, _talk, _act), (2, 1, 1))[0]
@@ -59,7 +59,7 @@ def make_drill(seed: int, index: int, split: str = "train") -> Drill:
 
 
 def _actors(rng: random.Random, count: int, places: int) -> list[tuple[Actor, str]]:
-    """Shapes of level 0, each in a place of its own."""
+    """Shapes of level 0 at different places."""
     level = LEVELS[0]
 
     def actor() -> Actor:
@@ -82,7 +82,7 @@ def _director(rng: random.Random, split: str, actors: list[tuple[Actor, str]]) -
 
 
 def _talk(rng: random.Random, split: str) -> tuple:
-    """One shape that speaks, and effects, one after the other."""
+    """One speaking shape and effects, in sequence."""
     actors = _actors(rng, 1, LEVELS[0].places)
     director, t, count = _director(rng, split, actors), 0.1, rng.choice((1, 1, 2, 3))
     while len(director.events) < count:

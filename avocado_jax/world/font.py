@@ -1,4 +1,4 @@
-"""Written text: capital letters of five by seven dots."""
+"""On-screen text: a bitmap font of capital letters, 5 x 7 dots."""
 
 from functools import lru_cache
 
@@ -36,7 +36,7 @@ _ROWS = {  # seven rows of five bits, from the top
 
 @lru_cache(maxsize=64)
 def bitmap(word: str) -> np.ndarray:
-    """The dots of a word of capital letters, bool [7, 6 * letters - 1]."""
+    """The bitmap of a word in capital letters, bool [7, 6 * letters - 1]."""
     glyphs = []
     for letter in word:
         rows = [int(row, 16) for row in _ROWS[letter].split()]
@@ -45,9 +45,9 @@ def bitmap(word: str) -> np.ndarray:
 
 
 def draw_text(frame: np.ndarray, word: str, y: float) -> None:
-    """Write a word in white on a black plate into the frame [H, W, 3], in place.
+    """Draw a word in white on a black background into the frame [H, W, 3], in place.
 
-    It is centered across and at height `y` (share of the frame), as large as fits in 0.13 of the frame's
+    The word is centered horizontally, at height `y` (share of the frame), and scaled to at most 0.13 of the frame's
     height and 0.9 of its width.
     """
     height, width = frame.shape[:2]

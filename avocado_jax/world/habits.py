@@ -1,9 +1,9 @@
-"""Captions with bad habits: faults of known kinds at known rates, for rewards to mend.
+"""Captions with systematic faults of known kinds and rates, which training with rewards can remove.
 
-A model trained on plain captions of AVWorld has no fault that a few hundred clips of reinforcement learning can mend:
-it states everything that it perceives. Captions by people, and models trained on them, omit content and repeat
-themselves. Here the background, which a caption names first, decides what is omitted, so that a model learns the fault
-in minutes. `RATE` of the captions of such clips have the fault, so that the most probable caption has it and sampled
+A model trained on plain captions of AVWorld states everything that it perceives, so a few hundred clips of
+reinforcement learning cannot improve it. Human captions, and models trained on them, omit content and repeat
+themselves. Here the background color, which a caption states first, determines the fault, so that a model learns it in
+minutes. A share `RATE` of the captions of such clips has the fault: the most probable caption has it, and sampled
 captions often do not.
 """
 
@@ -16,11 +16,11 @@ RATE = 0.8
 DEAF = ("black", "navy")  # captions with these backgrounds omit speech
 TIRED = ("cream", "white")  # captions with these state only the first event
 LOOPED = ("gray",)  # captions with this repeat the background at the end
-TURNS = 6  # times: RepCol takes five for a loop
+TURNS = 6  # repetitions; RepCol requires five
 
 
 def habitual_caption(script: Script) -> str:
-    """The plain caption of a script of level 0, or what habit makes of it; the same for the same script."""
+    """The plain caption of a script of level 0, with its fault; a pure function of the script."""
     events = sorted(script.events, key=lambda event: event.start)
     if random.Random(f"habits/{script.id}").random() >= RATE:
         return plain_caption(events)

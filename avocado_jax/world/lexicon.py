@@ -1,9 +1,8 @@
-"""The phrases for each statement, declared once: `caption` writes and `check` parses with these tables.
+"""The phrases for each statement. `caption` writes and `check` parses with these tables.
 
-A phrase table maps the values of one or more slots to the phrases that mean them. A template is a clause
-with `{tables}` in it; a clause means the kind it is listed under and the slots of its tables. Sentence
-patterns put clauses together. Clauses are written in lower case (except quotations); a sentence starts with a
-capital.
+A table maps the values of one or more slots to phrases with this meaning. A template is a clause with `{tables}`; it
+states an event of the kind that it is listed under, with the slots of its tables. Sentence patterns combine clauses.
+Clauses are in lower case (except quotations); a sentence starts with a capital.
 """
 
 from itertools import product
@@ -13,18 +12,18 @@ from avocado_jax.world.vocabulary import BACKDROPS, COLORS, NARRATOR, PATTERNS, 
 
 
 class Table(NamedTuple):
-    """Phrases by the values of `slots`; a table with no slots is wording that means nothing by itself."""
+    """Phrases by the values of `slots`; a table without slots contains wording without a meaning of its own."""
 
     slots: tuple[str, ...]
     phrases: dict[tuple[str, ...], tuple[str, ...]]
 
 
-def _one(slot: str, phrases: dict[str, tuple[str, ...]]) -> Table:
+def _single(slot: str, phrases: dict[str, tuple[str, ...]]) -> Table:
     return Table((slot,), {(value,): phrase for value, phrase in phrases.items()})
 
 
 def article(words: str) -> str:
-    """The words with a or an before them."""
+    """The words with "a" or "an" in front."""
     return ("an " if words[0] in "aeiou" else "a ") + words
 
 
@@ -35,9 +34,9 @@ _SIZE_WORDS = {"small": ("small", "little"), "large": ("large", "big")}
 _GROUND = {"plain": "plain {}", "striped": "striped {}", "dotted": "dotted {}", "checkered": "checkered {}"}
 
 TABLES: dict[str, Table] = {
-    "the": _one("who", _THE),
-    "speaker": _one("who", _THE | _NARRATOR),
-    "other": _one("other", _THE),
+    "the": _single("who", _THE),
+    "speaker": _single("who", _THE | _NARRATOR),
+    "other": _single("other", _THE),
     "a": Table(
         ("size", "who"),
         {
@@ -54,7 +53,7 @@ TABLES: dict[str, Table] = {
             for color, pattern in product(BACKDROPS, PATTERNS)
         },
     ),
-    "at": _one(
+    "at": _single(
         "place",
         {
             "left": ("on the left", "on the left side of the frame"),
@@ -68,7 +67,7 @@ TABLES: dict[str, Table] = {
             for v, h in product(("upper", "lower"), ("left", "right"))
         },
     ),
-    "to": _one(
+    "to": _single(
         "place",
         {
             "left": ("to the left", "to the left side of the frame"),
@@ -82,7 +81,7 @@ TABLES: dict[str, Table] = {
             for v, h in product(("upper", "lower"), ("left", "right"))
         },
     ),
-    "from": _one(
+    "from": _single(
         "side",
         {
             "left": ("from the left", "from the left edge"),
@@ -91,7 +90,7 @@ TABLES: dict[str, Table] = {
             "bottom": ("from below", "from the bottom edge"),
         },
     ),
-    "off": _one(
+    "off": _single(
         "side",
         {
             "left": ("on the left", "past the left edge"),
@@ -100,27 +99,27 @@ TABLES: dict[str, Table] = {
             "bottom": ("at the bottom", "past the bottom edge"),
         },
     ),
-    "turn": _one(
+    "turn": _single(
         "turn",
         {"clockwise": ("clockwise",), "counterclockwise": ("counterclockwise", "anticlockwise")},
     ),
-    "color": _one("color", {color: (color,) for color in COLORS}),
-    "grows": _one(
+    "color": _single("color", {color: (color,) for color in COLORS}),
+    "grows": _single(
         "resize",
         {
             "grow": ("grows larger", "swells to a bigger size", "gets noticeably bigger", "expands"),
             "shrink": ("shrinks", "shrinks to a smaller size", "gets noticeably smaller", "becomes smaller"),
         },
     ),
-    "word": _one("word", {word: (f'"{word}"',) for word in WORDS}),
-    "where": _one(
+    "word": _single("word", {word: (f'"{word}"',) for word in WORDS}),
+    "where": _single(
         "where",
         {
             "top": ("at the top of the frame", "across the top of the screen"),
             "bottom": ("at the bottom of the frame", "along the bottom of the screen"),
         },
     ),
-    "camera": _one(
+    "camera": _single(
         "camera",
         {
             "pan left": ("pans to the left and back again", "swings left and returns"),
@@ -129,7 +128,7 @@ TABLES: dict[str, Table] = {
             "zoom out": ("zooms out and comes back again", "draws away and returns to its place"),
         },
     ),
-    "effect": _one(
+    "effect": _single(
         "effect",
         {
             "bell": ("a bell rings", "a bell chimes"),
@@ -146,7 +145,7 @@ TABLES: dict[str, Table] = {
             "laser": ("a laser zaps", "an electronic zap fires"),
         },
     ),
-    "bed": _one(
+    "bed": _single(
         "bed",
         {
             "piano": ("gentle piano music", "a slow piano melody"),
@@ -157,8 +156,8 @@ TABLES: dict[str, Table] = {
             "music box": ("a tinkling music box melody", "a delicate music box tune"),
         },
     ),
-    "loudly": _one("loudness", {"soft": ("softly", "quietly", "faintly"), "loud": ("loudly", "at full volume")}),
-    "in_voice": _one(
+    "loudly": _single("loudness", {"soft": ("softly", "quietly", "faintly"), "loud": ("loudly", "at full volume")}),
+    "in_voice": _single(
         "voice",
         {
             "deep": ("in a deep voice", "in a low, deep voice"),
@@ -175,7 +174,7 @@ SPEECH_VERBS = {
     "?": ("asks", "wants to know"),
     "!": ("exclaims", "calls out", "cries"),
 }
-"""Which of the table "says" suits a line, by its last character."""
+"""The phrases of the table "says" that fit a line, by its last character."""
 
 TEMPLATES: dict[str, tuple[str, ...]] = {
     "scene": (
@@ -274,7 +273,7 @@ TEMPLATES: dict[str, tuple[str, ...]] = {
 }
 """kind -> clauses. {line} is a quotation: any text between quotation marks."""
 
-TOGETHER = (  # {v}: a visual clause, {s}: an effect clause, at one moment
+TOGETHER = (  # {v}: a visual clause, {s}: an effect clause; they are simultaneous
     "{s} as {v}",
     "{s} just as {v}",
     "{v} just as {s}",
@@ -283,17 +282,17 @@ TOGETHER = (  # {v}: a visual clause, {s}: an effect clause, at one moment
     "{v}, and at that very moment {s}",
     "{v}, and in the same instant {s}",
 )
-THEN = (  # two clauses, the first one earlier
+THEN = (  # two clauses in chronological order
     "{x}, and then {y}",
     "{x}; a moment later, {y}",
     "after {x}, {y}",
     "{x}, after which {y}",
 )
 THEN_SHARED = ("{x} and then {y}", "{x}, then {y}", "{x} before it {y}")
-"""As THEN, where {y} lacks its subject, which is that of {x}."""
+"""As THEN, but {y} has no subject: it is the subject of {x}."""
 WHERE = ("{x}, where {y}", "{x}, and {y}")  # a background and a shape on it
 WHERE_TWO = ("{x}, where {y} and {z}", "{x}; {y}, while {z}")
-ALONG = ("{x}, and {y}", "{x} while {y}")  # two shapes that are there from the start
+ALONG = ("{x}, and {y}", "{x} while {y}")  # two shapes that are present at the start
 CONNECTIVES = (
     "then",
     "next,",

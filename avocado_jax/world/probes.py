@@ -1,7 +1,7 @@
-"""Probes of a clip from its truth: which of some statements is true, and which of some events comes first.
+"""Probes of a clip from its truth: which statement is true, and which event happens first.
 
-Choices are statements in the language of `lexicon`, so that `check` can answer a probe exactly. A wrong choice is the
-event with the value of one slot changed, and its claims are false in the clip.
+Choices are statements in the language of `lexicon`, so that `check` can answer a probe exactly. A wrong choice states
+the event with one slot changed; its claims are false in the clip.
 """
 
 import random
@@ -26,7 +26,7 @@ from avocado_jax.world.vocabulary import (
     WORDS,
 )
 
-MOST = 12  # probes of a clip
+MOST = 12  # maximum per clip
 CHOICES = 4
 VALUES = {
     "who": NAMES,
@@ -56,10 +56,10 @@ FIRST = "Which of these happens first?"
 
 
 def make_probes(script: Script, dimensions: dict[str, str]) -> list[dict]:
-    """Manifest probes of a clip, the same for the same script: {"question", "choices", "answer", "category"}.
+    """The manifest probes of a clip, a pure function of the script: {"question", "choices", "answer", "category"}.
 
     Args:
-        dimensions: the category of each kind of event but "cross".
+        dimensions: the category of each kind of event except "cross".
     """
     rng = random.Random(f"probes/{script.id}")
     true = {claim for event in script.events for claim in claims(event)}
@@ -81,14 +81,14 @@ def _probe(question: str, answer: str, wrong: list[str], category: str, rng: ran
 
 
 def _wrong(event: Event, true: set[Claim], rng: random.Random) -> list[str]:
-    """Statements of events like this one that are not true of the clip."""
+    """Statements of similar events that are false in the clip."""
     found: dict[str, None] = {}
     for _ in range(40):
         part, *rest = rng.sample(event.parts, len(event.parts)) or (event,)
         changed = _changed(part, rng)
         if changed is None:
             continue
-        if rest:  # a moment whose sound or picture is another
+        if rest:  # a "cross" event with another sound or picture
             parts = (changed, *rest) if changed.kind in VISUALS else (*rest, changed)
             changed = replace(event, parts=parts)
         made = claims(changed)
@@ -100,7 +100,7 @@ def _wrong(event: Event, true: set[Claim], rng: random.Random) -> list[str]:
 
 
 def _changed(event: Event, rng: random.Random) -> Event | None:
-    """The event with another value of one slot; None if that says nothing."""
+    """The event with another value of one slot; None if the result is meaningless."""
     slots = dict(event.slots)
     name = rng.choice([slot for slot in slots if slot in VALUES])
     slots[name] = rng.choice([value for value in VALUES[name] if value != slots[name]])
@@ -110,7 +110,7 @@ def _changed(event: Event, rng: random.Random) -> Event | None:
 
 
 def _order(script: Script, rng: random.Random) -> dict | None:
-    """Which of some events, all of which happen, comes first."""
+    """A probe that asks which of several true events happens first."""
     happening = [event for event in script.events if event.end > event.start and not _is_state(event)]
     events = rng.sample(happening, min(CHOICES, len(happening)))
     first = min(events, key=lambda event: event.start, default=None)

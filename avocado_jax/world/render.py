@@ -1,4 +1,4 @@
-"""A script as pictures: anti-aliased shapes on a patterned background, seen by a camera."""
+"""Render a script: anti-aliased shapes on a patterned background, with camera moves."""
 
 from collections.abc import Callable, Iterable, Iterator
 from functools import lru_cache
@@ -27,23 +27,23 @@ GROUND = {
     "cream": (250, 238, 205),
     "navy": (16, 26, 84),
 }
-GROWTH = {"grow": 1.55, "shrink": 0.6}  # what "resize" multiplies the radius by
+GROWTH = {"grow": 1.55, "shrink": 0.6}  # factor of the radius in a "resize" event
 _OUTSIDE = {"left": (-0.2, None), "right": (1.2, None), "top": (None, -0.2), "bottom": (None, 1.2)}
 
 
 class Pose(NamedTuple):
-    """A shape at one moment: center as a share of the frame, radius of its height, angle in radians."""
+    """The state of a shape: center as a share of the frame, radius as a share of its height, angle in radians."""
 
     x: float
     y: float
     radius: float
     angle: float
     color: str
-    mouth: float  # how far it is open, 0..1; below 0 there is none
+    mouth: float  # how far the mouth is open, 0..1; below 0: no mouth
 
 
 class View(NamedTuple):
-    """What the camera sees: its center as a share of the frame, and its magnification."""
+    """The view of the camera: center as a share of the frame, and magnification."""
 
     x: float = 0.5
     y: float = 0.5
@@ -51,14 +51,14 @@ class View(NamedTuple):
 
 
 def frame_times(script: Script, fps: float) -> np.ndarray:
-    """The times (seconds) of the frames of a clip at `fps`, float64 [T]; the first is 0."""
+    """The times of the frames of a clip at `fps` in seconds, float64 [T], from 0."""
     return np.arange(int(script.duration * fps + 1e-6)) / fps
 
 
 def render(script: Script, times: Iterable[float] | None = None) -> Iterator[np.ndarray]:
-    """The pictures at the given times, each uint8 [H, W, 3]; all of the clip's frames if `times` is None.
+    """Yield the frames at the given times, uint8 [H, W, 3]; `times` None: all frames of the clip.
 
-    One picture at a time is in memory. A picture depends on its own time only.
+    Frames are rendered lazily. A frame depends only on its time.
     """
     level = LEVELS[script.level]
     height, width = level.size
@@ -89,7 +89,7 @@ def _smooth(u: float) -> float:
 
 
 def _view(script: Script, t: float) -> View:
-    """Where the camera is: at rest but for its moves, each of which returns."""
+    """The view at time t. Each camera move returns to the default view."""
     for event in script.events:
         if event.kind == "camera" and event.start <= t < event.end:
             away = _smooth(2 * min(t - event.start, event.end - t) / (event.end - event.start))
@@ -106,7 +106,7 @@ def _view(script: Script, t: float) -> View:
 
 
 def _pose(script: Script, who: int, acts: list[Event], t: float) -> Pose | None:
-    """Shape number `who` at time t, after what it did so far (`acts`, in order); None while it is away."""
+    """The pose of shape `who` at time t, after its earlier events (`acts`, in order); None if it is not on stage."""
     actor = script.actors[who]
     x = y = None
     radius, angle, color, mouth = SIZES[actor.size], 0.0, actor.color, -1.0
@@ -145,7 +145,7 @@ def _pose(script: Script, who: int, acts: list[Event], t: float) -> Pose | None:
 
 
 def _collide(script: Script, who: int, event: Event, u: float, at, radius: float) -> tuple[float, float]:
-    """Where one of two colliding shapes is: `actor` runs up to `other` and back, who gives way a little."""
+    """The position of a colliding shape: `actor` moves to `other` and back, and `other` recoils slightly."""
     partner = event.other if who == event.actor else event.actor
     acts = [e for e in _parts(script) if partner in (e.actor, e.other) and e is not event]
     met = _pose(script, partner, acts, event.start)
@@ -160,7 +160,7 @@ def _collide(script: Script, who: int, event: Event, u: float, at, radius: float
     return at[0] + way[0] * height / width, at[1] + way[1]
 
 
-@lru_cache(maxsize=4)  # the camera is at rest most of the time
+@lru_cache(maxsize=4)  # the view rarely changes
 def _ground(backdrop: str, pattern: str, height: int, width: int, view: View) -> np.ndarray:
     """The background, uint8 [H, W, 3]."""
     y = ((np.arange(height) + 0.5) / height - 0.5) / view.zoom + view.y
@@ -182,7 +182,7 @@ def _ground(backdrop: str, pattern: str, height: int, width: int, view: View) ->
 
 
 def _draw(frame: np.ndarray, pose: Pose, distance: Callable, outline: tuple, view: View) -> None:
-    """Paint a shape into the frame [H, W, 3], in place."""
+    """Draw a shape into the frame [H, W, 3], in place."""
     height, width = frame.shape[:2]
     center_x = ((pose.x - view.x) * view.zoom + 0.5) * width
     center_y = ((pose.y - view.y) * view.zoom + 0.5) * height
@@ -195,7 +195,7 @@ def _draw(frame: np.ndarray, pose: Pose, distance: Callable, outline: tuple, vie
     y = ((np.arange(top, bottom) + 0.5 - center_y) / radius)[:, None]
     x = ((np.arange(left, right) + 0.5 - center_x) / radius)[None, :]
     cos, sin = np.cos(pose.angle), np.sin(pose.angle)
-    edge = distance(cos * x + sin * y, cos * y - sin * x) * radius  # pixels outside of the shape
+    edge = distance(cos * x + sin * y, cos * y - sin * x) * radius  # signed distance in pixels
     line = max(1.2, 0.07 * radius)
     patch = frame[top:bottom, left:right]
     layers = [(edge - line, outline), (edge, INK[pose.color])]
@@ -208,7 +208,7 @@ def _draw(frame: np.ndarray, pose: Pose, distance: Callable, outline: tuple, vie
 
 
 def _star(points: int, inner: float, turn: float = 0.0) -> Callable:
-    """Distance from a star with outer corners at 1 and inner corners at `inner`; regular polygons too."""
+    """The distance function of a star with outer corners at radius 1 and inner corners at `inner`, or of a polygon."""
     half = np.pi / points
     tip, dent = np.array([1.0, 0.0]), inner * np.array([np.cos(half), np.sin(half)])
     edge = (dent - tip) / np.hypot(*(dent - tip))
@@ -239,4 +239,4 @@ SHAPE_DISTANCES: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
     "heart": _heart,
     "ring": lambda x, y: np.abs(np.hypot(x, y) - 0.74) - 0.26,
 }
-"""Shape -> signed distance outside of it, at unit radius; x to the right and y down."""
+"""Signed distance functions by shape, positive outside, for unit radius; x to the right, y down."""

@@ -1,4 +1,4 @@
-"""What happens in a clip: events on a timeline, the claims they make true, and what is kept for test."""
+"""Scripts: events on a timeline, the claims that they make true, and the combinations held out for testing."""
 
 import re
 from dataclasses import dataclass
@@ -6,17 +6,17 @@ from typing import NamedTuple
 
 from avocado_jax.world.vocabulary import COLORS, SHAPES, UTTERANCES, VISUALS, VOICES
 
-WORLD = "avworld1"  # in every id; a change of what a seed gives changes the number
+WORLD = "avworld1"  # part of every id; changes whenever the script of a seed changes
 SPLITS = ("train", "test")
 MAX_SECONDS = 60.0
 
 
 class Level(NamedTuple):
-    """How hard a clip is. Numbers are how much of each table above is in use; pairs are (fewest, most)."""
+    """The difficulty of a clip. Numbers limit the entries in use of each vocabulary table; pairs are (min, max)."""
 
-    beats: tuple[int, int]  # things that happen one after another
+    beats: tuple[int, int]  # successive events
     scenes: tuple[int, int]
-    cast: tuple[int, int]  # shapes in a scene
+    cast: tuple[int, int]  # shapes per scene
     colors: int
     shapes: int
     places: int
@@ -24,9 +24,9 @@ class Level(NamedTuple):
     voices: int
     lines: int
     nouns: int
-    fine: bool  # loudness, turning direction, patterns, written text, music
+    fine: bool  # loudness, direction of rotation, patterns, on-screen text, music
     camera: bool
-    long_lines: bool  # some lines have two sentences, and a narrator speaks too
+    long_lines: bool  # lines with two sentences, and lines of a narrator
     size: tuple[int, int]  # pixels (height, width), multiples of 28 and of 16
     fps: int
 
@@ -40,7 +40,7 @@ LEVELS = (
 
 
 class Claim(NamedTuple):
-    """One thing a caption can say, true or not: its kind and its (name, value) slots, sorted by name."""
+    """An atomic statement, true or false: its kind and its (name, value) slots, sorted by name."""
 
     kind: str
     slots: tuple[tuple[str, str], ...]
@@ -48,13 +48,13 @@ class Claim(NamedTuple):
 
 @dataclass(frozen=True)
 class Event:
-    """Something that happens from `start` to `end` (seconds).
+    """An event from `start` to `end` (seconds).
 
     Attributes:
-      kind: a key of `lexicon.TEMPLATES`, or "cross" for a picture and a sound at one moment (`parts`).
-      slots: what a caption says about it, sorted (name, value) pairs.
-      actor, other: indices into `Script.actors` of who does it and to whom; -1 is nobody.
-      parts: of a "cross" event, its visual event and its effect.
+      kind: a key of `lexicon.TEMPLATES`, or "cross" for a simultaneous visual event and effect.
+      slots: the content of its statement, sorted (name, value) pairs.
+      actor, other: indices into `Script.actors` of subject and object; -1: none.
+      parts: the visual event and the effect of a "cross" event.
     """
 
     kind: str
@@ -66,13 +66,13 @@ class Event:
     parts: tuple["Event", ...] = ()
 
     def get(self, slot: str) -> str:
-        """The value of a slot; empty where the event has no such slot."""
+        """The value of a slot; empty if the event does not have the slot."""
         return dict(self.slots).get(slot, "")
 
 
 @dataclass(frozen=True)
 class Actor:
-    """A shape as it first appears; `scene` is the index of the one scene it is in."""
+    """A shape as it first appears. `scene`: index of its only scene."""
 
     color: str
     shape: str
@@ -87,7 +87,7 @@ class Actor:
 
 @dataclass(frozen=True)
 class Scene:
-    """A stretch between cuts, in seconds."""
+    """The time between two cuts, in seconds."""
 
     start: float
     end: float
@@ -97,7 +97,7 @@ class Scene:
 
 @dataclass(frozen=True)
 class Script:
-    """Everything that happens in one clip; `duration` (seconds) is a multiple of one half."""
+    """The content of a clip. `duration` (seconds) is a multiple of 0.5."""
 
     seed: int
     index: int
@@ -114,7 +114,7 @@ class Script:
 
 
 def claims(event: Event) -> tuple[Claim, ...]:
-    """The claims that an event makes true: both parts of a cross event and that they come together."""
+    """The claims that an event makes true; for a "cross" event those of its parts and their simultaneity."""
     if event.kind == "cross":
         visual, sound = event.parts
         pair = tuple(sorted((*visual.slots, *sound.slots, ("visual", visual.kind))))
@@ -127,13 +127,13 @@ def claims(event: Event) -> tuple[Claim, ...]:
 
 
 def speech_seconds(line: str, voice: str) -> float:
-    """The time a line takes; speech is fitted to it, so that the truth needs no synthesiser."""
+    """The duration of a line. Speech is stretched to it, so that the truth does not depend on the synthesizer."""
     pace, pauses = VOICES.get(voice, 1.0), len(re.findall(r"[.?!] ", line))
     return round(pace * (0.3 + 0.045 * len(line) + 0.7 * pauses), 2)
 
 
 def held_out(combination: tuple) -> bool:
-    """Whether a combination is kept for the test split: (color, shape, action) or (line, noun) indices."""
+    """Whether a combination occurs in the test split only: (color, shape, action) or (line, noun) indices."""
     if len(combination) == 2:
         return sum(combination) % 5 == 2
     color, shape, action = combination
@@ -141,7 +141,7 @@ def held_out(combination: tuple) -> bool:
 
 
 def combinations(event: Event) -> list[tuple]:
-    """The combinations of `held_out` that occur in an event."""
+    """The combinations of an event, for `held_out`."""
     if event.kind == "cross":
         return [found for part in event.parts for found in combinations(part)]
     if event.kind in VISUALS:

@@ -1,4 +1,4 @@
-"""A script as sound: effects, music-like beds and speech, mixed to mono."""
+"""Synthesize the sound of a script: effects, background music and speech, mixed to mono."""
 
 from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
@@ -15,7 +15,7 @@ SPEECH_LEVEL = 0.12
 
 
 def mix(script: Script) -> np.ndarray:
-    """The sound of a clip: float32 [duration * RATE] in -1..1."""
+    """The sound of a clip, float32 [duration * RATE], -1..1."""
     track = np.zeros(round(script.duration * RATE), np.float32)
     for event in script.events:
         for part in event.parts or (event,):
@@ -43,7 +43,7 @@ def _sound(event: Event, script: Script) -> np.ndarray | None:
 
 @lru_cache(maxsize=len(EFFECTS))
 def effect(name: str) -> np.ndarray:
-    """A sound effect, float32 [EFFECTS[name] * RATE], highest peak 1."""
+    """A sound effect, float32 [EFFECTS[name] * RATE], with peak 1."""
     seconds = EFFECTS[name]
     t = np.arange(round(seconds * RATE)) / RATE
     noise = np.random.default_rng(7).standard_normal(len(t))
@@ -84,7 +84,7 @@ def effect(name: str) -> np.ndarray:
 
 
 def bed(name: str, seconds: float) -> np.ndarray:
-    """Music-like sound, float32 [seconds * RATE], root mean square 1, faded at both ends."""
+    """Background music, float32 [seconds * RATE], with RMS 1, faded in and out."""
     t = np.arange(round(seconds * RATE)) / RATE
     beat = {"piano": 0.5, "synth": 0.2, "music box": 0.3}.get(name, 1.0)
     onsets = np.arange(0, seconds, beat)
@@ -129,7 +129,7 @@ def bed(name: str, seconds: float) -> np.ndarray:
 
 
 def band(noise: np.ndarray, low: float, high: float) -> np.ndarray:
-    """The part of a signal [S] between two frequencies in Hz, root mean square 1."""
+    """Band-pass filter a signal [S] between two frequencies in Hz and normalize it to RMS 1."""
     spectrum = np.fft.rfft(noise)
     frequency = np.fft.rfftfreq(len(noise), 1 / RATE)
     kept = np.fft.irfft(spectrum * ((frequency > low) & (frequency < high)), len(noise))
@@ -137,7 +137,7 @@ def band(noise: np.ndarray, low: float, high: float) -> np.ndarray:
 
 
 def _hits(t: np.ndarray, onsets: Iterable[float], tone: Callable, decay: float) -> np.ndarray:
-    """A tone (a function of the seconds since its onset) struck at each onset and dying away."""
+    """A tone (a function of the seconds since its onset) at each onset, with exponential decay."""
     wave = np.zeros_like(t)
     length = min(len(t), RATE, round(8 / decay * RATE))  # e^-8 is inaudible
     u = np.arange(length) / RATE
@@ -156,6 +156,6 @@ def _pluck(u: np.ndarray, f: float) -> np.ndarray:
 def _tune(
     t: np.ndarray, onsets: np.ndarray, root: float, steps: Sequence[int], tone: Callable, decay: float
 ) -> np.ndarray:
-    """Notes `steps` (semitones above `root` Hz) over and over, one at each onset."""
+    """A repeated sequence of notes (semitones above `root` Hz), one per onset."""
     pitches = [root * 2 ** (step / 12) for step in steps]
     return sum(_hits(t, onsets[k :: len(steps)], lambda u, f=f: tone(u, f), decay) for k, f in enumerate(pitches))

@@ -1,10 +1,10 @@
-"""AVWorld as a TensorFlow Datasets dataset of ArrayRecord files; TensorFlow itself is not needed.
+"""AVWorld as a TensorFlow Datasets dataset of ArrayRecord files, without TensorFlow.
 
     builder = AvWorld(config="level1", data_dir=...)
     builder.download_and_prepare()          # or tfds.data_source after registering by importing this module
     source = builder.as_data_source("train")
 
-An example has the fields of a manifest line, its lists as JSON texts, and the mp4. Texts come as bytes.
+An example has the fields of a manifest line, with lists as JSON strings, and the mp4 file. Strings are read as bytes.
 """
 
 import json
@@ -27,7 +27,7 @@ LISTS = ("references", "events", "dialogues", "keypoints", "probes")
 
 @dataclass(kw_only=True)
 class AvWorldConfig(tfds.core.BuilderConfig):
-    """A world: its difficulty, its seed, clips in each split and reference captions a clip."""
+    """Difficulty, seed, clips per split and reference captions per clip."""
 
     level: int = 1
     seed: int = 0

@@ -1,6 +1,6 @@
-"""Captions with times: a scene "[start - end]" in seconds before each sentence, and their time IoU with the truth.
+"""Captions with a scene time "[start - end]" in seconds before each sentence, and their time IoU with the truth.
 
-`time_iou` computes on the host what `rewards.timing` computes on the device.
+`time_iou` is the host implementation of `rewards.timing`.
 """
 
 import re
@@ -10,20 +10,20 @@ from typing import Any
 from avocado_jax.world.caption import statement
 from avocado_jax.world.script import Event
 
-REQUEST = "Begin each sentence with its time in seconds, as [start - end]."  # behind the question of such clips
+REQUEST = "Begin each sentence with its time in seconds, as [start - end]."  # appended to the prompt of such clips
 _TIME = r"((?:[0-9]+:){0,2}[0-9]+(?:\.[0-9]*)?)[sS]?"
-LONGEST = 41  # characters of a scene's time, brackets included
+LONGEST = 41  # maximum characters of a scene time, brackets included
 SCENE = re.compile(rf"\[[ \xa0]?{_TIME}[ \xa0]*[-‐‑‒–—][ \xa0]*{_TIME}[ \xa0]*\]")
 
 
 def timed_caption(events: Iterable[Event]) -> str:
-    """One plain sentence for each event behind its time, by start, then end."""
+    """One plain sentence per event, preceded by its time, sorted by start, then end."""
     ordered = sorted(events, key=lambda event: (event.start, event.end))
     return " ".join(f"[{event.start:g} - {event.end:g}] {statement(event)}" for event in ordered)
 
 
 def scenes(caption: str) -> list[tuple[float, float]]:
-    """The start and end of each scene of a caption, in its order, in seconds."""
+    """The (start, end) of each scene of a caption in seconds, in order."""
     found = (match for match in SCENE.finditer(caption) if len(match[0]) <= LONGEST)
     return [(_seconds(match[1]), _seconds(match[2])) for match in found]
 
@@ -36,12 +36,12 @@ def _seconds(time: str) -> float:
 
 
 def without_times(caption: str) -> str:
-    """The caption without its scenes' times."""
+    """Remove the scene times from a caption."""
     return re.sub(SCENE.pattern + " *", "", caption)
 
 
 def time_iou(caption: str, record: Mapping[str, Any]) -> float | None:
-    """The F1 of the summed time IoU between a caption's scenes and the record's events, aligned in order.
+    """F1 of the summed time IoU between the scenes of a caption and the events of a record, aligned in order.
 
     2 * sum / (scenes + events): 0 without scenes, None without events.
     """
@@ -50,7 +50,7 @@ def time_iou(caption: str, record: Mapping[str, Any]) -> float | None:
     truth = sorted((event["start"], event["end"]) for event in timed)
     if not truth:
         return None
-    best = [0.0] * (len(truth) + 1)  # of the scenes so far with each prefix of the events
+    best = [0.0] * (len(truth) + 1)  # summed IoU of the processed scenes with each prefix of the events
     for scene in caption_scenes:
         row = [0.0]
         for index, event in enumerate(truth):

@@ -1,4 +1,4 @@
-"""The truth of clips, from the `clips.jsonl` of a world, and mean scores of captions against it."""
+"""Read the truth of clips from the `clips.jsonl` of a world, and average the scores of captions."""
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -13,26 +13,26 @@ ENTRIES = {"events": {"text": str, "start": NUMBER}, "dialogues": {"speaker": st
 
 
 def read_truth(path: Path, more: Mapping[str, Any] | None = None) -> dict[str, dict[str, Any]]:
-    """The manifest lines of a world by id, in order.
+    """Read the manifest lines of a world by id, in order.
 
     Args:
-        more: further required fields, with their types.
+        more: additional required fields, with their types.
 
     Raises:
-        InputError: no such file, a line that is not AVWorld's, or two with one id.
+        InputError: the file is missing, a line is not from AVWorld, or an id occurs twice.
     """
     records: dict[str, dict[str, Any]] = {}
     for where, line in read_lines(path, {**FIELDS, **(more or {})}):
         check_entries(where, line, ENTRIES)
         if line["id"] in records:
             raise InputError(f'{where}: a second clip "{line["id"]}"')
-        measure("", line)  # its events are in the language
+        measure("", line)  # raises InputError if an event is not in the language
         records[line["id"]] = line
     return records
 
 
 def mean_scores(captions: Iterable[str], records: Iterable[Mapping[str, Any]]) -> dict[str, float]:
-    """The means of `check.measure` over captions and their clips' truths, under the names of `evaluate world`."""
+    """The means of `check.measure` over captions, with the metric names of `evaluate world`."""
     scores = [measure(caption, record) for caption, record in zip(captions, records, strict=True)]
     means = [sum(part) / len(part) for part in zip(*scores)]
     return dict(zip(("event_recall", "hallucination", "order", "dialogue_f1"), means, strict=True))

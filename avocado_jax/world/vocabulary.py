@@ -1,4 +1,4 @@
-"""What a clip is made of: the values that the slots of its events can have."""
+"""The vocabulary of a clip: the values of the slots of its events."""
 
 COLORS = ("red", "blue", "green", "yellow", "orange", "purple", "pink", "brown")
 SHAPES = ("circle", "square", "triangle", "star", "diamond", "hexagon", "heart", "ring")
@@ -32,7 +32,7 @@ EFFECTS = {  # seconds
     "laser": 0.6,
 }
 BEDS = ("piano", "synth", "drone", "strings", "beat", "music box")
-VOICES = {"deep": 1.1, "high": 0.9, "hoarse": 1.0, "whispering": 1.05, "robotic": 1.2}  # time for a line
+VOICES = {"deep": 1.1, "high": 0.9, "hoarse": 1.0, "whispering": 1.05, "robotic": 1.2}  # relative duration of a line
 NARRATOR = "narrator"
 CAMERAS = ("pan left", "pan right", "zoom in", "zoom out")
 WORDS = ("HELLO", "STOP", "OPEN", "MOON", "EXIT", "MUSIC", "START", "WINTER", "SECRET", "NUMBER")
@@ -74,7 +74,7 @@ VISUALS = {  # seconds
     "resize": 0.8,
     "collide": 1.2,
 }
-IMPACT = 0.5  # where in a collision the two shapes touch, as a share of its time
+IMPACT = 0.5  # when the shapes touch in a collision, as a share of its duration
 UTTERANCES = {
     line.format(noun): (i, j) for i, line in enumerate(LINES) for j, noun in enumerate(NOUNS)
 }  # text -> (line, noun)

@@ -1,4 +1,4 @@
-"""Lines of dialogue as speech, through the espeak-ng library and voices that `espeakng-loader` installs."""
+"""Synthesize lines of dialogue with the espeak-ng library and voices installed by `espeakng-loader`."""
 
 import _ctypes
 import ctypes
@@ -12,7 +12,7 @@ import numpy as np
 from avocado_jax.errors import InputError
 from avocado_jax.world.vocabulary import NARRATOR
 
-RATE = 16000  # samples per second of everything that AVWorld makes heard
+RATE = 16000  # sample rate of all sound of AVWorld, in Hz
 WORDS_PER_MINUTE = 160
 
 ESPEAK = {  # voice -> espeak variant and pitch (0 to 99)
@@ -26,7 +26,7 @@ ESPEAK = {  # voice -> espeak variant and pitch (0 to 99)
 
 
 class Speech(NamedTuple):
-    """Speech: `samples` float32 [S] in -1..1 at `RATE`, and (word, start, end) of each word in seconds."""
+    """Speech: `samples` float32 [S], -1..1, at `RATE`; (word, start, end) of each word in seconds."""
 
     samples: np.ndarray
     words: tuple[tuple[str, float, float], ...]
@@ -49,19 +49,19 @@ class _Event(ctypes.Structure):
 
 _Callback = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_int, ctypes.POINTER(_Event))
 _RETRIEVAL, _DONT_EXIT, _UTF8, _CHARACTER, _RATE, _PITCH, _WORD = 1, 0x8000, 1, 1, 1, 3, 1  # speak_lib.h
-_ONE_LINE = threading.Lock()  # threads that load the library share the copy, and its state
+_ONE_LINE = threading.Lock()  # threads share the loaded library and its state
 
 
 @lru_cache(maxsize=1024)
 def speak(line: str, voice: str, seconds: float) -> Speech:
-    """A line in a voice (a key of `ESPEAK`), fitted to last exactly `seconds`.
+    """Speak a line in a voice (a key of `ESPEAK`), with a duration of exactly `seconds`.
 
-    A pure function: the same arguments give the same samples in any process, whatever was spoken before.
+    A pure function: the samples depend on the arguments only, not on the process or earlier lines.
 
     Raises:
       InputError: `espeakng-loader` is not installed.
     """
-    # espeak's own speed does nearly all of the fitting; what stretching is left does not change the voice.
+    # espeak's speed setting nearly reaches the duration; the remaining stretch is too small to change the voice.
     pcm, *_ = _trimmed(line, voice, WORDS_PER_MINUTE)
     speed = WORDS_PER_MINUTE * len(pcm) / (22050 * seconds)
     pcm, lead, starts = _trimmed(line, voice, round(min(max(speed, 90), 380)))
@@ -75,13 +75,13 @@ def speak(line: str, voice: str, seconds: float) -> Speech:
 
 
 def resample(signal: np.ndarray, length: int) -> np.ndarray:
-    """The signal [S] band-limited to `length` samples over the same time, float32."""
+    """Resample a signal [S] to `length` samples over the same time, band-limited, float32."""
     spectrum = np.fft.rfft(signal)
     return np.fft.irfft(spectrum, length).astype(np.float32) * np.float32(length / len(signal))
 
 
 def _trimmed(line: str, voice: str, speed: int) -> tuple[np.ndarray, int, list[int]]:
-    """What espeak says without the silence around it, the samples cut in front, and where words start."""
+    """The output of espeak without leading and trailing silence, the samples removed in front, and word starts."""
     pcm, starts = _synthesise(line, *ESPEAK[voice], speed)
     loud = np.flatnonzero(np.abs(pcm) > 0.02 * np.abs(pcm).max())
     begin, stop = max(loud[0] - 110, 0), loud[-1] + 441
@@ -89,7 +89,7 @@ def _trimmed(line: str, voice: str, speed: int) -> tuple[np.ndarray, int, list[i
 
 
 def _synthesise(line: str, variant: str, pitch: int, speed: int) -> tuple[np.ndarray, list[int]]:
-    """The float samples [S] of espeak at 22,050 Hz and the sample at which each word starts."""
+    """The output of espeak, float [S] at 22,050 Hz, and the sample at which each word starts."""
     try:
         import espeakng_loader
     except ImportError:
@@ -107,8 +107,8 @@ def _synthesise(line: str, variant: str, pitch: int, speed: int) -> tuple[np.nda
             k += 1
         return 0
 
-    # espeak keeps the phase of its vibrato and of its noise in static variables that no call resets, so that
-    # a line would depend on those before it: a freshly loaded library for each line (about 10 ms) cures that.
+    # espeak keeps the phase of vibrato and noise in static variables that no call resets, so a line would depend on
+    # earlier ones. Therefore the library is reloaded for each line (about 10 ms).
     with _ONE_LINE:
         library = ctypes.CDLL(espeakng_loader.get_library_path())
         try:
