@@ -20,7 +20,7 @@ PACKAGE = Path(__file__).parent
 
 
 def free(default: Any) -> Any:
-    """A field that may change when a run is resumed: it decides how the run computes, not what."""
+    """A field that may change when a run is resumed: it affects how the run computes, not the result."""
     return field(default=default, metadata={"free": True})
 
 
@@ -232,7 +232,7 @@ def as_sft(config: RunConfig) -> SftConfig:
 
 
 def config_file(name: str) -> Path:
-    """The file of a config: a path, or a config of this package: `sft_7b`, `configs/sft_7b.py`. ".py" is optional.
+    """Find a config file: a path, or a config of this package (`sft_7b`, `configs/sft_7b.py`). ".py" is optional.
 
     Raises:
         InputError: there is no such file.
@@ -277,10 +277,10 @@ def load(path: str, overrides: Sequence[str] = ()) -> Any:
 
 
 def _check(config: RunConfig) -> None:
-    """Check values that their types do not check.
+    """Check the domains of values.
 
     Raises:
-        InputError: a value is out of its domain.
+        InputError: a value is outside its domain.
     """
     for name, value, _ in flat(config):
         check_field(name, value)
@@ -307,7 +307,7 @@ def _pairs(overrides: Sequence[str]) -> Iterator[tuple[str, str]]:
 
 
 def _nearest(config: Any, name: str) -> str | None:
-    """The field whose name is like `name`; of nested fields the last part may be enough."""
+    """The field with the most similar name; for nested fields the last part of the name is compared too."""
     every = [field for field, _, _ in flat(config)]
     last = name.rpartition(".")[2]
     known = OTHER_NAMES.get(last.replace("_", "").replace("-", "").lower())
@@ -341,7 +341,7 @@ def _changed(config: Any, name: str, path: list[str], text: str, root: Any) -> A
 
 
 def _parsed(kind: Any, text: str, name: str) -> Any:
-    """A value of the field's type."""
+    """Parse a value of the field's type."""
     try:
         if typing.get_origin(kind) is tuple:
             inner = typing.get_args(kind)[0]
@@ -357,7 +357,7 @@ def _parsed(kind: Any, text: str, name: str) -> Any:
 
 
 def flat(config: Any, prefix: str = "") -> Iterator[tuple[str, Any, bool]]:
-    """All fields as (dotted name, value, whether it is free)."""
+    """Yield all fields as (dotted name, value, whether it is free)."""
     for each in fields(config):
         value = getattr(config, each.name)
         if is_dataclass(value):
@@ -367,15 +367,15 @@ def flat(config: Any, prefix: str = "") -> Iterator[tuple[str, Any, bool]]:
 
 
 def as_json(config: Any) -> dict[str, Any]:
-    """The config as plain data, the content of `RUN/config.json`."""
+    """The config as JSON data, the content of `RUN/config.json`."""
     return {"kind": type(config).__name__, **asdict(config)}
 
 
 def refuse_another(config: Any, stored: dict[str, Any], where: str) -> None:
-    """Compare a config with the stored config of a run folder, where a field that is missing has its default.
+    """Compare a config with the stored config of a run folder. Missing fields have their defaults.
 
     Raises:
-        InputError: fields that are not free differ; the message names them.
+        InputError: fields that are not free differ. The message names them.
     """
 
     defaults = {name: value for name, value, _ in flat(type(config)())}

@@ -79,7 +79,7 @@ AXES = ("mesh.data", "mesh.fsdp", "mesh.tensor")
 
 
 class Description(NamedTuple):
-    """A field, or the heading of nested fields, which has a name that ends in "." and no type."""
+    """A field, or the heading of nested fields, whose name ends in "." and whose type is empty."""
 
     name: str  # dotted
     kind: str  # its type
@@ -88,7 +88,7 @@ class Description(NamedTuple):
 
 
 class UserTerm(NamedTuple):
-    """A user's reward term, as `rewards.extra` names it."""
+    """A user's reward term, parsed from `rewards.extra`."""
 
     kind: str  # of TERM_KINDS
     module: str
@@ -97,10 +97,10 @@ class UserTerm(NamedTuple):
 
 
 def parse_term(text: str) -> UserTerm:
-    """KIND:MODULE:FUNCTION=WEIGHT; without "=WEIGHT" the weight is 1. The module is not imported.
+    """Parse KIND:MODULE:FUNCTION=WEIGHT; the default weight is 1. The module is not imported.
 
     Raises:
-        InputError: it is malformed, or the weight is not a finite number.
+        InputError: `text` is malformed, or the weight is not a finite number.
     """
     which, equals, weight = text.partition("=")
     kind, _, rest = which.partition(":")
@@ -120,10 +120,10 @@ def check_field(name: str, value: Any) -> None:
     """Check that a value is in the domain of its field.
 
     Args:
-        name: dotted, as `optim.lr`.
+        name: dotted name, such as `optim.lr`.
 
     Raises:
-        InputError: it is not; the message states the domain.
+        InputError: the value is not in the domain, which the message states.
     """
     if name in CHOICES and value not in CHOICES[name]:
         raise InputError(f"{name}: {value!r} is not one of {', '.join(CHOICES[name])}")
@@ -150,14 +150,14 @@ def _check_term(name: str, text: str) -> None:
 
 
 def same_path(name: str, there: Any, here: Any) -> bool:
-    """Whether two values of a field name the same local path, one of them relative."""
+    """Whether two values of a field are the same local path, for example one relative and one absolute."""
     if name not in ("init", "data.train", "data.heldout") or not there or not here or ":" in f"{there}{here}":
         return False
     return Path(there).resolve() == Path(here).resolve()
 
 
 def describe(config: Any, prefix: str = "") -> Iterator[Description]:
-    """All fields of a config in order; the meaning of a field is the comment beside it in the source."""
+    """Describe all fields of a config in order. The meaning of a field is its comment in the source."""
     comments = _comments(type(config))
     for one in fields(config):
         name, value = f"{prefix}{one.name}", getattr(config, one.name)
@@ -171,7 +171,7 @@ def describe(config: Any, prefix: str = "") -> Iterator[Description]:
 
 
 def field_help(config: Any) -> str:
-    """All fields of a config, for the end of a `--help`."""
+    """Format all fields of a config for the end of `--help`."""
     width = max(60, min(120, shutil.get_terminal_size().columns)) - 2
     lines = ["fields of the config, each --NAME VALUE, with type, default and meaning:"]
     for one in describe(config):
@@ -192,7 +192,7 @@ def field_help(config: Any) -> str:
 
 
 def _comments(kind: type) -> dict[str, str]:
-    """The comment beside each field of a dataclass; of a field that a subclass declares again, the first with one."""
+    """The source comment of each field of a dataclass. Redeclared fields without a comment inherit it."""
     found: dict[str, str] = {}
     for base in kind.__mro__[:-1]:
         for line in inspect.getsource(base).splitlines():
