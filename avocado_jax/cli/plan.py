@@ -2,8 +2,9 @@
 
   avocado plan configs/sft_7b.py --topology v5p:4x4x4
   avocado plan configs/sft_7b.py --topology v5e:8x16 --mesh.tensor 2 --remat offload
-  avocado plan configs/sft_7b.py --topology v6e:8x8 --search 6
   avocado plan configs/grpo_7b.py --topology v6e:8x8
+  avocado plan configs/sft_7b.py --topology v6e:8x8 --search 4         # which mesh, remat and accumulation
+  avocado plan configs/grpo_7b.py --topology v6e:4x4,v6e:8x8,v5p:2x2x4 --search 0     # which slice: no compilation
   avocado plan configs/sft_7b.py --topology v6e:2x4 --captions 640     # captioning instead of training
 
 libtpu compiles the step for the slice (v5e, v5p or v6e; chips as AxB or AxBxC), which this machine need not have. For
@@ -16,6 +17,15 @@ shapes, communication from the compiled program. The time is the largest of comp
 or the data do not exist on this machine, the config's `nominal` supplies model and shapes. Exit status 1: the step
 does not fit.
 
+With --search N, choices of mesh, remat, accumulation and split (GRPO: rows of a clip) are ranked on one or several
+slices, separated by commas, by an estimate of their chip-seconds per step: devices x seconds, as compute, memory and
+interconnect bound them. FLOPs and bytes follow from the shapes, so this compiles nothing; a GRPO config of a 7B model
+takes one or two minutes. Choices that agree to three digits are ordered by their time without overlap. A choice whose
+arrays, gradients, saved activations and KV caches alone exceed the memory is left out. The best N of all slices are
+compiled (5 to 10 minutes each for a 7B model), and those that fit are printed, cheapest first. --search 0 prints the
+ranking only: the best choice of every slice, or the best ten of one. What it prints may still not fit: a step needs
+more memory than this lower bound. Chips differ in price: multiply chip-seconds by the price of a chip.
+
 With --captions, the programs of `caption` are compiled for the devices of one host: the prefill of some clips and the
 decoding steps of one dispatch. The last line, or `clips_per_chip_hour`, is the rate for clips of the largest shape.
 """
@@ -27,7 +37,7 @@ import signal
 import sys
 from typing import Any
 
-from avocado_jax.config import GrpoConfig, RunConfig, load
+from avocado_jax.config import RunConfig, load
 from avocado_jax.errors import InputError
 from avocado_jax.parallel.signals import on_signal
 from avocado_jax.progress import progress
@@ -38,7 +48,11 @@ GIB = 2**30
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments; unknown ones are config fields."""
     parser.add_argument("config", metavar="CONFIG", help="a Python file, or the name of one in configs/")
-    parser.add_argument("--topology", metavar="SLICE", help="v5e:8x16, v5p:4x4x4, v6e:8x8 (default: this machine)")
+    parser.add_argument(
+        "--topology",
+        metavar="SLICE[,SLICE...]",
+        help="v5e:8x16, v5p:4x4x4, v6e:8x8 (default: this machine); several with --search only",
+    )
     parser.add_argument(
         "--all-shapes", action="store_true", help="plan all shapes of the data, not only the most expensive"
     )
@@ -46,7 +60,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--search",
         type=int,
         metavar="N",
-        help="compile up to N choices of mesh, remat and accumulation; print those that fit, fastest first",
+        help="rank choices of mesh, remat, accumulation and split; compile the best N and print those that fit, "
+        "fewest chip-seconds first; 0: print the ranking",
     )
     parser.add_argument("--captions", type=int, metavar="N", help="plan captioning, with captions of N tokens")
     parser.add_argument("--json", action="store_true", help="one JSON object")
@@ -68,38 +83,34 @@ def _stop(number: int) -> None:
 
 
 def _run(args: argparse.Namespace) -> int:
+    if workdir := next((one for one in args.fields if one.split("=")[0].replace("_", "") == "--workdir"), None):
+        raise InputError(f"{workdir}: a plan runs nothing and has no run folder; leave it out")
     config = load(args.config, args.fields)
     if not isinstance(config, RunConfig):
         raise InputError(f"{args.config}: a {type(config).__name__}, not a training config")
     if args.captions is not None and (args.captions < 1 or args.search is not None):
         raise InputError("--captions must be at least 1, and excludes --search")
+    if args.search is not None and args.search < 0:
+        raise InputError(f"--search {args.search}: a number of choices to compile, or 0")
+    topologies = args.topology.split(",") if args.topology else [None]
+    if len(topologies) > 1 and args.search is None:
+        raise InputError(f"--topology {args.topology}: several slices need --search N (0 compiles nothing)")
     if args.topology:
         os.environ["JAX_PLATFORMS"] = "cpu"  # set before jax starts: leaves this machine's accelerators free
     from avocado_jax.planning.program import devices_of, model_and_buckets, program_of
     from avocado_jax.planning.report import report
-    from avocado_jax.planning.search import search
 
-    devices = devices_of(args.topology, config.mesh.slices)
+    slices = {}
+    for topology in topologies:
+        devices = devices_of(topology, config.mesh.slices)
+        slices[topology or f"{devices[0].device_kind} x {len(devices)}"] = devices
     model, buckets = model_and_buckets(config)
-    topology = args.topology or f"{devices[0].device_kind} x {len(devices)}"
+    topology = ",".join(slices)
     plan: dict[str, Any] = {"config": args.config, "topology": topology}
     if args.captions is not None:
         return _plan_captions(args, plan, model, buckets[0].shape, devices)
     if args.search is not None:
-        found = []
-        for one, entries in search(config, model, buckets[0], devices, args.search):
-            fields = _search_fields(one)
-            fits = all(entry["fits"] for entry in entries)
-            seconds = sum(entry["seconds"] or 0 for entry in entries)
-            found.append({**fields, "fits": fits, "seconds": seconds or None, "steps": entries})
-            if not args.json:
-                print(f"tried {_choice(fields)}: {_memory(max(entries, key=_total))}", flush=True)
-        choices = sorted((one for one in found if one["fits"]), key=lambda one: one["seconds"] or 0)
-        if args.json:
-            print(json.dumps(plan | {"fits": bool(choices), "choices": choices}))
-        for one in [] if args.json else choices:
-            print("\n".join([_choice(one), *(f"  {entry['name']}: {_time(entry)}" for entry in one["steps"])]))
-        return 0 if choices else 1
+        return _search(args, plan, config, model, buckets[0], slices)
 
     steps = []
     for bucket in buckets if args.all_shapes else buckets[:1]:
@@ -117,6 +128,69 @@ def _run(args: argparse.Namespace) -> int:
     else:
         print(hosts_line(hosts))
     return 0 if fits else 1
+
+
+def _search(
+    args: argparse.Namespace, plan: dict[str, Any], config: RunConfig, model: Any, bucket: Any, slices: dict[str, list]
+) -> int:
+    """Returns 0, or 1 if no choice fits: of those compiled, or with --search 0 by the lower bound of the memory."""
+    from avocado_jax.planning.report import memory_of
+    from avocado_jax.planning.search import compile_ranked, rank, varied
+
+    print(f"ranking choices of {', '.join(slices)}: a 7B config takes a minute or two", file=sys.stderr, flush=True)
+    ranking = rank(config, model, bucket, slices)
+
+    def entry(one: Any, seconds: float | None) -> dict[str, Any]:
+        chips = {"topology": one.topology, "devices": one.devices, "fields": varied(one.config), "seconds": seconds}
+        return chips | {"chip_seconds": seconds and one.devices * seconds}
+
+    limits = {topology: memory_of(devices[0]) for topology, devices in slices.items()}
+    estimates = [
+        entry(one, one.seconds) | {"hbm_bytes": one.least_bytes, "hbm_limit_bytes": limits[one.topology]}
+        for one in ranking
+    ]
+    found = []
+    if args.search:
+        print(_table(estimates[: args.search], "least GiB"), file=sys.stderr, flush=True)
+    for one, steps in progress(compile_ranked(ranking[: args.search], model, bucket, slices), "compiled", args.search):
+        fits, largest = all(step["fits"] for step in steps), max(steps, key=_total)
+        tried = entry(one, sum(step["seconds"] for step in steps) if fits and one.seconds else None)
+        tried |= {"hbm_bytes": _total(largest), "hbm_limit_bytes": largest["hbm_limit_bytes"]}
+        found.append(tried | {"fits": fits, "steps": steps})
+        print(f"{_arguments(tried)}\n  {largest['name']} {_memory(largest)}", file=sys.stderr, flush=True)
+    choices = sorted((one for one in found if one["fits"]), key=lambda one: one["chip_seconds"] or 0)
+    fits = bool(choices if args.search else estimates)
+    if args.json:
+        print(json.dumps(plan | {"fits": fits, "choices": choices, "estimates": estimates}))
+    elif args.search:
+        print(_table(choices, "GiB") if choices else "no choice that was compiled fits")
+    else:
+        best = {one["topology"]: one for one in reversed(estimates)}
+        shown = estimates[:10] if len(slices) == 1 else sorted(best.values(), key=estimates.index)
+        print(_table(shown, "least GiB"))
+        for topology in slices.keys() - best.keys():
+            print(f"{topology}: no choice fits")
+    return 0 if fits else 1
+
+
+def _table(choices: list[dict[str, Any]], memory: str) -> str:
+    """A line for each choice."""
+    lines = [f"{'chip-seconds':>12} {'seconds':>8} {memory:>9} {'of':>3}  (times of a step, memory of a chip)"]
+    for one in choices:
+        times = [_number(one[name]) for name in ("chip_seconds", "seconds")]
+        limit = f"{one['hbm_limit_bytes'] / GIB:.0f}"
+        lines.append(f"{times[0]:>12} {times[1]:>8} {one['hbm_bytes'] / GIB:>9.1f} {limit:>3}  {_arguments(one)}")
+    return "\n".join(lines)
+
+
+def _number(seconds: float | None) -> str:
+    return "unknown" if seconds is None else f"{seconds:,.0f}" if seconds >= 100 else f"{seconds:.3g}"
+
+
+def _arguments(one: dict[str, Any]) -> str:
+    """A choice as command-line arguments."""
+    topology = f"--topology {one['topology']} " if ":" in one["topology"] else ""
+    return topology + " ".join(f"--{name} {value}" for name, value in one["fields"].items())
 
 
 def _plan_captions(args: argparse.Namespace, plan: dict[str, Any], model: Any, shape: Any, devices: list[Any]) -> int:
@@ -154,21 +228,6 @@ def hosts_line(hosts: list[dict[str, Any]]) -> str:
             ranges.append([row, row])
     text = ", ".join(f"{start}-{end}" if end > start else str(start) for start, end in ranges)
     return f"{len(hosts)} hosts load {len(first['rows'])} rows each; host {first['process']}: {text}"
-
-
-def _search_fields(config: RunConfig) -> dict[str, Any]:
-    """The fields that a search varies."""
-    mesh = config.mesh
-    fields = {"mesh": {"data": mesh.data, "fsdp": mesh.fsdp, "tensor": mesh.tensor}}
-    fields |= {"remat": config.remat, "accumulate": config.accumulate}
-    return fields | ({"split": config.split} if isinstance(config, GrpoConfig) else {})
-
-
-def _choice(one: dict[str, Any]) -> str:
-    """The same fields as command-line arguments."""
-    mesh = " ".join(f"--mesh.{name} {size}" for name, size in one["mesh"].items())
-    split = f" --split {one['split']}" if "split" in one else ""
-    return f"{mesh} --remat {one['remat']} --accumulate {one['accumulate']}{split}"
 
 
 def _total(entry: dict[str, Any]) -> int:

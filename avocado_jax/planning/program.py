@@ -131,6 +131,14 @@ def program_of(config: RunConfig, model: ThinkerConfig, bucket: Bucket, devices:
     else:
         rows, group, make = config.batch, config.data.references, sft_phases
     phases = make(config, model, bucket, mesh)
-    processes = sorted({device.process_index for device in devices})
-    hosts = {process: process_rows(mesh, rows, process) for process in processes}
-    return Program(config, bucket, rows, group, model, mesh, phases, hosts)
+    return Program(config, bucket, rows, group, model, mesh, phases, rows_of_hosts(mesh, rows))
+
+
+def rows_of_hosts(mesh: Mesh, rows: int) -> dict[int, list[int]]:
+    """Process index -> rows that the process loads.
+
+    Raises:
+        InputError: two processes share some of their rows but not all.
+    """
+    processes = sorted({device.process_index for device in mesh.devices.flat})
+    return {process: process_rows(mesh, rows, process) for process in processes}

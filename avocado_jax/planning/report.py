@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from avocado_jax.config import GrpoConfig
-from avocado_jax.parallel.chips import CHIPS, GIB
+from avocado_jax.parallel.chips import CHIPS, GIB, Chip
 from avocado_jax.parallel.rules import bytes_per_device
 from avocado_jax.planning.collectives import collective_bytes
 from avocado_jax.planning.phases import Phase
@@ -48,6 +48,22 @@ class Times(NamedTuple):
     compute: float
     hbm: float
     interconnect: float
+
+
+def times_of(chip: Chip, devices: int, flops: Flops, nbytes: float, sent: float) -> Times:
+    """The bounds of a program.
+
+    Args:
+        flops: of all devices.
+        nbytes: HBM traffic of one device.
+        sent: bytes that one device sends.
+    """
+    return Times(flops.machine / devices / chip.flops, nbytes / chip.bandwidth, sent / chip.links)
+
+
+def predicted_seconds(times: Times) -> float:
+    """Seconds at ATTAINED of the binding ceiling."""
+    return max(times) / ATTAINED
 
 
 class Compiled(NamedTuple):
@@ -139,13 +155,11 @@ def describe(
     }
     chip = CHIPS.get(mesh.devices.flat[0].device_kind)
     if chip and found.traffic is not None:
-        times = Times(
-            flops.machine / mesh.size / chip.flops, nbytes / chip.bandwidth, sum(found.traffic.values()) / chip.links
-        )
+        times = times_of(chip, mesh.size, flops, nbytes, sum(found.traffic.values()))
         entry["roofline_seconds"] = times._asdict()
         entry["bound"] = max(times._fields, key=lambda name: getattr(times, name))
-        entry["seconds"] = max(times) / ATTAINED
-        entry["mfu"] = flops.model / mesh.size / chip.flops / (max(times) / ATTAINED)
+        entry["seconds"] = predicted_seconds(times)
+        entry["mfu"] = flops.model / mesh.size / chip.flops / entry["seconds"]
     return entry
 
 
