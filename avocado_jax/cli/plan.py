@@ -8,23 +8,23 @@
   avocado plan configs/sft_7b.py --topology v6e:2x4 --captions 640     # captioning instead of training
 
 libtpu compiles the step for the slice (v5e, v5p or v6e; chips as AxB or AxBxC), which this machine need not have. For
-a 7B model this takes minutes: ten of one core for a GRPO step.
-Without --topology, the step is compiled for this machine. A GRPO step is five programs with an entry each: encode,
-view, rollout, score, update (rewards are not compiled). Override any config field with `--a.b value`. Memory is the
-compiler's figure, by part, and includes arrays that stay on the device beside the program. FLOPs follow from the
-shapes, communication from the compiled program. The time is the largest of compute, memory and interconnect time at
-65% of the respective ceiling. `hosts` lists the rows of a batch that each process loads. Where the checkpoint (`init`)
-or the data do not exist on this machine, the config's `nominal` supplies model and shapes. Exit status 1: the step
-does not fit.
+a 7B model this takes minutes of one core: five to eight for fine-tuning, ten for GRPO. Without --topology, the step is
+compiled for this machine. A GRPO step is five programs with an entry each: encode, view, rollout, score, update
+(rewards are not compiled). Override any config field with `--a.b value`. Memory is the compiler's figure, by part, and
+includes arrays that stay on the device beside the program. FLOPs follow from the shapes, communication from the
+compiled program. The time is the largest of compute, memory and interconnect time at 65% of the respective ceiling.
+`hosts` lists the rows of a batch that each process loads. Where the checkpoint (`init`) or the data do not exist on
+this machine, the config's `nominal` supplies model and shapes. Exit status 1: the step does not fit.
 
 With --search N, choices of mesh, remat, accumulation and split (GRPO: rows of a clip) are ranked on one or several
 slices, separated by commas, by an estimate of their chip-seconds per step: devices x seconds, as compute, memory and
-interconnect bound them. FLOPs and bytes follow from the shapes, so this compiles nothing; a GRPO config of a 7B model
-takes one or two minutes. Choices that agree to three digits are ordered by their time without overlap. A choice whose
-arrays, gradients, saved activations and KV caches alone exceed the memory is left out. The best N of all slices are
-compiled (5 to 10 minutes each for a 7B model), and those that fit are printed, cheapest first. --search 0 prints the
-ranking only: the best choice of every slice, or the best ten of one. What it prints may still not fit: a step needs
-more memory than this lower bound. Chips differ in price: multiply chip-seconds by the price of a chip.
+interconnect bound them. FLOPs and bytes follow from the shapes, so nothing is compiled; a GRPO config of a 7B model
+takes one or two minutes. Choices that agree to three digits are ordered by their time without overlap, and those that
+offload activations to the host are last. A choice is left out if its arrays, gradients, saved activations and KV
+caches alone exceed the memory. The best N of all slices are compiled, each as long as a plan, and those that fit are
+printed, cheapest first. --search 0 prints the ranking only: the best choice of every slice, or the best ten of one
+slice. These may not fit: a step needs more than this lower bound of the memory. Chips differ in price, which
+chip-seconds leave out.
 
 With --captions, the programs of `caption` are compiled for the devices of one host: the prefill of some clips and the
 decoding steps of one dispatch. The last line, or `clips_per_chip_hour`, is the rate for clips of the largest shape.

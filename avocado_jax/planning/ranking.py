@@ -1,6 +1,7 @@
 """Estimates of the time and the memory of a step that need no compilation."""
 
 import math
+import operator
 from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -49,9 +50,13 @@ class Estimate(NamedTuple):
         return None if self.seconds is None else self.devices * self.seconds
 
     @property
-    def rank(self) -> tuple[float, float]:
-        """Orders by chip-seconds, and those that agree to three digits by chip-seconds without overlap."""
-        return float(f"{self.chip_seconds or 0:.3g}"), self.devices * self.serial_seconds
+    def rank(self) -> tuple[float | bool, ...]:
+        """Orders by chip-seconds to three digits, then "offload" last, whose transfers to the host are not estimated,
+        then by chip-seconds without overlap. All estimates are equal where the ceilings are unknown.
+        """
+        if self.chip_seconds is None:
+            return ()
+        return float(f"{self.chip_seconds:.3g}"), self.config.remat == "offload", self.devices * self.serial_seconds
 
 
 def estimates(topology: str, program: Program, choices: Iterable[RunConfig]) -> list[Estimate]:
@@ -66,21 +71,27 @@ def estimates(topology: str, program: Program, choices: Iterable[RunConfig]) -> 
             times, runs = times_of(chip, one.mesh.size, *amounts), work.runs_per_step(one, phase)
             seconds += predicted_seconds(times) * runs
             serial += sum(times) * runs
-        least = max(size + work.residual_bytes(one, phase) for size, phase in zip(stored, one.phases))
+        more = (work.residual_bytes(one, phase) + cache_bytes(one, phase) for phase in one.phases)
+        least = max(map(operator.add, stored, more))
         found.append(Estimate(topology, config, one.mesh.size, seconds if chip else None, serial, least))
     return found
 
 
 def stored_bytes(program: Program, phase: Phase) -> int:
-    """Lower bound of the memory of one device without saved activations: arrays, gradients and KV caches."""
+    """Bytes on one device of the arrays that are alive, and of the gradients."""
     size = bytes_per_device(phase.alive)
     if phase.name in work.LEARNING:
-        size += bytes_per_device(split(phase.alive["parameters"], program.config.train)[0])  # gradients
-    if phase.name == "rollout":
-        rows = work.rows_per_device(program, phase) * work.microbatches(program, phase)
-        tokens = rows * (program.bucket.shape.tokens + program.group * program.bucket.caption)
-        size += tokens * kv_bytes(program.model, np.dtype(program.model.dtype).itemsize) // program.mesh.shape["tensor"]
+        size += bytes_per_device(split(phase.alive["parameters"], program.config.train)[0])
     return size
+
+
+def cache_bytes(program: Program, phase: Phase) -> int:
+    """Bytes on one device of the KV caches of a rollout."""
+    if phase.name != "rollout":
+        return 0
+    rows = work.rows_per_device(program, phase) * work.microbatches(program, phase)
+    tokens = rows * (program.bucket.shape.tokens + program.group * program.bucket.caption)
+    return tokens * kv_bytes(program.model, np.dtype(program.model.dtype).itemsize) // program.mesh.shape["tensor"]
 
 
 def on_one_device(config: RunConfig, model: ThinkerConfig, bucket: Bucket) -> Program:
