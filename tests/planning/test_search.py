@@ -50,7 +50,7 @@ def compiled():
         return program, steps, estimates("cpu", traced, [config])[0]
 
 
-def test_every_phase_of_grpo_is_a_step(compiled):
+def test_plan_has_every_phase_of_grpo(compiled):
     """Each is compiled, and all arrays on the devices count, whether it reads them or not."""
     program, steps, _ = compiled
     assert list(steps) == ["encode", "view", "rollout", "score", "update"]
@@ -76,7 +76,7 @@ def test_every_phase_of_grpo_is_a_step(compiled):
         assert (step["residual_bytes_estimate"] > 0) == (name == "update")
 
 
-def test_bytes_between_devices_are_those_of_the_compiled_programs(compiled):
+def test_estimated_communication_is_near_that_of_compiled_programs(compiled):
     """The CPU's compiler sums the gradients of q, k and v, and of gate and up, one by one; a TPU's adds them first."""
     program, steps, _ = compiled
     sent = {phase.name: sent_bytes(program, phase) for phase in program.phases}
@@ -85,7 +85,7 @@ def test_bytes_between_devices_are_those_of_the_compiled_programs(compiled):
     assert 0.8 < min(shares.values()) < max(shares.values()) < 1.1, shares
 
 
-def test_an_estimate_is_that_of_the_report(compiled, monkeypatch):
+def test_estimated_time_equals_that_of_the_report(compiled, monkeypatch):
     program, steps, estimate = compiled
     assert estimate.seconds == pytest.approx(sum(one["seconds"] for one in steps.values()))
     assert estimate.chip_seconds == 8 * estimate.seconds
@@ -98,7 +98,7 @@ def test_an_estimate_is_that_of_the_report(compiled, monkeypatch):
     assert thrice.serial_seconds == pytest.approx(3 * estimate.serial_seconds)
 
 
-def test_the_lower_bound_of_memory(compiled):
+def test_least_memory_is_a_lower_bound(compiled):
     program, steps, estimate = compiled
     stored = {phase.name: stored_bytes(program, phase) + cache_bytes(program, phase) for phase in program.phases}
     least = {name: size + steps[name]["residual_bytes_estimate"] for name, size in stored.items()}
@@ -113,7 +113,7 @@ def test_the_lower_bound_of_memory(compiled):
 
 
 @pytest.mark.parametrize(("fsdp", "tensor"), [(8, 1), (2, 4)])
-def test_shapes_on_a_mesh_without_tracing(fsdp, tensor):
+def test_shapes_moved_to_a_mesh_equal_those_of_the_program(fsdp, tensor):
     """They are those of the program: also held-out slots and spare clips, and axes that do not divide a size."""
     sizes = ["--mesh.fsdp", str(fsdp), "--mesh.tensor", str(tensor)]
     config, model = grpo("--oversample", "8", "--data.heldout", "heldout", *sizes)
@@ -156,10 +156,10 @@ def test_slices_are_ranked_by_chip_seconds():
     assert equal == sorted(equal)  # "offload" after "full"
     twice = next(one.config for one in ranking if one.topology == "v6e:8x8" and one.config.accumulate == 2)
     program = on_mesh(on_one_device(config, model, bucket), twice, model, slices["v6e:8x8"])
-    assert sent_bytes(program, program.phases[0]) == pytest.approx(54.3e9 + 72.0e9, rel=0.2)
+    assert sent_bytes(program, program.phases[0]) == pytest.approx(54.3e9 + 72.0e9, rel=0.1)
 
 
-def test_choices_of_a_mesh(monkeypatch):
+def test_choices_that_cannot_fit_are_left_out(monkeypatch):
     """Without ceilings the order is that of `candidates`. What cannot fit is left out."""
     config = load("configs/world_tiny.py", ["--nominal.model", "tiny"])
     model, bucket = model_of(config, TINY), Bucket(Shape(4096, 2, 1, 1), 64)
@@ -181,7 +181,7 @@ def test_choices_of_a_mesh(monkeypatch):
     assert max(one.least_bytes for one in fewer) <= 10 * 2**20
 
 
-def test_the_best_are_compiled_and_those_that_fit_printed(capsys, monkeypatch):
+def test_search_compiles_the_best_and_prints_those_that_fit(capsys, monkeypatch):
     """The compiled programs decide the order in the end."""
     compiled = []
 
@@ -219,7 +219,7 @@ def test_the_best_are_compiled_and_those_that_fit_printed(capsys, monkeypatch):
     assert printed.err.index(arguments) < printed.err.index("does not fit: 3.00 of 16.00 GiB")
 
 
-def test_a_ranking_alone_compiles_nothing(capsys, monkeypatch):
+def test_search_0_compiles_nothing(capsys, monkeypatch):
     monkeypatch.setattr(search, "report", None)
     monkeypatch.setattr(
         "avocado_jax.planning.report.memory_of", lambda device: 0 if "v5 lite" in device.device_kind else 2**40
