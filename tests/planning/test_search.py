@@ -62,7 +62,7 @@ def test_plan_has_every_phase_of_grpo(compiled):
         assert set(step["collective_bytes"]) == set(KINDS)
         assert step["bucket"] == dict(tokens=1024, patches=2, windows=1, chunks=1, captions=2, caption=16)
         assert hbm["total"] == sum(size for part, size in hbm.items() if part != "total")
-        # Eight devices store a part each, some small leaves whole: policy, two moments, the reference in bf16.
+        # Eight devices store shards, and some small leaves replicated: policy, two moments, reference in bf16.
         assert weights * (4 + 8 + 2) / 8 < hbm["parameters"] + hbm["optimizer"] + hbm["reference"]
         assert hbm["optimizer"] == pytest.approx(4 * hbm["reference"], abs=100)
         assert ("encoded" in hbm, "view" in hbm, "captions" in hbm) == {
@@ -170,7 +170,7 @@ def test_choices_that_cannot_fit_are_left_out(monkeypatch):
     with pytest.raises(InputError, match="7 rows: no mesh of 8 devices divides them"):
         search.rank(replace(config, batch=7), model, bucket, slices)
 
-    # A clip's captions are spread over as few rows as the chips allow: it is read once for each.
+    # Captions of a clip use as few rows as the chips allow: the clip is read once per row.
     first = next(search.candidates(load("configs/grpo_7b.py"), SEVEN_B, 64))
     assert (first.split, first.mesh.fsdp, first.mesh.tensor, first.accumulate) == (2, 16, 4, 1)
 
