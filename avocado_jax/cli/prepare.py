@@ -149,7 +149,7 @@ def run(args: argparse.Namespace) -> int:
     elif done.complete:
         print(f"{done.records} clips in {done.shards} shards ({done.bytes / 1e6:.1f} MB), {len(done.rejects)} rejected")
         if done.unused:
-            print(f"{done.unused} clips have no row: see unused.jsonl")
+            print(f"clips without a row: {done.unused}, listed in unused.jsonl")
     return 0 if done.complete else 3  # a retry rejects the same lines
 
 

@@ -14,7 +14,7 @@ from jax._src import distributed
 from avocado_jax.config import TimeoutConfig
 from avocado_jax.errors import InputError, exit_status, runtime_code
 from avocado_jax.parallel import liveness
-from avocado_jax.parallel.signals import on_signal
+from avocado_jax.parallel.signals import exit_unsaved, on_signal
 
 STOP = (signal.SIGTERM, signal.SIGINT)
 EXIT_SECONDS = 20.0  # maximum time to print an error and exit, even if threads still run
@@ -44,11 +44,11 @@ def init_distributed(
     several = not (coordinator is None and processes is None and process is None)
     # Before and between steps there is nothing to save: SIGTERM and Ctrl-C exit at once, also inside a C++ call.
     with ExitStack() as cleanup:
-        cleanup.callback(on_signal(STOP, lambda _: os._exit(75)))
+        cleanup.callback(on_signal(STOP, exit_unsaved))
         if several:
             _initialize(coordinator, processes, process, timeouts)
             cleanup.close()  # jax has replaced the handlers
-            cleanup.callback(on_signal(STOP, lambda _: os._exit(75)))
+            cleanup.callback(on_signal(STOP, exit_unsaved))
         watch = liveness.start(
             timeouts.heartbeat,
             timeouts.step,

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable
 
@@ -31,3 +32,9 @@ def on_signal(numbers: tuple[int, ...], handle: Callable[[int], None]) -> Callab
 
     threading.Thread(target=listen, daemon=True).start()
     return restore
+
+
+def exit_unsaved(number: int) -> None:
+    """Exit with 75 at once: there is nothing to save."""
+    print(f"stopped by {signal.Signals(number).name}; the same command resumes", file=sys.stderr, flush=True)
+    os._exit(75)

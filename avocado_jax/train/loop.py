@@ -79,7 +79,10 @@ def train(job: Job, state: State, mesh: Mesh, checkpoints: Checkpoints, log: Log
     meter, progress_log, flags = Meter(), ProgressLog(job.steps, job.eval_every), StepFlags(mesh)
     profile = Profile(job.profile, profile_to)
     pending: _Pending | None = None
-    monitor, first, saved_at = InputMonitor(), int(state.step), time.monotonic()
+    monitor, first, saved_at, stopped_at = InputMonitor(), int(state.step), time.monotonic(), 0
+
+    if first and jax.process_index() == 0:
+        print(f"resuming after step {first} of {job.steps}", file=sys.stderr, flush=True)
 
     def due(number: int, every: int) -> bool:
         return number == job.steps or (every > 0 and number % every == 0)
@@ -136,9 +139,12 @@ def train(job: Job, state: State, mesh: Mesh, checkpoints: Checkpoints, log: Log
                 if saved or stop:
                     checkpoints.save(number, state.params, rest_of(state), job.position, job.rank(more))
                     saved_at = time.monotonic()
-            if stop:
-                return 75 if number < job.steps else 0
-        return 0
+            if stop and number < job.steps:
+                stopped_at = number
+                break
+    if stopped_at and jax.process_index() == 0:
+        print(f"saved step {stopped_at} of {job.steps}; the same command resumes", file=sys.stderr, flush=True)
+    return 75 if stopped_at else 0
 
 
 def _without_arrays(batch: Batch) -> Batch:

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from avocado_jax.parallel.signals import on_signal
+from avocado_jax.parallel.signals import exit_unsaved, on_signal
 
 # Maximum time from the signal to the exit. Longer than two steps and a save of the 7B configs; launchers wait longer.
 GRACE_SECONDS = 90.0
@@ -32,7 +32,7 @@ class StepFlags:
 
     def _received(self, number: int) -> None:
         if not self._unsaved.is_set():
-            os._exit(75)
+            exit_unsaved(number)
         if self._stop.is_set():
             if number == signal.SIGINT:
                 os._exit(75)

@@ -171,7 +171,7 @@ def test_failed_start_restores_the_signal_handlers(monkeypatch, failing):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_stop_before_the_first_step_exits_at_once(monkeypatch, number):
+def test_stop_before_the_first_step_exits_at_once(monkeypatch, capsys, number):
     """From a thread: the main thread may be in the compiler."""
     ended, statuses = threading.Event(), []
     monkeypatch.setattr(os, "_exit", lambda status: (statuses.append(status), ended.set()))
@@ -180,3 +180,4 @@ def test_stop_before_the_first_step_exits_at_once(monkeypatch, number):
         os.kill(os.getpid(), number)
         assert ended.wait(60)
     assert statuses == [75]
+    assert capsys.readouterr().err == f"stopped by {number.name}; the same command resumes\n"

@@ -49,6 +49,8 @@ print("running", bool(flags.dispatch(save=False)[0]))
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
     assert done.returncode == status, done.stderr
     assert done.stdout == ("" if status else "running True\n")
+    assert done.stderr.count("\n") == 1
+    assert ("the same command resumes" in done.stderr) != finished
 
 
 @pytest.mark.parametrize(("where", "saved"), [("evaluate", "[3]"), ("skipped_in_row", "[4]")])
@@ -69,3 +71,4 @@ os._exit(0)
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
     assert done.stdout == f"75 {saved}\n", done.stderr
+    assert f"saved step {saved.strip('[]')} of 6; the same command resumes\n" in done.stderr
