@@ -31,11 +31,14 @@ class Storage:
     close = flush
 
 
-def tiny_run(read=lambda step: None, skipped_in_row=lambda step: 0, evaluate=lambda state, step: {}, steps=4, **fields):
+def tiny_run(
+    read=lambda step: None, skipped_in_row=lambda step: 0, evaluate=lambda state, step: {}, steps=4, first=0, **fields
+):
     """Run some steps. Returns the exit status and the storage.
 
     Args:
         read: called with the number of a batch in the reader's thread, before the batch is there.
+        first: the step from which the run resumes.
         fields: of `Job`, instead of those here.
     """
     mesh = make_mesh(-1, 1, 1)
@@ -69,6 +72,6 @@ def tiny_run(read=lambda step: None, skipped_in_row=lambda step: 0, evaluate=lam
         profile=(),
     )
     storage = Storage()
-    state = State(**dict.fromkeys(State._fields, jnp.zeros((), jnp.int32)))
+    state = State(**dict.fromkeys(State._fields, jnp.full((), first, jnp.int32)))
     with jax.set_mesh(mesh):
         return train(job._replace(**fields), state, mesh, storage, storage, ""), storage

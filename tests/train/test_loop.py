@@ -153,6 +153,14 @@ def test_failure_keeps_the_trace_and_closes_everything(tmp_path, clock, traces, 
         finish(tmp_path, clock)
 
 
+def test_resumed_run_reports_its_step(capsys):
+    _, storage = tiny_run(first=3)
+    assert [line["step"] for line in storage.lines] == [4]
+    assert "resuming after step 3 of 4\n" in capsys.readouterr().err
+    tiny_run()
+    assert "resuming" not in capsys.readouterr().err
+
+
 def test_lost_spare_clips_are_listed(capsys):
     mesh = make_mesh(-1, 1, 1)
     rows = [jax.device_put(np.full(mesh.size, value, np.float32), rows_sharding(mesh)) for value in (1, 0)]
