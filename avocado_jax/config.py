@@ -31,6 +31,7 @@ class MeshConfig:
     data: int = free(1)  # replicas of the parameters
     fsdp: int = free(-1)  # shards of the parameters, each with its part of the rows
     tensor: int = free(1)  # shards of heads, hidden widths and vocabulary
+    rollout_tensor: int = free(0)  # GRPO: the same of the sampler's weights, a multiple of `tensor`; 0: `tensor`
     slices: int = free(1)  # pod slices joined by the data-center network; parameters are replicated over them
 
 
@@ -286,6 +287,8 @@ def _check(config: RunConfig) -> None:
         check_field(name, value)
     if isinstance(config, GrpoConfig) and config.oversample % config.batch:
         raise InputError(f"oversample: {config.oversample} clips are not a multiple of batch = {config.batch}")
+    if isinstance(config, SftConfig) and config.mesh.rollout_tensor:
+        raise InputError("mesh.rollout_tensor: only GRPO has rollouts")
     if (window := config.profile) and (len(window) > 2 or not 1 <= window[0] <= window[-1]):
         raise InputError(f"profile: {','.join(map(str, window))} is not FIRST,LAST with 1 <= FIRST <= LAST")
     for name, size in asdict(config.splash).items():

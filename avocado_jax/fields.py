@@ -41,6 +41,7 @@ BOUNDS = {
     **dict.fromkeys(("rewards.timing", "rewards.probes"), ANY),
     "sampling.temperature": (1e-3, math.inf),
     "sampling.top_p": (1e-6, 1),
+    "mesh.rollout_tensor": NATURAL,
     "data.workers": (-1, math.inf),  # -1: by the host
 }
 # Names of other trainers, without "_" and "-".

@@ -214,6 +214,7 @@ def rewarded(folder, judges=None, sizes=(2, 1, -1), order=None, split=1, lost=No
         return state, {"sampler_gap": jnp.zeros(())}
 
     program = GrpoProgram(
+        sampler_mesh=None,
         state=None,
         reference=None,
         begin=None,

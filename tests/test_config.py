@@ -51,6 +51,7 @@ def test_overrides_have_the_type_of_their_field(path):
         (["--optim.learning_rate", "1"], "did you mean optim.lr?"),
         (["--checkpoint_minutes", "-1"], "checkpoint_minutes: -1.0 is not a number from 0"),
         (["--checkpoint_minutes", "nan"], "checkpoint_minutes"),
+        (["--mesh.rollout_tensor", "2"], "mesh.rollout_tensor: only GRPO has rollouts"),
         (["--profile", "5,3"], "profile: 5,3 is not FIRST,LAST"),
         (["--profile", "0,3"], "profile"),
         (["--data.cache_dir", "gs://bucket/cache"], "data.cache_dir: gs://bucket/cache must be a local folder"),

@@ -5,6 +5,11 @@ of heads, hidden widths and the vocabulary). Rows are sharded over data and fsdp
 `mesh_utils` chooses for the interconnect: consecutive devices of the mesh may belong to different processes.
 """
 
+import inspect
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
+
 import jax
 import numpy as np
 from jax.experimental import mesh_utils
@@ -43,6 +48,21 @@ def make_mesh(data: int, fsdp: int, tensor: int, slices: int = 1, devices: list 
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
+def with_tensor(mesh: Mesh, tensor: int) -> Mesh:
+    """The same devices in the same order with a larger `tensor` axis and a smaller `fsdp` axis.
+
+    Raises:
+        InputError: `tensor` is not a multiple of the present size, or `fsdp` cannot be divided accordingly.
+    """
+    data, fsdp, present = mesh.devices.shape
+    if tensor % present or fsdp % (tensor // present):
+        raise InputError(
+            f"mesh.rollout_tensor: {tensor} is not a multiple of tensor = {present} that divides fsdp x tensor = "
+            f"{fsdp * present}"
+        )
+    return Mesh(mesh.devices.reshape(data, -1, tensor), AXES, axis_types=mesh.axis_types)
+
+
 def parse_mesh(text: str | None) -> tuple[int, int] | None:
     """(data, tensor) of --mesh DATA,TENSOR; None of None.
 
@@ -62,6 +82,37 @@ def parts_of(axis: str | tuple[str, ...]) -> int:
     mesh = jax.sharding.get_abstract_mesh()
     names = ROWS if axis == "rows" else (axis,) if isinstance(axis, str) else axis
     return 1 if mesh.empty else int(np.prod([mesh.shape[name] for name in names]))
+
+
+def traced_on_mesh(run: Callable) -> Callable:
+    """Inside jit, trace `run` with its argument `mesh` as the current mesh, and with its arrays on it.
+
+    JAX does not combine arrays of different meshes, even of the same devices in the same order. The arrays keep their
+    layouts. A no-op if `mesh` is None or already current.
+    """
+    signature = inspect.signature(run)
+
+    @wraps(run)
+    def traced(*args: Any, **options: Any) -> Any:
+        given = signature.bind(*args, **options)
+        if (mesh := given.arguments["mesh"]) is None:
+            return run(*args, **options)
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return run(*on_current_mesh(given.args), **on_current_mesh(given.kwargs))
+
+    return traced
+
+
+def on_current_mesh(tree: Any) -> Any:
+    """The arrays of a tree with the same layouts as arrays of the current mesh; other leaves are unchanged."""
+    mesh = jax.sharding.get_abstract_mesh()
+
+    def convert(leaf: Any) -> Any:
+        if not isinstance(leaf, jax.Array) or (of := jax.typeof(leaf).sharding.mesh).empty or of == mesh:
+            return leaf
+        return jax.lax.with_sharding_constraint(leaf, PartitionSpec(*[PartitionSpec.UNCONSTRAINED] * leaf.ndim))
+
+    return jax.tree.map(convert, tree)
 
 
 def constrain(x: Array, *axes: str | None) -> Array:

@@ -93,7 +93,7 @@ def grpo_phases(config: GrpoConfig, model: ThinkerConfig, bucket: Bucket, mesh: 
     if config.data.heldout:
         length = min(config.eval_tokens, config.sampling.tokens)
         sampler = computed(model, model.dtype, scan=False)
-        slots = slot_shapes(sampler, mesh, bucket.shape.tokens, heldout_rows(config), length)
+        slots = slot_shapes(sampler, program.sampler_mesh, bucket.shape.tokens, heldout_rows(config), length)
         evaluated = after | {"view": view, "slots": slots}
     if config.rollout_batches > 1:  # the last batch of a rollout, or held-out clips between its updates
         count = together + 1 if config.data.heldout else together - 1

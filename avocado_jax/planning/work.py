@@ -1,9 +1,11 @@
 """FLOPs, memory traffic and saved activations of a phase, derived from shapes: the compiler does not report them."""
 
+import math
 from typing import NamedTuple
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from avocado_jax.config import GrpoConfig
 from avocado_jax.models.flops import decode_bytes, grpo_flops, text_layer_parameters, train_flops
@@ -11,6 +13,8 @@ from avocado_jax.parallel.mesh import ROWS
 from avocado_jax.parallel.rules import bytes_per_device
 from avocado_jax.planning.phases import Phase
 from avocado_jax.planning.program import Program
+from avocado_jax.train.grpo import sampler_mesh
+from avocado_jax.train.rollout import rows_per_clip
 
 LEARNING = ("sft", "update")  # phases with a backward pass
 
@@ -36,12 +40,14 @@ def flops_of(program: Program, phase: Phase) -> Flops:
     updates, beta = config.passes * config.minibatches, config.objective.beta > 0
     together = batches(program, phase)
 
+    rows, group = layout(program, phase)[1:]
+
     def of_rows(rows: int, group: int, recomputed: bool) -> float:
         every = grpo_flops(model, shape, group, caption, config.train, updates, beta, recomputed)
         return rows * every._asdict().get(phase.name, 0.0)  # a view has no arithmetic
 
     model_flops = of_rows(together * config.batch, config.group, False)
-    return Flops(model_flops, of_rows(together * program.rows, program.group, True))
+    return Flops(model_flops, of_rows(rows, group, True))
 
 
 def batches(program: Program, phase: Phase) -> int:
@@ -66,10 +72,20 @@ def microbatches(program: Program, phase: Phase) -> int:
     return config.accumulate * (config.minibatches if phase.name == "update" else 1)
 
 
+def layout(program: Program, phase: Phase) -> tuple[Mesh, int, int]:
+    """The mesh of a phase, the rows that it processes on all devices, and the captions of each."""
+    config, rows = program.config, program.rows * batches(program, phase)
+    if phase.name != "rollout":
+        return program.mesh, rows, program.group
+    mesh, clips = sampler_mesh(config, program.mesh), rows // config.split
+    split = rows_per_clip(clips, config.split, math.prod(mesh.shape[axis] for axis in ROWS) * config.accumulate)
+    return mesh, clips * split, config.group // split
+
+
 def rows_per_device(program: Program, phase: Phase) -> int:
     """Rows of a microbatch on one device."""
-    shards = int(np.prod([program.mesh.shape[axis] for axis in ROWS]))
-    return program.rows * batches(program, phase) // microbatches(program, phase) // shards
+    mesh, rows, _ = layout(program, phase)
+    return rows // microbatches(program, phase) // math.prod(mesh.shape[axis] for axis in ROWS)
 
 
 def residual_bytes(program: Program, phase: Phase) -> int:
@@ -125,7 +141,7 @@ def traffic_bytes(program: Program, phase: Phase) -> float:
 
 def _text(program: Program, phase: Phase, passes: int, tokens: int, gathered: bool = True) -> float:
     """Traffic of `passes` of the language model over all rows, of `tokens` each."""
-    text, mesh, size = program.model.text, program.mesh, np.dtype(program.model.dtype).itemsize
+    text, (mesh, *_), size = program.model.text, layout(program, phase), np.dtype(program.model.dtype).itemsize
     tensor, parts = mesh.shape["tensor"], microbatches(program, phase)
     weights = (text.layers * text_layer_parameters(program.model) + 2 * text.vocab * text.width) * size / tensor
     weights *= 2 if gathered and mesh.shape["fsdp"] > 1 else 1
@@ -155,7 +171,8 @@ def _decoding(program: Program, phase: Phase) -> float:
     """Traffic of decoding one token of every caption: all rows share one read of the weights."""
     model, (shape, caption) = program.model, program.bucket
     rows, size = rows_per_device(program, phase) * microbatches(program, phase), np.dtype(model.dtype).itemsize
-    tensor = program.mesh.shape["tensor"]
+    mesh, _, group = layout(program, phase)
+    tensor = mesh.shape["tensor"]
     weights = decode_bytes(model, 0, 0, 0, size)
-    caches = decode_bytes(model, rows * shape.tokens, rows * program.group, caption, size) - weights
+    caches = decode_bytes(model, rows * shape.tokens, rows * group, caption, size) - weights
     return weights / tensor + caches / min(tensor, model.text.kv_heads)

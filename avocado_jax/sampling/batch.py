@@ -3,6 +3,7 @@
 Uses the programs of the engine. All clips of a batch are admitted together, and slots are not refilled.
 """
 
+import math
 from collections.abc import Callable
 from functools import cache, partial
 from typing import Any, NamedTuple
@@ -16,7 +17,7 @@ from avocado_jax.models.config import ThinkerConfig
 from avocado_jax.models.thinker import Encoded
 from avocado_jax.parallel.batches import rows_sharding
 from avocado_jax.parallel.compiled import Program
-from avocado_jax.parallel.mesh import parts_of
+from avocado_jax.parallel.mesh import ROWS
 from avocado_jax.sampling import slots as programs
 from avocado_jax.sampling.logits import GREEDY
 from avocado_jax.sampling.slots import Slots
@@ -28,6 +29,7 @@ class Captioning(NamedTuple):
 
     Attributes:
         config: model config of the parameters, with separate layers.
+        mesh: mesh of the parameters: the devices of the clips in the same order.
         length: maximum number of tokens of a caption.
         parts: number of sequential prefills of a batch; row r belongs to part r % parts.
     """
@@ -49,19 +51,19 @@ def caption_batch(
 ) -> Slots:
     """Caption all rows with positive weight. Slot b contains the caption of row b; other slots are empty.
 
-    All processes must call this in `jax.set_mesh`.
+    All processes must call this in `jax.set_mesh` of the mesh of the clips.
 
     Args:
-        clips: clips sharded by rows.
+        clips: clips sharded by rows over their mesh.
         encode: runs the encoders on the clips of a part; None: `params` include the encoders.
     """
     rows, tokens = clips.tokens.shape
     options = settings.config, settings.mesh
     counted = jax.device_get(_replicate(settings.mesh)(weight)) > 0
     slots = programs.empty(*options, tokens, rows, settings.length)
-    per_shard = rows // parts_of("rows")
+    per_shard = rows // _shards(settings.mesh)
     for part in range(settings.parts):
-        some = _part(settings.mesh, settings.parts)(clips, np.int32(part))
+        some = _part(clips.tokens.sharding.mesh, settings.parts)(clips, np.int32(part))
         taken = np.arange(part, rows, settings.parts, dtype=np.int32)
         index = np.where(counted[taken], taken % per_shard, per_shard).astype(np.int32)  # past the last: not inserted
         index = index.reshape(rows // per_shard, -1)
@@ -85,18 +87,19 @@ def batch_programs(
     rows, tokens = clips.tokens.shape
     options, many = (settings.config, settings.mesh), rows // settings.parts
     slots = programs.slot_shapes(*options, tokens, rows, settings.length)
-    by_row = rows_sharding(settings.mesh)
+    take = _part(clips.tokens.sharding.mesh, settings.parts)
+    by_row = rows_sharding(clips.tokens.sharding.mesh)
     some = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=by_row),
-        jax.eval_shape(partial(_part(settings.mesh, settings.parts), part=np.int32(0)), clips),
+        jax.eval_shape(partial(take, part=np.int32(0)), clips),
     )
-    shards = parts_of("rows")
+    shards = _shards(settings.mesh)
     seed, number = (jax.ShapeDtypeStruct((), dtype) for dtype in (jnp.uint32, jnp.int32))
     numbers, index = (jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((many,), (shards, many // shards)))
     return [
         Program("held-out weights", _replicate(settings.mesh), (weight,)),
         Program("held-out slots", programs.empty, (*options, tokens, rows, settings.length)),
-        Program("a part of the held-out clips", _part(settings.mesh, settings.parts), (clips, number)),
+        Program("a part of the held-out clips", take, (clips, number)),
         Program("held-out prefill", programs.admit, (slots, params, some, encoded, seed, numbers, index, *options)),
         Program(
             "held-out decoding",
@@ -118,6 +121,11 @@ def _part(mesh: Mesh, parts: int) -> Callable[..., Clip]:
         return jax.tree.map(select, clips)
 
     return jax.jit(take, out_shardings=rows_sharding(mesh))
+
+
+def _shards(mesh: Mesh) -> int:
+    """Shards of rows."""
+    return math.prod(mesh.shape[axis] for axis in ROWS)
 
 
 @cache

@@ -10,7 +10,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from avocado_jax.models.cache import ClipCache, Growing, caption_cache
 from avocado_jax.models.config import ThinkerConfig
 from avocado_jax.models.thinker import Encoded, Thinker
-from avocado_jax.parallel.mesh import ROWS
+from avocado_jax.parallel.mesh import ROWS, traced_on_mesh
 from avocado_jax.sampling.generate import caption_keys, draw_tokens
 from avocado_jax.sampling.logits import Sampling
 from avocado_jax.typing import Array, Bool, Clip, Int
@@ -61,6 +61,7 @@ def _sharded(slots: Slots, mesh: Mesh | None) -> Slots:
 
 
 @partial(jax.jit, static_argnames=("config", "mesh", "clip_tokens", "slots", "length"))
+@traced_on_mesh
 def empty(config: ThinkerConfig, mesh: Mesh | None, clip_tokens: int, slots: int, length: int) -> Slots:
     """Allocate slots for clips of `clip_tokens` tokens and captions of `length` tokens."""
     kv = caption_cache(config, slots, 1, clip_tokens)
@@ -93,6 +94,7 @@ def slot_shapes(config: ThinkerConfig, mesh: Mesh, clip_tokens: int, slots: int,
 
 
 @partial(jax.jit, static_argnames=("config", "mesh"), donate_argnums=0)
+@traced_on_mesh
 def admit(
     slots: Slots,
     params: Any,
@@ -144,6 +146,7 @@ def window_of(length: int, step: int) -> int:
 
 
 @partial(jax.jit, static_argnames=("config", "mesh", "sampling", "stops", "window"), donate_argnums=0)
+@traced_on_mesh
 def advance(
     slots: Slots,
     params: Any,

@@ -21,6 +21,7 @@ from avocado_jax.models.config import ThinkerConfig, computed
 from avocado_jax.models.thinker import Encoded, Thinker, output_matrix
 from avocado_jax.parallel import rules
 from avocado_jax.parallel.batches import rows_sharding
+from avocado_jax.parallel.mesh import with_tensor
 from avocado_jax.parallel.parts import by_parts, in_parts
 from avocado_jax.sampling.weights import decoding_weights
 from avocado_jax.train.losses import Scores, caption_scores
@@ -198,6 +199,7 @@ class GrpoProgram(NamedTuple):
     """The jitted phases of a step.
 
     Attributes:
+        sampler_mesh: mesh of the view: the devices of the training mesh, with `mesh.rollout_tensor`.
         state: shapes with shardings.
         reference: the same for `reference_part`.
         begin: parameters -> state; donates the parameters.
@@ -208,6 +210,7 @@ class GrpoProgram(NamedTuple):
         update: (state, experience) -> (state, metrics); donates the state.
     """
 
+    sampler_mesh: Mesh
     state: State
     reference: Any
     begin: Callable
@@ -218,13 +221,19 @@ class GrpoProgram(NamedTuple):
     update: Callable
 
 
+def sampler_mesh(config: GrpoConfig, mesh: Mesh) -> Mesh:
+    """The training mesh with `mesh.rollout_tensor` as its `tensor` axis."""
+    return with_tensor(mesh, config.mesh.rollout_tensor or mesh.shape["tensor"])
+
+
 def grpo_program(
     config: GrpoConfig, model: ThinkerConfig, mesh: Mesh, steps: int, stops: tuple[int, ...]
 ) -> GrpoProgram:
     """The phases of `config` on a mesh.
 
     Raises:
-        InputError: the objective or `rollout_batches` is invalid, or the mesh does not divide the batch.
+        InputError: the objective, `rollout_batches` or `mesh.rollout_tensor` is invalid, or the mesh does not divide
+            the batch.
     """
     check_objective(config.objective)
     if config.rollout_batches < 1 or steps % config.rollout_batches:
@@ -240,6 +249,7 @@ def grpo_program(
             f"batch: {config.batch} clips of {config.group} captions, each in {config.split} rows, are not divided by "
             f"data x fsdp x accumulate x minibatches = {over}"
         )
+    sampler = sampler_mesh(config, mesh)
     updates = steps * config.passes * config.minibatches
     make = optimizer(config.optim, updates)
     shapes = state_shapes(model, config.train, config.frozen_dtype, make, mesh)
@@ -260,20 +270,23 @@ def grpo_program(
         split=config.split,
         stops=stops,
         seed=config.seed,
+        mesh=sampler,
         parts=config.accumulate,
         together=config.rollout_batches,
     )
-    view = partial(decoding_weights, dtype=model.dtype, mesh=mesh, axes=VIEW_AXES, encoders=not frozen_encoders)
+    view = partial(decoding_weights, dtype=model.dtype, mesh=sampler, axes=VIEW_AXES, encoders=not frozen_encoders)
     update = partial(grpo_update, **bound, adamw=make, rate=schedule(config.optim, updates))
     reference = partial(reference_part, train=config.train, dtype=config.reference_dtype)
+    view_shardings = rules.shardings(jax.eval_shape(view, shapes.params), sampler, over=VIEW_AXES)
     return GrpoProgram(
+        sampler_mesh=sampler,
         state=shapes,
         reference=_placed(jax.eval_shape(reference, shapes.params), shapes.params),
         begin=jax.jit(
             partial(initial_state, optimizer=make, train=config.train), donate_argnums=0, out_shardings=shardings
         ),
         encode=jax.jit(encode, out_shardings=rows) if frozen_encoders else None,
-        view=jax.jit(view, out_shardings=rules.shardings(jax.eval_shape(view, shapes.params), mesh, over=VIEW_AXES)),
+        view=jax.jit(view, out_shardings=view_shardings),
         roll_out=jax.jit(sample, out_shardings=rows),
         score=jax.jit(partial(score, **bound), out_shardings=rows),
         update=jax.jit(update, donate_argnums=0, out_shardings=(shardings, replicated)),

@@ -47,15 +47,15 @@ def step_shapes(
     batch = batch_shapes(config, model, bucket, mesh, config.batch * config.split)
     params = program.state.params
     encoded = program.encode and by_rows(jax.eval_shape(program.encode, params, batch[0]), mesh)
-    view = view_shapes(program, mesh)
+    view = view_shapes(program)
     rollout, *_ = jax.eval_shape(program.roll_out, *_sampling(model, program, view, batch[0], encoded, 1))
     return StepShapes(batch, encoded, view, by_rows(rollout, mesh))
 
 
-def view_shapes(program: GrpoProgram, mesh: Mesh) -> Any:
+def view_shapes(program: GrpoProgram) -> Any:
     """The sampler's parameters."""
     view = jax.eval_shape(program.view, program.state.params)
-    return jax.tree.map(with_sharding, view, shardings(view, mesh, over=VIEW_AXES))
+    return jax.tree.map(with_sharding, view, shardings(view, program.sampler_mesh, over=VIEW_AXES))
 
 
 def heldout_rows(config: GrpoConfig, clips: int = EVAL_CLIPS) -> int:

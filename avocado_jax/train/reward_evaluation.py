@@ -33,7 +33,7 @@ def reward_evaluator(
     rows = evaluated.plan.batch
     how = Captioning(
         config=computed(setup.model, setup.model.dtype, scan=False),
-        mesh=mesh,
+        mesh=program.sampler_mesh,
         stops=stops,
         length=min(config.eval_tokens, config.sampling.tokens),
         parts=rows // (config.batch * config.split),  # as many rows are prefilled together as in a training step
@@ -63,7 +63,7 @@ def reward_evaluator(
 
         return heldout_means(config, evaluated, measure, rewards.references)
 
-    params, view, replicated = program.state.params, view_shapes(program, mesh), NamedSharding(mesh, PartitionSpec())
+    params, view, replicated = program.state.params, view_shapes(program), NamedSharding(mesh, PartitionSpec())
     every_id = jax.ShapeDtypeStruct(banned.shape, banned.dtype, sharding=replicated)
     tokens, lengths = (
         jax.ShapeDtypeStruct(shape, jnp.int32, sharding=replicated) for shape in ((rows, how.length), (rows,))

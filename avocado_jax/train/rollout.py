@@ -1,13 +1,16 @@
 """Rollouts: captions that a policy samples of a batch of clips, as the update reads them."""
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from avocado_jax.config import SamplingConfig
 from avocado_jax.models.config import ThinkerConfig
 from avocado_jax.models.thinker import Encoded
+from avocado_jax.parallel.mesh import constrain, parts_of, traced_on_mesh
 from avocado_jax.sampling.generate import Samples, caption_keys, generate
 from avocado_jax.sampling.logits import Sampling
 from avocado_jax.typing import Array, Bool, Captions, Clip, Float, Int
@@ -26,6 +29,7 @@ class Rollout(NamedTuple):
     truncated: Bool[Array, "B G"]  # reached the limit without a stop
 
 
+@traced_on_mesh
 def roll_out(
     view: Any,
     clips: tuple[Clip, ...],
@@ -39,17 +43,20 @@ def roll_out(
     split: int,
     stops: tuple[int, ...],
     seed: int,
+    mesh: Mesh,
     parts: int = 1,
     together: int = 1,
 ) -> tuple[Rollout, ...]:
     """Sample `group` captions of each clip of some batches, all together: a decoding step reads the weights once.
 
-    A clip is `split` rows of its batch. The draws depend on (seed, step, clip, caption) alone. `generate` describes the
-    other arguments.
+    A clip is `split` rows of its batch. In the rollout it is as few rows as occupy all shards (`rows_per_clip`): each
+    row prefills the clip and reads its KV cache. The draws depend on (seed, step, clip, caption) alone. `generate`
+    describes the other arguments.
 
     Args:
         view: the policy's `decoding_weights`; `model` is their config.
         clips, encoded: of batches of equal shapes: those of `together` steps from `step` on, or fewer, then spare ones.
+        mesh: the mesh of `view`: the devices of the arguments in the same order.
 
     Returns:
         The rollout of each batch.
@@ -59,16 +66,19 @@ def roll_out(
     steps = [jax.random.fold_in(purpose, step + number) for number in range(min(count, together))]
     spare = jax.random.fold_in(spare, step)
     steps += [jax.random.fold_in(spare, number) for number in range(count - len(steps))]
-    keys = [caption_keys(key, jnp.arange(rows // split), group).reshape(rows, group // split) for key in steps]
+    keys = jnp.stack([caption_keys(key, jnp.arange(rows // split), group) for key in steps])
+    kept = rows_per_clip(rows // split * count, split, parts_of("rows") * parts)
 
     def interleave(*leaves: Array) -> Array:
-        """Rows of all batches, in the order of rows, then batches: each device keeps its rows."""
-        return jnp.stack(leaves, axis=1).reshape(-1, *leaves[0].shape[1:])
+        """The first `kept` rows of each clip, in the order of rows, then batches: most stay on their device."""
+        batches = jnp.stack(leaves, axis=1)
+        batches = batches.reshape(-1, split, *batches.shape[1:])[:, :kept]
+        return constrain(batches.reshape(-1, *leaves[0].shape[1:]), "rows")
 
     samples = generate(
         view,
         jax.tree.map(interleave, *clips),
-        interleave(*keys),
+        keys.reshape(count, -1, group // kept).swapaxes(0, 1).reshape(-1, group // kept),
         banned,
         jax.tree.map(interleave, *encoded),
         config=model,
@@ -77,11 +87,25 @@ def roll_out(
         length=sampling.tokens,
         parts=parts,
     )
-    of_batches = [
-        jax.tree.map(lambda leaf: leaf.reshape(rows, count, *leaf.shape[1:])[:, number], samples)  # noqa: B023
-        for number in range(count)
-    ]
-    return tuple(as_rollout(samples, clip, stops) for samples, clip in zip(of_batches, clips))
+
+    def of_batch(leaf: Array, number: int) -> Array:
+        """Rows of a batch as its clip has them."""
+        captions = leaf.reshape(-1, count, *leaf.shape[1:])[:, number]
+        return captions.reshape(rows, group // split, *leaf.shape[2:])
+
+    batches = (jax.tree.map(partial(of_batch, number=number), samples) for number in range(count))
+    return tuple(as_rollout(samples, clip, stops) for samples, clip in zip(batches, clips))
+
+
+def rows_per_clip(clips: int, split: int, shards: int) -> int:
+    """The rows that each clip of a rollout is divided into: as few as give every shard equally many.
+
+    Args:
+        clips: of all batches of the rollout.
+        split: rows of a clip in its batch.
+        shards: by which the rows of the rollout must be divided.
+    """
+    return next((rows for rows in range(1, split) if split % rows == 0 and clips * rows % shards == 0), split)
 
 
 def as_rollout(samples: Samples, clip: Clip, stops: tuple[int, ...]) -> Rollout:

@@ -155,7 +155,7 @@ def drawn(name, field=None):
         clip = Clip(*[None] * len(Clip._fields))._replace(tokens=np.zeros((2, 1)))
         with pytest.MonkeyPatch.context() as patch, suppress(Stop):
             patch.setattr(rollout, "generate", generate)
-            options = dict(group=2, split=1, stops=(), seed=given.seed)
+            options = dict(group=2, split=1, stops=(), seed=given.seed, mesh=None)
             rollout.roll_out(None, (clip,), (None,), 0, None, model=None, sampling=given.sampling, **options)
         return [getattr(received[name], field) if field else received[name]]
 

@@ -9,14 +9,16 @@ import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
 from grpo_phases import CONFIG, COOL, MODEL, STOPS, B, C, G, Run
 
-from avocado_jax.config import LoraConfig, ObjectiveConfig
+from avocado_jax.config import LoraConfig, MeshConfig, ObjectiveConfig
 from avocado_jax.errors import InputError
 from avocado_jax.models.thinker import Encoded
 from avocado_jax.parallel.batches import rows_sharding
 from avocado_jax.parallel.mesh import make_mesh
+from avocado_jax.sampling.generate import generate
+from avocado_jax.train import rollout as rollout_module
 from avocado_jax.train.grpo import grpo_program
 from avocado_jax.train.objective import advantages
-from avocado_jax.train.rollout import smallest_width
+from avocado_jax.train.rollout import rows_per_clip, smallest_width
 
 TWICE = replace(CONFIG, passes=2, minibatches=2)
 
@@ -102,23 +104,46 @@ def test_rollouts_depend_only_on_seed_and_step():
         assert first.captions.inputs[index][0] == run.clip.first[index[0]]
 
 
-def test_batches_sampled_together_equal_separate_rollouts():
-    """One program over the rows of both batches; the samples of each row depend on the step of its batch."""
-    run = Run(replace(CONFIG, rollout_batches=2, objective=ObjectiveConfig(importance_cap=2.0)), (4, 1, 2))
-    other = jax.tree.map(lambda leaf: leaf[::-1], run.clip)
-    with jax.set_mesh(run.mesh):
-        batches = run.clip, jax.device_put(other, rows_sharding(run.mesh))
-        encoded = tuple(run.program.encode(run.state.params, clip) for clip in batches)
-        view = run.program.view(run.state.params)
-        together = run.program.roll_out(view, batches, encoded, jnp.int32(3), run.banned)
-        for number, rollout in enumerate(together):
-            alone = (batches[number],), (encoded[number],)
-            (expected,) = run.program.roll_out(view, *alone, jnp.int32(3 + number), run.banned)
-            np.testing.assert_array_equal(rollout.captions.targets, expected.captions.targets)
-            np.testing.assert_array_equal(rollout.captions.inputs, expected.captions.inputs)
-            np.testing.assert_array_equal(rollout.lengths, expected.lengths)
-            np.testing.assert_allclose(rollout.sampled, expected.sampled, atol=1e-4)
-            assert rollout.lengths.sharding.is_equivalent_to(expected.lengths.sharding, 2)
+@pytest.mark.parametrize(
+    ("sizes", "tensor", "split", "rows"),
+    [((1, 4, 1), 2, 2, 8), pytest.param((4, 1, 2), 0, 1, 16, marks=pytest.mark.slow), ((1, 2, 2), 4, 4, 8)],
+)
+def test_captions_depend_on_neither_batches_nor_meshes_nor_rows(monkeypatch, sizes, tensor, split, rows):
+    """Two batches that are sampled together, on the mesh of `rollout_tensor`: each clip has its captions of a rollout
+    on one device. A clip is as few rows as give each shard equally many."""
+    sampled = []
+    monkeypatch.setattr(
+        rollout_module, "generate", lambda *args, **options: sampled.append(args[2].shape) or generate(*args, **options)
+    )
+    clips = B if split == 1 else B // 2
+    capped = replace(CONFIG, rollout_batches=2, objective=ObjectiveConfig(importance_cap=2.0))
+    run = Run(replace(capped, batch=clips, split=split, mesh=MeshConfig(rollout_tensor=tensor)), sizes)
+    one = Run(replace(CONFIG, batch=clips))
+    other = jax.tree.map(lambda leaf: leaf[::-1], one.clip)
+
+    def roll_out(run, batches, step):
+        with jax.set_mesh(run.mesh):
+            encoded = tuple(run.program.encode(run.state.params, clip) for clip in batches)
+            view = run.program.view(run.state.params)
+            return run.program.roll_out(view, batches, encoded, jnp.int32(step), run.banned)
+
+    def by_rows(clip):
+        repeated = jax.tree.map(lambda leaf: np.repeat(leaf, split, 0), clip)
+        return jax.device_put(repeated, rows_sharding(run.mesh))
+
+    together = roll_out(run, (by_rows(one.clip), by_rows(other)), 3)
+    assert sampled == [(rows, 2 * clips * G // rows)]
+    view = run.program.view(run.state.params)["text"]["layers_0"]["q"]["kernel"]
+    assert view.sharding.shard_shape(view.shape)[1] == view.shape[1] // (tensor or sizes[2])
+    for rollout, clip, step in zip(together, (one.clip, other), (3, 4)):
+        assert rollout.lengths.sharding.is_equivalent_to(rows_sharding(run.mesh), 2)
+        (expected,) = roll_out(one, (clip,), step)
+        assert rollout.lengths.shape == (clips * split, G // split)
+        rollout = jax.tree.map(lambda leaf: np.asarray(leaf).reshape(clips, G, *leaf.shape[2:]), rollout)
+        np.testing.assert_array_equal(rollout.captions.targets, expected.captions.targets)
+        np.testing.assert_array_equal(rollout.captions.inputs, expected.captions.inputs)
+        np.testing.assert_array_equal(rollout.lengths, expected.lengths)
+        np.testing.assert_allclose(rollout.sampled, expected.sampled, atol=1e-4)
     assert (together[0].captions.targets != together[1].captions.targets).any()
 
 
@@ -129,9 +154,18 @@ def test_rollout_batches_are_validated():
         (replace(capped, objective=ObjectiveConfig()), 4, "needs objective.importance_cap"),
         (capped, 5, "rollout_batches: 2 does not divide 5 steps"),
         (replace(capped, rollout_batches=0), 4, "rollout_batches: 0"),
+        (replace(CONFIG, mesh=MeshConfig(rollout_tensor=2)), 4, "mesh.rollout_tensor: 2 is not a multiple of tensor"),
     ):
         with pytest.raises(InputError, match=why):
             grpo_program(config, MODEL, mesh, steps, STOPS)
+
+
+def test_a_clip_is_as_few_rows_as_fill_the_shards():
+    assert rows_per_clip(32, 2, 16) == 1  # four batches of 8 clips
+    assert rows_per_clip(8, 2, 16) == 2
+    assert rows_per_clip(8, 8, 32) == 4
+    assert rows_per_clip(8, 2, 32) == 2  # not divided: as in the batch
+    assert rows_per_clip(8, 1, 8) == 1
 
 
 @pytest.mark.slow

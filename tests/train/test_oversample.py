@@ -73,6 +73,7 @@ class Run:
             return state._replace(step=state.step + 1), {"sampler_gap": jnp.float32(0)}
 
         program = GrpoProgram(
+            sampler_mesh=None,
             **dict.fromkeys(("state", "reference", "begin", "encode")),
             view=lambda params: None,
             roll_out=roll_out,
@@ -187,7 +188,8 @@ def test_spares_use_separate_random_keys(together, monkeypatch):
             with pytest.raises(InterruptedError):
                 rollouts.roll_out(
                     None, (clip,) * count, (None,) * count, step, None,
-                    model=None, sampling=SamplingConfig(), group=G, split=1, stops=(), seed=3, together=together,
+                    model=None, sampling=SamplingConfig(), group=G, split=1, stops=(), seed=3, mesh=None,
+                    together=together,
                 )  # fmt: skip
     for without, with_spares in (received[:2], received[2:]):
         np.testing.assert_array_equal(with_spares[:, :together], without)
