@@ -279,5 +279,115 @@ def test_no_cache_moves_between_devices(captioner, rows):
 def test_batch_on_the_mesh_equals_single_captions(captioner, rows, one_by_one, sizes, tensor):
     """In two parts; rows of zero weight get no caption, and nothing is compiled after `batch_programs`.
 
-    The parameters are on a mesh with another `tensor` axis.
+    The mesh of the parameters may have a larger `tensor` axis than that of the clips.
     """
+    mesh = make_mesh(*sizes, devices=jax.devices()[: math.prod(sizes)])
+    sampler = with_tensor(mesh, tensor)
+    params = jax.device_put(captioner.params, shardings(captioner.params, sampler, over=("tensor",)))
+    order, weight = [0, 2, 4, 6, 8, 0, 2, 4], np.array([1, 0, 1, 1, 0, 1, 1, 0], np.float32)
+    shape = rounded(shape_of(rows[0].clip), arrivals.SHAPE_BITS)
+    by_row = rows_sharding(mesh)
+    clips = jax.device_put(stack([rows[i].clip for i in order], shape), by_row)
+    how = Captioning(CONFIG, sampler, captioner.stops, LENGTH, parts=2)
+    encode = jax.jit(partial(Thinker(CONFIG).apply, {"params": params}, method="encode"), out_shardings=by_row)
+    weight = jax.device_put(weight, by_row)
+    with jax.set_mesh(mesh):
+        encoded = encode(jax.device_put(stack([rows[i].clip for i in order[:4]], shape), by_row))
+        compile_ahead(batch_programs(params, clips, weight, encoded, captioner.banned, how))
+        before = counts().compiled + counts().read
+        slots = caption_batch(params, clips, weight, encode, captioner.banned, how)
+        assert counts().compiled + counts().read == before
+    tokens, steps = jax.device_get((slots.tokens, slots.step))
+    for row, (clip, counted) in enumerate(zip(order, np.asarray(weight))):
+        expected = one_by_one[GREEDY][clip] if counted else []
+        assert tokens[row, : steps[row]].tolist() == expected, row
+
+
+def test_waiting_clips_are_bounded(rows, monkeypatch):
+    """Reading continues when clips are consumed."""
+    monkeypatch.setattr(arrivals, "WAITING_BYTES", 3 * arrivals.nbytes(rows[0]) - 1)
+    read = []
+
+    def requests():
+        for number in range(20):
+            read.append(number)
+            yield number, rows[0], number
+
+    waiting = arrivals.Arrivals(requests(), None)
+
+    def settled():
+        for _ in range(100):
+            time.sleep(0.01)
+            waiting.receive()
+        return len(read)
+
+    assert settled() == 3
+    assert [one.item for one in waiting.take(waiting.shapes()[0], 2)] == [0, 1]
+    assert settled() == 5
+    waiting.close()
+
+
+def test_clips_are_gathered_before_a_dispatch(rows):
+    """Gathering ends at the requested number, at the end of the requests, or at the timeout."""
+    given = [(i, rows[i], i) for i in range(4)]
+
+    def gathered(requests, count, seconds=30.0):
+        waiting, begun = arrivals.Arrivals(requests, None), time.monotonic()
+        waiting.gather(count, seconds)
+        found = sum(map(waiting.waiting, waiting.shapes(256)))
+        waiting.close()
+        return found, time.monotonic() - begun < 20
+
+    def slow(then=0.0):
+        for one in given:
+            time.sleep(0.05)
+            yield one
+        time.sleep(then)
+
+    assert gathered(slow(5.0), 3) == (3, True)
+    assert gathered(slow(), 9) == (4, True)
+    assert gathered(slow(5.0), 9, 0.5) == (4, True)
+    assert gathered(given, 0) == (0, True)
+
+
+@pytest.mark.parametrize("error", [OSError("the disk is gone"), MemoryError("the disk is gone")])
+def test_error_of_the_request_iterator_is_raised(captioner, rows, one_by_one, error):
+    """It is raised after the captions of earlier clips, also if it looks like a device error."""
+
+    def requests():
+        yield 0, rows[0], 0
+        raise error
+
+    made = Engine(captioner, LENGTH, GREEDY, SEED, 2).run(requests())
+    item, tokens = next(made)
+    assert (item, tokens.tolist()) == (0, one_by_one[GREEDY][0])
+    with pytest.raises(type(error), match="the disk is gone"):
+        next(made)
+
+
+def test_number_of_slots_follows_memory(captioner, rows):
+    """A slot needs memory for keys and values of its clip and caption in every layer."""
+    tokens, text = shape_of(rows[0].clip).tokens, CONFIG.text
+    slot = 2 * text.layers * text.kv_heads * text.head * (tokens + LENGTH) * 4
+    for given, expected in (
+        (dict(slots=3), 3),
+        (dict(), engine.CPU_SLOTS),
+        (dict(cache_bytes=5 * slot + 1), 5),
+        (dict(cache_bytes=0), 1),
+        (dict(cache_bytes=1000 * slot), engine.MOST_SLOTS),
+    ):
+        assert Engine(captioner, LENGTH, **given).slots(tokens) == expected
+    mesh = make_mesh(data=4, fsdp=1, tensor=2, devices=jax.devices()[:8])
+    divided = captioner._replace(params=jax.device_put(captioner.params, shardings(captioner.params, mesh)))
+    assert Engine(divided, LENGTH, slots=5).slots(tokens) == 8
+    assert text.kv_heads % 2 == 0
+    assert Engine(divided, LENGTH, cache_bytes=5 * slot).slots(tokens) == 4 * 10
+
+
+def test_memory_for_caches(captioner, monkeypatch):
+    """The usable share of a device's memory minus the parameters; a CPU reports no memory."""
+    assert engine.free_cache_bytes(captioner.params) is None
+
+    device = SimpleNamespace(memory_stats=lambda: {"bytes_limit": 1000})
+    leaf = SimpleNamespace(addressable_shards=[SimpleNamespace(device=device, data=np.zeros(100, np.int8))])
+    assert engine.free_cache_bytes({"a": leaf, "b": leaf}) == engine.USABLE * 1000 - 200
