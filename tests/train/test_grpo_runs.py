@@ -214,6 +214,28 @@ def test_run_killed_at_random_moments_is_bit_identical(grpo_runs):
 
 
 def test_rollouts_of_two_processes_equal_those_of_one(grpo_runs):
-    """Each has half of the state, and half of the heads of the sampler; nothing is compiled late."""
+    """Each has half of the state and half of the sampler's heads. Nothing is compiled late."""
     grpo_runs.finish("two", "--steps", "2", "--mesh.rollout_tensor", "2", processes=2, devices=1)
     assert not grpo_runs.compiled_late("two") & PROGRAMS
+    two, one = (
+        [json.loads(line) for line in rollouts(grpo_runs, name)[0].splitlines()] for name in ("two", "undisturbed")
+    )
+    for first, expected in zip(two, one, strict=True):
+        assert first["token_ids"] == expected["token_ids"]
+        assert first["rewards"] == pytest.approx(expected["rewards"], abs=1e-5)
+        assert first["advantage"] == pytest.approx(expected["advantage"], abs=1e-4)
+    assert len(grpo_runs.lines("two")) == 2
+
+
+def test_another_kind_of_config_is_refused(grpo_runs, runs):
+    log = runs.finish("undisturbed", "--group", "4", expect=2)
+    assert "--group: no such field" in log
+    log = grpo_runs.finish("wrong", "--objective.kl", "k9", expect=2)
+    assert "objective.kl: 'k9' is not one of k1, k2, k3" in log
+    log = grpo_runs.finish("undisturbed", "--objective.beta", "0.1", expect=2)
+    assert "objective.beta (0.04 there, 0.1 here)" in log
+
+
+def test_steps_compile_nothing(grpo_runs):
+    """Real batches have the shapes and shardings that were compiled before step 1."""
+    assert not grpo_runs.compiled_late("undisturbed") & PROGRAMS
