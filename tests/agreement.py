@@ -92,7 +92,7 @@ def local_digest(tree):
     return hashlib.sha256(b"".join(parts)).hexdigest()
 
 
-def learn(*losses):
+def run_sft_steps(*losses):
     """SFT with tensor parallelism over all devices, once for each of `losses`.
 
     Args:
@@ -111,15 +111,15 @@ def learn(*losses):
     rows = process_rows(mesh, config.batch, jax.process_index())
     with jax.set_mesh(mesh):
         shapes, step, start = sft_program(config, model, mesh, 10)
-        return [_learned(lost, config, row_recipe, plan, mesh, rows, shapes, step, start) for lost in losses]
+        return [_sft_metrics(lost, config, row_recipe, plan, mesh, rows, shapes, step, start) for lost in losses]
 
 
-def _learned(lost, config, row_recipe, plan, mesh, rows, shapes, step, start):
+def _sft_metrics(lost, config, row_recipe, plan, mesh, rows, shapes, step, start):
     source = Clips([int(plan.step(0).records[row]) for row in lost.get(jax.process_index(), [])])
     random = np.random.default_rng(0)
     values = [random.normal(0, 0.1, leaf.shape).astype(leaf.dtype) for leaf in jax.tree.leaves(shapes.params)]
     values = jax.tree.unflatten(jax.tree.structure(shapes.params), values)
-    state = start(jax.tree.map(lambda value, leaf: put(value, leaf.sharding), values, shapes.params))
+    state = start(jax.tree.map(lambda value, leaf: put_global(value, leaf.sharding), values, shapes.params))
     metrics, lines, contents = [], [], []
     for batch in agreed_batches(batches(source, plan, row_recipe, 0, 2, rows), mesh, row_recipe, config.batch):
         contents.append(local_digest((batch.clip, batch.captions, batch.truncated, batch.weight)))
@@ -136,12 +136,12 @@ def _equal(row, leaf, blank):
     np.testing.assert_array_equal(leaf[row : row + 1], blank)
 
 
-def put(value, sharding):
+def put_global(value, sharding):
     """Make a global array from a value that is equal on all processes."""
     return jax.make_array_from_callback(value.shape, sharding, lambda index: value[index])
 
 
-class Count(NamedTuple):
+class ReferenceCounts(NamedTuple):
     """Replaces array references, which take long to compile."""
 
     count: np.ndarray
@@ -150,7 +150,7 @@ class Count(NamedTuple):
 def count_references(table, records, limits, keypoints, features, characters, events):
     """The number of keypoints; every clip has dialogue."""
     counts = np.array([len(record.get("keypoints", ())) for record in records], np.int32)
-    return References(Count(np.ones_like(counts)), Count(counts)), None
+    return References(ReferenceCounts(np.ones_like(counts)), ReferenceCounts(counts)), None
 
 
 def score_simply(table, tokens, lengths, references, thresholds=None, answers=None, limits=None, probes=None, extra=()):
@@ -180,7 +180,7 @@ def caption_length_or_failure(captions, references):
     return caption_length(captions, references)
 
 
-def rewarded(folder, judges=None, sizes=(2, 1, -1), order=None, split=1, lost=None, **settings):
+def run_grpo_step(folder, judges=None, sizes=(2, 1, -1), order=None, split=1, lost=None, **settings):
     """The GRPO step with a sampler of random letters, simple terms, and an update that keeps its arguments.
 
     Args:
@@ -207,7 +207,7 @@ def rewarded(folder, judges=None, sizes=(2, 1, -1), order=None, split=1, lost=No
     random, received = np.random.default_rng(0), []
     tokens = random.integers(65, 91, (config.batch * split, 4 // split, 12)).astype(np.int32)
     lengths = random.integers(4, 13, tokens.shape[:2]).astype(np.int32)
-    samples = [put(leaf, rows_sharding(mesh)) for leaf in (tokens, np.zeros(tokens.shape, np.float32), lengths)]
+    samples = [put_global(leaf, rows_sharding(mesh)) for leaf in (tokens, np.zeros(tokens.shape, np.float32), lengths)]
 
     def update(state, experience):
         received.append(experience)

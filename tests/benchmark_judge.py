@@ -13,7 +13,7 @@ EVENTS = {
 CAPTIONS = {name: f"{'. '.join(events)}. {SPOKEN_LINE}" for name, events in EVENTS.items()}
 
 
-def honest(request: dict) -> str:
+def honest_answer(request: dict) -> str:
     """The true answer to a request, in the requested form."""
     material = json.loads(request["messages"][-1]["content"])
     kind = request["response_format"]["json_schema"]["name"]
@@ -49,7 +49,7 @@ def honest(request: dict) -> str:
     return json.dumps({"verdicts": entailed})
 
 
-def official(name: str):
+def official_content(name: str):
     """The official file of a benchmark for three clips; where it has questions, one per event."""
     if name == "video-salmonn-2":
         return [
@@ -152,7 +152,7 @@ def official(name: str):
 
 def write_official(name: str, folder: Path) -> Path:
     """Write the official file of a benchmark to a folder."""
-    content = official(name)
+    content = official_content(name)
     if name in ("vdc", "dream-1k", "probes"):
         path = folder / f"{name}.jsonl"
         path.write_text("".join(json.dumps(line) + "\n" for line in content))

@@ -74,11 +74,13 @@ def write(
         if frames:
             out.mux(video.encode(None))
         if audio is not None:
-            _hear(out, audio, sound, sound_rate, layout)
+            _encode_sound(out, audio, sound, sound_rate, layout)
     return path
 
 
-def _hear(out: av.container.OutputContainer, audio: av.AudioStream, sound: np.ndarray, rate: int, layout: str) -> None:
+def _encode_sound(
+    out: av.container.OutputContainer, audio: av.AudioStream, sound: np.ndarray, rate: int, layout: str
+) -> None:
     resampler = av.AudioResampler(audio.format, layout, audio.rate)
     for start in range(0, sound.shape[1], 1024):
         block = av.AudioFrame.from_ndarray(np.ascontiguousarray(sound[:, start : start + 1024]), "fltp", layout)
@@ -117,7 +119,7 @@ def covered(path: Path) -> Path:
         frame.pts = 0
         out.mux(cover.encode(frame))
         out.mux(cover.encode(None))
-        _hear(out, audio, tone(2), SOUND, "mono")
+        _encode_sound(out, audio, tone(2), SOUND, "mono")
     return path
 
 

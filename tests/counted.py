@@ -19,7 +19,7 @@ def flops_of(jaxpr):
         elif name == "cond":
             total += max(flops_of(branch.jaxpr) for branch in params["branches"])
         else:
-            inner = sum(map(flops_of, _inside(params)))
+            inner = sum(map(flops_of, _inner_jaxprs(params)))
             assert not (name == "while" and inner), "a loop whose trips are not known"
             trips = params["length"] if name == "scan" else 1
             if name == "pallas_call":
@@ -28,7 +28,7 @@ def flops_of(jaxpr):
     return total
 
 
-def _inside(params):
+def _inner_jaxprs(params):
     for value in jax.tree.leaves(list(params.values()), is_leaf=lambda x: hasattr(x, "eqns")):
         value = getattr(value, "jaxpr", value)
         if hasattr(value, "eqns"):

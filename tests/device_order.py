@@ -24,8 +24,8 @@ def reorder(order):
     """Patch mesh creation so that the processes of consecutive devices are `order`."""
 
     def create_device_mesh(sizes, devices, **_):
-        left = {process: [one for one in devices if one.process_index == process] for process in set(order)}
-        assert sorted(order) == sorted(one.process_index for one in devices), "another number of devices"
+        left = {process: [device for device in devices if device.process_index == process] for process in set(order)}
+        assert sorted(order) == sorted(device.process_index for device in devices), "another number of devices"
         return np.array([left[process].pop(0) for process in order]).reshape(sizes)
 
     mesh_utils.create_device_mesh = create_device_mesh

@@ -195,7 +195,7 @@ class Hub:
             return _error(404, "RevisionNotFound", f"Invalid rev id: {revision}")
         files = repo.commits[sha]
         if action in (None, "revision"):
-            siblings = [{"rfilename": one} for one in sorted(files)]
+            siblings = [{"rfilename": file} for file in sorted(files)]
             about = {"_id": "0", "id": name, "sha": sha, "private": repo.access == "private", "siblings": siblings}
             return _json(about | {"gated": repo.access == "gated", "tags": [], "downloads": 0, "likes": 0})
         if action == "tree":
@@ -211,12 +211,12 @@ class Hub:
         if action == "preupload":
             modes = [
                 {
-                    "path": one["path"],
-                    "uploadMode": "lfs" if one["path"].endswith(LFS) else "regular",
+                    "path": file["path"],
+                    "uploadMode": "lfs" if file["path"].endswith(LFS) else "regular",
                     "shouldIgnore": False,
-                    "oid": _oid(one["path"], files[one["path"]]) if one["path"] in files else None,
+                    "oid": _oid(file["path"], files[file["path"]]) if file["path"] in files else None,
                 }
-                for one in json.loads(body)["files"]
+                for file in json.loads(body)["files"]
             ]
             return _json({"files": modes})
         if action == "batch":

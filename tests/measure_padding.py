@@ -6,7 +6,7 @@ PYTHONPATH=tests/data python tests/measure_padding.py
 import sys
 
 import numpy as np
-from test_plan import realistic
+from test_plan import realistic_sizes
 
 from avocado_jax.data.index import sizes
 from avocado_jax.data.plan import choose_buckets, make_plan
@@ -17,7 +17,7 @@ SHAPES = (1, 2, 4, 8, 12, 16, 24, 32, 45)
 
 def main() -> int:
     """Print a table."""
-    index = realistic(2000)
+    index = realistic_sizes(2000)
     needed = sizes(index, 150, 1024, SEVEN_B)
     print("shapes", *SHAPES, sep="\t")
     for group in (1, 8):

@@ -48,13 +48,13 @@ def in_chunks(of, *trees):
     return jax.tree.map(lambda *leaves: np.concatenate([np.asarray(leaf) for leaf in leaves]), *parts)
 
 
-def alike(line, text):
+def nearly_contains(line, text):
     """Whether a normalised line nearly equals part of a text."""
     text = reading.normalize(text)
     return bool(text) and 1 - Levenshtein.distance(line, text) / max(len(line), len(text)) >= 0.9
 
 
-def area(positive, negative):
+def auc(positive, negative):
     """AUC: the probability that a positive ranks above a negative; ties count half."""
     below = np.searchsorted(np.sort(negative), positive, "left")
     upto = np.searchsorted(np.sort(negative), positive, "right")
@@ -64,8 +64,8 @@ def area(positive, negative):
 def main(path):
     """Measure and print."""
     records = json.loads(Path(path).read_text())
-    captions = [unicodedata.normalize("NFC", one["conversations"][1]["value"]) for one in records]
-    events = [one["events"] for one in records]
+    captions = [unicodedata.normalize("NFC", record["conversations"][1]["value"]) for record in records]
+    events = [record["events"] for record in records]
     n = len(captions)
     table = vocabulary.make_table(None, vocabulary.word_weights(captions))
     read = partial(text.read_texts, table, limits=LIMITS)
@@ -88,12 +88,12 @@ def main(path):
         spoken = whole.lines[clip][: whole.quotes[clip]], whole.line_length[clip]
         got = ["".join(map(chr, row[:size])) for row, size in zip(*spoken)]
         for spans in label["lines"]:
-            match = next((one for one in got if any(alike(one, caption[a:b]) for a, b in spans)), None)
+            match = next((one for one in got if any(nearly_contains(one, caption[a:b]) for a, b in spans)), None)
             missed += match is None
             true += match is not None
             got = got if match is None else [one for k, one in enumerate(got) if k != got.index(match)]
         either = [caption[a:b] for spans in label["either"] for a, b in spans]
-        extra += sum(not any(alike(one, text) for text in either) for one in got)
+        extra += sum(not any(nearly_contains(one, text) for text in either) for one in got)
     if labels:
         print(
             f"lines labelled in 30 records: recall {true / (true + missed):.4f}, precision {true / (true + extra):.4f}"
@@ -105,7 +105,7 @@ def main(path):
     print(
         f"R_D of a caption against itself: least {self_dialogue.min():.6f}; references truncated {int(truncated.sum())}"
     )
-    others = [in_chunks(dialogue.dialogue_reward, roll(whole, by), lines) for by in (1, 37, 101)]
+    others = [in_chunks(dialogue.dialogue_reward, captions_of_other_clips(whole, by), lines) for by in (1, 37, 101)]
     both = [speak & np.roll(speak, by) for by in (1, 37, 101)]
     mean = np.mean(np.concatenate([one[use] for one, use in zip(others, both)]))
     every = np.mean(np.concatenate(others))
@@ -120,7 +120,10 @@ def main(path):
     self_score = means(verdict.score, points.count)
     print(f"R_C of a caption against its own events: mean {self_score.mean():.4f}, least {self_score.min():.4f}")
     other = np.concatenate(
-        [means(in_chunks(checklist.lexical, roll(whole, by), points).score, points.count) for by in (1, 37, 101)]
+        [
+            means(in_chunks(checklist.lexical, captions_of_other_clips(whole, by), points).score, points.count)
+            for by in (1, 37, 101)
+        ]
     )
     print(f"R_C against another clip's: mean {other.mean():.4f}, highest {other.max():.4f}")
 
@@ -129,9 +132,9 @@ def main(path):
     rank = [(np.arange(len(one)) + 0.5) / len(one) for one in events]
     for name in ("coverage", "score"):
         values = [getattr(halves, name)[clip, : len(one)] for clip, one in enumerate(events)]
-        first, last = ([v[pick(r)] for v, r in zip(values, rank)] for pick in (early, late))
-        pooled = area(np.concatenate(first), np.concatenate(last))
-        clips = np.mean([area(a, b) for a, b in zip(first, last)])
+        first, last = ([v[pick(r)] for v, r in zip(values, rank)] for pick in (early_events, late_events))
+        pooled = auc(np.concatenate(first), np.concatenate(last))
+        clips = np.mean([auc(a, b) for a, b in zip(first, last)])
         print(
             f"half the caption kept, first 40% of events above last 40%, by {name}: {pooled:.4f}, by clip {clips:.4f}"
         )
@@ -171,17 +174,17 @@ def main(path):
     )
 
 
-def roll(caption, by):
+def captions_of_other_clips(caption, by):
     """Captions of other clips."""
     return jax.tree.map(lambda leaf: np.roll(leaf, by, axis=0), caption)
 
 
-def early(rank):
+def early_events(rank):
     """The first 40% of the events."""
     return rank < 0.4
 
 
-def late(rank):
+def late_events(rank):
     """The last 40%."""
     return rank > 0.6
 

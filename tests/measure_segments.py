@@ -66,9 +66,9 @@ def main() -> None:
             scores = measure(made["caption"], truth)._asdict()
             print(options, {name: round(value, 3) for name, value in scores.items()}, made["truncated"])
             if options:
-                borders = [one["start"] for one in made["segments"][1:]]
+                borders = [segment["start"] for segment in made["segments"][1:]]
                 far = [min(abs(border - start) for start in starts) for border in borders]
-                lengths = [one["end"] - one["start"] for one in made["segments"]]
+                lengths = [segment["end"] - segment["start"] for segment in made["segments"]]
                 print(f"{len(lengths)} segments of {min(lengths):.1f} to {max(lengths):.1f} s")
                 print(f"borders at most {max(far, default=0):.2f} s from a scene change", flush=True)
 

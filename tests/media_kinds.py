@@ -122,7 +122,7 @@ def remux(
 ) -> Path:
     """Copy packets; `change` gets each packet's number in its stream and returns it, another one or None."""
     with av.open(str(source)) as given, av.open(str(path), "w", options=options or {}) as out:
-        streams = {one.index: out.add_stream_from_template(one) for one in given.streams}
+        streams = {stream.index: out.add_stream_from_template(stream) for stream in given.streams}
         numbers = dict.fromkeys(streams, 0)
         for packet in given.demux():
             if packet.size:

@@ -27,7 +27,7 @@ def main() -> int:
     parser.add_argument("--only", default="", help="run the mutations with this text in their name or path")
     only = parser.parse_args().only
     mutations = map(json.loads, Path(__file__).with_suffix(".jsonl").read_text().splitlines())
-    chosen = [one for one in mutations if only in one["name"] or only in one["path"]]
+    chosen = [mutation for mutation in mutations if only in mutation["name"] or only in mutation["path"]]
     stale = [one for one in chosen if (ROOT / one["path"]).read_text().count(one["old"]) != 1]
     for one in stale:
         print(f"not once in {one['path']}: {one['name']}")

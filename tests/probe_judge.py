@@ -10,8 +10,8 @@ from avocado_jax.world.script import Claim, claims
 def claims_of(event):
     """Claims of an event that was parsed from a text, with normalised lines."""
     return [
-        Claim(one.kind, tuple((name, normalize(value) if name == "line" else value) for name, value in one.slots))
-        for one in claims(event)
+        Claim(claim.kind, tuple((name, normalize(value) if name == "line" else value) for name, value in claim.slots))
+        for claim in claims(event)
     ]
 
 

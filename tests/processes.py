@@ -24,7 +24,7 @@ def start(program, *arguments, devices=8, optimization=1):
     return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def several(program, count, devices, *arguments, timeout=120, **options):
+def run_connected(program, count, devices, *arguments, timeout=120, **options):
     """Run a program in `count` connected processes of `devices` devices each. Returns their outputs."""
     with socket.socket() as reserved:
         reserved.bind(("127.0.0.1", 0))

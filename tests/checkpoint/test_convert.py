@@ -34,7 +34,7 @@ def all_tensors(folder):
     return out
 
 
-def same(ours, theirs):
+def assert_bit_identical(ours, theirs):
     """Equal names, dtypes, shapes and bits."""
     assert ours.keys() == theirs.keys()
     for name, tensor in theirs.items():
@@ -74,7 +74,7 @@ def omni(tmp_path_factory):
 def test_thinker_round_trip(thinker, tmp_path):
     assert main(["convert", "from-hf", str(thinker), str(tmp_path / "run")]) == 0
     assert main(["convert", "to-hf", str(tmp_path / "run"), str(tmp_path / "back")]) == 0
-    same(all_tensors(tmp_path / "back"), all_tensors(thinker))
+    assert_bit_identical(all_tensors(tmp_path / "back"), all_tensors(thinker))
     load_reference(tmp_path / "back")
 
 
@@ -85,7 +85,7 @@ def test_omni_round_trip(omni, tmp_path):
     assert convert.to_hf(tmp_path / "run", tmp_path / "back", shard_bytes=400_000) == (0, None)
     theirs = all_tensors(omni)
     assert any(name.startswith("token2wav.") for name in theirs)
-    same(all_tensors(tmp_path / "back"), theirs)
+    assert_bit_identical(all_tensors(tmp_path / "back"), theirs)
     assert len(list((tmp_path / "back").glob("*.safetensors"))) > 2
     for name in ("spk_dict.pt", "config.json", "tokenizer.json", "generation_config.json"):
         assert (tmp_path / "back" / name).read_bytes() == (omni / name).read_bytes()
@@ -104,7 +104,7 @@ def test_tied_output_embedding(thinker, tmp_path):
     convert.from_hf(folder, tmp_path / "run")
     assert open_run(tmp_path / "run").config.text.tied
     convert.to_hf(tmp_path / "run", tmp_path / "back")
-    same(all_tensors(tmp_path / "back"), all_tensors(folder))
+    assert_bit_identical(all_tensors(tmp_path / "back"), all_tensors(folder))
     load_reference(tmp_path / "back")
 
 
@@ -120,7 +120,7 @@ def test_to_hf_with_dtype_and_step(thinker, tmp_path):
     assert json.loads((tmp_path / "bf16" / "config.json").read_text())["dtype"] == "bfloat16"
     convert.from_hf(tmp_path / "bf16", tmp_path / "again")  # a thinker alone in bf16, its unused tensor in fp32
     convert.to_hf(tmp_path / "again", tmp_path / "back")
-    same(all_tensors(tmp_path / "back"), all_tensors(tmp_path / "bf16"))
+    assert_bit_identical(all_tensors(tmp_path / "back"), all_tensors(tmp_path / "bf16"))
     with pytest.raises(InputError, match="no finished step 9; there are 0, 7"):
         convert.to_hf(tmp_path / "run", tmp_path / "never", step=9)
 
@@ -234,7 +234,7 @@ def test_convert_from_a_hub_cache_snapshot(thinker, tmp_path):
         (tmp_path / "snapshot" / path.name).symlink_to(path)
     convert.from_hf(tmp_path / "snapshot", tmp_path / "run")
     convert.to_hf(tmp_path / "run", tmp_path / "back")
-    same(all_tensors(tmp_path / "back"), all_tensors(thinker))
+    assert_bit_identical(all_tensors(tmp_path / "back"), all_tensors(thinker))
     assert not any(path.is_symlink() for path in tmp_path.glob("back/*"))
 
 
@@ -262,7 +262,7 @@ def test_stopped_conversion_leaves_no_target(thinker, tmp_path, name, status):
     convert.from_hf(thinker, tmp_path / "run")
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
     convert.to_hf(tmp_path / "run", tmp_path / "back")
-    same(all_tensors(tmp_path / "back"), all_tensors(thinker))
+    assert_bit_identical(all_tensors(tmp_path / "back"), all_tensors(thinker))
 
 
 def test_existing_folder_is_not_deleted(thinker, tmp_path):

@@ -13,7 +13,7 @@ from adapters import merge
 from etils import epath
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh
-from processes import several
+from processes import run_connected
 from reference import write_reference
 from safetensors.numpy import load_file, save_file
 
@@ -45,12 +45,12 @@ def run(hf):
     return hf.parent / "run"
 
 
-def mesh_of(*sizes):
+def make_test_mesh(*sizes):
     """A mesh of the first devices."""
     return Mesh(np.array(jax.devices()[: int(np.prod(sizes))]).reshape(sizes), ("data", "fsdp", "tensor"))
 
 
-def like(mesh, config=TINY, dtype="float32"):
+def abstract_params(mesh, config=TINY, dtype="float32"):
     """The stacked parameters as shapes with shardings."""
     tree = jax.eval_shape(partial(init, config), jax.random.key(0))
     return jax.tree.map(
@@ -68,7 +68,7 @@ def stacked(checkpoint):
     return unrolled
 
 
-def same(ours, theirs):
+def assert_trees_equal(ours, theirs):
     """Assert that two trees have equal structure and values."""
     assert jax.tree.structure(ours) == jax.tree.structure(theirs)
     jax.tree.map(np.testing.assert_array_equal, ours, theirs)
@@ -78,20 +78,20 @@ def same(ours, theirs):
 def test_load_onto_any_mesh(hf, run, sizes):
     for folder in (hf, run):
         checkpoint = open_checkpoint(folder)
-        wanted = like(mesh_of(*sizes))
+        wanted = abstract_params(make_test_mesh(*sizes))
         params = load_sharded(checkpoint, wanted)
-        same(params, stacked(checkpoint))
+        assert_trees_equal(params, stacked(checkpoint))
         jax.tree.map(lambda leaf, shape: (leaf.sharding == shape.sharding) or pytest.fail("elsewhere"), params, wanted)
     # Replicated values are read once and shared between devices, so no device may write into them.
     doubled = jax.jit(lambda tree: jax.tree.map(lambda x: 2 * x, tree), donate_argnums=0)
-    same(doubled(params), jax.tree.map(lambda x: 2 * x, stacked(checkpoint)))
+    assert_trees_equal(doubled(params), jax.tree.map(lambda x: 2 * x, stacked(checkpoint)))
 
 
 def test_load_with_other_dtypes_and_models(hf):
     checkpoint = open_checkpoint(hf)
-    params = load_sharded(checkpoint, like(mesh_of(1, 2, 2), dtype="bfloat16"))
-    same(params, jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), stacked(checkpoint)))
-    wanted = like(mesh_of(1, 1, 1))
+    params = load_sharded(checkpoint, abstract_params(make_test_mesh(1, 2, 2), dtype="bfloat16"))
+    assert_trees_equal(params, jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), stacked(checkpoint)))
+    wanted = abstract_params(make_test_mesh(1, 1, 1))
     wanted.pop("head")
     with pytest.raises(InputError, match="another model, which differs in head"):
         load_sharded(checkpoint, wanted)
@@ -143,7 +143,7 @@ def test_each_process_reads_only_its_shards(hf, run, tmp_path, monkeypatch):
     with gcs.proxied_bucket(tmp_path / "buckets", monkeypatch):
         for path in hf.iterdir():
             storage.write(f"gs://bucket/hf/{path.name}", path.read_bytes())
-        several(program, 2, 2, hf, run, "gs://bucket/hf")
+        run_connected(program, 2, 2, hf, run, "gs://bucket/hf")
 
 
 def test_storage_failure_is_not_reported_as_damage(run):
@@ -169,7 +169,7 @@ def omni(hf):
     return folder
 
 
-def trained(folder, params, step=3):
+def save_trained(folder, params, step=3):
     """Save a step of a training run."""
     checkpoints = Checkpoints(folder, keep=1)
     checkpoints.save(step, params, {"step": jnp.int32(step)}, {"plan": "p"})
@@ -185,13 +185,13 @@ def test_run_is_started_and_exported(omni, tmp_path, remote, monkeypatch):
         monkeypatch.setenv("TENSORSTORE_GCS_HTTP_URL", f"http://{gcs.HOST}:{port}")
         base = "gs://bucket" if remote else str(tmp_path)
         first, second = f"{base}/first", f"{base}/second"
-        wanted = like(mesh_of(1, 4, 2))
+        wanted = abstract_params(make_test_mesh(1, 4, 2))
         begin_run(omni, first)
         begin_run(omni, first)  # repeated, as after a kill
         params = load_sharded(open_checkpoint(omni), wanted)
-        trained(first, jax.tree.map(lambda leaf: leaf + 1, params))
+        save_trained(first, jax.tree.map(lambda leaf: leaf + 1, params))
         begin_run(first, second)
-        trained(second, load_sharded(open_checkpoint(first), wanted))
+        save_trained(second, load_sharded(open_checkpoint(first), wanted))
         assert main(["convert", "to-hf", second, str(tmp_path / "back")]) == 0
     ours, theirs = load_file(tmp_path / "back" / "model.safetensors"), load_file(omni / "model.safetensors")
     assert ours.keys() == theirs.keys()
@@ -206,19 +206,23 @@ def test_run_is_started_and_exported(omni, tmp_path, remote, monkeypatch):
 def test_adapters_are_merged_on_load(hf, tmp_path):
     lora = Lora(rank=4, alpha=8.0)
     config = dataclasses.replace(TINY, text=dataclasses.replace(TINY.text, lora=lora))
-    wanted = like(mesh_of(1, 2, 2), config)
+    wanted = abstract_params(make_test_mesh(1, 2, 2), config)
     begin_run(hf, tmp_path / "run", lora)
     assert json.loads((tmp_path / "run" / "lora.json").read_text()) == {"rank": 4, "alpha": 8.0}
     base = load_sharded(open_checkpoint(hf), wanted)
     params = add_adapters(base, wanted, seed=0)
-    trained(tmp_path / "run", params, 1)
-    same(stacked(open_checkpoint(tmp_path / "run")), jax.tree.map(np.asarray, base))  # fresh adapters are the identity
+    save_trained(tmp_path / "run", params, 1)
+    assert_trees_equal(
+        stacked(open_checkpoint(tmp_path / "run")), jax.tree.map(np.asarray, base)
+    )  # fresh adapters are the identity
     params = jax.tree.map(lambda leaf: leaf + 0.01, params)
-    trained(tmp_path / "run", params, 2)
+    save_trained(tmp_path / "run", params, 2)
     plain = merge(params, 2.0)
     close = partial(np.testing.assert_allclose, rtol=1e-6, atol=1e-6)
     jax.tree.map(close, stacked(open_checkpoint(tmp_path / "run")), plain)
-    jax.tree.map(close, load_sharded(open_checkpoint(tmp_path / "run"), like(mesh_of(1, 2, 2))), plain)
+    jax.tree.map(
+        close, load_sharded(open_checkpoint(tmp_path / "run"), abstract_params(make_test_mesh(1, 2, 2))), plain
+    )
     assert to_hf(tmp_path / "run", tmp_path / "back").rounding < 1e-4  # fp32
     jax.tree.map(close, stacked(open_checkpoint(tmp_path / "back")), plain)
 
@@ -227,12 +231,12 @@ def test_merged_adapters_are_rounded_once_and_the_loss_is_reported(hf, tmp_path)
     """A bf16 base and an update that bf16 mostly rounds away."""
     lora = Lora(rank=4, alpha=8.0)
     config = dataclasses.replace(TINY, text=dataclasses.replace(TINY.text, lora=lora))
-    wanted = like(mesh_of(1, 2, 2), config)
+    wanted = abstract_params(make_test_mesh(1, 2, 2), config)
     begin_run(hf, tmp_path / "run", lora)
     params = flatten_dict(add_adapters(load_sharded(open_checkpoint(hf), wanted), wanted, seed=0))
     for path, leaf in params.items():
         params[path] = leaf + 2e-4 if path[-1] == "lora_b" else leaf if "lora" in path[-1] else leaf.astype("bfloat16")
-    trained(tmp_path / "run", unflatten_dict(params), 1)
+    save_trained(tmp_path / "run", unflatten_dict(params), 1)
     exact = to_hf(tmp_path / "run", tmp_path / "exact", dtype="float32")
     half = to_hf(tmp_path / "run", tmp_path / "half")
     assert (exact.step, half.step) == (1, 1)

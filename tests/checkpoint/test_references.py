@@ -303,15 +303,15 @@ def test_references_in_buckets(hub, published, tmp_path, monkeypatch):
         assert not storage.exists("gs://bucket/hf/.being-converted")
         proxy.requests.clear()
         checkpoint = open_checkpoint("gs://bucket/hf")
-        for path, value in flat(load_params(checkpoint, "float32")):
-            np.testing.assert_array_equal(value, dict(flat(theirs))[path])
+        for path, value in flatten(load_params(checkpoint, "float32")):
+            np.testing.assert_array_equal(value, dict(flatten(theirs))[path])
         assert identity(checkpoint) == identity(open_checkpoint("gs://bucket/hf"))
         assert open_language_model("gs://bucket/hf").entries.keys() < checkpoint.entries.keys()
         assert tokenizer_folder("gs://bucket/hf").joinpath("tokenizer.json").is_file()
         # For part of a parameter, only some rows of the table are requested.
         entry = checkpoint.entries["model.embed_tokens.weight"]
         calls = []
-        monkeypatch.setattr(storage, "read_into", counted(storage.read_into, calls))
+        monkeypatch.setattr(storage, "read_into", count_calls(storage.read_into, calls))
         for name in ("model.embed_tokens.weight", "model.layers.1.mlp.down_proj.weight", "audio_tower.conv1.weight",
                      "visual.patch_embed.proj.weight"):  # fmt: skip
             entry = checkpoint.entries[name]
@@ -322,7 +322,7 @@ def test_references_in_buckets(hub, published, tmp_path, monkeypatch):
             assert sum(calls) < full.nbytes
 
 
-def counted(call, calls):
+def count_calls(call, calls):
     def counting(path, first, buffer):
         calls.append(len(buffer))
         return call(path, first, buffer)
@@ -330,7 +330,7 @@ def counted(call, calls):
     return counting
 
 
-def flat(tree):
+def flatten(tree):
     from flax.traverse_util import flatten_dict
 
     return [(path, np.asarray(value)) for path, value in flatten_dict(tree).items()]

@@ -20,7 +20,7 @@ import pytest
 from google.api_core.exceptions import Forbidden, NotFound, ServiceUnavailable
 from google.auth.exceptions import RefreshError, TransportError
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from processes import several, start
+from processes import run_connected, start
 
 from avocado_jax.checkpoint.orbax import finished_steps
 from avocado_jax.checkpoint.training import Checkpoints
@@ -30,12 +30,12 @@ from avocado_jax.errors import InputError
 AXES = ("data", "fsdp", "tensor")
 
 
-def mesh_of(*sizes):
+def make_test_mesh(*sizes):
     """A mesh of the first devices."""
     return Mesh(np.array(jax.devices()[: int(np.prod(sizes))]).reshape(sizes), AXES)
 
 
-def values(step=0, rows=16):
+def make_state(step=0, rows=16):
     """Parameters and optimizer state as host arrays (float32, bfloat16, counters) that differ in every step."""
     rng = np.random.default_rng(step)
     params = {
@@ -58,7 +58,7 @@ def specs(tree):
     return jax.tree.map(lambda leaf: spec[leaf.ndim] if leaf.ndim in spec else PartitionSpec(), tree)
 
 
-def placed(tree, mesh):
+def put_on_mesh(tree, mesh):
     """Put host arrays on a mesh."""
     put = lambda leaf, spec: jax.make_array_from_callback(  # noqa: E731
         np.shape(leaf), NamedSharding(mesh, spec), partial(lambda whole, where: np.asarray(whole)[where], leaf)
@@ -66,7 +66,7 @@ def placed(tree, mesh):
     return jax.tree.map(put, tree, specs(tree))
 
 
-def like(tree, mesh):
+def abstract_state(tree, mesh):
     """Shapes and shardings with which a tree is restored."""
     return jax.tree.map(
         lambda leaf, spec: jax.ShapeDtypeStruct(np.shape(leaf), leaf.dtype, sharding=NamedSharding(mesh, spec)),
@@ -75,8 +75,8 @@ def like(tree, mesh):
     )
 
 
-def same(ours, theirs):
-    """Whether two trees have equal structure, dtypes and bits."""
+def assert_trees_equal(ours, theirs):
+    """Assert that two trees have equal structure, dtypes and bits."""
     assert jax.tree.structure(ours) == jax.tree.structure(theirs)
     for x, y in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs)):
         assert x.dtype == y.dtype
@@ -85,14 +85,16 @@ def same(ours, theirs):
 
 def save(checkpoints, step, mesh=None, **kwargs):
     """Save the values of a step."""
-    params, rest = (placed(tree, mesh or mesh_of(1, 4, 2)) for tree in values(step))
+    params, rest = (put_on_mesh(tree, mesh or make_test_mesh(1, 4, 2)) for tree in make_state(step))
     checkpoints.save(step, params, rest, {"step": step, "digest": "d"}, **kwargs)
 
 
 def restores(checkpoints, step, mesh=None):
     """Whether a step is restored bit-identically."""
-    params, rest, position = checkpoints.restore(step, *(like(tree, mesh or mesh_of(1, 4, 2)) for tree in values(step)))
-    same((params, rest), values(step))
+    params, rest, position = checkpoints.restore(
+        step, *(abstract_state(tree, mesh or make_test_mesh(1, 4, 2)) for tree in make_state(step))
+    )
+    assert_trees_equal((params, rest), make_state(step))
     assert position == {"step": step, "digest": "d"}
     return params, rest
 
@@ -105,27 +107,29 @@ def checkpoints(tmp_path):
 
 
 def test_restore_from_any_mesh_to_any_other(checkpoints):
-    save(checkpoints, 3, mesh_of(8, 1, 1))
+    save(checkpoints, 3, make_test_mesh(8, 1, 1))
     checkpoints.wait()
     for sizes in ((1, 4, 2), (1, 1, 1), (2, 2, 2)):
-        params, _ = restores(checkpoints, 3, mesh_of(*sizes))
+        params, _ = restores(checkpoints, 3, make_test_mesh(*sizes))
         assert params["embedding"].sharding.mesh.shape == dict(zip(AXES, sizes))
-    save(checkpoints, 4, mesh_of(1, 4, 2))
+    save(checkpoints, 4, make_test_mesh(1, 4, 2))
     checkpoints.wait()
-    restores(checkpoints, 4, mesh_of(1, 1, 1))
+    restores(checkpoints, 4, make_test_mesh(1, 1, 1))
 
 
 def test_arrays_may_be_donated_during_a_save(checkpoints):
     """The next step runs in the same buffers during the save."""
     step = jax.jit(lambda tree: jax.tree.map(lambda x: x * 0, tree), donate_argnums=0)
-    params, rest = (placed(tree, mesh_of(1, 4, 2)) for tree in values(1, rows=20_000))
+    params, rest = (put_on_mesh(tree, make_test_mesh(1, 4, 2)) for tree in make_state(1, rows=20_000))
     checkpoints.save(1, params, rest, {})
     for _ in range(3):
         params, rest = step(params), step(rest)
     jax.block_until_ready((params, rest))
     checkpoints.wait()
-    params, rest, _ = checkpoints.restore(1, *(like(tree, mesh_of(1, 4, 2)) for tree in values(1, rows=20_000)))
-    same((params, rest), values(1, rows=20_000))
+    params, rest, _ = checkpoints.restore(
+        1, *(abstract_state(tree, make_test_mesh(1, 4, 2)) for tree in make_state(1, rows=20_000))
+    )
+    assert_trees_equal((params, rest), make_state(1, rows=20_000))
 
 
 def test_newest_and_best_checkpoints_are_kept(tmp_path):
@@ -142,7 +146,7 @@ def test_newest_and_best_checkpoints_are_kept(tmp_path):
 
 def test_saved_step_is_not_overwritten(checkpoints):
     save(checkpoints, 5)
-    params, rest = (placed(tree, mesh_of(1, 1, 1)) for tree in values(6))
+    params, rest = (put_on_mesh(tree, make_test_mesh(1, 1, 1)) for tree in make_state(6))
     checkpoints.save(5, params, rest, {})
     checkpoints.wait()
     restores(checkpoints, 5)
@@ -151,10 +155,10 @@ def test_saved_step_is_not_overwritten(checkpoints):
 def test_checkpoint_of_another_model_is_refused(checkpoints):
     save(checkpoints, 1)
     checkpoints.wait()
-    params, rest = (like(tree, mesh_of(1, 4, 2)) for tree in values(1, rows=32))
+    params, rest = (abstract_state(tree, make_test_mesh(1, 4, 2)) for tree in make_state(1, rows=32))
     with pytest.raises(InputError, match=r"params/embedding is \[64, 16\], expected \[64, 32\]"):
         checkpoints.restore(1, params, rest)
-    params, rest = (like(tree, mesh_of(1, 4, 2)) for tree in values(1))
+    params, rest = (abstract_state(tree, make_test_mesh(1, 4, 2)) for tree in make_state(1))
     with pytest.raises(InputError, match="params/head is not stored"):
         checkpoints.restore(1, params | {"head": params["embedding"]}, rest)
     for path in Path(checkpoints.folder, "checkpoints/1/rest").rglob("d/*"):
@@ -260,7 +264,7 @@ def test_checkpoints_in_a_bucket(bucket, tmp_path):
     save(checkpoints, 2)
     checkpoints.wait()
     assert finished_steps(run) == [2]
-    restores(checkpoints, 2, mesh_of(2, 2, 2))
+    restores(checkpoints, 2, make_test_mesh(2, 2, 2))
     save(checkpoints, 3)
     checkpoints.close()
     # Buckets have no rename: a killed save has its final name, but no commit_success.txt.
@@ -369,20 +373,20 @@ def test_save_and_restore_with_several_processes(tmp_path):
     """Saved by two processes of two devices and restored by one of four, and vice versa."""
     write = """
     checkpoints = Checkpoints(sys.argv[1], keep=2)
-    save(checkpoints, int(sys.argv[2]), mesh_of(2, 2, 1))
+    save(checkpoints, int(sys.argv[2]), make_test_mesh(2, 2, 1))
     checkpoints.close()
     """
     read = """
     checkpoints = Checkpoints(sys.argv[1], keep=2)
-    step, mesh = int(sys.argv[2]), mesh_of(1, 2, 2)
+    step, mesh = int(sys.argv[2]), make_test_mesh(1, 2, 2)
     assert checkpoints.latest() == step
-    params, rest, position = checkpoints.restore(step, *(like(tree, mesh) for tree in values(step)))
-    for got, known in zip(jax.tree.leaves((params, rest)), jax.tree.leaves(values(step))):
+    params, rest, position = checkpoints.restore(step, *(abstract_state(tree, mesh) for tree in make_state(step)))
+    for got, known in zip(jax.tree.leaves((params, rest)), jax.tree.leaves(make_state(step))):
         for shard in got.addressable_shards:
-            same(shard.data, np.asarray(known)[shard.index])
+            assert_trees_equal(shard.data, np.asarray(known)[shard.index])
     checkpoints.close()
     """
-    several(NAMES + textwrap.dedent(write), 2, 2, tmp_path / "run", 1)
-    several(NAMES + textwrap.dedent(read), 1, 4, tmp_path / "run", 1)
-    several(NAMES + textwrap.dedent(write), 1, 4, tmp_path / "run", 2)
-    several(NAMES + textwrap.dedent(read), 2, 2, tmp_path / "run", 2)
+    run_connected(NAMES + textwrap.dedent(write), 2, 2, tmp_path / "run", 1)
+    run_connected(NAMES + textwrap.dedent(read), 1, 4, tmp_path / "run", 1)
+    run_connected(NAMES + textwrap.dedent(write), 1, 4, tmp_path / "run", 2)
+    run_connected(NAMES + textwrap.dedent(read), 2, 2, tmp_path / "run", 2)

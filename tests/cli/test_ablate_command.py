@@ -56,7 +56,7 @@ def test_arm_with_a_users_term(capsys):
     assert main(["ablate", PAPER, "--configs", "--seeds", "1", "--out", "out", *arms, *given]) == 0
     jobs = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     configs = [load(PAPER, shlex.split(job["command"])[5:]) for job in jobs]
-    assert [(one.rewards.length, one.rewards.extra) for one in configs] == [
+    assert [(config.rewards.length, config.rewards.extra) for config in configs] == [
         (1.0, ()),
         (0.5, ("host:test_ablate_command:shortness=2",)),
     ]
@@ -68,7 +68,7 @@ def test_means_of_users_terms_are_logged_in_every_run():
     names = open_source(config.data.heldout, config.data)[0].index.ids
     runs = [{"metrics": {"order": 0.5}, "captions": dict(zip(names, texts))} for texts in (("ab", "abcd"), ("ab", ""))]
     _add_means(terms, config, runs)
-    assert [one["metrics"] for one in runs] == [{"order": 0.5, "shortness": 0.375}, {"order": 0.5, "shortness": 0.5}]
+    assert [run["metrics"] for run in runs] == [{"order": 0.5, "shortness": 0.375}, {"order": 0.5, "shortness": 0.5}]
 
 
 def test_invalid_input_is_a_one_line_error(capsys, tmp_path):

@@ -77,15 +77,15 @@ def run(*arguments, status=0):
     assert main(["caption", *map(str, arguments)]) == status
 
 
-def names(inputs, **options):
+def list_names(inputs, **options):
     return [clip.name for clip in list_clips([str(one) for one in inputs], **options)]
 
 
 def test_list_inputs(clips, tmp_path, monkeypatch):
     found = [str(clips / name) for name in ("a silent.mp4", "broken.mp4", "c.mkv", "b/plain.mp4")]
-    assert names([clips]) == found
-    assert names([f"{clips}/**/*.mp4"]) == sorted(name for name in found if name.endswith("mp4"))
-    assert names([found[3], "missing.mp4", found[3]]) == [found[3], "missing.mp4", found[3]]
+    assert list_names([clips]) == found
+    assert list_names([f"{clips}/**/*.mp4"]) == sorted(name for name in found if name.endswith("mp4"))
+    assert list_names([found[3], "missing.mp4", found[3]]) == [found[3], "missing.mp4", found[3]]
     (tmp_path / "manifest.jsonl").write_text(
         json.dumps({"id": "one", "video": found[3], "prompt": "Who?", "system": "", "media_first": False})
         + '\n\n{"video": "x.mp4"}\n{"vid": 3}\n{\n'
@@ -108,7 +108,7 @@ def test_large_folder_is_listed_once(tmp_path, monkeypatch):
     for number in range(300):
         (tmp_path / f"{number}.mp4").touch()
     monkeypatch.setattr(Path, "stat", None)  # no request per name
-    assert len(names([tmp_path])) == 300
+    assert len(list_names([tmp_path])) == 300
 
 
 @pytest.mark.parametrize("stop", [0, pytest.param(3, marks=pytest.mark.slow)])
@@ -117,7 +117,9 @@ def test_stopped_run_resumes_to_the_same_bytes(clips, tmp_path, stub, capsys, st
     given = [clips, clips / "b" / "plain.mp4", "--checkpoint", os.fspath(SHIPPED), "--seed", "7"]
     run(*given, "--out", tmp_path / "undisturbed.jsonl")
     expected = (tmp_path / "undisturbed.jsonl").read_bytes()
-    assert [line["clip"] for line in lines(tmp_path / "undisturbed.jsonl")] == names([clips, clips / "b" / "plain.mp4"])
+    assert [line["clip"] for line in lines(tmp_path / "undisturbed.jsonl")] == list_names(
+        [clips, clips / "b" / "plain.mp4"]
+    )
     assert list(lines(tmp_path / "undisturbed.jsonl")[0]) == ["clip", "caption", "seconds", "audio", "truncated"]
     stub.stop, stub.runs[:] = stop, []
     out = tmp_path / "out.jsonl"
@@ -182,10 +184,10 @@ def test_captions_to_a_bucket(clips, tmp_path, stub, monkeypatch, capsys):
             prefix = "gs://bucket/clips/"
             for path in (path for path in clips.rglob("*") if path.is_file()):
                 storage.write(prefix + str(path.relative_to(clips)), path.read_bytes())
-            found = names([prefix])
+            found = list_names([prefix])
             assert found == sorted(prefix + str(path.relative_to(clips)) for path in clips.rglob("*.m*"))
-            assert names(["gs://bucket/clips/**.mp4"]) == [name for name in found if name.endswith(".mp4")]
-            assert names([found[0]]) == [found[0]]
+            assert list_names(["gs://bucket/clips/**.mp4"]) == [name for name in found if name.endswith(".mp4")]
+            assert list_names([found[0]]) == [found[0]]
             given = [prefix, "--checkpoint", os.fspath(SHIPPED)]
             run(*given, "--out", f"{tmp_path}/local/")
             proxy.faulty = lambda method, path: "captions-" in path or "/clips" in path

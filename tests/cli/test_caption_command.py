@@ -231,7 +231,7 @@ def test_invalid_input_is_a_one_line_error(checkpoint, tmp_path, monkeypatch, ca
     monkeypatch.setattr(load, "SHIPPED", tmp_path / "none")
     (tmp_path / "here.mp4").write_bytes(b"no video")
     try:
-        status = main(["caption", *(one.format(hf=checkpoint) for one in arguments)])
+        status = main(["caption", *(argument.format(hf=checkpoint) for argument in arguments)])
     except SystemExit as stopped:  # argparse exits by itself
         status = stopped.code
     assert status == 2

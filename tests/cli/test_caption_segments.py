@@ -17,7 +17,7 @@ from avocado_jax.sampling import segments as module
 from avocado_jax.sampling.engine import Engine
 
 
-def scene(index, width, height):
+def scene_frame(index, width, height):
     """A frame whose colour changes every 2 s."""
     return np.full((height, width, 3), (40 * (index // 20), 90, 250 - 40 * (index // 20)), np.uint8)
 
@@ -26,7 +26,7 @@ def scene(index, width, height):
 def clips(tmp_path_factory):
     """A clip of 10 s with five scenes, a short one and a broken one."""
     folder = tmp_path_factory.mktemp("clips")
-    write(folder / "a.mp4", 100, 64, 48, sound=np.zeros((1, 441_000), np.float32), draw=scene)
+    write(folder / "a.mp4", 100, 64, 48, sound=np.zeros((1, 441_000), np.float32), draw=scene_frame)
     GOOD["plain.mp4"](folder / "b.mp4")
     (folder / "c.mp4").write_bytes(b"no video")
     return folder
@@ -63,14 +63,14 @@ def run(capsys, *arguments, status=0):
 def test_long_clips_are_segmented(clips, stub, capsys):
     """One request per segment, with its part of the clip and its samples; one line per clip, in input order."""
     (long, short, broken), _ = run(capsys, clips, "--segments", 2, status=1)
-    assert [one["start"] for one in long["segments"]] == [0.0, 2.0, 4.0, 6.0, 8.0]
-    assert [one["end"] for one in long["segments"]] == [2.0, 4.0, 6.0, 8.0, 10.0]
-    assert long["caption"] == "\n\n".join(one["caption"] for one in long["segments"])
-    assert len({one["caption"].split()[0] for one in long["segments"]}) == 5
-    assert {one["caption"].split()[1] for one in long["segments"]} == {"2"}  # 4 frames in 2 s
+    assert [segment["start"] for segment in long["segments"]] == [0.0, 2.0, 4.0, 6.0, 8.0]
+    assert [segment["end"] for segment in long["segments"]] == [2.0, 4.0, 6.0, 8.0, 10.0]
+    assert long["caption"] == "\n\n".join(segment["caption"] for segment in long["segments"])
+    assert len({segment["caption"].split()[0] for segment in long["segments"]}) == 5
+    assert {segment["caption"].split()[1] for segment in long["segments"]} == {"2"}  # 4 frames in 2 s
     assert (long["seconds"], long["audio"], long["truncated"]) == (10.0, True, False)
     assert len(long["prompt_ids"]) == sum(
-        len(one.prompt_ids) for one in stub.requests if one.clip.name.endswith("a.mp4")
+        len(request.prompt_ids) for request in stub.requests if request.clip.name.endswith("a.mp4")
     )
     assert short["segments"] == [{"start": 0.0, "end": 2.0, "caption": short["caption"]}]
     assert "not a video" in broken["error"]

@@ -20,7 +20,7 @@ def curate(capsys, curator, out, url, *more):
         [json.loads(line) for line in (out / name).read_text().splitlines()] if (out / name).exists() else []
         for name in ("manifest.jsonl", "rejects.jsonl")
     )
-    return status, counts, manifest, {one["id"]: one for one in rejects}, captured.err
+    return status, counts, manifest, {reject["id"]: reject for reject in rejects}, captured.err
 
 
 def check_truth(manifest, truths, out):
@@ -31,4 +31,6 @@ def check_truth(manifest, truths, out):
         scores = measure(line["caption"], truth)
         assert (scores.recall, scores.hallucination, scores.order, scores.dialogue_f1) == (1.0, 0.0, 1.0, 1.0)
         assert line["keypoints"] == unique_keypoints(truth)
-        assert line["dialogues"] == [{"speaker": one["speaker"], "text": one["text"]} for one in truth["dialogues"]]
+        assert line["dialogues"] == [
+            {"speaker": dialogue["speaker"], "text": dialogue["text"]} for dialogue in truth["dialogues"]
+        ]

@@ -66,7 +66,7 @@ def _sentences(truth: dict[str, Any], kinds: tuple[str, ...], part: int) -> list
 
 def separate_sentence(truth: dict[str, Any]) -> str:
     """A visual sentence that occurs unchanged in the caption."""
-    return next(one["text"] for one in visual_sentences(truth)[2:] if one["text"] in truth["caption"])
+    return next(sentence["text"] for sentence in visual_sentences(truth)[2:] if sentence["text"] in truth["caption"])
 
 
 def unique_keypoints(truth: dict[str, Any]) -> list[dict[str, str]]:
@@ -135,7 +135,9 @@ class FakeCurator:
             "completeness": lambda: {"score": 5},
             "keypoints": lambda: {"keypoints": truth["keypoints"]},
             "dialogues": lambda: {
-                "dialogues": [{"speaker": one["speaker"], "text": one["text"]} for one in truth["dialogues"]]
+                "dialogues": [
+                    {"speaker": dialogue["speaker"], "text": dialogue["text"]} for dialogue in truth["dialogues"]
+                ]
             },
         }[stage]()
 

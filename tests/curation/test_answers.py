@@ -139,7 +139,7 @@ def test_duplicate_keypoints_are_removed():
 def test_dialogue_lines_must_occur_in_the_caption():
     def read(*lines):
         return read_dialogues(
-            json.dumps({"dialogues": [{"speaker": " a  man ", "text": one} for one in lines]}), CAPTION
+            json.dumps({"dialogues": [{"speaker": " a  man ", "text": line} for line in lines]}), CAPTION
         )
 
     assert read('"wait FOR me"') == [{"speaker": "a man", "text": "wait FOR me"}]

@@ -137,8 +137,8 @@ def test_filters_on_length_cost_no_more_calls(curator, tmp_path, capsys):
         _, _, _, rejects, _ = curate(capsys, curator, tmp_path / "long", server.url, "--most-tokens", "20")
         assert {stage_of(request) for request in server.requests} == {"visual", "audio"}
         _, _, _, short, _ = curate(capsys, curator, tmp_path / "short", server.url, "--fewest-tokens", "2000")
-    assert {one["stage"] for one in rejects.values()} == {one["stage"] for one in short.values()} == {"length"}
-    assert all("the maximum is 20" in one["reason"] for one in rejects.values())
+    assert {reject["stage"] for reject in rejects.values()} == {one["stage"] for one in short.values()} == {"length"}
+    assert all("the maximum is 20" in reject["reason"] for reject in rejects.values())
     assert all("the minimum is 2000" in one["reason"] for one in short.values())
     assert "completeness" not in {stage_of(request) for request in server.requests}
 
@@ -206,7 +206,7 @@ def test_invalid_input_is_a_one_line_error(curator, arguments, message, tmp_path
     (tmp_path / "TAKEN" / "answers.jsonl").write_text('{"id": "a"}\n')
     named = {"CLIP": str(curator.truths[0]["path"]), "EMPTY": str(tmp_path / "EMPTY"), "TAKEN": str(tmp_path / "TAKEN")}
     given = ["--out", str(tmp_path / "out"), "--url", "http://127.0.0.1:9/v1", "--model", "m"]
-    assert main(["curate", *given, *[named.get(one, one) for one in arguments]]) == 2
+    assert main(["curate", *given, *[named.get(argument, argument) for argument in arguments]]) == 2
     captured = capsys.readouterr()
     assert captured.out == ""
     assert message in captured.err
@@ -227,7 +227,7 @@ def test_bad_files_are_rejected_and_the_others_are_curated(curator, tmp_path, ca
         assert main(["curate", *options]) == 0
     assert json.loads(capsys.readouterr().out)["rejected"] == {"read": 2}
     rejects = [json.loads(line) for line in (out / "rejects.jsonl").read_text().splitlines()]
-    assert [(one["id"], one["video"], one["stage"]) for one in rejects] == [
+    assert [(reject["id"], reject["video"], reject["stage"]) for reject in rejects] == [
         (str(tmp_path / "a" / "x.mp4"), "../a/x.mp4", "read"),
         (str(tmp_path / "b" / "x.mp4"), "../b/x.mp4", "read"),
     ]

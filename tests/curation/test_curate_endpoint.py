@@ -56,7 +56,7 @@ def test_unresponsive_endpoint_ends_the_run(curator, fault, tmp_path, capsys):
             capsys, curator, out, server.url, "--timeout", "0.3", "--patience", "0.8"
         )
     assert (status, manifest, counts["unanswered"], counts["rejected"]) == (1, [], 3, {})
-    assert all(one["stage"] == "visual" and not one["final"] for one in rejects.values())
+    assert all(reject["stage"] == "visual" and not reject["final"] for reject in rejects.values())
     assert "curator: " in errors
     with chat_server(curator) as server:
         status, _, manifest, rejects, _ = curate(capsys, curator, out, server.url)

@@ -163,7 +163,7 @@ def test_invalid_probes_are_requested_again(manifest, tmp_path, capsys):
     assert [*lines] == NAMES[:2]
     assert all("keypoints" not in line and len(line["probes"]) == 2 for line in lines.values())
     assert "neither one of the choices" in rejects["c"]["reason"]
-    messages = [one["content"] for request in server.requests for one in request["messages"][3::2]]
+    messages = [message["content"] for request in server.requests for message in request["messages"][3::2]]
     assert any("an answer that the caption does not state, «a purple elephant»" in words for words in messages)
     assert any("a choice that refers to others, «all of the above»" in words for words in messages)
 
@@ -312,7 +312,7 @@ def test_invalid_input_is_a_one_line_error(arguments, message, manifest, tmp_pat
     named["OUT"].parent.mkdir()
     shutil.copy(manifest, named["OUT"])
     given = ["--out", str(tmp_path / "out"), "--url", "http://127.0.0.1:9/v1", "--model", "m", "--patience", "0.5"]
-    assert main(["curate", *given, *[str(named.get(one, one)) for one in arguments]]) == 2
+    assert main(["curate", *given, *[str(named.get(argument, argument)) for argument in arguments]]) == 2
     printed = capsys.readouterr()
     assert message in printed.err
     assert len(printed.err.splitlines()) == 1

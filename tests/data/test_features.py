@@ -31,7 +31,7 @@ VISION = VisionConfig()
 LEAST, MOST = 128 * 28 * 28, 768 * 28 * 28
 
 
-def noise(*shape: int, seed: int = 0) -> np.ndarray:
+def random_pixels(*shape: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, shape, np.uint8)
 
 
@@ -105,7 +105,7 @@ def test_resize_equals_torchvision(size: tuple[int, int], target: tuple[int, int
         image = 127.5 + 127.5 * np.sin(np.add.outer(np.arange(size[0]) / 9, np.arange(size[1]) / 7))
         image = np.stack([image, 255 - image, image / 2], axis=-1).astype(np.uint8)
     else:
-        image = noise(*size, 3)
+        image = random_pixels(*size, 3)
     picture = torch.from_numpy(image).permute(2, 0, 1)
     theirs = torch_resize(picture, list(target), interpolation=InterpolationMode.BICUBIC, antialias=True)
     theirs, ours = theirs.permute(1, 2, 0).numpy().astype(int), resize(image, *target)
@@ -122,7 +122,7 @@ def test_resize_equals_torchvision(size: tuple[int, int], target: tuple[int, int
     [(2, 112, 112), (4, 280, 392), (3, 28, 28), (5, 140, 84), (2, 28, 364), (6, 224, 252)],
 )
 def test_windows_contain_the_patches_of_the_reference(frames: int, height: int, width: int):
-    pixels = noise(frames, height, width, 3)
+    pixels = random_pixels(frames, height, width, 3)
     processor = Qwen2VLVideoProcessor(do_resize=False, do_rescale=False, do_normalize=False, do_convert_rgb=False)
     theirs = processor([torch.from_numpy(pixels).permute(0, 3, 1, 2)], return_tensors="pt")
     grid = theirs["video_grid_thw"]
@@ -146,7 +146,7 @@ def test_windows_contain_the_patches_of_the_reference(frames: int, height: int, 
 
 
 def test_windows_of_another_size():
-    windowed = windows(noise(2, 84, 56, 3), replace(VISION, window=56))
+    windowed = windows(random_pixels(2, 84, 56, 3), replace(VISION, window=56))
     assert windowed.valid.shape == (2, 16)
     assert windowed.valid.sum(axis=1).tolist() == [16, 8]
 
@@ -156,13 +156,13 @@ def test_windows_of_another_size():
 EXTRACTOR = WhisperFeatureExtractor(feature_size=128, chunk_length=300, n_fft=400, hop_length=160, sampling_rate=16_000)
 
 
-def sounds(samples: int) -> np.ndarray:
+def random_sound(samples: int) -> np.ndarray:
     time = np.arange(samples) / 16_000
     loud = np.random.default_rng(samples).standard_normal(samples) * 0.05
     return (0.3 * np.sin(2 * np.pi * 440 * time) * np.exp(-time) + loud * (np.sin(time) > 0)).astype(np.float32)
 
 
-def same_mel(samples: np.ndarray) -> None:
+def assert_mel_equals_reference(samples: np.ndarray) -> None:
     theirs = EXTRACTOR(
         samples, sampling_rate=16_000, padding="max_length", return_attention_mask=True, return_tensors="np"
     )
@@ -175,12 +175,12 @@ def same_mel(samples: np.ndarray) -> None:
 
 @pytest.mark.parametrize("samples", [1, 2, 159, 160, 161, 399, 400, 401, 16_000, 32_323, 81_000])
 def test_log_mel_equals_the_reference(samples: int):
-    same_mel(sounds(samples))
+    assert_mel_equals_reference(random_sound(samples))
 
 
 def test_log_mel_of_silence():
-    same_mel(np.zeros(5000, np.float32))
-    same_mel(np.full(5000, 0.5, np.float32))
+    assert_mel_equals_reference(np.zeros(5000, np.float32))
+    assert_mel_equals_reference(np.full(5000, 0.5, np.float32))
     assert log_mel(np.zeros(0, np.float32)).shape == (0, 128)
 
 
@@ -188,7 +188,7 @@ def test_log_mel_of_silence():
 def test_log_mel_at_the_length_limit_of_the_reference(more: int, monkeypatch: pytest.MonkeyPatch):
     """The limit of the reference, 300 s, is 4 s here."""
     short = WhisperFeatureExtractor(feature_size=128, chunk_length=4, n_fft=400, hop_length=160, sampling_rate=16_000)
-    samples = sounds(64_000 + more)
+    samples = random_sound(64_000 + more)
     theirs = short(samples, sampling_rate=16_000, return_attention_mask=True, return_tensors="np")
     valid = int(theirs["attention_mask"].sum())
     ours = log_mel(samples, seconds=4)
@@ -198,7 +198,7 @@ def test_log_mel_at_the_length_limit_of_the_reference(more: int, monkeypatch: py
 
 @pytest.mark.parametrize("more", [-1, 0, 777])
 def test_log_mel_of_five_minutes(more: int):
-    same_mel(sounds(4_800_000 + more))
+    assert_mel_equals_reference(random_sound(4_800_000 + more))
 
 
 def test_number_of_sound_tokens():

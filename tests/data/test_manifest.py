@@ -10,13 +10,13 @@ from avocado_jax.data.manifest import Reject, hash_name, parse_manifest, scan_ma
 GOOD = {"id": "a", "video": "a.mp4", "caption": "A dog barks."}
 
 
-def parsed(*lines):
+def parse_lines_of(*lines):
     return parse_manifest(b"\n".join(line if isinstance(line, bytes) else json.dumps(line).encode() for line in lines))
 
 
 def test_valid_lines_keep_every_field():
     full = GOOD | {"references": ["x"], "events": [{"text": "t"}], "extra": 3, "caption": "a 猫 <|im_end|>"}
-    entries, rejects = parsed(full)
+    entries, rejects = parse_lines_of(full)
     assert not rejects
     assert entries[0].video == "a.mp4"
     assert entries[0].fields == {key: value for key, value in full.items() if key != "video"}
@@ -48,7 +48,7 @@ def test_valid_lines_keep_every_field():
     ],
 )
 def test_bad_lines_are_rejected_with_number_and_reason(line, reason):
-    entries, rejects = parsed({**GOOD, "id": "first"}, line)
+    entries, rejects = parse_lines_of({**GOOD, "id": "first"}, line)
     assert [entry.fields["id"] for entry in entries] == ["first"]
     assert rejects[0].line == 2
     assert reason in rejects[0].reason
@@ -56,7 +56,7 @@ def test_bad_lines_are_rejected_with_number_and_reason(line, reason):
 
 
 def test_first_of_equal_ids_is_kept():
-    entries, rejects = parsed(GOOD, b"", GOOD | {"video": "b.mp4"})
+    entries, rejects = parse_lines_of(GOOD, b"", GOOD | {"video": "b.mp4"})
     assert [entry.video for entry in entries] == ["a.mp4"]
     assert rejects == [Reject(3, "a", "b.mp4", "its id is that of line 1")]
 
@@ -67,7 +67,7 @@ def test_swift_lines_mix_with_own_lines():
         {"role": "user", "content": "<video>What is it?"},
         {"role": "assistant", "content": "A cat."},
     ]
-    entries, rejects = parsed(
+    entries, rejects = parse_lines_of(
         GOOD,
         {"messages": messages, "videos": ["b.mp4"]},
         {"messages": messages[1:], "videos": ["b.mp4"], "id": "named"},
@@ -94,7 +94,7 @@ def test_swift_lines_set_the_media_order(question, system, fields):
     turns = [{"role": "user", "content": question}, {"role": "assistant", "content": "A cat."}]
     if system is not None:
         turns.insert(0, {"role": "system", "content": system})
-    entries, rejects = parsed({"messages": turns, "videos": ["b.mp4"], "id": "b"})
+    entries, rejects = parse_lines_of({"messages": turns, "videos": ["b.mp4"], "id": "b"})
     if isinstance(fields, str):
         assert fields in rejects[0].reason
     else:
@@ -102,7 +102,7 @@ def test_swift_lines_set_the_media_order(question, system, fields):
 
 
 def test_media_first_is_a_boolean():
-    entries, rejects = parsed(GOOD | {"media_first": False, "system": ""}, GOOD | {"id": "b", "media_first": 1})
+    entries, rejects = parse_lines_of(GOOD | {"media_first": False, "system": ""}, GOOD | {"id": "b", "media_first": 1})
     assert entries[0].fields["media_first"] is False
     assert "media_first" in rejects[0].reason
 
@@ -125,7 +125,7 @@ def test_scan_equals_parsing(monkeypatch):
     assert found.number.tolist() == [1, 4, 7]
     assert [json.loads(found.text(io.BytesIO(text), row))["id"] for row in range(3)] == ["a", "b", "é"]
     assert found.video.tolist() == [hash_name("a")] * 3
-    assert [(one.line, one.reason.partition(" (")[0]) for one in found.rejects] == [
+    assert [(reject.line, reject.reason.partition(" (")[0]) for reject in found.rejects] == [
         (3, "not JSON"), (5, "its id is that of line 1"), (6, "is too long for a line")
     ]  # fmt: skip
     assert found.prefix_md5 == {size: hashlib.md5(text[:size]).hexdigest() for size in cuts}

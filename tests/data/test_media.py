@@ -184,38 +184,38 @@ def test_long_clips_are_upsampled_like_the_processor(tmp_path: Path):
 # Bad files
 
 
-def half(name: str) -> Callable[[Path, Clip], Path]:
+def truncated_half(name: str) -> Callable[[Path, Clip], Path]:
     return lambda path, clip: clips.halved(clip(name), path)
 
 
-def spoiled(name: str) -> Callable[[Path, Clip], Path]:
+def with_noise(name: str) -> Callable[[Path, Clip], Path]:
     return lambda path, clip: clips.spoiled(clip(name), path)
 
 
-def holding(data: bytes) -> Callable[[Path, Clip], Path]:
+def with_content(data: bytes) -> Callable[[Path, Clip], Path]:
     return lambda path, clip: path.write_bytes(data) and None
 
 
 BAD = {
-    "text.mp4": (holding(b"no clip\nat all\n" * 99), "not a video"),
-    "noise.mp4": (holding(np.random.default_rng(0).bytes(5000)), "not a video"),
-    "empty.mp4": (holding(b""), "empty"),
+    "text.mp4": (with_content(b"no clip\nat all\n" * 99), "not a video"),
+    "noise.mp4": (with_content(np.random.default_rng(0).bytes(5000)), "not a video"),
+    "empty.mp4": (with_content(b""), "empty"),
     "missing.mp4": (lambda path, clip: None, "no such file"),
     "folder.mp4": (lambda path, clip: path.mkdir(), "folder"),
     "pipe.mp4": (lambda path, clip: os.mkfifo(path), "not a file"),
-    "half.mp4": (half("plain.mp4"), "cut off"),
-    "half_faststart.mp4": (half("faststart.mp4"), "cut short.* 9 of 20 frames, 0.9 s of 2.0 s"),
-    "half_fragmented.mp4": (half("fragmented.mp4"), "damaged"),
-    "half.mkv": (half("plain.mkv"), "cut short.* 1.0 s of 2.0 s"),
+    "half.mp4": (truncated_half("plain.mp4"), "cut off"),
+    "half_faststart.mp4": (truncated_half("faststart.mp4"), "cut short.* 9 of 20 frames, 0.9 s of 2.0 s"),
+    "half_fragmented.mp4": (truncated_half("fragmented.mp4"), "damaged"),
+    "half.mkv": (truncated_half("plain.mkv"), "cut short.* 1.0 s of 2.0 s"),
     "half_of_a_second.mkv": (
         lambda path, clip: clips.halved(clips.write(path.with_name("second.mkv"), frames=10), path),
         "cut short.* of 1.0 s",
     ),
-    "half.webm": (half("vp9.webm"), "cut short.* 1.0 s of 2.0 s"),
-    "half.avi": (half("mpeg4.avi"), "cut short.* 10 of 20 frames"),
-    "spoiled.mp4": (spoiled("plain.mp4"), "damaged"),
-    "spoiled_faststart.mp4": (spoiled("faststart.mp4"), "damaged"),
-    "spoiled.mkv": (spoiled("plain.mkv"), "damaged"),
+    "half.webm": (truncated_half("vp9.webm"), "cut short.* 1.0 s of 2.0 s"),
+    "half.avi": (truncated_half("mpeg4.avi"), "cut short.* 10 of 20 frames"),
+    "spoiled.mp4": (with_noise("plain.mp4"), "damaged"),
+    "spoiled_faststart.mp4": (with_noise("faststart.mp4"), "damaged"),
+    "spoiled.mkv": (with_noise("plain.mkv"), "damaged"),
     "sound.m4a": (lambda path, clip: clips.write(path, frames=0, sound=clips.tone(2)), "no picture .sound only"),
     "sound.wav": (
         lambda path, clip: clips.write(path, frames=0, sound=clips.tone(2), codecs=("", "pcm_s16le")),

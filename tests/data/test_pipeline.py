@@ -39,7 +39,7 @@ def source(tmp_path_factory):
     return shards(tmp_path_factory.mktemp("stream"), CLIPS)
 
 
-def planned(source, settings, shapes=3, batch=BATCH):
+def make_test_plan(source, settings, shapes=3, batch=BATCH):
     return plan_batches(source.index, settings, batch, shapes, seed=3)
 
 
@@ -78,7 +78,7 @@ def test_prompt_of_a_row():
 
 def test_rows_do_not_depend_on_hosts_workers_or_restarts(source):
     settings = recipe(group=2)
-    plan = planned(source, settings)
+    plan = make_test_plan(source, settings)
     last = 2 * plan.epoch_steps
     whole = stream(source, plan, settings, 0, last)
     for epoch in (0, 1):
@@ -100,7 +100,7 @@ def test_repeated_row_is_read_once(source):
             numbers.append(number)
             return super().__getitem__(number)
 
-    plan = planned(source, settings)
+    plan = make_test_plan(source, settings)
     (batch,) = batches(Counted(source), plan, settings, 0, 1, [1, 0, 1, 0])
     assert sorted(numbers) == sorted(plan.step(0).records[:2])
     assert batch.ids == tuple(source.index.ids[number] for number in plan.step(0).records[[1, 0, 1, 0]])
@@ -109,7 +109,7 @@ def test_repeated_row_is_read_once(source):
 
 def test_workers_use_no_device_and_one_core(source):
     settings = recipe()
-    spied = stream(Spy(source), planned(source, settings), settings, 0, 3, workers=1)
+    spied = stream(Spy(source), make_test_plan(source, settings), settings, 0, 3, workers=1)
     records = [record for batch in spied for record in batch.records if record]
     assert {record["device"] for record in records} == {False}
     assert {record["blas"] for record in records} == {"1"}
@@ -127,7 +127,7 @@ import avocado_jax.cli.prepare
 from test_pipeline import *
 source = open_shards({str(folder)!r}, READING)
 settings = recipe()
-print(len(stream(source, planned(source, settings), settings, 0, 2)))
+print(len(stream(source, make_test_plan(source, settings), settings, 0, 2)))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.stdout == "2\n", done.stderr
@@ -137,7 +137,7 @@ def test_captions_end_with_the_stop_token_and_are_truncated_to_the_bucket(source
     settings = recipe(group=3, caption_tokens=30)
     stop = special_id(settings.words, "<|im_end|>")
     tokenizer = byte_tokenizer()
-    for batch in stream(source, planned(source, settings), settings, 0, 4):
+    for batch in stream(source, make_test_plan(source, settings), settings, 0, 4):
         captions = batch.captions
         np.testing.assert_array_equal(captions.inputs[:, :, 0], np.repeat(batch.clip.first[:, None], 3, axis=1))
         np.testing.assert_array_equal(captions.inputs[:, :, 1:], captions.targets[:, :, :-1])
@@ -160,7 +160,7 @@ def test_captions_end_with_the_stop_token_and_are_truncated_to_the_bucket(source
 
 def test_sampled_captions_and_prompts_change_with_the_epoch(source):
     settings = recipe()
-    plan = planned(source, settings)
+    plan = make_test_plan(source, settings)
     rows = {0: {}, 1: {}}
     for batch in stream(source, plan, settings, 0, 2 * plan.epoch_steps):
         for row, name in enumerate(batch.ids):
@@ -181,7 +181,7 @@ def test_spelled_special_tokens_in_a_caption_are_text():
 @pytest.mark.parametrize("workers", [0, 1])
 def test_unreadable_record_becomes_a_row_of_zero_weight(source, workers):
     settings = recipe(max_lost_share=0.5, record_seconds=3.0)
-    plan = planned(source, settings)
+    plan = make_test_plan(source, settings)
     whole = stream(source, plan, settings, 0, plan.epoch_steps)
     hurt = Spy(source, bad={3: "damaged"}, slow={5: 30})
     found = stream(hurt, plan, settings, 0, plan.epoch_steps, workers=workers)
@@ -206,13 +206,13 @@ def test_too_many_lost_records_stop_the_run_and_are_listed(source):
     bad = Spy(source, bad=dict.fromkeys(range(0, CLIPS, 2), "gone"))
     given = []
     with pytest.raises(InputError, match=r"3 of \d+ records cannot be read: clip-\d+: gone; clip-\d+: gone; "):
-        given.extend(batches(bad, planned(source, settings), settings, 0, 6, range(BATCH)))
+        given.extend(batches(bad, make_test_plan(source, settings), settings, 0, 6, range(BATCH)))
     assert given
 
 
 def test_closing_early_ends_the_workers(source):
     settings = recipe()
-    stream = batches(Spy(source), planned(source, settings), settings, 0, 1000, range(BATCH), workers=1)
+    stream = batches(Spy(source), make_test_plan(source, settings), settings, 0, 1000, range(BATCH), workers=1)
     worker = next(stream).records[0]["process"]
     stream.close()
     assert not Path(f"/proc/{worker}").exists()
@@ -231,7 +231,7 @@ def test_each_clip_is_read_once_for_any_number_of_hosts(tmp_path, monkeypatch):
         assert prepare(Job(str(manifest), "gs://clips-bucket/out", features=True, reading=READING), workers=2).complete
         source = open_shards("gs://clips-bucket/out", READING)
         settings = recipe()
-        plan = planned(source, settings, 6, 16)
+        plan = make_test_plan(source, settings, 6, 16)
         rng = np.random.default_rng(0)
         calm = _epoch_in_pieces(source, plan, settings, [(1, 0), (2, 1), (4, 0)], rng)
         proxy.faulty, proxy.every = lambda method, path: "shard-" in path, 20

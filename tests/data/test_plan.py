@@ -14,7 +14,7 @@ from avocado_jax.models.config import SEVEN_B, TINY
 PICTURES = [(360, 640), (480, 854), (720, 1280), (1080, 1920), (640, 360), (1280, 720), (480, 640), (720, 720)]
 
 
-def realistic(clips: int, seed: int = 0) -> Index:
+def realistic_sizes(clips: int, seed: int = 0) -> Index:
     """Sizes of clips of 4-100 s in several resolutions under AVoCaDO's budget, one in twenty silent."""
     rng = np.random.default_rng(seed)
     seconds = rng.uniform(4, 100, clips)
@@ -36,7 +36,7 @@ def random_sizes(clips: int, seed: int) -> Sizes:
     return Sizes(shape, rng.integers(2, 100, clips))
 
 
-def planned(clips: int, buckets: int, batch: int, seed: int) -> tuple[Sizes, Plan]:
+def make_random_plan(clips: int, buckets: int, batch: int, seed: int) -> tuple[Sizes, Plan]:
     needed = random_sizes(clips, seed)
     return needed, make_plan(needed, choose_buckets(needed, buckets, 1, TINY), batch, seed, 1, TINY)
 
@@ -44,7 +44,7 @@ def planned(clips: int, buckets: int, batch: int, seed: int) -> tuple[Sizes, Pla
 @settings(max_examples=30, deadline=None)
 @given(st.integers(1, 150), st.integers(1, 6), st.integers(1, 16), st.integers(0, 5))
 def test_every_record_occurs_once_per_epoch_in_its_bucket(clips, buckets, batch, seed):
-    needed, plan = planned(clips, buckets, batch, seed)
+    needed, plan = make_random_plan(clips, buckets, batch, seed)
     table = np.column_stack([*needed.shape, needed.caption])
     assert len(plan.buckets) <= buckets
     for epoch in (0, 3):
@@ -69,7 +69,7 @@ def test_spare_batches_follow_the_batches_of_their_rollout(clips, together, spar
     size = together + spares
     assert plan.epoch_steps % size == 0
     batches = [plan.step(number) for number in range(plan.epoch_steps)]
-    used = np.concatenate([one.records for one in batches])
+    used = np.concatenate([batch.records for batch in batches])
     assert sorted(used[used >= 0]) == list(range(clips))
     steps = plan.epoch_steps // size * together
     learned = [plan.position(step) for step in range(steps)]
@@ -115,8 +115,8 @@ def test_leftovers_fill_larger_buckets():
 
 
 def test_order_depends_only_on_seed_and_epoch():
-    needed, plan = planned(60, 3, 4, 1)
-    again = planned(60, 3, 4, 1)[1]
+    needed, plan = make_random_plan(60, 3, 4, 1)
+    again = make_random_plan(60, 3, 4, 1)[1]
     one, two = ([at.step(number).records.tolist() for number in range(plan.epoch_steps)] for at in (plan, again))
     assert one == two
     other = make_plan(needed, list(plan.buckets), 4, 2, 1, TINY)
@@ -126,7 +126,7 @@ def test_order_depends_only_on_seed_and_epoch():
 
 
 def test_steps_are_computed_independently():
-    plan, fresh = (planned(60, 3, 4, 1)[1] for _ in range(2))
+    plan, fresh = (make_random_plan(60, 3, 4, 1)[1] for _ in range(2))
     far = 7 * plan.epoch_steps + 3
     for number in range(20):
         plan.step(number)
@@ -135,7 +135,7 @@ def test_steps_are_computed_independently():
 
 def test_padded_share_with_sixteen_shapes():
     """The limit is a quarter of the FLOPs of full epochs, including empty rows at the end."""
-    needed = sizes(realistic(1500), 150, 1024, SEVEN_B)
+    needed = sizes(realistic_sizes(1500), 150, 1024, SEVEN_B)
     shares = {}
     for group, count in ((1, 4), (1, 16), (1, 32), (8, 16)):
         plan = make_plan(needed, choose_buckets(needed, count, group, SEVEN_B), 8, 0, group, SEVEN_B)
@@ -147,7 +147,7 @@ def test_padded_share_with_sixteen_shapes():
 
 
 def test_buckets_are_aligned_and_sorted():
-    needed = sizes(realistic(200), 150, 1024, SEVEN_B)
+    needed = sizes(realistic_sizes(200), 150, 1024, SEVEN_B)
     buckets = choose_buckets(needed, 8, 1, SEVEN_B)
     assert all(bucket.shape.tokens % 128 == 0 and bucket.caption % 64 == 0 for bucket in buckets)
     costs = row_flops(np.array([(*bucket.shape, bucket.caption) for bucket in buckets]), 1, SEVEN_B)

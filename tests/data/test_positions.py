@@ -80,7 +80,9 @@ def reference(grid: tuple[int, int, int], mel: int, seconds: float, before: int,
     return ids, positions[:, 0].T.numpy()
 
 
-def same(grid: tuple[int, int, int], mel: int, seconds: float, before: int = 3, after: int = 4) -> Row:
+def assert_equals_reference(
+    grid: tuple[int, int, int], mel: int, seconds: float, before: int = 3, after: int = 4
+) -> Row:
     """Assert that a row equals the reference. Returns the row."""
     made = row(grid, mel, seconds, before, after)
     ids, positions = reference(grid, mel, seconds, before, after)
@@ -96,7 +98,7 @@ def same(grid: tuple[int, int, int], mel: int, seconds: float, before: int = 3, 
 @pytest.mark.parametrize("mel", [0, 1, 2, 3, 199, 201, 499, 500, 1777])
 @pytest.mark.parametrize("grid", [(1, 2, 2), (2, 4, 6), (6, 4, 4), (7, 10, 14), (30, 2, 4)])
 def test_ids_and_positions_equal_the_reference(grid: tuple[int, int, int], mel: int, seconds: float):
-    same(grid, mel, seconds)
+    assert_equals_reference(grid, mel, seconds)
 
 
 @settings(max_examples=150)
@@ -112,11 +114,11 @@ def test_ids_and_positions_equal_the_reference(grid: tuple[int, int, int], mel: 
 def test_ids_and_positions_of_any_clip_equal_the_reference(
     cells: tuple, mel: int, seconds: float, before: int, after: int
 ):
-    same((cells[0], 2 * cells[1], 2 * cells[2]), mel, seconds, before, after)
+    assert_equals_reference((cells[0], 2 * cells[1], 2 * cells[2]), mel, seconds, before, after)
 
 
 def test_positions_after_the_media_continue_from_the_last_chunk():
-    made = same((6, 4, 4), 500, 1.0)  # the last video token is at 129, the last sound token at 128
+    made = assert_equals_reference((6, 4, 4), 500, 1.0)  # the last video token is at 129, the last sound token at 128
     closing = made.prompt_ids.tolist().index(IDS.audio_end)
     assert made.clip.positions[closing].tolist() == [129] * 3
     assert made.clip.positions[:, 0].max() == 132

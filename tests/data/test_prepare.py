@@ -178,7 +178,11 @@ def test_bad_and_unusual_clips(tmp_path):
     done = prepare(job(tmp_path), workers=1, max_reject_share=0.6)
     assert done.complete
     rejects = [json.loads(line) for line in (tmp_path / "out" / "rejects.jsonl").read_text().splitlines()]
-    assert [(one["line"], one["id"]) for one in rejects] == [*enumerate(bad, start=1), (13, "good.mp4"), (14, None)]
+    assert [(reject["line"], reject["id"]) for reject in rejects] == [
+        *enumerate(bad, start=1),
+        (13, "good.mp4"),
+        (14, None),
+    ]
     for one, reason in zip(rejects, bad.values()):
         assert reason in one["reason"]
         assert str(tmp_path) not in one["reason"]

@@ -42,7 +42,7 @@ def test_edited_manifest_is_prepared_after_too_many_rejects(tmp_path, clip_bytes
     wanted = Job(str(manifest), str(out), shard_records=2, reading=READING)
     assert not prepare(wanted, 1).complete
     (tmp_path / "broken.mov").write_bytes(clip_bytes[0])  # its line stays
-    assert [one.line for one in prepare(wanted, 1).rejects] == [2, 4]
+    assert [reject.line for reject in prepare(wanted, 1).rejects] == [2, 4]
     shards = {path: path.read_bytes() for path in out.glob("shard-*")}
 
     manifest.write_text(line("3") + line("0") + line("1", caption="better") + line("2") + line("broken"))

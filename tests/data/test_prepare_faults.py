@@ -35,7 +35,7 @@ def test_denied_or_missing_clip_in_a_bucket_is_retried(tmp_path, clip_bytes, mon
         storage.delete("gs://bucket/set/clips/3.mov")
         done = prepare(wanted, 1, 0.5)
         assert (done.records, done.complete) == (2, True)
-        assert [(one.id, one.retry) for one in done.rejects] == [("2", True), ("3", True)]
+        assert [(reject.id, reject.retry) for reject in done.rejects] == [("2", True), ("3", True)]
         assert "no storage.objects.get permission" in done.rejects[0].reason
         assert done.rejects[1].reason == "no such object or bucket"
         storage.write("gs://bucket/set/clips/3.mov", clip_bytes[3])
@@ -57,7 +57,7 @@ def test_clip_refused_by_the_hub_is_retried(tmp_path, clip_bytes, monkeypatch, i
         hub.faults = lambda request: statuses.get(request.path.rpartition("/")[2], "")
         wanted = Job("hub:ORG/set", str(tmp_path / "out"), reading=READING)
         done = prepare(wanted, 1, 0.8)
-        assert (done.records, [(one.id, one.retry) for one in done.rejects]) == (
+        assert (done.records, [(reject.id, reject.retry) for reject in done.rejects]) == (
             1, [("0", True), ("1", True), ("3", True)]
         )  # fmt: skip
         statuses.clear()
@@ -92,7 +92,7 @@ def test_clip_that_kills_or_hangs_its_decoder_is_one_reject(tmp_path, clip_bytes
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}/hooks", prepend=os.pathsep)
     wanted = Job(str(tmp_path / "clips.jsonl"), str(tmp_path / "out"), False, None, 3, 5.0, READING)
     done = prepare(wanted, 2, 0.5)
-    assert [(one.id, one.reason, one.retry) for one in done.rejects] == [
+    assert [(reject.id, reject.reason, reject.retry) for reject in done.rejects] == [
         ("deadly.m4v", "the process that read it died (SIGSEGV)", False),
         ("hangs.avi", "took longer than 5 s", True),
     ]

@@ -41,7 +41,7 @@ def test_rows_and_clips_are_matched_counted_and_listed(published, clip_bytes):
         assert record.clip == clip_bytes[clip % 4]
         assert record.fields["system"] == "Be exact."
     rejects = lines_of(published / "whole" / "rejects.jsonl")
-    assert [(one["line"], one["reason"], one["retry"]) for one in rejects] == [
+    assert [(reject["line"], reject["reason"], reject["retry"]) for reject in rejects] == [
         (10, "its clip is in none of the parts", True)
     ]
     assert lines_of(published / "whole" / "unused.jsonl") == [
@@ -188,7 +188,7 @@ def test_prepare_from_webdataset(tmp_path, clip_bytes, in_process, opened):
     assert source.index.ids == ["a-0/a/1", "two"]
     assert [source[number].clip for number in (0, 1)] == clip_bytes[:2]
     assert [source[number].fields["caption"] for number in (0, 1)] == ["One.", "Two."]
-    assert [(one.part, one.line, one.reason.partition(" (")[0]) for one in done.rejects] == [
+    assert [(reject.part, reject.line, reject.reason.partition(" (")[0]) for reject in done.rejects] == [
         ("a-0.tar", 4, "has no clip beside it"),
         ("a-1.tar", 1, "its id is that of an earlier clip"),
         ("a-1.tar", 2, "not JSON"),
@@ -210,7 +210,7 @@ def test_prepare_from_parquet_with_clips_or_paths(tmp_path, clip_bytes, in_proce
     rows[1]["video"]["bytes"] = None
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "inside.parquet")
     done = prepare(Job(str(tmp_path / "inside.parquet"), str(tmp_path / "one"), reading=READING), 1, 0.5)
-    assert [(one.line, one.reason) for one in done.rejects] == [(2, "has no clip beside it")]
+    assert [(reject.line, reject.reason) for reject in done.rejects] == [(2, "has no clip beside it")]
     source = open_shards(str(tmp_path / "one"), READING)
     assert [(source[n].fields, source[n].clip) for n in (0, 1)] == [
         ({"id": "0", "caption": "Clip 0."}, clip_bytes[0]), ({"id": "2", "caption": "Clip 2."}, clip_bytes[2])
@@ -221,7 +221,7 @@ def test_prepare_from_parquet_with_clips_or_paths(tmp_path, clip_bytes, in_proce
     pyarrow.parquet.write_table(table, tmp_path / "paths.parquet")
     wanted = Job(str(tmp_path / "paths.parquet"), str(tmp_path / "two"), media=str(tmp_path / "clips"), reading=READING)
     done = prepare(wanted, 1, 0.5)
-    assert [(one.line, one.video, one.retry) for one in done.rejects] == [(2, "1.mov", True)]
+    assert [(reject.line, reject.video, reject.retry) for reject in done.rejects] == [(2, "1.mov", True)]
     assert open_shards(str(tmp_path / "two"), READING)[0].fields["prompt"] == "Describe it."
 
 
@@ -247,10 +247,10 @@ def test_bad_lines_and_bad_clips_do_not_end_the_job(tmp_path, clip_bytes, monkey
     monkeypatch.setattr(ClipReader, "read", read)
     done = prepare(Job(str(tmp_path / "clips.jsonl"), str(tmp_path / "out"), reading=READING), 1, 0.95)
     assert (done.records, done.complete) == (1, True)
-    assert {one.id: one.retry for one in done.rejects} == dict.fromkeys(
+    assert {reject.id: reject.retry for reject in done.rejects} == dict.fromkeys(
         ["nul", "half", "long", "memory", "overflow", "missing", "words", "big", None, "deep"], False
     ) | {"memory": True, "missing": True}
-    reasons = {one.id: one.reason for one in done.rejects}
+    reasons = {reject.id: reject.reason for reject in done.rejects}
     assert "NUL" in reasons["nul"]
     assert "surrogate" in reasons["half"]
     assert reasons["long"] == "File name too long"
@@ -283,7 +283,11 @@ def test_transient_rejects_are_retried_and_appended(tmp_path, clip_bytes, monkey
     wanted = Job(str(manifest), str(tmp_path / "out"), shard_records=2, reading=READING, media=str(media))
     assert not prepare(wanted, 1, 0.2).complete
     done = prepare(wanted, 1, 0.5)  # no change
-    assert [(one.id, one.retry) for one in done.rejects] == [("gone.mov", True), ("bad.mp4", False), ("late.mov", True)]
+    assert [(reject.id, reject.retry) for reject in done.rejects] == [
+        ("gone.mov", True),
+        ("bad.mp4", False),
+        ("late.mov", True),
+    ]
     assert lines_of(tmp_path / "out" / "unused.jsonl") == [{"part": "", "clip": "3.mov"}]
     made = {path: path.read_bytes() for path in (tmp_path / "out").glob("shard-*")}
     before = contents(tmp_path / "out")
@@ -295,7 +299,7 @@ def test_transient_rejects_are_retried_and_appended(tmp_path, clip_bytes, monkey
         file.write("\n" + json.dumps({"id": "3", "video": "3.mov", "caption": "c"}))
     read.clear()
     done = prepare(wanted, 1, 0.5)
-    assert (done.records, [one.id for one in done.rejects], done.unused) == (6, ["bad.mp4"], 0)
+    assert (done.records, [reject.id for reject in done.rejects], done.unused) == (6, ["bad.mp4"], 0)
     assert [name for name in read if name.endswith((".mov", ".mp4"))] == ["gone.mov", "late.mov", "3.mov"]
     assert {path: path.read_bytes() for path in made} == made
     source = open_shards(str(tmp_path / "out"), READING)

@@ -32,27 +32,27 @@ def colour(scene: int) -> np.ndarray:
 
 def scenes(path, lengths, moving=True):
     """Write a clip of scenes of these lengths in seconds, each with a colour, a moving square and a pitch."""
-    borders = np.cumsum(lengths)
+    boundaries = np.cumsum(lengths)
 
     def draw(index, width, height):
         image = np.empty((height, width, 3), np.uint8)
-        image[:] = colour(int(np.searchsorted(borders, index / RATE, "right")))
+        image[:] = colour(int(np.searchsorted(boundaries, index / RATE, "right")))
         if moving:
             left = index * 3 % (width - 16)
             image[8:24, left : left + 16] = 255
         return image
 
-    times = np.arange(round(borders[-1] * 16000)) / 16000
-    pitch = 200 + 100 * (np.searchsorted(borders, times, "right") % 7)
+    times = np.arange(round(boundaries[-1] * 16000)) / 16000
+    pitch = 200 + 100 * (np.searchsorted(boundaries, times, "right") % 7)
     sound = (0.4 * np.sin(2 * np.pi * pitch * times)).astype(np.float32)[None]
-    write(path, round(borders[-1] * RATE), 64, 48, RATE, sound, 16000, draw=draw)
+    write(path, round(boundaries[-1] * RATE), 64, 48, RATE, sound, 16000, draw=draw)
     return path
 
 
-def remuxed(source, path):
+def remux(source, path):
     """Copy the streams to another format."""
     with av.open(str(source)) as given, av.open(str(path), "w") as out:
-        streams = {one.index: out.add_stream_from_template(one) for one in given.streams}
+        streams = {stream.index: out.add_stream_from_template(stream) for stream in given.streams}
         for packet in given.demux():
             if packet.size:
                 packet.stream = streams[packet.stream.index]
@@ -66,18 +66,18 @@ def long_clip(tmp_path_factory):
     return scenes(tmp_path_factory.mktemp("long") / "long.mp4", [4, 3, 5, 2.5, 4.5, 6, 6])
 
 
-def borders(segments):
+def boundaries(segments):
     assert segments[0].start == 0
     for one, two in pairwise(segments):
         assert one.start + one.seconds == pytest.approx(two.start)
-    return [one.start for one in segments[1:]]
+    return [segment.start for segment in segments[1:]]
 
 
 def test_segments_end_at_scene_changes(long_clip):
     """Every boundary is at a scene change, and lengths are near the target."""
     for target in (4.0, 6.0, 8.0):
         found = find_segments(long_clip, target, target * 5 / 3)
-        for border in borders(found):
+        for border in boundaries(found):
             assert min(abs(border - one) for one in (4, 7, 12, 14.5, 19, 25)) <= 0.25
         assert all(one.seconds <= target * 5 / 3 + 0.1 for one in found)
         assert found[-1].start + found[-1].seconds == pytest.approx(31, abs=0.1)
@@ -122,7 +122,7 @@ def test_segment_boundaries_minimise_the_cost():
 @pytest.mark.parametrize("kind", ["long.mp4", "long.mkv", "long.ts"])
 def test_segment_equals_that_part_of_the_clip(long_clip, tmp_path, kind):
     """Frames and sound of each segment, also if decoding starts at a key frame after its begin."""
-    path = long_clip if kind == "long.mp4" else remuxed(long_clip, tmp_path / kind)
+    path = long_clip if kind == "long.mp4" else remux(long_clip, tmp_path / kind)
     whole = read_media(path, Reading(fps=10.0, fewest_pixels=784, asked_pixels=6000, sound_seconds=60))
     for start, end in ((0.0, 7.0), (7.0, 12.0), (13.3, 19.0), (25.0, 31.1)):
         media = read_media(path, READING, part=scan(path).part(start, end))
@@ -143,15 +143,15 @@ def test_segment_equals_that_part_of_the_clip(long_clip, tmp_path, kind):
 @pytest.mark.parametrize("kind", ["long.mp4", "long.mkv"])
 def test_reading_a_segment_seeks_to_its_start(long_clip, tmp_path, monkeypatch, kind):
     """A segment at the end is read without reading the file before it."""
-    path = long_clip if kind == "long.mp4" else remuxed(long_clip, tmp_path / kind)
+    path = long_clip if kind == "long.mp4" else remux(long_clip, tmp_path / kind)
     part, counts, demux = scan(path).part(25.0, 31.0), [], container._demux
 
-    def counted(opened):
+    def count_reads(opened):
         for packet in demux(opened):
             counts.append(packet.pts)
             yield packet
 
-    monkeypatch.setattr(container, "_demux", counted)
+    monkeypatch.setattr(container, "_demux", count_reads)
     sought = read_media(path, READING, part=part)
     few = len(counts)
     counts.clear()

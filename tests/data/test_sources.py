@@ -62,7 +62,7 @@ def stream(folder, steps=4, workers=0, cache_dir=None):
     return list(batches(source, plan, settings, 0, steps, range(4), workers))
 
 
-def assert_same(one, two):
+def assert_rows_equal(one, two):
     assert [batch[:5] + batch[9:] for batch in one] == [batch[:5] + batch[9:] for batch in two]
     for first, second in zip(one, two):
         for left, right in zip(
@@ -85,8 +85,8 @@ def test_reads_with_faults_return_the_same_rows(faulty, tmp_path):
     truth = stream(faulty.local / "out")
     assert not any(batch.lost for batch in truth)
     faulty.faulty, faulty.every = lambda method, path: method == "GET", 3
-    assert_same(truth, stream("gs://clips-bucket/out"))
-    assert_same(truth, stream("gs://clips-bucket/out", workers=1, cache_dir=tmp_path))
+    assert_rows_equal(truth, stream("gs://clips-bucket/out"))
+    assert_rows_equal(truth, stream("gs://clips-bucket/out", workers=1, cache_dir=tmp_path))
     assert all(faulty.hits.values())
 
 

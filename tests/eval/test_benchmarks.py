@@ -5,7 +5,7 @@ import re
 import threading
 
 import pytest
-from benchmark_judge import CAPTIONS, CLIPS, EVENTS, honest, official, write_official
+from benchmark_judge import CAPTIONS, CLIPS, EVENTS, honest_answer, official_content, write_official
 from chat import chat_server
 
 from avocado_jax.__main__ import main
@@ -34,7 +34,7 @@ def captions(tmp_path, texts=CAPTIONS, name="mine"):
 def evaluate(capsys, tmp_path, name, texts=CAPTIONS, *more, status=0, fault=lambda number, request: None):
     """Run the command. Returns the result and the judge's server."""
     capsys.readouterr()
-    with chat_server(lambda number, request: fault(number, request) or honest(request)) as server:
+    with chat_server(lambda number, request: fault(number, request) or honest_answer(request)) as server:
         command = ["evaluate", name, "--data", str(write_official(name, tmp_path)), "--out", str(tmp_path / "out")]
         command += ["--captions", str(captions(tmp_path, texts)), "--judge", server.url, "--judge-model", "by letter"]
         assert main([*command, "--json", *map(str, more)]) == status
@@ -221,12 +221,12 @@ def test_wrong_data_file_is_a_one_line_error(name, tmp_path, capsys):
     wrong = {
         "half": whole[: len(whole) // 2],
         "empty": b"",
-        "nothing": b"[]" if isinstance(official(name), list) else b"{}",
+        "nothing": b"[]" if isinstance(official_content(name), list) else b"{}",
         "bytes": b"\xff\xfe\x00",
         "number": b"3",
         "deep": b"[" * 100_000,
         "twice": whole * 2 if lines else b"[" + whole[1:-1] + b", " + whole[1:-1] + b"]",
-        **{f"of {other}": json.dumps(official(other)).encode() for other in EVERY if other != name},
+        **{f"of {other}": json.dumps(official_content(other)).encode() for other in EVERY if other != name},
         "no letter": whole.replace(b'"answer": "A"', b'"answer": "Q"').replace(b'"Answer": "B"', b'"Answer": 1'),
         "null": re.sub(rb'"([AB]. )?a dog barks twice"', b"null", whole),
     }

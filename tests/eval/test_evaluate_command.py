@@ -35,7 +35,7 @@ main(sys.argv[1:])
 """
 
 
-def kept(world):
+def read_captions(world):
     (file,) = world.glob("captions-*.jsonl")
     return file, {line["id"]: line for line in map(json.loads, file.read_text().splitlines())}
 
@@ -48,7 +48,7 @@ def test_evaluate_from_clips_to_metrics(world, checkpoint, capsys, monkeypatch):
     assert result["n"] == CLIPS
     assert result["metrics"]["event_recall"] == 0
     assert result["metrics"]["hallucination"] == 1
-    file, captions = kept(world)
+    file, captions = read_captions(world)
     lengths = [line["tokens"] for line in captions.values()]
     assert result["metrics"]["length"] == sum(lengths) / CLIPS
     assert len(captions) == CLIPS
@@ -64,7 +64,7 @@ def test_evaluate_from_clips_to_metrics(world, checkpoint, capsys, monkeypatch):
 
 def test_captions_do_not_depend_on_the_batch(world, checkpoint, capsys, tmp_path):
     evaluate(capsys, world, "--checkpoint", checkpoint)
-    _, together = kept(world)
+    _, together = read_captions(world)
     for name, more in {"alone": [], "blind": ["--no-picture"]}.items():
         out = tmp_path / f"{name}.jsonl"
         evaluate(capsys, world, "--checkpoint", checkpoint, "--limit", 1, "--out", out, *more)
@@ -103,7 +103,7 @@ def test_no_audio_and_no_picture_remove_their_input(world, checkpoint, monkeypat
 
 def test_killed_evaluation_resumes_to_the_same_result(world, checkpoint, capsys, tmp_path):
     result, _ = evaluate(capsys, world, "--checkpoint", checkpoint)
-    file, undisturbed = kept(world)
+    file, undisturbed = read_captions(world)
     file.unlink()
     command = ["evaluate", "world", "--data", str(world / "clips.jsonl"), "--checkpoint", str(checkpoint), *OPTIONS]
     run = subprocess.run([sys.executable, "-c", KILLED, *command], capture_output=True, check=False, timeout=300)
@@ -115,7 +115,7 @@ def test_killed_evaluation_resumes_to_the_same_result(world, checkpoint, capsys,
     assert again == result
     assert f"2 of {CLIPS} are in {file} already" in errors
     assert file.read_bytes().startswith(before)
-    assert kept(world)[1] == undisturbed
+    assert read_captions(world)[1] == undisturbed
 
 
 def test_captions_of_another_checkpoint_or_question_are_not_reused(world, checkpoint, tmp_path):
@@ -155,7 +155,7 @@ def test_failed_clips_are_listed_and_too_many_stop_the_run(world, world_clips, c
     result, errors = evaluate(capsys, world, "--checkpoint", checkpoint, "--max-failed", 0.2)
     assert (result["n"], result["failed"]) == (CLIPS, [clips[-1].stem])
     assert "is empty (zero bytes)" in errors
-    assert result["metrics"]["length"] == sum(line["tokens"] for line in kept(world)[1].values()) / CLIPS
+    assert result["metrics"]["length"] == sum(line["tokens"] for line in read_captions(world)[1].values()) / CLIPS
     (world / "clips" / clips[-1].name).unlink()
     (world / "clips" / clips[-1].name).symlink_to(clips[-1])
     assert "failed" not in evaluate(capsys, world, "--checkpoint", checkpoint)[0]  # it is retried
@@ -242,7 +242,7 @@ def test_invalid_input_is_a_one_line_error(world, checkpoint, capsys, tmp_path, 
 ANSWER, SAYS = '{"answer": "A"}', 266  # the first id that the tokenizer leaves free
 
 
-def one_sided(checkpoint, folder):
+def write_constant_checkpoint(checkpoint, folder):
     """A checkpoint that always answers A: all layers are zero, and each token has a fixed successor."""
     shutil.copytree(checkpoint, folder)
     tokenizer = json.loads((folder / "tokenizer.json").read_text())
@@ -289,7 +289,7 @@ def test_public_benchmark_from_clips_to_metrics_offline(world, checkpoint, capsy
     assert capsys.readouterr().out == ""
     assert sorted(path.name for path in out.iterdir()) == ["captions.0-of-2.jsonl", "captions.1-of-2.jsonl"]
     assert [len(path.read_text().splitlines()) for path in sorted(out.iterdir())] == [3, 3]
-    judge = ["--judge-model", str(one_sided(checkpoint, tmp_path / "judge"))]
+    judge = ["--judge-model", str(write_constant_checkpoint(checkpoint, tmp_path / "judge"))]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(runner, "_captioned", None)  # the shards made all captions
         assert main([*command, *judge]) == 0

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from benchmark_judge import CAPTIONS, honest, write_official
+from benchmark_judge import CAPTIONS, honest_answer, write_official
 from chat import chat_server
 
 from avocado_jax.__main__ import main
@@ -24,7 +24,11 @@ def _quick(monkeypatch):
 
 def answer(number, request):
     """An honest answer of 100 tokens, by a model with another name."""
-    reply = {"choices": [{"message": {"content": honest(request)}}], "usage": {"total_tokens": 100}, "model": "m-2026"}
+    reply = {
+        "choices": [{"message": {"content": honest_answer(request)}}],
+        "usage": {"total_tokens": 100},
+        "model": "m-2026",
+    }
     return json.dumps(reply).encode()
 
 

@@ -10,7 +10,7 @@ import threading
 from pathlib import Path
 
 import pytest
-from benchmark_judge import CAPTIONS, honest, write_official
+from benchmark_judge import CAPTIONS, honest_answer, write_official
 from chat import chat_server
 from chromium import browser
 
@@ -125,7 +125,7 @@ def test_every_metric_is_present_after_transient_faults():
         with lock:
             first = question not in requested
             which = requested.setdefault(question, len(requested))
-        return FAULTS[which % len(FAULTS)] if first else honest(request)
+        return FAULTS[which % len(FAULTS)] if first else honest_answer(request)
 
     benchmark = BENCHMARKS["video-salmonn-2"]
     with chat_server(faulty) as server, ChatClient(Endpoint(server.url, "m", timeout=0.5)) as judge:
@@ -156,7 +156,7 @@ def test_killed_run_does_not_repeat_judged_items(tmp_path, capsys):
     def kill(number, request):
         if number == 19:  # sixteen calls at once: the first answers have arrived
             os.kill(running[0].pid, signal.SIGKILL)
-        return honest(request)
+        return honest_answer(request)
 
     program = "import sys; from avocado_jax.__main__ import main; sys.exit(main(sys.argv[1:]))"
     with chat_server(kill) as server:
@@ -166,7 +166,7 @@ def test_killed_run_does_not_repeat_judged_items(tmp_path, capsys):
     kept = {path.stem for path in (tmp_path / "o" / "answers").rglob("*.json")}
     assert 3 <= len(kept) < 21
     assert not (tmp_path / "o" / "result.json").exists()
-    with chat_server(lambda number, request: honest(request)) as server:
+    with chat_server(lambda number, request: honest_answer(request)) as server:
         assert main([*command, "--judge", server.url, "--judge-model", "m", "--json"]) == 0
     assert len(server.requests) == 21 - len(kept)
     assert json.loads(capsys.readouterr().out)["metrics"]["total"] == 0
@@ -192,7 +192,7 @@ def hostile(tmp_path, capsys):
         "--videos",
         str(tmp_path),
     ]
-    with chat_server(lambda number, request: HOSTILE[0] if number == 0 else honest(request)) as server:
+    with chat_server(lambda number, request: HOSTILE[0] if number == 0 else honest_answer(request)) as server:
         judge = ["--judge", server.url, "--judge-model", HOSTILE[1], "--rounds", "2"]
         assert main([*command, "--out", str(tmp_path / "out"), *judge]) == 0
     capsys.readouterr()

@@ -74,7 +74,7 @@ def test_official_rule_has_no_minimum_span():
     assert not collapses("0000", min_span=0)
 
 
-def by_trying(text, min_span):
+def exhaustive_search(text, min_span):
     """The rule by exhaustive search over units and positions."""
     for unit in range(1, 100):
         for start in range(len(text) - unit + 1):
@@ -91,7 +91,7 @@ def by_trying(text, min_span):
 )
 def test_repetition_equals_exhaustive_search(parts, min_span):
     text = "".join(unit * times for unit, times in parts)
-    assert collapses(text, min_span) == by_trying(text, min_span)
+    assert collapses(text, min_span) == exhaustive_search(text, min_span)
 
 
 def test_long_units_equal_exhaustive_search():
@@ -101,7 +101,7 @@ def test_long_units_equal_exhaustive_search():
         for times in (3, 4, 5):
             for offset in (0, 1):
                 repeated = "xy" + (text * times)[offset:] + "zz"
-                assert collapses(repeated) == by_trying(repeated, 24), (unit, times, offset)
+                assert collapses(repeated) == exhaustive_search(repeated, 24), (unit, times, offset)
 
 
 def test_adversarial_texts_take_no_longer():

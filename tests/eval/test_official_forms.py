@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
-from benchmark_judge import CAPTIONS, honest, official, write_official
+from benchmark_judge import CAPTIONS, honest_answer, official_content, write_official
 from chat import chat_server
 
 from avocado_jax.__main__ import main
@@ -27,7 +27,7 @@ def _without(monkeypatch):
 
 def in_official_form(request):
     """The honest answer in the form that the official prompts request."""
-    answer, kind = json.loads(honest(request)), request["response_format"]["json_schema"]["name"]
+    answer, kind = json.loads(honest_answer(request)), request["response_format"]["json_schema"]["name"]
     material = json.loads(request["messages"][-1]["content"])
     if kind == "Events":
         counts = {name.capitalize(): len(answer[name]) for name in ("missed", "incorrect", "hallucination")}
@@ -43,7 +43,7 @@ def in_official_form(request):
         return f"```python\n{answer}\n```"
     if kind == "Graded":
         return f"{{'pred': '{answer['pred']}', 'score': {answer['score']},}}"
-    verdicts = {one["number"]: one["verdict"] for one in answer["verdicts"]}
+    verdicts = {verdict["number"]: verdict["verdict"] for verdict in answer["verdicts"]}
     events = [
         {"event": text, "relationship": verdicts[int(number)].capitalize(), "reason": "it's in the text"}
         for number, text in material["events"].items()
@@ -80,7 +80,7 @@ PARTIAL = {"one": "a red kite rises. no a dog barks twice. a unicorn sings", "tw
 def test_answers_in_the_official_form_are_parsed(name, tmp_path, capsys):
     (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()
-    expected, _ = evaluate(capsys, tmp_path / "a", name, PARTIAL, honest)
+    expected, _ = evaluate(capsys, tmp_path / "a", name, PARTIAL, honest_answer)
     found, requests = evaluate(capsys, tmp_path / "b", name, PARTIAL, in_official_form)
     assert found["metrics"] == expected["metrics"]
     assert (found["missing"], found["asked"]) == (0, expected["asked"])
@@ -111,7 +111,7 @@ def test_invalid_choices_are_missing_or_officially_wrong(given, tmp_path, capsys
     result, requests = evaluate(capsys, tmp_path, "daily-omni", CAPTIONS, lambda _: given, "--official")
     assert (result["metrics"]["accuracy"], result["missing"]) == (70, 3)
     assert result["judge"]["official"] == list(BENCHMARKS["daily-omni"].official.notes)
-    assert {json.loads(one["messages"][-1]["content"])["caption"] for one in requests} == {CAPTIONS["one"]}
+    assert {json.loads(request["messages"][-1]["content"])["caption"] for request in requests} == {CAPTIONS["one"]}
 
 
 UNITS = {  # two clips, of which the second has no valid answer; what counts, and what counts officially
@@ -166,8 +166,8 @@ def test_official_preprocessing_cuts_repetitions_and_lowers_case(tmp_path, capsy
         for more, wanted in (((), loop["one"]), (("--official",), shown)):
             folder = tmp_path / f"{name}{len(more)}"
             folder.mkdir()
-            _, requests = evaluate(capsys, folder, name, loop, honest, *more)
-            material = [json.loads(one["messages"][-1]["content"]) for one in requests]
+            _, requests = evaluate(capsys, folder, name, loop, honest_answer, *more)
+            material = [json.loads(request["messages"][-1]["content"]) for request in requests]
             captions = {one.get("caption") for one in material if "caption" in one}
             assert wanted in captions
 
@@ -195,14 +195,14 @@ def test_repetitions_are_cut_by_the_official_rule(text, expected):
 
 def test_dream_records_without_events_are_valid_and_count_as_published(tmp_path, capsys):
     """No event in the reference: recall 1; none in the caption: precision 1. Means over subsets, then the F1."""
-    lines = official("dream-1k")
+    lines = official_content("dream-1k")
     lines[2]["extra_info"] |= {"events": [], "n_events": 0}
     for line, subset in zip(lines, ("DREAM/a", "DREAM/a", "DREAM/b")):
         line["dataset"] = subset
     data = tmp_path / "dream.jsonl"
     data.write_text("".join(json.dumps(line) + "\n" for line in lines))
     captions = {"one": CAPTIONS["one"], "two": "a bell rings", "three": "She says nothing"}
-    result, requests = evaluate(capsys, tmp_path, "dream-1k", captions, honest, data=data)
+    result, requests = evaluate(capsys, tmp_path, "dream-1k", captions, honest_answer, data=data)
     # recall: a: (1 + 1/2) / 2, b: 1; precision: 1 everywhere
     recall = (0.75 + 1) / 2
     assert result["metrics"]["recall"] == pytest.approx(100 * recall)

@@ -158,7 +158,7 @@ def test_columns_show_the_weights_of_the_reward(run, opened):
 
 def test_matches_are_highlighted(run, opened):
     page = opened(run / "report.html")
-    known = {one["id"]: one for one in references(CLIPS)}
+    known = {reference["id"]: reference for reference in references(CLIPS)}
     spoken = next(name for name, one in known.items() if one["dialogues"])
     page.write("#find", spoken)
     page.choose("#step", "30")
@@ -191,7 +191,7 @@ def test_matches_are_highlighted(run, opened):
 def test_highlights_equal_the_matches_of_the_rewards(run):
     """R_D computed from the highlights equals that of the AVWorld checker."""
     page_data = json.loads((run / "report.html").read_text().split('id="data">')[1].split("</script>")[0])
-    known, kinds = {one["id"]: one for one in references(CLIPS)}, set()
+    known, kinds = {reference["id"]: reference for reference in references(CLIPS)}, set()
     for group in page_data["groups"]:
         clip = page_data["clips"][group["clip"]]
         for caption in group["captions"]:

@@ -104,11 +104,11 @@ def write_captions(path, texts):
 @pytest.fixture
 def truth(tmp_path):
     """Eight clips; empty captions, and captions that equal the truth except for the first four clips."""
-    records = [one | {"video": f"clips/{one['id']}.mp4"} for one in references(8)]
+    records = [reference | {"video": f"clips/{reference['id']}.mp4"} for reference in references(8)]
     path = tmp_path / "clips.jsonl"
-    path.write_text("".join(json.dumps(one) + "\n" for one in records))
-    none = write_captions(tmp_path / "none.jsonl", [(one["id"], "") for one in records])
-    half = [(one["id"], "" if number < 4 else one["caption"]) for number, one in enumerate(records)]
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    none = write_captions(tmp_path / "none.jsonl", [(record["id"], "") for record in records])
+    half = [(record["id"], "" if number < 4 else record["caption"]) for number, record in enumerate(records)]
     # The newest line counts.
     some = write_captions(tmp_path / "half.jsonl", [(name, "Nothing.") for name, _ in half] + half)
     return path, none, some

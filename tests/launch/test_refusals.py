@@ -20,7 +20,7 @@ GRPO = (
 )
 
 
-def instead(old, new, words=START):
+def replace_words(old, new, words=START):
     assert old in words
     return words.replace(old, new)
 
@@ -28,60 +28,84 @@ def instead(old, new, words=START):
 @pytest.mark.parametrize(
     ("words", "complaint"),
     [
-        (instead("gs://bucket/run", "'gs://buc ket/run'"), "--workdir 'gs://buc ket/run': not gs://BUCKET/RUN"),
-        (instead("gs://bucket/run", "'gs://bucket;x/run'"), "--workdir 'gs://bucket;x/run': not gs://BUCKET/RUN"),
-        (instead("gs://bucket/run", "gs://bucket"), "not gs://BUCKET/RUN"),
-        (instead("--workdir gs://bucket/run", ""), "sft: --workdir gs://BUCKET/RUN is required"),
-        (instead("gs://bucket/base", "'gs://b;/x'"), "--init 'gs://b;/x'"),
-        (instead("gs://bucket/base", "./runs/base"), "hosts share no disk; give gs://BUCKET/FOLDER"),
-        (instead("gs://bucket/base", "ORG/NAME"), "run `avocado convert from-hf ORG/NAME gs://BUCKET/FOLDER` first"),
+        (replace_words("gs://bucket/run", "'gs://buc ket/run'"), "--workdir 'gs://buc ket/run': not gs://BUCKET/RUN"),
+        (replace_words("gs://bucket/run", "'gs://bucket;x/run'"), "--workdir 'gs://bucket;x/run': not gs://BUCKET/RUN"),
+        (replace_words("gs://bucket/run", "gs://bucket"), "not gs://BUCKET/RUN"),
+        (replace_words("--workdir gs://bucket/run", ""), "sft: --workdir gs://BUCKET/RUN is required"),
+        (replace_words("gs://bucket/base", "'gs://b;/x'"), "--init 'gs://b;/x'"),
+        (replace_words("gs://bucket/base", "./runs/base"), "hosts share no disk; give gs://BUCKET/FOLDER"),
+        (
+            replace_words("gs://bucket/base", "ORG/NAME"),
+            "run `avocado convert from-hf ORG/NAME gs://BUCKET/FOLDER` first",
+        ),
         (f"{GRPO} ORG/NAME", "--rewards.judge_model 'ORG/NAME': hosts share no disk"),
         (f"{GRPO} judges/of/mine", "--rewards.judge_model 'judges/of/mine': hosts share no disk; give gs://"),
         (f"{START} --data.heldout runs/held", "--data.heldout 'runs/held'"),
-        (instead("my-project", "My_Project"), "--project 'My_Project'"),
-        (instead("us-east5-a", "us-east5"), "--zone 'us-east5'"),
-        (instead("run1", "'$(id)'"), "--name '$(id)'"),
-        (instead("4x4x4", "3x3x3"), "--topology 'v5p:3x3x3': not one of v5e: 2x4"),
-        (instead("--name", "--slices 0 --name"), "--slices 0: at least 1"),
+        (replace_words("my-project", "My_Project"), "--project 'My_Project'"),
+        (replace_words("us-east5-a", "us-east5"), "--zone 'us-east5'"),
+        (replace_words("run1", "'$(id)'"), "--name '$(id)'"),
+        (replace_words("4x4x4", "3x3x3"), "--topology 'v5p:3x3x3': not one of v5e: 2x4"),
+        (replace_words("--name", "--slices 0 --name"), "--slices 0: at least 1"),
         (f"{START} --mesh.slices 2", "follows from --slices"),
         (f"{START} --mesh.tensor 3", "is not 64 chips"),
         (f"{START} --accumulate 3", "128 rows are not divided by data x fsdp x accumulate = 192"),
         (f"{START} --accumulat 3", "did you mean accumulate?"),
-        (instead("configs/sft_7b.py", "configs/../x.py"), "not a file of configs/"),
-        (instead("sft_7b", "no_such"), "no such config file"),
-        (instead("sft_7b", "grpo_7b"), "a GrpoConfig; sft takes a SftConfig"),
-        (instead("v5p:4x4x4", "v5e:8x8").replace(" --accumulate 2", ""), "does not fit v5e:8x8: 30.1 of 15.75 GiB"),
+        (replace_words("configs/sft_7b.py", "configs/../x.py"), "not a file of configs/"),
+        (replace_words("sft_7b", "no_such"), "no such config file"),
+        (replace_words("sft_7b", "grpo_7b"), "a GrpoConfig; sft takes a SftConfig"),
+        (
+            replace_words("v5p:4x4x4", "v5e:8x8").replace(" --accumulate 2", ""),
+            "does not fit v5e:8x8: 30.1 of 15.75 GiB",
+        ),
         (f"{START} --remat dots", "has no plan of this: run `avocado plan configs/sft_7b.py"),
-        (instead("--name", "--slices 2 --name").replace("--accumulate 2", ""), "--mesh.slices 2` and add its result"),
-        (instead("--name", "--env NOT_SET --name"), "--env NOT_SET: not an environment variable that is set here"),
-        (instead("--name", "--env WANDB_API_KEY --name"), "--env WANDB_API_KEY: looks like a key; pass it as --secret"),
-        (instead("--name", "--secret 'A=b' --name"), "--secret 'A=b': not the name of an environment variable"),
-        (instead("--topology v5p:4x4x4", ""), "--topology SLICE is required, before sft"),
+        (
+            replace_words("--name", "--slices 2 --name").replace("--accumulate 2", ""),
+            "--mesh.slices 2` and add its result",
+        ),
+        (
+            replace_words("--name", "--env NOT_SET --name"),
+            "--env NOT_SET: not an environment variable that is set here",
+        ),
+        (
+            replace_words("--name", "--env WANDB_API_KEY --name"),
+            "--env WANDB_API_KEY: looks like a key; pass it as --secret",
+        ),
+        (replace_words("--name", "--secret 'A=b' --name"), "--secret 'A=b': not the name of an environment variable"),
+        (replace_words("--topology v5p:4x4x4", ""), "--topology SLICE is required, before sft"),
         (f"{START} --wandb 'two\nlines'", "a line break"),
         (
             f"{CAPTION} --workdir gs://bucket/run",
             "no argument '--workdir'; options of the launcher come before caption",
         ),
         (f"{CAPTION} --max-new-tokens many", "caption: argument --max-new-tokens: invalid int value"),
-        (instead("--name", "--slices 2 --name", CAPTION), "caption: takes one host"),
-        (instead("2x2", "4x4", CAPTION), "for more, start several jobs with --shard I/N"),
-        (instead("gs://bucket/captions", "captions", CAPTION), "out 'captions': the host's disk is temporary"),
+        (replace_words("--name", "--slices 2 --name", CAPTION), "caption: takes one host"),
+        (replace_words("2x2", "4x4", CAPTION), "for more, start several jobs with --shard I/N"),
+        (replace_words("gs://bucket/captions", "captions", CAPTION), "out 'captions': the host's disk is temporary"),
         (f"{HOST} caption gs://bucket/clips", "out '': the host's disk is temporary"),
         (f"{HOST} caption --out gs://bucket/captions", "caption: name clips to caption, or --manifest FILE"),
         (f"{CAPTION} --checkpoint runs/grpo/x", "caption: checkpoint 'runs/grpo/x': not on the host"),
         (f"{CAPTION} --manifest clips.jsonl", "caption: manifest 'clips.jsonl': not on the host"),
         (f"{CAPTION} --prompt-file prompts.txt", "caption: prompt_file 'prompts.txt': not on the host"),
-        (instead("gs://bucket/clips", "gs://bucket/clips ORG/clips", CAPTION), "inputs 'ORG/clips': not on the host"),
-        (instead("gs://bucket/shards", "", PREPARE), "prepare: the following arguments are required: OUT"),
-        (instead("gs://bucket/shards", "shards", PREPARE), "prepare: out 'shards': the host's disk is temporary"),
-        (instead("gs://bucket/c.jsonl", "c.jsonl", PREPARE), "prepare: source 'c.jsonl': not on the host"),
+        (
+            replace_words("gs://bucket/clips", "gs://bucket/clips ORG/clips", CAPTION),
+            "inputs 'ORG/clips': not on the host",
+        ),
+        (replace_words("gs://bucket/shards", "", PREPARE), "prepare: the following arguments are required: OUT"),
+        (replace_words("gs://bucket/shards", "shards", PREPARE), "prepare: out 'shards': the host's disk is temporary"),
+        (replace_words("gs://bucket/c.jsonl", "c.jsonl", PREPARE), "prepare: source 'c.jsonl': not on the host"),
         (f"{PREPARE} --media videos/", "prepare: media 'videos/': not on the host"),
         (f"{PREPARE} --tokenizer ./base", "prepare: tokenizer './base': not on the host"),
         (f"{HOST} evaluate world --data gs://bucket/clips.jsonl", "evaluate: out '': the host's disk is temporary"),
         (f"{EVALUATE} --limit 0.5", "evaluate: argument --limit: invalid int value"),
-        (instead("gs://bucket/daily.json", "daily.json", EVALUATE), "evaluate: data 'daily.json': not on the host"),
-        (instead("gs://bucket/videos", "videos", EVALUATE), "evaluate: videos 'videos': not on the host"),
-        (instead("--videos gs://bucket/videos", "", EVALUATE), "evaluate: --videos gs://BUCKET/FOLDER is required"),
+        (
+            replace_words("gs://bucket/daily.json", "daily.json", EVALUATE),
+            "evaluate: data 'daily.json': not on the host",
+        ),
+        (replace_words("gs://bucket/videos", "videos", EVALUATE), "evaluate: videos 'videos': not on the host"),
+        (
+            replace_words("--videos gs://bucket/videos", "", EVALUATE),
+            "evaluate: --videos gs://BUCKET/FOLDER is required",
+        ),
         (f"{EVALUATE} --judge-model judge", "evaluate: judge_model 'judge': not on the host"),
         (f"{EVALUATE} --prompts prompts/", "evaluate: prompts 'prompts/': not on the host"),
         (f"{EVALUATE} --prompt-file prompts.txt", "evaluate: prompt_file 'prompts.txt': not on the host"),
@@ -91,7 +115,7 @@ def instead(old, new, words=START):
     ],
 )
 def test_invalid_jobs_are_refused_in_one_line(launch, words, complaint):
-    refused(launch, "gcloud", words, complaint)
+    assert_refused(launch, "gcloud", words, complaint)
 
 
 @pytest.mark.parametrize(
@@ -108,10 +132,10 @@ def test_invalid_jobs_are_refused_in_one_line(launch, words, complaint):
     ],
 )
 def test_invalid_jobs_of_other_launchers_are_refused(launch, script, words, complaint):
-    refused(launch, script, words, complaint)
+    assert_refused(launch, script, words, complaint)
 
 
-def refused(launch, script, words, complaint):
+def assert_refused(launch, script, words, complaint):
     status, out, err = launch(script, words)
     assert (status, out) == (2, "")
     (line,) = [line for line in err.splitlines() if not line.startswith("planned: ")]

@@ -18,7 +18,7 @@ PROGRAMS = {
 }
 
 
-def rehearsed(stage, folder):
+def run_rehearsal(stage, folder):
     """Run the rehearsal, run the checks that both stages share, and return the findings."""
     done = subprocess.run([sys.executable, SCRIPT, stage, folder], stdout=subprocess.PIPE, text=True, check=True)
     found = json.loads(done.stdout)
@@ -41,7 +41,7 @@ def rehearsed(stage, folder):
     return found
 
 
-def same_curve(found):
+def assert_same_metrics(found):
     """Compare all metrics of all steps, including the held-out loss."""
     for one, other in zip(found["broken"], found["whole"], strict=True):
         assert one.keys() == other.keys()
@@ -51,8 +51,8 @@ def same_curve(found):
 
 @pytest.mark.slow
 def test_sft_resumes_with_two_of_four_hosts(tmp_path):
-    found = rehearsed("sft", tmp_path)
-    same_curve(found)
+    found = run_rehearsal("sft", tmp_path)
+    assert_same_metrics(found)
     assert found["broken"][-1]["heldout_loss"] == pytest.approx(found["whole"][-1]["heldout_loss"], rel=1e-4)
     steps = STEPS // EPOCHS
     clips = [line["clip_tokens"] for line in found["broken"]]
@@ -63,7 +63,7 @@ def test_sft_resumes_with_two_of_four_hosts(tmp_path):
 
 @pytest.mark.soak  # eight minutes
 def test_grpo_resumes_with_two_of_four_hosts(tmp_path):
-    found = rehearsed("grpo", tmp_path)
+    found = run_rehearsal("grpo", tmp_path)
     assert re.search(r"step \d", found["log"])
     ids = [[line["id"] for line in step if line["group"] == 0] for step in found["rollouts"]]
     steps = STEPS // EPOCHS

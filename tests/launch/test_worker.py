@@ -34,7 +34,7 @@ def worker(tmp_path):
     return started
 
 
-def finished(process):
+def wait_for_end(process):
     """Exit status, stdout, stderr."""
     out, err = process.communicate(timeout=120)
     return process.returncode, out, err
@@ -42,7 +42,7 @@ def finished(process):
 
 @pytest.mark.parametrize("status", [0, 2, 3, 75])
 def test_statuses_are_passed_on(worker, tmp_path, status):
-    ended, out, err = finished(worker(f'printf "%s\\n" "$@"; exit {status}'))
+    ended, out, err = wait_for_end(worker(f'printf "%s\\n" "$@"; exit {status}'))
     words = ["sft", "configs/x.py", "--workdir", str(tmp_path / "a run"), "--process", "0"]
     assert out.splitlines() == words  # arguments are not split
     assert (ended, err) == (status, "")
@@ -50,7 +50,7 @@ def test_statuses_are_passed_on(worker, tmp_path, status):
 
 def test_lost_host_exits_with_75(worker):
     """jax ends a process by SIGABRT when another is lost."""
-    status, _, err = finished(worker("ulimit -c 0; kill -ABRT $$", launch=""))
+    status, _, err = wait_for_end(worker("ulimit -c 0; kill -ABRT $$", launch=""))
     assert status == 75
     assert "a host of this job was lost" in err
 
@@ -60,7 +60,7 @@ def test_sigterm_reaches_the_command(worker):
     process = worker("trap 'echo saving; exit 75' TERM; echo ready; while :; do read -rt 1 <> <(:); done")
     assert process.stdout.readline() == "ready\n"
     process.send_signal(signal.SIGTERM)
-    assert finished(process)[:2] == (75, "saving\n")
+    assert wait_for_end(process)[:2] == (75, "saving\n")
 
 
 def test_sigterm_during_the_start_of_the_command(monkeypatch):
@@ -81,7 +81,7 @@ def test_sigterm_during_the_start_of_the_command(monkeypatch):
 
 
 def test_environment_of_a_host(worker):
-    _, out, _ = finished(worker("env", more=("--mesh.slices", "2")))
+    _, out, _ = wait_for_end(worker("env", more=("--mesh.slices", "2")))
     env = dict(line.split("=", 1) for line in out.splitlines() if "=" in line)
     assert env["JAX_COORDINATOR_PORT"] == "8476"
     assert env["GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT"] == "false"
@@ -90,7 +90,9 @@ def test_environment_of_a_host(worker):
         "--xla_tpu_enable_data_parallel_all_reduce_opt=true",
         "--xla_tpu_data_parallel_opt_different_sized_ops=true",
     ]
-    _, out, _ = finished(worker("env", JAX_COMPILATION_CACHE_DIR="gs://bucket/compiled", more=("--mesh.slices", "1")))
+    _, out, _ = wait_for_end(
+        worker("env", JAX_COMPILATION_CACHE_DIR="gs://bucket/compiled", more=("--mesh.slices", "1"))
+    )
     assert "JAX_COMPILATION_CACHE_DIR=gs://bucket/compiled" in out.splitlines()
     assert "LIBTPU_INIT_ARGS" not in out
 
@@ -123,13 +125,13 @@ def test_internal_error_of_one_host_ends_the_job_with_3(worker, tmp_path, failin
     (tmp_path / "peers.py").write_text(program)
     script = f'ulimit -c 0; exec {sys.executable} {tmp_path}/peers.py "${{@: -1}}"'
     peers = [worker(script, host=str(host), PYTHONPATH=str(ROOT)) for host in range(2)]
-    ends = [finished(peer) for peer in peers]
+    ends = [wait_for_end(peer) for peer in peers]
     assert [status for status, _, _ in ends] == [3, 3], ends
     assert ends[failing][2].splitlines()[-1] == "avocado sft: KeyError: 'a bug'"
     assert f"host {socket.gethostname()} ended with status 3" in ends[1 - failing][2]
     # A host that is restarted in this launch exits at once; a later launch ignores the record.
-    assert finished(worker("exit 0"))[0] == 3
-    assert finished(worker("exit 0", launch="second"))[0] == 0
+    assert wait_for_end(worker("exit 0"))[0] == 3
+    assert wait_for_end(worker("exit 0", launch="second"))[0] == 0
 
 
 def test_waiting_hosts_exit_with_the_status_of_the_failed_host(tmp_path, monkeypatch):
@@ -169,11 +171,11 @@ def test_50_starts_without_a_new_step_exit_with_3(worker, tmp_path):
     run = tmp_path / "a run"
     for start in range(1, 50):
         assert supervisor.count_start(str(run), "first", "0-0") == start
-    assert finished(worker("exit 75"))[0] == 75  # the 50th
-    status, _, err = finished(worker("exit 75"))
+    assert wait_for_end(worker("exit 75"))[0] == 75  # the 50th
+    status, _, err = wait_for_end(worker("exit 75"))
     assert (status, err) == (3, f"launch: {run}: 50 starts without a newly finished step; their logs have the reason\n")
-    assert finished(worker("exit 75", host="1"))[0] == 3  # the other hosts too
-    assert finished(worker("exit 75", launch="second"))[0] == 75  # the user has started it again
+    assert wait_for_end(worker("exit 75", host="1"))[0] == 3  # the other hosts too
+    assert wait_for_end(worker("exit 75", launch="second"))[0] == 75  # the user has started it again
 
 
 def test_newly_finished_step_resets_the_count(tmp_path):

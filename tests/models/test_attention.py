@@ -24,14 +24,14 @@ from avocado_jax.train.sft import model_of
 ROWS, QUERIES, KEYS, HEADS, KV_HEADS, WIDTH = 2, 50, 70, 4, 2, 8
 
 
-def draws(seed=0, queries=QUERIES):
+def random_qkv(seed=0, queries=QUERIES):
     """q [B Q H E], k and v [B K S E]."""
     keys = jax.random.split(jax.random.key(seed), 3)
     shapes = (ROWS, queries, HEADS, WIDTH), *[(ROWS, KV_HEADS, KEYS, WIDTH)] * 2
     return [jax.random.normal(key, shape) for key, shape in zip(keys, shapes)]
 
 
-def plain(q, k, v, valid=None, causal=False):
+def reference_attention(q, k, v, valid=None, causal=False):
     """The formula, head by head."""
     k, v = (jnp.repeat(part, HEADS // KV_HEADS, axis=1) for part in (k, v))
     scores = jnp.einsum("bqhe,bhse->bqhs", q, k) / WIDTH**0.5
@@ -56,24 +56,26 @@ def plain(q, k, v, valid=None, causal=False):
 @pytest.mark.parametrize("score_bytes", [1, 2**28])  # in chunks of 16 queries, or at once
 def test_plain_attention_equals_the_formula(monkeypatch, causal, masked, score_bytes):
     monkeypatch.setattr(attention, "SCORE_BYTES", score_bytes)
-    q, k, v = draws()
+    q, k, v = random_qkv()
     valid = jnp.arange(KEYS)[None] < jnp.array([[KEYS - 9], [33]]) if masked else None
-    for ours, theirs in zip(attend(q, k, v, valid, causal), plain(q, k, v, valid, causal)):
+    for ours, theirs in zip(attend(q, k, v, valid, causal), reference_attention(q, k, v, valid, causal)):
         np.testing.assert_allclose(ours, theirs, atol=2e-6)
 
     def loss(run):
         return lambda *qkv: sum(jnp.sum(jnp.sin(part)) for part in run(*qkv, valid, causal))
 
-    for ours, theirs in zip(*(jax.grad(loss(run), argnums=(0, 1, 2))(q, k, v) for run in (attend, plain))):
+    for ours, theirs in zip(
+        *(jax.grad(loss(run), argnums=(0, 1, 2))(q, k, v) for run in (attend, reference_attention))
+    ):
         np.testing.assert_allclose(ours, theirs, atol=2e-5)
 
 
 def test_parts_merge_into_one_softmax():
-    q, k, v = draws()
+    q, k, v = random_qkv()
     parts = [attend(q, k[:, :, part], v[:, :, part]) for part in (slice(0, 31), slice(31, 32), slice(32, None))]
     nothing = attend(q, k, v, jnp.zeros((ROWS, KEYS), bool))  # has zero weight and is finite
     assert np.isfinite(nothing[0]).all()
-    np.testing.assert_allclose(merge([*parts, nothing]), plain(q, k, v)[0], atol=2e-6)
+    np.testing.assert_allclose(merge([*parts, nothing]), reference_attention(q, k, v)[0], atol=2e-6)
 
 
 GROUP, CAPTION = 3, 23

@@ -47,7 +47,7 @@ def reference(tmp_path_factory):
     return load_reference(folder), load_params(checkpoint, "float32")
 
 
-def close(ours, theirs, tolerance):
+def assert_close(ours, theirs, tolerance):
     """Assert that the largest difference, relative to the largest value, is within the tolerance."""
     ours, theirs = np.asarray(ours), np.asarray(theirs.detach() if hasattr(theirs, "detach") else theirs)
     assert ours.shape == theirs.shape
@@ -99,10 +99,10 @@ def test_vision_tower_and_layers(reference):
         full = number in CONFIG.vision.full_layers
         layer = {"params": params["vision"][f"layers_{number}"]}
         ours, _ = VisionLayer(**sizes(CONFIG.vision)).apply(layer, jnp.asarray(x), full, rope, jnp.asarray(valid))
-        close(np.asarray(ours)[valid], record["output"], 1e-5)
+        assert_close(np.asarray(ours)[valid], record["output"], 1e-5)
     ours = VisionTower(CONFIG).apply({"params": params["vision"]}, clip.patches[0], grid, jnp.asarray(valid))
     ours, media_index = np.asarray(ours).reshape(-1, CONFIG.text.width), np.asarray(clip.media[0])
-    close(
+    assert_close(
         ours[media_index[(media_index >= 0) & (media_index < len(ours))]], out, 1e-5
     )  # raster order, as in the prompt
 
@@ -123,9 +123,9 @@ def test_audio_tower_and_layers(reference, samples):
         x[valid] = record["input"]
         layer = {"params": params["audio"][f"layers_{number}"]}
         ours, _ = AudioLayer(**sizes(CONFIG.audio)).apply(layer, jnp.asarray(x), None, jnp.asarray(valid))
-        close(np.asarray(ours)[valid], record["output"], 1e-5)
+        assert_close(np.asarray(ours)[valid], record["output"], 1e-5)
     ours = AudioTower(CONFIG).apply({"params": params["audio"]}, jnp.asarray(clip.mel), jnp.asarray(clip.mel_length))
-    close(np.asarray(ours).reshape(-1, CONFIG.text.width)[: len(out)], out, 1e-5)
+    assert_close(np.asarray(ours).reshape(-1, CONFIG.text.width)[: len(out)], out, 1e-5)
 
 
 def test_text_layers(reference):
@@ -142,7 +142,7 @@ def test_text_layers(reference):
         x = jnp.asarray(record["input"].numpy())
         layer = {"params": params["text"][f"layers_{number}"]}
         ours, _ = TextLayer(text, kernel=CONFIG.kernel, **CONFIG.dtypes).apply(layer, x, None, rope, None, None)
-        close(ours, record["output"], 1e-5)
+        assert_close(ours, record["output"], 1e-5)
 
 
 @pytest.mark.parametrize("name", BATCHES)
@@ -186,7 +186,7 @@ def test_logits_positions_and_greedy_tokens(reference, name):
 
     # The same logits from all tokens of the caption in one pass.
     given = np.concatenate([np.asarray(clip.first)[:, None], produced[:, :-1]], axis=1)[:, None]
-    close(caption_logits(params, clip, jnp.asarray(given))[:, 0], logits, 1e-4)
+    assert_close(caption_logits(params, clip, jnp.asarray(given))[:, 0], logits, 1e-4)
     logprobs = torch.log_softmax(torch.tensor(logits), -1).numpy()
     drawn = np.take_along_axis(logprobs, produced[..., None], axis=-1)[..., 0]
     for i, count in enumerate(np.asarray(ours.lengths)[:, 0]):
@@ -258,7 +258,7 @@ def test_group_of_captions_equals_separate_rows(reference, gradients):
     rows = jax.tree.map(lambda leaf: leaf.reshape(9, 1, *leaf.shape[2:]), captions)
     if not gradients:  # tests/train/test_grpo.py compares gradients too
         grouped = caption_logits(params, clip, captions.inputs)
-        close(caption_logits(params, repeated, rows.inputs).reshape(grouped.shape), grouped, 1e-5)
+        assert_close(caption_logits(params, repeated, rows.inputs).reshape(grouped.shape), grouped, 1e-5)
         return
     step = jax.jit(jax.value_and_grad(partial(loss_of, CONFIG)))
     grouped, separate = step(params, clip, captions), step(params, repeated, rows)

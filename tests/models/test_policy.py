@@ -30,7 +30,7 @@ def equations(jaxpr):
                 yield from equations(inner)
 
 
-def traced(config):
+def trace_forward(config):
     """The jaxpr of a forward pass."""
     clip, captions = example(config)
     params = jax.eval_shape(partial(init, config), jax.random.key(0))
@@ -49,7 +49,7 @@ clip_zeros = zeros
 @pytest.mark.parametrize("scan", [True, False])
 def test_reductions_are_fp32_and_products_bf16(scan):
     """Under bfloat16: norms, softmaxes and angles in fp32; products of weights in bfloat16."""
-    jaxpr = traced(computed(TINY, "bfloat16", scan))
+    jaxpr = trace_forward(computed(TINY, "bfloat16", scan))
     by_primitive = {}
     for equation in equations(jaxpr.jaxpr):
         name = equation.primitive.name
@@ -86,7 +86,9 @@ def test_bf16_is_near_fp32():
 @pytest.mark.parametrize("remat", REMAT)
 @pytest.mark.parametrize("scan", [True, False])
 def test_remat_policy_of_the_config_is_applied(scan, remat):
-    names = {equation.primitive.name for equation in equations(traced(computed(TINY, "float32", scan, remat)).jaxpr)}
+    names = {
+        equation.primitive.name for equation in equations(trace_forward(computed(TINY, "float32", scan, remat)).jaxpr)
+    }
     assert ("remat2" in names or "checkpoint" in names or "remat" in names) == (remat != "none")
     assert "scan" in names  # one layer is compiled for each stack in both layouts
 

@@ -10,7 +10,7 @@ import pytest
 from device_order import process_order
 from jax._src import sharding_impls
 from jax.sharding import Mesh
-from processes import several
+from processes import run_connected
 from train_runs import CONFIG, write_checkpoint
 
 from avocado_jax.config import GrpoConfig, load
@@ -33,7 +33,7 @@ def planned_configs():
         yield plan["topology"], load(str(ROOT / plan["config"]), plan["fields"])
 
 
-class OfProcess:
+class ShardingOfProcess:
     """A sharding from the view of one process: the attributes that jax reads to place process-local data."""
 
     is_fully_addressable = False
@@ -45,16 +45,16 @@ class OfProcess:
         self.devices_indices_map, self.shard_shape = sharding.devices_indices_map, sharding.shard_shape
 
     def addressable_devices_indices_map(self, shape):
-        return {one: self.devices_indices_map(shape)[one] for one in self.addressable_devices}
+        return {device: self.devices_indices_map(shape)[device] for device in self.addressable_devices}
 
 
-def check(mesh, batch):
+def assert_rows_of_processes(mesh, batch):
     """Each process has the rows of its devices, as many as jax expects; together they have all rows."""
     sharding, holders = rows_sharding(mesh), Counter()
     processes = {device.process_index for device in mesh.devices.flat}
     for process in processes:
         rows = process_rows(mesh, batch, process)
-        mine = OfProcess(sharding, process)
+        mine = ShardingOfProcess(sharding, process)
         shards = [index[0] for index in mine.addressable_devices_indices_map((batch,)).values()]
         assert rows == sorted({row for shard in shards for row in range(batch)[shard]})
         assert len(rows) == sharding_impls.num_addressable_indices(mine, 0, (batch,))
@@ -76,7 +76,7 @@ def test_rows_of_every_config_on_a_slice(topology):
         sizes, rows = config.mesh, config.batch * (config.split if isinstance(config, GrpoConfig) else 1)
         if rows % (len(devices) // sizes.tensor):
             continue
-        check(make_mesh(sizes.data, sizes.fsdp, sizes.tensor, sizes.slices, devices), rows)
+        assert_rows_of_processes(make_mesh(sizes.data, sizes.fsdp, sizes.tensor, sizes.slices, devices), rows)
         checked.append(planned_for)
     assert checked
     assert checked.count(topology) == sum(planned_for == topology for planned_for, _ in planned_configs())
@@ -84,7 +84,7 @@ def test_rows_of_every_config_on_a_slice(topology):
 
 def test_rows_of_several_slices():
     devices = devices_of("v5e:4x4", 2)
-    check(make_mesh(1, -1, 2, 2, devices), 32)
+    assert_rows_of_processes(make_mesh(1, -1, 2, 2, devices), 32)
     assert len({device.process_index for device in devices}) == 8
 
 
@@ -102,7 +102,7 @@ def test_rows_that_no_process_can_load_are_refused():
     devices = np.array(devices_of("v5p:2x2x2"))
 
     def mesh(order):
-        of = [[one for one in devices if one.process_index == process] for process in range(2)]
+        of = [[device for device in devices if device.process_index == process] for process in range(2)]
         return Mesh(np.array([of[process].pop() for process in order]).reshape(1, 4, -1), AXES)
 
     with pytest.raises(InputError, match="processes 1 and 0 share some of their rows but not all"):
@@ -133,7 +133,7 @@ def test_two_processes_load_rows_of_any_pattern():
     sizes = [(1, 8, 1), (2, 4, 1), (1, 4, 2), (1, 2, 4), (1, 1, 8)]
     cases = [(process_order("v5p:2x2x2", *size), size) for size in sizes]
     cases += [([0, 1] * 4, (1, 4, 2)), ([0, 1, 1, 0, 0, 1, 1, 0], (1, 8, 1)), ([1] * 4 + [0] * 4, (1, 8, 1))]
-    one, other = map(printed, several(PLACED, 2, 4, json.dumps(cases), timeout=300, optimization=0))
+    one, other = map(printed_json, run_connected(PLACED, 2, 4, json.dumps(cases), timeout=300, optimization=0))
     for case, mine, theirs in zip(cases, one, other, strict=True):
         assert mine["placed"] == theirs["placed"] == list(range(16)), case
         assert sorted({*mine["rows"], *theirs["rows"]}) == list(range(16)), case
@@ -142,7 +142,7 @@ def test_two_processes_load_rows_of_any_pattern():
     assert one[7]["rows"] == list(range(8, 16))
 
 
-def printed(output):
+def printed_json(output):
     """JSON objects that a program has printed. (gloo also prints lines.)"""
     return [json.loads(line) for line in output.splitlines() if line.startswith("{")]
 
@@ -175,7 +175,7 @@ def test_interleaved_devices_give_the_same_loss_curve(tmp_path):
     write_checkpoint(tmp_path / "init")
     (tmp_path / "small.py").write_text(CONFIG.format(init=str(tmp_path / "init")))
     arguments = tmp_path / "small.py", tmp_path, json.dumps(order)
-    found = list(map(printed, several(TRAINED, 2, 2, *arguments, timeout=600, optimization=0)))
+    found = list(map(printed_json, run_connected(TRAINED, 2, 2, *arguments, timeout=600, optimization=0)))
     for contiguous, interleaved in found:
         assert contiguous["status"] == interleaved["status"] == 0
         # the same captions at the same rows, whichever process loads them
@@ -187,12 +187,12 @@ def test_interleaved_devices_give_the_same_loss_curve(tmp_path):
     a, b, c, d = (name for one, _ in found for name in one["ids 1"])
     assert [one["ids 1"] for _, one in found] == [[a, c], [b, d]]
     assert [one["ids 2"] for _, one in found] == [[a, a, c, c], [b, b, d, d]]
-    one, other = (curve(tmp_path / name / "metrics.jsonl") for name in ("contiguous", "interleaved"))
+    one, other = (loss_curve(tmp_path / name / "metrics.jsonl") for name in ("contiguous", "interleaved"))
     assert len(one) == 2
     for expected, line in zip(one, other, strict=True):
         assert line == pytest.approx(expected, rel=1e-4, abs=1e-6)
 
 
-def curve(path):
+def loss_curve(path):
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     return [{name: value for name, value in line.items() if name != "perf"} for line in lines]

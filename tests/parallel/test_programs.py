@@ -14,7 +14,7 @@ from avocado_jax.train import run
 
 
 @pytest.fixture
-def few_maps(tmp_path, monkeypatch):
+def limited_maps(tmp_path, monkeypatch):
     """Set the limit so that programs are dropped after 300 more maps. Returns the number of maps at which they are."""
     limit = programs.memory_maps() + 300
     (tmp_path / "limit").write_text(str(2 * limit))
@@ -27,7 +27,7 @@ def few_maps(tmp_path, monkeypatch):
     programs.bound_compiled_programs.cache_clear()
 
 
-def test_maps_stay_bounded_and_results_right(few_maps):
+def test_maps_stay_bounded_and_results_right(limited_maps):
     inner = jax.jit(lambda x, k: jnp.sum(jnp.sin(x @ x)) + k, static_argnums=1)
     outer = jax.jit(lambda x: inner(x, 1) + inner(x, 2))
     programs.bound_compiled_programs()
@@ -45,7 +45,7 @@ def test_maps_stay_bounded_and_results_right(few_maps):
     for thread in threads:
         thread.join()
     assert results == [True] * 80
-    assert max(peaks) < few_maps + 100  # unbounded: about 500 more (two programs of three maps for each size)
+    assert max(peaks) < limited_maps + 100  # unbounded: about 500 more (two programs of three maps for each size)
 
 
 def test_training_and_captioning_bound_their_programs(monkeypatch):

@@ -105,7 +105,7 @@ def test_ctrl_c_ends_the_compiler(monkeypatch):
     assert statuses == [130]
 
 
-def of_slice(*args):
+def plan_on_slice(*args):
     """Exit status and JSON of a plan for a TPU slice, made in a new process."""
     done = subprocess.run(
         [sys.executable, "-m", "avocado_jax", "plan", *args, "--json"],
@@ -137,7 +137,7 @@ def check_slice(step):
 @pytest.mark.slow
 def test_plan_of_a_small_step_on_a_tpu_slice():
     """Four hosts, splash attention, heads and rows sharded."""
-    status, plan = of_slice(*TINY, "--topology", "v5e:4x4", "--mesh.tensor", "2", "--dtype", "bfloat16")
+    status, plan = plan_on_slice(*TINY, "--topology", "v5e:4x4", "--mesh.tensor", "2", "--dtype", "bfloat16")
     assert (status, plan["fits"]) == (0, True)
     (step,) = plan["steps"]
     assert step["hbm_limit_bytes"] == 16 * 2**30
@@ -150,7 +150,7 @@ def test_plan_of_a_small_step_on_a_tpu_slice():
 @pytest.mark.slow
 def test_plan_of_every_grpo_phase_on_a_tpu_slice():
     """With splash attention, sharded heads and rows, and two rows per group, as in configs/grpo_7b.py."""
-    status, plan = of_slice(*GRPO, "--topology", "v5e:2x2", "--mesh.tensor", "2", "--split", "2", "--group", "4")
+    status, plan = plan_on_slice(*GRPO, "--topology", "v5e:2x2", "--mesh.tensor", "2", "--split", "2", "--group", "4")
     assert (status, plan["fits"]) == (0, True)
     assert [step["name"] for step in plan["steps"]] == ["encode", "view", "rollout", "score", "update"]
     for step in plan["steps"]:
@@ -163,7 +163,7 @@ def test_plan_of_every_grpo_phase_on_a_tpu_slice():
 
 @pytest.mark.soak  # compiles for ten minutes
 def test_step_of_the_paper_fits_a_slice():
-    status, plan = of_slice("configs/sft_7b.py", "--topology", "v5p:4x4x4", "--accumulate", "2")
+    status, plan = plan_on_slice("configs/sft_7b.py", "--topology", "v5p:4x4x4", "--accumulate", "2")
     assert (status, plan["fits"]) == (0, True)
     check_slice(plan["steps"][0])
 
@@ -171,7 +171,7 @@ def test_step_of_the_paper_fits_a_slice():
 @pytest.mark.slow
 def test_step_of_the_paper_does_not_fit_small_chips_by_default():
     """The compiler refuses it before code generation."""
-    status, plan = of_slice("configs/sft_7b.py", "--topology", "v5e:8x8")
+    status, plan = plan_on_slice("configs/sft_7b.py", "--topology", "v5e:8x8")
     (step,) = plan["steps"]
     assert (status, plan["fits"]) == (1, False)
     assert step["collective_bytes"] is None

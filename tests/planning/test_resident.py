@@ -20,7 +20,7 @@ FIELDS = ["--nominal.model", "tiny", "--nominal.clip", "256,2,1,1", "--sampling.
 SMALL = 4096  # bytes of a device for a batch: advantages, rewards, banned ids
 
 
-def plan_of(*fields):
+def make_plan(*fields):
     config = load("configs/grpo_7b.py", [*FIELDS, *fields])
     model, (bucket,) = model_and_buckets(config)
     return program_of(config, model, bucket, jax.devices())
@@ -28,10 +28,10 @@ def plan_of(*fields):
 
 @pytest.fixture(scope="module")
 def plan():
-    return plan_of()
+    return make_plan()
 
 
-def made(shapes):
+def allocate(shapes):
     """Arrays of these shapes and shardings."""
     return jax.tree.map(lambda leaf: jax.device_put(np.zeros(leaf.shape, leaf.dtype), leaf.sharding), shapes)
 
@@ -45,7 +45,7 @@ def test_resident_arrays_of_other_phases_count(plan):
 
 def test_slots_of_held_out_clips_fit_beside_a_step(plan):
     """The caches of 64 clips, sharded over the devices that divide the rows of a step."""
-    held_out = plan_of("--data.heldout", "heldout", "--eval_tokens", "8")
+    held_out = make_plan("--data.heldout", "heldout", "--eval_tokens", "8")
     phases, before = ({phase.name: phase for phase in one.phases} for one in (held_out, plan))
     assert phases["encode"].alive.keys() - before["encode"].alive.keys() >= {"slots", "view"}
     text, shards = held_out.model.text, len(jax.devices()) // held_out.mesh.shape["tensor"]
@@ -59,7 +59,7 @@ def test_slots_of_held_out_clips_fit_beside_a_step(plan):
 def test_memory_of_a_step_equals_its_plan(steps, spares, tmp_path, capsys):
     """The step of a run with fake phases, which allocate the real results and measure the live arrays."""
     together, fields = steps + spares, ["--rollout_batches", str(steps), "--oversample", str(8 * spares)]
-    plan = plan_of(*fields, "--objective.importance_cap", "2")
+    plan = make_plan(*fields, "--objective.importance_cap", "2")
     phases = {phase.name: phase for phase in plan.phases}
     runs = {"encode": together / steps, "view": 1 / steps, "rollout": 1 / steps}
     assert {name: runs_per_step(plan, phase) for name, phase in phases.items()} == dict.fromkeys(phases, 1.0) | runs
@@ -80,10 +80,10 @@ def test_memory_of_a_step_equals_its_plan(steps, spares, tmp_path, capsys):
         state=None,
         reference=None,
         begin=None,
-        encode=phase("encode", lambda *_: made(alive["encoded"][0])),
-        view=phase("view", lambda *_: made(alive["view"])),
-        roll_out=phase("rollout", lambda *_: tuple(made(rollout) for _ in range(together))),
-        score=phase("score", lambda *_: made(scored)),
+        encode=phase("encode", lambda *_: allocate(alive["encoded"][0])),
+        view=phase("view", lambda *_: allocate(alive["view"])),
+        roll_out=phase("rollout", lambda *_: tuple(allocate(rollout) for _ in range(together))),
+        score=phase("score", lambda *_: allocate(scored)),
         update=phase("update", lambda state, experience: (state, {"sampler_gap": np.float32(0.3)})),
     )
     rewards = SimpleNamespace(
@@ -92,16 +92,16 @@ def test_memory_of_a_step_equals_its_plan(steps, spares, tmp_path, capsys):
         combine=lambda terms, _: (terms["length"], {}),
         check=lambda judged: None,
     )
-    *batches, waiting = (made(batch) for batch in alive["inputs"])
+    *batches, waiting = (allocate(batch) for batch in alive["inputs"])
     empty = Batch(**dict.fromkeys(Batch._fields))._replace(records=(), following=(), spares=())
     named = [
         empty._replace(step=step, **dict(zip(("clip", "captions", "weight", "truncated"), one)))
         for step, one in enumerate(batches)
     ]
     del batches
-    state, reference = made(phases["update"].args[0]), made(alive["reference"])
+    state, reference = allocate(phases["update"].args[0]), allocate(alive["reference"])
     if steps > 1:
-        state = state._replace(rollouts=tuple(made(rollout) for _ in range(together)))
+        state = state._replace(rollouts=tuple(allocate(rollout) for _ in range(together)))
     batch = named[0]._replace(following=tuple(named[1:steps]), spares=tuple(named[steps:]))
     del named
     with jax.set_mesh(plan.mesh):

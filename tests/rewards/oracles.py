@@ -38,7 +38,9 @@ def dialogue(stated: list[Line], truth: list[Line], threshold: float = 0.6) -> t
                 content, speakers = best[i - 1][j - 1]
                 options.append((content + alike, speakers + (line.speaker == other.speaker)))
             most = max(content for content, _ in options)
-            best[i][j] = max((one for one in options if one[0] >= most - 1e-6), key=lambda one: (one[1], one[0]))
+            best[i][j] = max(
+                (option for option in options if option[0] >= most - 1e-6), key=lambda one: (one[1], one[0])
+            )
     content, speakers = best[-1][-1]
     score = (content + speakers) / 2
     recall, precision = score / len(truth), score / len(stated)

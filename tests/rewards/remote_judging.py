@@ -16,14 +16,14 @@ UNKNOWN = np.full_like(TRUTH, np.nan)
 
 
 @pytest.fixture
-def quick(monkeypatch):
+def short_pauses(monkeypatch):
     """Pauses of a tenth of a second, and no API key of the environment."""
     monkeypatch.setattr(module, "FIRST_PAUSE", 0.05)
     monkeypatch.setattr(module, "LAST_PAUSE", 0.2)
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
 
 
-def judged(url, captions=CAPTIONS, keypoints=KEYPOINTS, **fields):
+def judge_batch(url, captions=CAPTIONS, keypoints=KEYPOINTS, **fields):
     """Scores of a batch, its counts and its time in seconds."""
     with RemoteJudge(Endpoint(url, "judge-1", **{"patience": 20.0, "timeout": 5.0, **fields})) as judge:
         start = time.monotonic()

@@ -44,7 +44,7 @@ class World:
     def of(self, captions, tokens=None):
         """All terms of one caption per clip."""
         read = text.read_texts(self.table, captions, WORLD)
-        tokens = np.array([len(vocabulary.words_of(one)) if tokens is None else tokens for one in captions])
+        tokens = np.array([len(vocabulary.words_of(caption)) if tokens is None else tokens for caption in captions])
         return {name: np.asarray(term) for name, term in self.score(self.table, read, tokens, self.references).items()}
 
 
@@ -57,7 +57,7 @@ def total(terms):
     return terms["checklist"] + terms["dialogue"] + terms["length"] + terms["repetition"]
 
 
-def swapped(caption, pairs):
+def swap_words(caption, pairs):
     """The caption with the words of each pair swapped."""
     other = dict(pairs) | {b: a for a, b in pairs}
     return re.sub(rf"\b({'|'.join(other)})\b", lambda found: other[found[0]], caption)
@@ -73,26 +73,26 @@ def keywords(clip):
     return " ".join(shuffled(word for word in vocabulary.words_of(clip["caption"]) if len(word) > 3))
 
 
-def pasted(clip):
+def pasted_keypoints(clip):
     return " ".join(shuffled(point["text"] for point in clip["keypoints"]))
 
 
-def repeated(clip):
+def repeated_lines(clip):
     return re.sub(r'"[^"]*"', lambda found: " ".join([found[0]] * 3), clip["caption"])
 
 
 def one_speaker(clip):
     first = clip["dialogues"][0]["speaker"]
-    return respoken(clip, [first] * len(clip["dialogues"]))
+    return replace_speakers(clip, [first] * len(clip["dialogues"]))
 
 
 def other_speakers(clip):
     who = [line["speaker"] for line in clip["dialogues"]]
     names = list(dict.fromkeys(who))
-    return respoken(clip, [names[(names.index(one) + 1) % len(names)] for one in who])
+    return replace_speakers(clip, [names[(names.index(one) + 1) % len(names)] for one in who])
 
 
-def respoken(clip, speakers):
+def replace_speakers(clip, speakers):
     """The caption with other speakers before its lines."""
     caption = clip["caption"]
     for line, speaker in zip(clip["dialogues"], speakers):
@@ -109,24 +109,24 @@ def respoken(clip, speakers):
 
 def all_speakers(clip):
     names = " and ".join(dict.fromkeys(line["speaker"] for line in clip["dialogues"]))
-    return respoken(clip, [names] * len(clip["dialogues"]))
+    return replace_speakers(clip, [names] * len(clip["dialogues"]))
 
 
-def somebody(clip):
-    return respoken(clip, ["the shape"] * len(clip["dialogues"]))
+def generic_speaker(clip):
+    return replace_speakers(clip, ["the shape"] * len(clip["dialogues"]))
 
 
-def alternatives(caption):
+def with_alternatives(caption):
     other = dict(COLOURS + SIDES) | {b: a for a, b in COLOURS + SIDES}
     return re.sub(rf"\b({'|'.join(other)})\b", lambda found: f"{found[0]} or {other[found[0]]}", caption)
 
 
-def several(caption):
+def with_alternatives_listed(caption):
     other = dict(COLOURS) | {b: a for a, b in COLOURS}
     return re.sub(rf"\b({'|'.join(other)})\b", lambda found: f"{other[found[0]]}, white or {found[0]}", caption)
 
 
-def denied(caption):
+def with_denials(caption):
     return re.sub(
         r"(^|[.!?] )([A-Z])(?=[a-z ])", lambda found: f"{found[1]}It is false that {found[2].lower()}", caption
     )
@@ -141,18 +141,18 @@ def shuffled_quotes(clip):
 BOTH, CONTENT, SPEECH = ("checklist", "dialogue"), ("checklist",), ("dialogue",)
 TRICKS = {
     "bag of keywords": (keywords, BOTH),
-    "keypoints pasted in random order": (pasted, CONTENT),
-    "every line of dialogue three times": (repeated, SPEECH),
+    "keypoints pasted in random order": (pasted_keypoints, CONTENT),
+    "every line of dialogue three times": (repeated_lines, SPEECH),
     "all quotes by one speaker": (one_speaker, SPEECH),
     "speakers swapped": (other_speakers, SPEECH),
     "all speakers in each attribution": (all_speakers, SPEECH),
-    "nobody in particular speaks": (somebody, SPEECH),
-    "one or the other": (lambda clip: alternatives(clip["caption"]), CONTENT),
-    "lists of alternatives": (lambda clip: several(clip["caption"]), CONTENT),
-    "all of it is false": (lambda clip: denied(clip["caption"]), CONTENT),
+    "nobody in particular speaks": (generic_speaker, SPEECH),
+    "one or the other": (lambda clip: with_alternatives(clip["caption"]), CONTENT),
+    "lists of alternatives": (lambda clip: with_alternatives_listed(clip["caption"]), CONTENT),
+    "all of it is false": (lambda clip: with_denials(clip["caption"]), CONTENT),
     "quotes shuffled": (shuffled_quotes, SPEECH),
-    "opposite colours": (lambda clip: swapped(clip["caption"], COLOURS), CONTENT),
-    "left for right": (lambda clip: swapped(clip["caption"], SIDES), CONTENT),
+    "opposite colours": (lambda clip: swap_words(clip["caption"], COLOURS), CONTENT),
+    "left for right": (lambda clip: swap_words(clip["caption"], SIDES), CONTENT),
     "an endless loop": (lambda clip: clip["caption"] + " The dog barks." * 30, ("repetition",)),
     "empty": (lambda clip: "", BOTH),
     "another language": (lambda clip: CHINESE, BOTH),

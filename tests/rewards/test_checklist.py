@@ -56,7 +56,7 @@ def judge(caption, keypoints):
     return jax.vmap(lexical)(caption, keypoints)
 
 
-def judged(table, caption, points, reference=None):
+def score_keypoints(table, caption, points, reference=None):
     keypoints, truncated = keypoint_references(
         table, [[{"text": point} for point in points]], [reference], ONE, 8, distinct=64
     )
@@ -69,7 +69,7 @@ WEIGHTS = vocabulary.word_weights([])
 EXCLUSIVE = set(map(vocabulary.meaning, vocabulary.EXCLUSIVE.split()))
 
 
-def by_hand(caption, point):
+def reference_score(caption, point):
     """Coverage and score of a keypoint over all windows, in plain Python."""
     words = [vocabulary.meaning(word) for word in vocabulary.words_of(caption)]
     weigh = [WEIGHTS.get(word, WEIGHTS[""]) for word in words]
@@ -100,8 +100,8 @@ def by_hand(caption, point):
 @settings(max_examples=25)
 @given(SENTENCES, POINTS)
 def test_scores_equal_a_reference_over_all_windows(table, caption, points):
-    verdict = judged(table, caption, points)
-    expected = [by_hand(caption, point) for point in points]
+    verdict = score_keypoints(table, caption, points)
+    expected = [reference_score(caption, point) for point in points]
     np.testing.assert_allclose(verdict.coverage, [one for one, _ in expected], atol=1e-5)
     np.testing.assert_allclose(verdict.score, [one for _, one in expected], atol=1e-4)
 
@@ -120,7 +120,7 @@ STATEMENTS = "The red car moves to the left. A girl sings behind the door. The d
     ],
 )
 def test_contradictions_score_lower(table, point, contrary):
-    true, untrue = judged(table, STATEMENTS, [point, contrary]).score
+    true, untrue = score_keypoints(table, STATEMENTS, [point, contrary]).score
     assert true == 1
     assert untrue < 0.7
 
@@ -131,9 +131,9 @@ def test_wrong_order_costs_if_the_reference_gives_the_order(table):
     between = " It is what it is and so it was, and it will be what it was, as it is here and there."
     ordered = "".join(point + between for point in points)
     backwards = "".join(point + between for point in reversed(points))
-    assert judged(table, ordered, points, ordered).score.tolist() == [1, 1, 1, 1]
-    assert judged(table, backwards, points).score.tolist() == [1, 1, 1, 1]  # no order is known
-    assert judged(table, backwards, points, ordered).score.max() < 0.1
+    assert score_keypoints(table, ordered, points, ordered).score.tolist() == [1, 1, 1, 1]
+    assert score_keypoints(table, backwards, points).score.tolist() == [1, 1, 1, 1]  # no order is known
+    assert score_keypoints(table, backwards, points, ordered).score.max() < 0.1
 
 
 def test_keypoints_of_any_length_keep_their_positions(table):

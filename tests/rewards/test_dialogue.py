@@ -31,7 +31,7 @@ def table():
 
 
 @partial(jax.jit, static_argnums=0)
-def pairwise(of, caption, reference):
+def vmap_pairs(of, caption, reference):
     return jax.vmap(of)(caption, reference)
 
 
@@ -84,7 +84,7 @@ def composed(line):
 @example(["a" * 32, "a" * 33, "a" * 64, "b" + "a" * 31], ["a" * 31, "a" * 32, "a" * 65, "a" * 399 + "b"])
 def test_edit_distances_equal_rapidfuzz(table, spoken, truth):
     spoken, truth = ([one for one in map(composed, lines) if oracles.normalize(one)] for lines in (spoken, truth))
-    found = np.asarray(pairwise(distances, as_caption(spoken), as_reference(table, truth)))[0]
+    found = np.asarray(vmap_pairs(distances, as_caption(spoken), as_reference(table, truth)))[0]
     for i, one in enumerate(spoken):
         for j, other in enumerate(truth):
             assert found[i, j] == Levenshtein.distance(oracles.normalize(one), oracles.normalize(other))
@@ -96,7 +96,7 @@ def test_long_lines_are_compared_in_blocks(table, monkeypatch):
     lines = ["ab" * 200, "a" * 129, "abc" * 43, "b" + "a" * 255]
     truth = ["ba" * 200, "a" * 128 + "b", "acb" * 42, "a" * 257, "a"]
     found = np.asarray(jax.jit(jax.vmap(distances))(as_caption(lines), as_reference(table, truth)))[0]
-    assert found[:4, :5].tolist() == [[Levenshtein.distance(one, other) for other in truth] for one in lines]
+    assert found[:4, :5].tolist() == [[Levenshtein.distance(line, other) for other in truth] for line in lines]
 
 
 def scores(caption, reference):
@@ -123,7 +123,7 @@ def test_alignment_and_f1_equal_oracles(table, spoken, truth):
     spoken, truth = ([Line(composed(line), who) for line, who in lines] for lines in (spoken, truth))
     caption = as_caption(*zip(*spoken)) if spoken else as_caption([])
     reference = as_reference(table, *map(list, zip(*truth))) if truth else as_reference(table, [])
-    content, speakers, f1 = (float(one[0]) for one in pairwise(scores, caption, reference)[:3])
+    content, speakers, f1 = (float(pair[0]) for pair in vmap_pairs(scores, caption, reference)[:3])
     expected = oracles.dialogue(spoken, truth)
     assert content / 2**UNIT == pytest.approx(expected[0], abs=1e-6)
     assert speakers == expected[1]
@@ -141,7 +141,7 @@ def test_similarity_at_the_threshold_counts(table):
         (7, 3, False),
     ):
         reference = as_reference(table, ["a" * (n - wrong) + "b" * wrong])
-        *_, similarity = pairwise(scores, as_caption(["a" * n]), reference)
+        *_, similarity = vmap_pairs(scores, as_caption(["a" * n]), reference)
         assert bool(similarity[0, 0, 0] > 0) is fits, n
 
 
@@ -160,7 +160,7 @@ def test_dialogue_reward_equals_the_avworld_checker():
     assert not truncated.any()
     for shift in (0, 1):
         spoken = captions[shift:] + captions[:shift]
-        found = np.asarray(pairwise(dialogue_reward, text.read_texts(table, spoken, limits), reference))
+        found = np.asarray(vmap_pairs(dialogue_reward, text.read_texts(table, spoken, limits), reference))
         expected = np.array([measure(caption, one).dialogue_f1 for caption, one in zip(spoken, records)])
         if shift == 0:
             assert list(np.flatnonzero(~np.isclose(found, expected, atol=1e-6))) == [22]
@@ -174,5 +174,5 @@ def test_absent_dialogues_are_nan_not_zero(table):
     alphabet = LIMITS.quotes * LIMITS.line
     unknown, silent = (dialogue_references(table, [one], [None], LIMITS, alphabet)[0] for one in (None, []))
     caption = as_caption(["a"])
-    assert np.isnan(pairwise(scores, caption, unknown)[2][0])
-    assert pairwise(scores, caption, silent)[2][0] == 0
+    assert np.isnan(vmap_pairs(scores, caption, unknown)[2][0])
+    assert vmap_pairs(scores, caption, silent)[2][0] == 0

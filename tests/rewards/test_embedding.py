@@ -18,7 +18,7 @@ def embed(tokens, valid):
     return mean / jnp.maximum(1e-9, jnp.linalg.norm(mean, axis=-1, keepdims=True))
 
 
-def texts(*lists, size=6):
+def padded_ids(*lists, size=6):
     """Lists of ids as padded arrays; the padding is noise."""
     tokens = np.random.default_rng(len(lists)).integers(0, 50, (len(lists), size))
     for row, ids in zip(tokens, lists):
@@ -41,7 +41,7 @@ def test_scores_equal_a_numpy_reference(low, high):
     score = partial(embedding_scores, embed, low=low, high=high)
     best = [max(cosine(words, window) for window in WINDOWS if window) for words in KEYPOINTS[:4]]
     expected = [float(one >= low) if low == high else np.clip((one - low) / (high - low), 0, 1) for one in best]
-    windows, keypoints = texts(*WINDOWS), texts(*KEYPOINTS)
+    windows, keypoints = padded_ids(*WINDOWS), padded_ids(*KEYPOINTS)
     for way in (score, jax.jit(score)):
         scores = way(*windows, *keypoints)
         assert scores.dtype == jnp.float32
@@ -50,7 +50,7 @@ def test_scores_equal_a_numpy_reference(low, high):
     assert len({round(float(one), 3) for one in best}) == 4
 
     # A group of captions against one list of keypoints, as training has them.
-    other = texts([40, 41], [], [], [])
+    other = padded_ids([40, 41], [], [], [])
     group = [np.stack(pair) for pair in zip(windows, other)]
     together = jax.vmap(score, in_axes=(0, 0, None, None))(*group, *keypoints)
     np.testing.assert_allclose(together[0], score(*windows, *keypoints), atol=1e-6)
@@ -58,5 +58,5 @@ def test_scores_equal_a_numpy_reference(low, high):
 
 
 def test_empty_caption_scores_zero():
-    scores = embedding_scores(embed, *texts([], []), *texts([1], [2, 3]), low=-1.0, high=0.5)
+    scores = embedding_scores(embed, *padded_ids([], []), *padded_ids([1], [2, 3]), low=-1.0, high=0.5)
     np.testing.assert_array_equal(scores, [0, 0])

@@ -28,7 +28,7 @@ def vector(caption, reference):
 
 
 def shouts(captions, references):
-    return [text.count("!") + one["more"] if text else None for text, one in zip(captions, references)]
+    return [text.count("!") + reference["more"] if text else None for text, reference in zip(captions, references)]
 
 
 def endless(captions, references):

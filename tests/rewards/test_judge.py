@@ -11,20 +11,20 @@ from email.utils import formatdate
 import numpy as np
 import pytest
 from chat import HOST, chat, chat_server
-from remote_judging import CAPTIONS, KEYPOINTS, TRUTH, UNKNOWN, judged, quick  # noqa: F401
+from remote_judging import CAPTIONS, KEYPOINTS, TRUTH, UNKNOWN, judge_batch, short_pauses  # noqa: F401
 
 from avocado_jax.errors import InputError
 from avocado_jax.remote.chat import Endpoint
 from avocado_jax.rewards.checklist import mean_score
 from avocado_jax.rewards.judge import RemoteJudge
 
-pytestmark = pytest.mark.usefixtures("quick")
+pytestmark = pytest.mark.usefixtures("short_pauses")
 
 
 def test_scores_equal_the_answers(monkeypatch):
     monkeypatch.setenv("MY_KEY", "secret-1\n")
     with chat_server() as server:
-        scores, judge, _ = judged(server.url, key_variable="MY_KEY", options={"temperature": 0, "seed": 7})
+        scores, judge, _ = judge_batch(server.url, key_variable="MY_KEY", options={"temperature": 0, "seed": 7})
     np.testing.assert_array_equal(scores, TRUTH)
     assert scores.dtype == np.float32
     assert len(server.requests) == 3
@@ -37,15 +37,15 @@ def test_scores_equal_the_answers(monkeypatch):
 
 def test_no_key_sends_no_authorization_header():
     with chat_server() as server:
-        judged(server.url)
+        judge_batch(server.url)
     assert {request["authorization"] for request in server.requests} == {None}
 
 
 def test_no_keypoints_make_no_call():
     with chat_server() as server:
-        scores, _, _ = judged(server.url, [], [])
+        scores, _, _ = judge_batch(server.url, [], [])
         assert scores.shape == (0, 0)
-        scores, _, _ = judged(server.url, ["a", "b"], [[], []])
+        scores, _, _ = judge_batch(server.url, ["a", "b"], [[], []])
         assert scores.shape == (2, 0)
     assert server.requests == []
 
@@ -83,7 +83,7 @@ def test_transient_faults_are_retried(fault):
         return None if question in known else known.add(question) or what
 
     with chat_server(first) as server:
-        scores, judge, _ = judged(server.url)
+        scores, judge, _ = judge_batch(server.url)
     np.testing.assert_array_equal(scores, TRUTH)
     assert dict(judge.counts) == {"calls": 6, kind: 3, "missing": 0}
     assert judge.trouble
@@ -92,7 +92,7 @@ def test_transient_faults_are_retried(fault):
 @pytest.mark.parametrize("fault", ["reset", "hang", "trickle", "cut", (500, {}, b""), (429, {"Retry-After": "0"}, b"")])
 def test_permanent_faults_give_nan_within_patience(fault, capsys):
     with chat_server(lambda *_: fault) as server:
-        scores, judge, seconds = judged(server.url, patience=1.0, timeout=0.3)
+        scores, judge, seconds = judge_batch(server.url, patience=1.0, timeout=0.3)
     np.testing.assert_array_equal(scores, UNKNOWN)
     assert judge.counts["missing"] == 6
     assert judge.counts["late"] == 3
@@ -120,7 +120,7 @@ def test_batches_started_together_have_consecutive_patience():
 @pytest.mark.parametrize("fault", [b"nonsense", "nonsense", '{"7": "yes"}', "{}"])
 def test_invalid_answers_give_nan_after_a_few_tries(fault):
     with chat_server(lambda *_: fault) as server:
-        scores, judge, _ = judged(server.url, tries=2)
+        scores, judge, _ = judge_batch(server.url, tries=2)
     np.testing.assert_array_equal(scores, UNKNOWN)
     assert dict(judge.counts) == {"calls": 6, "malformed": 6, "missing": 6}
 
@@ -133,7 +133,7 @@ def test_partial_answers_are_completed_by_further_calls():
         return '{"1": "no", "3": true}' if len(statements) == 4 else None
 
     with chat_server(half) as server:
-        scores, judge, _ = judged(server.url, ["a b"], [["a", "b", "c", "a b"]])
+        scores, judge, _ = judge_batch(server.url, ["a b"], [["a", "b", "c", "a b"]])
     np.testing.assert_array_equal(scores, [[0, 1, 1, 1]])
     again = json.loads(server.requests[1]["messages"][1]["content"])["statements"]
     assert again == {"1": "b", "2": "a b"}
@@ -148,7 +148,7 @@ def test_nan_verdicts_are_excluded_from_the_mean():
         return json.dumps({number: "yes" if text == "dog" else "no" for number, text in statements.items() if text})
 
     with chat_server(silent) as server:
-        scores, _, _ = judged(server.url, ["a dog", "a cat"], [["dog", "", "cat", ""], ["", ""]])
+        scores, _, _ = judge_batch(server.url, ["a dog", "a cat"], [["dog", "", "cat", ""], ["", ""]])
     assert mean_score(scores[0], np.int32(4)) == 0.5
     assert np.isnan(mean_score(scores[1], np.int32(2)))  # no answer at all: there is no R_C, rather than none
 
@@ -163,14 +163,14 @@ def test_retry_after_is_respected(header):
         return (429, {"Retry-After": after}, b"") if number == 0 else None
 
     with chat_server(busy) as server:
-        scores, _, _ = judged(server.url, ["a dog"], [["a dog"]])
+        scores, _, _ = judge_batch(server.url, ["a dog"], [["a dog"]])
     np.testing.assert_array_equal(scores, [[1]])
     assert times[1] - times[0] > 0.95
 
 
 def test_retry_after_beyond_patience_gives_up_at_once():
     with chat_server(lambda *_: (429, {"Retry-After": "3600"}, b"")) as server:
-        scores, judge, seconds = judged(server.url, patience=10.0)
+        scores, judge, seconds = judge_batch(server.url, patience=10.0)
     np.testing.assert_array_equal(scores, UNKNOWN)
     assert judge.counts["late"] == 3
     assert seconds < 3
@@ -184,7 +184,7 @@ def test_refusals_are_not_retried(status):
         return (status, {"Location": "/v2"}, b"no") if "dog barks" in request["messages"][1]["content"] else None
 
     with chat_server(refuse) as server:
-        scores, judge, _ = judged(server.url)
+        scores, judge, _ = judge_batch(server.url)
     np.testing.assert_array_equal(scores, np.concatenate([UNKNOWN[:1], TRUTH[1:]]))
     assert dict(judge.counts) == {"calls": 3, "refused": 1, "missing": 3}
 
@@ -196,7 +196,7 @@ def test_wrong_key_model_or_address_raises_input_error(status, monkeypatch):
         chat_server(lambda *_: (status, {}, b"bad\nkey secret-2")) as server,
         pytest.raises(InputError, match=f"chat/completions: {status} .*: bad key [*]{{3}}$"),
     ):
-        judged(server.url)
+        judge_batch(server.url)
 
 
 def test_key_that_expires_later_gives_nan():
@@ -219,7 +219,7 @@ def test_invalid_urls_are_refused(url):
 def test_calls_are_counted_against_the_budget():
     with chat_server() as server:
         captions = [f"caption {number} of a dog" for number in range(10)]
-        scores, judge, _ = judged(server.url, captions, [["a dog"]] * 10, max_calls=4)
+        scores, judge, _ = judge_batch(server.url, captions, [["a dog"]] * 10, max_calls=4)
     assert np.nansum(scores) == 4
     assert np.isnan(scores).sum() == 6
     assert len(server.requests) == 4
@@ -231,7 +231,7 @@ def test_concurrency_is_bounded_and_answers_keep_their_order():
     with chat_server(lambda *_: time.sleep(0.02)) as server:
         captions = [f"clip {number}." for number in range(40)]
         keypoints = [[f"clip {other}." for other in range(number - 1, number + 2)] for number in range(40)]
-        scores, _, _ = judged(server.url, captions, keypoints, concurrency=5)
+        scores, _, _ = judge_batch(server.url, captions, keypoints, concurrency=5)
     np.testing.assert_array_equal(scores, [[0, 1, 0]] * 40)
     assert 2 <= server.most <= 5
 
@@ -279,7 +279,7 @@ def test_any_mixture_of_faults_never_gives_wrong_verdicts():
     captions = [f"clip {number}. dog" for number in range(40)]
     keypoints = [[f"clip {number}.", f"clip {number + 1}.", "dog", "cat"] for number in range(40)]
     with chat_server(chaos) as server:
-        scores, judge, _ = judged(server.url, captions, keypoints, timeout=0.3)
+        scores, judge, _ = judge_batch(server.url, captions, keypoints, timeout=0.3)
     known = ~np.isnan(scores)
     np.testing.assert_array_equal(scores[known], np.tile([1, 0, 1, 0], (40, 1))[known])
     assert known.all(axis=1).mean() > 0.8

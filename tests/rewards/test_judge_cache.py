@@ -9,9 +9,9 @@ import time
 import numpy as np
 import pytest
 from chat import chat_server
-from remote_judging import CAPTIONS, KEYPOINTS, TRUTH, judged, quick  # noqa: F401
+from remote_judging import CAPTIONS, KEYPOINTS, TRUTH, judge_batch, short_pauses  # noqa: F401
 
-pytestmark = pytest.mark.usefixtures("quick")
+pytestmark = pytest.mark.usefixtures("short_pauses")
 
 
 def test_partial_answers_are_cached_and_reused(tmp_path):
@@ -20,32 +20,32 @@ def test_partial_answers_are_cached_and_reused(tmp_path):
         return json.dumps({number: "yes" for number in statements if number != "1"})
 
     with chat_server(never_the_first) as server:
-        scores, _, _ = judged(server.url, ["x"], [["p", "q", "r"]], cache=tmp_path)
+        scores, _, _ = judge_batch(server.url, ["x"], [["p", "q", "r"]], cache=tmp_path)
     np.testing.assert_array_equal(scores, [[np.nan, 1, 1]])
     with chat_server() as server:  # cached answers are kept, and only the others are requested
-        scores, _, _ = judged(server.url, ["x"], [["p", "q", "r"]], cache=tmp_path)
+        scores, _, _ = judge_batch(server.url, ["x"], [["p", "q", "r"]], cache=tmp_path)
     np.testing.assert_array_equal(scores, [[0, 1, 1]])
     assert json.loads(server.requests[0]["messages"][1]["content"])["statements"] == {"1": "p"}
 
 
 def test_cached_answers_are_not_requested_again(tmp_path):
     with chat_server() as server:
-        judged(server.url, cache=tmp_path)
-        scores, judge, _ = judged(server.url, cache=tmp_path)
+        judge_batch(server.url, cache=tmp_path)
+        scores, judge, _ = judge_batch(server.url, cache=tmp_path)
         np.testing.assert_array_equal(scores, TRUTH)
         assert len(server.requests) == 3
         assert dict(judge.counts) == {"cached": 3, "missing": 0}
         # All that decides an answer is part of the question.
-        judged(server.url, cache=tmp_path, options={"temperature": 1})
+        judge_batch(server.url, cache=tmp_path, options={"temperature": 1})
         assert len(server.requests) == 6
-        judged(server.url, ["a cat"], [["cat", "a dog"]], cache=tmp_path)
+        judge_batch(server.url, ["a cat"], [["cat", "a dog"]], cache=tmp_path)
         assert len(server.requests) == 7
     assert not list(tmp_path.rglob("*.part"))
 
 
 def test_equal_questions_share_one_call():
     with chat_server(lambda *_: time.sleep(0.1)) as server:
-        scores, _, _ = judged(server.url, ["a dog"] * 8, [["a dog", "x"]] * 8)
+        scores, _, _ = judge_batch(server.url, ["a dog"] * 8, [["a dog", "x"]] * 8)
     np.testing.assert_array_equal(scores, [[1, 0]] * 8)
     assert len(server.requests) == 1
 
@@ -64,26 +64,26 @@ def test_equal_questions_share_one_call():
 )
 def test_damaged_cache_files_are_ignored(tmp_path, damage):
     with chat_server() as server:
-        judged(server.url, CAPTIONS[:1], KEYPOINTS[:1], cache=tmp_path)
+        judge_batch(server.url, CAPTIONS[:1], KEYPOINTS[:1], cache=tmp_path)
         (file,) = tmp_path.rglob("*.json")
         file.write_bytes(damage)
-        scores, _, _ = judged(server.url, CAPTIONS[:1], KEYPOINTS[:1], cache=tmp_path)
+        scores, _, _ = judge_batch(server.url, CAPTIONS[:1], KEYPOINTS[:1], cache=tmp_path)
         np.testing.assert_array_equal(scores, TRUTH[:1])
         assert len(server.requests) == 2
-        judged(server.url, CAPTIONS[:1], KEYPOINTS[:1], cache=tmp_path)  # and made good
+        judge_batch(server.url, CAPTIONS[:1], KEYPOINTS[:1], cache=tmp_path)  # and made good
         assert len(server.requests) == 2
 
 
 def test_failures_are_not_cached(tmp_path):
     with chat_server(lambda *_: (500, {}, b"")) as server:
-        judged(server.url, cache=tmp_path, patience=0.3)
+        judge_batch(server.url, cache=tmp_path, patience=0.3)
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
 def test_unwritable_cache_loses_no_answer(tmp_path):
     (tmp_path / "file").write_text("in the way")
     with chat_server() as server:
-        scores, judge, _ = judged(server.url, cache=tmp_path / "file")
+        scores, judge, _ = judge_batch(server.url, cache=tmp_path / "file")
     np.testing.assert_array_equal(scores, TRUTH)
     assert judge.counts["not cached"] == 3
 

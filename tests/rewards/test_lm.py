@@ -36,7 +36,7 @@ def sequences(batch):
         yield i, j, np.concatenate([captions[i, : lengths[i]], questions[i, j, : question_lengths[i, j]]])
 
 
-def probability(logits):
+def probability_of_yes(logits):
     """P(yes) / (P(yes) + P(no)) in NumPy."""
     weights = np.exp(np.asarray(logits, np.float64))
     return weights[YES].sum() / (weights[YES].sum() + weights[NO].sum())
@@ -89,7 +89,7 @@ def test_shared_context_equals_plain_sequences(models, batch):
     for i, j, ids in sequences(batch):
         alone = ours(np.pad(ids, (0, 24 - len(ids))), np.array([[len(ids)]]))
         assert abs(scores[i, j] - alone) < 1e-5
-        assert abs(scores[i, j] - probability(reference(ids))) < 1e-5
+        assert abs(scores[i, j] - probability_of_yes(reference(ids))) < 1e-5
         found_scores.append(scores[i, j])
     assert len(found_scores) == 7
     assert max(found_scores) - min(found_scores) > 0.2  # the questions make a difference

@@ -48,7 +48,7 @@ def test_one_call_per_caption_and_none_for_empty_captions():
 
 def test_exact_judge_scores_true_captions_1_and_empty_ones_0():
     records = [record(make_script(11, index)) for index in range(6)]
-    probes = [[read_probe(one) for one in each["probes"]] for each in records]
+    probes = [[read_probe(probe) for probe in each["probes"]] for each in records]
     with chat_server(exact) as server:
         true, _ = answers(server.url, [one["caption"] for one in records], probes)
         none, _ = answers(server.url, ["", *["I see nothing."] * 5], probes)

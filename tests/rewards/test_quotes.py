@@ -98,7 +98,7 @@ def table():
     return vocabulary.make_table()
 
 
-def read(table, written, limits=ONE):
+def parse_on_device(table, written, limits=ONE):
     """Parse one text on the device."""
     return jax.tree.map(lambda leaf: leaf[0], text.read_texts(table, [written], limits))
 
@@ -111,7 +111,7 @@ def lines_of(caption):
 @given(TEXTS)
 def test_lines_equal_the_reference_parser(table, written):
     written = unicodedata.normalize("NFC", written)[: ONE.characters]
-    caption = read(table, written)
+    caption = parse_on_device(table, written)
     expected = [reading.normalize(line) for line in reading.quotes(written)]
     assert caption.truncated or lines_of(caption) == expected
 
@@ -160,13 +160,13 @@ KNOWN = {
 @pytest.mark.parametrize("name", KNOWN)
 def test_lines_of_known_texts(table, name):
     written, expected = KNOWN[name]
-    assert lines_of(read(table, written)) == [reading.normalize(line) for line in expected]
+    assert lines_of(parse_on_device(table, written)) == [reading.normalize(line) for line in expected]
 
 
 def test_merge_joins_consecutive_lines_of_one_speaker(table):
     written = 'The red circle says, "One." The red circle adds, "Two." The blue star asks, "Three?"'
-    assert lines_of(read(table, written)) == ["one", "two", "three"]
-    assert lines_of(read(table, written, ONE._replace(merge=True))) == ["onetwo", "three"]
+    assert lines_of(parse_on_device(table, written)) == ["one", "two", "three"]
+    assert lines_of(parse_on_device(table, written, ONE._replace(merge=True))) == ["onetwo", "three"]
 
 
 @pytest.mark.parametrize(
@@ -183,13 +183,13 @@ def test_merge_joins_consecutive_lines_of_one_speaker(table):
     ],
 )
 def test_speaker_phrases_of_known_texts(table, written, phrases):
-    caption = read(table, written)
+    caption = parse_on_device(table, written)
     names = {
         vocabulary.hash_word(vocabulary.meaning(word)): vocabulary.meaning(word)
         for word in vocabulary.words_of(written + " man woman")
     }
     for stems, weights, phrase in zip(caption.speakers, caption.speaker_weights, phrases, strict=False):
-        found = {names[int(one)] for one, weight in zip(stems, weights) if weight > 0}
+        found = {names[int(stem)] for stem, weight in zip(stems, weights) if weight > 0}
         assert found >= {vocabulary.meaning(word) for word in phrase.split()}
     assert caption.quotes == len(phrases)
 
@@ -208,14 +208,14 @@ def test_speaker_phrases_of_known_texts(table, written, phrases):
     ],
 )
 def test_denied_and_alternative_words_are_not_claimed(table, written, claimed):
-    caption = read(table, written)
+    caption = parse_on_device(table, written)
     names = {
         vocabulary.hash_word(vocabulary.meaning(word)): vocabulary.meaning(word)
         for word in vocabulary.words_of(written)
     }
     kept = {
-        names[int(one)]
-        for one, weight, out, start in zip(caption.stems, caption.weights, caption.unstated, caption.word_start)
+        names[int(stem)]
+        for stem, weight, out, start in zip(caption.stems, caption.weights, caption.unstated, caption.word_start)
         if weight > 0 and not out
     }
     for word in map(vocabulary.meaning, claimed.split()):

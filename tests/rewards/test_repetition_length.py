@@ -27,24 +27,24 @@ TEXTS = st.one_of(st.text(max_size=200), LOOPS, st.text("ab", max_size=120)).fil
 
 
 @partial(jax.jit, static_argnums=(2, 3))
-def on_device(points, lengths, min_span, long_units=False):
+def repcol_on_device(points, lengths, min_span, long_units=False):
     return jax.vmap(partial(collapses, min_span=min_span, long_units=long_units))(points, lengths)
 
 
-def found(texts, min_span=24, size=SIZE, long_units=False):
+def repcol_of(texts, min_span=24, size=SIZE, long_units=False):
     points = np.zeros((len(texts), size), np.int32)
-    for row, one in zip(points, texts):
-        row[: len(one)] = [ord(letter) for letter in one]
-    return np.asarray(on_device(points, np.array(list(map(len, texts))), min_span, long_units)).tolist()
+    for row, text in zip(points, texts):
+        row[: len(text)] = [ord(letter) for letter in text]
+    return np.asarray(repcol_on_device(points, np.array(list(map(len, texts))), min_span, long_units)).tolist()
 
 
 @pytest.mark.parametrize("min_span", [24, 0])
 @settings(max_examples=60)
 @given(texts=st.lists(TEXTS, min_size=8, max_size=8))
 def test_repcol_of_known_texts(texts, min_span):
-    expected = [oracles.collapses(one, min_span) for one in texts]
-    assert found(texts, min_span) == expected
-    assert [metrics.collapses(one, min_span) for one in texts] == expected
+    expected = [oracles.collapses(text, min_span) for text in texts]
+    assert repcol_of(texts, min_span) == expected
+    assert [metrics.collapses(text, min_span) for text in texts] == expected
 
 
 def test_repcol_at_the_threshold_of_each_unit_length():
@@ -57,7 +57,7 @@ def test_repcol_at_the_threshold_of_each_unit_length():
             f"a{(unit[n] * 30)[: enough[n] - 1]}b" for n in units
         ]
         texts += [""] * (18 - len(texts))
-        assert found(texts)[: 2 * len(units)] == [True] * len(units) + [False] * len(units)
+        assert repcol_of(texts)[: 2 * len(units)] == [True] * len(units) + [False] * len(units)
 
 
 def test_repcol_with_long_units():
@@ -65,17 +65,17 @@ def test_repcol_with_long_units():
     unit = {n: "".join(map(chr, range(0x4E00, 0x4E00 + n))) for n in (99, 100, 146, 333, 400, 401)}
     texts = [f"a{(unit[n] * 3)[: 3 * n - less]}b" for n in unit for less in (0, 1)]
     size = 1280
-    expected = [oracles.collapses(one, long_units=True) for one in texts]
+    expected = [oracles.collapses(text, long_units=True) for text in texts]
     assert expected == [n in range(100, 401) and less == 0 for n in unit for less in (0, 1)]
-    assert found(texts, size=size, long_units=True) == expected
-    assert not any(found(texts, size=size))
+    assert repcol_of(texts, size=size, long_units=True) == expected
+    assert not any(repcol_of(texts, size=size))
 
 
 def test_padding_after_the_text_is_ignored():
     points, lengths = code_points(["ab" * 100], SIZE)
-    assert on_device(points, lengths, 24).tolist() == [True]
-    assert on_device(points, np.array([20]), 24).tolist() == [False]
-    assert on_device(np.zeros((1, SIZE), np.int32), np.array([0]), 24).tolist() == [False]
+    assert repcol_on_device(points, lengths, 24).tolist() == [True]
+    assert repcol_on_device(points, np.array([20]), 24).tolist() == [False]
+    assert repcol_on_device(np.zeros((1, SIZE), np.int32), np.array([0]), 24).tolist() == [False]
 
 
 @given(st.integers(0, 6000), st.integers(1, 3000), st.integers(1, 3000))

@@ -78,7 +78,7 @@ def qwen_table(qwen):
     return vocabulary.make_table(qwen)
 
 
-def quoted(table, written, limits=ONE):
+def quoted_lines(table, written, limits=ONE):
     """The quoted lines of one text as strings."""
     read = text.read_texts(table, [written], limits)
     points = read.points[0]
@@ -129,9 +129,9 @@ def test_ids_decode_across_token_borders(qwen_table):
 
 
 def test_text_beyond_a_limit_is_flagged_truncated(table, qwen_table):
-    assert not quoted(table, 'a "b" c "d"')[1]
+    assert not quoted_lines(table, 'a "b" c "d"')[1]
     for written in ("x" * 1025, "a " * 193, '"a" ' * 13, '"' + "x" * 65 + '"'):
-        assert quoted(table, written)[1], written
+        assert quoted_lines(table, written)[1], written
     ids = np.full(4000, 0)  # "!"
     decode = jax.jit(text.decode, static_argnums=3)
     assert decode(qwen_table, ids, np.int32(4000), 256)[1] > 256
@@ -141,7 +141,7 @@ def test_text_beyond_a_limit_is_flagged_truncated(table, qwen_table):
 @given(TEXTS)
 def test_quotes_equal_the_reference_parser(table, written):
     written = unicodedata.normalize("NFC", written)
-    found, truncated = quoted(table, written, ONE)
+    found, truncated = quoted_lines(table, written, ONE)
     lines = reading.read(written)[3]
     assert truncated or found == [written[line[0].start : line[-1].end] for line in lines]
 
@@ -189,7 +189,7 @@ def test_different_words_have_different_stems(one, other):
     ],
 )
 def test_quotes_of_known_texts(table, written, expected):
-    assert quoted(table, written)[0] == expected
+    assert quoted_lines(table, written)[0] == expected
 
 
 @pytest.mark.parametrize(
@@ -214,7 +214,7 @@ def test_speaker_phrases(table, written, phrases):
     }
     made = []
     for stems, weights in zip(read.speakers[0][: read.quotes[0]], read.speaker_weights[0]):
-        front = [names[int(one)] for one, weight in zip(stems, weights) if weight > 0]
+        front = [names[int(stem)] for stem, weight in zip(stems, weights) if weight > 0]
         made.append(set(front))
     assert made == [{vocabulary.meaning(word) for word in phrase.split()} for phrase in phrases]
 

@@ -19,7 +19,7 @@ LIMIT, SIZE = 12, 1024
 
 
 @jax.jit
-def read(points, length):
+def find_intervals(points, length):
     return find_scenes(points, length, LIMIT)
 
 
@@ -28,9 +28,9 @@ def score(points, length, events):
     return timing_reward(find_scenes(points, length, LIMIT), events)
 
 
-def on_device(caption):
+def intervals_on_device(caption):
     points, lengths = code_points([caption], SIZE)
-    found = jax.tree.map(np.asarray, read(points[0], lengths[0]))
+    found = jax.tree.map(np.asarray, find_intervals(points[0], lengths[0]))
     return [(float(a), float(b)) for a, b, ok in zip(*found[:3]) if ok], bool(found.truncated)
 
 
@@ -64,7 +64,9 @@ def spans(*pairs):
 )
 def test_parse_intervals(caption, found):
     assert scenes(caption) == found
-    np.testing.assert_allclose(np.reshape(on_device(caption)[0], (-1, 2)), np.reshape(found, (-1, 2)), rtol=1e-6)
+    np.testing.assert_allclose(
+        np.reshape(intervals_on_device(caption)[0], (-1, 2)), np.reshape(found, (-1, 2)), rtol=1e-6
+    )
 
 
 PIECES = [
@@ -91,13 +93,13 @@ PIECES = [
 @settings(max_examples=150, deadline=None)
 @given(st.lists(st.sampled_from(PIECES), max_size=40).map("".join))
 def test_device_and_host_parse_the_same_intervals(caption):
-    found, truncated = on_device(caption)
+    found, truncated = intervals_on_device(caption)
     if not truncated:
         np.testing.assert_allclose(np.reshape(found, (-1, 2)), np.reshape(scenes(caption), (-1, 2)), rtol=1e-5)
 
 
 def test_excess_scenes_are_reported_as_truncated():
-    found, truncated = on_device("[1 - 2] " * (LIMIT + 1))
+    found, truncated = intervals_on_device("[1 - 2] " * (LIMIT + 1))
     assert (len(found), truncated) == (LIMIT, True)
     made, truncated = event_references([spans(*[(0, 1)] * 13), spans((0, 1))], 12)
     assert truncated.tolist() == [True, False]
@@ -127,7 +129,7 @@ CASES = [  # caption, events, F1 by hand
 @pytest.mark.parametrize(("caption", "events", "f1"), CASES)
 def test_time_iou_equals_values_computed_by_hand(caption, events, f1):
     assert reward(caption, events) == pytest.approx(f1, abs=1e-6, nan_ok=True)
-    host = time_iou(caption, {"events": [one for one in events if "end" in one]})
+    host = time_iou(caption, {"events": [event for event in events if "end" in event]})
     assert (math.nan if host is None else host) == pytest.approx(f1, abs=1e-6, nan_ok=True)
 
 

@@ -53,7 +53,7 @@ def params():
 def records():
     """Clips of different sizes, one silent, one with its own question, and one that cannot be read."""
     sizes = [(4, 56, 84, 16000), (6, 112, 56, None), (2, 28, 140, 40000)]
-    media = [random_media(*one, seed=i) for i, one in enumerate(sizes)]
+    media = [random_media(*size, seed=i) for i, size in enumerate(sizes)]
     fields = [{"id": "a"}, {"id": "b"}, {"id": "c", "prompt": "Who is it?"}, {"id": "d"}]
     return [Record(each, clip, each["id"]) for each, clip in zip(fields, [*media, b"no video"])]
 

@@ -219,13 +219,13 @@ def test_the_next_clips_are_stacked_while_the_devices_decode(captioner, rows, mo
     """Between the dispatch of decoding steps and the wait for their results; each clip once."""
     events = []
 
-    def recorded(module, name):
+    def record_calls(module, name):
         real = getattr(module, name)
         monkeypatch.setattr(module, name, lambda *args: (events.append(name), real(*args))[1])
 
-    recorded(lane, "stack")
+    record_calls(lane, "stack")
     for name in ("advance", "finished"):
-        recorded(lane.Lane, name)
+        record_calls(lane.Lane, name)
     requests = [(i, rows[i], i) for i in (0, 2, 4)]
     assert len(list(Engine(captioner, LENGTH, GREEDY, SEED, 1).run(requests))) == 3
     assert events[:4] == ["stack", "advance", "stack", "finished"]
@@ -331,7 +331,7 @@ def test_clips_are_gathered_before_a_dispatch(rows):
     """Gathering ends at the requested number, at the end of the requests, or at the timeout."""
     given = [(i, rows[i], i) for i in range(4)]
 
-    def gathered(requests, count, seconds=30.0):
+    def gather_requests(requests, count, seconds=30.0):
         waiting, begun = arrivals.Arrivals(requests, None), time.monotonic()
         waiting.gather(count, seconds)
         found = sum(map(waiting.waiting, waiting.shapes(256)))
@@ -344,10 +344,10 @@ def test_clips_are_gathered_before_a_dispatch(rows):
             yield one
         time.sleep(then)
 
-    assert gathered(slow(5.0), 3) == (3, True)
-    assert gathered(slow(), 9) == (4, True)
-    assert gathered(slow(5.0), 9, 0.5) == (4, True)
-    assert gathered(given, 0) == (0, True)
+    assert gather_requests(slow(5.0), 3) == (3, True)
+    assert gather_requests(slow(), 9) == (4, True)
+    assert gather_requests(slow(5.0), 9, 0.5) == (4, True)
+    assert gather_requests(given, 0) == (0, True)
 
 
 @pytest.mark.parametrize("error", [OSError("the disk is gone"), MemoryError("the disk is gone")])

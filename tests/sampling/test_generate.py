@@ -31,7 +31,7 @@ def params():
 def rows():
     """Clips of different sizes, one without sound."""
     sizes = [(4, 56, 84, 16000), (6, 112, 56, None), (2, 28, 140, 40000)]
-    return rows_of([random_media(*one, seed=i) for i, one in enumerate(sizes)], CONFIG)
+    return rows_of([random_media(*size, seed=i) for i, size in enumerate(sizes)], CONFIG)
 
 
 def sample(params, rows, numbers, group=2, stops=(258,), allowed=250, seed=3, length=LENGTH, shape=None):

@@ -29,7 +29,7 @@ class Running:
 
     def chat(self, *parts, **options):
         """The text of an answer."""
-        content = [{"type": "text", "text": one} if isinstance(one, str) else one for one in parts]
+        content = [{"type": "text", "text": part} if isinstance(part, str) else part for part in parts]
         messages = [{"role": "user", "content": content}]
         return self.client.chat.completions.create(model="stub", messages=messages, **options)
 

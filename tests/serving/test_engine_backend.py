@@ -45,7 +45,7 @@ def clip(number):
     return random_media(*SIZES[number % len(SIZES)], seed=number)
 
 
-def drawn(seed) -> int:
+def sampling_number(seed) -> int:
     """The sampling number of a request with this seed."""
     return zlib.crc32(str(seed).encode()) >> 1
 
@@ -123,19 +123,19 @@ def test_answers_equal_the_captions(stub):
 
     async def work(backend):
         requests = [chat(i, seed=i, stream=i % 2 == 0) for i in range(10)] + [chat(0, seed=0, limit=3)]
-        return await asyncio.gather(*(ask(backend, one, clip(i)) for i, one in enumerate(requests)))
+        return await asyncio.gather(*(ask(backend, request, clip(i)) for i, request in enumerate(requests)))
 
     *made, limited = run(stub, work)
     for i, answers in enumerate(made):
-        expected = tokens_of(drawn(i), GREEDY)
+        expected = tokens_of(sampling_number(i), GREEDY)
         last = answers[-1]
         assert last.text == words(stub, expected)
         assert (last.tokens, last.truncated) == (len(expected), expected[-1] != STOP)
         assert len(answers) == (1 + (len(expected) - 1) // STEPS if i % 2 == 0 else 1)
-        assert [one.complete for one in answers] == [False] * (len(answers) - 1) + [True]
+        assert [answer.complete for answer in answers] == [False] * (len(answers) - 1) + [True]
         assert last.text.startswith(answers[0].text)
     assert len({answers[-1].truncated for answers in made}) == 2
-    assert limited[-1].text == words(stub, tokens_of(drawn(0), GREEDY)[:3])
+    assert limited[-1].text == words(stub, tokens_of(sampling_number(0), GREEDY)[:3])
     assert (limited[-1].tokens, limited[-1].truncated, len(limited)) == (3, True, 1)
     assert StubEngine.most == STEPS  # an answer that has its tokens ends
 
@@ -158,7 +158,7 @@ def test_disconnected_client_cancels_its_request(stub):
         return other, dropped, backend._jobs
 
     other, dropped, left = run(stub, work)
-    assert other.text == words(stub, tokens_of(drawn(1), GREEDY))
+    assert other.text == words(stub, tokens_of(sampling_number(1), GREEDY))
     assert dropped == [True, True]
     assert not left
 
@@ -171,7 +171,7 @@ def test_number_of_sampling_settings_is_bounded(stub, monkeypatch):
         warm = dict(temperature=0.7, top_p=0.9)
         requests = [chat(0, seed=3, **warm), chat(0, seed=3), chat(0, seed=4, **warm)]
         requests.append(chat(0, seed=3, temperature=0.0, top_p=0.5))
-        made = [one[-1].text for one in await asyncio.gather(*(ask(backend, one, clip(0)) for one in requests))]
+        made = [one[-1].text for one in await asyncio.gather(*(ask(backend, request, clip(0)) for request in requests))]
         with pytest.raises(ApiError, match="combinations"):
             await backend.prepare(chat(0, temperature=0.5), clip(0))
         with pytest.raises(ApiError, match="temperature"):
@@ -181,7 +181,7 @@ def test_number_of_sampling_settings_is_bounded(stub, monkeypatch):
 
     made, numbers = run(stub, work)
     warm, greedy = Sampling(0.7, 0, 0.9), GREEDY
-    expected = [tokens_of(drawn(seed), how) for seed, how in ((3, warm), (3, greedy), (4, warm), (3, greedy))]
+    expected = [tokens_of(sampling_number(seed), how) for seed, how in ((3, warm), (3, greedy), (4, warm), (3, greedy))]
     assert made == [words(stub, one) for one in expected]
     assert len(set(numbers)) == 3  # without a seed, draws differ
     assert max(numbers) < 2**31
@@ -254,7 +254,7 @@ def test_backend_with_the_real_engine(captioner, rows, one_by_one):  # noqa: F81
             np.testing.assert_array_equal(job.row.prompt_ids, row.prompt_ids)
         text = Chat((Turn("user", "Who?"),), None, (), None, 5, chat(0).request)
         requests = [(chat(i, stream=i % 2 == 0), clip(i)) for i in range(len(rows))] + [(text, None)]
-        return await asyncio.gather(*(ask(backend, *one) for one in requests))
+        return await asyncio.gather(*(ask(backend, *request) for request in requests))
 
     *made, text = run(captioner, work)
     for i, answers in enumerate(made):

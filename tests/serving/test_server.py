@@ -157,7 +157,7 @@ def test_invalid_requests_are_refused(server, name):
     assert raised.value.body["type"]
 
 
-def raw(server, head: str, body: bytes = b"") -> tuple[int, dict]:
+def raw_request(server, head: str, body: bytes = b"") -> tuple[int, dict]:
     """Status and body of the response to a raw request."""
     with socket.create_connection(("127.0.0.1", server.port), timeout=20) as connection:
         connection.sendall(f"{head}\r\nHost: a\r\nAuthorization: Bearer {KEY}\r\nConnection: close\r\n".encode() + body)
@@ -176,14 +176,14 @@ def test_invalid_bodies_are_refused(server):
         (b"\xff\xfe", "JSON"),
         (b"3", "object"),
     ):
-        status, answer = raw(server, f"{post}\r\nContent-Length: {len(body)}", b"\r\n" + body)
+        status, answer = raw_request(server, f"{post}\r\nContent-Length: {len(body)}", b"\r\n" + body)
         assert status == 400
         assert message in answer["error"]["message"]
-    assert raw(server, "POST /v1/chat/completions HTTP/1.1\r\nContent-Length: 0", b"\r\n")[0] == 415
-    assert raw(server, "GET /v1/nothing HTTP/1.1", b"\r\n")[0] == 404
-    assert raw(server, "GET /v1/chat/completions HTTP/1.1", b"\r\n")[0] == 405
+    assert raw_request(server, "POST /v1/chat/completions HTTP/1.1\r\nContent-Length: 0", b"\r\n")[0] == 415
+    assert raw_request(server, "GET /v1/nothing HTTP/1.1", b"\r\n")[0] == 404
+    assert raw_request(server, "GET /v1/chat/completions HTTP/1.1", b"\r\n")[0] == 405
     chunk = b"100000\r\n" + b" " * 2**20 + b"\r\n"
-    status, answer = raw(server, f"{post}\r\nTransfer-Encoding: chunked", b"\r\n" + chunk * 2 + b"0\r\n\r\n")
+    status, answer = raw_request(server, f"{post}\r\nTransfer-Encoding: chunked", b"\r\n" + chunk * 2 + b"0\r\n\r\n")
     assert (status, answer["error"]["code"]) == (413, "request_too_large")
 
 

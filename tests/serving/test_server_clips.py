@@ -67,12 +67,12 @@ def test_file_replaced_after_the_check_is_not_read(root, tmp_path, monkeypatch):
     link, real = root / "changing.mp4", os.open
     link.symlink_to("within.mp4")
 
-    def replaced(path, *options):
+    def replace_file(path, *options):
         link.unlink()
         link.symlink_to(root.parent / "outside" / "clip.mp4")
         return real(path, *options)
 
-    monkeypatch.setattr(os, "open", replaced)
+    monkeypatch.setattr(os, "open", replace_file)
     with pytest.raises(ApiError, match="not below --media-root"):
         Sources(root, False, 1, 1.0)._local(link.as_uri())
 

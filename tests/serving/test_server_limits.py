@@ -25,8 +25,8 @@ def test_excess_requests_get_429(server):
             return await asyncio.gather(*requests, return_exceptions=True)
 
     answers = asyncio.run(ask())
-    refused = [one for one in answers if isinstance(one, openai.RateLimitError)]
-    answered = [one for one in answers if not isinstance(one, Exception)]
+    refused = [answer for answer in answers if isinstance(answer, openai.RateLimitError)]
+    answered = [answer for answer in answers if not isinstance(answer, Exception)]
     assert len(refused) + len(answered) == 200
     assert len(answered) >= 8
     assert len(refused) > 100
@@ -93,7 +93,7 @@ def test_request_times_out():
         assert server.metric('requests_total{status="504"}') == 2
 
 
-def in_threads(*calls) -> list:
+def run_concurrently(*calls) -> list:
     """Results or errors of concurrent calls."""
     results = [None] * len(calls)
 
@@ -113,7 +113,7 @@ def in_threads(*calls) -> list:
 def test_sigterm_during_a_request(grace):
     """Requests in progress finish, or end with an error after the grace period. The exit status is 0."""
     with running("--grace", grace) as server:
-        results, threads = in_threads(lambda: server.chat("slow"), lambda: list(server.chat("slow", stream=True)))
+        results, threads = run_concurrently(lambda: server.chat("slow"), lambda: list(server.chat("slow", stream=True)))
         server.wait_for("requests_in_flight", 2)
         time.sleep(0.2)
         server.process.send_signal(signal.SIGTERM)

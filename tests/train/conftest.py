@@ -4,7 +4,7 @@ import pytest
 from train_runs import GRPO, Runs, write_checkpoint
 
 
-def made(folder, *options):
+def make_runs(folder, *options):
     write_checkpoint(folder / "init")
     runs = Runs(folder, folder / "init", *options)
     runs.finish("undisturbed", "--tensorboard", "true")
@@ -13,9 +13,9 @@ def made(folder, *options):
 
 @pytest.fixture(scope="session")
 def runs(tmp_path_factory):
-    return made(tmp_path_factory.mktemp("runs"))
+    return make_runs(tmp_path_factory.mktemp("runs"))
 
 
 @pytest.fixture(scope="session")
 def grpo_runs(tmp_path_factory):
-    return made(tmp_path_factory.mktemp("grpo"), "grpo", GRPO)
+    return make_runs(tmp_path_factory.mktemp("grpo"), "grpo", GRPO)

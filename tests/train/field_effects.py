@@ -29,7 +29,7 @@ def observed(calls, where):
     if callable(where):
         return where(calls)
     function, _, path = where.partition(".")
-    return [attrgetter(path)(one) for one in calls.calls[function]]
+    return [attrgetter(path)(call) for call in calls.calls[function]]
 
 
 def epochs(calls):
@@ -90,7 +90,7 @@ def heldout_batches(calls):
 
 def rolled_out(calls):
     """Number of batches whose captions are sampled together."""
-    return max(len(one.args[1]) for one in calls.compile_ahead[0].programs if one.name == "rollout")
+    return max(len(program.args[1]) for program in calls.compile_ahead[0].programs if program.name == "rollout")
 
 
 def rows(calls):

@@ -198,7 +198,7 @@ def started(kind, values, folder, patch):
 
     # --- a step, of which only shapes are computed; its FLOPs; an evaluation
     job = calls.train[0].job
-    calls.programs = {one.name: one for one in calls.compile_ahead[0].programs}
+    calls.programs = {program.name: program for program in calls.compile_ahead[0].programs}
     step = calls.programs["the step" if name == "sft" else f"update of {config.sampling.tokens} tokens"]
     job.batches(0)
     calls.shapes = step.args[0]

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from chat import chat_server
-from processes import several
+from processes import run_connected
 from test_judges import encoder  # noqa: F401 (a fixture)
 from train_runs import write_checkpoint
 
@@ -33,25 +33,25 @@ found = {}
 for name in wanted:
     where = f"{folder}/{name}"
     if name == "learn":
-        found[name] = agreement.learn({1: [1]}, {0: [1], 1: [1]}, {})
+        found[name] = agreement.run_sft_steps({1: [1]}, {0: [1], 1: [1]}, {})
     elif name.startswith("split"):
         lost = {"split none": {}, "split one": {1: [3]}, "split all": {0: [2], 1: [3]}}[name]
-        found[name] = agreement.rewarded(where, **apart, lost=lost)
+        found[name] = agreement.run_grpo_step(where, **apart, lost=lost)
     elif name.startswith("caption_length"):
-        found[name] = agreement.rewarded(where, **both, extra=(f"host:agreement:{name}=0.5",))
+        found[name] = agreement.run_grpo_step(where, **both, extra=(f"host:agreement:{name}=0.5",))
     elif name.startswith("silent"):
         allowed = 0.3 if name == "silent" else 0.7
-        found[name] = agreement.rewarded(where, {"checklist": silent}, **both, max_unjudged=allowed)
+        found[name] = agreement.run_grpo_step(where, {"checklist": silent}, **both, max_unjudged=allowed)
     elif name.endswith("probes"):
         kind, probes = name.split()[0], [Probe("Which?", ("one", "two"), number) for number in range(2)]
         with open_judge(kind, models[kind], "float32", Endpoint(url, "any")) as judge:
             judges = {"checklist": judge, "probes": judge.probes}
-            found[name] = agreement.rewarded(where, judges, **both, probes=1.0)
+            found[name] = agreement.run_grpo_step(where, judges, **both, probes=1.0)
             found[f"{name} alone"] = judge.probes([" ", "a dog"], [probes, probes])().tolist()
     else:
         kind, _, lost = name.partition(" ")
         with open_judge(kind, models[kind], "float32", Endpoint(url, "any")) as judge:
-            found[name] = agreement.rewarded(where, {"checklist": judge}, **both, lost={1: [0]} if lost else {})
+            found[name] = agreement.run_grpo_step(where, {"checklist": judge}, **both, lost={1: [0]} if lost else {})
             if kind != "remote":
                 found[f"{name} alone"] = judge(["a dog", ""], [["a red cat"], ["a dog", "b"]])().tolist()
 print(json.dumps(found))
@@ -85,7 +85,7 @@ def run(judges, folder, count, devices, *scenarios):
     """Run the processes. Returns their results, the questions in order, and the folder of rollouts."""
     with chat_server(verdict) as server:
         arguments = folder, server.url, *judges, *scenarios
-        outputs = several(IMPORT + PROGRAM, count, devices, *arguments, timeout=600, optimization=0)
+        outputs = run_connected(IMPORT + PROGRAM, count, devices, *arguments, timeout=600, optimization=0)
         found = [json.loads(text.splitlines()[-1]) for text in outputs]
         return found, [request["messages"][1]["content"] for request in server.requests], folder
 
@@ -142,7 +142,7 @@ def test_clip_of_two_rows_counts_only_if_both_were_read(two):
 
 def test_each_question_is_sent_once_and_all_processes_use_the_answer(two):
     (first, second), questions, folder = two
-    questions = [one for one in questions if "statements" in one]
+    questions = [question for question in questions if "statements" in question]
     assert len(questions) == 8 + 4 + 8  # half of the second captions are of a clip that the process that asks has read
     assert len(set(questions[:8])) == 8
     for name in (*JUDGED, "remote lost"):
@@ -240,8 +240,8 @@ def test_an_exception_in_a_users_term_ends_all_processes(two):
 def test_rewards_of_one_process_equal_those_of_two(two, judges, tmp_path):
     run(judges, tmp_path, 1, 8, *JUDGED)
     for name in JUDGED:
-        for one, other in zip(rollouts(tmp_path, name), rollouts(two[2], name), strict=True):
-            assert one["caption"] == other["caption"]
-            for term, value in one["rewards"].items():
+        for rollout, other in zip(rollouts(tmp_path, name), rollouts(two[2], name), strict=True):
+            assert rollout["caption"] == other["caption"]
+            for term, value in rollout["rewards"].items():
                 assert value == pytest.approx(other["rewards"][term], abs=1e-5)
-            assert one["advantage"] == pytest.approx(other["advantage"], abs=1e-3)
+            assert rollout["advantage"] == pytest.approx(other["advantage"], abs=1e-3)

@@ -30,7 +30,7 @@ def default_precision():
     jax.config.update("jax_default_matmul_precision", None)
 
 
-def products(lowered):
+def matmuls_of(lowered):
     """The matrix products of a lowered program."""
     return [line for line in lowered.as_text().splitlines() if "stablehlo.dot_general" in line]
 
@@ -41,7 +41,7 @@ def test_fp32_training_uses_exact_matmuls(dtype, default_precision):
     config = SftConfig(batch=1, steps=1, dtype=dtype, remat="none", attention="plain")
     model = run.model_of(config, ONE_LAYER)
     program = program_of(config, model, Bucket(Shape(128, 1, 1, 1), 64), jax.devices()[:1])
-    found = products(program.phases[0].lower(program.mesh))
+    found = matmuls_of(program.phases[0].lower(program.mesh))
     assert len(found) > 30
     exact = [line for line in found if "precision = [HIGHEST, HIGHEST]" in line]
     assert len(exact) == (len(found) if dtype == "float32" else 0)
@@ -55,7 +55,7 @@ def test_training_and_evaluation_have_equal_precision(begin, default_precision):
         else:
             with pytest.raises(InputError, match="init"):
                 run.set_up(SftConfig(dtype=dtype, batch=jax.device_count()))
-        found = products(jax.jit(lambda a: a @ a).lower(np.ones((2, 2), np.float32)))
+        found = matmuls_of(jax.jit(lambda a: a @ a).lower(np.ones((2, 2), np.float32)))
         assert ("HIGHEST" in found[0]) == (dtype == "float32")
 
 

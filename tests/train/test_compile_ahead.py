@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from gcs import storage_server
 from jax.sharding import NamedSharding, PartitionSpec
-from processes import several
+from processes import run_connected
 
 from avocado_jax.config import SftConfig, load
 from avocado_jax.parallel import compiled
@@ -32,14 +32,14 @@ print(counts().compiled, counts().read, jax.config.jax_compilation_cache_dir)
 
 def test_second_start_compiles_nothing(tmp_path, monkeypatch):
     """Counted by jax's events. The cache folder is in the run, unless the user sets one."""
-    (first,) = several(CACHED, 1, 1, tmp_path)
+    (first,) = run_connected(CACHED, 1, 1, tmp_path)
     count, read, where = first.split()
     assert int(count) > 0 == int(read)
     assert where == f"{tmp_path}/compiled"
-    (second,) = several(CACHED, 1, 1, tmp_path)
+    (second,) = run_connected(CACHED, 1, 1, tmp_path)
     assert second.split()[:2] == ["0", count]
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "mine"))
-    (third,) = several(CACHED, 1, 1, tmp_path)
+    (third,) = run_connected(CACHED, 1, 1, tmp_path)
     assert third.split() == [count, "0", str(tmp_path / "mine")]
 
 
@@ -74,13 +74,13 @@ def test_all_processes_read_the_cache_that_process_0_wrote_to_a_bucket(tmp_path,
     (tmp_path / "bucket").mkdir()
     with storage_server(tmp_path) as port:
         monkeypatch.setenv("STORAGE_EMULATOR_HOST", f"http://127.0.0.1:{port}")
-        first = several(GLOBAL, 2, 2, "gs://bucket/run")
-        second = several(GLOBAL, 2, 2, "gs://bucket/run")
+        first = run_connected(GLOBAL, 2, 2, "gs://bucket/run")
+        second = run_connected(GLOBAL, 2, 2, "gs://bucket/run")
     assert first[0].split()[-5:] == ["32.0", "1", "0", "2", "0"]  # process 1 may read what process 0 has just written
     assert [output.split()[-5:] for output in second] == [["32.0", "0", "1", "0", "2"], ["32.0", "0", "1", "1", "1"]]
 
 
-def compiled_or_read():
+def compiled_or_cached():
     """Programs that this process compiled or read from the test processes' cache."""
     return counts().compiled + counts().read
 
@@ -88,15 +88,15 @@ def compiled_or_read():
 def test_calls_reuse_programs_compiled_ahead(sharding, capsys):
     run = jax.jit(lambda x, n: jnp.sin(x) * n, static_argnums=1, donate_argnums=0, out_shardings=sharding)
     shapes = [jax.ShapeDtypeStruct((size, 3), jnp.float32, sharding=sharding) for size in (2, 4)]
-    before = compiled_or_read()
+    before = compiled_or_cached()
     compile_ahead([Program("one", run, (shape, 3)) for shape in shapes])
-    assert compiled_or_read() == before + 2
+    assert compiled_or_cached() == before + 2
     assert "compiled 2 of 2 programs" in capsys.readouterr().err
     batches = [jax.device_put(jnp.ones(shape.shape), sharding) for shape in shapes]
-    before = compiled_or_read()
+    before = compiled_or_cached()
     for batch in batches:
         run(batch, 3)
-    assert compiled_or_read() == before
+    assert compiled_or_cached() == before
 
 
 @pytest.fixture

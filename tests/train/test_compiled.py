@@ -41,7 +41,7 @@ CONFIG = GrpoConfig(
 )
 
 
-def by_rows(mesh, tree):
+def shard_rows(mesh, tree):
     """The shapes of `tree` with rows divided over the mesh."""
     sharding = rows_sharding(mesh)
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree)
@@ -70,7 +70,7 @@ def test_gradient_takes_one_tree_and_two_gathers_per_weight():
         trained = split(params, CONFIG.train)[0]
         shardings = jax.tree.map(lambda leaf: leaf.sharding, trained)
         run = jax.jit(partial(batch_gradient, model=DEEP, config=CONFIG), out_shardings=(shardings, None, None))
-        compiled = run.lower(params, by_rows(mesh, experience(params, program))).compile()
+        compiled = run.lower(params, shard_rows(mesh, experience(params, program))).compile()
     memory, tree = compiled.memory_analysis(), bytes_per_device(trained)
     assert memory.temp_size_in_bytes + memory.output_size_in_bytes <= 1.2 * tree
     sent = collective_bytes(compiled.as_text())
@@ -97,7 +97,7 @@ def test_the_loss_gathers_the_output_matrix_once(sizes, parts, monkeypatch):
     head = jax.ShapeDtypeStruct((vocabulary, width), jnp.float32, sharding=stored)
     with jax.set_mesh(mesh):
         grad = jax.jit(jax.value_and_grad(loss, (0, 1)), out_shardings=(None, (stored, rows_sharding(mesh))))
-        text = grad.lower(head, *by_rows(mesh, (hidden, Captions(ids, ids, valid), weight))).compile().as_text()
+        text = grad.lower(head, *shard_rows(mesh, (hidden, Captions(ids, ids, valid), weight))).compile().as_text()
     sent, matrix = collective_bytes(text), vocabulary * width * 4 / tensor
     assert sent["all-gather"] == matrix * (parts - 1) / parts
     assert sent["reduce-scatter"] == matrix * (parts - 1) / parts

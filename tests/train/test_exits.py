@@ -45,11 +45,11 @@ def test_exit_status_of_each_error(error, status):
     assert exit_status(error) == status
 
 
-def out_of_memory():
+def raise_out_of_memory():
     jnp.zeros(1 << 46).block_until_ready()  # 256 TiB
 
 
-def internal_error():
+def raise_internal_error():
     return {}["missing"]
 
 
@@ -62,8 +62,8 @@ def test_successful_run_exits_with_0():
     ("fail", "last_line", "traceback"),
     [
         (lambda: tiny_run(skipped_in_row=lambda step: step), "3 steps in a row without a finite gradient", False),
-        (out_of_memory, "JaxRuntimeError: RESOURCE_EXHAUSTED: Out of memory allocating", True),
-        (internal_error, "KeyError: 'missing'", True),
+        (raise_out_of_memory, "JaxRuntimeError: RESOURCE_EXHAUSTED: Out of memory allocating", True),
+        (raise_internal_error, "KeyError: 'missing'", True),
     ],
     ids=["divergence", "out of memory", "internal error"],
 )

@@ -106,7 +106,7 @@ FIELDS = {
         "accumulate": (2, "gradient.accumulate"),
         "data.references": (3, world_references, "plan_batches.recipe.group", "example.group", "train_flops.group"),
         "data.caption_tokens": (24, "plan_batches.recipe.caption_tokens"),
-        "samples": (2, lambda calls: [len(one.records) for one in calls.caption_records]),
+        "samples": (2, lambda calls: [len(record.records) for record in calls.caption_records]),
         "sample_tokens": (17, "caption_records.length"),
     },
     "GrpoConfig": {
@@ -128,7 +128,7 @@ FIELDS = {
             12,
             lambda calls: [6 * calls.plan_batches[0].spares],
             lambda calls: [6 * (rolled_out(calls) - 3)],
-            lambda calls: [6 * one.spares for one in calls.blocks],
+            lambda calls: [6 * block.spares for block in calls.blocks],
         ),
         "passes": (5, updates("passes", "minibatches")),
         "minibatches": (3, updates("minibatches", "passes")),

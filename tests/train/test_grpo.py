@@ -73,7 +73,7 @@ def gradients_of(params, batch, config, devices=8):
         return gradient_of(config)(params, jax.device_put(batch, rows_sharding(mesh)))
 
 
-def same(one, other, tolerance=1e-5):
+def assert_close(one, other, tolerance=1e-5):
     for a, b in zip(*map(jax.tree.leaves, (one, other)), strict=True):
         np.testing.assert_allclose(a, b, atol=tolerance * max(1, np.abs(b).max()))
 
@@ -112,9 +112,9 @@ def test_group_row_equals_separate_rows(name, encoded):
     assert float(totals.objective.moved) == pytest.approx(np.sum(np.exp(moved) - moved - 1), rel=1e-3)
     assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(grads))
     expected = gradients_of(params, separate(batch), config)
-    same((grads, loss, totals), expected)
+    assert_close((grads, loss, totals), expected)
     if name != "dapo":
-        same(gradients_of(params, batch, replace(config, accumulate=2), devices=4), expected)
+        assert_close(gradients_of(params, batch, replace(config, accumulate=2), devices=4), expected)
 
 
 def test_equal_rewards_and_empty_captions_give_zero_gradients():
@@ -141,7 +141,7 @@ def test_narrower_rollout_has_the_same_gradient(name):
     scored = Scored(*(part[..., : C // 2] for part in batch.scored))
     narrow = batch._replace(rollout=crop(rollout, smallest_width(C // 2, C)), scored=scored)
     assert narrow.rollout.captions.targets.shape[-1] == C // 2
-    same(gradients_of(params, narrow, config), gradients_of(params, batch._replace(rollout=rollout), config))
+    assert_close(gradients_of(params, narrow, config), gradients_of(params, batch._replace(rollout=rollout), config))
 
 
 def update_flops(rows, group, attention):

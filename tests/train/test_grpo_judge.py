@@ -38,7 +38,7 @@ def judged(grpo_runs):
     return grpo_runs
 
 
-def same(runs, name):
+def assert_same_as_judged(runs, name):
     assert runs.lines(name) == runs.lines("judged")
     assert rollouts(runs, name) == rollouts(runs, "judged")
 
@@ -64,7 +64,7 @@ def test_judge_outage_of_a_minute_changes_nothing(judged):
     assert before < 5  # it waits
     with chat_server(verdict, first.port):
         assert process.wait(timeout=400) == 0
-    same(judged, "down")
+    assert_same_as_judged(judged, "down")
 
 
 def test_permanent_judge_outage_stops_the_run_resumably(judged):
@@ -74,7 +74,7 @@ def test_permanent_judge_outage_stops_the_run_resumably(judged):
     assert "Traceback" not in log
     with chat_server(verdict) as server:
         judged.finish("gone", *fields(server))
-    same(judged, "gone")
+    assert_same_as_judged(judged, "gone")
 
 
 def test_cached_verdicts_are_not_requested_again(judged, tmp_path):
@@ -85,8 +85,8 @@ def test_cached_verdicts_are_not_requested_again(judged, tmp_path):
         assert requested > 0
         judged.finish("again", *fields(server, *cache))
         assert len(server.requests) == requested
-    same(judged, "cached")
-    same(judged, "again")
+    assert_same_as_judged(judged, "cached")
+    assert_same_as_judged(judged, "again")
 
 
 def test_judge_errors_are_reported(judged):

@@ -24,7 +24,7 @@ def rollouts(runs, name):
     return [path.read_bytes() for path in files]
 
 
-def same(runs, name):
+def assert_same_as_undisturbed(runs, name):
     assert runs.lines(name) == runs.lines("undisturbed")
     assert rollouts(runs, name) == rollouts(runs, "undisturbed")
     jax.tree.map(np.testing.assert_array_equal, runs.files(name), runs.files("undisturbed"))
@@ -172,14 +172,14 @@ def test_users_terms_in_runs_of_two_processes(grpo_runs, monkeypatch):
     grpo_runs.finish("extra-killed", *fields)
     assert grpo_runs.lines("extra-killed") == lines
     assert rollouts(grpo_runs, "extra-killed") == rollouts(grpo_runs, "extra")
-    monkeypatch.setattr(subprocess, "Popen", numbered(subprocess.Popen))
+    monkeypatch.setattr(subprocess, "Popen", numbered_popen(subprocess.Popen))
     log = grpo_runs.finish("fails", "--rewards.extra", "host:my_terms:fails", processes=2, devices=1, expect=3)
     assert "OSError: no such thing" in log
     assert "RuntimeError: the term host:my_terms:fails failed: no such thing" in log
     assert "RuntimeError: the term fails failed on another process" in log
 
 
-def numbered(popen):
+def numbered_popen(popen):
     """Popen that sets the number of the process in the environment."""
 
     def start(command, env, **options):
@@ -196,21 +196,21 @@ def test_run_killed_at_random_moments_is_bit_identical(grpo_runs):
     start = time.monotonic()
     grpo_runs.finish("timed")
     duration = time.monotonic() - start
-    same(grpo_runs, "timed")
+    assert_same_as_undisturbed(grpo_runs, "timed")
     while done < kills:
         process = grpo_runs.start(name)
         with suppress(subprocess.TimeoutExpired):
             process.wait(timeout=draw.uniform(0.4, 1.0) * duration)
         if process.poll() is not None:  # it finished before the signal: start another run
             assert process.returncode == 0
-            same(grpo_runs, name)
+            assert_same_as_undisturbed(grpo_runs, name)
             name = f"{name}+"
             continue
         done += 1
         # 0: SIGTERM came in its last step, and it finished; -15: before the first or behind the last handler
         assert kill(process, signal.SIGTERM if done % 2 == 0 else signal.SIGKILL) in (-9, -15, 75, 0)
     grpo_runs.finish(name)
-    same(grpo_runs, name)
+    assert_same_as_undisturbed(grpo_runs, name)
 
 
 def test_rollouts_of_two_processes_equal_those_of_one(grpo_runs):

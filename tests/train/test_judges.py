@@ -88,7 +88,7 @@ def test_encoder_compares_windows_of_sixteen_tokens(encoder):
 def test_encoder_loads_from_a_bucket(encoder, tmp_path, monkeypatch):
     files = {path.name: path.read_bytes() for path in encoder[0].iterdir()}
     monkeypatch.setattr(
-        judges, "embedding_judge", lambda folder: {one.name: one.read_bytes() for one in folder.iterdir()}
+        judges, "embedding_judge", lambda folder: {path.name: path.read_bytes() for path in folder.iterdir()}
     )
     with gcs.proxied_bucket(tmp_path / "root", monkeypatch):
         for name, data in files.items():

@@ -151,7 +151,7 @@ def traces(monkeypatch):
     return calls
 
 
-def traced(profile, first, last):
+def traced_steps(profile, first, last):
     """The steps of a loop during which a trace is active."""
     found = []
     for number in range(first, last + 1):
@@ -163,23 +163,23 @@ def traced(profile, first, last):
 
 def test_profile_window_is_traced_from_any_first_step(traces, tmp_path):
     folder = str(tmp_path / "profile")
-    assert traced(Profile((3, 5), folder), 1, 9) == [3, 4, 5]
-    assert traced(Profile((3, 5), folder), 5, 9) == [5]  # resumed inside the window
-    assert traced(Profile((3, 5), folder), 6, 9) == []
-    assert traced(Profile((4,), folder), 1, 9) == [4]
-    assert traced(Profile((), folder), 1, 9) == []
+    assert traced_steps(Profile((3, 5), folder), 1, 9) == [3, 4, 5]
+    assert traced_steps(Profile((3, 5), folder), 5, 9) == [5]  # resumed inside the window
+    assert traced_steps(Profile((3, 5), folder), 6, 9) == []
+    assert traced_steps(Profile((4,), folder), 1, 9) == [4]
+    assert traced_steps(Profile((), folder), 1, 9) == []
     assert traces == ["start", "stop"] * 3
 
 
 def test_stopped_run_keeps_its_trace_in_the_bucket(traces, proxy, capsys, monkeypatch):
     profile = Profile((3, 5), f"{RUN}/profile")
-    assert traced(profile, 1, 4) == [3, 4]
+    assert traced_steps(profile, 1, 4) == [3, 4]
     profile.close()  # SIGTERM
     profile.close()
     assert traces == ["start", "stop"]
     assert storage.read(f"{RUN}/profile/plugins/host.xplane.pb") == b"trace"
     proxy.denied = {"storage.objects.create"}
-    assert traced(profile, 5, 5) == [5]
+    assert traced_steps(profile, 5, 5) == [5]
     assert "the profile stays in" in capsys.readouterr().err
 
 

@@ -25,7 +25,7 @@ def case():
     return hidden, head, captions, weight
 
 
-def whole(hidden, head, captions, weight):
+def full_loss(hidden, head, captions, weight):
     logits = hidden @ head.T
     each = optax.softmax_cross_entropy_with_integer_labels(logits, captions.targets)
     return jnp.sum(each * captions.valid * weight[:, None, None])
@@ -36,12 +36,12 @@ def test_chunked_loss_equals_the_loss_over_full_logits(case, stretch, monkeypatc
     monkeypatch.setattr(losses, "LOGITS_BYTES", 4 * V * B * G * stretch)
     hidden, head, captions, weight = case
     totals = losses.loss_totals(*case)
-    np.testing.assert_allclose(totals.loss, whole(*case), rtol=1e-6)
+    np.testing.assert_allclose(totals.loss, full_loss(*case), rtol=1e-6)
     counts = captions.valid * weight[:, None, None]
     assert float(totals.count) == counts.sum()
     assert float(totals.correct) == ((np.argmax(hidden @ head.T, -1) == captions.targets) * counts).sum()
     ours = jax.grad(lambda *args: losses.loss_totals(*args, captions, weight).loss, (0, 1))(hidden, head)
-    theirs = jax.grad(partial(whole, captions=captions, weight=weight), (0, 1))(hidden, head)
+    theirs = jax.grad(partial(full_loss, captions=captions, weight=weight), (0, 1))(hidden, head)
     for one, other in zip(ours, theirs):
         np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
 
@@ -56,7 +56,7 @@ def test_full_logits_never_exist(case, monkeypatch):
     assert f"f32[{D},{V}]" not in text
 
 
-def scores_of_whole_logits(hidden, head, targets, temperature):
+def scores_of_full_logits(hidden, head, targets, temperature):
     """`caption_scores` from full logits."""
     logits = hidden @ head.T / temperature
     logprobs = jax.nn.log_softmax(logits)
@@ -81,7 +81,7 @@ def test_scores_on_every_mesh_with_temperature(case, sizes, vocabulary, monkeypa
 
         return jax.jit(jax.grad(loss, (0, 1), has_aux=True))(hidden, head)
 
-    expected = run(scores_of_whole_logits)
+    expected = run(scores_of_full_logits)
     monkeypatch.setattr(losses, "LOGITS_BYTES", 4 * vocabulary * 7)
     with jax.set_mesh(make_mesh(*sizes, devices=jax.devices()[: int(np.prod(sizes))])):
         found = run(losses.caption_scores)
@@ -97,6 +97,6 @@ def test_bf16_loss_is_near_fp32(case):
         loss = lambda hidden, head: losses.loss_totals(hidden.astype(dtype), head, captions, weight).loss  # noqa: E731
         return jax.grad(loss, (0, 1))(hidden, head)
 
-    for one, other in zip(gradients(jnp.bfloat16), gradients(jnp.float32)):
-        assert one.dtype == jnp.float32
-        assert np.abs(one - other).max() < 0.02 * np.abs(other).max()
+    for gradient, other in zip(gradients(jnp.bfloat16), gradients(jnp.float32)):
+        assert gradient.dtype == jnp.float32
+        assert np.abs(gradient - other).max() < 0.02 * np.abs(other).max()

@@ -27,7 +27,7 @@ def case():
     return new, old, reference, sampled, np.arange(C) < lengths[..., None], lengths
 
 
-def close(found, expected):
+def assert_close(found, expected):
     np.testing.assert_allclose(found, expected, rtol=2e-5, atol=1e-6)
 
 
@@ -37,9 +37,9 @@ def test_advantages_equal_numpy():
     for g in range(B):
         mean, std = rewards[g].mean(), np.sqrt(((rewards[g] - rewards[g].mean()) ** 2).sum() / (G - 1))
         for i in range(G):
-            close(o.mean_advantage(rewards)[g, i], rewards[g, i] - mean)
-            close(o.std_advantage(rewards, 1e-3)[g, i], (rewards[g, i] - mean) / std)
-            close(o.std_advantage(rewards, 10.0)[g, i], (rewards[g, i] - mean) / 10)
+            assert_close(o.mean_advantage(rewards)[g, i], rewards[g, i] - mean)
+            assert_close(o.std_advantage(rewards, 1e-3)[g, i], (rewards[g, i] - mean) / std)
+            assert_close(o.std_advantage(rewards, 10.0)[g, i], (rewards[g, i] - mean) / 10)
 
 
 @pytest.mark.parametrize("reward", [0.1, 1 / 3, 2.7])
@@ -69,16 +69,16 @@ def test_ratios_equal_numpy(case):
     token, sequence = o.token_log_ratio(new, old, valid), o.sequence_log_ratio(new, old, valid)
     for b, g, c in np.ndindex(B, G, C):
         length = lengths[b, g]
-        close(token[b, g, c], new[b, g, c] - old[b, g, c] if c < length else 0)
+        assert_close(token[b, g, c], new[b, g, c] - old[b, g, c] if c < length else 0)
         mean = sum(new[b, g, t] - old[b, g, t] for t in range(length)) / length if length else 0
-        close(sequence[b, g, c], mean)
+        assert_close(sequence[b, g, c], mean)
 
 
 def test_clipping_equals_numpy():
     ratio, low, high = np.array([0.5, 0.79, 0.81, 1.0, 1.29, 1.31, 3.0], np.float32), 0.2, 0.3
     for advantage in (2.0, -2.0, 0.0):
         expected = [min(r * advantage, min(max(r, 0.8), 1.3) * advantage) for r in ratio]
-        close(o.clipped(ratio, jnp.float32(advantage), low, high), expected)
+        assert_close(o.clipped(ratio, jnp.float32(advantage), low, high), expected)
     slope = jax.vmap(jax.grad(lambda r, a: o.clipped(r, a, low, high)), (0, None))
     assert np.asarray(slope(ratio, 2.0) != 0).tolist() == [True] * 5 + [False] * 2
     assert np.asarray(slope(ratio, -2.0) != 0).tolist() == [False] * 2 + [True] * 5
@@ -90,13 +90,13 @@ def test_truncated_importance_weights_equal_numpy(case):
     for cap in (1.0, 2.0):
         found = o.truncated_importance(old, sampled, valid, cap)
         for index in np.ndindex(B, G, C):
-            close(found[index], min(np.exp(old[index] - sampled[index]), cap) if valid[index] else 1)
+            assert_close(found[index], min(np.exp(old[index] - sampled[index]), cap) if valid[index] else 1)
 
 
 def test_kl_estimators_equal_numpy():
     d = np.linspace(-3, 3, 13).astype(np.float32)  # log p_ref - log p
     for found, expected in ((o.k1, -d), (o.k2, d**2 / 2), (o.k3, np.exp(d) - d - 1)):
-        close(found(d), expected)
+        assert_close(found(d), expected)
         assert found(jnp.float32(0)) == 0
 
 
@@ -120,9 +120,9 @@ def test_token_weights_of_each_aggregation(case):
     found = {name: shares(valid, counted, 10) for name, shares in o.SHARES.items()}
     for b, g, c in np.ndindex(B, G, C):
         here = c < lengths[b, g]
-        close(found["sequence"][b, g, c], 1 / lengths[b, g] / captions if here else 0)
-        close(found["token"][b, g, c], 1 / lengths.sum() if here else 0)
-        close(found["constant"][b, g, c], 1 / (captions * 10) if here else 0)
+        assert_close(found["sequence"][b, g, c], 1 / lengths[b, g] / captions if here else 0)
+        assert_close(found["token"][b, g, c], 1 / lengths.sum() if here else 0)
+        assert_close(found["constant"][b, g, c], 1 / (captions * 10) if here else 0)
 
 
 def test_token_weights_of_an_empty_batch_are_zero():
@@ -150,18 +150,20 @@ def test_loss_gradient_and_clipped_shares_equal_trl(number):
     )
     valid, counted = TRL["valid"], np.ones(TRL["valid"].shape[:2], np.float32)
     shares = o.SHARES[config.aggregate](valid, counted, length + 2)
-    close(o.advantages(TRL["rewards"], config), TRL["advantage"] * _trl_std(TRL["rewards"]))
+    assert_close(o.advantages(TRL["rewards"], config), TRL["advantage"] * _trl_std(TRL["rewards"]))
 
-    def whole(new):
+    def full_objective(new):
         others = (TRL[name] for name in ("old", "sampled", "reference", "advantage"))
         return o.objective(new, *others, valid, shares, config)
 
-    (value, totals), slope = jax.value_and_grad(whole, has_aux=True)(TRL["new"])
-    close(value, TRL[f"loss_{number}"])
+    (value, totals), slope = jax.value_and_grad(full_objective, has_aux=True)(TRL["new"])
+    assert_close(value, TRL[f"loss_{number}"])
     np.testing.assert_allclose(slope, TRL[f"gradient_{number}"], atol=1e-6)
     assert np.abs(slope).max() > 1e-3
     if level == "token":  # with one ratio a caption TRL takes the mean over captions
-        close([totals.clipped_low / totals.tokens, totals.clipped_high / totals.tokens], TRL[f"clipped_{number}"])
+        assert_close(
+            [totals.clipped_low / totals.tokens, totals.clipped_high / totals.tokens], TRL[f"clipped_{number}"]
+        )
         assert float(totals.clipped_low) > 0
 
 

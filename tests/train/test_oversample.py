@@ -104,10 +104,10 @@ class Run:
             for number in numbers
         )
         with jax.set_mesh(self.mesh):
-            for one in blocks(batches, first, self.plan.together, 1):
-                if one.step == stop:
+            for block in blocks(batches, first, self.plan.together, 1):
+                if block.step == stop:
                     break
-                state, metrics, finish = self.step(state, one)
+                state, metrics, finish = self.step(state, block)
                 finish()
                 found.append({name: int(metrics[name]) for name in ("replaced", "dropped", "all_equal", "rows")})
         return state, found

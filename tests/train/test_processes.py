@@ -16,10 +16,10 @@ ROOT = Path(__file__).parents[2]
 CLOSE = dict(rel=1e-4, abs=1e-6)
 
 
-def same_curve(lines, others):
-    for one, other in zip(lines, others, strict=True):
-        assert one.keys() == other.keys()
-        for name, value in one.items():
+def assert_same_curve(lines, others):
+    for line, other in zip(lines, others, strict=True):
+        assert line.keys() == other.keys()
+        for name, value in line.items():
             assert value == pytest.approx(other[name], **CLOSE), name
 
 
@@ -29,7 +29,7 @@ def test_four_processes_give_the_loss_curve_of_one(runs, mesh):
     fields = [f"--mesh.{axis}={size}" for axis, size in zip(("data", "fsdp", "tensor"), mesh)]
     name = f"four-{'-'.join(mesh)}"
     runs.finish(name, *fields, processes=4)
-    same_curve(runs.lines(name), runs.lines("undisturbed"))
+    assert_same_curve(runs.lines(name), runs.lines("undisturbed"))
 
 
 @pytest.mark.slow
@@ -42,7 +42,7 @@ def test_lost_process_ends_the_others_and_the_job_resumes(runs):
     assert time.monotonic() - begun < 30
     assert all(statuses)
     runs.finish("lost", processes=2, devices=4)  # two hosts are left
-    same_curve(runs.lines("lost"), runs.lines("undisturbed"))
+    assert_same_curve(runs.lines("lost"), runs.lines("undisturbed"))
 
 
 @pytest.mark.slow
@@ -52,7 +52,7 @@ def test_sigterm_of_one_process_of_two_stops_both(runs):
     processes[1].terminate()
     assert [process.wait(timeout=120) for process in processes] == [75, 75]
     runs.finish("stopped", processes=2)
-    same_curve(runs.lines("stopped"), runs.lines("undisturbed"))
+    assert_same_curve(runs.lines("stopped"), runs.lines("undisturbed"))
 
 
 # Host 2 gets stuck in its third batch.

@@ -13,7 +13,7 @@ import pytest
 from train_runs import kill
 
 
-def same_parameters(runs, name):
+def assert_same_parameters(runs, name):
     jax.tree.map(np.testing.assert_array_equal, runs.files(name), runs.files("undisturbed"))
 
 
@@ -57,7 +57,7 @@ def test_run_that_was_stopped_and_killed_is_bit_identical(runs):
     runs.finish("disturbed")
     assert runs.lines("disturbed") == runs.lines("undisturbed")
     assert runs.compilations("disturbed")[-1] == 0 < runs.compilations("undisturbed")[-1]  # all read from the cache
-    same_parameters(runs, "disturbed")
+    assert_same_parameters(runs, "disturbed")
     runs.finish("disturbed")  # finished: nothing is left to do
     assert runs.lines("disturbed") == runs.lines("undisturbed")
 
@@ -93,7 +93,7 @@ def test_run_killed_at_random_moments_is_bit_identical(runs, cached):
         assert kill(process, signal.SIGTERM if done % 3 == 0 else signal.SIGKILL) in (-9, -15, 75, 0)
     runs.finish(name, cached=cached)
     assert runs.lines(name) == runs.lines("undisturbed")
-    same_parameters(runs, name)
+    assert_same_parameters(runs, name)
 
 
 def test_steps_compile_nothing(runs):

@@ -36,7 +36,7 @@ def rewards_of(monkeypatch):
 
 def known_lengths(captions, references):
     """A host term without a verdict on the second caption."""
-    return [None if number == 1 else float(one["seconds"]) for number, one in enumerate(references)]
+    return [None if number == 1 else float(reference["seconds"]) for number, reference in enumerate(references)]
 
 
 def wrong(captions, references):

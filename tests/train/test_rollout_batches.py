@@ -131,7 +131,7 @@ class Batches(list):
 )
 def test_first_batch_of_a_rollout_carries_the_others(first, size, expected):
     batches = Batches(map(batch, range(first, 6)))
-    found = [(one.step, [other.step for other in one.following]) for one in blocks(batches, first, size)]
+    found = [(block.step, [other.step for other in block.following]) for block in blocks(batches, first, size)]
     assert found == expected
     assert batches.closed
 
@@ -159,7 +159,7 @@ def test_one_rollout_feeds_several_updates(tmp_path):
     assert learned == [(step, step, f"encoded {step}", step) for step in range(4)]
     assert [int(metrics["staleness"]) for metrics, _ in found] == [0, 1, 0, 1]
     assert ["rollout_seconds" in perf for _, perf in found] == [True, False, True, False]
-    assert [float(one.sampled[0, 0, 0]) for one in state.rollouts] == [2, 3]  # for a resume
+    assert [float(rollout.sampled[0, 0, 0]) for rollout in state.rollouts] == [2, 3]  # for a resume
 
 
 def test_resume_restores_captions_from_the_state(tmp_path):
@@ -176,7 +176,11 @@ def test_resume_restores_captions_from_the_state(tmp_path):
         assert (one.rollout.sampled == other.rollout.sampled).all()
     assert [int(metrics["staleness"]) for metrics, _ in found] == [1, 2]
     assert state.params == undisturbed.params == 3
-    assert [float(one.sampled[0, 0, 0]) for one in state.rollouts] == [0, 1, 2]  # for a second stop in this block
+    assert [float(rollout.sampled[0, 0, 0]) for rollout in state.rollouts] == [
+        0,
+        1,
+        2,
+    ]  # for a second stop in this block
 
 
 def test_record_lost_at_sampling_stays_excluded_after_a_resume(tmp_path):
@@ -184,7 +188,7 @@ def test_record_lost_at_sampling_stays_excluded_after_a_resume(tmp_path):
     lost = jnp.array([0.0, 1.0])
     steps = Steps(tmp_path, rollout_batches=2)
     state, _ = steps.run(start(), 0, 2, stop=1, weights={1: lost})
-    assert [one.lengths.tolist() for one in state.rollouts] == [[[2, 2], [2, 2]], [[0, 0], [2, 2]]]
+    assert [rollout.lengths.tolist() for rollout in state.rollouts] == [[[2, 2], [2, 2]], [[0, 0], [2, 2]]]
     again = Steps(tmp_path, rollout_batches=2)
     again.run(state, 1, 2)
     assert again.of("update")[0][1].weight.tolist() == [0, 1]

@@ -36,7 +36,7 @@ CONFIG = GrpoConfig(
 MODEL = model_of(CONFIG, TINY)
 
 
-def drawn(path, leaf):
+def random_leaf(path, leaf):
     """Random weights with O(1) logits; fresh adapters."""
     rng, name = np.random.default_rng(len(str(path))), path[-1].key
     if name in ("scale", "lora_b"):
@@ -51,18 +51,18 @@ def policy():
     mesh = make_mesh(1, 1, 1, devices=jax.devices()[:1])
     with jax.set_mesh(mesh):
         program = grpo_program(CONFIG, MODEL, mesh, UPDATES, (258,))
-        state = program.begin(jax.tree_util.tree_map_with_path(drawn, program.state.params))
+        state = program.begin(jax.tree_util.tree_map_with_path(random_leaf, program.state.params))
         adamw = optimizer(CONFIG.optim, UPDATES)
         leaves, tree = jax.tree.flatten(split(state.params, "lora")[0])
         keys = jax.random.split(jax.random.key(1), len(leaves))
         gradient = tree.unflatten(jax.random.normal(key, leaf.shape) for key, leaf in zip(keys, leaves))
 
         @jax.jit
-        def trained(state):
+        def trained_params(state):
             update = lambda _, state: apply_gradient(state, gradient, jnp.bool_(True), adamw, "lora")[0]  # noqa: E731
             return jax.lax.fori_loop(0, UPDATES, update, state).params
 
-        yield program, trained(state)
+        yield program, trained_params(state)
 
 
 def test_sampler_weights_keep_small_updates(policy):

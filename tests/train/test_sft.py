@@ -44,7 +44,7 @@ def batch():
     return clip, captions, np.array([1, 1, 1, 0, 1, 1, 1, 1], np.float32), np.zeros(ROWS, np.int32)
 
 
-def trained(batch, sizes, **changes):
+def train_on_mesh(batch, sizes, **changes):
     """The metrics of a few steps on a mesh, and the parameters before and after."""
     mesh = make_mesh(*sizes, devices=jax.devices()[: int(np.prod(sizes))])
     with jax.set_mesh(mesh):
@@ -62,8 +62,8 @@ def trained(batch, sizes, **changes):
 
 
 @pytest.fixture(scope="module")
-def alone(batch):
-    return trained(batch, (1, 1, 1))
+def one_device_run(batch):
+    return train_on_mesh(batch, (1, 1, 1))
 
 
 @pytest.mark.parametrize(
@@ -76,18 +76,18 @@ def alone(batch):
         pytest.param((1, 2, 1), 4, marks=pytest.mark.slow),
     ],
 )
-def test_loss_curve_is_equal_on_every_mesh_and_with_microbatches(batch, alone, sizes, accumulate):
-    metrics, *_ = trained(batch, sizes, accumulate=accumulate)
-    losses = [line["loss"] for line in alone[0]]
+def test_loss_curve_is_equal_on_every_mesh_and_with_microbatches(batch, one_device_run, sizes, accumulate):
+    metrics, *_ = train_on_mesh(batch, sizes, accumulate=accumulate)
+    losses = [line["loss"] for line in one_device_run[0]]
     assert losses[0] - losses[-1] > 0.1  # something is learned, so that curves can differ
-    for one, other in zip(metrics, alone[0]):
+    for one, other in zip(metrics, one_device_run[0]):
         assert one.keys() == other.keys()
         for name in one:
             assert one[name] == pytest.approx(other[name], rel=1e-4, abs=1e-6), name
 
 
-def test_frozen_parameters_are_bit_identical_and_have_no_moments(alone):
-    _, before, state = alone
+def test_frozen_parameters_are_bit_identical_and_have_no_moments(one_device_run):
+    _, before, state = one_device_run
     (trained_before, frozen_before), (trained_after, frozen_after) = (
         split(tree, "captioner") for tree in (before, state.params)
     )

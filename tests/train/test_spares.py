@@ -16,7 +16,7 @@ def rewards(*equal):
     return jnp.array([[0.5, 0.5 if one else 1.5] for one in equal])
 
 
-def sampled(first, weight=(1, 1, 1, 1), split=1):
+def make_batch(first, weight=(1, 1, 1, 1), split=1):
     """A batch whose leaves count its rows from `first`."""
     rows = first + jnp.arange(B * split, dtype=jnp.float32)
     counts = jnp.repeat(jnp.array(weight, jnp.float32), split)
@@ -52,8 +52,8 @@ def test_spares_are_used_in_order():
 
 def test_groups_of_equal_rewards_are_replaced(replaced):
     """Used, equal and lost spares are not taken; a lost clip is not replaced."""
-    batch, reward = sampled(0, (1, 1, 0, 1)), rewards(True, False, True, True)
-    spares = sampled(10, (1, 0, 1, 1)), sampled(20)
+    batch, reward = make_batch(0, (1, 1, 0, 1)), rewards(True, False, True, True)
+    spares = make_batch(10, (1, 0, 1, 1)), make_batch(20)
     spare_rewards = rewards(False, False, True, False), rewards(False, False, False, False)
     spent = jnp.array([True] + [False] * 7)
     learned, taken, now, metrics = replaced(batch, reward, spares, spare_rewards, spent)
@@ -70,24 +70,24 @@ def test_groups_of_equal_rewards_are_replaced(replaced):
 
 
 def test_group_without_a_spare_has_zero_weight(replaced):
-    batch, nothing = sampled(0), jnp.ones(4, bool)
+    batch, nothing = make_batch(0), jnp.ones(4, bool)
     learned, taken, _, metrics = replaced(
-        batch, rewards(True, False, True, False), (sampled(10),), (rewards(*[0] * 4),), nothing
+        batch, rewards(True, False, True, False), (make_batch(10),), (rewards(*[0] * 4),), nothing
     )
     assert learned.clip.tolist() == [0, 1, 2, 3]
     assert learned.weight.tolist() == [0, 1, 0, 1]
     assert not taken.any()
     assert (int(metrics["dropped"]), int(metrics["all_equal"])) == (2, 0)
-    learned, *_, metrics = replaced(batch, rewards(*[True] * 4), (sampled(10),), (rewards(*[1] * 4),), ~nothing)
+    learned, *_, metrics = replaced(batch, rewards(*[True] * 4), (make_batch(10),), (rewards(*[1] * 4),), ~nothing)
     assert not learned.weight.any()
     assert (int(metrics["dropped"]), int(metrics["all_equal"]), float(metrics["rows"])) == (4, 1, 4)
-    lost = sampled(0, (0, 0, 0, 0))
-    *_, metrics = replaced(lost, rewards(*[True] * 4), (sampled(10),), (rewards(*[1] * 4),), ~nothing)
+    lost = make_batch(0, (0, 0, 0, 0))
+    *_, metrics = replaced(lost, rewards(*[True] * 4), (make_batch(10),), (rewards(*[1] * 4),), ~nothing)
     assert (int(metrics["dropped"]), int(metrics["all_equal"])) == (0, 0)
 
 
 def test_all_rows_of_a_clip_are_replaced(replaced):
-    batch, spares = sampled(0, split=2), (sampled(10, split=2),)
+    batch, spares = make_batch(0, split=2), (make_batch(10, split=2),)
     reward, other = rewards(False, True, False, False), (rewards(True, True, True, False),)
     learned, *_ = replaced(batch, reward, spares, other, jnp.zeros(4, bool))
     assert learned.clip.tolist() == [0, 1, 16, 17, 4, 5, 6, 7]

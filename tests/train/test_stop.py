@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from processes import several
+from processes import run_connected
 
 TESTS = str(Path(__file__).parents[1])
 
@@ -26,7 +26,7 @@ def test_flags_are_equal_on_every_process():
     read.append(flags.dispatch(save=False))
     print([[int(value) for value in one] for one in read])
     """
-    assert {text.splitlines()[-1] for text in several(program, 2, 2)} == {"[[0, 0], [0, 0], [0, 1], [1, 0]]"}
+    assert {text.splitlines()[-1] for text in run_connected(program, 2, 2)} == {"[[0, 0], [0, 0], [0, 1], [1, 0]]"}
 
 
 @pytest.mark.parametrize(

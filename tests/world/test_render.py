@@ -11,7 +11,7 @@ from avocado_jax.world.script import LEVELS, Actor, Event, Scene, Script
 from avocado_jax.world.vocabulary import BACKDROPS, COLORS, PLACES, SHAPES, WORDS
 
 
-def stage(*events, shape="square", size="large", backdrop="white", duration=4.0):
+def make_script_of(*events, shape="square", size="large", backdrop="white", duration=4.0):
     """A script of level 2 with one red shape (number 0) and one blue circle (number 1)."""
     actors = (Actor("red", shape, size, "deep", 0), Actor("blue", "circle", "small", "high", 0))
     scene = Scene(0.0, duration, backdrop, "plain")
@@ -29,7 +29,7 @@ def center(frame, color):
     return x.mean() / frame.shape[1], y.mean() / frame.shape[0], len(x)
 
 
-def at(script, *times):
+def frames_at(script, *times):
     return list(render(script, times))
 
 
@@ -49,7 +49,7 @@ def test_frames_depend_only_on_time(level):
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_shapes_are_complete_and_of_the_right_size(shape):
-    (frame,) = at(stage(HERE, shape=shape), 0.0)
+    (frame,) = frames_at(make_script_of(HERE, shape=shape), 0.0)
     x, y, count = center(frame, "red")
     assert (x, y) == pytest.approx((0.5, 0.5), abs=0.04)
     assert count > (0.125 * 224) ** 2 * 0.9
@@ -58,7 +58,7 @@ def test_shapes_are_complete_and_of_the_right_size(shape):
 
 
 def test_shapes_are_distinct():
-    masks = [at(stage(HERE, shape=shape), 0.0)[0] != GROUND["white"][0] for shape in SHAPES]
+    masks = [frames_at(make_script_of(HERE, shape=shape), 0.0)[0] != GROUND["white"][0] for shape in SHAPES]
     shares = [(a ^ b).sum() / (a | b).sum() for i, a in enumerate(masks) for b in masks[:i]]
     assert min(shares) > 0.1
 
@@ -66,8 +66,8 @@ def test_shapes_are_distinct():
 @pytest.mark.parametrize("backdrop", BACKDROPS)
 @pytest.mark.parametrize("color", COLORS)
 def test_shapes_contrast_with_the_background(backdrop, color):
-    script = stage(HERE, event("recolor", 0.0, 0.6, color=color, who="red square"), backdrop=backdrop)
-    (frame,) = at(script, 1.0)
+    script = make_script_of(HERE, event("recolor", 0.0, 0.6, color=color, who="red square"), backdrop=backdrop)
+    (frame,) = frames_at(script, 1.0)
     row = frame[112].astype(int)
     steps = np.abs(np.diff(row, axis=0)).sum(-1)
     assert (steps > 120).any(), "neither the shape nor its outline differs from the background"
@@ -76,7 +76,7 @@ def test_shapes_contrast_with_the_background(backdrop, color):
 @pytest.mark.parametrize("position", PLACES)
 def test_positions_of_shapes(position):
     move = event("move", 1.0, 2.0, place=position)
-    before, after = at(stage(event("present", 0.0, 4.0, place="center"), move), 0.9, 2.5)
+    before, after = frames_at(make_script_of(event("present", 0.0, 4.0, place="center"), move), 0.9, 2.5)
     assert center(before, "red")[:2] == pytest.approx((0.5, 0.5), abs=0.01)
     assert center(after, "red")[:2] == pytest.approx(PLACES[position], abs=0.01)
 
@@ -84,7 +84,7 @@ def test_positions_of_shapes(position):
 def test_entering_and_leaving_shapes():
     enter = event("enter", 1.0, 2.0, place="center", side="left")
     leave = event("leave", 2.5, 3.0, side="top")
-    frames = at(stage(enter, leave), 0.5, 1.4, 2.2, 2.7, 3.1)
+    frames = frames_at(make_script_of(enter, leave), 0.5, 1.4, 2.2, 2.7, 3.1)
     visible = [(np.abs(f.astype(int) - INK["red"]).sum(-1) < 40).any() for f in frames]
     assert visible == [False, True, True, True, False]
     assert center(frames[1], "red")[0] < 0.4
@@ -96,14 +96,14 @@ def test_shapes_that_have_left_stay_out_of_view():
         event("leave", 0.2, 1.0, side="left"),
         event("camera", 1.5, 3.3, actor=-1, camera="zoom out"),
     )
-    (frame,) = at(stage(HERE, leave, afar), 2.4)
+    (frame,) = frames_at(make_script_of(HERE, leave, afar), 2.4)
     assert (frame == GROUND["white"][0]).all()
 
 
 def test_jumping_spinning_and_growing_shapes():
     jump, spin = event("jump", 0.5, 1.5), event("spin", 2.0, 3.0, turn="clockwise")
     grow = event("resize", 3.2, 3.8, resize="shrink")
-    rest, up, turned, small = at(stage(HERE, jump, spin, grow, shape="triangle"), 0, 0.75, 2.4, 3.9)
+    rest, up, turned, small = frames_at(make_script_of(HERE, jump, spin, grow, shape="triangle"), 0, 0.75, 2.4, 3.9)
     assert center(up, "red")[1] < 0.42
     assert np.abs(turned.astype(int) - rest).sum() > 100_000
     assert center(small, "red")[2] < 0.5 * center(rest, "red")[2]
@@ -112,11 +112,11 @@ def test_jumping_spinning_and_growing_shapes():
 def test_clockwise_spin_is_clockwise():
     spin = event("spin", 0.0, 1.0, turn="clockwise")
     back = event("spin", 0.0, 1.0, turn="counterclockwise")
-    first, other = (at(stage(HERE, turn, shape="triangle"), 0.3)[0] for turn in (spin, back))
+    first, other = (frames_at(make_script_of(HERE, turn, shape="triangle"), 0.3)[0] for turn in (spin, back))
     # A triangle on its base, turned a little clockwise, leans to the right: its tip is right of the center.
     tips = [np.nonzero((np.abs(f.astype(int) - INK["red"]).sum(-1) < 40).any(0))[0] for f in (first, other)]
     np.testing.assert_array_equal(first, other[:, ::-1])
-    pose = pictures._pose(stage(HERE, spin), 0, [HERE, spin], 0.3)
+    pose = pictures._pose(make_script_of(HERE, spin), 0, [HERE, spin], 0.3)
     assert pose.angle > 0
     assert len(tips[0])
     corner = np.array([np.sin(pose.angle), -np.cos(pose.angle)])  # where the tip has gone, y down
@@ -127,7 +127,7 @@ def test_clockwise_spin_is_clockwise():
 def test_shapes_touch_in_the_middle_of_a_collision():
     there = event("present", 0.0, 4.0, actor=1, place="right")
     crash = event("collide", 1.0, 2.2, other=1, who="red square")
-    before, touch, after = at(stage(HERE, there, crash), 0.9, 1.6, 2.3)
+    before, touch, after = frames_at(make_script_of(HERE, there, crash), 0.9, 1.6, 2.3)
     gap = [center(f, "blue")[0] - center(f, "red")[0] for f in (before, touch, after)]
     assert gap[0] == pytest.approx(0.32, abs=0.01)
     assert gap[1] == pytest.approx(0.85 * (0.125 + 0.08), abs=0.02)
@@ -136,7 +136,7 @@ def test_shapes_touch_in_the_middle_of_a_collision():
 
 def test_mouth_moves_while_a_shape_speaks():
     say = event("say", 1.0, 2.0, line="Look.", who="red square")
-    frames = at(stage(HERE, say), 0.9, 1.12, 1.24, 2.1)
+    frames = frames_at(make_script_of(HERE, say), 0.9, 1.12, 1.24, 2.1)
     dark = [(f.sum(-1) < 60)[100:140, 100:124].sum() for f in frames]
     assert dark[0] == dark[3] == 0
     assert min(dark[1:3]) > 20
@@ -146,7 +146,7 @@ def test_mouth_moves_while_a_shape_speaks():
 def test_camera_returns_after_its_move():
     for move in ("pan left", "pan right", "zoom in", "zoom out"):
         camera = event("camera", 1.0, 3.0, actor=-1, camera=move)
-        rest, away, back = at(stage(HERE, camera), 0.5, 2.0, 3.2)
+        rest, away, back = frames_at(make_script_of(HERE, camera), 0.5, 2.0, 3.2)
         np.testing.assert_array_equal(rest, back)
         (x, _, count), (x0, _, count0) = center(away, "red"), center(rest, "red")
         if "pan" in move:
@@ -163,7 +163,7 @@ def test_letters_are_not_mirrored():
 def test_rendered_text_is_legible():
     for word in WORDS:
         text = event("text", 1.0, 2.0, actor=-1, word=word, where="bottom")
-        (frame,) = at(stage(text), 1.5)
+        (frame,) = frames_at(make_script_of(text), 1.5)
         white = (frame[180:].min(-1) == 255).any(0)
         assert white[: 224 // 20].sum() == 0
         scale = round((frame[180:].min(-1) == 255).sum() / bitmap(word).sum()) ** 0.5
@@ -174,6 +174,6 @@ def test_scene_cut_happens_at_its_time():
     for index in range(20):
         script = make_script(0, index, "train", 3)
         for before, after in zip(script.scenes, script.scenes[1:], strict=False):
-            first, second = at(script, after.start - 0.01, after.start)
+            first, second = frames_at(script, after.start - 0.01, after.start)
             assert np.abs(first[:3].astype(int).mean((0, 1)) - GROUND[before.backdrop]).max() < 45
             assert np.abs(second[:3].astype(int).mean((0, 1)) - GROUND[after.backdrop]).max() < 45

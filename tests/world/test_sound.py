@@ -29,18 +29,18 @@ def spectrum(wave):
         power = np.abs(np.fft.rfft(piece)) ** 2
         frequency = np.fft.rfftfreq(len(piece), 1 / RATE)
         rows.append([power[(frequency >= a) & (frequency < b)].sum() for a, b in pairwise(edges)])
-    level = np.log10(np.array(rows) + 1e-4 * np.max(rows))
-    return (level - level.mean()).ravel() / np.linalg.norm(level - level.mean())
+    energy = np.log10(np.array(rows) + 1e-4 * np.max(rows))
+    return (energy - energy.mean()).ravel() / np.linalg.norm(energy - energy.mean())
 
 
-def closest(waves):
+def closest_pair(waves):
     spectra = [spectrum(wave) for wave in waves]
     return max(float(a @ b) for i, a in enumerate(spectra) for b in spectra[:i])
 
 
 def test_effects_are_distinct_and_have_their_length():
     waves = [effect(name) for name in EFFECTS]
-    assert closest(waves) < 0.8
+    assert closest_pair(waves) < 0.8
     for name, wave in zip(EFFECTS, waves, strict=True):
         assert len(wave) == round(EFFECTS[name] * RATE)
         assert np.abs(wave).max() == pytest.approx(1)
@@ -48,7 +48,7 @@ def test_effects_are_distinct_and_have_their_length():
 
 def test_background_sounds_are_distinct_and_even():
     waves = [bed(name, 6.0) for name in BEDS]
-    assert closest(waves) < 0.8
+    assert closest_pair(waves) < 0.8
     for wave in waves:
         assert wave.dtype == np.float32
         assert np.sqrt(np.mean(wave**2)) == pytest.approx(1, rel=1e-3)
@@ -57,7 +57,7 @@ def test_background_sounds_are_distinct_and_even():
 def test_voices_are_distinct():
     assert set(ESPEAK) == {*VOICES, NARRATOR}
     waves = [speak(LINES[0], voice, 1.1).samples for voice in ESPEAK]
-    assert closest(waves) < 0.95
+    assert closest_pair(waves) < 0.95
 
 
 @pytest.mark.parametrize("voice", ESPEAK)
@@ -105,7 +105,7 @@ def test_mix_has_the_times_and_levels_of_the_script():
         parts = [part for event in script.events for part in event.parts or (event,)]
         music = next((BED_LEVEL[p.get("loudness")] for p in parts if p.kind == "bed"), 0.0)
 
-        def level(start, end, track=track):
+        def sound_level(start, end, track=track):
             return np.sqrt(np.mean(track[round(start * RATE) : round(end * RATE)] ** 2))
 
         for part in parts:
@@ -113,5 +113,5 @@ def test_mix_has_the_times_and_levels_of_the_script():
                 peak = np.abs(track[round(part.start * RATE) : round(part.end * RATE)]).max()
                 assert (peak > 0.42) == (part.get("loudness") == "loud")
             if part.kind == "say":
-                assert level(part.start, part.end) > 1.2 * music
-                assert level(part.start - 0.15, part.start) < level(part.start, part.end)
+                assert sound_level(part.start, part.end) > 1.2 * music
+                assert sound_level(part.start - 0.15, part.start) < sound_level(part.start, part.end)

@@ -64,7 +64,7 @@ def test_world_with_times_in_captions(world, tmp_path, capsys):
     capsys.readouterr()
     assert main(["world", "--check", str(out / "clips.jsonl"), "--truth", str(world / "clips.jsonl")]) == 0
     scores = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert all(one["recall"] == one["order"] == 1 and one["hallucination"] == 0 for one in scores)
+    assert all(score["recall"] == score["order"] == 1 and score["hallucination"] == 0 for score in scores)
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
@@ -120,14 +120,14 @@ def test_invalid_input_is_a_one_line_error(world, tmp_path, capsys):
     truth = str(world / "clips.jsonl")
     good = json.loads((world / "clips.jsonl").read_text().splitlines()[0])
 
-    def wrong(text, *, truth=truth, name="captions.jsonl"):
+    def run_with_bad_input(text, *, truth=truth, name="captions.jsonl"):
         (tmp_path / name).write_bytes(text if isinstance(text, bytes) else text.encode())
         return ["--check", str(tmp_path / name), "--truth", truth]
 
     def wrong_truth(record):
         path = tmp_path / f"truth{len(list(tmp_path.iterdir()))}.jsonl"
         path.write_text(json.dumps(record))
-        return wrong(json.dumps({"id": good["id"], "caption": ""}), truth=str(path), name="good.jsonl")
+        return run_with_bad_input(json.dumps({"id": good["id"], "caption": ""}), truth=str(path), name="good.jsonl")
 
     out = str(tmp_path / "out")
     tour = [
@@ -141,13 +141,13 @@ def test_invalid_input_is_a_one_line_error(world, tmp_path, capsys):
         ([out, "--clips", "2", "--truth", truth], "go together"),
         (["--check", str(tmp_path / "absent.jsonl"), "--truth", truth], "absent.jsonl: No such file"),
         (["--check", str(tmp_path), "--truth", truth], "Is a directory"),
-        (wrong("", name="empty.jsonl"), "has no lines"),
-        (wrong('{"id": "a"\n', name="a.jsonl"), "a.jsonl:1: not JSON"),
-        (wrong(b"\n\xff\xfe{}", name="b.jsonl"), "b.jsonl:2: not JSON"),
-        (wrong("[1, 2]", name="c.jsonl"), "not a JSON object"),
-        (wrong('{"caption": "x"}', name="d.jsonl"), 'd.jsonl:1: "id" must be a string'),
-        (wrong('{"id": "x", "caption": null}', name="e.jsonl"), '"caption" must be a string'),
-        (wrong('{"id": "x", "caption": "x"}', name="f.jsonl"), 'has no clip "x"'),
+        (run_with_bad_input("", name="empty.jsonl"), "has no lines"),
+        (run_with_bad_input('{"id": "a"\n', name="a.jsonl"), "a.jsonl:1: not JSON"),
+        (run_with_bad_input(b"\n\xff\xfe{}", name="b.jsonl"), "b.jsonl:2: not JSON"),
+        (run_with_bad_input("[1, 2]", name="c.jsonl"), "not a JSON object"),
+        (run_with_bad_input('{"caption": "x"}', name="d.jsonl"), 'd.jsonl:1: "id" must be a string'),
+        (run_with_bad_input('{"id": "x", "caption": null}', name="e.jsonl"), '"caption" must be a string'),
+        (run_with_bad_input('{"id": "x", "caption": "x"}', name="f.jsonl"), 'has no clip "x"'),
         (wrong_truth({**good, "events": "none"}), '"events" must be a list'),
         (
             wrong_truth({**good, "events": [{"text": "A bell rings."}]}),
