@@ -229,7 +229,7 @@ class GrpoConfig(RunConfig):
 
 def as_sft(config: RunConfig) -> SftConfig:
     """The SFT config with the same data, steps and batch as `config`."""
-    return SftConfig(**{one.name: getattr(config, one.name) for one in fields(RunConfig)})
+    return SftConfig(**{entry.name: getattr(config, entry.name) for entry in fields(RunConfig)})
 
 
 def config_file(name: str) -> Path:
@@ -240,12 +240,12 @@ def config_file(name: str) -> Path:
     """
     if (path := Path(name)).is_file():
         return path
-    folder = next(one for one in (PACKAGE / "configs", PACKAGE.parent / "configs") if one.is_dir())  # wheel, clone
+    folder = next(path for path in (PACKAGE / "configs", PACKAGE.parent / "configs") if path.is_dir())  # wheel, clone
     parents = [path.parent, folder] if path.parent == Path("configs") else [path.parent]
     for parent in [folder, path.parent] if name == path.name else parents:
         if (file := parent / f"{path.name.removesuffix('.py')}.py").is_file():
             return file
-    names = ", ".join(sorted(one.stem for one in folder.glob("*.py")))
+    names = ", ".join(sorted(file.stem for file in folder.glob("*.py")))
     raise InputError(f"{name}: no such config file; configs with a name: {names}")
 
 
@@ -337,7 +337,7 @@ def _changed(config: Any, name: str, path: list[str], text: str, root: Any) -> A
     if rest and not is_dataclass(current):
         raise InputError(f"--{name}: {first} has no subfields")
     if is_dataclass(current) and not rest:
-        names = ", ".join(f"--{name}.{one.name}" for one in fields(current))
+        names = ", ".join(f"--{name}.{entry.name}" for entry in fields(current))
         raise InputError(f"--{name}: give one of its fields: {names}")
     value = _changed(current, name, rest, text, root) if rest else _parsed(known[first], text, name)
     return replace(config, **{first: value})
@@ -361,12 +361,12 @@ def _parsed(kind: Any, text: str, name: str) -> Any:
 
 def flat(config: Any, prefix: str = "") -> Iterator[tuple[str, Any, bool]]:
     """Yield all fields as (dotted name, value, whether it is free)."""
-    for each in fields(config):
-        value = getattr(config, each.name)
+    for entry in fields(config):
+        value = getattr(config, entry.name)
         if is_dataclass(value):
-            yield from flat(value, f"{prefix}{each.name}.")
+            yield from flat(value, f"{prefix}{entry.name}.")
         else:
-            yield f"{prefix}{each.name}", value, bool(each.metadata.get("free"))
+            yield f"{prefix}{entry.name}", value, bool(entry.metadata.get("free"))
 
 
 def as_json(config: Any) -> dict[str, Any]:

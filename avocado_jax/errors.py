@@ -29,11 +29,11 @@ def exit_status(error: BaseException) -> int:
         return 2
     if (code := runtime_code(error)) is not None:
         return 1 if code in TRANSIENT else 3
-    if _is(error, "google.api_core.exceptions", "ServerError", "TooManyRequests", "RetryError"):
+    if _is_instance(error, "google.api_core.exceptions", "ServerError", "TooManyRequests", "RetryError"):
         return 1
-    if _is(error, "google.api_core.exceptions", "Forbidden", "Unauthorized", "NotFound"):
+    if _is_instance(error, "google.api_core.exceptions", "Forbidden", "Unauthorized", "NotFound"):
         return 2
-    if _is(error, "google.auth.exceptions", "GoogleAuthError"):
+    if _is_instance(error, "google.auth.exceptions", "GoogleAuthError"):
         return 1 if getattr(error, "retryable", False) else 2
     return 1 if isinstance(error, OSError) else 3  # OSError: storage, network, a full disk
 
@@ -64,6 +64,6 @@ def report(error: BaseException, command: str) -> int:
     return status
 
 
-def _is(error: BaseException, module: str, *names: str) -> bool:
+def _is_instance(error: BaseException, module: str, *names: str) -> bool:
     known = sys.modules.get(module)
     return known is not None and isinstance(error, tuple(getattr(known, name) for name in names))

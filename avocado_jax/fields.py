@@ -160,30 +160,34 @@ def same_path(name: str, there: Any, here: Any) -> bool:
 def describe(config: Any, prefix: str = "") -> Iterator[Description]:
     """Describe all fields of a config in order. The meaning of a field is its comment in the source."""
     comments = _comments(type(config))
-    for one in fields(config):
-        name, value = f"{prefix}{one.name}", getattr(config, one.name)
+    for entry in fields(config):
+        name, value = f"{prefix}{entry.name}", getattr(config, entry.name)
         if is_dataclass(value):
-            yield Description(f"{name}.", "", "", comments[one.name] or " ".join((inspect.getdoc(value) or "").split()))
+            yield Description(
+                f"{name}.", "", "", comments[entry.name] or " ".join((inspect.getdoc(value) or "").split())
+            )
             yield from describe(value, f"{name}.")
         else:
             default = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
-            kind = f"{get_args(one.type)[0].__name__},..." if isinstance(value, tuple) else type(value).__name__
-            yield Description(name, kind, default.lower() if kind == "bool" else default, comments[one.name])
+            kind = f"{get_args(entry.type)[0].__name__},..." if isinstance(value, tuple) else type(value).__name__
+            yield Description(name, kind, default.lower() if kind == "bool" else default, comments[entry.name])
 
 
 def field_help(config: Any) -> str:
     """Format all fields of a config for the end of `--help`."""
     width = max(60, min(120, shutil.get_terminal_size().columns)) - 2
     lines = ["fields of the config, each --NAME VALUE, with type, default and meaning:"]
-    for one in describe(config):
-        if not one.kind:
+    for description in describe(config):
+        if not description.kind:
             lines += [
                 "",
-                *textwrap.wrap(f"{one.name}  {one.meaning}", width, initial_indent="  ", subsequent_indent="    "),
+                *textwrap.wrap(
+                    f"{description.name}  {description.meaning}", width, initial_indent="  ", subsequent_indent="    "
+                ),
             ]
             continue
-        left = f"  --{one.name} {one.kind.upper()} = {one.default or repr('')}"
-        meaning = textwrap.wrap(one.meaning, width - MEANING)
+        left = f"  --{description.name} {description.kind.upper()} = {description.default or repr('')}"
+        meaning = textwrap.wrap(description.meaning, width - MEANING)
         if len(left) > MEANING - 2:
             lines.append(left)
             left = ""

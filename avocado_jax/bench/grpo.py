@@ -87,7 +87,7 @@ def bench_grpo(
         gap, length = float(metrics["sampler_gap"]), float(metrics["length"])
         del state, reference, encoded, rollout, scored, experience, rows  # free memory for the peak-rate measurement
 
-    seconds = {phase: statistics.median(each[1:]) for phase, each in times.items()}
+    seconds = {phase: statistics.median(durations[1:]) for phase, durations in times.items()}
     seconds["decode"] -= seconds["prefill"]
     flops = sum(grpo_flops(model, shape, group, caption_tokens, train))
     mean = caption_tokens / 2

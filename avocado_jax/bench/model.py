@@ -61,7 +61,7 @@ def random_policy(size: str, dtype: str, mesh: Mesh | None = None) -> tuple[Thin
         return jax.lax.with_sharding_constraint(made, sharding) if sharding else made
 
     keys = jax.random.split(jax.random.key(0), len(leaves))
-    return config, tree.unflatten(make(*each) for each in zip(keys, leaves, where))
+    return config, tree.unflatten(make(*arguments) for arguments in zip(keys, leaves, where))
 
 
 def bench_prefill(size: str, tokens: int, dtype: str) -> dict[str, Any]:

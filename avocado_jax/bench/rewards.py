@@ -35,17 +35,21 @@ def bench_rewards(captions: int, group: int, caption_tokens: int) -> dict[str, A
     ids[..., places + quoted - 1] = closing
     names = [token.removeprefix("Ġ") for token in vocab]
 
-    def say(tokens: np.ndarray) -> str:
-        return " ".join(names[one] for one in tokens)
+    def join_words(tokens: np.ndarray) -> str:
+        return " ".join(names[token] for token in tokens)
 
     known = [  # lines and keypoints are parts of the first caption of each clip, so that many words align
         {
             "dialogues": [
-                {"speaker": say(caption[max(at - 4, 0) : at]), "text": say(caption[at + 1 : at + quoted - 1])}
+                {
+                    "speaker": join_words(caption[max(at - 4, 0) : at]),
+                    "text": join_words(caption[at + 1 : at + quoted - 1]),
+                }
                 for at in places
             ],
             "keypoints": [
-                {"text": say(caption[at : at + 9])} for at in np.linspace(0, caption_tokens - 9, POINTS, dtype=int)
+                {"text": join_words(caption[at : at + 9])}
+                for at in np.linspace(0, caption_tokens - 9, POINTS, dtype=int)
             ],
         }
         for caption in ids[:, 0]

@@ -44,7 +44,7 @@ def bench_sft(size: str, group: int, clip_tokens: int, caption_tokens: int, dtyp
             for leaf in leaves
         ]
         keys = jax.random.split(jax.random.key(0), len(leaves))
-        state = [start(tree.unflatten(0.02 * one(key) for one, key in zip(make, keys)))]
+        state = [start(tree.unflatten(0.02 * draw(key) for draw, key in zip(make, keys)))]
         placed = jax.device_put(batch, rows_sharding(mesh))
 
         def run() -> Any:

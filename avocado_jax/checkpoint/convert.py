@@ -21,7 +21,7 @@ from avocado_jax.checkpoint.orbax import CHUNK_BYTES, Pieces, RunCheckpoint, ope
 from avocado_jax.checkpoint.references import commit_of, located, run_path
 from avocado_jax.checkpoint.safetensors import SHARD_BYTES, Spec, Tensor, read_header, write_shards
 from avocado_jax.data import storage
-from avocado_jax.data.hub import Busy, hub_errors, quiet
+from avocado_jax.data.hub import Busy, hub_errors, silence_client
 from avocado_jax.data.ordered import map_ordered
 from avocado_jax.data.storage_errors import library_errors
 from avocado_jax.data.timeouts import retried
@@ -51,7 +51,7 @@ def from_hf(source: str | os.PathLike, target: str | os.PathLike, reading: Mappi
     done = progress(range(len(checkpoint.entries) + 1), "tensors", len(checkpoint.entries))
     stacks = _stacks(checkpoint, lambda: next(done))
     nbytes = sum(map(_nbytes, [*checkpoint.tensors.values(), *checkpoint.carried.values()]))
-    with _appearing(str(target), nbytes) as folder, library_errors(str(target)):
+    with _output_folder(str(target), nbytes) as folder, library_errors(str(target)):
         _write_beside(checkpoint, folder, reading)
         save_pieces(run_path(folder) / "checkpoints" / "0" / "params", stacks)
         storage.write(storage.join(folder, COMMITTED), b"")  # Orbax's marker of a finished step in a bucket
@@ -91,7 +91,7 @@ def to_hf(
         InputError: the run or step does not exist, or `target` exists.
     """
     run = open_run(source, step, copies=True)
-    prefix, carried = _beside(run)
+    prefix, carried = _read_carried(run)
     arrays = map_ordered(run.open, run.entries.values())
     specs = [
         Spec(f"{prefix}{name}", DTYPES[dtype] if dtype else array.dtype.numpy_dtype, entry.shape)
@@ -118,7 +118,7 @@ def to_hf(
     made = {"run": str(run.folder), "step": run.step, "dtype": dtype}
     if keep and Path(target, MADE).is_file() and read_json(Path(target, MADE)) == made:
         return Exported(run.step, None)
-    with _appearing(str(target), sum(spec.nbytes for spec in specs)) as folder:
+    with _output_folder(str(target), sum(spec.nbytes for spec in specs)) as folder:
         remote = storage.is_remote(folder)
         with tempfile.TemporaryDirectory() if remote else nullcontext(folder) as local:
 
@@ -151,17 +151,17 @@ def push(folder: Path, name: str) -> str:
     """
     from huggingface_hub import HfApi
 
-    quiet()
+    silence_client()
     api = HfApi()
     stale = ["*.safetensors", "*.safetensors.index.json"]
 
-    def once() -> str:
+    def push_folder() -> str:
         with hub_errors(name):
             api.create_repo(name, exist_ok=True)
             done = api.upload_folder(repo_id=name, folder_path=folder, ignore_patterns=[MADE], delete_patterns=stale)
             return done.commit_url
 
-    return retried(once, name, (Busy,), storage.PATIENCE)
+    return retried(push_folder, name, (Busy,), storage.PATIENCE)
 
 
 def begin_run(
@@ -186,7 +186,7 @@ def begin_run(
 
 def _write_beside(checkpoint: Checkpoint, folder: str, reading: Mapping[str, Any], lora: Lora | None = None) -> None:
     """Write all files of a run folder except its checkpoints."""
-    prefix, carried = _beside(checkpoint)
+    prefix, carried = _read_carried(checkpoint)
     remote = storage.is_remote(folder)
     scratch = Path(tempfile.mkdtemp()) if remote else Path(folder, ".beginning")
     shutil.rmtree(scratch, ignore_errors=True)
@@ -212,7 +212,7 @@ def _write_beside(checkpoint: Checkpoint, folder: str, reading: Mapping[str, Any
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-def _beside(checkpoint: Checkpoint) -> tuple[str, dict[str, Tensor]]:
+def _read_carried(checkpoint: Checkpoint) -> tuple[str, dict[str, Tensor]]:
     """The name prefix of the modelled tensors in Hugging Face format, and the unmodelled tensors."""
     if isinstance(checkpoint, HfCheckpoint):
         return checkpoint.prefix, checkpoint.carried
@@ -230,7 +230,7 @@ def _beside(checkpoint: Checkpoint) -> tuple[str, dict[str, Tensor]]:
 
 
 @contextmanager
-def _appearing(target: str, nbytes: int) -> Iterator[str]:
+def _output_folder(target: str, nbytes: int) -> Iterator[str]:
     """Provide a folder for writing `target`. A local folder is renamed to `target` when the block succeeds.
 
     Buckets have no renames. There, a marker file shows that the folder is unfinished, and the caller must write the

@@ -154,7 +154,7 @@ def load_sharded(checkpoint: Checkpoint, like: Mapping[str, Any], whole: bool = 
     values = map_ordered(lambda read: read.values(checkpoint), reads, _Read.nbytes, MEMORY)
     leaves = {}
     for path, leaf in progress(list(layouts.items()), "loading parameters"):
-        array = _assembled(leaf, boxes[path], stacks[path], values)
+        array = _assemble(leaf, boxes[path], stacks[path], values)
         sharding = wanted[path].sharding
         leaves[path] = array if leaf is wanted[path] else jax.jit(_identity, out_shardings=sharding)(array)
     return unflatten_dict(leaves)
@@ -223,7 +223,7 @@ def _size(block: Block) -> int:
     return math.prod(end - begin for begin, end in block)
 
 
-def _assembled(
+def _assemble(
     like: jax.ShapeDtypeStruct, boxes: Sequence[Block], entries: Sequence[Entry], values: Iterator[np.ndarray]
 ) -> jax.Array:
     """Assemble a parameter, with all layers if stacked, from the values of its entries and boxes."""

@@ -24,7 +24,7 @@ from pathlib import Path, PurePath
 from etils import epath
 
 from avocado_jax.data import storage
-from avocado_jax.data.hub import Busy, hub_errors, quiet
+from avocado_jax.data.hub import Busy, hub_errors, silence_client
 from avocado_jax.data.ordered import map_ordered
 from avocado_jax.data.timeouts import retried
 from avocado_jax.errors import InputError
@@ -147,19 +147,19 @@ def _snapshot(reference: str, needed: str) -> str:
     """The cached snapshot of `ORG/NAME[@REVISION]`, with the needed files."""
     import huggingface_hub  # slow to import
 
-    quiet()
+    silence_client()
     found = HUB.fullmatch(reference)
     assert found is not None
     name = found["name"]
 
     def download(patterns: list[str], revision: str | None, ignore: str = "*/*") -> Path:
-        def once() -> str:
+        def attempt() -> str:
             with hub_errors(reference):
                 return huggingface_hub.snapshot_download(
                     name, revision=revision, allow_patterns=patterns, ignore_patterns=ignore
                 )
 
-        return Path(retried(once, reference, (Busy,), storage.PATIENCE))
+        return Path(retried(attempt, reference, (Busy,), storage.PATIENCE))
 
     if needed == "copies":
         return str(download(COPIES, Path(_snapshot(reference, "model")).name))
@@ -206,11 +206,11 @@ def _download_all(reference: str, name: str, folder: Path, shards: list[str]) ->
         print(f"{name}@{folder.name}: downloading {len(missing)} shards, {size:.2f} GB", file=sys.stderr, flush=True)
 
     def download(shard: str) -> None:
-        def once() -> None:
+        def attempt() -> None:
             with hub_errors(reference):
                 _download(name, folder, shard)
 
-        retried(once, f"{reference}: {shard}", (Busy,), storage.PATIENCE)
+        retried(attempt, f"{reference}: {shard}", (Busy,), storage.PATIENCE)
 
     with ThreadPoolExecutor(DOWNLOADS) as pool:
         list(pool.map(download, missing))

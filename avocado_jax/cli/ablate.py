@@ -70,8 +70,8 @@ def run(args: argparse.Namespace) -> int:
     if args.seeds < 1:
         raise InputError(f"--seeds is {args.seeds}, must be at least 1")
     arms = parse_arms(args.arm or PAPER)
-    every = dict.fromkeys(text.partition("=")[0] for arm in arms for text in extra_of(arm))
-    terms = load_terms(list(every), (*TERMS, *METRICS, *IN_SOME))
+    user_terms = dict.fromkeys(text.partition("=")[0] for arm in arms for text in extra_of(arm))
+    terms = load_terms(list(user_terms), (*TERMS, *METRICS, *IN_SOME))
     jobs = [_job(arm, config.seed + seed, args.out) for seed in range(args.seeds) for arm in arms]
     jobs = [job for job in jobs if job.arm.stage != "init" or job.seed == config.seed]
     if args.configs:
@@ -94,10 +94,10 @@ def run(args: argparse.Namespace) -> int:
         where = storage.join(job.folder, "heldout.json")
         if not storage.exists(where):
             print(f"ablate: run {number} of {len(jobs)}: {job.arm.name}, seed {job.seed}", file=sys.stderr)
-            mine = load(args.config, [*args.fields, *job.fields])
-            if status := _train(job, mine):
+            run_config = load(args.config, [*args.fields, *job.fields])
+            if status := _train(job, run_config):
                 return status
-            result = _evaluate(mine, config.init if job.arm.stage == "init" else job.folder)
+            result = _evaluate(run_config, config.init if job.arm.stage == "init" else job.folder)
             storage.write(where, json.dumps(result, ensure_ascii=False).encode())
             jax.clear_caches()  # the next run uses other programs
         measured[job.arm.name].append(json.loads(storage.read(where)))

@@ -159,7 +159,9 @@ def _run(args: argparse.Namespace, opened: list[CaptionFiles]) -> int:
     reading = load_reading(checkpoint.config_folder)
     reading = replace(reading, align_sound=reading.align_sound or args.align_sound)
     # Sharded by name, so that an added file does not move other clips to other shards.
-    clips = [one for one in list_clips(args.inputs, args.manifest, reading) if digest(one.name) % shard[1] == shard[0]]
+    clips = [
+        clip for clip in list_clips(args.inputs, args.manifest, reading) if digest(clip.name) % shard[1] == shard[0]
+    ]
     with ExitStack() as stack:
         files = None
         if args.out:
@@ -248,7 +250,7 @@ def _print_estimate(
     from avocado_jax.planning.estimate import SAMPLED, estimate_clips, estimate_line  # imports training code
 
     count = min(SAMPLED, len(clips))
-    some = [clips[number * len(clips) // count] for number in range(count)]
+    sampled = [clips[number * len(clips) // count] for number in range(count)]
     with ClipReader(READERS, args.clip_seconds) as reader:
         settings = Segments(
             captioner.reading,
@@ -258,7 +260,7 @@ def _print_estimate(
             _segment_lengths(args.segments, captioner.reading),
             _warn,
         )
-        rows = read_segments(some, captioner, settings)
+        rows = read_segments(sampled, captioner, settings)
         estimate = estimate_clips(captioner.config, rows, count, args.max_new_tokens, args.batch, mesh)
     line = estimate_line(estimate, len(clips)) if estimate else f"no estimate: none of {count} clips can be read"
     print(line, file=sys.stderr)

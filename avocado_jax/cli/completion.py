@@ -24,9 +24,9 @@ def completion(parser: argparse.ArgumentParser, commands: Mapping[str, str], giv
     """
     if len(given) != 1 or given[0] not in shtab.SUPPORTED_SHELLS:
         parser.error(f"--print-completion takes one of {', '.join(shtab.SUPPORTED_SHELLS)}")
-    every = parser.add_subparsers(metavar="COMMAND")
+    subparsers = parser.add_subparsers(metavar="COMMAND")
     for name, summary in commands.items():
-        command = every.add_parser(name, help=summary, allow_abbrev=False)
+        command = subparsers.add_parser(name, help=summary, allow_abbrev=False)
         importlib.import_module(f"avocado_jax.cli.{name}").add_arguments(command)
         if name in FIELDS:
             for field, _, _ in flat(FIELDS[name]):

@@ -83,7 +83,7 @@ def run_benchmark(args: argparse.Namespace, benchmark: Benchmark) -> int:
                     f"avocado evaluate: stopped: {error}; answers are kept, the same command continues", file=sys.stderr
                 )
                 return 3 if judge.exhausted else 75
-            about = _about(args, benchmark, prompts, options) | {"returned": dict(judge.returned)}
+            about = _judge_settings(args, benchmark, prompts, options) | {"returned": dict(judge.returned)}
     measured = officially(benchmark) if args.official else benchmark
     result, lines = results(measured, records, captions, list(outcome.failed), rounds, about, model, decoding)
     write(folder, result, lines, places)
@@ -111,7 +111,7 @@ def _check(args: argparse.Namespace, benchmark: Benchmark) -> None:
             raise InputError(f"--{name.replace('_', '-')} is {getattr(args, name)}: it must be at least 0")
 
 
-def _about(
+def _judge_settings(
     args: argparse.Namespace, benchmark: Benchmark, prompts: dict[str, Prompt], options: dict[str, Any]
 ) -> dict[str, Any]:
     """The settings that determine the judge's answers."""

@@ -33,7 +33,7 @@ EMPTY = Caption("", 0)
 
 def read_file(path: str, read: Callable[[Path], T]) -> T:
     """Apply `read` to a file, local or gs://."""
-    with storage.here(path) as local:
+    with storage.local_copy(path) as local:
         try:
             return read(local)
         except InputError as error:

@@ -79,7 +79,7 @@ class _Manifests:
     def notes(self) -> list[str]:
         """Messages about missing clips and videos."""
         counts = {"clips are in no manifest": self._missing, "videos are not where the manifest says": self._lacking}
-        return [f"{count} {what}" for what, count in counts.items() if count]
+        return [f"{count} {message}" for message, count in counts.items() if count]
 
     def __call__(self, kind: str, name: str) -> Clip | None:
         if name not in self._clips:

@@ -80,12 +80,12 @@ def make(args: argparse.Namespace, workers: int) -> int:
         (args.out / "clips").mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"cannot make {args.out / 'clips'}: {error.strerror}") from None
-    what = (args.out, args.seed, args.split, args.level, args.references, args.timestamps)
+    settings = (args.out, args.seed, args.split, args.level, args.references, args.timestamps)
     previous = signal.signal(signal.SIGTERM, lambda *_: sys.exit(STOPPED))
     # Spawn the workers, so that the speech library and the encoders start from the same state in each.
     pool = ProcessPoolExecutor(min(workers, args.clips), multiprocessing.get_context("spawn"))
     try:
-        jobs = [pool.submit(_make, index, *what) for index in range(args.clips)]
+        jobs = [pool.submit(_make, index, *settings) for index in range(args.clips)]
         lines = list(progress((job.result() for job in jobs), "clips", total=args.clips))
         part = args.out / "clips.jsonl.part"
         part.write_text("".join(lines), encoding="utf-8")

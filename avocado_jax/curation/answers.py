@@ -113,12 +113,12 @@ def read_caption(text: str, seconds: float, least: int) -> list[Sentence]:
     sentences = read_object(text, TimedCaption).sentences
     if len(sentences) < least:
         raise Faulty("there is no sentence in it")
-    if wrong := [one for one in sentences if not 0 <= one.start <= seconds + LATE]:
+    if wrong := [sentence for sentence in sentences if not 0 <= sentence.start <= seconds + LATE]:
         raise Faulty(f"{wrong[0].start:g} s is not within the {seconds:.1f} s of the clip: «{wrong[0].text[:200]}»")
-    made = [Sentence(" ".join(one.text.split()), one.start) for one in sentences]
-    if collapses("\n".join(one.text for one in made)):
+    made = [Sentence(" ".join(sentence.text.split()), sentence.start) for sentence in sentences]
+    if collapses("\n".join(sentence.text for sentence in made)):
         raise Faulty("the caption repeats itself over and over", "repetition")
-    return sorted(made, key=lambda one: one.start)
+    return sorted(made, key=lambda sentence: sentence.start)
 
 
 def read_plain_caption(text: str) -> list[Sentence]:
@@ -129,7 +129,7 @@ def read_plain_caption(text: str) -> list[Sentence]:
     """
     if collapses(text):
         raise Faulty("the caption repeats itself over and over", "repetition")
-    sentences = [Sentence(one) for one in split_sentences(text) if words_of(one)]
+    sentences = [Sentence(sentence) for sentence in split_sentences(text) if words_of(sentence)]
     if not sentences:
         raise Faulty("there is no sentence in it")
     return sentences
@@ -144,7 +144,7 @@ def read_fused(text: str, visual: Sequence[Sentence], audio: Sequence[Sentence])
     caption = read_object(text, FusedCaption).caption
     if collapses(caption):
         raise Faulty("the fused caption repeats itself over and over", "repetition")
-    most = LENGTH_FACTOR * sum(len(words_of(one.text)) for one in (*visual, *audio)) + 50
+    most = LENGTH_FACTOR * sum(len(words_of(sentence.text)) for sentence in (*visual, *audio)) + 50
     if (count := len(words_of(caption))) > most:
         raise Faulty(f"the fused caption has {count} words, the two captions allow {most:.0f}")
     if faults := fusion_faults(caption, visual, audio).message():
@@ -165,14 +165,14 @@ def read_keypoints(text: str, caption: str) -> list[dict[str, str]]:
     """
     found: dict[tuple[str, ...], dict[str, str]] = {}
     known = set(words_of(caption))
-    for one in read_object(text, Keypoints).keypoints:
-        point = " ".join(one.text.split())
+    for keypoint in read_object(text, Keypoints).keypoints:
+        point = " ".join(keypoint.text.split())
         words = words_of(point)
         if len(list(split_sentences(point))) != 1 or not 0 < len(words) <= KEYPOINT_WORDS:
             raise Faulty(f"a keypoint that is not one short statement: «{point[:200]}»")
         if sum(word in known for word in words) < GROUNDED * len(words):
             raise Faulty(f"a keypoint that the caption does not state: «{point[:200]}»")
-        found.setdefault(tuple(words), {"text": point, "dimension": one.dimension})
+        found.setdefault(tuple(words), {"text": point, "dimension": keypoint.dimension})
     if not found:
         raise Faulty("there is no keypoint in it")
     return list(found.values())
@@ -185,14 +185,14 @@ def read_dialogues(text: str, caption: str) -> list[dict[str, str]]:
         Malformed: invalid, or a line is not in the caption or out of order.
     """
     lines, words, position = [], Words(caption), -1
-    for one in read_object(text, Dialogues).dialogues:
-        line = " ".join(one.text.split()).strip('"“”')
+    for entry in read_object(text, Dialogues).dialogues:
+        line = " ".join(entry.text.split()).strip('"“”')
         places = words.places(words_of(line))
         if not places:
             raise Faulty(f"a line that the caption does not hold in these words: «{line[:200]}»")
         if (position := next((later for later in places if later > position), None)) is None:
             raise Faulty(f"a line that stands earlier in the caption than the line before it: «{line[:200]}»")
-        lines.append({"speaker": " ".join(one.speaker.split()), "text": line})
+        lines.append({"speaker": " ".join(entry.speaker.split()), "text": line})
     return lines
 
 
@@ -207,12 +207,12 @@ def read_probes(text: str, caption: str) -> list[dict[str, Any]]:
     """
     found: dict[tuple[str, ...], dict[str, Any]] = {}
     known = set(words_of(caption))
-    for one in read_object(text, Probes).probes:
+    for entry in read_object(text, Probes).probes:
         fields = {
-            "question": " ".join(one.question.split()),
-            "choices": [" ".join(part.split()) for part in one.choices],
+            "question": " ".join(entry.question.split()),
+            "choices": [" ".join(part.split()) for part in entry.choices],
         }
-        fields |= {"answer": " ".join(one.answer.split()), "category": one.category}
+        fields |= {"answer": " ".join(entry.answer.split()), "category": entry.category}
         try:
             probe = read_probe(fields)
         except InputError as error:

@@ -60,8 +60,14 @@ def read_captions(path: Path) -> tuple[list[Captioned], list[dict[str, Any]]]:
     if not entries and not bad:
         raise InputError(f"{path}: has no lines")
     rejects = [
-        {"id": one.id, "video": one.video, "stage": "line", "reason": f"line {one.line}: {one.reason}", "final": True}
-        for one in bad
+        {
+            "id": reject.id,
+            "video": reject.video,
+            "stage": "line",
+            "reason": f"line {reject.line}: {reject.reason}",
+            "final": True,
+        }
+        for reject in bad
     ]
     kept = [
         Captioned(entry.fields["id"], entry.video, path.parent, {k: v for k, v in entry.fields.items() if k != "id"})

@@ -44,7 +44,7 @@ class Faults(NamedTuple):
             "added": "these words are in neither caption",
         }
         parts = [
-            f"{words}: {'; '.join(f'«{one[:300]}»' for one in found[:SHOWN])}"
+            f"{words}: {'; '.join(f'«{fault[:300]}»' for fault in found[:SHOWN])}"
             + (f" and {len(found) - SHOWN} more" if len(found) > SHOWN else "")
             for words, found in zip(titles.values(), self)
             if found
@@ -65,21 +65,21 @@ class _Kept(NamedTuple):
 def fusion_faults(fused: str, *sources: Sequence[Sentence]) -> Faults:
     """Compare a fused caption with its source captions, each in its own order."""
     text = Words(fused)
-    kept, missing = _found(text, sources)
+    kept, missing = _locate(text, sources)
     kept.sort()
     lost, altered, gaps = [], [], _gaps(text, kept)
     for sentence in missing:
         words = words_of(sentence.text)
-        near = max(gaps, key=lambda gap: _alike(words, text.words[gap[0] : gap[1]]), default=(0, 0))
-        changed = _alike(words, text.words[near[0] : near[1]]) >= ALIKE
+        near = max(gaps, key=lambda gap: _overlap(words, text.words[gap[0] : gap[1]]), default=(0, 0))
+        changed = _overlap(words, text.words[near[0] : near[1]]) >= ALIKE
         (altered if changed else lost).append(sentence.text)
         if changed:
             gaps.remove(near)
-    added = [stretch for gap in gaps if (stretch := _added(text, *gap))]
+    added = [stretch for gap in gaps if (stretch := _added_text(text, *gap))]
     return Faults(lost, altered, _misplaced(kept), added)
 
 
-def _found(text: Words, sources: Sequence[Sequence[Sentence]]) -> tuple[list[_Kept], list[Sentence]]:
+def _locate(text: Words, sources: Sequence[Sequence[Sentence]]) -> tuple[list[_Kept], list[Sentence]]:
     """Locate the sentences in the fused caption; return those found and those missing.
 
     Longer sentences are matched first, since they may contain shorter ones. A sentence of both captions may occur once.
@@ -99,7 +99,9 @@ def _found(text: Words, sources: Sequence[Sequence[Sentence]]) -> tuple[list[_Ke
                 taken[position : position + len(words)] = [True] * len(words)
                 places.append(position)
         whole = len(places) == len(alike[words])
-        members = sorted(alike[words], key=lambda one: (one[2].start or 0.0, one[:2])) if whole else alike[words]
+        members = (
+            sorted(alike[words], key=lambda member: (member[2].start or 0.0, member[:2])) if whole else alike[words]
+        )
         used: dict[int, int] = defaultdict(int)
         for source, number, sentence in members:
             which = sum(used.values()) if whole else used[source]
@@ -114,20 +116,20 @@ def _found(text: Words, sources: Sequence[Sequence[Sentence]]) -> tuple[list[_Ke
 def _gaps(text: Words, kept: Sequence[_Kept]) -> list[tuple[int, int]]:
     """The word ranges [first, end) outside the kept sentences."""
     gaps, reached = [], 0
-    for one in kept:
-        if one.first > reached:
-            gaps.append((reached, one.first))
-        reached = max(reached, one.end)
+    for entry in kept:
+        if entry.first > reached:
+            gaps.append((reached, entry.first))
+        reached = max(reached, entry.end)
     return gaps + [(reached, len(text.words))] * (reached < len(text.words))
 
 
-def _alike(words: Sequence[str], stretch: Sequence[str]) -> float:
+def _overlap(words: Sequence[str], stretch: Sequence[str]) -> float:
     """The share of the words that a stretch contains in the same order."""
     matched = SequenceMatcher(None, words, stretch, autojunk=False).get_matching_blocks()
     return sum(block.size for block in matched) / max(1, len(words))
 
 
-def _added(text: Words, first: int, end: int) -> str:
+def _added_text(text: Words, first: int, end: int) -> str:
     """The text of a range between kept sentences; empty if it only connects them."""
     stretch = text.text[text.spans[first][0] : text.spans[end - 1][1]]
     connects = (
@@ -143,13 +145,13 @@ def _misplaced(kept: Sequence[_Kept]) -> list[str]:
     """Sentences that follow later ones: by time, or without times by their order in their own caption."""
     wrong, latest = [], 0.0
     last: dict[int, int] = defaultdict(int)
-    for one in kept:
-        if one.sentence.start is None:
-            late = one.number < last[one.source]
+    for entry in kept:
+        if entry.sentence.start is None:
+            late = entry.number < last[entry.source]
         else:
-            late = one.sentence.start < latest - SLACK
-            latest = max(latest, one.sentence.start)
-        last[one.source] = max(last[one.source], one.number)
+            late = entry.sentence.start < latest - SLACK
+            latest = max(latest, entry.sentence.start)
+        last[entry.source] = max(last[entry.source], entry.number)
         if late:
-            wrong.append(one.sentence.text)
+            wrong.append(entry.sentence.text)
     return wrong

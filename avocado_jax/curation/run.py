@@ -49,11 +49,11 @@ class Curated:
 
     def stages(self) -> dict[str, int]:
         """The number of final rejects, by stage."""
-        return dict(Counter(one["stage"] for one in self.rejects.values() if one["final"]))
+        return dict(Counter(reject["stage"] for reject in self.rejects.values() if reject["final"]))
 
     def unanswered(self) -> int:
         """The number of clips without an answer of the endpoint."""
-        return sum(not one["final"] for one in self.rejects.values())
+        return sum(not reject["final"] for reject in self.rejects.values())
 
 
 def find_clips(given: Sequence[Path]) -> list[Clip]:
@@ -65,7 +65,7 @@ def find_clips(given: Sequence[Path]) -> list[Clip]:
     paths: list[Path] = []
     for path in given:
         if path.is_dir():
-            found = sorted(one for one in path.rglob("*") if one.suffix.lower() in SUFFIXES and one.is_file())
+            found = sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file())
             if not found:
                 raise InputError(f"{path}: no videos in it ({' '.join(SUFFIXES)})")
             paths += found

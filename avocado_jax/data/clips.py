@@ -72,7 +72,7 @@ class ClipSource(NamedTuple):
         return self._with_file(lambda path: reader.segments(path, target, longest))
 
     def _with_file(self, call: Callable[[Path], T]) -> T:
-        with storage.here(self.path) as local:
+        with storage.local_copy(self.path) as local:
             try:
                 return call(local)
             except InputError as error:

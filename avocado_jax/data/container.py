@@ -211,7 +211,7 @@ class Packets(NamedTuple):
         Raises:
             InputError: the interval has no frames.
         """
-        times = [one for one in self.times or () if start <= self.time(one, self.tick) < end]
+        times = [stamp for stamp in self.times or () if start <= self.time(stamp, self.tick) < end]
         if not times:
             raise InputError(f"no frame whose time is known from {start:.2f} to {end:.2f} s")
         return self._replace(

@@ -47,7 +47,7 @@ def probe_media(path: str | Path, reading: Reading = Reading()) -> Probe:
         packets = scan(path)
         with open_clip(path) as container:
             sound = bool(container.streams.audio)
-        return Probe(packets.seconds, len(_chosen(packets.frames, packets.rate, reading)), sound)
+        return Probe(packets.seconds, len(_frame_indices(packets.frames, packets.rate, reading)), sound)
 
 
 def read_media(
@@ -141,13 +141,13 @@ class PacketDecoder:
             return []
 
 
-def _chosen(total: int, rate: float, reading: Reading) -> list[int]:
+def _frame_indices(total: int, rate: float, reading: Reading) -> list[int]:
     return choose_frames(total, rate, reading.fps, reading.fewest_frames, reading.most_frames).tolist()
 
 
 def _picture(path: Path, packets: Packets, reading: Reading) -> tuple[Shaped[Array, "N h w 3"], list[float], list[str]]:
     """Read the chosen frames, their times in seconds, and warnings. Converts and resizes only the chosen frames."""
-    chosen = _chosen(packets.frames, packets.rate, reading)
+    chosen = _frame_indices(packets.frames, packets.rate, reading)
     lost, total = packets.missing, packets.frames + packets.missing
     found = _decode_by_time(path, packets, chosen, reading) if packets.times else None
     if found is None:
@@ -155,7 +155,7 @@ def _picture(path: Path, packets: Packets, reading: Reading) -> tuple[Shaped[Arr
         lost += unreadable
         if not good or lost > LOST * total:
             raise InputError(f"damaged: {len(good)} of {total} frames can be decoded")
-        chosen = [good[index] for index in _chosen(len(good), packets.rate, reading)]
+        chosen = [good[index] for index in _frame_indices(len(good), packets.rate, reading)]
         found = _decode_in_order(path, chosen, reading), [times[number] for number in chosen]
     warnings = [f"{lost} of {total} frames ({lost / total:.1%}) are damaged or missing"] * bool(lost)
     return np.stack(found[0]), found[1], warnings
@@ -313,7 +313,7 @@ def read_sound(
         return None, warnings
     if more:
         warnings.append(f"only the first {reading.sound_seconds} s of its sound are used")
-    warnings += _displaced(stretches, picture)
+    warnings += _sync_warnings(stretches, picture)
     parts = _resampled(stretches, reading)
     if reading.align_sound:
         mono = np.zeros(max(0, *(offset + len(part) for offset, part in parts)), np.float32)
@@ -337,7 +337,7 @@ def _mono(frame: av.AudioFrame) -> Float[Array, "n"]:
     return block.astype(np.float32).mean(axis=0)
 
 
-def _displaced(stretches: list[_Stretch], picture: float) -> list[str]:
+def _sync_warnings(stretches: list[_Stretch], picture: float) -> list[str]:
     """Warnings about sound that does not start with the picture, or has gaps."""
     warnings, offset = [], stretches[0].start - picture
     if abs(offset) > OFFSET:

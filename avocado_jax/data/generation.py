@@ -133,18 +133,18 @@ def open_generation(folder: Folder, source: Source, lines: Lines, base: Base, ke
 
     `rows` contains ranges of line numbers. `parts` contains pairs of a part's name and the ranges of samples to skip.
     """
-    lost = [number for number, one in enumerate(base.doc["shards"]) if _is_lost(folder, one, base.complete)]
+    lost = [number for number, shard in enumerate(base.doc["shards"]) if _is_lost(folder, shard, base.complete)]
     kept = ~np.isin(base.columns["shard"], lost) if lost else np.ones(len(base.ids), bool)
     every = not (base.complete or source.parts)  # the user may have replaced a broken clip
-    rejects = [one for one in base.rejects if not (one.retry or every)]
-    final = {(one.part if source.rows_inside else "", one.line) for one in rejects}
+    rejects = [reject for reject in base.rejects if not (reject.retry or every)]
+    final = {(reject.part if source.rows_inside else "", reject.line) for reject in rejects}
     parts = []
     if source.rows_inside:
         shard_parts = np.array([shard["part"] for shard in base.doc["shards"]])
         settled = list(final)
         if len(base.ids):
             settled += zip(shard_parts[base.columns["shard"][kept]].tolist(), base.columns["line"][kept].tolist())
-        again = {one.part for one in base.rejects if one.retry} | {
+        again = {reject.part for reject in base.rejects if reject.retry} | {
             base.doc["shards"][number]["part"] for number in lost
         }
         for part in source.parts:
@@ -186,13 +186,13 @@ def _is_lost(folder: Folder, shard: dict[str, Any], complete: bool) -> bool:
 def _parts_of(lines: Lines, todo: Array, base: Base, lost: list[int]) -> set[str]:
     """Parts that were read before and contain clips of rows to prepare."""
     shards = base.doc["shards"]
-    absent = np.array([one.line for one in base.rejects if one.reason == NO_CLIP], int)
+    absent = np.array([reject.line for reject in base.rejects if reject.reason == NO_CLIP], int)
     fresh = lines.video[todo & ~np.isin(lines.number, absent)]  # the others were not found in any part
-    parts = {shards[number]["part"] for number in lost} | {one.part for one in base.rejects if one.retry}
+    parts = {shards[number]["part"] for number in lost} | {reject.part for reject in base.rejects if reject.retry}
     if len(base.ids):
         used = lines.video[np.searchsorted(lines.number, base.columns["line"])]
         parts |= {shards[number]["part"] for number in np.unique(base.columns["shard"][np.isin(used, fresh)])}
-    names = np.array([hash_name(one["clip"].rpartition("/")[2]) for one in base.unused], np.uint64)
+    names = np.array([hash_name(clip["clip"].rpartition("/")[2]) for clip in base.unused], np.uint64)
     return parts | {base.unused[number]["part"] for number in np.flatnonzero(np.isin(names, fresh))}
 
 

@@ -62,19 +62,19 @@ def open_dataset(source: str) -> HubDataset:
 
     if (found := SOURCE.fullmatch(source)) is None:
         raise InputError(f"{source}: not of the form hub:ORG/NAME or hub:ORG/NAME@REVISION")
-    quiet()
+    silence_client()
     name, api = found["name"], HfApi(endpoint=constants.ENDPOINT)
 
-    def once() -> HubDataset:
+    def load() -> HubDataset:
         with hub_errors(source):
             commit = str(api.repo_info(name, repo_type="dataset", revision=found["revision"]).sha)
             tree = api.list_repo_tree(name, recursive=True, revision=commit, repo_type="dataset")
             return HubDataset(name, commit, {entry.path: entry.size for entry in tree if isinstance(entry, RepoFile)})
 
-    return retried(once, source, (Busy,), storage.PATIENCE)
+    return retried(load, source, (Busy,), storage.PATIENCE)
 
 
-def quiet() -> None:
+def silence_client() -> None:
     """Silence the client's messages about retries, and its progress bars unless stderr is a terminal."""
     from huggingface_hub.utils import disable_progress_bars, logging
 

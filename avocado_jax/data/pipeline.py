@@ -165,8 +165,10 @@ def batches(
             lost += (missing := [Lost(step, row.id, row.reason) for row in made if row.reason])
             read = (step + 1 - first) * len(distinct)
             if len(lost) > recipe.max_lost_share * max(read, TRIAL):
-                some = "; ".join(f"{record.id}: {record.reason}" for record in lost[:5])
-                raise InputError(f"{len(lost)} of {read} records cannot be read: {some}" + "; ..." * (len(lost) > 5))
+                examples = "; ".join(f"{record.id}: {record.reason}" for record in lost[:5])
+                raise InputError(
+                    f"{len(lost)} of {read} records cannot be read: {examples}" + "; ..." * (len(lost) > 5)
+                )
             yield _batch([made[index] for index in places], plan, step, missing)
     finally:
         if workers:
@@ -181,8 +183,8 @@ def _batch(rows: list[_Row], plan: Plan, step: int, lost: list[Lost]) -> Batch:
         bucket=at.bucket,
         ids=tuple(row.id for row in rows),
         records=tuple(row.record for row in rows),
-        clip=_concatenated([row.clip for row in rows]),
-        captions=None if rows[0].captions is None else _concatenated([row.captions for row in rows]),
+        clip=_concatenate([row.clip for row in rows]),
+        captions=None if rows[0].captions is None else _concatenate([row.captions for row in rows]),
         weight=np.array([row.weight for row in rows], np.float32),
         truncated=np.array([row.truncated for row in rows], np.int32),
         padded=at.padded,
@@ -194,7 +196,7 @@ def _block(row: _Row) -> Shaped[Array, "N"]:
     return np.frombuffer(pickle.dumps(row, pickle.HIGHEST_PROTOCOL), np.uint8)
 
 
-def _concatenated(parts: list[Any]) -> Any:
+def _concatenate(parts: list[Any]) -> Any:
     """Concatenate NamedTuples of arrays along the first axis."""
     return type(parts[0])(*(np.concatenate(leaves) for leaves in zip(*parts)))
 

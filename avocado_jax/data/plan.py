@@ -71,9 +71,9 @@ def choose_buckets(
     boxes = _merged(kinds, members, count, group, config)
     cost = np.inf
     while True:
-        chosen = _cheapest(table, boxes, group, config)
+        chosen = _cheapest_box(table, boxes, group, config)
         boxes = np.array([table[chosen == number].max(axis=0) for number in np.unique(chosen)])
-        if (now := row_flops(boxes, group, config)[_cheapest(table, boxes, group, config)].sum()) >= cost:
+        if (now := row_flops(boxes, group, config)[_cheapest_box(table, boxes, group, config)].sum()) >= cost:
             break
         cost = now
     boxes = boxes[np.argsort(-row_flops(boxes, group, config), kind="stable")]
@@ -87,12 +87,12 @@ def _table(sizes: Sizes) -> Int[Array, "N 5"]:
 def _coarse(table: Array, most: int) -> Array:
     """Round sizes up until at most `most` distinct ones remain: merging is quadratic in their number."""
     bits = 8
-    while len(np.unique(rounded := _up(table, bits), axis=0)) > most:
+    while len(np.unique(rounded := _round_up(table, bits), axis=0)) > most:
         bits -= 1
     return rounded
 
 
-def _up(table: Array, bits: int) -> Array:
+def _round_up(table: Array, bits: int) -> Array:
     """Each size rounded up to `bits` leading bits."""
     unit = 1 << np.maximum(np.floor(np.log2(np.maximum(table, 1))).astype(int) + 1 - bits, 0)
     return -(-table // unit) * unit
@@ -102,28 +102,28 @@ def _merged(boxes: Array, members: Array, count: int, group: int, config: Thinke
     """Repeatedly merge the pair of boxes whose union adds the least cost, until `count` remain."""
     cost = row_flops(boxes, group, config)
 
-    def losses(one: int, others: Array) -> Array:
-        both = row_flops(np.maximum(boxes[one], boxes[others]), group, config)
-        separate = members[one] * cost[one] + members[others] * cost[others]
-        return (members[one] + members[others]) * both - separate
+    def losses(first: int, others: Array) -> Array:
+        joint = row_flops(np.maximum(boxes[first], boxes[others]), group, config)
+        separate = members[first] * cost[first] + members[others] * cost[others]
+        return (members[first] + members[others]) * joint - separate
 
     boxes, members, everyone = boxes.copy(), members.copy(), np.arange(len(boxes))
-    loss = np.stack([losses(one, everyone) for one in range(len(boxes))])
+    loss = np.stack([losses(first, everyone) for first in range(len(boxes))])
     np.fill_diagonal(loss, np.inf)
     alive = np.ones(len(boxes), bool)
     for _ in range(len(boxes) - count):
-        one, other = divmod(int(np.argmin(loss)), len(boxes))
-        boxes[one] = np.maximum(boxes[one], boxes[other])
-        members[one] += members[other]
-        cost[one] = row_flops(boxes[one : one + 1], group, config)[0]
-        alive[other] = False
-        loss[other, :] = loss[:, other] = np.inf
-        fresh = np.where(alive & (everyone != one), losses(one, everyone), np.inf)
-        loss[one, :] = loss[:, one] = fresh
+        first, second = divmod(int(np.argmin(loss)), len(boxes))
+        boxes[first] = np.maximum(boxes[first], boxes[second])
+        members[first] += members[second]
+        cost[first] = row_flops(boxes[first : first + 1], group, config)[0]
+        alive[second] = False
+        loss[second, :] = loss[:, second] = np.inf
+        fresh = np.where(alive & (everyone != first), losses(first, everyone), np.inf)
+        loss[first, :] = loss[:, first] = fresh
     return boxes[alive]
 
 
-def _cheapest(table: Array, boxes: Array, group: int, config: ThinkerConfig) -> Int[Array, "N"]:
+def _cheapest_box(table: Array, boxes: Array, group: int, config: ThinkerConfig) -> Int[Array, "N"]:
     """The index of the cheapest box that fits each row of sizes.
 
     Raises:
@@ -206,7 +206,7 @@ def make_plan(
     boxes = np.array([(*bucket.shape, bucket.caption) for bucket in buckets])
     costs = row_flops(boxes, group, config)
     order = np.argsort(-costs, kind="stable")
-    assigned = _cheapest(_table(sizes), boxes[order], group, config)
+    assigned = _cheapest_box(_table(sizes), boxes[order], group, config)
     needs = row_flops(_table(sizes), group, config)
     return Plan(
         tuple(buckets[number] for number in order), costs[order], assigned, needs, batch, seed, together, spares
@@ -237,5 +237,5 @@ def _epoch(plan: Plan, epoch: int) -> list[tuple[int, Int[Array, "B"]]]:
     found = []
     for bucket, records in (blocks[number] for number in shuffle):
         spread = [records[:learned][step :: plan.together] for step in range(plan.together)]
-        found += [(bucket, one) for one in (*spread, *records[learned:].reshape(plan.spares, plan.batch))]
+        found += [(bucket, rows) for rows in (*spread, *records[learned:].reshape(plan.spares, plan.batch))]
     return found

@@ -128,8 +128,8 @@ def _scan(
 ) -> tuple[Lines, Base]:
     """Check the manifest. It must start with what the open generation reads. Also returns the kept part of `base`."""
     if manifest is None:
-        none = np.zeros(0, np.int64)
-        return Lines(none, none, none, none, none, [], 0, {0: ""}), base
+        empty = np.zeros(0, np.int64)
+        return Lines(empty, empty, empty, empty, empty, [], 0, {0: ""}), base
     limit = opened["size"] if opened else None
     with storage.local_errors(str(manifest)), manifest.open("rb") as file:
         lines = scan_manifest(file, source.key, limit, [base.doc["size"]])
@@ -169,7 +169,7 @@ def _finish(
     ends = _parallel(folder.read, ends)
 
     # Records of the remaining shards, then the new ones. Of records with equal lines or ids, the first is indexed.
-    kept = [number for number, one in enumerate(base.doc["shards"]) if one["file"] not in opened["lost"]]
+    kept = [number for number, shard in enumerate(base.doc["shards"]) if shard["file"] not in opened["lost"]]
     new_number = np.full(len(base.doc["shards"]), -1, np.int64)
     new_number[kept] = np.arange(len(kept))
     shards = [base.doc["shards"][number] for number in kept]
@@ -179,7 +179,7 @@ def _finish(
     columns = columns or {name: [] for name in ("line", *MEASURED, "position")}
     columns["shard"] = [new_number[base.columns["shard"][stays]]] if base.ids else []
     taken = set(ids)
-    unused = [one for one in base.unused if one["part"] not in {part for part, _ in opened["parts"]}]
+    unused = [clip for clip in base.unused if clip["part"] not in {part for part, _ in opened["parts"]}]
     rejects, warnings = list(lines.rejects), []
     damaged = {end["part"] for end in ends if end["damage"]}
     for report in reports:
@@ -215,7 +215,7 @@ def _finish(
     rejects += _earlier_rejects(source, lines, todo, base, opened)
     rejects += [Reject(0, None, end["part"], end["damage"], True, end["part"]) for end in ends if end["damage"]]
     if source.parts and not source.rows_inside:
-        settled = np.concatenate([table["line"], np.array([one.line for one in rejects], int)])
+        settled = np.concatenate([table["line"], np.array([reject.line for reject in rejects], int)])
         rejects += [Reject(line, None, None, NO_CLIP, True) for line in np.setdiff1d(lines.number, settled).tolist()]
     rejects.sort(key=lambda reject: (reject.part, reject.line) if source.rows_inside else (reject.line, reject.part))
     unused += [{"part": end["part"], "clip": clip} for end in ends for clip in end["unused"]]
@@ -244,7 +244,7 @@ def _finish(
     same = {name: base.doc.get(name) for name in ("generation", "index")}
     if not (base.complete and doc | same == base.doc and rejects == base.rejects and unused == base.unused):
         storage.write(folder.path(doc["index"]), data)
-        storage.write(folder.path("rejects.jsonl"), _json_lines(one._asdict() for one in rejects))
+        storage.write(folder.path("rejects.jsonl"), _json_lines(reject._asdict() for reject in rejects))
         if source.parts or source.listed:
             storage.write(folder.path("unused.jsonl"), _json_lines(unused))
         where = "manifest.json" if complete else "parts/manifest.json"
@@ -284,16 +284,17 @@ def _earlier_rejects(source: Source, lines: Lines, todo: Any, base: Base, opened
     if source.rows_inside:
         skipped = dict(opened["parts"])
         return [
-            one
-            for one in base.rejects
-            if one.part not in skipped or (one.line and contained(np.array([one.line]), skipped[one.part])[0])
+            reject
+            for reject in base.rejects
+            if reject.part not in skipped
+            or (reject.line and contained(np.array([reject.line]), skipped[reject.part])[0])
         ]
     good = set(lines.number[~todo].tolist())
-    return [one for one in base.rejects if one.line in good and one.reason != NO_CLIP]
+    return [reject for reject in base.rejects if reject.line in good and reject.reason != NO_CLIP]
 
 
 def _clips_without_row(source: Source, lines: Lines) -> list[dict[str, str]]:
-    names = source.dataset.sizes if source.dataset else [one.name for one in storage.listing(source.base)]
+    names = source.dataset.sizes if source.dataset else [entry.name for entry in storage.listing(source.base)]
     clips = [name for name in names if name.lower().endswith(CLIPS)]
     keys = np.array([hash_name(source.key(name)) for name in clips], np.uint64)
     return [{"part": "", "clip": clips[row]} for row in np.flatnonzero(~np.isin(keys, lines.video)).tolist()]

@@ -23,9 +23,9 @@ def read_probe(value: Any) -> Probe:
     question, choices, answer = (value.get(name) for name in ("question", "choices", "answer"))
     if not isinstance(question, str) or not question.strip():
         raise InputError("a probe's 'question' is not a text, or empty")
-    if not isinstance(choices, list) or not all(isinstance(one, str) for one in choices):
+    if not isinstance(choices, list) or not all(isinstance(choice, str) for choice in choices):
         raise InputError("a probe's 'choices' is not a list of texts")
-    texts = [_without_letter(letter, one) for letter, one in zip(LABELS, choices)]
+    texts = [_without_letter(letter, choice) for letter, choice in zip(LABELS, choices)]
     if len(texts) < len(choices) or len(texts) < 2 or len(set(texts)) < len(texts) or not all(texts):
         raise InputError(f"a probe has from 2 to {len(LABELS)} different choices, not {choices!r:.100}")
     if not isinstance(answer, str):
@@ -34,7 +34,7 @@ def read_probe(value: Any) -> Probe:
     if not isinstance(category, str):
         raise InputError("a probe's 'category' is not a text")
     given = answer.strip()
-    places = [index for index, both in enumerate(zip(choices, texts)) if given in (both[0].strip(), both[1])]
+    places = [index for index, pair in enumerate(zip(choices, texts)) if given in (pair[0].strip(), pair[1])]
     if not places:
         letter = given.strip("().: ").upper()
         places = [LABELS.index(letter)] if len(letter) == 1 and letter in LABELS[: len(texts)] else []

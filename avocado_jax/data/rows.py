@@ -126,11 +126,11 @@ def fit(shapes: list[Shape]) -> Shape:
 def rounded(shape: Shape, bits: int = 3) -> Shape:
     """Round each size up to `bits` leading bits, so that few distinct shapes occur. 3 bits add at most 1/4."""
 
-    def up(size: int) -> int:
+    def round_up(size: int) -> int:
         unit = 1 << max(0, size.bit_length() - bits)
         return -(-size // unit) * unit
 
-    return Shape(*map(up, shape))
+    return Shape(*map(round_up, shape))
 
 
 def stack(clips: list[Clip], shape: Shape) -> Clip:

@@ -289,7 +289,7 @@ def fingerprint(path: str) -> str | None:
             return None
         if found.md5_hash:
             return base64.b64decode(found.md5_hash).hex()
-        with here(path) as local:
+        with local_copy(path) as local:
             return fingerprint(str(local))
     if not Path(path).is_file():
         return None
@@ -298,7 +298,7 @@ def fingerprint(path: str) -> str | None:
 
 
 @contextmanager
-def here(path: str) -> Iterator[Path]:
+def local_copy(path: str) -> Iterator[Path]:
     """Provide the file as a local path, for readers that need one. Downloads remote files."""
     if not is_remote(path):
         yield Path(path)
@@ -314,13 +314,13 @@ def _client() -> Any:
     """The client of this process. Its import is slow and needed only for gs://."""
     from requests.adapters import HTTPAdapter
 
-    client = _connected()
+    client = _connect()
     for scheme in ("http://", "https://"):
         client._http.mount(scheme, HTTPAdapter(pool_maxsize=REQUESTS))  # default 10: further connections are not reused
     return client
 
 
-def _connected() -> Any:
+def _connect() -> Any:
     import google.auth
     from google.api_core.client_options import ClientOptions
     from google.auth.credentials import AnonymousCredentials

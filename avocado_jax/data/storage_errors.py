@@ -51,7 +51,7 @@ def failure(path: str, error: Exception) -> InputError | StorageError | None:
     else:  # these prefixes are from gcsfs and tensorstore
         denied = code in ("401", "403") or text.startswith(("Forbidden:", "PERMISSION_DENIED:"))
     if denied:
-        return InputError(_denied(path, text))
+        return InputError(_describe_denied(path, text))
     if code == "404":
         return InputError(f"{path}: no such object or bucket")
     if isinstance(error, ConnectionError) or module.partition(".")[0] in LIBRARIES or text.startswith(UNAVAILABLE):
@@ -70,7 +70,7 @@ def library_errors(path: str) -> Iterator[None]:
         raise failed from error
 
 
-def _denied(path: str, text: str) -> str:
+def _describe_denied(path: str, text: str) -> str:
     """Describe a denied request: the missing permission, and a role that includes it."""
     if "Anonymous c" in text:  # "caller" from the server, "credentials cannot be refreshed" from google-auth
         return f"{path}: no credentials; use a service account or `gcloud auth application-default login`"

@@ -23,23 +23,27 @@ class Words:
         """The ids of a text."""
         if add_special_tokens or not split_special_tokens:
             raise ValueError("only plain text is encoded here")
-        return _built(self.json).encode(text, add_special_tokens=False).ids
+        return _build_tokenizer(self.json).encode(text, add_special_tokens=False).ids
 
     def get_added_vocab(self) -> dict[str, int]:
         """Special and other added tokens with their ids."""
-        return {token.content: number for number, token in _built(self.json).get_added_tokens_decoder().items()}
+        return {
+            token.content: number for number, token in _build_tokenizer(self.json).get_added_tokens_decoder().items()
+        }
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ids, including special tokens."""
-        return _built(self.json).decode([int(number) for number in ids], skip_special_tokens=False)
+        return _build_tokenizer(self.json).decode([int(number) for number in ids], skip_special_tokens=False)
 
     def known_ids(self) -> list[int]:
         """All ids with a token."""
-        return sorted(_built(self.json).get_vocab(with_added_tokens=True).values())
+        return sorted(_build_tokenizer(self.json).get_vocab(with_added_tokens=True).values())
 
     def special_ids(self) -> list[int]:
         """The ids of special tokens."""
-        return [number for number, token in _built(self.json).get_added_tokens_decoder().items() if token.special]
+        return [
+            number for number, token in _build_tokenizer(self.json).get_added_tokens_decoder().items() if token.special
+        ]
 
 
 def load_words(folder: Path) -> Words:
@@ -52,7 +56,7 @@ def load_words(folder: Path) -> Words:
 
 
 @lru_cache(maxsize=2)
-def _built(json: str) -> Tokenizer:
+def _build_tokenizer(json: str) -> Tokenizer:
     tokenizer = Tokenizer.from_str(json)
     tokenizer.encode_special_tokens = True
     return tokenizer

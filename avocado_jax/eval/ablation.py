@@ -112,7 +112,7 @@ class Difference(NamedTuple):
 def difference(arm: Sequence[Mapping[str, float]], base: Sequence[Mapping[str, float]], metric: str) -> Difference:
     """Compare an arm with its base by seed. A base without seeds is compared with each seed."""
     differences = np.array(
-        [one.get(metric, 0.0) - base[seed % len(base)].get(metric, 0.0) for seed, one in enumerate(arm)]
+        [result.get(metric, 0.0) - base[seed % len(base)].get(metric, 0.0) for seed, result in enumerate(arm)]
     )
     if len(differences) < 2:
         return Difference(float(differences.mean()), None, False)
@@ -136,7 +136,7 @@ def summary(arms: Sequence[Arm], results: Results) -> list[dict[str, Any]]:
         if base:
             row["over"] = base.name
             found = {metric: difference(values, results[base.name], metric) for metric in metrics}
-            row["difference"] = {metric: one._asdict() for metric, one in found.items()}
+            row["difference"] = {metric: value._asdict() for metric, value in found.items()}
         rows.append(row)
     return rows
 
@@ -149,9 +149,14 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
 
     titles = {name: (METRICS | IN_SOME).get(name, name) for name in rows[0]["mean"]}
     head = [line(["", *titles.values()]), line(["---"] * (len(titles) + 1))]
-    values = [line([row["arm"], *(_spread(metric, row) for metric in titles)]) for row in rows]
+    values = [line([row["arm"], *(_mean_and_std(metric, row) for metric in titles)]) for row in rows]
     added = [
-        line([f"{row['arm']} over {row['over']}", *(_added(metric, row["difference"][metric]) for metric in titles)])
+        line(
+            [
+                f"{row['arm']} over {row['over']}",
+                *(_format_difference(metric, row["difference"][metric]) for metric in titles),
+            ]
+        )
         for row in rows
         if "over" in row
     ]
@@ -162,13 +167,13 @@ def _number(metric: str, value: float, sign: str = "") -> str:
     return format(value, f"{sign}.1f" if metric == "length" else f"{sign}.3f")
 
 
-def _spread(metric: str, row: Mapping[str, Any]) -> str:
+def _mean_and_std(metric: str, row: Mapping[str, Any]) -> str:
     mean, std = row["mean"][metric], row["std"][metric]
     return _number(metric, mean) + ("" if std is None else f" ± {_number(metric, std)}")
 
 
-def _added(metric: str, one: Mapping[str, Any]) -> str:
-    text = _number(metric, one["mean"], "+")
-    if one["error"] is not None:
-        text += f" ± {_number(metric, ERRORS * one['error'])}"
-    return f"**{text}**" if one["shown"] else text
+def _format_difference(metric: str, entry: Mapping[str, Any]) -> str:
+    text = _number(metric, entry["mean"], "+")
+    if entry["error"] is not None:
+        text += f" ± {_number(metric, ERRORS * entry['error'])}"
+    return f"**{text}**" if entry["shown"] else text

@@ -63,7 +63,7 @@ def report(run: str, last: int, clips: Callable[[str, str], Clip | None]) -> dic
             more = f"; there are more: increase --last, which is {last}" if found else " (all)"
             notes.append(f"{what} of {_steps(steps)}{more}.")
     known = [clips(*owner) or Clip({}, None) for owner in owners]
-    references = _marked(groups, known)
+    references = _add_marks(groups, known)
     shown = [
         {"id": name, "video": clip.video, **reference} for (_, name), clip, reference in zip(owners, known, references)
     ]
@@ -115,10 +115,10 @@ def curves(lines: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
                 series.setdefault(name, []).append((line["step"], value))
     series = {name: points for name, points in series.items() if any(_number(value) is not None for _, value in points)}
     first = [name for name in SHOWN if name in series][:FIRST] or list(series)[:FIRST]
-    return [{"name": name, **_thinned(points), "shown": name in first} for name, points in series.items()]
+    return [{"name": name, **_thin(points), "shown": name in first} for name, points in series.items()]
 
 
-def _thinned(points: list[tuple[int, float | None]]) -> dict[str, Any]:
+def _thin(points: list[tuple[int, float | None]]) -> dict[str, Any]:
     many = -(-len(points) // POINTS)
     steps, values = [], []
     for start in range(0, len(points), many):
@@ -158,7 +158,7 @@ def _rollouts(lines: Iterator[tuple[str, dict[str, Any]]]) -> Iterator[dict[str,
         rewards = {"reward": line["reward"]} if "reward" in line else {}
         rewards |= {**line["rewards"], "advantage": line.get("advantage")}
         values = {name: _number(value) for name, value in rewards.items()} | {"tokens": line["length"]}
-        group["captions"].append({"number": line["group"], "text": _composed(line["caption"]), "values": values})
+        group["captions"].append({"number": line["group"], "text": _to_nfc(line["caption"]), "values": values})
     if group:
         yield group
 
@@ -166,15 +166,15 @@ def _rollouts(lines: Iterator[tuple[str, dict[str, Any]]]) -> Iterator[dict[str,
 def _samples(lines: Iterator[tuple[str, dict[str, Any]]]) -> Iterator[dict[str, Any]]:
     """Yield held-out captions as groups of one, with their references."""
     for _, line in lines:
-        caption = {"number": 0, "text": _composed(line["caption"]), "values": {}}
+        caption = {"number": 0, "text": _to_nfc(line["caption"]), "values": {}}
         yield {"id": line["id"], "step": line["step"], "captions": [caption], "reference": line["reference"]}
 
 
-def _composed(text: str) -> str:
+def _to_nfc(text: str) -> str:
     return unicodedata.normalize("NFC", text)
 
 
-def _marked(groups: list[dict[str, Any]], known: Sequence[Clip]) -> list[dict[str, Any]]:
+def _add_marks(groups: list[dict[str, Any]], known: Sequence[Clip]) -> list[dict[str, Any]]:
     """Add marks to the captions of `groups`. Returns the compared references."""
     references = [
         {name: _checked(name, clip.fields.get(name)) for name in ("caption", "dialogues", "keypoints")}

@@ -102,14 +102,14 @@ def _decode(
     if isinstance(captions, Growing):
         kept = captions.new.write(token, captions.count)
         begun = jnp.arange(captions.old.k.shape[3])[None] < captions.begun[:, None]
-        parts = [(captions.old, begun), (kept, _until(captions.count, kept))]
+        parts = [(captions.old, begun), (kept, _causal_mask(captions.count, kept))]
     else:
         kept = captions.write(token, step)
-        parts = [(kept, _until(step, kept))]
+        parts = [(kept, _causal_mask(step, kept))]
     return plain.attend_step(q, parts, clip, clip_valid), kept
 
 
-def _until(step: Int[Array, ""], kv: KV) -> Bool[Array, "1 S"]:
+def _causal_mask(step: Int[Array, ""], kv: KV) -> Bool[Array, "1 S"]:
     return (jnp.arange(kv.k.shape[3]) <= step)[None]
 
 

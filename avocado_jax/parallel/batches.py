@@ -45,8 +45,8 @@ def process_rows(mesh: Mesh, batch: int, process: int) -> list[int]:
         rows[device.process_index].update(range(*part.indices(batch)))
     if process not in rows:
         raise InputError(f"mesh: process {process} has no device in it, so no rows to load")
-    for other, theirs in rows.items():
-        if rows[process] != theirs and rows[process] & theirs:
+    for other, other_rows in rows.items():
+        if rows[process] != other_rows and rows[process] & other_rows:
             raise InputError(f"mesh: processes {process} and {other} share some of their rows but not all")
     return sorted(rows[process])
 

@@ -112,9 +112,9 @@ class Liveness:
                 continue
             if "progress" not in self._warned:
                 self._warned.add("progress")
-                _print(f"no progress for {idle:.0f} s (timeouts.step {self._limit:g}): {self._behind()}")
+                _print(f"no progress for {idle:.0f} s (timeouts.step {self._limit:g}): {self._describe_slowest()}")
             if idle >= self._limit:
-                _print(f"no progress for {idle:.0f} s, this host ends: {self._behind()}")
+                _print(f"no progress for {idle:.0f} s, this host ends: {self._describe_slowest()}")
                 faulthandler.dump_traceback(all_threads=True)
                 os._exit(75)
 
@@ -124,13 +124,13 @@ class Liveness:
             silent = [0]  # process 0 does not answer: the state of the others is unknown
         else:
             peers = range(self._processes)
-            silent = [number for number in peers if self._answered - self._last(number) > self._heartbeat / 2]
+            silent = [number for number in peers if self._answered - self._last_beat(number) > self._heartbeat / 2]
         for number in silent:
             if number != self._process and number not in self._warned:
                 self._warned.add(number)
-                _print(f"{self._name(number)}: no heartbeat for {now - self._last(number):.0f} s; stopped or lost")
+                _print(f"{self._name(number)}: no heartbeat for {now - self._last_beat(number):.0f} s; stopped or lost")
 
-    def _behind(self) -> str:
+    def _describe_slowest(self) -> str:
         """Describe the hosts that the others wait for: their step, stage and location, and those of this host."""
         beats = {number: beat for number, (beat, _) in self._peers.items()} | {self._process: self._mine}
         reached = {number: (beat.step, beat.stage) for number, beat in beats.items()}
@@ -140,13 +140,13 @@ class Liveness:
         if not late:
             stage = f"{STAGES[self._mine.stage]} of step {self._mine.step}"
             return f"no host is behind the others, all are in {stage} (here: {_location()})"
-        names = ", ".join(f"{self._name(number)} ({self._at(beats.get(number))})" for number in late)
-        return f"stuck: {names}; this host: {self._at(self._mine._replace(location=_location()))}"
+        names = ", ".join(f"{self._name(number)} ({self._describe_beat(beats.get(number))})" for number in late)
+        return f"stuck: {names}; this host: {self._describe_beat(self._mine._replace(location=_location()))}"
 
-    def _at(self, beat: Beat | None) -> str:
+    def _describe_beat(self, beat: Beat | None) -> str:
         return f"{STAGES[beat.stage]} of step {beat.step}, {beat.location}" if beat else "never heard of"
 
-    def _last(self, number: int) -> float:
+    def _last_beat(self, number: int) -> float:
         return self._peers[number][1] if number in self._peers else self._begun
 
     def _name(self, number: int) -> str:

@@ -18,7 +18,7 @@ TOKEN = re.compile(r"""'(?:[^'\\\n]|\\.)*'|"(?:[^"\\\n]|\\.)*"|[{}]""")
 
 def response_format(schema: type[BaseModel]) -> dict[str, Any]:
     """The request field that constrains the answer to this schema."""
-    named = {"name": schema.__name__, "schema": _closed(schema.model_json_schema()), "strict": True}
+    named = {"name": schema.__name__, "schema": _forbid_extra(schema.model_json_schema()), "strict": True}
     return {"response_format": {"type": "json_schema", "json_schema": named}}
 
 
@@ -101,13 +101,13 @@ def last_words(text: str) -> list[str]:
     return list(dict.fromkeys(["\n".join(lines), *lines[-1:]]))
 
 
-def _closed(schema: Any) -> Any:
+def _forbid_extra(schema: Any) -> Any:
     """The schema with additionalProperties false in every object, as strict endpoints require."""
     if isinstance(schema, list):
-        return [_closed(one) for one in schema]
+        return [_forbid_extra(item) for item in schema]
     if not isinstance(schema, dict):
         return schema
-    closed = {name: _closed(value) for name, value in schema.items()}
+    closed = {name: _forbid_extra(value) for name, value in schema.items()}
     return {**closed, "additionalProperties": False} if schema.get("type") == "object" else closed
 
 

@@ -258,7 +258,7 @@ class ChatClient:
             await self._reserve(expected)
             spent = expected  # if the call is cancelled: the server received it
             try:
-                raw = await call(self._connected(), url, body, endpoint.timeout)
+                raw = await call(self._open_session(), url, body, endpoint.timeout)
                 reported = usage(raw)
                 spent = expected if reported is None else reported
             except Passing as error:
@@ -306,7 +306,7 @@ class ChatClient:
         self._reserved += expected
         ledger.add(1, expected)
 
-    def _connected(self) -> aiohttp.ClientSession:
+    def _open_session(self) -> aiohttp.ClientSession:
         if self._session is None:
             headers = {"Authorization": f"Bearer {self._key}"} if self._key else {}
             connector = aiohttp.TCPConnector(limit=0)

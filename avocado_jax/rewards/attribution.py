@@ -59,12 +59,12 @@ class Around(NamedTuple):
     is_behind: Bool[Array, "R 8"]
 
 
-def has(classes: Int[Array, "..."], *names: str) -> Bool[Array, "..."]:
+def has_class(classes: Int[Array, "..."], *names: str) -> Bool[Array, "..."]:
     """Whether words belong to one of the classes."""
     return (classes & sum(BIT[name] for name in names)) > 0
 
 
-def around(
+def words_around(
     text: Characters, words: Words, quoted: Bool[Array, "N"], sentence: Int[Array, "N"], quotes: Quotes
 ) -> Around:
     """Find the words around each quote."""
@@ -148,24 +148,25 @@ def find_lines(
     small = (after < n) & ((kind[jnp.minimum(after, n - 1)] & LOWER) > 0) & (quotes.end < n)
 
     # The words before the quote; smaller indices are nearer.
-    speaks = nearest(has(front, "SPOKEN"))
-    written = nearest(has(front, "WRITTEN"))
+    speaks = nearest(has_class(front, "SPOKEN"))
+    written = nearest(has_class(front, "WRITTEN"))
     rank = jnp.arange(BEFORE)[None]
     reader = (at(front, written) & BIT["READ"] > 0) & (at(front, written + 1) & BIT["PERSON"] > 0)
     speaks = jnp.where(reader, jnp.minimum(speaks, written), speaks)
-    written = jnp.where(reader, nearest(has(front, "WRITTEN") & (rank > written[:, None])), written)
+    written = jnp.where(reader, nearest(has_class(front, "WRITTEN") & (rank > written[:, None])), written)
     with_sound = (at(front, written + 1) & BIT["AND"] > 0) & (at(front, written + 2) & BIT["SPOKEN"] > 0)
     written = jnp.where(with_sound, BEFORE, written)
-    subtitle = nearest(has(front, "SUBTITLE"))
+    subtitle = nearest(has_class(front, "SUBTITLE"))
     written = jnp.where((speaks == BEFORE) & (subtitle < written), subtitle, written)
     between = (rank > speaks[:, None]) & (rank < written[:, None])
-    speaker_between = (has(front, "PERSON", "SOURCE", "CONJUNCTION") & between).any(-1)  # who speaks is not the text
-    content = nearest(near.in_front & ~has(front, "FUNCTION"))
+    # With a person between the two verbs, the written text is not the subject of the spoken verb.
+    speaker_between = (has_class(front, "PERSON", "SOURCE", "CONJUNCTION") & between).any(-1)
+    content = nearest(near.in_front & ~has_class(front, "FUNCTION"))
     adjacent = glued & (at(front, content) & BIT["SPOKEN"] > 0)
     says = glued & (at(front, content) & BIT["SAYS"] > 0)
 
-    aloud = has(front, "ALOUD").any(-1)
-    naming = glued & near.in_front[:, 0] & has(front[:, 0], "NAMING")
+    aloud = has_class(front, "ALOUD").any(-1)
+    naming = glued & near.in_front[:, 0] & has_class(front[:, 0], "NAMING")
     by_text, by_speech = written < BEFORE, speaks < BEFORE
     known = aloud | naming | by_text | by_speech
     verdict = jnp.select(
@@ -174,9 +175,9 @@ def find_lines(
         adjacent | ~glued | (ended & ~few),
     )
     strong = known & verdict
-    attributing = has(behind, "SPOKEN", "WRITTEN")
+    attributing = has_class(behind, "SPOKEN", "WRITTEN")
     first_behind = jnp.take_along_axis(behind, jnp.argmax(attributing, -1)[:, None], 1)[:, 0]
-    otherwise = jnp.where(attributing.any(-1) & ~glued, has(first_behind, "SPOKEN"), ~(glued | (small & ~ended)))
+    otherwise = jnp.where(attributing.any(-1) & ~glued, has_class(first_behind, "SPOKEN"), ~(glued | (small & ~ended)))
     verdict = jnp.where(known, verdict, otherwise)
     attributed = (says & (ended | (points[jnp.minimum(quotes.end, n - 1)] == ord("*")))) | (
         (ahead & (LEAD | STOPS | NEWLINE)) > 0
@@ -191,13 +192,13 @@ def find_lines(
     front_index = jnp.maximum(quotes.start - 1, 0)
     bracket = opened[front_index]
     in_brackets = (bracket > closed[front_index]) & (bracket > last_index((kind & NEWLINE) > 0)[front_index])
-    sounds = count_before(has(near.outside.classes, "SPOKEN"))
+    sounds = count_before(has_class(near.outside.classes, "SPOKEN"))
     since = jnp.searchsorted(near.outside.start, bracket)
     in_brackets &= sounds[near.count] == sounds[since]
     # If only function words separate two quotes, the second has the class of the first.
     previous = jnp.concatenate([jnp.zeros(1, jnp.int32), quotes.end[:-1]])
-    plain_word = has(near.outside.classes, "FUNCTION") & (
-        ~has(near.outside.classes, "CONJUNCTION") | has(near.outside.classes, "AND")
+    plain_word = has_class(near.outside.classes, "FUNCTION") & (
+        ~has_class(near.outside.classes, "CONJUNCTION") | has_class(near.outside.classes, "AND")
     )
     content_words = count_before(near.outside.start < n) - count_before(plain_word & (near.outside.start < n))
     since = jnp.searchsorted(near.outside.start, previous)
@@ -215,8 +216,8 @@ def find_lines(
     before = jnp.concatenate([jnp.zeros(1, quotes.kind.dtype), quotes.kind[:-1]])
     may = (quotes.kind == before) | (quotes.kind == DOUBLE)
 
-    def carry(earlier: Array, one: tuple) -> tuple:
-        current, takes, fits = one
+    def carry(earlier: Array, item: tuple) -> tuple:
+        current, takes, fits = item
         current = jnp.where(takes, earlier & fits, current)
         return current, current
 
@@ -233,8 +234,8 @@ def find_lines(
         count_before(mask & (near.outside.start < n))
         for mask in (
             near.outside.start < n,
-            has(near.outside.classes, "SPOKEN"),
-            has(near.outside.classes, "CONJUNCTION"),
+            has_class(near.outside.classes, "SPOKEN"),
+            has_class(near.outside.classes, "CONJUNCTION"),
         )
     ]
     words_between, spoken_between, conjunctions_between = (count[near.count] - count[since] for count in counts)

@@ -146,15 +146,15 @@ def _read_keypoints(table: Table, texts: Sequence[str], limit: int) -> tuple[np.
     fits = [len(text) <= SHORT.characters and len(A_WORD.findall(text)) <= SHORT.words for text in texts]
     for limits, short in ((SHORT, True), (KEYPOINT, False)):
         rows = CHARACTERS // limits.characters
-        places = [index for index, one in enumerate(fits) if one is short]
+        places = [index for index, fit in enumerate(fits) if fit is short]
         for part in (places[first : first + rows] for first in range(0, len(places), rows)):
             points, lengths = code_points(
                 [*(texts[index] for index in part), *[""] * (rows - len(part))], limits.characters
             )
             read = jax.tree.map(np.asarray, _read_features(table, points, lengths, limits))
-            for index, made, much, more in zip(part, *read):
-                kept, much = made[much > 0], much[much > 0]
-                hashes[index, : len(kept)], weights[index, : len(kept)] = kept[:limit], much[:limit]
+            for index, made, weight, more in zip(part, *read):
+                kept, weight = made[weight > 0], weight[weight > 0]
+                hashes[index, : len(kept)], weights[index, : len(kept)] = kept[:limit], weight[:limit]
                 truncated[index] = len(kept) > limit or (more and not short)
     return hashes, weights, truncated
 
@@ -179,13 +179,13 @@ def features(
     stems = stems ^ jnp.where(unstated, jnp.uint32(0x5BD1E995), jnp.uint32(0))
     order, count = compact(weights > 0, jnp.arange(size, dtype=jnp.int32), size)
     stems, weights = stems[order], jnp.where(jnp.arange(size) < count, weights[order], 0)
-    hashes, much = [stems], [weights]
+    hashes, all_weights = [stems], [weights]
     for gap in range(1, MAX_PAIR_GAP + 1):
         second = jnp.pad(stems[gap:], (0, gap))
-        both = jnp.pad(weights[gap:], (0, gap))
+        second_weights = jnp.pad(weights[gap:], (0, gap))
         hashes.append(stems * jnp.uint32(0x85EBCA6B) + second * jnp.uint32(0xC2B2AE35))
-        much.append(jnp.where((weights > 0) & (both > 0), PAIRS * (weights + both) / 2, 0))
-    return jnp.stack(hashes), jnp.stack(much), order
+        all_weights.append(jnp.where((weights > 0) & (second_weights > 0), PAIRS * (weights + second_weights) / 2, 0))
+    return jnp.stack(hashes), jnp.stack(all_weights), order
 
 
 def lexical(

@@ -70,7 +70,7 @@ def _dialogue(
             f'Line {line + 1} as "{_short(spoken[quote])}": similarity {alike:.2f}, {who}: '
             f'"{_phrase(caption, quote)}"{name}.'
         )
-    sentences += [f'Not in the reference: "{_short(one)}".' for q, one in enumerate(spoken) if q not in dict(matched)]
+    sentences += [f'Not in the reference: "{_short(text)}".' for q, text in enumerate(spoken) if q not in dict(matched)]
     unsaid = sorted(set(range(lines)) - {line for _, line in matched})
     return sentences + [
         f'Not said, line {line + 1}: "{_short(" ".join(known[line]["text"].split()))}".' for line in unsaid

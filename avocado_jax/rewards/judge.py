@@ -11,7 +11,7 @@ import numpy as np
 
 from avocado_jax.remote.call import Malformed
 from avocado_jax.remote.chat import ChatClient, Endpoint
-from avocado_jax.rewards.probes import is_right, lettered
+from avocado_jax.rewards.probes import by_letter, is_right
 from avocado_jax.typing import Float, Probe
 
 INSTRUCTIONS = (
@@ -132,7 +132,9 @@ class RemoteJudge:
                 break
             unanswered = [items[index] for index in missing]
             reply = await self.client.ask(
-                task.messages(caption, unanswered), partial(_some, task=task, items=unanswered), deadline=deadline
+                task.messages(caption, unanswered),
+                partial(_read_partial, task=task, items=unanswered),
+                deadline=deadline,
             )
             if reply.value is None:
                 break
@@ -154,7 +156,7 @@ def question(caption: str, keypoints: Sequence[str]) -> list[dict[str, str]]:
 def probe_question(caption: str, probes: Sequence[Probe]) -> list[dict[str, str]]:
     """The messages of one call for all probes of a caption, in the JSON format of `question`."""
     questions = {
-        str(number): {"question": probe.question, "choices": lettered(probe)}
+        str(number): {"question": probe.question, "choices": by_letter(probe)}
         for number, probe in enumerate(probes, start=1)
     }
     content = json.dumps({"description": caption, "questions": questions}, ensure_ascii=False, indent=1)
@@ -207,7 +209,7 @@ def read_answer(text: str, items: Sequence[Any], task: Task = KEYPOINTS) -> Verd
     return verdicts
 
 
-def _some(text: str, task: Task, items: Sequence[Any]) -> Verdicts:
+def _read_partial(text: str, task: Task, items: Sequence[Any]) -> Verdicts:
     """Like `read_answer`, but an answer without any verdict is malformed."""
     verdicts = read_answer(text, items, task)
     if not any(verdict is not None for verdict in verdicts):

@@ -106,7 +106,7 @@ def find_quotes(text: Characters, words: tuple, most_marks: int, most: int) -> Q
     double = (code > 0) & (code != SINGLE_OPENS) & (code != SINGLE_CLOSES)
     double &= (code != CLOSES_CORNER) & (code != CLOSES_WHITE)
     scripts, more = _scripts(
-        text, words, covered(start, end, kind, len(code)), fenced, double, word_character_count, most
+        text, words, quote_mask(start, end, kind, len(code)), fenced, double, word_character_count, most
     )
     start, end, kind = (jnp.concatenate(pair) for pair in zip((start, end, kind), scripts))
     order = jnp.argsort(jnp.where(kind > 0, start, len(code)))[:most]
@@ -117,7 +117,7 @@ def find_quotes(text: Characters, words: tuple, most_marks: int, most: int) -> Q
     return Quotes(jnp.where(real, start, 0), jnp.where(real, end, 0), kind, truncated)
 
 
-def covered(start: Array, end: Array, kind: Array, size: int) -> Bool[Array, "N"]:
+def quote_mask(start: Array, end: Array, kind: Array, size: int) -> Bool[Array, "N"]:
     """Mask of the positions inside quotes."""
     delta = jnp.zeros(size + 1, jnp.int32)
     delta = delta.at[jnp.where(kind > 0, start, size)].add(1)
@@ -170,7 +170,7 @@ def _marks(text: Characters) -> tuple[Array, Array, Array]:
             straight,
             jnp.where(closes & ~led, CLOSES, OPENS),
             jnp.where(opens, OPENS, CLOSES),
-            *(jnp.full_like(straight, one) for one in range(SINGLE_OPENS, CLOSES_WHITE + 1)),
+            *(jnp.full_like(straight, value) for value in range(SINGLE_OPENS, CLOSES_WHITE + 1)),
         ],
         0,
     )
@@ -192,9 +192,9 @@ def _pair(text: Characters, code: Array, width: Array, most: int) -> tuple[Array
     solid = last_index((kind & SPACE) == 0)[jnp.maximum(at - 1, 0)]
     over = space_before & (solid >= 0) & ((kind[jnp.maximum(solid, 0)] & STOPS) > 0)  # after a sentence
 
-    def look(later: tuple, one: tuple) -> tuple:
+    def look(later: tuple, mark: tuple) -> tuple:
         later_line, later_paragraph, first, second, closes = later
-        number, of_line, of_paragraph, is_strong = one
+        number, of_line, of_paragraph, is_strong = mark
         first, second = (jnp.where(later_paragraph == of_paragraph, value, 0) for value in (first, second))
         closes &= later_line == of_line
         answer = (first, second, closes)
@@ -210,9 +210,9 @@ def _pair(text: Characters, code: Array, width: Array, most: int) -> tuple[Array
         look, (zero - 2, zero - 2, zero, zero, jnp.array(False)), (code, line, paragraph, strong), reverse=True
     )
 
-    def step(state: tuple, one: tuple) -> tuple:
+    def step(state: tuple, mark: tuple) -> tuple:
         opener, start, first, first_line, first_paragraph, nested, inner, marked = state
-        index, size, number, mark_line, mark_paragraph, ahead, ahead2, later, flags = one
+        index, size, number, mark_line, mark_paragraph, ahead, ahead2, later, flags = mark
         is_strong, spaced, digit, ended = flags
         left = (mark_paragraph != first_paragraph) | ((opener != DOUBLE) & (mark_line != first_line))
         left &= opener > 0

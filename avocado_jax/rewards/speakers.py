@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from avocado_jax.rewards.arrays import last_index, shift
-from avocado_jax.rewards.attribution import BEFORE, Around, has
+from avocado_jax.rewards.attribution import BEFORE, Around, has_class
 from avocado_jax.rewards.quotes import Quotes
 from avocado_jax.rewards.vocabulary import BIT
 from avocado_jax.typing import Array, Bool, Float, Int
@@ -31,20 +31,20 @@ def speakers(near: Around, quotes: Quotes) -> tuple[Int[Array, "R S"], Float[Arr
         stems, weights, classes = (
             jnp.where(wanted, values[at], 0) for values in (words.stems, words.weights, words.classes)
         )
-        return stems, jnp.where(has(classes, "SILENT"), 0.0, weights), classes
+        return stems, jnp.where(has_class(classes, "SILENT"), 0.0, weights), classes
 
     in_front = near.in_front
     _, front_weight, front = pick(near.front, in_front)
     # The last clause with content before its verb of speech ("then asks in a deep voice" has none). "and" ends a
     # clause only if a person follows.
-    verb = has(front, "SPOKEN") & ~has(front, "PERSON", "SOURCE")
+    verb = has_class(front, "SPOKEN") & ~has_class(front, "PERSON", "SOURCE")
 
     def before_verb(mask: Array) -> Array:
         count = jnp.cumsum(mask, axis=1)
         return count > jax.lax.cummax(jnp.where(verb, count, 0), axis=1)
 
-    content, person = before_verb(front_weight > 0), before_verb(has(front, "PERSON"))
-    ends = has(front, "CONJUNCTION") & content & (person | ~has(front, "AND"))
+    content, person = before_verb(front_weight > 0), before_verb(has_class(front, "PERSON"))
+    ends = has_class(front, "CONJUNCTION") & content & (person | ~has_class(front, "AND"))
     in_front &= jnp.cumsum(ends, axis=1) == 0
     first, first_weight, first_class = pick(near.front, in_front)
     second, second_weight, second_class = pick(near.behind, near.is_behind)
@@ -62,17 +62,17 @@ def speakers(near: Around, quotes: Quotes) -> tuple[Int[Array, "R S"], Float[Arr
     classes = jnp.concatenate([first_class, second_class], 1)
     weights = jnp.concatenate([first_weight, second_weight], 1)
     numbers = jnp.concatenate([near.front, near.behind], 1)
-    generic = has(classes, "GENERIC") & (weights > 0)
+    generic = has_class(classes, "GENERIC") & (weights > 0)
     vague = generic.any(-1) & ~((weights > 0) & ~generic).any(-1)
     which = jnp.argmax(generic, axis=1)[:, None]
     head, head_class, head_at = (
         jnp.take_along_axis(values, which, 1)[:, 0]
         for values in (jnp.concatenate([first, second], 1), classes, numbers)
     )
-    other = has(words.classes[jnp.maximum(head_at - 1, 0)], "OTHER")
-    silent = has(words.classes, "SILENT") | (words.weights <= 0)
+    other = has_class(words.classes[jnp.maximum(head_at - 1, 0)], "OTHER")
+    silent = has_class(words.classes, "SILENT") | (words.weights <= 0)
     described = jnp.concatenate([~silent[1:], jnp.zeros(1, bool)]) | jnp.concatenate([jnp.zeros(1, bool), ~silent[:-1]])
-    joins = has(words.classes, "DESCRIBING")
+    joins = has_class(words.classes, "DESCRIBING")
     described |= jnp.concatenate([joins[1:], jnp.zeros(1, bool)])
     same = words.stems[None] == head[:, None]
     sex = words.classes & (BIT["MALE"] | BIT["FEMALE"])
@@ -89,9 +89,10 @@ def speakers(near: Around, quotes: Quotes) -> tuple[Int[Array, "R S"], Float[Arr
         there = (
             (noun >= 0)[:, None] & (at >= 0) & (at < size) & (near.sentence[clipped] == near.sentence[noun][:, None])
         )
-        of = words.classes[clipped]
+        nearby = words.classes[clipped]
         stops = (
-            has(of, "CONJUNCTION", "SPOKEN") & ~has(of, "AND") | has(of, "PERSON") & ((span > 0) | (span < -1))[None]
+            has_class(nearby, "CONJUNCTION", "SPOKEN") & ~has_class(nearby, "AND")
+            | has_class(nearby, "PERSON") & ((span > 0) | (span < -1))[None]
         )
         ahead = jnp.cumsum(stops & (span > 0)[None], axis=1) > 0
         back = jnp.cumsum((stops & (span < 0)[None])[:, ::-1], axis=1)[:, ::-1] > 0
@@ -106,10 +107,10 @@ def speakers(near: Around, quotes: Quotes) -> tuple[Int[Array, "R S"], Float[Arr
             for values, head_values in zip(described_by, (head, jnp.max(weights_of_head, 1)))
         )
         use = (vague & (found >= 0))[:, None] & ~bare
-        return jnp.where(use, stems, one), jnp.where(use, weights, one_weight)
+        return jnp.where(use, stems, default), jnp.where(use, weights, default_weight)
 
     weights_of_head = jnp.where(generic, weights, 0)
-    one, one_weight = jnp.where(bare, third, first), jnp.where(bare, third_weight, first_weight)
+    default, default_weight = jnp.where(bare, third, first), jnp.where(bare, third_weight, first_weight)
     noun, described_by = mention(known)
     plain, plain_weight = compose(noun, described_by)
     # "the other man": not the previous speaker.

@@ -17,9 +17,9 @@ import numpy as np
 
 from avocado_jax.rewards.arrays import compact, count_before, last_index, next_index, shift
 from avocado_jax.rewards.attribution import PHRASE as PHRASE
-from avocado_jax.rewards.attribution import Words, around, find_lines
+from avocado_jax.rewards.attribution import Words, find_lines, words_around
 from avocado_jax.rewards.claims import unstated
-from avocado_jax.rewards.quotes import Characters, Quotes, characters, covered, find_quotes, sentences
+from avocado_jax.rewards.quotes import Characters, Quotes, characters, find_quotes, quote_mask, sentences
 from avocado_jax.rewards.speakers import same_as_before, speakers
 from avocado_jax.rewards.vocabulary import (
     ALONE,
@@ -196,7 +196,7 @@ def outline(table: Table, points: Int[Array, "N"], length: Int[Array, ""], limit
 
     text = characters(points, kind, length)
     quotes = find_quotes(text, (words.start, words.classes, words.real), 4 * limits.quotes, 2 * limits.quotes)
-    quoted = covered(quotes.start, quotes.end, quotes.kind, len(points))
+    quoted = quote_mask(quotes.start, quotes.end, quotes.kind, len(points))
     sentence = sentences(text, quoted)
     denied = unstated(text, words, quoted, sentence)
     return Outline(text, letter, lower, word_characters, words, count, first, quotes, quoted, sentence, denied)
@@ -208,7 +208,7 @@ def parse(table: Table, points: Int[Array, "N"], length: Int[Array, ""], limits:
         table, points, length, limits
     )
     points = text.points
-    near = around(text, words, quoted, sentence, quotes)
+    near = words_around(text, words, quoted, sentence, quotes)
     begun = count_before(first)
     spoken, goes_on = find_lines(text, quotes, near, sentence, begun[quotes.end] - begun[quotes.start])
     phrases, phrase_weights = speakers(near, quotes)
@@ -222,7 +222,7 @@ def parse(table: Table, points: Int[Array, "N"], length: Int[Array, ""], limits:
     until = shift(next_index(begins), -1, len(spoken))[order]  # index of the quote that begins the next line
     last = last_index(spoken)[until - 1]
     real = jnp.arange(limits.quotes) < lines
-    in_speech = letter & covered(quotes.start, quotes.end, jnp.where(spoken, quotes.kind, 0), len(points))
+    in_speech = letter & quote_mask(quotes.start, quotes.end, jnp.where(spoken, quotes.kind, 0), len(points))
     speech, _ = compact(in_speech, lower, len(points))
     speech_count = count_before(in_speech)
 

@@ -61,8 +61,8 @@ def event_references(
     """
     made = Events(np.zeros((len(events), limit), np.float32), np.zeros((len(events), limit), np.float32), None)
     counts = np.zeros(len(events), np.int32)
-    for clip, each in enumerate(events):
-        times = sorted((one["start"], one["end"]) for one in each or () if _is_timed(one))
+    for clip, entries in enumerate(events):
+        times = sorted((event["start"], event["end"]) for event in entries or () if _is_timed(event))
         counts[clip] = len(times)
         for index, (start, end) in enumerate(times[:limit]):
             made.start[clip, index], made.end[clip, index] = start, end

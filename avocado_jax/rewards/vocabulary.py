@@ -87,9 +87,9 @@ def make_table(tokenizer: str | None = None, weights: Mapping[str, float] | None
         lower,
         kind,
         sources,
-        np.array([forms[int(one)] for one in sources], np.uint32),
+        np.array([forms[int(source)] for source in sources], np.uint32),
         np.pad(known, more, constant_values=0xFFFFFFFF),
-        np.pad(np.array([hashed[int(one)] for one in known], np.float32), more, constant_values=weights[""]),
+        np.pad(np.array([hashed[int(key)] for key in known], np.float32), more, constant_values=weights[""]),
         np.float32(weights[""]),
         *_classes(),
         np.unique(np.array([hash_word(stem(word)) for word in PRONOUNS.split()], np.uint32)),
@@ -138,7 +138,7 @@ def characters() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     Lower-casing is by code point: a capital sigma is always "σ", and so is the final one; "İ" is "i".
     """
     every = list(map(chr, range(0x110000)))
-    lower = np.fromiter((ord(one.lower()[0]) for one in every), np.int32)
+    lower = np.fromiter((ord(character.lower()[0]) for character in every), np.int32)
     lower[ord("ς")] = ord("σ")
     kind = WORD * np.fromiter(map(str.isalnum, every), np.int32)
     kind[ord("_")] = WORD  # as \w of `re`
@@ -158,7 +158,7 @@ def characters() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         ("'’`", APOSTROPHE),
         ("\n\r\u2028\u2029", NEWLINE),
     ):
-        kind[[ord(one) for one in group]] |= bit
+        kind[[ord(character) for character in group]] |= bit
     for mark, number in MARKS.items():
         kind[ord(mark)] |= number << MARK
         kind[ord(mark)] |= CLOSER
@@ -174,11 +174,11 @@ def hash_word(word: str) -> int:
     """The 32-bit hash of a word, without stemming."""
     total = 0
     for exponent, letter in enumerate(word):
-        total += _spread(ord(letter)) * pow(BASE, exponent, 1 << 32)
+        total += _mix_bits(ord(letter)) * pow(BASE, exponent, 1 << 32)
     return (total & 0xFFFFFFFF) or 1
 
 
-def _spread(point: int) -> int:
+def _mix_bits(point: int) -> int:
     mixed = (point + 1) * SPREAD & 0xFFFFFFFF
     return mixed ^ (mixed >> 15)
 
@@ -219,13 +219,13 @@ def _classes() -> tuple[np.ndarray, np.ndarray]:
     """Sorted stem hashes of all words of a class, and the bits of their classes."""
     found = Counter()
     for name, words in (*CLASSES.items(), ("FUNCTION", FUNCTION)):
-        for one in {hash_word(meaning(word)) for word in words.split()}:
-            found[one] |= BIT[name]
+        for key in {hash_word(meaning(word)) for word in words.split()}:
+            found[key] |= BIT[name]
     says = BIT["SPOKEN"] | BIT["WRITTEN"] | BIT["SUBTITLE"]
-    for one, bits in found.items():  # words that state that something is spoken or written, not by whom
-        found[one] |= BIT["SILENT"] * ((bits & says > 0 and not bits & BIT["VOICE"]) or bits & BIT["SIGHT"] > 0)
+    for key, bits in found.items():  # words that state that something is spoken or written, not by whom
+        found[key] |= BIT["SILENT"] * ((bits & says > 0 and not bits & BIT["VOICE"]) or bits & BIT["SIGHT"] > 0)
     hashes = np.sort(np.fromiter(found, np.uint32))
-    return hashes, np.array([found[int(one)] for one in hashes], np.int32)
+    return hashes, np.array([found[int(key)] for key in hashes], np.int32)
 
 
 def word_characters(text: str) -> np.ndarray:
@@ -249,7 +249,7 @@ def words_of(text: str) -> list[str]:
     """Split a text into lower-case words as `read` does: apostrophes are removed, each Chinese character is a word."""
     page, lower, kind = characters()
     words, before = [], 0
-    points = [ord(one) for one in text]
+    points = [ord(character) for character in text]
     kinds = [int(kind[page[point >> 8], point & 255]) for point in points]
     for index, (point, here) in enumerate(zip(points, kinds)):
         if here & WORD:
@@ -278,10 +278,10 @@ def word_weights(texts: Iterable[str]) -> dict[str, float]:
     texts, because exchanging them makes a statement false.
     """
     texts = list(texts)
-    counts = Counter(one for text in texts for one in {meaning(word) for word in words_of(text)})
-    weights = {one: math.log((len(texts) + 20) / (count + 1.6)) for one, count in counts.items()}
+    counts = Counter(key for text in texts for key in {meaning(word) for word in words_of(text)})
+    weights = {key: math.log((len(texts) + 20) / (count + 1.6)) for key, count in counts.items()}
     unknown = math.log((len(texts) + 20) / 1.6)
-    exclusive = {one: max(weights.get(one, unknown), EXCLUSIVE_WEIGHT) for one in map(meaning, EXCLUSIVE.split())}
+    exclusive = {key: max(weights.get(key, unknown), EXCLUSIVE_WEIGHT) for key in map(meaning, EXCLUSIVE.split())}
     return weights | dict.fromkeys(map(meaning, FUNCTION.split()), 0.0) | exclusive | {"": unknown}
 
 
@@ -291,9 +291,9 @@ def code_points(texts: Sequence[str], size: int | None = None) -> tuple[np.ndarr
         np.frombuffer(unicodedata.normalize("NFC", text).encode("utf-32-le", "surrogatepass"), np.uint32)
         for text in texts
     ]
-    lengths = np.array([len(one) for one in points], np.int32)
+    lengths = np.array([len(codes) for codes in points], np.int32)
     size = size or max(1, *lengths)
     padded = np.zeros((len(points), size), np.int32)
-    for row, one in zip(padded, points):
-        row[: len(one)] = one[:size]
+    for row, codes in zip(padded, points):
+        row[: len(codes)] = codes[:size]
     return padded, lengths

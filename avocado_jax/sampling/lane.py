@@ -101,7 +101,7 @@ class Lane(Generic[T]):
             return
         shape, drop = found[0], self._decoding.drop
         taken = arrivals.take(shape, places)
-        if drop and not (taken := [one for one in taken if not drop(one.item, NO_TOKENS)]):
+        if drop and not (taken := [request for request in taken if not drop(request.item, NO_TOKENS)]):
             return
         free = self._free()
         shards = sorted(range(self._shards), key=lambda shard: -len(free[shard]))

@@ -97,7 +97,7 @@ def _segments(
         if not clip.path:  # a record of prepared shards
             return [Segment(number, clip)], ExitStack()
         with ExitStack() as stack:
-            here = str(stack.enter_context(storage.here(clip.path)))
+            here = str(stack.enter_context(storage.local_copy(clip.path)))
             parts = clip._replace(path=here).segments(settings.reader, *settings.lengths)
             parts = parts or [None]
             clip = clip._replace(path=here)
@@ -120,7 +120,7 @@ def group_by_clip(
         found = waiting.setdefault(segment.number, [])
         found.append((segment, made))
         if len(found) == segment.count:
-            parts = sorted(waiting.pop(segment.number), key=lambda one: one[0].index)
+            parts = sorted(waiting.pop(segment.number), key=lambda part: part[0].index)
             error = next((made for _, made in parts if isinstance(made, Exception)), None)
             yield [segment for segment, _ in parts], error or [made for _, made in parts]
 

@@ -237,7 +237,7 @@ class Server:
                     video, sound = bool(chat.video), bool(chat.sound)
                     chat = chat._replace(video=None, images=(), sound=None)  # data URLs are large
             paths = await self._open(paths, True, files)
-            media = await _completed(asyncio.to_thread(self._read, paths, video, sound)) if paths else None
+            media = await _complete(asyncio.to_thread(self._read, paths, video, sound)) if paths else None
         return chat, *await self.backend.prepare(chat, media)
 
     async def _receive(self, request: web.Request, body: IO[bytes]) -> None:
@@ -302,7 +302,7 @@ def grown(answer: Answer, sent: str) -> str:
     return text[len(sent) :] if text.startswith(sent) or answer.complete else ""
 
 
-async def _completed(work: Coroutine[Any, Any, T]) -> T:
+async def _complete(work: Coroutine[Any, Any, T]) -> T:
     """Await work that uses open files, even when cancelled: its thread cannot be interrupted."""
     task = asyncio.ensure_future(work)
     try:

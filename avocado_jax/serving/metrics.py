@@ -25,7 +25,7 @@ class Metrics:
         """All metrics as text."""
         lines = ["# HELP avocado_requests_total Chat requests by HTTP status; 499: the client disconnected."]
         lines += ["# TYPE avocado_requests_total counter"]
-        lines += [f'avocado_requests_total{{status="{one}"}} {n}' for one, n in sorted(self._statuses.items())]
+        lines += [f'avocado_requests_total{{status="{status}"}} {n}' for status, n in sorted(self._statuses.items())]
         for name, kind, value, meaning in (
             ("requests_in_flight", "gauge", in_flight, "Chat requests that are being answered."),
             ("prompt_tokens_total", "counter", self.prompt_tokens, "Tokens of prompts with their media."),

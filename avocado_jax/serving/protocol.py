@@ -173,8 +173,8 @@ def parse_chat(body: bytes, question: str, system: str, media_first: bool = True
         request = ChatRequest.model_validate_json(body)
     except ValidationError as error:
         found = error.errors(include_input=False, include_url=False)
-        first = max(found, key=lambda one: len(one["loc"]))  # the deepest: of the best match in a union
-        field = ".".join(str(one) for one in first["loc"] if "[" not in str(one))  # without type names
+        first = max(found, key=lambda entry: len(entry["loc"]))  # the deepest: of the best match in a union
+        field = ".".join(str(part) for part in first["loc"] if "[" not in str(part))  # without type names
         raise ApiError(400, f"{field}: {first['msg']}" if field else first["msg"], param=field or None) from None
     for name, values in NEUTRAL.items():
         if getattr(request, name) not in values:
@@ -185,7 +185,7 @@ def parse_chat(body: bytes, question: str, system: str, media_first: bool = True
     sounds = [part.input_audio.data for part in parts if isinstance(part, SoundPart)]
     if len(videos) > 1 or len(sounds) > 1 or (videos and (images or sounds)):
         raise ApiError(400, "one clip a request: one video_url, or image_url parts (its frames) and one input_audio")
-    limits = [one for one in (request.max_completion_tokens, request.max_tokens) if one is not None]
+    limits = [limit for limit in (request.max_completion_tokens, request.max_tokens) if limit is not None]
     return Chat(
         tuple(turn for turn in _turns(request, question, system, media_first) if turn.role != "system" or turn.text),
         videos[0] if videos else None,
@@ -211,7 +211,7 @@ def _turns(request: ChatRequest, question: str, system: str, media_first: bool) 
         for index, part in enumerate(parts):
             if isinstance(part, TextPart):
                 texts[first is not None and index > first].append(part.text)
-        before, after = ("\n".join(one) for one in texts)
+        before, after = ("\n".join(lines) for lines in texts)
         if first is None:
             yield Turn("system" if message.role in SYSTEM_ROLES else message.role, before)
         else:

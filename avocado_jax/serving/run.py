@@ -53,10 +53,10 @@ async def serve(server: Server, host: str, port: int, grace: float, listening: C
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, on_signal, number)
         listening(runner.addresses[0][1])
-        waits = [asyncio.ensure_future(one.wait()) for one in (stopped, server.backend.failed)]
+        waits = [asyncio.ensure_future(event.wait()) for event in (stopped, server.backend.failed)]
         await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
-        for one in waits:
-            one.cancel()
+        for task in waits:
+            task.cancel()
         loop.call_later(grace, server.stop)
     finally:
         await runner.cleanup()

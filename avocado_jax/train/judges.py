@@ -89,7 +89,7 @@ def embedding_judge(folder: Path, low: float = LOW, high: float = HIGH) -> Judge
     pieces = _word_pieces(folder, config.vocab)
     first, last = pieces("", True)
 
-    def enclosed(ids: list[int]) -> list[int]:
+    def enclose(ids: list[int]) -> list[int]:
         return [first, *ids[: config.positions - 2], last] if ids else []
 
     def score(params: Any, windows: Array, window_lengths: Array, points: Array, point_lengths: Array) -> Array:
@@ -106,10 +106,10 @@ def embedding_judge(folder: Path, low: float = LOW, high: float = HIGH) -> Judge
     def inputs(captions: Sequence[str], keypoints: Sequence[Sequence[str]]) -> tuple[np.ndarray, ...]:
         ids = [pieces(_replace_surrogates(caption)) for caption in captions]
         windows = [
-            [enclosed(tokens[start : start + WINDOW]) for start in range(0, max(1, len(tokens) - STRIDE), STRIDE)]
+            [enclose(tokens[start : start + WINDOW]) for start in range(0, max(1, len(tokens) - STRIDE), STRIDE)]
             for tokens in ids
         ]
-        points = [[enclosed(pieces(_replace_surrogates(text))) for text in texts] for texts in keypoints]
+        points = [[enclose(pieces(_replace_surrogates(text))) for text in texts] for texts in keypoints]
         rows = _batch_size(mesh)
         return *_padded(windows, rows), *_padded(points, rows)
 

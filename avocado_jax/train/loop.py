@@ -87,7 +87,7 @@ def train(job: Job, state: State, mesh: Mesh, checkpoints: Checkpoints, log: Log
     def due(number: int, every: int) -> bool:
         return number == job.steps or (every > 0 and number % every == 0)
 
-    def late() -> bool:
+    def save_overdue() -> bool:
         """Whether the newest checkpoint is older than `checkpoint_minutes`, on the clock of this process."""
         return 0 < job.checkpoint_minutes * 60 <= time.monotonic() - saved_at
 
@@ -101,7 +101,7 @@ def train(job: Job, state: State, mesh: Mesh, checkpoints: Checkpoints, log: Log
         line = {"step": done.number, "epoch": batch.epoch, **_finite(scalars | more), "perf": perf}
         log.write(line)
         progress_log.write(line)
-        for lost in (line for one in (batch, *batch.spares) for line in lost_records(one, mesh)):
+        for lost in (line for part in (batch, *batch.spares) for line in lost_records(part, mesh)):
             print(f"step {done.number}: {lost}", file=sys.stderr)
         if scalars["skipped_in_row"] >= job.max_skipped:
             raise FloatingPointError(f"{job.max_skipped} steps in a row without a finite gradient; last: {done.number}")
@@ -124,7 +124,7 @@ def train(job: Job, state: State, mesh: Mesh, checkpoints: Checkpoints, log: Log
             stop, save = finish(pending, {}) if pending else (False, False)
             # Free the arrays with the step.
             bare = _without_arrays(batch)._replace(spares=tuple(map(_without_arrays, batch.spares or ())))
-            pending = _Pending(number, bare, metrics, finish_step, flags.dispatch(save=late()), waited)
+            pending = _Pending(number, bare, metrics, finish_step, flags.dispatch(save=save_overdue()), waited)
 
             # --- fetch this step's metrics too if an evaluation or a checkpoint follows
             profile.after_step(number, metrics)
@@ -132,7 +132,7 @@ def train(job: Job, state: State, mesh: Mesh, checkpoints: Checkpoints, log: Log
             if evaluated or saved or stop:
                 progress(number, "evaluation")
                 more = job.evaluate(state, number) if evaluated else {}  # also on a stop, for identical metrics
-                stop_now, save_now = finish(pending._replace(flags=flags.dispatch(save=late())), more)
+                stop_now, save_now = finish(pending._replace(flags=flags.dispatch(save=save_overdue())), more)
                 stop, saved, pending = stop or stop_now, saved or save_now, None
                 progress(number, "checkpoint")
                 log.flush()

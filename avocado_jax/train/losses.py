@@ -195,11 +195,17 @@ def _reduced(total: Array, axes: _Axes) -> Array:
 
 
 def _logits(
-    hidden: Array, targets: Array, matrix: Array, temperature: float, axes: _Axes, number: Array | int = 0, of: int = 1
+    hidden: Array,
+    targets: Array,
+    matrix: Array,
+    temperature: float,
+    axes: _Axes,
+    number: Array | int = 0,
+    pieces: int = 1,
 ) -> tuple[Array, Array]:
-    """The fp32 logits [N V] of piece `number` of `of` pieces of this device's vocabulary, and the mask of targets."""
+    """The fp32 logits [N V] of piece `number` of `pieces` of this device's vocabulary, and the mask of targets."""
     logits = jnp.einsum("ND,VD->NV", hidden, matrix, preferred_element_type=jnp.float32) / temperature
-    first = jax.lax.axis_index(axes.vocabulary) * of + number if axes.vocabulary else number
+    first = jax.lax.axis_index(axes.vocabulary) * pieces + number if axes.vocabulary else number
     return logits, first * len(matrix) + jnp.arange(len(matrix))[None] == targets[:, None]
 
 

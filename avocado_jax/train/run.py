@@ -288,7 +288,7 @@ def heldout(config: RunConfig, setup: Setup) -> Setup:
     if reading != recipe.reading:
         theirs, ours = _differences(reading, recipe.reading)
         raise InputError(f"{config.data.heldout}: prepared with {theirs}, the training data with {ours}: must be equal")
-    index = _first(source.index, config.eval_rows)
+    index = _first_records(source.index, config.eval_rows)
     batch = heldout_rows(config, len(index.ids)) if isinstance(config, GrpoConfig) else config.batch
     plan = plan_batches(index, recipe, batch, min(4, config.data.shapes), config.seed)
     return setup._replace(source=source, plan=plan, steps=plan.epoch_steps, split=1)
@@ -362,6 +362,6 @@ def _captions(
     ]
 
 
-def _first(index: Index, count: int) -> Index:
+def _first_records(index: Index, count: int) -> Index:
     """The index of the first `count` records."""
     return Index(*(column if isinstance(column, str) else column[:count] for column in index))

@@ -66,7 +66,7 @@ def replace_groups(
     counts = batch.weight[::split] > 0
     equal = zero_variance(reward) & counts
     usable = ~zero_variance(jnp.concatenate(rewards)) & ~spent
-    usable &= jnp.concatenate([one.weight[::split] for one in spares]) > 0
+    usable &= jnp.concatenate([spare_batch.weight[::split] for spare_batch in spares]) > 0
     spare, taken = choose(equal, usable)
     source = jnp.where(spare < 0, jnp.arange(len(spare)), len(spare) + spare)
     rows = (source[:, None] * split + jnp.arange(split)[None]).reshape(-1)

@@ -141,11 +141,11 @@ def _hits(t: np.ndarray, onsets: Iterable[float], tone: Callable, decay: float) 
     wave = np.zeros_like(t)
     length = min(len(t), RATE, round(8 / decay * RATE))  # e^-8 is inaudible
     u = np.arange(length) / RATE
-    one = tone(u) * np.exp(-decay * u)
+    note = tone(u) * np.exp(-decay * u)
     for onset in onsets:
         begin = round(onset * RATE)
         stretch = wave[begin : begin + length]
-        stretch += one[: len(stretch)]
+        stretch += note[: len(stretch)]
     return wave
 
 

@@ -59,7 +59,7 @@ def time_iou(caption: str, record: Mapping[str, Any]) -> float | None:
     return 2 * best[-1] / (len(caption_scenes) + len(truth))
 
 
-def _iou(one: tuple[float, float], other: tuple[float, float]) -> float:
-    overlap = max(0.0, min(one[1], other[1]) - max(one[0], other[0]))
-    union = max(0.0, one[1] - one[0]) + max(0.0, other[1] - other[0]) - overlap
+def _iou(first: tuple[float, float], second: tuple[float, float]) -> float:
+    overlap = max(0.0, min(first[1], second[1]) - max(first[0], second[0]))
+    union = max(0.0, first[1] - first[0]) + max(0.0, second[1] - second[0]) - overlap
     return overlap / union if union else 0.0

@@ -89,10 +89,10 @@ def test_failed_segment_fails_its_clip(clips, stub, capsys):
 
 def test_clip_in_a_bucket_is_downloaded_once(clips, stub, capsys, monkeypatch, tmp_path):
     """The copy is kept until the last segment is read."""
-    copies, real = [], storage.here
+    copies, real = [], storage.local_copy
 
     @contextmanager
-    def here(path):
+    def local_copy(path):
         if path != str(clips / "a.mp4"):
             with real(path) as found:
                 yield found
@@ -102,7 +102,7 @@ def test_clip_in_a_bucket_is_downloaded_once(clips, stub, capsys, monkeypatch, t
         yield copies[-1]
         copies[-1].unlink()
 
-    monkeypatch.setattr(storage, "here", here)
+    monkeypatch.setattr(storage, "local_copy", local_copy)
     (made,), _ = run(capsys, clips / "a.mp4", "--segments", 1)
     assert len(made["segments"]) >= 8
     assert len(copies) == 1

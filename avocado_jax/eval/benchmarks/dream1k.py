@@ -100,13 +100,13 @@ async def _entailed(ask: Ask, what: str, events: Sequence[str], text: str) -> Un
         try:
             found = read_object(text, Verdicts, python=True).verdicts
         except Malformed:
-            official = [one.relationship for one in read_object(text, Relationships, python=True).events]
+            official = [event.relationship for event in read_object(text, Relationships, python=True).events]
             if len(official) != len(events) or not set(official) <= set(VERDICTS):
                 raise Malformed(
                     f"{len(events)} events were asked about, the answer has {official[:50]}", text
                 ) from None
             return official
-        by_number = {one.number: one.verdict for one in found}
+        by_number = {verdict.number: verdict.verdict for verdict in found}
         if len(by_number) < len(found) or by_number.keys() != set(range(1, len(events) + 1)):
             raise Malformed(f"{len(events)} events were asked about, the answer has {sorted(by_number)[:50]}", text)
         return [by_number[number] for number in range(1, len(events) + 1)]
@@ -136,7 +136,7 @@ def measure(judged: Sequence[Judged]) -> dict[str, float | None]:
     return {"f1": f1, "precision": precision, "recall": recall}
 
 
-def _whole(units: list[Unit]) -> list[Unit]:
+def _if_complete(units: list[Unit]) -> list[Unit]:
     return [] if any("why" in unit for unit in units) else units
 
 
@@ -155,7 +155,7 @@ BENCHMARK = Benchmark(
             "Captions and references are judged in lower case.",
         ),
         text=str.lower,
-        treat=_whole,
+        treat=_if_complete,
     ),
     typical={"dream-1k-events": Told(events=["somebody does something to something"] * MOST)},
 )

@@ -11,7 +11,7 @@ from avocado_jax.eval.benchmarks.choices import OFFICIAL, measure
 from avocado_jax.jsonl import read_lines
 from avocado_jax.remote.answers import objects, read_object
 from avocado_jax.remote.call import Malformed
-from avocado_jax.rewards.probes import CHOICE_LABELS, UNKNOWN, letter_of, lettered
+from avocado_jax.rewards.probes import CHOICE_LABELS, UNKNOWN, by_letter, letter_of
 from avocado_jax.typing import Probe
 
 
@@ -54,7 +54,7 @@ async def judge(record: Record, caption: str, ask: Ask) -> list[Unit]:
     units = [
         {
             "question": probe.question,
-            "choices": lettered(probe),
+            "choices": by_letter(probe),
             "truth": CHOICE_LABELS[probe.right],
             "type": probe.category or "none",
         }
@@ -63,14 +63,14 @@ async def judge(record: Record, caption: str, ask: Ask) -> list[Unit]:
     if not caption.strip():
         return [unit | {"answer": UNKNOWN} for unit in units]
     questions = {
-        str(number): {"question": probe.question, "choices": lettered(probe)}
+        str(number): {"question": probe.question, "choices": by_letter(probe)}
         for number, probe in enumerate(probes, start=1)
     }
 
     def read_choices(text: str) -> dict[int, str]:
         try:
             answers = read_object(text, Choices, python=True).answers
-            by_number = {one.number: one.answer for one in answers}
+            by_number = {answer.number: answer.answer for answer in answers}
             if len(by_number) < len(answers):
                 by_number = {}  # duplicate numbers: reject the answer
         except Malformed:  # also accept {"1": "A", ...}
@@ -79,7 +79,7 @@ async def judge(record: Record, caption: str, ask: Ask) -> list[Unit]:
         found = {
             number: letter
             for number, answer in by_number.items()
-            if 0 < number <= len(probes) and (letter := letter_of(answer, lettered(probes[number - 1])))
+            if 0 < number <= len(probes) and (letter := letter_of(answer, by_letter(probes[number - 1])))
         }
         if not found or not by_number.keys() <= set(range(1, len(probes) + 1)):
             raise Malformed(f"{len(probes)} questions were asked, the answer has {list(by_number)[:50]}", text)

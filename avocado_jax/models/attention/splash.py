@@ -59,7 +59,7 @@ def attend_captions(
     """Captions attend to the clip's valid tokens and, causally, to `captions`, [B G K C E]."""
     rows, group, length, *heads = q.shape
     listed = (part.swapaxes(1, 2).reshape(rows, -1, group * length, heads[1]) for part in captions)
-    keys = KV(*(jnp.concatenate(both, axis=2) for both in zip(listed, clip)))
+    keys = KV(*(jnp.concatenate(pair, axis=2) for pair in zip(listed, clip)))
     valid = jnp.pad(clip_valid, ((0, 0), (group * length, 0)), constant_values=True)
     flat = q.reshape(rows, -1, *heads)
     return _splash(f"captions {group} {length}", flat, keys, valid, interpret, blocks).reshape(q.shape)
