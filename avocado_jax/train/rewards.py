@@ -261,6 +261,7 @@ def _warn_of_missing(source: Source, references: Callable, terms: Sequence[str])
             fields.append(source[number].fields)
     if not fields:
         return
+    print(f"rewards: reading the references of {len(fields)} clips", file=sys.stderr, flush=True)  # compiles at first
     probes = np.array([not items_of("probes")(record) for record in fields])
     for name, without in {**missing(references(fields)), "probes": probes}.items():
         if name in terms and without.any():

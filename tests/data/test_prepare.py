@@ -122,7 +122,6 @@ def test_killed_run_resumes_to_the_same_bytes(clips):
 
 
 def test_damaged_shard_is_rebuilt_on_resume(clips):
-    again = job(clips, "damaged")
     (clips / "clips" / "bad.mp4").write_bytes(b"")
     assert not prepare(job_with_bad(clips, "damaged"), workers=1, max_reject_share=0.0).complete
     shard = sorted((clips / "damaged").glob("shard-*"))[0]
@@ -139,8 +138,10 @@ def test_damaged_shard_is_rebuilt_on_resume(clips):
     (clips / "damaged" / "shard-00000-00001.array_record").unlink()  # of a complete folder
     assert prepare(job_with_bad(clips, "damaged"), workers=1, max_reject_share=1.0).records == 8
     open_shards(str(clips / "damaged"), READING).check()
+    lines = (clips / "clips.jsonl").read_text().splitlines(keepends=True)
+    (clips / "other.jsonl").write_text("".join(lines[1:]))
     with pytest.raises(InputError, match="empty it first"):
-        prepare(again, workers=1)
+        prepare(Job(str(clips / "other.jsonl"), str(clips / "damaged"), shard_records=3, reading=READING), workers=1)
 
 
 def job_with_bad(folder: Path, out: str) -> Job:
