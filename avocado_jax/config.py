@@ -217,6 +217,7 @@ class GrpoConfig(RunConfig):
     rewards: RewardConfig = RewardConfig()
     objective: ObjectiveConfig = ObjectiveConfig()
     rollout_batches: int = 1  # batches whose captions are sampled together; then each has its update
+    rollout_int8: bool = False  # sample with int8 kernels, held-out captions too; needs `objective.importance_cap`
     oversample: int = 0  # spare clips per rollout, a multiple of `batch`; they replace groups of equal rewards
     passes: int = 1  # passes over each batch
     minibatches: int = 1  # updates per pass

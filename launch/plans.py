@@ -24,7 +24,7 @@ from avocado_jax.errors import InputError  # noqa: E402
 
 # Fields that decide how much memory and time a step takes: a plan holds for all configs in which these are equal.
 PLANNED = re.compile(
-    r"batch|accumulate|train|(param_|frozen_|reference_)?dtype|remat|attention|group|split|rollout_batches"
+    r"batch|accumulate|train|(param_|frozen_|reference_)?dtype|remat|attention|group|split|rollout_(batches|int8)"
     r"|passes|minibatches|(mesh|lora|nominal)\..*|data\.(references|caption_tokens)|sampling\.tokens|objective\.beta"
 )
 TABLE = re.compile(r"(<!-- printed by launch/plans.py -->\n).*?(<!-- end -->)", re.DOTALL)

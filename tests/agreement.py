@@ -214,6 +214,7 @@ def run_grpo_step(folder, judges=None, sizes=(2, 1, -1), order=None, split=1, lo
         return state, {"sampler_gap": jnp.zeros(())}
 
     program = GrpoProgram(
+        sampler=None,
         sampler_mesh=None,
         state=None,
         reference=None,

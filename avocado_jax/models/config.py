@@ -76,6 +76,7 @@ class TextConfig:
     mrope_sections: tuple[int, ...] = (16, 24, 24)  # number of rotary frequencies for time, height and width
     tied: bool = False  # whether the output matrix is the embedding
     lora: Lora | None = None  # adapters of a LoRA run; checkpoints are loaded with merged adapters
+    int8: bool = False  # kernels of the layers in int8 (models/int8.py); for sampling only
 
 
 @dataclass(frozen=True)

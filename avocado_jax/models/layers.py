@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from avocado_jax.models.config import Lora, ThinkerConfig
-from avocado_jax.models.lora import LoraDense
+from avocado_jax.models.config import TextConfig, ThinkerConfig
+from avocado_jax.models.lora import TextDense
 from avocado_jax.parallel.mesh import constrain
 from avocado_jax.typing import Array, Float
 
@@ -39,18 +39,20 @@ class GatedMLP(nn.Module):
     bias: bool
     dtype: str
     param_dtype: str
-    lora: Lora | None = None
+    text: TextConfig | None = None
 
     @nn.compact
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
-        gate, up = (dense(self, self.ffn, name, self.bias, self.lora)(x) for name in ("gate", "up"))
-        return dense(self, x.shape[-1], "down", self.bias, self.lora)(nn.silu(gate) * up)
+        gate, up = (dense(self, self.ffn, name, self.bias, self.text)(x) for name in ("gate", "up"))
+        return dense(self, x.shape[-1], "down", self.bias, self.text)(nn.silu(gate) * up)
 
 
-def dense(module: Any, features: int, name: str, bias: bool = True, lora: Lora | None = None) -> nn.Module:
-    """A linear layer in the dtypes of its parent module, with an adapter if `lora` is given."""
+def dense(module: Any, features: int, name: str, bias: bool = True, text: TextConfig | None = None) -> nn.Module:
+    """A linear layer in the dtypes of its parent module, with the adapter and the int8 kernel that `text` selects."""
     settings = dict(use_bias=bias, dtype=module.dtype, param_dtype=module.param_dtype, name=name)
-    return nn.Dense(features, **settings) if lora is None else LoraDense(features, **settings, lora=lora)
+    if text and (text.lora or text.int8):
+        return TextDense(features, **settings, lora=text.lora, int8=text.int8)
+    return nn.Dense(features, **settings)
 
 
 def gelu(x: Array) -> Array:

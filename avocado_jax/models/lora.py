@@ -22,14 +22,15 @@ def init_a(key: Array, shape: tuple[int, ...], dtype: Any) -> Array:
     return jax.random.uniform(key, shape, dtype, -bound, bound)
 
 
-class LoraDense(nn.Module):
-    """`nn.Dense` with a low-rank adapter."""
+class TextDense(nn.Module):
+    """`nn.Dense` with a low-rank adapter, an int8 kernel, or both."""
 
     features: int
     use_bias: bool
     dtype: str
     param_dtype: str
-    lora: Lora
+    lora: Lora | None
+    int8: bool
 
     @nn.compact
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... F"]:
@@ -37,9 +38,14 @@ class LoraDense(nn.Module):
             return self.param(name, init, shape, jnp.dtype(self.param_dtype)).astype(self.dtype)
 
         x = x.astype(self.dtype)
-        y = x @ param("kernel", nn.initializers.lecun_normal(), x.shape[-1], self.features)
+        kernel = param("kernel", nn.initializers.lecun_normal(), x.shape[-1], self.features)
+        y = x @ kernel
+        if self.int8:
+            y = y * jax.lax.broadcast_to_rank(param("kernel_scale", nn.initializers.ones, self.features), y.ndim)
         if self.use_bias:
             y = y + jax.lax.broadcast_to_rank(param("bias", nn.initializers.zeros, self.features), y.ndim)
+        if self.lora is None:
+            return y
         a = param("lora_a", init_a, x.shape[-1], self.lora.rank)
         b = param("lora_b", nn.initializers.zeros, self.lora.rank, self.features)
         return y + self.lora.scale * ((x @ a) @ b)

@@ -53,7 +53,7 @@ class TextLayer(nn.Module):
         x = layer_input(x)
         y = RMSNorm(name="attention_norm", **norms)(x)
         q, k, v = (
-            dense(self, heads * text.head, name, lora=text.lora)(y).reshape(rows, tokens, heads, text.head)
+            dense(self, heads * text.head, name, text=text)(y).reshape(rows, tokens, heads, text.head)
             for name, heads in (("q", text.heads), ("k", text.kv_heads), ("v", text.kv_heads))
         )
         q, k = rotate(q, rope), rotate(k, rope)
@@ -63,9 +63,9 @@ class TextLayer(nn.Module):
             mixed, kept = self._attend(q, k, v, clip_valid)
         mixed = mixed.reshape(rows, tokens, -1)
 
-        x = x + dense(self, text.width, "out", bias=False, lora=text.lora)(mixed)
+        x = x + dense(self, text.width, "out", bias=False, text=text)(mixed)
         y = RMSNorm(name="mlp_norm", **norms)(x)
-        return x + GatedMLP(text.ffn, False, self.dtype, self.param_dtype, text.lora, name="mlp")(y), kept
+        return x + GatedMLP(text.ffn, False, self.dtype, self.param_dtype, text, name="mlp")(y), kept
 
     def _attend(
         self,

@@ -21,6 +21,8 @@ RULES: tuple[tuple[str, PartitionSpec], ...] = (
     (r"(text|vision|audio)/layers(_\d+)?/(mlp/)?(q|k|v|gate|up)/bias", PartitionSpec("tensor")),
     (r"(text|vision|audio)/layers(_\d+)?/(mlp/)?(out|down)/bias", REPLICATED),
     (r"(text|vision|audio)/layers(_\d+)?/\w+_norm/(scale|bias)", REPLICATED),
+    (r"text/layers(_\d+)?/(mlp/)?(q|k|v|gate|up)/kernel_scale", PartitionSpec("tensor")),  # [output]
+    (r"text/layers(_\d+)?/(mlp/)?(out|down)/kernel_scale", REPLICATED),
     (r"text/layers(_\d+)?/(mlp/)?\w+/lora_a", PartitionSpec("fsdp", None)),  # [input, rank]
     (r"text/layers(_\d+)?/(mlp/)?(q|k|v|gate|up)/lora_b", PartitionSpec(None, "tensor")),  # [rank, output]
     (r"text/layers(_\d+)?/(mlp/)?(out|down)/lora_b", PartitionSpec(None, "fsdp")),

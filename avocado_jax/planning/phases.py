@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 from avocado_jax.config import GrpoConfig, RunConfig, SftConfig
 from avocado_jax.data.plan import Bucket
 from avocado_jax.errors import InputError
-from avocado_jax.models.config import ThinkerConfig, computed
+from avocado_jax.models.config import ThinkerConfig
 from avocado_jax.parallel.compiled import Program
 from avocado_jax.parallel.mesh import ROWS
 from avocado_jax.sampling.slots import slot_shapes
@@ -92,8 +92,7 @@ def grpo_phases(config: GrpoConfig, model: ThinkerConfig, bucket: Bucket, mesh: 
     evaluated = always
     if config.data.heldout:
         length = min(config.eval_tokens, config.sampling.tokens)
-        sampler = computed(model, model.dtype, scan=False)
-        slots = slot_shapes(sampler, program.sampler_mesh, bucket.shape.tokens, heldout_rows(config), length)
+        slots = slot_shapes(program.sampler, program.sampler_mesh, bucket.shape.tokens, heldout_rows(config), length)
         evaluated = after | {"view": view, "slots": slots}
     if config.rollout_batches > 1:  # the last batch of a rollout, or held-out clips between its updates
         count = together + 1 if config.data.heldout else together - 1

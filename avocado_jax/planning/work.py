@@ -174,5 +174,6 @@ def _decoding(program: Program, phase: Phase) -> float:
     mesh, _, group = layout(program, phase)
     tensor = mesh.shape["tensor"]
     weights = decode_bytes(model, 0, 0, 0, size)
+    less = model.text.layers * text_layer_parameters(model) * (size - 1) if program.config.rollout_int8 else 0
     caches = decode_bytes(model, rows * shape.tokens, rows * group, caption, size) - weights
-    return weights / tensor + caches / min(tensor, model.text.kv_heads)
+    return (weights - less) / tensor + caches / min(tensor, model.text.kv_heads)

@@ -8,16 +8,18 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
+from avocado_jax.models.int8 import quantized
 from avocado_jax.parallel.rules import shardings
 
 
-@partial(jax.jit, static_argnames=("dtype", "mesh", "axes", "encoders"))
+@partial(jax.jit, static_argnames=("dtype", "mesh", "axes", "encoders", "int8"))
 def decoding_weights(
     params: Any,
     dtype: str,
     mesh: Mesh | None = None,
     axes: tuple[str, ...] = ("fsdp", "tensor"),
     encoders: bool = True,
+    int8: bool = False,
 ) -> Any:
     """Parameters of `computed(model, dtype, scan=False)`: cast and unstacked.
 
@@ -30,10 +32,12 @@ def decoding_weights(
         mesh: the mesh of `params`; None on a single device.
         axes: the mesh axes that the copy is sharded over; it is replicated over the others.
         encoders: whether to keep the encoders; not needed if clips come encoded.
+        int8: whether the kernels of the language model's layers are int8, as in a model with `text.int8`.
     """
     if not encoders:
         params = params | {"vision": {"merger": params["vision"]["merger"]}, "audio": {"proj": params["audio"]["proj"]}}
-    weights = jax.tree.map(lambda leaf: leaf.astype(dtype), unstacked(params))
+    params = quantized(params, dtype) if int8 else params
+    weights = jax.tree.map(lambda leaf: leaf if leaf.dtype == "int8" else leaf.astype(dtype), unstacked(params))
     return jax.lax.with_sharding_constraint(weights, shardings(weights, mesh, over=axes)) if mesh else weights
 
 

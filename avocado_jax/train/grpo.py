@@ -199,6 +199,7 @@ class GrpoProgram(NamedTuple):
     """The jitted phases of a step.
 
     Attributes:
+        sampler: model of the view: separate layers, with int8 kernels if `rollout_int8` is set.
         sampler_mesh: mesh of the view: the devices of the training mesh, with `mesh.rollout_tensor`.
         state: shapes with shardings.
         reference: the same for `reference_part`.
@@ -210,6 +211,7 @@ class GrpoProgram(NamedTuple):
         update: (state, experience) -> (state, metrics); donates the state.
     """
 
+    sampler: ThinkerConfig
     sampler_mesh: Mesh
     state: State
     reference: Any
@@ -238,6 +240,11 @@ def grpo_program(
     check_objective(config.objective)
     if config.rollout_batches < 1 or steps % config.rollout_batches:
         raise InputError(f"rollout_batches: {config.rollout_batches} does not divide {steps} steps")
+    if config.rollout_int8 and not config.objective.importance_cap:
+        raise InputError(
+            "rollout_int8: the sampler's rounded weights are another policy, which needs objective.importance_cap "
+            "(try 2.0)"
+        )
     if config.rollout_batches > 1 and not config.objective.importance_cap:
         raise InputError(
             "rollout_batches: updates after the first learn from captions of an earlier policy, which needs "
@@ -249,7 +256,8 @@ def grpo_program(
             f"batch: {config.batch} clips of {config.group} captions, each in {config.split} rows, are not divided by "
             f"data x fsdp x accumulate x minibatches = {over}"
         )
-    sampler = sampler_mesh(config, mesh)
+    on_mesh, sampler = sampler_mesh(config, mesh), computed(model, model.dtype, scan=False)
+    sampler = replace(sampler, text=replace(sampler.text, int8=config.rollout_int8))
     updates = steps * config.passes * config.minibatches
     make = optimizer(config.optim, updates)
     shapes = state_shapes(model, config.train, config.frozen_dtype, make, mesh)
@@ -264,22 +272,30 @@ def grpo_program(
     bound = dict(model=model, config=config)
     sample = partial(
         roll_out,
-        model=computed(model, model.dtype, scan=False),
+        model=sampler,
         sampling=config.sampling,
         group=config.group,
         split=config.split,
         stops=stops,
         seed=config.seed,
-        mesh=sampler,
+        mesh=on_mesh,
         parts=config.accumulate,
         together=config.rollout_batches,
     )
-    view = partial(decoding_weights, dtype=model.dtype, mesh=sampler, axes=VIEW_AXES, encoders=not frozen_encoders)
+    view = partial(
+        decoding_weights,
+        dtype=model.dtype,
+        mesh=on_mesh,
+        axes=VIEW_AXES,
+        encoders=not frozen_encoders,
+        int8=config.rollout_int8,
+    )
     update = partial(grpo_update, **bound, adamw=make, rate=schedule(config.optim, updates))
     reference = partial(reference_part, train=config.train, dtype=config.reference_dtype)
-    view_shardings = rules.shardings(jax.eval_shape(view, shapes.params), sampler, over=VIEW_AXES)
+    view_shardings = rules.shardings(jax.eval_shape(view, shapes.params), on_mesh, over=VIEW_AXES)
     return GrpoProgram(
-        sampler_mesh=sampler,
+        sampler=sampler,
+        sampler_mesh=on_mesh,
         state=shapes,
         reference=_placed(jax.eval_shape(reference, shapes.params), shapes.params),
         begin=jax.jit(

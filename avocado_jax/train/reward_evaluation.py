@@ -9,7 +9,6 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from avocado_jax.config import GrpoConfig
 from avocado_jax.data.pipeline import Batch
-from avocado_jax.models.config import computed
 from avocado_jax.parallel.batches import rows_sharding
 from avocado_jax.parallel.compiled import Program
 from avocado_jax.sampling.batch import Captioning, batch_programs, caption_batch
@@ -32,7 +31,7 @@ def reward_evaluator(
     mesh, evaluated = setup.mesh, heldout(config, setup)
     rows = evaluated.plan.batch
     how = Captioning(
-        config=computed(setup.model, setup.model.dtype, scan=False),
+        config=program.sampler,
         mesh=program.sampler_mesh,
         stops=stops,
         length=min(config.eval_tokens, config.sampling.tokens),

@@ -76,6 +76,7 @@ def test_memory_of_a_step_equals_its_plan(steps, spares, tmp_path, capsys):
         return run
 
     program = GrpoProgram(
+        sampler=None,
         sampler_mesh=None,
         state=None,
         reference=None,

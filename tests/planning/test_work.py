@@ -9,7 +9,7 @@ from avocado_jax.config import GrpoConfig, MeshConfig, ObjectiveConfig, Sampling
 from avocado_jax.data.plan import Bucket
 from avocado_jax.data.rows import Shape
 from avocado_jax.models.config import TINY
-from avocado_jax.models.flops import decode_bytes
+from avocado_jax.models.flops import decode_bytes, text_layer_parameters
 from avocado_jax.planning.program import program_of
 from avocado_jax.planning.work import flops_of, layout, rows_per_device, traffic_bytes
 from avocado_jax.train.sft import model_of
@@ -45,6 +45,9 @@ def test_the_rows_of_a_rollout_are_those_of_its_mesh(mesh, rows, shape, of_devic
     assert flops_of(program, phases["score"]).machine > flops_of(program, phases["score"]).model  # each clip twice
     prefill = traffic_bytes(program, phases["rollout"]) - 12 * _token(program, shape[1], of_device)
     assert 0 < prefill < traffic_bytes(program, phases["score"])  # of as many rows, without captions
+    int8 = program._replace(config=replace(config, rollout_int8=True))
+    less = traffic_bytes(program, phases["rollout"]) - traffic_bytes(int8, phases["rollout"])
+    assert less == 12 * TINY.text.layers * text_layer_parameters(TINY) / shape[1]
 
 
 def _token(program, tensor, rows):

@@ -170,6 +170,7 @@ def started(kind, values, folder, patch):
         calls.record(module, "gradient", instead=zero_gradient)
     calls.record(grpo, "caption_logprobs", instead=some_scores)
     calls.record(grpo, "by_parts", "objective")
+    calls.record(grpo, "decoding_weights")
     calls.record(grpo, "with_tensor", instead=lambda mesh, _: mesh)
     calls.record(grpo, "roll_out", instead=empty_rollout)
     calls.record(run_grpo, "advantages", "widths", "grpo_flops", "blocks")

@@ -124,6 +124,12 @@ FIELDS = {
             lambda calls: [rolled_out(calls) - 2],
             "blocks.size",
         ),
+        "rollout_int8": (
+            True,
+            lambda calls: [one.model.text.int8 for one in calls.roll_out],
+            "decoding_weights.int8",
+            "batch_programs.settings.config.text.int8",
+        ),
         "oversample": (
             12,
             lambda calls: [6 * calls.plan_batches[0].spares],

@@ -154,6 +154,7 @@ def test_rollout_batches_are_validated():
         (replace(capped, objective=ObjectiveConfig()), 4, "needs objective.importance_cap"),
         (capped, 5, "rollout_batches: 2 does not divide 5 steps"),
         (replace(capped, rollout_batches=0), 4, "rollout_batches: 0"),
+        (replace(CONFIG, rollout_int8=True), 4, "rollout_int8: .* needs objective.importance_cap"),
         (replace(CONFIG, mesh=MeshConfig(rollout_tensor=2)), 4, "mesh.rollout_tensor: 2 is not a multiple of tensor"),
     ):
         with pytest.raises(InputError, match=why):

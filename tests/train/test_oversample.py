@@ -73,6 +73,7 @@ class Run:
             return state._replace(step=state.step + 1), {"sampler_gap": jnp.float32(0)}
 
         program = GrpoProgram(
+            sampler=None,
             sampler_mesh=None,
             **dict.fromkeys(("state", "reference", "begin", "encode")),
             view=lambda params: None,

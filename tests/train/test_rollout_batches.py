@@ -58,6 +58,7 @@ class Steps:
             return state, {"sampler_gap": jnp.float32(self.gaps.get(int(state.step), 0))}
 
         program = GrpoProgram(
+            sampler=None,
             sampler_mesh=None,
             state=None,
             reference=None,

@@ -1,5 +1,6 @@
 """The sampler equals the trained policy in bf16, with low-rank adapters after small updates, at temperature 0.7."""
 
+from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
 
@@ -12,6 +13,8 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from avocado_jax.bench.model import random_clip
 from avocado_jax.config import GrpoConfig, LoraConfig, ObjectiveConfig, OptimConfig, SamplingConfig
 from avocado_jax.models.config import TINY, Lora
+from avocado_jax.models.int8 import quantized
+from avocado_jax.models.lora import TextDense
 from avocado_jax.parallel.mesh import make_mesh
 from avocado_jax.train import run
 from avocado_jax.train.grpo import grpo_program
@@ -34,6 +37,7 @@ CONFIG = GrpoConfig(
     optim=OptimConfig(lr=1e-5, warmup=0.0),
 )
 MODEL = model_of(CONFIG, TINY)
+MESH = make_mesh(1, 1, 1, devices=jax.devices()[:1])
 
 
 def random_leaf(path, leaf):
@@ -48,9 +52,8 @@ def random_leaf(path, leaf):
 @pytest.fixture(scope="module")
 def policy():
     """A program and parameters after 20 updates of the optimizer at lr 1e-5, on gradients that keep their direction."""
-    mesh = make_mesh(1, 1, 1, devices=jax.devices()[:1])
-    with jax.set_mesh(mesh):
-        program = grpo_program(CONFIG, MODEL, mesh, UPDATES, (258,))
+    with jax.set_mesh(MESH):
+        program = grpo_program(CONFIG, MODEL, MESH, UPDATES, (258,))
         state = program.begin(jax.tree_util.tree_map_with_path(random_leaf, program.state.params))
         adamw = optimizer(CONFIG.optim, UPDATES)
         leaves, tree = jax.tree.flatten(split(state.params, "lora")[0])
@@ -84,10 +87,35 @@ def test_sampler_weights_keep_small_updates(policy):
         assert np.linalg.norm(merged - update) > 0.5 * np.linalg.norm(update)
 
 
-@pytest.mark.parametrize(("large", "bound"), [(False, 0.02), (True, SAMPLER_GAP)])
-def test_sampler_and_trainer_agree_in_bf16(policy, large, bound):
+def test_int8_kernels_are_rounded_once():
+    """Each weight is within half a level of its channel, and a layer computes with the rounded weights."""
+    kernel = np.float32(np.random.default_rng(0).standard_normal((2, 24, 8)) * np.logspace(-3, 3, 8))
+    kernel[1, :, 2] = 0
+    layer = {"q": {"kernel": jnp.asarray(kernel), "bias": jnp.ones((2, 8))}}
+    found = quantized({"text": {"layers": layer}, "vision": {"kernel": jnp.asarray(kernel)}}, "bfloat16")
+    np.testing.assert_array_equal(found["vision"]["kernel"], kernel)
+    levels, scale = (np.asarray(found["text"]["layers"]["q"][name]) for name in ("kernel", "kernel_scale"))
+    assert (levels.dtype, scale.dtype) == ("int8", "bfloat16")
+    scale = scale.astype(np.float32)
+    assert np.abs(levels.astype(int)).max(axis=1)[kernel.any(axis=1)].min() >= 126
+    assert (np.abs(levels * scale[:, None] - kernel) <= (0.5 + 127 * 2**-8) * scale[:, None]).all()
+    x = jnp.asarray(np.random.default_rng(1).standard_normal((3, 24)), jnp.float32)
+    module = TextDense(8, True, "float32", "float32", None, True)
+    params = {"kernel": levels[0], "kernel_scale": scale[0], "bias": np.ones(8, np.float32)}
+    expected = np.asarray(x) @ (levels[0] * scale[0]) + 1
+    np.testing.assert_allclose(module.apply({"params": params}, x), expected, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("large", "int8", "bound"), [(False, False, 0.02), (True, False, SAMPLER_GAP), (False, True, 0.05)]
+)
+def test_sampler_and_trainer_agree_in_bf16(policy, large, int8, bound):
     """Mean difference in nats, with adapters after 20 small updates and with adapters that change every logit."""
     program, params = policy
+    sampler = program
+    if int8:
+        objective = ObjectiveConfig(beta=0.0, importance_cap=2.0)
+        sampler = grpo_program(replace(CONFIG, rollout_int8=True, objective=objective), MODEL, MESH, UPDATES, (258,))
     if large:
         flat = flatten_dict(params)
         for number, path in enumerate(path for path in flat if path[-1] == "lora_b"):
@@ -97,7 +125,9 @@ def test_sampler_and_trainer_agree_in_bf16(policy, large, bound):
     shapes, rng = jax.eval_shape(program.encode, params, clip), np.random.default_rng(2)
     encoded = jax.tree.map(lambda leaf: jnp.asarray(rng.standard_normal(leaf.shape), leaf.dtype), shapes)
     banned = jnp.arange(TINY.text.vocab) >= 259
-    (rollout,) = program.roll_out(program.view(params), (clip,), (encoded,), jnp.int32(0), banned)
+    view = sampler.view(params)
+    assert {str(leaf.dtype) for leaf in jax.tree.leaves(view)} == ({"bfloat16", "int8"} if int8 else {"bfloat16"})
+    (rollout,) = sampler.roll_out(view, (clip,), (encoded,), jnp.int32(0), banned)
     score = partial(program.score, reference={}, clip=clip, encoded=encoded, captions=rollout.captions)
     valid, sampled = np.asarray(rollout.captions.valid), np.asarray(rollout.sampled)
     gap = np.abs(np.asarray(score(params).old) - sampled)[valid]
