@@ -21,7 +21,7 @@ SMALL = 4096  # bytes of a device for a batch: advantages, rewards, banned ids
 
 
 def make_plan(*fields):
-    config = load("configs/grpo_7b.py", [*FIELDS, *fields])
+    config = load("configs/grpo_7b.py", [*FIELDS, "--rollout_batches", "1", *fields])
     model, (bucket,) = model_and_buckets(config)
     return program_of(config, model, bucket, jax.devices())
 

@@ -28,7 +28,7 @@ CHIP = Chip(flops=1e9, memory=2**30, bandwidth=1e8, links=float("inf"))
 BUCKET = Bucket(Shape(1024, 2, 1, 1), 16)
 GRPO = [
     *("--mesh.fsdp", "4", "--mesh.tensor", "2", "--split", "1", "--group", "2", "--dtype", "float32"),
-    *("--sampling.tokens", "16", "--data.caption_tokens", "8"),
+    *("--sampling.tokens", "16", "--data.caption_tokens", "8", "--rollout_batches", "1"),
 ]
 SFT = ["configs/world_tiny.py", "--nominal.model", "tiny", "--nominal.clip", "256,2,1,1", "--data.caption_tokens", "64"]
 
