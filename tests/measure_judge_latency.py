@@ -2,7 +2,7 @@
 
   python tests/measure_judge_latency.py INIT FOLDER [--rollout_batches K ...]
 
-Trains configs/grpo_world.py from the checkpoint INIT twice, with a judge on this machine. The second judge answers the
+Trains configs/quickstart_grpo.py from the checkpoint INIT twice, with a judge on this machine. The second judge answers the
 captions of a rollout together, one step's time after it received the first. Steps of the first rollout are left out.
 """
 
@@ -23,7 +23,7 @@ from test_grpo_judge import fields, verdict
 
 from avocado_jax.config import load
 
-CONFIG = "configs/grpo_world.py"
+CONFIG = "configs/quickstart_grpo.py"
 QUIET = 0.5  # seconds without a request, after which the next one belongs to another rollout
 
 
