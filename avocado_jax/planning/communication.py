@@ -1,5 +1,7 @@
 """Bytes that a device sends in a phase, estimated from shapes: what `collectives.py` reads from a compiled program."""
 
+import math
+
 import jax
 import numpy as np
 
@@ -8,7 +10,7 @@ from avocado_jax.parallel.mesh import ROWS
 from avocado_jax.parallel.rules import bytes_per_device
 from avocado_jax.planning.phases import Phase
 from avocado_jax.planning.program import Program
-from avocado_jax.planning.work import LEARNING, microbatches, rows_per_device
+from avocado_jax.planning.work import LEARNING, layout, microbatches, rows_per_device
 
 
 def sent_bytes(program: Program, phase: Phase) -> float:
@@ -19,12 +21,14 @@ def sent_bytes(program: Program, phase: Phase) -> float:
     all-reduces over `tensor` its two outputs, the gradients of its two inputs, and one output again if it is
     recomputed. Frozen encoders have a forward pass. Embedding lookups, logits and sampled tokens are left out.
     """
-    config, model, mesh, (shape, caption) = program.config, program.model, program.mesh, program.bucket
-    size, tensor = np.dtype(model.dtype).itemsize, mesh.shape["tensor"]
-    fsdp, rows = (1 - 1 / shards for shards in (mesh.shape["fsdp"], np.prod([mesh.shape[axis] for axis in ROWS])))
     if phase.name == "view":
-        (view,) = (one.alive["view"] for one in program.phases if one.name == "rollout")
-        return bytes_per_device(view) * fsdp
+        (rollout,) = (one for one in program.phases if one.name == "rollout")
+        mesh, *_ = layout(program, rollout)
+        return bytes_per_device(rollout.alive["view"]) * (1 - 1 / mesh.shape["fsdp"])
+    config, model, (shape, caption) = program.config, program.model, program.bucket
+    mesh, _, group = layout(program, phase)
+    size, tensor = np.dtype(model.dtype).itemsize, mesh.shape["tensor"]
+    fsdp, rows = (1 - 1 / shards for shards in (mesh.shape["fsdp"], math.prod(mesh.shape[axis] for axis in ROWS)))
     if phase.name == "spares":
         return bytes_per_device(phase.args) * rows  # replaced rows move to other devices
 
@@ -48,6 +52,6 @@ def sent_bytes(program: Program, phase: Phase) -> float:
         trees = (config.passes * config.minibatches > 1) + (config.objective.beta > 0) if phase.name == "score" else 1
         passes = config.passes if phase.name == "update" else trees
         weights = text.layers * text_layer_parameters(model) + text.vocab * text.width
-        tokens = shape.tokens + program.group * caption
+        tokens = shape.tokens + group * caption
         sent += stack(weights, tokens * text.layers * text.width, phase.name in LEARNING, passes)
     return sent

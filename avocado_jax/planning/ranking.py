@@ -4,13 +4,14 @@ import math
 import operator
 from collections.abc import Iterable
 from dataclasses import replace
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from avocado_jax.config import MeshConfig, RunConfig
+from avocado_jax.config import GrpoConfig, MeshConfig, RunConfig
 from avocado_jax.data.plan import Bucket
 from avocado_jax.models.config import ThinkerConfig
 from avocado_jax.models.flops import kv_bytes
@@ -23,6 +24,7 @@ from avocado_jax.planning.phases import Phase
 from avocado_jax.planning.program import Program, kernel_of, program_of, rows_of_hosts
 from avocado_jax.planning.report import predicted_seconds, times_of
 from avocado_jax.sampling.slots import slot_shardings
+from avocado_jax.train.grpo import sampler_mesh
 from avocado_jax.train.programs import with_sharding
 from avocado_jax.train.state import split
 
@@ -89,9 +91,10 @@ def cache_bytes(program: Program, phase: Phase) -> int:
     """Bytes on one device of the KV caches of a rollout."""
     if phase.name != "rollout":
         return 0
+    mesh, _, group = work.layout(program, phase)
     rows = work.rows_per_device(program, phase) * work.microbatches(program, phase)
-    tokens = rows * (program.bucket.shape.tokens + program.group * program.bucket.caption)
-    return tokens * kv_bytes(program.model, np.dtype(program.model.dtype).itemsize) // program.mesh.shape["tensor"]
+    tokens = rows * (program.bucket.shape.tokens + group * program.bucket.caption)
+    return tokens * kv_bytes(program.model, np.dtype(program.model.dtype).itemsize) // mesh.shape["tensor"]
 
 
 def on_one_device(config: RunConfig, model: ThinkerConfig, bucket: Bucket) -> Program:
@@ -103,6 +106,8 @@ def on_one_device(config: RunConfig, model: ThinkerConfig, bucket: Bucket) -> Pr
 def on_mesh(traced: Program, config: RunConfig, model: ThinkerConfig, devices: list[Any]) -> Program:
     """The result of `program_of` without programs to run, in much less time: tracing a 7B model takes half a minute.
 
+    The view in the arguments of a rollout is over the training mesh, which nothing here reads.
+
     Args:
         traced: of `on_one_device`, for a config that differs in mesh, remat and accumulate only.
 
@@ -111,25 +116,25 @@ def on_mesh(traced: Program, config: RunConfig, model: ThinkerConfig, devices: l
     """
     sizes = config.mesh
     mesh = make_mesh(sizes.data, sizes.fsdp, sizes.tensor, sizes.slices, devices)
-    found: dict[int, Any] = {}  # phases share most of their arrays
-
-    def of_leaf(leaf: Any) -> Any:
-        if id(leaf) not in found:
-            found[id(leaf)] = _over(mesh, leaf)
-        return found[id(leaf)]
+    sampler = sampler_mesh(config, mesh) if isinstance(config, GrpoConfig) else mesh
 
     def of_phase(phase: Phase) -> Phase:
-        args, alive = jax.tree.map(of_leaf, (phase.args, phase.alive))
+        of_sampler = {"view", "slots"}
+        alive = {
+            part: jax.tree.map(partial(_sharded, sampler if part in of_sampler else mesh), tree)
+            for part, tree in phase.alive.items()
+        }
         if slots := alive.get("slots"):  # their shardings leave out axes of one device
-            alive["slots"] = jax.tree.map(with_sharding, slots, slot_shardings(slots, mesh))
-        return Phase(phase.name, None, args, alive)
+            alive["slots"] = jax.tree.map(with_sharding, slots, slot_shardings(slots, sampler))
+        return Phase(phase.name, None, jax.tree.map(partial(_sharded, mesh), phase.args), alive)
 
     phases, hosts = tuple(map(of_phase, traced.phases)), rows_of_hosts(mesh, traced.rows)
     model = kernel_of(model, devices[0].platform)
     return traced._replace(config=config, model=model, mesh=mesh, phases=phases, hosts=hosts)
 
 
-def _over(mesh: Mesh, leaf: Any) -> Any:
+@cache
+def _sharded(mesh: Mesh, leaf: Any) -> Any:
     """A shape over another mesh, without the axes that do not divide its sizes."""
     if not hasattr(leaf, "sharding"):
         return leaf

@@ -27,6 +27,7 @@ def candidates(config: RunConfig, model: ThinkerConfig, devices: int) -> Iterato
     grid: dict[str, Any] = {
         "split": [part for part in range(1, config.group + 1) if config.group % part == 0] if grpo else [1],
         "tensor": (1, 2, 4, 8),
+        "rollout_tensor": (0, 2, 4, 8) if grpo else (0,),
         "remat": ("dots", "full", "offload"),
         "accumulate": (1, 2, 4, 8),
     }
@@ -34,7 +35,14 @@ def candidates(config: RunConfig, model: ThinkerConfig, devices: int) -> Iterato
         chosen = dict(zip(grid, values))
         parts, rest = divmod(devices, chosen["tensor"] * config.mesh.slices)
         taken = parts * config.mesh.slices * chosen["accumulate"] * (config.minibatches if grpo else 1)
-        if rest or not parts or model.text.heads % chosen["tensor"] or config.batch * chosen["split"] % taken:
+        if (
+            rest
+            or not parts
+            or config.batch * chosen["split"] % taken
+            or chosen["rollout_tensor"] % (2 * chosen["tensor"])
+        ):
+            continue
+        if model.text.heads % max(chosen["tensor"], chosen["rollout_tensor"]):
             continue
         of_mesh = {"data": 1, "fsdp": parts} | {name: chosen.pop(name) for name in grid if hasattr(MeshConfig, name)}
         if not grpo:
@@ -46,7 +54,9 @@ def varied(config: RunConfig) -> dict[str, Any]:
     """The fields that a search varies, by name."""
     fields = {f"mesh.{name}": getattr(config.mesh, name) for name in ("data", "fsdp", "tensor")}
     fields |= {"remat": config.remat, "accumulate": config.accumulate}
-    return fields | ({"split": config.split} if isinstance(config, GrpoConfig) else {})
+    if isinstance(config, GrpoConfig):
+        fields |= {"mesh.rollout_tensor": config.mesh.rollout_tensor, "split": config.split}
+    return fields
 
 
 def rank(config: RunConfig, model: ThinkerConfig, bucket: Bucket, slices: dict[str, list[Any]]) -> list[Estimate]:
