@@ -2,8 +2,8 @@
 
   python tests/measure_judge_latency.py INIT FOLDER [--rollout_batches K ...]
 
-Trains configs/quickstart_grpo.py from the checkpoint INIT twice, with a judge on this machine. The second judge answers the
-captions of a rollout together, one step's time after it received the first. Steps of the first rollout are left out.
+Trains configs/quickstart_grpo.py from the checkpoint INIT twice, with a judge on this machine. The second judge answers
+the captions of a rollout together, one step's time after it received the first. The first rollout is left out.
 """
 
 import json
