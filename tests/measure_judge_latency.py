@@ -34,9 +34,9 @@ def measure(init: str, folder: Path, latency: float, options: list[str]) -> tupl
     def delayed(number: int, request: dict) -> str:
         with lock:
             now = time.monotonic()
-            if now - last[0] > max(QUIET, latency):
+            if now - last[0] > QUIET:
                 answered[0] = now + latency
-            last[0] = now
+            last[0] = max(now, answered[0])  # the client waits for answers before it sends all requests
         time.sleep(max(0.0, answered[0] - now))
         return verdict(number, request)
 
