@@ -88,6 +88,8 @@ def _run(args: argparse.Namespace) -> int:
     config = load(args.config, args.fields)
     if not isinstance(config, RunConfig):
         raise InputError(f"{args.config}: a {type(config).__name__}, not a training config")
+    if args.all_shapes and (args.search is not None or args.captions is not None):
+        raise InputError("--all-shapes excludes --search and --captions")
     if args.captions is not None and (args.captions < 1 or args.search is not None):
         raise InputError("--captions must be at least 1, and excludes --search")
     if args.search is not None and args.search < 0:

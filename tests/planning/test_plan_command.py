@@ -79,6 +79,7 @@ def test_rows_of_hosts_are_formatted_in_one_line():
         (["--no_such", "1"], "no such field"),
         (["--workdir", "run"], "--workdir: a plan runs nothing and has no run folder"),
         (["--work_dir=run"], "--work_dir=run: a plan runs nothing and has no run folder"),
+        (["--all-shapes", "--search", "2"], "--all-shapes excludes --search and --captions"),
         (["--topology", "v6e:2x2,v5e:2x2"], "--topology v6e:2x2,v5e:2x2: several slices need --search N"),
         (["--search", "-1"], "--search -1: a number of choices to compile, or 0"),
     ],
