@@ -62,8 +62,9 @@ def reward_evaluator(
 
         return heldout_means(config, evaluated, measure, rewards.references)
 
-    params, view, replicated = program.state.params, view_shapes(program), NamedSharding(mesh, PartitionSpec())
-    every_id = jax.ShapeDtypeStruct(banned.shape, banned.dtype, sharding=replicated)
+    params, view = program.state.params, view_shapes(program)
+    every_id = jax.ShapeDtypeStruct(banned.shape, banned.dtype, sharding=NamedSharding(mesh, PartitionSpec()))
+    replicated = NamedSharding(program.sampler_mesh, PartitionSpec())  # as slots are
     tokens, lengths = (
         jax.ShapeDtypeStruct(shape, jnp.int32, sharding=replicated) for shape in ((rows, how.length), (rows,))
     )

@@ -17,6 +17,7 @@ from avocado_jax.models.thinker import init
 from avocado_jax.parallel.batches import rows_sharding
 from avocado_jax.parallel.mesh import make_mesh
 from avocado_jax.parallel.rules import RULES, path_of, shardings, spec_of
+from avocado_jax.sampling.weights import decoding_weights
 from avocado_jax.train.optim import optimizer
 from avocado_jax.train.sft import sft_program
 from avocado_jax.train.state import split, state_shapes
@@ -160,7 +161,9 @@ def test_every_parameter_matches_one_rule(size, scan):
 
 def test_every_rule_is_used():
     params = jax.eval_shape(partial(init, SIZES["7b"]), jax.random.key(0))
-    paths = [path_of(keys) for keys, _ in jax.tree_util.tree_leaves_with_path(params)]
+    int8 = jax.eval_shape(partial(decoding_weights, dtype="bfloat16", int8=True), params)
+    leaves = [*jax.tree_util.tree_leaves_with_path(params), *jax.tree_util.tree_leaves_with_path(int8)]
+    paths = [path_of(keys) for keys, _ in leaves]
     unused = [rule for rule, _ in RULES if not any(re.fullmatch(rule, path) for path in paths) and "lora" not in rule]
     assert not unused
 
