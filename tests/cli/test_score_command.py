@@ -150,7 +150,7 @@ def test_users_terms_and_word_weights(scored, tmp_path):
     for wrong in ("jax:no_module:name", "jax::f", "host:.m:f", "host:test_score_command:known=x", "host:math:dist=inf"):
         status, _, err = scored(lines, "--extra", wrong)
         assert (status, len(err)) == (2, 1), wrong
-    for wrong, why in {"too_few": "1 values of 2 captions", "confused": "no such caption"}.items():
+    for wrong, why in {"too_few": "got 1 values for 2 captions", "confused": "no such caption"}.items():
         status, _, err = scored(lines, "--extra", f"host:test_score_command:{wrong}")
         assert (status, err[0]) == (3, "Traceback (most recent call last):")
         assert err[-1].startswith(
