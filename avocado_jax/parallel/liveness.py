@@ -116,7 +116,8 @@ class Liveness:
             if idle >= self._limit:
                 _print(f"no progress for {idle:.0f} s, this host ends: {self._describe_slowest()}")
                 faulthandler.dump_traceback(all_threads=True)
-                os._exit(75)
+                if not self._closed.is_set():  # the run may have ended while the stacks were printed
+                    os._exit(75)
 
     def _warn_of_silence(self, now: float) -> None:
         """Print each process without heartbeats once, before jax stops this one."""
