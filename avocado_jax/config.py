@@ -38,10 +38,9 @@ class MeshConfig:
 @dataclass(frozen=True)
 class DataConfig:
     """Training data. A source is a folder of `prepare`, `tfds:FOLDER:SPLIT`, or clips of AVWorld with no file:
-    `world:LEVEL:SPLIT:SEED:CLIPS`, followed by `:plain` for plain captions,
-    `:mixed` for plain captions with an eighth of the clips silent, `:habits` for plain captions with the faults of
-    world/habits.py (keypoints and dialogues are unchanged), `:timestamps` for captions whose sentences begin with
-    their times, or `:drills` for drills.
+    `world:LEVEL:SPLIT:SEED:CLIPS`, followed by `:plain` for plain captions, `:mixed` with an eighth of the clips silent,
+    `:habits` with the faults of world/habits.py (keypoints and dialogues are unchanged), `:timestamps` for captions
+    whose sentences begin with their times, or `:drills` for drills.
     """
 
     train: str = ""  # source of the training clips
@@ -279,11 +278,7 @@ def load(path: str, overrides: Sequence[str] = ()) -> Any:
 
 
 def _check(config: RunConfig) -> None:
-    """Check the domains of values.
-
-    Raises:
-        InputError: a value is outside its domain.
-    """
+    """Raise InputError if a value is outside its domain."""
     for name, value, _ in flat(config):
         check_field(name, value)
     if isinstance(config, GrpoConfig) and config.oversample % config.batch:
