@@ -38,9 +38,9 @@ class MeshConfig:
 @dataclass(frozen=True)
 class DataConfig:
     """Training data. A source is a folder of `prepare`, `tfds:FOLDER:SPLIT`, or clips of AVWorld with no file:
-    `world:LEVEL:SPLIT:SEED:CLIPS`, followed by `:plain` for plain captions, `:mixed` with an eighth of the clips silent,
-    `:habits` with the faults of world/habits.py (keypoints and dialogues are unchanged), `:timestamps` for captions
-    whose sentences begin with their times, or `:drills` for drills.
+    `world:LEVEL:SPLIT:SEED:CLIPS`, followed by `:plain` for plain captions, `:mixed` with an eighth of the clips
+    silent, `:habits` with the faults of world/habits.py (keypoints and dialogues are unchanged), `:timestamps` for
+    captions whose sentences begin with their times, or `:drills` for drills.
     """
 
     train: str = ""  # source of the training clips
