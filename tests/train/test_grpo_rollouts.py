@@ -112,9 +112,12 @@ def test_captions_depend_on_neither_batches_nor_meshes_nor_rows(monkeypatch, siz
     """Two batches that are sampled together, on the mesh of `rollout_tensor`: each clip has its captions of a rollout
     on one device. A clip is as few rows as give each shard equally many."""
     sampled = []
-    monkeypatch.setattr(
-        rollout_module, "generate", lambda *args, **options: sampled.append(args[2].shape) or generate(*args, **options)
-    )
+
+    def record(*args, **options):
+        sampled.append((args[2].shape, jax.sharding.get_abstract_mesh().shape["tensor"]))
+        return generate(*args, **options)
+
+    monkeypatch.setattr(rollout_module, "generate", record)
     clips = B if split == 1 else B // 2
     capped = replace(CONFIG, rollout_batches=2, objective=ObjectiveConfig(importance_cap=2.0))
     run = Run(replace(capped, batch=clips, split=split, mesh=MeshConfig(rollout_tensor=tensor)), sizes)
@@ -132,7 +135,7 @@ def test_captions_depend_on_neither_batches_nor_meshes_nor_rows(monkeypatch, siz
         return jax.device_put(repeated, rows_sharding(run.mesh))
 
     together = roll_out(run, (by_rows(one.clip), by_rows(other)), 3)
-    assert sampled == [(rows, 2 * clips * G // rows)]
+    assert sampled == [((rows, 2 * clips * G // rows), tensor or sizes[2])]
     view = run.program.view(run.state.params)["text"]["layers_0"]["q"]["kernel"]
     assert view.sharding.shard_shape(view.shape)[1] == view.shape[1] // (tensor or sizes[2])
     for rollout, clip, step in zip(together, (one.clip, other), (3, 4)):
