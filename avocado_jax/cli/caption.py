@@ -93,7 +93,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--prompt-file",
         metavar="FILE",
-        help="prompts, one a line, for clips without their own; the name of a clip decides which one it gets",
+        help="prompts, one per line, for clips without their own; the name of a clip decides which one it gets",
     )
     parser.add_argument("--max-new-tokens", type=int, default=2048, metavar="N", help="default: %(default)s")
     parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 (default): greedy")

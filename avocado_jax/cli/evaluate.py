@@ -120,7 +120,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--prompt-file",
         metavar="FILE",
-        help="prompts, one a line, for clips without a question; the id of a clip decides which one it gets",
+        help="prompts, one per line, for clips without a question; the id of a clip decides which one it gets",
     )
     parser.add_argument(
         "--official", action="store_true", help="treat answers as the official scripts do (eval/README.md)"

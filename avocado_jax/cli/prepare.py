@@ -60,7 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--prompt-file",
         metavar="FILE",
-        help="prompts, one a line, for rows without their own; the id of a row decides which one it gets",
+        help="prompts, one per line, for rows without their own; the id of a row decides which one it gets",
     )
     parser.add_argument(
         "--checkpoint",

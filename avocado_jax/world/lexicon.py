@@ -12,7 +12,7 @@ from avocado_jax.world.vocabulary import BACKDROPS, COLORS, NARRATOR, PATTERNS, 
 
 
 class Table(NamedTuple):
-    """Phrases by the values of `slots`; a table without slots contains wording without a meaning of its own."""
+    """Phrases by the values of `slots`. A table without slots has phrases that state no fact of the clip."""
 
     slots: tuple[str, ...]
     phrases: dict[tuple[str, ...], tuple[str, ...]]

@@ -122,7 +122,7 @@ def test_server_options(served, tmp_path, monkeypatch, capsys):
 
 
 def test_failed_device_ends_the_server(served):
-    """The exit status of the error tells a supervisor whether to restart."""
+    """A supervisor decides by the exit status whether to restart the server."""
     served.error = RuntimeError("UNAVAILABLE: gone")
     assert main(["serve"]) == 1
     served.error = RuntimeError("INTERNAL: broken")

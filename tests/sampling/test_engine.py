@@ -276,11 +276,19 @@ def test_no_cache_moves_between_devices(captioner, rows):
     ("sizes", "tensor"),
     [((1, 4, 1), 2), *(pytest.param(*one, marks=pytest.mark.slow) for one in (((2, 2, 2), 2), ((1, 2, 2), 4)))],
 )
-def test_batch_on_the_mesh_equals_single_captions(captioner, rows, one_by_one, sizes, tensor):
+def test_batch_on_the_mesh_equals_single_captions(captioner, rows, one_by_one, sizes, tensor, monkeypatch):
     """In two parts; rows of zero weight get no caption, and nothing is compiled after `batch_programs`.
 
-    The mesh of the parameters may have a larger `tensor` axis than that of the clips.
+    The mesh of the parameters may have a larger `tensor` axis than that of the clips. Programs are traced on it.
     """
+    traced = {}
+    for name in ("caption_keys", "draw_tokens"):  # of prefill and of decoding
+
+        def record(*args, name=name, run=getattr(programs, name)):
+            traced.setdefault(name, set()).add(jax.sharding.get_abstract_mesh().shape["tensor"])
+            return run(*args)
+
+        monkeypatch.setattr(programs, name, record)
     mesh = make_mesh(*sizes, devices=jax.devices()[: math.prod(sizes)])
     sampler = with_tensor(mesh, tensor)
     params = jax.device_put(captioner.params, shardings(captioner.params, sampler, over=("tensor",)))
@@ -297,6 +305,7 @@ def test_batch_on_the_mesh_equals_single_captions(captioner, rows, one_by_one, s
         before = counts().compiled + counts().read
         slots = caption_batch(params, clips, weight, encode, captioner.banned, how)
         assert counts().compiled + counts().read == before
+    assert traced == {"caption_keys": {tensor}, "draw_tokens": {tensor}}
     tokens, steps = jax.device_get((slots.tokens, slots.step))
     for row, (clip, counted) in enumerate(zip(order, np.asarray(weight))):
         expected = one_by_one[GREEDY][clip] if counted else []
