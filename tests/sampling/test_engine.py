@@ -282,13 +282,13 @@ def test_batch_on_the_mesh_equals_single_captions(captioner, rows, one_by_one, s
     The mesh of the parameters may have a larger `tensor` axis than that of the clips. Programs are traced on it.
     """
     traced = {}
-    for name in ("caption_keys", "draw_tokens"):  # of prefill and of decoding
+    for run in (programs.caption_keys, programs.draw_tokens):  # of prefill and of decoding
 
-        def record(*args, name=name, run=getattr(programs, name)):
+        def record(*args, name=run.__name__, run=run):
             traced.setdefault(name, set()).add(jax.sharding.get_abstract_mesh().shape["tensor"])
             return run(*args)
 
-        monkeypatch.setattr(programs, name, record)
+        monkeypatch.setattr(programs, run.__name__, record)
     mesh = make_mesh(*sizes, devices=jax.devices()[: math.prod(sizes)])
     sampler = with_tensor(mesh, tensor)
     params = jax.device_put(captioner.params, shardings(captioner.params, sampler, over=("tensor",)))
