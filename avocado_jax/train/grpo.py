@@ -37,7 +37,7 @@ Metrics = dict[str, Array]
 class Scored(NamedTuple):
     """Log-probabilities of the sampled tokens before the first update, computed by the trainer's forward pass."""
 
-    old: Float[Array, "B G C"] | None  # of the policy; None with one update per rollout, which computes them itself
+    old: Float[Array, "B G C"] | None  # of the policy; None with one update per batch, which computes them itself
     reference: Float[Array, "B G C"] | None  # None if beta is 0
 
 
@@ -90,7 +90,7 @@ def score(
     model: ThinkerConfig,
     config: GrpoConfig,
 ) -> Scored:
-    """Log-probabilities of the captions under the reference, and under the policy if a rollout has several updates."""
+    """Log-probabilities of the captions under the reference, and under the policy if several updates need them."""
 
     def of(model: ThinkerConfig, params: Any) -> Array:
         def run(*rows: Any) -> Array:
@@ -101,7 +101,7 @@ def score(
     base = replace(model, text=replace(model.text, lora=None))
     frozen = split(params, config.train)[1]
     return Scored(
-        of(model, params) if config.passes * config.minibatches > 1 else None,
+        of(model, params) if config.passes * config.minibatches > 1 and config.rollout_batches == 1 else None,
         of(base, join(reference, frozen)) if config.objective.beta else None,
     )
 
@@ -123,10 +123,15 @@ def batch_gradient(
         temperature = config.sampling.temperature
         new = caption_logprobs(model, join(trained, frozen), rows.clip, rows.encoded, captions, temperature)
         here = jax.lax.stop_gradient(new.logprob)
-        old, reference = (here if one is None else one for one in rows.scored)
-        total, totals = objective(new.logprob, old, sampled, reference, rows.advantage, valid, shares, config.objective)
+        trainer, reference = (here if one is None else one for one in rows.scored)
+        # After the first of several updates, the policy is no longer the one that sampled.
+        old = sampled if config.rollout_batches > 1 else trainer
+        off_policy = config.rollout_batches * config.passes * config.minibatches > 1
+        total, totals = objective(
+            new.logprob, old, sampled, reference, rows.advantage, valid, shares, config.objective, off_policy
+        )
         entropy = jnp.sum(new.entropy, where=valid)
-        gap = jnp.sum(jnp.abs(old - sampled), where=valid)
+        gap = jnp.sum(jnp.abs(trainer - sampled), where=valid)
         return total, (jax.lax.stop_gradient(total), _UpdateTotals(totals, entropy, gap))
 
     grads, (total, totals) = gradient(loss, trained, (experience, valid, shares), config.accumulate)
@@ -223,6 +228,28 @@ class GrpoProgram(NamedTuple):
     update: Callable
 
 
+def check_grpo(config: GrpoConfig) -> None:
+    """Validate the fields of the objective and of the rollout against each other.
+
+    Raises:
+        InputError: a field is invalid.
+    """
+    check_objective(config.objective)
+    if config.rollout_batches < 1:
+        raise InputError(f"rollout_batches: {config.rollout_batches} is less than 1")
+    corrected = config.objective.importance_cap > 0
+    if config.rollout_batches > 1 and corrected:
+        raise InputError(
+            "objective.importance_cap: with several rollout_batches the clipped ratio is already that to the sampler's "
+            "probability; set it to 0"
+        )
+    if config.rollout_int8 and config.rollout_batches == 1 and not corrected:
+        raise InputError(
+            "rollout_int8: the sampler's rounded weights are another policy, which needs objective.importance_cap "
+            "(try 2.0)"
+        )
+
+
 def sampler_mesh(config: GrpoConfig, mesh: Mesh) -> Mesh:
     """The training mesh with `mesh.rollout_tensor` as its `tensor` axis."""
     return with_tensor(mesh, config.mesh.rollout_tensor or mesh.shape["tensor"])
@@ -237,19 +264,9 @@ def grpo_program(
         InputError: the objective, `rollout_batches` or `mesh.rollout_tensor` is invalid, or the mesh does not divide
             the batch.
     """
-    check_objective(config.objective)
-    if config.rollout_batches < 1 or steps % config.rollout_batches:
+    check_grpo(config)
+    if steps % config.rollout_batches:
         raise InputError(f"rollout_batches: {config.rollout_batches} does not divide {steps} steps")
-    if config.rollout_int8 and not config.objective.importance_cap:
-        raise InputError(
-            "rollout_int8: the sampler's rounded weights are another policy, which needs objective.importance_cap "
-            "(try 2.0)"
-        )
-    if config.rollout_batches > 1 and not config.objective.importance_cap:
-        raise InputError(
-            "rollout_batches: updates after the first learn from captions of an earlier policy, which needs "
-            "objective.importance_cap (try 2.0)"
-        )
     over = mesh.shape["data"] * mesh.shape["fsdp"] * config.accumulate * config.minibatches
     if config.group % config.split or config.batch * config.split % over:
         raise InputError(

@@ -2,12 +2,16 @@
 
     loss = sum over tokens of share x (-min(ratio x A, clipped ratio x A) x correction + beta x KL)
 
+If the policy is no longer the one that sampled, the KL of a token is weighted by its ratio, without gradient. Otherwise
+tokens that became improbable would have gradients without bound, by exp(log p_ref - log p) for k3.
+
 All arrays are fp32, [B G C] (clips, captions of each, tokens) or [B G]. Log-probabilities at masked positions may have
 any finite value. Nothing here depends on the model.
 
 GRPO: Shao et al. 2024, arXiv 2402.03300. DAPO: Yu et al. 2025, arXiv 2503.14476. Dr. GRPO: Liu et al. 2025, arXiv
 2503.20783. GSPO: Zheng et al. 2025, arXiv 2507.18071. KL estimators: Schulman 2020, "Approximating KL divergence".
 Truncated importance correction: Yao et al. 2025, "Your efficient RL framework secretly brings you off-policy RL".
+KL weighted by the ratio: DeepSeek-AI 2025, arXiv 2512.02556, 3.1.
 """
 
 from typing import NamedTuple
@@ -166,15 +170,17 @@ def objective(
     valid: Bool[Array, "B G C"],
     shares: Float[Array, "B G C"],
     config: ObjectiveConfig,
+    off_policy: bool = False,
 ) -> tuple[Float[Array, ""], ObjectiveTotals]:
     """The loss and its components.
 
     Args:
         new: log-probabilities of the sampled tokens under the policy; the only differentiated argument.
-        old: log-probabilities under the sampling policy, computed by the trainer.
+        old: log-probabilities under the sampling policy, the denominator of the ratio.
         sampled: log-probabilities under the sampling policy, computed by the sampler.
         reference: log-probabilities under the reference.
         shares: the weight of each token; 0 where `valid` is False.
+        off_policy: the policy may have changed since it sampled: weight KL estimates by the token ratio.
     """
     ratio = jnp.exp(RATIOS[config.ratio](new, old, valid))
     advantage = jnp.broadcast_to(advantage[..., None], new.shape)
@@ -183,16 +189,17 @@ def objective(
         gain *= truncated_importance(old, sampled, valid, config.importance_cap)
     policy = -jnp.sum(gain * shares)
     d = jnp.where(valid, reference - new, 0)  # masked before the exponential, which could overflow
-    kl_loss = jnp.sum(KLS[config.kl](d) * shares)
+    weight = jax.lax.stop_gradient(jnp.exp(token_log_ratio(new, old, valid))) if off_policy else 1.0
+    kl_loss = jnp.sum(KLS[config.kl](d) * shares * weight)
     clipped_low = (ratio < 1 - config.clip_low) & (advantage < 0)
     clipped_high = (ratio > 1 + config.clip_high) & (advantage > 0)
     totals = ObjectiveTotals(
         policy=policy,
-        kl=jnp.sum(k3(d)),
+        kl=jnp.sum(k3(d) * weight),
         ratio=jnp.sum(ratio, where=valid),
         clipped_low=jnp.sum(clipped_low & valid, dtype=jnp.float32),
         clipped_high=jnp.sum(clipped_high & valid, dtype=jnp.float32),
-        moved=jnp.sum(k3(jnp.where(valid, old - new, 0))),
+        moved=jnp.sum(k3(jnp.where(valid, old - new, 0)) * weight),
         tokens=jnp.sum(valid, dtype=jnp.float32),
     )
     return policy + config.beta * kl_loss, jax.lax.stop_gradient(totals)

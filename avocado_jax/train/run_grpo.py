@@ -27,7 +27,7 @@ from avocado_jax.parallel.compiled import Program
 from avocado_jax.rewards.combine import TERMS
 from avocado_jax.rewards.extra import load_terms
 from avocado_jax.sampling.captioner import banned_ids
-from avocado_jax.train.grpo import Experience, GrpoProgram, Scored, grpo_program
+from avocado_jax.train.grpo import Experience, GrpoProgram, Scored, check_grpo, grpo_program
 from avocado_jax.train.health import Health, describe
 from avocado_jax.train.objective import advantages, zero_variance
 from avocado_jax.train.phases import Phases
@@ -66,7 +66,8 @@ def grpo(config: GrpoConfig, folder: str) -> int:
     """
 
     def opened() -> Setup:
-        load_terms(config.rewards.extra, TERMS)  # a mistake is reported before hosts wait for each other
+        check_grpo(config)  # a mistake is reported before hosts wait for each other
+        load_terms(config.rewards.extra, TERMS)
         return set_up(config, config.split, folder)
 
     setup = ready(config, folder, opened)
