@@ -116,7 +116,7 @@ class ObjectiveConfig:
     kl: str = "k3"  # estimator of the KL to the reference: "k1", "k2", "k3"
     beta: float = 0.04  # weight of the KL; 0: no reference model
     aggregate: str = "sequence"  # mean over tokens: "sequence" (GRPO), "token" (DAPO), "constant" (Dr. GRPO)
-    importance_cap: float = 0.0  # cap of the ratio of the trainer's to the sampler's probability; 0: no correction
+    importance_cap: float = 0.0  # cap of the weights p(trainer) / p(sampler) of policy loss and KL; 0: no weights
     mask_overlong: bool = False  # truncated captions have no loss
 
 

@@ -13,9 +13,9 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from avocado_jax.bench.measure import row
 from avocado_jax.bench.model import FRAME, FRAMES, random_clip
-from avocado_jax.config import GrpoConfig, SamplingConfig
+from avocado_jax.config import GrpoConfig, ObjectiveConfig, SamplingConfig
 from avocado_jax.models.config import SIZES
-from avocado_jax.models.flops import decode_bytes, grpo_flops
+from avocado_jax.models.flops import decode_bytes, grpo_flops, text_layer_parameters
 from avocado_jax.parallel.batches import rows_sharding
 from avocado_jax.parallel.mesh import make_mesh
 from avocado_jax.train.grpo import Experience, grpo_program
@@ -23,23 +23,35 @@ from avocado_jax.train.objective import advantages
 from avocado_jax.train.sft import model_of
 
 PHASES = ("encode", "view", "prefill", "decode", "reference", "update")
+ROLLOUT = ("view", "prefill", "decode")  # once per rollout; the others once per batch
 REPEATS = 3
 
 
 def bench_grpo(
-    size: str, group: int, clip_tokens: int, caption_tokens: int, dtype: str, remat: str, train: str, clips: int = 1
+    size: str,
+    group: int,
+    clip_tokens: int,
+    caption_tokens: int,
+    dtype: str,
+    remat: str,
+    train: str,
+    batches: int = 1,
+    int8: bool = False,
 ) -> dict[str, Any]:
-    """Measure the paper's step (frozen encoders, AdamW in fp32, one update per rollout), `clips` clips per device.
+    """Measure the paper's step (frozen encoders, AdamW in fp32), a clip per device and batch.
 
-    All captions have `caption_tokens` tokens, the worst case. `step_ms` is the sum of the phases; `prefill` is a
-    rollout of one token, `decode` the additional time of a full rollout. FLOPs are model FLOPs, without
-    rematerialization; bytes are those that decoding reads.
+    `batches` are rolled out together, with int8 kernels if `int8` is set; each has an update. All captions have
+    `caption_tokens` tokens, the worst case. `prefill` is a rollout of one token, `decode` the additional time of a full
+    rollout. `step_ms` is the time per update: a share of view, prefill and decode, and the other phases. FLOPs are
+    model FLOPs, without rematerialization; bytes are those that decoding reads.
     """
     devices = jax.device_count()
     config = GrpoConfig(
-        batch=devices * clips,
+        batch=devices,
         group=group,
-        accumulate=clips,
+        rollout_batches=batches,
+        rollout_int8=int8,
+        objective=ObjectiveConfig(importance_cap=2.0 if int8 and batches == 1 else 0.0),
         train=train,
         dtype=dtype,
         frozen_dtype=dtype,
@@ -54,7 +66,7 @@ def bench_grpo(
     stop = jnp.arange(model.text.vocab) == 0  # mask of the stop token: bans it, or (inverted) all other tokens
     times: dict[str, list[float]] = {phase: [] for phase in PHASES}
     with jax.set_mesh(mesh):
-        program = grpo_program(config, model, mesh, 1000, (0,))
+        program = grpo_program(config, model, mesh, 1000 * batches, (0,))
         params = _random(program.state.params)
         reference = _copy_unshared(params, program.reference)
         state, rows = program.begin(params), jax.device_put(repeated, rows_sharding(mesh))
@@ -72,9 +84,10 @@ def bench_grpo(
             number = jnp.int32(step)
             encoded = timed("encode", lambda: program.encode(state.params, rows))  # noqa: B023
             view = timed("view", lambda: program.view(state.params))  # noqa: B023
-            timed("prefill", lambda: program.roll_out(view, (rows,), (encoded,), number, ~stop))  # noqa: B023
-            (rollout,) = timed("decode", lambda: program.roll_out(view, (rows,), (encoded,), number, stop))  # noqa: B023
-            del view  # free memory for the update
+            inputs = view, (rows,) * batches, (encoded,) * batches, number
+            timed("prefill", lambda: program.roll_out(*inputs, ~stop))  # noqa: B023
+            rollout, *_ = timed("decode", lambda: program.roll_out(*inputs, stop))  # noqa: B023
+            del view, inputs, _  # free memory for the update
             captions = rollout.captions
             scored = timed("reference", lambda: program.score(state.params, reference, rows, encoded, captions))  # noqa: B023
             rewards = jax.random.uniform(jax.random.key(step), (config.batch, group))
@@ -90,17 +103,20 @@ def bench_grpo(
     seconds = {phase: statistics.median(durations[1:]) for phase, durations in times.items()}
     seconds["decode"] -= seconds["prefill"]
     flops = sum(grpo_flops(model, shape, group, caption_tokens, train))
-    mean = caption_tokens / 2
-    nbytes = caption_tokens * decode_bytes(model, clips * clip_tokens, clips * group, mean, jnp.dtype(dtype).itemsize)
+    itemsize, mean = jnp.dtype(dtype).itemsize, caption_tokens / 2
+    nbytes = caption_tokens * decode_bytes(model, batches * clip_tokens, batches * group, mean, itemsize)
+    nbytes -= int8 * caption_tokens * model.text.layers * text_layer_parameters(model) * (itemsize - 1)
     tokens = config.batch * (clip_tokens + group * caption_tokens)
-    figures = row("grpo", size, sum(seconds.values()), 1, tokens, clips * flops, nbytes, dtype)
+    update = sum(value / (batches if phase in ROLLOUT else 1) for phase, value in seconds.items())
+    figures = row("grpo", size, update, 1, tokens, flops, nbytes / batches, dtype)
     phases = {f"{phase}_ms": 1e3 * value for phase, value in seconds.items()}
     decoded = {
         "decode_step_ms": phases["decode_ms"] / max(1, caption_tokens - 1),
-        "decode_tokens_per_second": config.batch * group * caption_tokens / max(seconds["decode"], 1e-9),
+        "decode_tokens_per_second": batches * config.batch * group * caption_tokens / max(seconds["decode"], 1e-9),
         "decode_bytes_per_second": nbytes / max(seconds["decode"], 1e-9),
     }
-    return {**figures, "train": train, "clips": clips, **phases, **decoded, "sampler_gap": gap, "length": length}
+    chosen = {"train": train, "batches": batches, "int8": int8}
+    return {**figures, **chosen, **phases, **decoded, "sampler_gap": gap, "length": length}
 
 
 def _random(shapes: Any) -> Any:

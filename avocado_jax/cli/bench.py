@@ -39,8 +39,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--remat", choices=REMAT, default="full", help="for `sft`, `grpo` (default: %(default)s)")
     parser.add_argument("--train", choices=("captioner", "lora"), default="captioner", help="for `grpo`")
     parser.add_argument(
-        "--clips", type=int, default=1, metavar="B", help="for `grpo`: clips per device (default: %(default)s)"
+        "--rollout-batches",
+        type=int,
+        default=1,
+        metavar="K",
+        help="for `grpo`: batches that are sampled together, of a clip per device each (default: %(default)s)",
     )
+    parser.add_argument("--rollout-int8", action="store_true", help="for `grpo`: sample with int8 kernels")
     parser.add_argument("--captions", type=int, default=64, metavar="N", help="for `rewards` (default: %(default)s)")
     parser.add_argument(
         "--slots",
@@ -58,9 +63,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Measure one path and print the result."""
     use_gpu_memory()
-    if min(args.group, args.caption_tokens, args.clips, args.slots) < 1 or args.clip_tokens < 1024:
+    if min(args.group, args.caption_tokens, args.rollout_batches, args.slots) < 1 or args.clip_tokens < 1024:
         raise InputError(
-            "--group, --caption-tokens, --clips and --slots must be at least 1, --clip-tokens at least 1024"
+            "--group, --caption-tokens, --rollout-batches and --slots must be at least 1, --clip-tokens at least 1024"
         )
     dtype = args.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
     use_exact_fp32(dtype)
@@ -79,7 +84,15 @@ def run(args: argparse.Namespace) -> int:
         result = bench_sft(args.size, args.group, args.clip_tokens, args.caption_tokens, dtype, args.remat)
     elif args.what == "grpo":
         result = bench_grpo(
-            args.size, args.group, args.clip_tokens, args.caption_tokens, dtype, args.remat, args.train, args.clips
+            args.size,
+            args.group,
+            args.clip_tokens,
+            args.caption_tokens,
+            dtype,
+            args.remat,
+            args.train,
+            args.rollout_batches,
+            args.rollout_int8,
         )
     elif args.what == "caption":
         result = bench_caption(

@@ -37,7 +37,7 @@ Metrics = dict[str, Array]
 class Scored(NamedTuple):
     """Log-probabilities of the sampled tokens before the first update, computed by the trainer's forward pass."""
 
-    old: Float[Array, "B G C"] | None  # of the policy; None with one update per batch, which computes them itself
+    old: Float[Array, "B G C"] | None  # of the policy; None with one update per rollout, which computes them itself
     reference: Float[Array, "B G C"] | None  # None if beta is 0
 
 
@@ -90,7 +90,7 @@ def score(
     model: ThinkerConfig,
     config: GrpoConfig,
 ) -> Scored:
-    """Log-probabilities of the captions under the reference, and under the policy if several updates need them."""
+    """Log-probabilities of the captions under the reference, and under the policy if a rollout has several updates."""
 
     def of(model: ThinkerConfig, params: Any) -> Array:
         def run(*rows: Any) -> Array:
@@ -101,7 +101,7 @@ def score(
     base = replace(model, text=replace(model.text, lora=None))
     frozen = split(params, config.train)[1]
     return Scored(
-        of(model, params) if config.passes * config.minibatches > 1 and config.rollout_batches == 1 else None,
+        of(model, params) if config.passes * config.minibatches > 1 else None,
         of(base, join(reference, frozen)) if config.objective.beta else None,
     )
 
@@ -123,15 +123,10 @@ def batch_gradient(
         temperature = config.sampling.temperature
         new = caption_logprobs(model, join(trained, frozen), rows.clip, rows.encoded, captions, temperature)
         here = jax.lax.stop_gradient(new.logprob)
-        trainer, reference = (here if one is None else one for one in rows.scored)
-        # After the first of several updates, the policy is no longer the one that sampled.
-        old = sampled if config.rollout_batches > 1 else trainer
-        off_policy = config.rollout_batches * config.passes * config.minibatches > 1
-        total, totals = objective(
-            new.logprob, old, sampled, reference, rows.advantage, valid, shares, config.objective, off_policy
-        )
+        old, reference = (here if one is None else one for one in rows.scored)
+        total, totals = objective(new.logprob, old, sampled, reference, rows.advantage, valid, shares, config.objective)
         entropy = jnp.sum(new.entropy, where=valid)
-        gap = jnp.sum(jnp.abs(trainer - sampled), where=valid)
+        gap = jnp.sum(jnp.abs(old - sampled), where=valid)
         return total, (jax.lax.stop_gradient(total), _UpdateTotals(totals, entropy, gap))
 
     grads, (total, totals) = gradient(loss, trained, (experience, valid, shares), config.accumulate)
@@ -237,16 +232,15 @@ def check_grpo(config: GrpoConfig) -> None:
     check_objective(config.objective)
     if config.rollout_batches < 1:
         raise InputError(f"rollout_batches: {config.rollout_batches} is less than 1")
-    corrected = config.objective.importance_cap > 0
-    if config.rollout_batches > 1 and corrected:
-        raise InputError(
-            "objective.importance_cap: with several rollout_batches the clipped ratio is already that to the sampler's "
-            "probability; set it to 0"
-        )
-    if config.rollout_int8 and config.rollout_batches == 1 and not corrected:
+    if config.rollout_int8 and not config.objective.importance_cap:
         raise InputError(
             "rollout_int8: the sampler's rounded weights are another policy, which needs objective.importance_cap "
             "(try 2.0)"
+        )
+    if config.rollout_batches > 1 and not config.objective.importance_cap:
+        raise InputError(
+            "rollout_batches: updates after the first learn from captions of an earlier policy, which needs "
+            "objective.importance_cap (try 2.0)"
         )
 
 

@@ -1,9 +1,9 @@
 """The GRPO objective: advantages, ratios, clipping, KL to the reference, token weights (shares).
 
-    loss = sum over tokens of share x (-min(ratio x A, clipped ratio x A) x correction + beta x KL)
+    loss = sum over tokens of share x (-min(ratio x A, clipped ratio x A) x old/sampler + beta x KL x new/sampler)
 
-If the policy is no longer the one that sampled, the KL of a token is weighted by its ratio, without gradient. Otherwise
-tokens that became improbable would have gradients without bound, by exp(log p_ref - log p) for k3.
+`importance_cap` truncates the two importance weights; 0 omits both. Without the second, a token that became improbable
+since the rollout has a gradient of the KL without bound: exp(log p_ref - log p) for k3.
 
 All arrays are fp32, [B G C] (clips, captions of each, tokens) or [B G]. Log-probabilities at masked positions may have
 any finite value. Nothing here depends on the model.
@@ -11,7 +11,7 @@ any finite value. Nothing here depends on the model.
 GRPO: Shao et al. 2024, arXiv 2402.03300. DAPO: Yu et al. 2025, arXiv 2503.14476. Dr. GRPO: Liu et al. 2025, arXiv
 2503.20783. GSPO: Zheng et al. 2025, arXiv 2507.18071. KL estimators: Schulman 2020, "Approximating KL divergence".
 Truncated importance correction: Yao et al. 2025, "Your efficient RL framework secretly brings you off-policy RL".
-KL weighted by the ratio: DeepSeek-AI 2025, arXiv 2512.02556, 3.1.
+Weighted KL: DeepSeek-AI 2025, arXiv 2512.02556, 3.1 (there its weight has a gradient).
 """
 
 from typing import NamedTuple
@@ -71,14 +71,14 @@ def clipped(ratio: Array, advantage: Array, low: float, high: float) -> Float[Ar
     return jnp.minimum(ratio * advantage, jnp.clip(ratio, 1 - low, 1 + high) * advantage)
 
 
-def truncated_importance(old: Array, sampled: Array, valid: Array, cap: float) -> Float[Array, "B G C"]:
-    """min(p_trainer(t) / p_sampler(t), cap): the importance weight of a sampled token, without gradient.
+def truncated_importance(logprob: Array, sampled: Array, valid: Array, cap: float) -> Float[Array, "B G C"]:
+    """min(p(t) / p_sampler(t), cap): the importance weight of a sampled token, without gradient.
 
     Args:
-        old: log-probabilities under the sampling policy, computed by the trainer.
+        logprob: log-probabilities under the policy of the expectation.
         sampled: log-probabilities under the sampling policy, computed by the sampler.
     """
-    return jax.lax.stop_gradient(jnp.minimum(jnp.exp(jnp.where(valid, old - sampled, 0)), cap))
+    return jax.lax.stop_gradient(jnp.minimum(jnp.exp(jnp.where(valid, logprob - sampled, 0)), cap))
 
 
 # --- KL estimators, per token (Schulman 2020), from d = log p_ref - log p
@@ -170,36 +170,36 @@ def objective(
     valid: Bool[Array, "B G C"],
     shares: Float[Array, "B G C"],
     config: ObjectiveConfig,
-    off_policy: bool = False,
 ) -> tuple[Float[Array, ""], ObjectiveTotals]:
     """The loss and its components.
 
     Args:
         new: log-probabilities of the sampled tokens under the policy; the only differentiated argument.
-        old: log-probabilities under the sampling policy, the denominator of the ratio.
+        old: log-probabilities under the policy before the updates of the batch, computed by the trainer.
         sampled: log-probabilities under the sampling policy, computed by the sampler.
         reference: log-probabilities under the reference.
         shares: the weight of each token; 0 where `valid` is False.
-        off_policy: the policy may have changed since it sampled: weight KL estimates by the token ratio.
     """
     ratio = jnp.exp(RATIOS[config.ratio](new, old, valid))
     advantage = jnp.broadcast_to(advantage[..., None], new.shape)
     gain = clipped(ratio, advantage, config.clip_low, config.clip_high)
+    d = jnp.where(valid, reference - new, 0)  # masked before the exponential, which could overflow
+    kl, kl_k3 = KLS[config.kl](d), k3(d)
     if config.importance_cap:
         gain *= truncated_importance(old, sampled, valid, config.importance_cap)
+        weight = truncated_importance(new, sampled, valid, config.importance_cap)
+        kl, kl_k3 = kl * weight, kl_k3 * weight
     policy = -jnp.sum(gain * shares)
-    d = jnp.where(valid, reference - new, 0)  # masked before the exponential, which could overflow
-    weight = jax.lax.stop_gradient(jnp.exp(token_log_ratio(new, old, valid))) if off_policy else 1.0
-    kl_loss = jnp.sum(KLS[config.kl](d) * shares * weight)
+    kl_loss = jnp.sum(kl * shares)
     clipped_low = (ratio < 1 - config.clip_low) & (advantage < 0)
     clipped_high = (ratio > 1 + config.clip_high) & (advantage > 0)
     totals = ObjectiveTotals(
         policy=policy,
-        kl=jnp.sum(k3(d) * weight),
+        kl=jnp.sum(kl_k3),
         ratio=jnp.sum(ratio, where=valid),
         clipped_low=jnp.sum(clipped_low & valid, dtype=jnp.float32),
         clipped_high=jnp.sum(clipped_high & valid, dtype=jnp.float32),
-        moved=jnp.sum(k3(jnp.where(valid, old - new, 0)) * weight),
+        moved=jnp.sum(k3(jnp.where(valid, old - new, 0))),
         tokens=jnp.sum(valid, dtype=jnp.float32),
     )
     return policy + config.beta * kl_loss, jax.lax.stop_gradient(totals)

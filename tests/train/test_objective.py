@@ -142,19 +142,28 @@ def test_overlong_captions_are_masked(case):
 
 @pytest.mark.parametrize("number", range(12))
 def test_loss_gradient_and_clipped_shares_equal_trl(number):
-    """Loss, gradient and shares of clipped tokens of GRPO, DAPO, Dr. GRPO, with token and sequence ratios (GSPO)."""
+    """Loss, gradient and shares of clipped tokens of GRPO, DAPO, Dr. GRPO, with token and sequence ratios (GSPO).
+
+    TRL weights the policy loss only, so the KL is added without weights.
+    """
     loss, level, beta = str(TRL["cases"][number]).split()
     length = TRL["new"].shape[-1]
     config = ObjectiveConfig(
-        ratio=level, clip_low=0.2, clip_high=0.28, beta=float(beta), aggregate=AGGREGATES[loss], importance_cap=2.0
+        ratio=level, clip_low=0.2, clip_high=0.28, beta=0.0, aggregate=AGGREGATES[loss], importance_cap=2.0
     )
+    unweighted = replace(config, importance_cap=0.0)
     valid, counted = TRL["valid"], np.ones(TRL["valid"].shape[:2], np.float32)
     shares = o.SHARES[config.aggregate](valid, counted, length + 2)
     assert_close(o.advantages(TRL["rewards"], config), TRL["advantage"] * _trl_std(TRL["rewards"]))
 
     def full_objective(new):
-        others = (TRL[name] for name in ("old", "sampled", "reference", "advantage"))
-        return o.objective(new, *others, valid, shares, config)
+        others = [TRL[name] for name in ("old", "sampled", "reference", "advantage")]
+        policy, totals = o.objective(new, *others, valid, shares, config)
+        both, none = (
+            o.objective(new, *others, valid, shares, replace(unweighted, beta=weight))[0]
+            for weight in (float(beta), 0.0)
+        )
+        return policy + (both - none), totals
 
     (value, totals), slope = jax.value_and_grad(full_objective, has_aux=True)(TRL["new"])
     assert_close(value, TRL[f"loss_{number}"])
@@ -165,6 +174,25 @@ def test_loss_gradient_and_clipped_shares_equal_trl(number):
             [totals.clipped_low / totals.tokens, totals.clipped_high / totals.tokens], TRL[f"clipped_{number}"]
         )
         assert float(totals.clipped_low) > 0
+
+
+def test_importance_weights_of_the_kl_are_those_of_the_policy_now(case):
+    """Tokens that became improbable since the rollout: no exploding gradient of the KL, nor figure."""
+    new, old, reference, sampled, valid, _ = case
+    new = np.where(np.arange(C) % 3 == 0, sampled - 12, new).astype(np.float32)
+    config = ObjectiveConfig(beta=0.5, importance_cap=1.5)
+    shares = o.SHARES["token"](valid, np.ones((B, G), np.float32), C)
+
+    def loss(new, config):
+        return o.objective(new, old, sampled, reference, np.zeros((B, G), np.float32), valid, shares, config)
+
+    (value, totals), slope = jax.value_and_grad(loss, has_aux=True)(new, config)
+    weight, d = np.minimum(np.exp(new - sampled), 1.5), reference - new
+    assert_close(value, 0.5 * np.sum(shares * weight * (np.exp(d) - d - 1)))
+    assert_close(totals.kl, np.sum(weight * (np.exp(d) - d - 1), where=valid))
+    np.testing.assert_allclose(slope, 0.5 * shares * weight * (1 - np.exp(d)), rtol=1e-4, atol=1e-7)
+    plain = jax.grad(lambda new: loss(new, replace(config, importance_cap=0.0))[0])(new)
+    assert np.abs(plain).max() > 1e3 * np.abs(slope).max()
 
 
 def _trl_std(rewards):
