@@ -29,12 +29,14 @@ bench() {
   echo "$((SECONDS - begun)) s" >&2
 }
 
+step=(grpo --size $small --group 8 --clip-tokens $half --caption-tokens $rollout)
+bench 110 "${step[@]}"
+bench 120 "${step[@]}" --rollout-batches 4
+bench 120 "${step[@]}" --rollout-batches 4 --rollout-int8
 bench 100 caption --size $large --slots $slots --clip-tokens $clip --caption-tokens $rollout
-bench 120 grpo --size $small --group 8 --clip-tokens $half --caption-tokens $rollout
 bench 50 prefill --size $large --clip-tokens $clip
 bench 50 decode --size $large --group 1 --clip-tokens $clip --caption-tokens $tokens # one clip at a time
 bench 50 decode --size $large --group 8 --clip-tokens $clip --caption-tokens $tokens
-bench 50 rewards --captions 64 --caption-tokens 1000
 bench 70 sft --size $small --group 1 --clip-tokens $half --caption-tokens $caption
-bench 100 grpo --size $small --group 8 --clip-tokens $clip --caption-tokens $rollout --train lora
+bench 50 rewards --captions 64 --caption-tokens 1000
 rm -f "$out.log"
