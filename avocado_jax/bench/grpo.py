@@ -51,7 +51,7 @@ def bench_grpo(
         group=group,
         rollout_batches=batches,
         rollout_int8=int8,
-        objective=ObjectiveConfig(importance_cap=2.0 if int8 and batches == 1 else 0.0),
+        objective=ObjectiveConfig(importance_cap=2.0 if int8 or batches > 1 else 0.0),
         train=train,
         dtype=dtype,
         frozen_dtype=dtype,
