@@ -230,8 +230,8 @@ def check_grpo(config: GrpoConfig) -> None:
         InputError: a field is invalid.
     """
     check_objective(config.objective)
-    if config.rollout_batches < 1:
-        raise InputError(f"rollout_batches: {config.rollout_batches} is less than 1")
+    if config.rollout_batches < 1 or config.steps % config.rollout_batches:
+        raise InputError(f"rollout_batches: {config.rollout_batches} does not divide {config.steps} steps")
     if config.rollout_int8 and not config.objective.importance_cap:
         raise InputError(
             "rollout_int8: the sampler's rounded weights are another policy, which needs objective.importance_cap "
@@ -259,8 +259,6 @@ def grpo_program(
             the batch.
     """
     check_grpo(config)
-    if steps % config.rollout_batches:
-        raise InputError(f"rollout_batches: {config.rollout_batches} does not divide {steps} steps")
     over = mesh.shape["data"] * mesh.shape["fsdp"] * config.accumulate * config.minibatches
     if config.group % config.split or config.batch * config.split % over:
         raise InputError(

@@ -16,6 +16,7 @@ from avocado_jax.parallel.batches import rows_sharding
 from avocado_jax.parallel.mesh import make_mesh
 from avocado_jax.sampling.generate import generate
 from avocado_jax.train import rollout as rollout_module
+from avocado_jax.train import run_grpo
 from avocado_jax.train.grpo import grpo_program
 from avocado_jax.train.objective import advantages
 from avocado_jax.train.rollout import rows_per_clip, smallest_width
@@ -153,15 +154,25 @@ def test_captions_depend_on_neither_batches_nor_meshes_nor_rows(monkeypatch, siz
 def test_rollout_batches_are_validated():
     capped = replace(CONFIG, rollout_batches=2, objective=ObjectiveConfig(importance_cap=2.0))
     mesh = make_mesh(1, 1, 1, devices=jax.devices()[:1])
-    for config, steps, why in (
-        (replace(capped, objective=ObjectiveConfig()), 4, "needs objective.importance_cap"),
-        (capped, 5, "rollout_batches: 2 does not divide 5 steps"),
-        (replace(capped, rollout_batches=0), 4, "rollout_batches: 0"),
-        (replace(CONFIG, rollout_int8=True), 4, "rollout_int8: .* needs objective.importance_cap"),
-        (replace(CONFIG, mesh=MeshConfig(rollout_tensor=2)), 4, "mesh.rollout_tensor: 2 is not a multiple of tensor"),
+    for config, why in (
+        (replace(capped, objective=ObjectiveConfig()), "needs objective.importance_cap"),
+        (replace(capped, steps=5), "rollout_batches: 2 does not divide 5 steps"),
+        (replace(capped, rollout_batches=0), "rollout_batches: 0"),
+        (replace(CONFIG, rollout_int8=True), "rollout_int8: .* needs objective.importance_cap"),
+        (replace(CONFIG, mesh=MeshConfig(rollout_tensor=2)), "mesh.rollout_tensor: 2 is not a multiple of tensor"),
     ):
         with pytest.raises(InputError, match=why):
-            grpo_program(config, MODEL, mesh, steps, STOPS)
+            grpo_program(config, MODEL, mesh, 4, STOPS)
+
+
+def test_invalid_fields_are_reported_before_the_checkpoint_is_read(monkeypatch, tmp_path):
+    def set_up(*_):
+        raise AssertionError("the checkpoint was opened")
+
+    monkeypatch.setattr(run_grpo, "ready", lambda config, folder, opened: opened())
+    monkeypatch.setattr(run_grpo, "set_up", set_up)
+    with pytest.raises(InputError, match="rollout_int8"):
+        run_grpo.grpo(replace(CONFIG, rollout_int8=True), str(tmp_path))
 
 
 def test_a_clip_is_as_few_rows_as_fill_the_shards():
