@@ -14,7 +14,7 @@ from avocado_jax.parallel.rules import bytes_per_device
 from avocado_jax.planning.phases import Phase
 from avocado_jax.planning.program import Program
 from avocado_jax.train.grpo import sampler_mesh
-from avocado_jax.train.rollout import rows_per_clip
+from avocado_jax.train.rollout import prefill_parts, rows_per_clip
 
 LEARNING = ("sft", "update")  # phases with a backward pass
 
@@ -69,6 +69,8 @@ def runs_per_step(program: Program, phase: Phase) -> float:
 def microbatches(program: Program, phase: Phase) -> int:
     """Number of microbatches that a phase processes sequentially."""
     config = program.config
+    if phase.name == "rollout":
+        return prefill_parts(config.accumulate, batches(program, phase), _kept(program, phase), config.split)
     return config.accumulate * (config.minibatches if phase.name == "update" else 1)
 
 
@@ -77,9 +79,15 @@ def layout(program: Program, phase: Phase) -> tuple[Mesh, int, int]:
     config, rows = program.config, program.rows * batches(program, phase)
     if phase.name != "rollout":
         return program.mesh, rows, program.group
-    mesh, clips = sampler_mesh(config, program.mesh), rows // config.split
-    split = rows_per_clip(clips, config.split, math.prod(mesh.shape[axis] for axis in ROWS) * config.accumulate)
-    return mesh, clips * split, config.group // split
+    kept = _kept(program, phase)
+    return sampler_mesh(config, program.mesh), rows // config.split * kept, config.group // kept
+
+
+def _kept(program: Program, phase: Phase) -> int:
+    """The rows of a clip in a rollout."""
+    config, mesh = program.config, sampler_mesh(program.config, program.mesh)
+    clips, shards = program.rows * batches(program, phase) // config.split, math.prod(mesh.shape[axis] for axis in ROWS)
+    return rows_per_clip(clips, config.split, shards * config.accumulate)
 
 
 def rows_per_device(program: Program, phase: Phase) -> int:

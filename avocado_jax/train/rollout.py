@@ -57,6 +57,7 @@ def roll_out(
         view: the policy's `decoding_weights`; `model` is their config.
         clips, encoded: of batches of equal shapes: those of `together` steps from `step` on, or fewer, then spare ones.
         mesh: the mesh of `view`: the devices of the arguments in the same order.
+        parts: microbatches of a batch: the prefill takes as many rows at a time.
 
     Returns:
         The rollout of each batch.
@@ -85,7 +86,7 @@ def roll_out(
         sampling=Sampling(sampling.temperature, sampling.top_k, sampling.top_p),
         stops=stops,
         length=sampling.tokens,
-        parts=parts,
+        parts=prefill_parts(parts, count, kept, split),
     )
 
     def of_batch(leaf: Array, number: int) -> Array:
@@ -106,6 +107,18 @@ def rows_per_clip(clips: int, split: int, shards: int) -> int:
         shards: by which the rows of the rollout must be divided.
     """
     return next((rows for rows in range(1, split) if split % rows == 0 and clips * rows % shards == 0), split)
+
+
+def prefill_parts(parts: int, batches: int, kept: int, split: int) -> int:
+    """The sequential parts that a rollout is prefilled in, to limit activations: each has the rows of a microbatch.
+
+    Args:
+        parts: microbatches of a batch.
+        batches: of the rollout.
+        kept: rows of a clip in the rollout.
+        split: rows of a clip in its batch.
+    """
+    return parts * batches * kept // split if batches * kept % split == 0 else parts
 
 
 def as_rollout(samples: Samples, clip: Clip, stops: tuple[int, ...]) -> Rollout:
