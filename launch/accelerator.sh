@@ -3,7 +3,7 @@
 # One JSON row a benchmark, with the ceilings of the same run; under 10 minutes on one H100 or H200, the most wanted
 # first. A benchmark that fails or takes too long adds {"what", "arguments", "error"}, with the phases that it had
 # finished, and the next one runs. Needs jax, flax, optax and numpy.
-# PYTHON=... chooses the interpreter; SIZES=tiny runs all of it on a CPU in minutes, to test the script.
+# Leave all cores to it: compilation takes most of the time. PYTHON=... chooses the interpreter; SIZES=tiny runs all of it on a CPU in minutes, to test the script.
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit 1
 out=${1:?usage: bash launch/accelerator.sh OUT.jsonl}
@@ -29,7 +29,7 @@ bench() {
   echo "$((SECONDS - begun)) s" >&2
 }
 
-step=(grpo --size $small --group 8 --clip-tokens $half --caption-tokens $rollout)
+step=(grpo --size "$small" --group 8 --clip-tokens "$half" --caption-tokens "$rollout")
 bench 110 "${step[@]}"
 bench 120 "${step[@]}" --rollout-batches 4
 bench 120 "${step[@]}" --rollout-batches 4 --rollout-int8

@@ -2,15 +2,17 @@
 
 from dataclasses import replace
 from itertools import count
+from types import SimpleNamespace
 
 import jax
 import numpy as np
 import pytest
 
-from avocado_jax.bench import caption, measure
+from avocado_jax.bench import caption, grpo, measure
 from avocado_jax.bench.measure import Ceilings
 from avocado_jax.models.config import SIZES, TINY
-from avocado_jax.models.flops import decode_bytes, row_flops
+from avocado_jax.models.flops import decode_bytes, row_flops, text_layer_parameters
+from avocado_jax.train.grpo import check_grpo
 
 
 def test_the_time_is_the_median_after_compilation(monkeypatch):
@@ -85,3 +87,50 @@ def test_the_cycle_of_captioning(monkeypatch):
     assert (found["clips_per_second"], found["tokens_per_second"]) == (slots, slots * length)
     prefill = slots * row_flops(config, shape, 0, 0).total
     assert found["floor_seconds"] == pytest.approx(prefill / 1e12 + nbytes / 1e11)
+
+
+@pytest.mark.parametrize(("batches", "int8"), [(1, False), (4, False), (1, True), (4, True)])
+def test_the_share_of_a_rollout_in_an_update(monkeypatch, batches, int8):
+    """Each phase takes known seconds: a rollout is divided by its batches, and all of them are sampled together."""
+    clock, configs, group, length = [0.0], [], 2, 8
+
+    def takes(seconds, result):
+        def run(*args):
+            clock[0] += seconds(*args) if callable(seconds) else seconds
+            return result
+
+        return run
+
+    def sampling(view, clips, encoded, step, banned):
+        assert (len(clips), len(encoded)) == (batches, batches)
+        return 10.0 if banned[0] else 2.0  # without a stop, or with nothing else
+
+    state = SimpleNamespace(params={})
+    metrics = {"loss": 0.0, "sampler_gap": 0.5, "length": length}
+    program = SimpleNamespace(
+        state=state,
+        reference={},
+        begin=takes(0, state),
+        encode=takes(1.0, "encoded"),
+        view=takes(3.0, "view"),
+        roll_out=takes(sampling, (SimpleNamespace(captions="captions"),) * batches),
+        score=takes(4.0, "scored"),
+        update=takes(5.0, (state, metrics)),
+    )
+
+    def made(config, *_):
+        check_grpo(config)
+        configs.append(config)
+        return program
+
+    monkeypatch.setattr(grpo, "grpo_program", made)
+    monkeypatch.setattr(grpo.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(measure, "ceilings", lambda dtype: Ceilings(1e12, 1e11))
+    found = grpo.bench_grpo("tiny", group, 1024, length, "float32", "full", "captioner", batches, int8)
+    (config,) = configs
+    assert (config.rollout_batches, config.rollout_int8) == (batches, int8)
+    assert found["seconds"] == pytest.approx(1 + (3 + 2 + 8) / batches + 4 + 5)
+    assert found["decode_tokens_per_second"] == batches * config.batch * group * length / 8
+    weights = decode_bytes(TINY, 0, 0, 0, 4) - 3 * int8 * TINY.text.layers * text_layer_parameters(TINY)
+    caches = decode_bytes(TINY, batches * 1024, batches * group, length / 2, 4) - decode_bytes(TINY, 0, 0, 0, 4)
+    assert found["decode_bytes_per_second"] == pytest.approx(length * (weights + caches) / 8)
