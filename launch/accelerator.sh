@@ -2,8 +2,8 @@
 # Measure on an accelerator every figure that the README reports or lacks: `bash launch/accelerator.sh OUT.jsonl`.
 # One JSON row a benchmark, with the ceilings of the same run; under 10 minutes on one H100 or H200, the most wanted
 # first. A benchmark that fails or takes too long adds {"what", "arguments", "error"}, with the phases that it had
-# finished, and the next one runs. Needs jax, flax, optax and numpy.
-# Leave all cores to it: compilation takes most of the time. PYTHON=... chooses the interpreter; SIZES=tiny runs all of it on a CPU in minutes, to test the script.
+# finished, and the next one runs. Needs jax, flax, optax and numpy, and all cores: most of the time is compilation.
+# PYTHON=... chooses the interpreter; SIZES=tiny runs all of it on a CPU in minutes, to test the script.
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit 1
 out=${1:?usage: bash launch/accelerator.sh OUT.jsonl}
