@@ -4,6 +4,7 @@
   avocado bench decode --size 7b --group 8 --clip-tokens 16384 --caption-tokens 128
   avocado bench sft --size 3b --group 1 --clip-tokens 8192 --caption-tokens 768
   avocado bench grpo --size 3b --group 8 --clip-tokens 16384 --caption-tokens 640    # --train lora: adapters only
+  avocado bench grpo --size 3b --rollout-batches 4 --rollout-int8   # captions of four batches sampled together, int8
   avocado bench caption --size 7b --slots 16 --caption-tokens 640 --mesh 4,2   # clips per second and their upper bound
   avocado bench rewards --captions 64 --caption-tokens 1000    # against 12 lines and 40 keypoints each
 

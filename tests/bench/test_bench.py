@@ -1,5 +1,6 @@
 """The measuring code of `bench`: ceilings, a result's figures, and the cycle of captioning."""
 
+import argparse
 from dataclasses import replace
 from itertools import count
 from types import SimpleNamespace
@@ -10,6 +11,8 @@ import pytest
 
 from avocado_jax.bench import caption, grpo, measure
 from avocado_jax.bench.measure import Ceilings
+from avocado_jax.cli import bench as command
+from avocado_jax.errors import InputError
 from avocado_jax.models.config import SIZES, TINY
 from avocado_jax.models.flops import decode_bytes, row_flops, text_layer_parameters
 from avocado_jax.train.grpo import check_grpo
@@ -134,3 +137,16 @@ def test_the_share_of_a_rollout_in_an_update(monkeypatch, batches, int8):
     weights = decode_bytes(TINY, 0, 0, 0, 4) - 3 * int8 * TINY.text.layers * text_layer_parameters(TINY)
     caches = decode_bytes(TINY, batches * 1024, batches * group, length / 2, 4) - decode_bytes(TINY, 0, 0, 0, 4)
     assert found["decode_bytes_per_second"] == pytest.approx(length * (weights + caches) / 8)
+
+
+def test_options_of_the_command_reach_the_step(monkeypatch, capsys):
+    calls = []
+    monkeypatch.setattr(command, "bench_grpo", lambda *args: calls.append(args) or {"what": "grpo"})
+    parser = argparse.ArgumentParser()
+    command.add_arguments(parser)
+    options = "--group 3 --clip-tokens 2048 --caption-tokens 9 --dtype bfloat16 --remat dots --train lora"
+    for more, expected in (("", (1, False)), ("--rollout-batches 4 --rollout-int8", (4, True))):
+        assert command.run(parser.parse_args(["grpo", "--size", "tiny", *options.split(), *more.split()])) == 0
+        assert calls.pop() == ("tiny", 3, 2048, 9, "bfloat16", "dots", "lora", *expected)
+    with pytest.raises(InputError, match="--rollout-batches"):
+        command.run(parser.parse_args(["grpo", "--rollout-batches", "0"]))

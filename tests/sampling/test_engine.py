@@ -1,7 +1,6 @@
 """Captions of the engine equal those of single clips, for any slots, order and mesh."""
 
 import math
-import time
 from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
@@ -310,53 +309,6 @@ def test_batch_on_the_mesh_equals_single_captions(captioner, rows, one_by_one, s
     for row, (clip, counted) in enumerate(zip(order, np.asarray(weight))):
         expected = one_by_one[GREEDY][clip] if counted else []
         assert tokens[row, : steps[row]].tolist() == expected, row
-
-
-def test_waiting_clips_are_bounded(rows, monkeypatch):
-    """Reading continues when clips are consumed."""
-    monkeypatch.setattr(arrivals, "WAITING_BYTES", 3 * arrivals.nbytes(rows[0]) - 1)
-    read = []
-
-    def requests():
-        for number in range(20):
-            read.append(number)
-            yield number, rows[0], number
-
-    waiting = arrivals.Arrivals(requests(), None)
-
-    def settled():
-        for _ in range(100):
-            time.sleep(0.01)
-            waiting.receive()
-        return len(read)
-
-    assert settled() == 3
-    assert [one.item for one in waiting.take(waiting.shapes()[0], 2)] == [0, 1]
-    assert settled() == 5
-    waiting.close()
-
-
-def test_clips_are_gathered_before_a_dispatch(rows):
-    """Gathering ends at the requested number, at the end of the requests, or at the timeout."""
-    given = [(i, rows[i], i) for i in range(4)]
-
-    def gather_requests(requests, count, seconds=30.0):
-        waiting, begun = arrivals.Arrivals(requests, None), time.monotonic()
-        waiting.gather(count, seconds)
-        found = sum(map(waiting.waiting, waiting.shapes(256)))
-        waiting.close()
-        return found, time.monotonic() - begun < 20
-
-    def slow(then=0.0):
-        for one in given:
-            time.sleep(0.05)
-            yield one
-        time.sleep(then)
-
-    assert gather_requests(slow(5.0), 3) == (3, True)
-    assert gather_requests(slow(), 9) == (4, True)
-    assert gather_requests(slow(5.0), 9, 0.5) == (4, True)
-    assert gather_requests(given, 0) == (0, True)
 
 
 @pytest.mark.parametrize("error", [OSError("the disk is gone"), MemoryError("the disk is gone")])
